@@ -1,0 +1,92 @@
+"""`novacron-edge`: run the agent, check a configuration."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from . import __version__
+
+LEAN_FLAGS = ("-OO", "-X", "no_debug_ranges")
+"""Interpreter flags of a running agent: no docstrings, no column tables; 2 MiB less. Nothing relies on assert."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="novacron-edge", description="NovaCron edge agent")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("run", "run the agent"), ("check", "check a configuration and say what it comes to")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--config", type=Path, help="YAML file (see docs/edge-config.md)")
+    options = parser.parse_args(arguments)
+    from .config import ConfigError, load_config
+
+    try:
+        loaded = load_config(options.config)
+    except ConfigError as error:
+        print(f"the configuration cannot be used:\n{error}", file=sys.stderr)
+        return 2
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if options.command == "check":
+        return _check(loaded.config)
+    if not sys.flags.optimize and os.environ.get("NOVACRON_NO_REEXEC") != "1" and arguments is None:
+        # The flags can only be given to a new interpreter; the process id stays the same.
+        os.execv(sys.executable, [sys.executable, *LEAN_FLAGS, "-m", "edge_runtime", *sys.argv[1:]])
+    return run(loaded.config)
+
+
+def _check(config: object) -> int:
+    import json
+
+    from .config import EdgeConfig, public_dict
+    from .decisions.rules import RuleError, parse_rules
+
+    assert isinstance(config, EdgeConfig)
+    try:
+        parse_rules(list(config.decisions.rules))
+    except RuleError as error:
+        print(f"decisions.{error}", file=sys.stderr)
+        return 2
+    print(json.dumps(public_dict(config), indent=1))
+    return 0
+
+
+def run(config: object) -> int:
+    """Run one agent until it is told to stop."""
+    import sqlite3
+
+    from .config import EdgeConfig
+    from .contract.errors import ContractError
+    from .decisions.rules import RuleError
+    from .logs import configure
+    from .runtime import EdgeRuntime
+
+    if not isinstance(config, EdgeConfig):
+        raise TypeError("run takes an EdgeConfig")
+    configure(config.logging.level, config.logging.format)
+    # PyYAML is not needed any more; its modules stay out of the agent's memory.
+    for name in [name for name in sys.modules if name == "yaml" or name.startswith(("yaml.", "_yaml", "argparse"))]:
+        del sys.modules[name]
+
+    async def serve() -> None:
+        runtime = EdgeRuntime(config)
+        try:
+            await runtime.start()
+        except BaseException:
+            await runtime.stop("failed to start")
+            raise
+        await runtime.wait()
+
+    try:
+        asyncio.run(serve())
+    except (ContractError, RuleError) as error:
+        logging.getLogger(__name__).error("the agent cannot start: %s", error)
+        return 2
+    except (OSError, sqlite3.Error) as error:
+        logging.getLogger(__name__).error("the agent cannot start: %s (data_dir %s)", error, config.data_dir)
+        return 1
+    return 0

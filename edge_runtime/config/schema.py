@@ -1,0 +1,141 @@
+"""Every key of the edge's configuration: type, unit, default, meaning. The page docs/edge-config.md is generated from here.
+
+Attribute names end with their unit: `_s` seconds (YAML takes 250ms, 10s, 5m, 2h or a number of seconds), `_bytes` bytes (YAML takes
+64MiB, 1GB or a number). In YAML the unit may be left off: `keepalive: 15s` is `keepalive_s: 15`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, doc: str, *, factory: bool = False, secret: bool = False, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+    """One key with its one-line meaning and limits."""
+    metadata = {"doc": doc, "secret": secret, "choices": choices, "low": low, "high": high}
+    if factory:
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkConfig:
+    """The link to the hub."""
+
+    enabled: bool = key(True, "connect to a hub; false: this edge works alone")
+    url: str = key("mqtt://127.0.0.1:1883", "the hub's broker, mqtt://host:port or mqtts://host:port")
+    username: str = key("", "user name at the broker")
+    password: str = key("", "password at the broker", secret=True)
+    ca_file: str = key("", "certificate authorities to trust (PEM); empty: the system's")
+    cert_file: str = key("", "this edge's certificate (PEM)")
+    key_file: str = key("", "its private key (PEM)")
+    protocol: str = key("auto", "MQTT version; auto tries 5 and falls back", choices=("auto", "5", "3.1.1"))
+    keepalive_s: float = key(15.0, "keep-alive; a dead link is noticed after 1.5 times this", low=2, high=3600)
+    backoff_base_s: float = key(1.0, "bound of the first pause between tries", low=0.01, high=3600)
+    backoff_cap_s: float = key(60.0, "largest pause between tries", low=0.01, high=86400)
+    stable_after_s: float = key(60.0, "how long a link must stay up before the pauses begin anew", low=0, high=86400)
+    inflight: int = key(8, "messages on their way to the broker at once", low=1, high=100)
+    batch_records: int = key(200, "records in one message at most", low=1, high=500)
+    batch_bytes: int = key(131_072, "bytes of one message at most", low=4096, high=200_000)
+
+
+@dataclass(frozen=True, slots=True)
+class BusConfig:
+    """The local broker where devices speak."""
+
+    enabled: bool = key(True, "listen to devices on the local bus")
+    url: str = key("", "the local broker, mqtt://host:port; empty: no bus")
+    username: str = key("", "user name at the local broker")
+    password: str = key("", "password at the local broker", secret=True)
+    protocol: str = key("auto", "MQTT version; auto tries 5 and falls back", choices=("auto", "5", "3.1.1"))
+    keepalive_s: float = key(15.0, "keep-alive", low=2, high=3600)
+    inflight_max: int = key(200, "device messages taken in and not yet durable, at once (MQTT 5)", low=1, high=10_000)
+
+
+@dataclass(frozen=True, slots=True)
+class JournalConfig:
+    """What is kept, how much of it and how soon it is on the disk."""
+
+    commit_interval_s: float = key(0.0, "least time between two commits of decisions and events; 0: as soon as the last one is done", low=0, high=10)
+    telemetry_commit_interval_s: float = key(0.5, "least time between two commits of telemetry that nobody waits for", low=0, high=60)
+    max_bytes: int = key(1 << 30, "size of the journal of decisions and events at which the oldest go", low=1 << 20, high=1 << 40)
+    telemetry_max_bytes: int = key(4 << 30, "size of the telemetry at which the oldest goes", low=1 << 20, high=1 << 40)
+    retain_receipted_records: int = key(10_000, "records per stream kept for explain after the hub has them", low=0, high=10_000_000)
+    min_free_bytes: int = key(64 << 20, "free space that is left on the file system; telemetry is cut below it", low=0, high=1 << 40)
+    ballast_bytes: int = key(8 << 20, "space set aside and released when the disk is full", low=0, high=1 << 30)
+    target_hours: float = key(72.0, "hours of outage that must fit; an alarm is raised below", low=0, high=10_000)
+    pending_max: int = key(20_000, "records that wait for the disk at most", low=100, high=1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """The host itself as a device."""
+
+    enabled: bool = key(True, "sample this host")
+    interval_s: float = key(1.0, "time between two samples", low=0.05, high=86400)
+    device_id: str = key("host", "the host's name as a device")
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesConfig:
+    """Devices behind this edge."""
+
+    auto_register: bool = key(True, "a device's first reading registers it")
+    registry_max: int = key(1000, "registered devices at most", low=1, high=100_000)
+    early_max_devices: int = key(256, "unregistered devices whose readings are kept", low=0, high=10_000)
+    early_max_readings: int = key(64, "readings kept per unregistered device", low=1, high=10_000)
+    early_ttl_s: float = key(600.0, "how long they are kept", low=0, high=86400)
+    host: HostConfig = key(HostConfig, "", factory=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model of this edge's own."""
+
+    manifest: str = key("", "path of the model's manifest; `shipped:NAME/FORMAT` for one that comes with the agent")
+    name: str = key("", "the name rules use; empty: the manifest's")
+    data: str = key("", "path of the model's data; empty: beside the manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionsConfig:
+    """What this edge decides by before a hub says otherwise."""
+
+    rules: tuple[dict[str, Any], ...] = key((), "rules (see docs/rules.md)")
+    rules_file: str = key("", "a JSON file with more rules")
+    models: tuple[ModelConfig, ...] = key((), "models that rules may ask")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """The local HTTP API."""
+
+    enabled: bool = key(True, "serve /healthz, /readyz, /metrics and /api/v1; false is the lean profile")
+    host: str = key("127.0.0.1", "address to listen on")
+    port: int = key(8470, "port to listen on; 0 takes a free one", low=0, high=65535)
+    token_file: str = key("", "file with the token that /api/v1 asks for; empty: none, then only loopback is allowed")
+
+
+@dataclass(frozen=True, slots=True)
+class LoggingConfig:
+    """What is logged, to standard error."""
+
+    level: str = key("info", "least level", choices=("debug", "info", "warning", "error"))
+    format: str = key("text", "text or one JSON object per line", choices=("text", "json"))
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeConfig:
+    """The configuration of one edge."""
+
+    edge_id: str = key("", "this edge's name; empty: the host's name")
+    region: str = key("", "the region it stands in")
+    site: str = key("default", "the site it belongs to")
+    node: str = key("", "the node it runs on; empty: the edge's name")
+    labels: dict[str, str] = key(dict, "labels, text to text", factory=True)
+    data_dir: str = key("", "where the journal and the models are; empty: $STATE_DIRECTORY, else ~/.local/share/novacron/edge")
+    uplink: UplinkConfig = key(UplinkConfig, "", factory=True)
+    bus: BusConfig = key(BusConfig, "", factory=True)
+    journal: JournalConfig = key(JournalConfig, "", factory=True)
+    devices: DevicesConfig = key(DevicesConfig, "", factory=True)
+    decisions: DecisionsConfig = key(DecisionsConfig, "", factory=True)
+    api: ApiConfig = key(ApiConfig, "", factory=True)
+    logging: LoggingConfig = key(LoggingConfig, "", factory=True)

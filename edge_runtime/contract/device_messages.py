@@ -1,0 +1,148 @@
+"""Messages of the local bus: between a device and its edge. No version field: a device may be a one-line script."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ContractError
+from .limits import MAX_INTEGER, MAX_METRICS, MAX_READINGS_PER_MESSAGE, MAX_STRING_CHARS
+from .schema import Field, Message
+from .topics import DEVICE_COMMAND, DEVICE_DESIRED, DEVICE_REGISTER, DEVICE_REPORTED, DEVICE_RESULT, DEVICE_TELEMETRY
+
+METRIC_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,63}\Z")
+MAX_FLATTEN_DEPTH = 4
+"""Levels of nested objects that become dotted metric names."""
+
+Value = float | int | str | bool
+
+TELEMETRY = Message(
+    name="telemetry", topic=DEVICE_TELEMETRY, direction="device to edge", retained=False, versioned=False,
+    doc=(
+        "A JSON object of metric to number, text or boolean; nested objects become dotted names; a bare number becomes `value`; "
+        "`{\"ts\": <milliseconds>, \"values\": {...}}` carries the device's own time; an array carries up to "
+        f"{MAX_READINGS_PER_MESSAGE} of these. null is left out; NaN and infinity are refused."
+    ),
+    fields=(), example={"temp": 71.5, "fan": {"rpm": 900}, "on": True},
+)
+REGISTER = Message(
+    name="register", topic=DEVICE_REGISTER, direction="device to edge", retained=True, versioned=False,
+    doc="What the device is. Readings that came before are kept, within limits, and follow at once.",
+    fields=(
+        Field("kind", "string", "the kind of device", required=False, default="generic", max_items=64),
+        Field("name", "string", "a name for people", required=False, default="", max_items=128),
+        Field("parent", "id", "the device it hangs on", required=False, default=None),
+        Field("meta", "object", "anything else worth knowing", required=False, default={}, max_items=64),
+    ),
+    example={"kind": "boiler", "name": "Boiler, hall 2"},
+)
+REPORTED = Message(
+    name="reported", topic=DEVICE_REPORTED, direction="device to edge", retained=False, versioned=False,
+    doc="Reported twin state: an object of property to value, merged into the twin; null removes a property.",
+    fields=(), example={"speed": 3},
+)
+TWIN_DESIRED = Message(
+    name="desired twin", topic=DEVICE_DESIRED, direction="edge to device", retained=True, versioned=False,
+    doc="The whole desired twin state of the device.",
+    fields=(
+        Field("version", "integer", "grows with every change", minimum=0),
+        Field("desired", "object", "property to value"),
+    ),
+    example={"version": 4, "desired": {"speed": 3}},
+)
+COMMAND = Message(
+    name="command", topic=DEVICE_COMMAND, direction="edge to device", retained=False, versioned=False,
+    doc="A command, at least once: a device that sees an id twice does it once. `again` marks a second sending after a restart.",
+    fields=(
+        Field("id", "id", "the command's name"),
+        Field("name", "id", "what to do"),
+        Field("args", "object", "its arguments", required=False, default={}),
+        Field("expires_ms", "integer", "wall time after which it must not be done", required=False, default=0, minimum=0),
+        Field("again", "boolean", "sent before, perhaps received before", required=False, default=False),
+    ),
+    example={"id": "gw-1.decision.121.0", "name": "on", "args": {"level": 2}, "expires_ms": 1795500060000},
+)
+RESULT = Message(
+    name="result", topic=DEVICE_RESULT, direction="device to edge", retained=False, versioned=False,
+    doc="The reply to a command.",
+    fields=(
+        Field("id", "id", "the command's name"),
+        Field("ok", "boolean", "whether it was done"),
+        Field("reason", "string", "why not", required=False, default="", max_items=256),
+        Field("value", "object", "what came of it", required=False, default={}, max_items=64),
+    ),
+    example={"id": "gw-1.decision.121.0", "ok": True},
+)
+
+
+@dataclass(slots=True)
+class Reading:
+    """One reading: metric to value, and the device's own time in milliseconds since 1970 where it sent one."""
+
+    values: dict[str, Value]
+    device_ms: int | None = None
+
+
+def parse_telemetry(value: Any) -> list[Reading]:
+    """The readings of one telemetry message, in order.
+
+    Raises:
+        ContractError: names the metric and what would mend it. Nothing of a message with an error is used.
+    """
+    if type(value) is list:
+        if len(value) > MAX_READINGS_PER_MESSAGE:
+            raise ContractError("payload", f"{len(value)} readings are over {MAX_READINGS_PER_MESSAGE}", "send several messages", "limit")
+        return [_parse_reading(entry, f"[{index}].") for index, entry in enumerate(value)]
+    return [_parse_reading(value, "")]
+
+
+def _parse_reading(value: Any, where: str) -> Reading:
+    device_ms: int | None = None
+    if type(value) is dict:
+        inner = value.get("values")
+        if type(inner) is dict:
+            stamp = value.get("ts")
+            if stamp is not None:
+                if type(stamp) not in (int, float) or not 0 <= stamp <= MAX_INTEGER:
+                    raise ContractError(f"{where}ts", "is not a time", "send milliseconds since 1970 UTC", "time")
+                device_ms = int(stamp)
+            value = inner
+    elif type(value) in (int, float, bool, str):
+        value = {"value": value}
+    else:
+        raise ContractError(where.rstrip(".") or "payload", f"is {type(value).__name__}", "send an object of metric to value", "type")
+    values: dict[str, Value] = {}
+    _flatten(value, "", values, where, 1)
+    if not values:
+        raise ContractError(where.rstrip(".") or "payload", "holds no value", "send at least one metric", "empty")
+    return Reading(values, device_ms)
+
+
+def _flatten(source: dict[str, Any], prefix: str, out: dict[str, Value], where: str, depth: int) -> None:
+    for key, item in source.items():
+        name = prefix + key
+        if not METRIC_PATTERN.match(name):
+            raise ContractError(f"{where}{name[:80]}", "is not a metric name", "use letters, digits and _ . : / -, 64 at most", "name")
+        kind = type(item)
+        if kind is float:
+            if not math.isfinite(item):
+                raise ContractError(where + name, "is not finite", "send a finite number or null", "nan")
+            out[name] = item
+        elif kind is int:
+            if not -MAX_INTEGER <= item <= MAX_INTEGER:
+                raise ContractError(where + name, "is past 64 bits", "send it as text or as a float", "limit")
+            out[name] = item
+        elif kind is bool:
+            out[name] = item
+        elif kind is str:
+            if len(item) > MAX_STRING_CHARS:
+                raise ContractError(where + name, f"{len(item)} characters are over {MAX_STRING_CHARS}", "shorten the text", "limit")
+            out[name] = item
+        elif kind is dict:
+            if depth >= MAX_FLATTEN_DEPTH:
+                raise ContractError(where + name, f"is nested deeper than {MAX_FLATTEN_DEPTH} levels", "flatten the reading", "depth")
+            _flatten(item, name + ".", out, where, depth + 1)
+        elif item is not None:
+            raise ContractError(where + name, f"is {kind.__name__}", "send a number, text, boolean or object", "type")
+        if len(out) > MAX_METRICS:
+            raise ContractError(where.rstrip(".") or "payload", f"has over {MAX_METRICS} metrics", "split the reading", "limit")

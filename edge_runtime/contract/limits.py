@@ -1,0 +1,46 @@
+"""Limits that both sides keep. Each has a unit and a reason; a message over a limit is refused, counted and named."""
+
+PROTOCOL_VERSION = 1
+"""Major version of the contract; part of every topic and, as `v`, of every message."""
+
+MAX_MESSAGE_BYTES = 262_144
+"""Bytes of one MQTT payload. AWS IoT Core takes 128 KiB, Azure and most brokers 256 KiB; batches stay under half of this."""
+
+MAX_DEPTH = 16
+"""Nesting of objects and arrays in one message: deeper ones are a mistake or an attack on the parser."""
+
+MAX_ID_CHARS = 64
+"""Characters of an edge, device, rule or stream name: fits every broker's topic and client-id limits (23 is MQTT 3.1 only)."""
+
+MAX_BODY_BYTES = 65_536
+"""Bytes of one record's body as canonical JSON: two fit a batch whatever happens."""
+
+MAX_BATCH_RECORDS = 500
+"""Records of one batch: bounds what one message can make the hub do in one transaction."""
+
+MAX_METRICS = 64
+"""Values of one reading."""
+
+MAX_READINGS_PER_MESSAGE = 100
+"""Readings in one device message (an array): bounds the work one message can cause."""
+
+MAX_STRING_CHARS = 1024
+"""Characters of a text value in a reading."""
+
+MAX_WANT_RANGES = 32
+"""Ranges a hub may ask for again in one receipt; the rest is asked for next time."""
+
+MAX_COMMANDS = 256
+"""Commands that wait in one desired state."""
+
+MAX_RULES = 256
+"""Rules in one desired state."""
+
+MAX_MODELS = 16
+"""Models in one desired state."""
+
+MAX_TWINS = 1024
+"""Devices with desired twin state in one desired state."""
+
+MAX_INTEGER = 2**63 - 1
+"""Largest magnitude of an integer: what SQLite and PostgreSQL store exactly."""

@@ -1,0 +1,69 @@
+"""MQTT topics: how they are built and how they are read. Names only; what travels on them is in the message modules."""
+
+from .errors import ContractError
+from .limits import PROTOCOL_VERSION
+from .schema import ID_PATTERN
+
+ROOT = f"novacron/{PROTOCOL_VERSION}"
+
+EDGE_UP = f"{ROOT}/edge/<edge>/up"
+EDGE_STATUS = f"{ROOT}/edge/<edge>/status"
+EDGE_RECEIPTS = f"{ROOT}/edge/<edge>/receipts"
+EDGE_DESIRED = f"{ROOT}/edge/<edge>/desired"
+HUB_STATUS = f"{ROOT}/hub/status"
+DEVICE_TELEMETRY = f"{ROOT}/device/<device>/telemetry"
+DEVICE_REGISTER = f"{ROOT}/device/<device>/register"
+DEVICE_REPORTED = f"{ROOT}/device/<device>/reported"
+DEVICE_DESIRED = f"{ROOT}/device/<device>/desired"
+DEVICE_COMMAND = f"{ROOT}/device/<device>/command"
+DEVICE_RESULT = f"{ROOT}/device/<device>/result"
+
+EDGE_LEAVES = ("up", "status", "receipts", "desired")
+DEVICE_LEAVES = ("telemetry", "register", "reported", "desired", "command", "result")
+
+
+def edge_topic(edge: str, leaf: str) -> str:
+    """`novacron/1/edge/<edge>/<leaf>`; `leaf` is one of `EDGE_LEAVES`."""
+    return f"{ROOT}/edge/{edge}/{leaf}"
+
+
+def device_topic(device: str, leaf: str) -> str:
+    """`novacron/1/device/<device>/<leaf>`; `leaf` is one of `DEVICE_LEAVES`."""
+    return f"{ROOT}/device/{device}/{leaf}"
+
+
+def hub_subscriptions(shared_group: str = "") -> tuple[str, ...]:
+    """What a hub subscribes to; with `shared_group` (MQTT 5) the batches are shared among the hubs of that group."""
+    prefix = f"$share/{shared_group}/" if shared_group else ""
+    return (f"{prefix}{ROOT}/edge/+/up", f"{ROOT}/edge/+/status")
+
+
+def edge_subscriptions(edge: str) -> tuple[str, ...]:
+    """What an edge subscribes to on its uplink."""
+    return (edge_topic(edge, "receipts"), edge_topic(edge, "desired"), HUB_STATUS)
+
+
+def bus_subscriptions() -> tuple[str, ...]:
+    """What an edge subscribes to on its local bus: what devices say. Not `#`: the edge's own commands would come back to it."""
+    return tuple(f"{ROOT}/device/+/{leaf}" for leaf in ("telemetry", "register", "reported", "result"))
+
+
+def parse(topic: str, scope: str, leaves: tuple[str, ...]) -> tuple[str, str]:
+    """`(name, leaf)` of an edge or device topic.
+
+    Args:
+        topic: as received.
+        scope: `edge` or `device`.
+        leaves: which last levels are expected.
+
+    Raises:
+        ContractError: a topic outside the contract (reason `topic`) or a name that is none (reason `name`).
+    """
+    parts = topic.split("/")
+    if len(parts) != 5 or parts[0] != "novacron" or parts[2] != scope or parts[4] not in leaves:
+        raise ContractError("topic", f"{topic[:120]!r} is not in the contract", f"publish on {ROOT}/{scope}/<name>/<{'|'.join(leaves)}>", "topic")
+    if parts[1] != str(PROTOCOL_VERSION):
+        raise ContractError("topic", f"version {parts[1][:20]!r} is not spoken here", f"use {ROOT}/...", "version")
+    if not ID_PATTERN.match(parts[3]):
+        raise ContractError("topic", f"{parts[3][:80]!r} is not a name", "use letters, digits, _ . : - and at most 64 of them", "name")
+    return parts[3], parts[4]

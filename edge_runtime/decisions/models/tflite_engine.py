@@ -1,0 +1,207 @@
+"""TFLite without numpy: LiteRT's C library (the successor of tflite-runtime) by ctypes, from the `ai-edge-litert` package.
+
+The package itself is never imported: its Python layer brings numpy (20 MiB), the library alone 7 MiB. Where only `tflite-runtime` is
+installed its interpreter is used (it needs numpy).
+
+The C library trusts its input: malformed bytes can end the process. So a model is first opened in a child process; only what survives
+there is opened here. The same probe finds a library whose C interface differs from the one written down below (LiteRT 2.x).
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .manifest import ModelEngineMissing, ModelError
+
+PROBE_TIMEOUT_S = 20.0
+"""A child that loads the library and runs a small model needs 0.1 s here; a slow card and a cold cache need seconds."""
+
+_CPU = 1  # kLiteRtHwAcceleratorCpu
+_FLOAT32 = 1  # kLiteRtElementTypeFloat32
+_READ, _WRITE = 0, 1  # LiteRtTensorBufferLockMode
+_SILENT = 4  # LiteRtLogSeverity: nothing below it is printed
+_IDENTIFIER = b"TFL3"
+"""Bytes 4 to 7 of a TFLite flatbuffer."""
+
+
+class _TensorType(ctypes.Structure):
+    """LiteRtRankedTensorType of litert_model_types.h: 72 bytes; rank in the low 7 bits of its byte."""
+
+    _fields_ = (
+        ("element", ctypes.c_int), ("rank", ctypes.c_uint8), ("unused", ctypes.c_uint8 * 3), ("dimensions", ctypes.c_int32 * 8),
+        ("strides", ctypes.c_uint32 * 8),
+    )
+
+
+def find_library() -> Path | None:
+    """libLiteRt.so of an installed ai-edge-litert, without importing it."""
+    for entry in sys.path:
+        candidate = Path(entry or ".") / "ai_edge_litert" / "libLiteRt.so"
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+class LiteRtEngine:
+    """One TFLite model in LiteRT's C library: one float32 input of shape (1, n), one float32 output."""
+
+    name = "litert-c"
+
+    def __init__(self, data: bytes, inputs: int, library: Path) -> None:
+        self._lib: Any = ctypes.CDLL(str(library))
+        self._keep = ctypes.create_string_buffer(data, len(data))  # the model reads its weights from here
+        self._handles: list[tuple[str, ctypes.c_void_p]] = []
+        self._inputs = inputs
+        self._quiet()
+        environment = self._make("Environment", "LiteRtCreateEnvironment", ctypes.c_int(0), None)
+        model = self._make("Model", "LiteRtCreateModelFromBuffer", environment, self._keep, ctypes.c_size_t(len(data)))
+        options = self._make("Options", "LiteRtCreateOptions")
+        self._call("LiteRtSetOptionsHardwareAccelerators", options, ctypes.c_int(_CPU))
+        self._compiled = self._make("CompiledModel", "LiteRtCreateCompiledModel", environment, model, options)
+        feed, size_in = self._buffer(environment, "Input", inputs)
+        if size_in != 4 * inputs:
+            raise ModelError("inputs", f"the model takes {size_in // 4} numbers, the manifest names {inputs} features", "correct the manifest")
+        fetch, size_out = self._buffer(environment, "Output", 0)
+        self._outputs = size_out // 4
+        self._feed, self._fetch = feed, fetch
+        self._in = (ctypes.c_void_p * 1)(feed)
+        self._out = (ctypes.c_void_p * 1)(fetch)
+        self._vector = ctypes.c_float * inputs
+        self._address = ctypes.c_void_p()
+        self._zero, self._one = ctypes.c_size_t(0), ctypes.c_size_t(1)
+
+    def _quiet(self) -> None:
+        logger = ctypes.c_void_p()
+        try:
+            if self._lib.LiteRtGetDefaultLogger(ctypes.byref(logger)) == 0:
+                self._lib.LiteRtSetMinLoggerSeverity(logger, ctypes.c_int(_SILENT))
+        except AttributeError:
+            pass  # this build cannot be asked; it only talks more
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        status = getattr(self._lib, function)(*arguments)
+        if status != 0:
+            raise ModelError("data", f"{function} answers {status}", "export the model again as TFLite with float32 input and output")
+
+    def _make(self, kind: str, function: str, *arguments: Any) -> ctypes.c_void_p:
+        handle = ctypes.c_void_p()
+        self._call(function, *arguments, ctypes.byref(handle))
+        self._handles.append((kind, handle))
+        return handle
+
+    def _buffer(self, environment: ctypes.c_void_p, side: str, length: int) -> tuple[ctypes.c_void_p, int]:
+        requirements, size = ctypes.c_void_p(), ctypes.c_size_t()
+        self._call(f"LiteRtGetCompiledModel{side}BufferRequirements", self._compiled, ctypes.c_size_t(0), ctypes.c_size_t(0), ctypes.byref(requirements))
+        self._call("LiteRtGetTensorBufferRequirementsBufferSize", requirements, ctypes.byref(size))
+        tensor = _TensorType(_FLOAT32, 2)
+        tensor.dimensions[0], tensor.dimensions[1] = 1, size.value // 4
+        made = self._make("TensorBuffer", "LiteRtCreateManagedTensorBufferFromRequirements", environment, ctypes.byref(tensor), requirements)
+        return made, size.value
+
+    def run(self, vector: Sequence[float]) -> list[float]:
+        """See `Engine.run`."""
+        lib, address = self._lib, self._address
+        if lib.LiteRtLockTensorBuffer(self._feed, ctypes.byref(address), _WRITE) != 0:
+            raise ModelError("data", "the input cannot be written", "export the model again")
+        ctypes.memmove(address, self._vector(*vector), 4 * self._inputs)
+        lib.LiteRtUnlockTensorBuffer(self._feed)
+        status = lib.LiteRtRunCompiledModel(self._compiled, self._zero, self._one, self._in, self._one, self._out)
+        if status != 0 or lib.LiteRtLockTensorBuffer(self._fetch, ctypes.byref(address), _READ) != 0:
+            raise ModelError("data", f"the model cannot be run ({status})", "export the model again")
+        made = list((ctypes.c_float * self._outputs).from_address(address.value or 0))
+        lib.LiteRtUnlockTensorBuffer(self._fetch)
+        return made
+
+    def close(self) -> None:
+        """Free everything, newest first."""
+        while self._handles:
+            kind, handle = self._handles.pop()
+            getattr(self._lib, f"LiteRtDestroy{kind}")(handle)
+
+
+class TfliteRuntimeEngine:
+    """One TFLite model in tflite-runtime's interpreter."""
+
+    name = "tflite-runtime"
+
+    def __init__(self, data: bytes, inputs: int) -> None:
+        import numpy
+        from tflite_runtime.interpreter import Interpreter  # type: ignore[import-not-found,unused-ignore]
+
+        self._numpy = numpy
+        try:
+            self._interpreter: Any = Interpreter(model_content=data, num_threads=1)
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError, SystemError) as error:
+            raise ModelError("data", f"is not a TFLite model ({str(error)[:200]})", "export the model again") from None
+        feed = self._interpreter.get_input_details()[0]
+        if int(feed["shape"][-1]) != inputs:
+            raise ModelError("inputs", f"the model takes {feed['shape'][-1]} numbers, the manifest names {inputs} features", "correct the manifest")
+        self._feed, self._fetch = feed["index"], self._interpreter.get_output_details()[0]["index"]
+
+    def run(self, vector: Sequence[float]) -> list[float]:
+        """See `Engine.run`."""
+        self._interpreter.set_tensor(self._feed, self._numpy.asarray([vector], dtype=self._numpy.float32))
+        self._interpreter.invoke()
+        made: list[float] = self._interpreter.get_tensor(self._fetch).ravel().tolist()
+        return made
+
+    def close(self) -> None:
+        """Free the interpreter."""
+        self._interpreter = None
+
+
+def open_tflite(data: bytes, inputs: int) -> LiteRtEngine | TfliteRuntimeEngine:
+    """The engine that this machine has, with the model loaded; raises `ModelError`."""
+    if len(data) < 8 or data[4:8] != _IDENTIFIER:
+        raise ModelError("data", "is not a TFLite flatbuffer (no TFL3 mark)", "export the model as TFLite")
+    library = find_library()
+    if library is not None:
+        _probe(data, inputs)
+        return LiteRtEngine(data, inputs, library)
+    try:
+        import tflite_runtime  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        raise ModelEngineMissing(
+            "format", "tflite needs ai-edge-litert or tflite-runtime", "install ai-edge-litert, or send the model as onnx or portable"
+        ) from None
+    return TfliteRuntimeEngine(data, inputs)
+
+
+def _probe(data: bytes, inputs: int) -> None:
+    """Open and run the model in a child; what kills the child is refused here."""
+    with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
+        file.write(data)
+        file.flush()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+        try:
+            child = subprocess.run(
+                [sys.executable, "-S", "-m", __name__, file.name, str(inputs)], env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+                timeout=PROBE_TIMEOUT_S, check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ModelError("data", f"loading it takes over {PROBE_TIMEOUT_S:.0f} s", "send a smaller model") from None
+    if child.returncode != 0:
+        said = child.stdout.decode(errors="replace").strip().splitlines()
+        why = said[-1] if said and child.returncode == 2 else f"loading it ends the process (status {child.returncode})"
+        raise ModelError("data", why[:300], "export the model again as TFLite with one float32 input and output")
+
+
+def _child(path: str, inputs: int) -> int:
+    library = find_library()
+    try:
+        engine = LiteRtEngine(Path(path).read_bytes(), inputs, library or Path("libLiteRt.so"))
+        engine.run([0.0] * inputs)
+    except ModelError as error:
+        print(f"{error.field}: {error.problem}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,138 @@
+"""The local bus: any MQTT client that publishes JSON. Parses and hands over; decides nothing.
+
+A QoS 1 message is acknowledged when what came of it is durable: the broker's window is then the back-pressure.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..clock import Clock
+from ..contract import jsoncodec, topics
+from ..contract.device_messages import REGISTER, RESULT, Reading, parse_telemetry
+from ..contract.errors import ContractError
+from ..metrics import Metrics
+from ..mqtt_session import Endpoint, MqttSession, SessionClosed, run_session
+
+log = logging.getLogger(__name__)
+
+RETRY_BASE_S = 0.5
+RETRY_CAP_S = 10.0
+"""The bus is on this host or next to it: asked again soon, without the uplink's long pauses."""
+
+OUR_LEAVES = ("desired", "command")
+DEVICE_SPEAKS = ("telemetry", "register", "reported", "result")
+
+Done = Callable[[], None]
+
+
+class Sink(Protocol):
+    """Who takes what devices say. `done` is to be called once it is durable."""
+
+    def readings(self, device: str, readings: list[Reading], done: Done) -> None:
+        """Readings of one message, in order."""
+
+    def registered(self, device: str, message: dict[str, Any], done: Done) -> None:
+        """A device said what it is."""
+
+    def reported(self, device: str, patch: Any, done: Done) -> None:
+        """A device reported twin state."""
+
+    def result(self, device: str, message: dict[str, Any], done: Done) -> None:
+        """A device replied to a command."""
+
+    def refused(self, device: str, error: ContractError) -> None:
+        """A message of `device` (empty if unknown) was refused."""
+
+    def bus_up(self) -> None:
+        """The bus is there (again)."""
+
+
+class Bus:
+    """The connection to the local broker.
+
+    Args:
+        pauses: seconds to wait before each try.
+    """
+
+    def __init__(self, endpoint: Endpoint, edge: str, sink: Sink, clock: Clock, metrics: Metrics, *, next_pause_s: Callable[[], float], keepalive_s: int = 15, receive_max: int = 100) -> None:
+        self._endpoint = endpoint
+        self._edge = edge
+        self._sink = sink
+        self._clock = clock
+        self._metrics = metrics
+        self._next_pause_s = next_pause_s
+        self._keepalive_s = keepalive_s
+        self._receive_max = receive_max
+        self._session: MqttSession | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.last_error = ""
+        self._wake = asyncio.Event()
+        self.on_session: Callable[[bool], None] = lambda _up: None
+
+    @property
+    def up(self) -> bool:
+        """Connected."""
+        return self._session is not None and self._session.open
+
+    def start(self) -> None:
+        """Begin; call inside the running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="bus")
+
+    async def stop(self) -> None:
+        """Disconnect and end."""
+        if self._session is not None:
+            await self._session.disconnect()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        await run_session(
+            self._make, self._serve, protocol=self._endpoint.protocol, next_pause_s=self._next_pause_s, on_failure=self._failed, wake=self._wake
+        )
+
+    def _make(self, protocol5: bool) -> MqttSession:
+        return MqttSession(
+            self._endpoint, f"novacron-bus-{self._edge}", self._message, persistent=True, keepalive_s=self._keepalive_s, protocol5=protocol5,
+            receive_max=self._receive_max,
+        )
+
+    def _failed(self, error: SessionClosed) -> None:
+        self._session = None
+        self.last_error = error.reason
+        self.on_session(False)
+
+    async def _serve(self, session: MqttSession) -> None:
+        self._session = session
+        await session.subscribe(topics.bus_subscriptions())
+        self._metrics.inc("bus_connects_total")
+        self.on_session(True)
+        self._sink.bus_up()
+        await asyncio.wait((session.closed,))
+
+    def publish(self, device: str, leaf: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Done | None = None) -> bool:
+        """Publish to a device; False where the bus is not there."""
+        if self._session is None:
+            return False
+        return self._session.publish(topics.device_topic(device, leaf), payload, retain=retain, expiry_s=expiry_s, on_ack=on_ack)
+
+    def _message(self, topic: str, payload: bytes, done: Done) -> None:
+        device = ""
+        try:
+            device, leaf = topics.parse(topic, "device", DEVICE_SPEAKS)
+            if leaf == "telemetry":
+                self._sink.readings(device, parse_telemetry(jsoncodec.decode(payload)), done)
+            elif not payload:
+                done()  # a cleared retained message
+            elif leaf == "register":
+                self._sink.registered(device, REGISTER.parse(jsoncodec.decode(payload)), done)
+            elif leaf == "reported":
+                self._sink.reported(device, jsoncodec.decode(payload), done)
+            else:
+                self._sink.result(device, RESULT.parse(jsoncodec.decode(payload)), done)
+        except ContractError as error:
+            self._metrics.inc("device_rejected_messages_total", reason=error.reason)
+            self._sink.refused(device, error)
+            done()

@@ -1,0 +1,419 @@
+"""The journal as the runtime uses it: append, be told when it is durable, read back, receive receipts, keep within limits."""
+
+import asyncio
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..clock import Clock, Stamp
+from ..contract import jsoncodec
+from ..contract.errors import ContractError
+from ..contract.limits import MAX_BODY_BYTES
+from ..contract.records import Record
+from ..contract.streams import STREAMS
+from .database import JournalDatabase, StreamMarks, database_streams
+from .lane import Callback, Lane, Worker
+from .planner import GrowthRate, StoragePlan, plan
+from .recovery import Recovery, SideFile, open_checked, write_durably
+
+log = logging.getLogger(__name__)
+
+UPKEEP_INTERVAL_S = 2.0
+"""How often caps, free space and growth are looked at."""
+
+RELEASE_SLICES = 20
+"""Slices of 500 rows freed per upkeep at most: 10,000 rows per 2 s outrun any load this runtime takes, and leave room for commits."""
+
+RELIEF_SHARE = 0.1
+"""Share of the telemetry that is dropped when the disk is full: enough that it does not happen again at once."""
+
+CLEAN_KEY = "clean"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSettings:
+    """How the journal is kept; sizes in bytes, times in seconds."""
+
+    directory: Path
+    commit_interval_s: float = 0.0
+    telemetry_commit_interval_s: float = 0.5
+    max_bytes: int = 1 << 30
+    telemetry_max_bytes: int = 4 << 30
+    retain_receipted_records: int = 10_000
+    min_free_bytes: int = 64 << 20
+    ballast_bytes: int = 8 << 20
+    target_hours: float = 72.0
+    pending_max: int = 20_000
+
+
+class Journal:
+    """The journal of one edge; `open` it, `start` it in a running loop, `close` it.
+
+    Attributes:
+        boot: this boot's random id; boot_n: its number in this edge's life.
+        clean: the stop before this boot was orderly.
+        recoveries: what was rebuilt at this boot.
+    """
+
+    def __init__(self, settings: JournalSettings, clock: Clock, raise_floor: Callable[[int], None] = lambda _: None) -> None:
+        """Open both databases, rebuilding what is damaged, and count this boot. Raises OSError where the directory cannot be used."""
+        self.settings = settings
+        self._clock = clock
+        settings.directory.mkdir(parents=True, exist_ok=True)
+        self.boot = secrets.token_hex(8)
+        self._side = SideFile.load(settings.directory / "marks.json")
+        self._side_lock = threading.Lock()
+        clean_path = settings.directory / "clean"
+        self.clean = clean_path.exists() or self._side.boot_n == 0
+        clean_path.unlink(missing_ok=True)
+        self._clean_path = clean_path
+        self.recoveries: list[Recovery] = []
+        self.lanes: dict[str, Lane] = {}
+        self._lane_of: dict[str, Lane] = {}
+        stamp = clock.stamp()
+        newest = 0
+        boots = self._side.boot_n
+        for name, streams in database_streams().items():
+            database, recovery = open_checked(
+                settings.directory / f"{name}.db", streams, self._side, unclean=not self.clean, stamp=stamp, boot=self.boot
+            )
+            if recovery.damage:
+                self.recoveries.append(recovery)
+                log.error("%s was damaged (%s) and has been rebuilt: %s", database.path, recovery.damage, recovery)
+            newest = max(newest, database.newest_wall_ms())
+            boots = max(boots, len(database._boots))
+            self._add_lane(name, database)
+        raise_floor(newest)
+        self.boot_n = boots + 1
+        self._side.boot_n = self.boot_n
+        self._side.save()
+        self._state: dict[str, str] = self.lanes["journal"].database.state()
+        self._reader: Worker | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+        self._rates = {name: GrowthRate() for name in self.lanes}
+        self._observed: dict[str, int] = dict.fromkeys(self.lanes, 0)
+        self._observed_ms = clock.mono_ms()
+        self._listeners: list[Callable[[str, int], None]] = []
+        self._ballast = settings.directory / "ballast"
+        self.refused_telemetry = 0
+        self.trimmed_full = 0
+        self.telemetry_open = True
+        self.storage_plan: StoragePlan = self._plan()
+        self._make_ballast()
+
+    def _add_lane(self, name: str, database: JournalDatabase) -> None:
+        telemetry = name == "telemetry"
+        lane = Lane(
+            database, self._side, self._side_lock, self.boot, pending_max=self.settings.pending_max, droppable=telemetry,
+            interval_s=self.settings.telemetry_commit_interval_s if telemetry else self.settings.commit_interval_s,
+            on_commit=self._committed, on_full=self._full,
+        )
+        self.lanes[name] = lane
+        for stream in database.streams:
+            self._lane_of[stream] = lane
+
+    # -- life ----------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin writing; call inside the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._reader = Worker("journal-read", self._loop)
+        for lane in self.lanes.values():
+            lane.start(self._loop)
+        self._upkeep = self._loop.create_task(self._upkeep_forever(), name="journal upkeep")
+
+    async def close(self) -> None:
+        """Make everything durable that can be, mark the stop as orderly, close the files."""
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        clean = True
+        for lane in self.lanes.values():
+            try:
+                await asyncio.wait_for(lane.drain(), 10)
+            except TimeoutError:
+                clean = False
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader = None
+        for lane in self.lanes.values():
+            lane.stop()
+        if clean:
+            try:
+                write_durably(self._clean_path, self.boot.encode())
+            except OSError as error:
+                log.warning("the orderly stop could not be marked: %s", error)
+
+    # -- writing -------------------------------------------------------------------------------------------------------------
+
+    def append(self, stream: str, kind: str, body: Any, on_durable: Callback | None = None, stamp: Stamp | None = None) -> bool:
+        """Append one record; it is durable when `on_durable(record)` runs.
+
+        Args:
+            body: a JSON object, or its canonical text.
+
+        Returns:
+            False where a telemetry record is refused because the disk is full (counted in `refused_telemetry`).
+
+        Raises:
+            ContractError: the body is not JSON or over `MAX_BODY_BYTES`.
+        """
+        text = body if isinstance(body, str) else jsoncodec.encode(body)
+        if len(text) > MAX_BODY_BYTES:
+            raise ContractError("body", f"{len(text)} bytes are over {MAX_BODY_BYTES}", "split the record", "size")
+        if stream == "telemetry" and not self.telemetry_open:
+            self.refused_telemetry += 1
+            return False
+        self._lane_of[stream].append(stream, kind, text, stamp or self._clock.stamp(), on_durable)
+        return True
+
+    def put_state(self, key: str, value: Any, on_durable: Callable[[], None] | None = None) -> None:
+        """Keep a JSON document under `key` across restarts (None forgets it)."""
+        text = None if value is None else jsoncodec.encode(value)
+        if text is None:
+            self._state.pop(key, None)
+        else:
+            self._state[key] = text
+        self.lanes["journal"].put_state(key, text, on_durable)
+
+    def state(self, key: str) -> Any:
+        """The document under `key`, None where there is none or it cannot be read any more."""
+        text = self._state.get(key)
+        if text is None:
+            return None
+        try:
+            return jsoncodec.decode(text.encode(), max_bytes=1 << 24)
+        except ContractError as error:
+            log.error("state %s cannot be read: %s", key, error)
+            return None
+
+    def state_keys(self, prefix: str) -> list[str]:
+        """Every key that starts with `prefix`."""
+        return sorted(key for key in self._state if key.startswith(prefix))
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of both databases."""
+        return sum(lane.database.used_bytes() for lane in self.lanes.values())
+
+    def receipt(self, stream: str, upto: int) -> None:
+        """The hub holds everything of `stream` up to `upto`; what it never got cannot be receipted."""
+        lane = self._lane_of[stream]
+        marks = lane.marks[stream]
+        upto = min(upto, marks.next_seq - 1)
+        if upto > marks.receipted:
+            marks.receipted = upto
+            lane.touch(stream)
+
+    def effects_done(self, stream: str, upto: int) -> None:
+        """The effects of every record of `stream` up to `upto` are done."""
+        lane = self._lane_of[stream]
+        if upto > lane.marks[stream].effects:
+            lane.marks[stream].effects = upto
+            lane.touch(stream)
+
+    async def rebase(self, stream: str, above: int) -> None:
+        """Give every unreceipted record of `stream` a sequence number after `above`; see `JournalDatabase.rebase`."""
+        lane = self._lane_of[stream]
+        with self._side_lock:
+            self._side.reserve(stream, above + lane.marks[stream].next_seq)
+        await lane.exclusively(lambda: lane.database.rebase(stream, lane.marks[stream], above))
+
+    def on_commit(self, listener: Callable[[str, int], None]) -> None:
+        """Have `listener(stream, last durable seq)` called after each commit."""
+        self._listeners.append(listener)
+
+    def _committed(self, last: dict[str, int]) -> None:
+        for stream, seq in last.items():
+            for listener in self._listeners:
+                listener(stream, seq)
+
+    async def flush(self) -> None:
+        """Wait until everything appended so far is durable."""
+        for lane in self.lanes.values():
+            await lane.drain()
+
+    # -- reading -------------------------------------------------------------------------------------------------------------
+
+    def marks(self, stream: str) -> StreamMarks:
+        """A copy of the stream's durable marks."""
+        return replace(self._lane_of[stream].marks[stream])
+
+    def durable(self, stream: str) -> int:
+        """The last durable seq of the stream."""
+        return self._lane_of[stream].marks[stream].next_seq - 1
+
+    async def read(self, stream: str, first: int, limit: int, max_bytes: int, last: int | None = None) -> tuple[list[Record], bytes]:
+        """Records from `first`, and the chain after the last of them; see `JournalDatabase.read`."""
+        database = self._lane_of[stream].database
+        result = await self._on_reader(lambda: database.read(stream, first, limit, max_bytes, last))
+        records: list[Record] = result[0]
+        return records, result[1]
+
+    async def chain_at(self, stream: str, seq: int) -> bytes | None:
+        """The chain after record `seq` of `stream`, None where it is no longer known."""
+        marks = self._lane_of[stream].marks[stream]
+        if seq == marks.next_seq - 1:
+            return marks.chain
+        if seq == marks.floor - 1:
+            return marks.floor_chain
+        database = self._lane_of[stream].database
+        chain: bytes | None = await self._on_reader(lambda: database.chain_at(stream, seq))
+        return chain
+
+    async def tail(self, stream: str, limit: int, before: int | None = None, kinds: tuple[str, ...] = ()) -> list[Record]:
+        """The newest records of a stream, newest first."""
+        database = self._lane_of[stream].database
+        records: list[Record] = await self._on_reader(lambda: database.tail(stream, limit, before, kinds))
+        return records
+
+    async def _on_reader(self, job: Callable[[], Any]) -> Any:
+        if self._reader is None:
+            return job()
+        return await self._reader.call(job)
+
+    # -- limits --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def pressure(self) -> bool:
+        """Senders should hold back."""
+        return any(lane.pressure for lane in self.lanes.values())
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What stops a database from being written, by database; empty when all is well."""
+        return {name: lane.error for name, lane in self.lanes.items() if lane.error}
+
+    def free_bytes(self) -> int:
+        """Free bytes of the journal's file system, for an unprivileged process."""
+        stat = os.statvfs(self.settings.directory)
+        return stat.f_bavail * stat.f_frsize
+
+    def _plan(self) -> StoragePlan:
+        used = {name: lane.database.used_bytes() for name, lane in self.lanes.items()}
+        unreceipted = {}
+        for name, lane in self.lanes.items():
+            kept = sum(marks.next_seq - marks.floor for marks in lane.marks.values())
+            open_ = sum(marks.next_seq - 1 - max(marks.receipted, marks.floor - 1) for marks in lane.marks.values())
+            unreceipted[name] = open_ / kept if kept else 0.0
+        caps = {"journal": self.settings.max_bytes, "telemetry": self.settings.telemetry_max_bytes}
+        return plan(self._rates, used, caps, unreceipted, self.free_bytes(), self.settings.min_free_bytes, self.settings.target_hours)
+
+    async def _upkeep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_INTERVAL_S)
+            try:
+                await self.upkeep()
+            except Exception:
+                log.exception("journal upkeep failed")
+
+    async def upkeep(self) -> None:
+        """Observe growth, free what may go, keep the caps and the free space. Runs every `UPKEEP_INTERVAL_S`."""
+        now = self._clock.mono_ms()
+        for name, lane in self.lanes.items():
+            self._rates[name].observe(lane.appended_bytes - self._observed[name], now - self._observed_ms)
+            self._observed[name] = lane.appended_bytes
+        self._observed_ms = now
+        for name, lane in self.lanes.items():
+            cap = self.settings.telemetry_max_bytes if name == "telemetry" else self.settings.max_bytes
+            if lane.worker is not None and not lane.error:
+                await lane.worker.call(lambda lane=lane, cap=cap: self._keep_within(lane, cap))  # type: ignore[misc]
+        free = self.free_bytes()
+        if free < self.settings.min_free_bytes:
+            lane = self.lanes["telemetry"]
+            if lane.worker is not None:
+                await lane.worker.call(self._relieve)
+            free = self.free_bytes()
+        elif not self._ballast.exists():
+            self._make_ballast()
+        # Telemetry stops before decisions do: half of the reserve is theirs alone.
+        self.telemetry_open = free >= self.settings.min_free_bytes // 2
+        self.storage_plan = self._plan()
+
+    def _keep_within(self, lane: Lane, cap: int) -> None:
+        """On the lane's thread: free receipted records past the retention, then the oldest past the cap; give pages back."""
+        freed = 0
+        for stream in sorted(lane.database.streams, key=lambda name: -STREAMS[name].priority):
+            marks = lane.marks[stream]
+            upto = min(marks.receipted, marks.next_seq - 1 - self.settings.retain_receipted_records)
+            for _ in range(RELEASE_SLICES):
+                if marks.floor > upto or not lane.database.release(stream, marks, upto):
+                    break
+                freed += 1
+        for stream in sorted(lane.database.streams, key=lambda name: -STREAMS[name].priority):
+            marks = lane.marks[stream]
+            # Critical records go only where they are receipted: a cap never loses a decision, a full disk may have to.
+            upto = marks.receipted if STREAMS[stream].durability == "critical" else marks.next_seq - 1
+            for _ in range(RELEASE_SLICES):
+                if lane.database.used_bytes() - lane.database.wal_bytes() <= cap or not lane.database.release(stream, marks, upto):
+                    break
+                freed += 1
+        if freed:
+            for _ in range(RELEASE_SLICES):
+                if not lane.database.vacuum_step():
+                    break
+
+    def _relieve(self) -> None:
+        """On the telemetry lane's thread: drop the oldest telemetry and give its space back to the file system."""
+        lane = self.lanes["telemetry"]
+        marks = lane.marks["telemetry"]
+        target = marks.floor + max(DELETE_AT_LEAST, int((marks.next_seq - marks.floor) * RELIEF_SHARE))
+        for _ in range(1000):
+            if not lane.database.release("telemetry", marks, min(target, marks.next_seq - 1)):
+                break
+        self.trimmed_full += 1
+        for _ in range(4096):
+            if not lane.database.vacuum_step():
+                break
+        lane.database.checkpoint("TRUNCATE")
+
+    def _full(self, done: Callable[[], None]) -> None:
+        """The disk is full: release the ballast, drop telemetry, then, last, the oldest events and decisions; then `done()`."""
+        self.telemetry_open = False
+        try:
+            self._ballast.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("the ballast cannot be released: %s", error)
+        telemetry, journal = self.lanes["telemetry"], self.lanes["journal"]
+        if telemetry.worker is None or journal.worker is None:
+            return
+
+        def relieved(_result: Any, error: BaseException | None) -> None:
+            if error is not None:
+                log.error("telemetry cannot be trimmed: %s", error)
+            marks = telemetry.marks["telemetry"]
+            if marks.floor < marks.next_seq or journal.worker is None or not journal.error:
+                done()
+                return
+            journal.worker.submit(self._last_resort, lambda _r, _e: done())
+
+        telemetry.worker.submit(self._relieve, relieved)
+
+    def _last_resort(self) -> None:
+        """On the journal lane's thread, when no telemetry is left: make room inside the file by its oldest events, then decisions."""
+        lane = self.lanes["journal"]
+        for stream in ("event", "decision"):
+            marks = lane.marks[stream]
+            if lane.database.release(stream, marks, marks.next_seq - 1):
+                log.error("disk full: the oldest records of stream %s were dropped", stream)
+                return
+
+    def _make_ballast(self) -> None:
+        """Space that is ours to give when the disk is full (made of random-free zero blocks: allocated, not sparse)."""
+        if self.settings.ballast_bytes <= 0 or self._ballast.exists() or self.free_bytes() < self.settings.min_free_bytes + self.settings.ballast_bytes:
+            return
+        try:
+            with open(self._ballast, "wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, self.settings.ballast_bytes)
+        except OSError as error:
+            log.warning("no ballast could be set aside: %s", error)
+            self._ballast.unlink(missing_ok=True)
+
+
+DELETE_AT_LEAST = 500
+"""Rows of telemetry that one relief drops at least."""

@@ -1,0 +1,395 @@
+"""One database's writer: what is appended waits here, goes down in groups on a thread of its own, and comes back as callbacks.
+
+The group is whatever arrived while the last commit ran (or, for telemetry, within its interval). A failed commit is retried as it
+is: sequence numbers belong to the group and are never given twice.
+"""
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..clock import Stamp
+from ..contract.records import Record
+from .database import Group, JournalDatabase, StreamMarks
+from .recovery import SideFile
+
+log = logging.getLogger(__name__)
+
+GROUP_MAX = 1000
+"""Records of one transaction: about 3 ms here, so that the first of them does not wait long for the last."""
+
+ACK_DELAY_S = 0.02
+"""How long a record that somebody waits for (a device's QoS 1 message is acknowledged after the commit) may wait for others."""
+
+ACK_BATCH = 16
+"""So many waiting records are committed at once: brokers commonly allow 20 unacknowledged messages per client and then stop."""
+
+RETRY_FIRST_S = 0.05
+RETRY_CAP_S = 5.0
+"""Pauses between tries of a failed commit, doubled each time: a full disk is asked again soon, a dead one not all the time."""
+
+STALL_ACT_S = 1.0
+"""A group that could not be made durable for so long has its effects run all the same, once: a full or dead disk must not stop a
+site from being controlled. Counted, and shown as unhealthy."""
+
+Callback = Callable[[Record], None]
+
+
+class Worker:
+    """A thread that does jobs in order; results come back on the event loop."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]] | None] = queue.SimpleQueue()
+        self._loop = loop
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Run `job()` on the thread, then `done(result, error)` on the loop."""
+        self._jobs.put((job, done))
+
+    def call(self, job: Callable[[], Any]) -> "asyncio.Future[Any]":
+        """Run `job()` on the thread; the future carries its result or error."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def done(result: Any, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self.submit(job, done)
+        return future
+
+    def stop(self) -> None:
+        """Finish what is queued, then end; waits."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            item = self._jobs.get()
+            if item is None:
+                return
+            job, done = item
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = job()
+            except Exception as raised:
+                error = raised
+            try:
+                self._loop.call_soon_threadsafe(done, result, error)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+
+
+@dataclass(slots=True)
+class _Pending:
+    stream: str
+    kind: str
+    body: str
+    stamp: Stamp
+    callback: Callback | None
+
+
+class Lane:
+    """The writer of one database.
+
+    Args:
+        database: opened.
+        side: the shared side file; reserved under a lock.
+        boot: this boot's id.
+        interval_s: least time between two commits when nothing urgent waits.
+        pending_max: records that may wait; past it the oldest of a droppable lane go, and `pressure` asks senders to stop.
+        droppable: the oldest waiting records may be dropped when `pending_max` is reached.
+        on_commit: called on the loop after each commit with the new last seq per stream.
+        on_full: called on the loop when the disk is full; makes room, then calls its argument.
+    """
+
+    def __init__(
+        self, database: JournalDatabase, side: SideFile, side_lock: threading.Lock, boot: str, *, interval_s: float, pending_max: int,
+        droppable: bool, on_commit: Callable[[dict[str, int]], None], on_full: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self.database = database
+        self._side = side
+        self._side_lock = side_lock
+        self._boot = boot
+        self._interval_s = interval_s
+        self._pending_max = pending_max
+        self._droppable = droppable
+        self._on_commit = on_commit
+        self._on_full = on_full
+        self.marks: dict[str, StreamMarks] = database.marks()
+        """Durable marks, as of the last commit."""
+        self._dirty: set[str] = set()
+        self._pending: deque[_Pending] = deque()
+        self._state: dict[str, str | None] = {}
+        self._state_callbacks: list[Callable[[], None]] = []
+        self._group: tuple[Group, list[tuple[Record, Callback | None]], list[Callable[[], None]]] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._begin_soon = False
+        self._paused = 0
+        self._group_waiters: list[asyncio.Future[None]] = []
+        self._awaited = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.worker: Worker | None = None
+        self._idle_waiters: list[asyncio.Future[None]] = []
+        self._retry_s = RETRY_FIRST_S
+        self._stalled_since: float | None = None
+        self._last_commit = 0.0
+        self.error = ""
+        self.commits = 0
+        self.appended_bytes = 0
+        self.dropped_waiting = 0
+        self.acted_undurable = 0
+        self.failed_commits = 0
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin writing."""
+        self._loop = loop
+        self.worker = Worker(f"journal-{self.database.path.stem}", loop)
+        self._kick()
+
+    @property
+    def waiting(self) -> int:
+        """Records appended and not yet durable."""
+        return len(self._pending) + (len(self._group[1]) if self._group else 0)
+
+    @property
+    def pressure(self) -> bool:
+        """More than half of what may wait is waiting: senders should hold back."""
+        return self.waiting * 2 > self._pending_max
+
+    def append(self, stream: str, kind: str, body: str, stamp: Stamp, callback: Callback | None) -> None:
+        """Queue one record. One with a callback has somebody waiting for it and goes down within `ACK_DELAY_S`."""
+        if self._droppable and len(self._pending) >= self._pending_max:
+            self._awaited -= self._pending.popleft().callback is not None
+            self.dropped_waiting += 1
+        self._pending.append(_Pending(stream, kind, body, stamp, callback))
+        if callback is not None:
+            self._awaited += 1
+        if self._group is None:
+            if self._awaited >= ACK_BATCH or len(self._pending) >= GROUP_MAX:
+                self._kick(0.0)
+            elif callback is not None:
+                self._kick(ACK_DELAY_S)
+            else:
+                self._kick()
+
+    def put_state(self, key: str, value: str | None, callback: Callable[[], None] | None = None) -> None:
+        """Queue a state document (None deletes it); `callback` runs once it is durable."""
+        self._state[key] = value
+        if callback is not None:
+            self._state_callbacks.append(callback)
+        if self._group is None:
+            self._kick(0.0)
+
+    def touch(self, stream: str) -> None:
+        """The marks of `stream` (receipted, effects) have changed: store them with the next commit."""
+        self._dirty.add(stream)
+        if self._group is None:
+            self._kick()
+
+    def flush(self) -> None:
+        """Commit what waits as soon as the running commit is done."""
+        if self._group is None:
+            self._kick(0.0)
+        else:
+            self._last_commit = 0.0
+
+    def _kick(self, within_s: float = 3600.0) -> None:
+        """Begin a group now or at the interval's end, at the latest `within_s` seconds from now."""
+        if self._loop is None or self._group is not None or self.error:
+            return
+        if not (self._pending or self._state or self._dirty):
+            return
+        now = self._loop.time()
+        due = min(self._last_commit + self._interval_s, now + within_s)
+        if due <= now:
+            if not self._begin_soon:
+                # At the end of this turn of the loop, so that everything read from the socket in it is one group.
+                self._begin_soon = True
+                self._loop.call_soon(self._begin)
+        elif self._timer is None or due < self._timer.when() - 0.001:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._timed)
+
+    def _timed(self) -> None:
+        self._timer = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._begin_soon = False
+        if self._group is not None or self._paused or self.error or not (self._pending or self._state or self._dirty):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        group = Group(state=self._state)
+        rows: list[tuple[Record, Callback | None]] = []
+        touched: dict[str, StreamMarks] = {}
+        for _ in range(min(GROUP_MAX, len(self._pending))):
+            item = self._pending.popleft()
+            self._awaited -= item.callback is not None
+            marks = touched.get(item.stream)
+            if marks is None:
+                marks = touched[item.stream] = replace(self.marks[item.stream])
+                group.records[item.stream] = []
+            record = Record(marks.next_seq, self._boot, *item.stamp, item.kind, item.body)
+            marks.chain = record.chain(marks.chain)
+            marks.next_seq += 1
+            group.records[item.stream].append((record, marks.chain))
+            self.appended_bytes += len(item.body) + 64
+            rows.append((record, item.callback))
+        for stream in self._dirty:
+            touched.setdefault(stream, replace(self.marks[stream]))
+        group.marks = touched
+        self._state, self._dirty = {}, set()
+        callbacks, self._state_callbacks = self._state_callbacks, []
+        self._group = (group, rows, callbacks)
+        self._submit()
+
+    def _submit(self) -> None:
+        assert self._group is not None and self.worker is not None
+        group = self._group[0]
+        self.worker.submit(lambda: self._write(group), self._done)
+
+    def _write(self, group: Group) -> None:
+        # On the worker's thread. Receipts and releases may have moved marks meanwhile: only what this group knows is overwritten.
+        for stream, marks in group.marks.items():
+            live = self.marks[stream]
+            marks.receipted, marks.effects = max(marks.receipted, live.receipted), max(marks.effects, live.effects)
+            marks.floor, marks.floor_chain, marks.dropped = live.floor, live.floor_chain, live.dropped
+        for stream, rows in group.records.items():
+            with self._side_lock:
+                self._side.reserve(stream, rows[-1][0].seq)
+        self.database.commit(group)
+        for stream, marks in group.marks.items():
+            # Here and not in `_done`: a release that follows on this thread stores the live marks.
+            live = self.marks[stream]
+            live.next_seq, live.chain = marks.next_seq, marks.chain
+
+    def _done(self, _result: Any, error: BaseException | None) -> None:
+        assert self._group is not None and self._loop is not None
+        group, rows, callbacks = self._group
+        if error is not None:
+            self._failed(error)
+            return
+        self.commits += 1
+        self._last_commit = self._loop.time()
+        self._retry_s, self._stalled_since, self.error = RETRY_FIRST_S, None, ""
+        self._group = None
+        group_waiters, self._group_waiters = self._group_waiters, []
+        for waiter in group_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        for record, callback in rows:
+            if callback is not None:
+                _run(callback, record)
+        for done in callbacks:
+            _run(done)
+        if group.records:
+            self._on_commit({stream: self.marks[stream].next_seq - 1 for stream in group.records})
+        if self._awaited >= ACK_BATCH or len(self._pending) >= GROUP_MAX:
+            self._kick(0.0)
+        elif self._pending or self._dirty or self._state:
+            self._kick(ACK_DELAY_S if self._awaited or self._state else 3600.0)
+        if self.waiting == 0 and not self._state:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _failed(self, error: BaseException) -> None:
+        assert self._group is not None and self._loop is not None
+        now = self._loop.time()
+        self.failed_commits += 1
+        if not self.error:
+            log.error("journal %s cannot be written: %s; will be tried again", self.database.path.name, error)
+        self.error = str(error) or type(error).__name__
+        if self._stalled_since is None:
+            self._stalled_since = now
+        elif now - self._stalled_since >= STALL_ACT_S:
+            self._act_undurable()
+        pause, self._retry_s = self._retry_s, min(RETRY_CAP_S, self._retry_s * 2)
+        if is_full(error):
+            self._on_full(lambda: self._later(pause))
+        else:
+            self._later(pause)
+
+    def _later(self, pause: float) -> None:
+        if self._loop is not None and self.worker is not None:
+            self._timer = self._loop.call_later(pause, self._retry)
+
+    def _retry(self) -> None:
+        self._timer = None
+        if self._group is not None:
+            self._submit()
+
+    def _act_undurable(self) -> None:
+        assert self._group is not None
+        group, rows, callbacks = self._group
+        for record, callback in rows:
+            if callback is not None:
+                self.acted_undurable += 1
+                _run(callback, record)
+        self._group = (group, [(record, None) for record, _ in rows], callbacks)
+
+    async def exclusively(self, job: Callable[[], Any]) -> Any:
+        """Run `job` on the writer's thread while no group is under way; what is appended meanwhile waits."""
+        assert self._loop is not None and self.worker is not None
+        self._paused += 1
+        try:
+            while self._group is not None:
+                waiter: asyncio.Future[None] = self._loop.create_future()
+                self._group_waiters.append(waiter)
+                await waiter
+            return await self.worker.call(job)
+        finally:
+            self._paused -= 1
+            self._kick(0.0)
+
+    async def drain(self) -> None:
+        """Wait until everything appended so far is durable."""
+        assert self._loop is not None
+        self.flush()
+        while self.waiting or self._state or self._group is not None:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._idle_waiters.append(waiter)
+            self.flush()
+            await waiter
+
+    def stop(self) -> None:
+        """End the thread and close the file; what could not be written is lost with it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker = None
+        self.database.close()
+
+
+def _run(callback: Callable[..., None], *arguments: Any) -> None:
+    """A callback's error is its own: it must not stop the journal."""
+    try:
+        callback(*arguments)
+    except Exception:
+        log.exception("a callback after a commit failed")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk (or its quota) is full."""
+    if isinstance(error, OSError):
+        return error.errno in (28, 122)  # ENOSPC, EDQUOT
+    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)

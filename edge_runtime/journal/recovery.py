@@ -1,0 +1,228 @@
+"""Opening the journal whatever state the disk is in: check, quarantine, rebuild. Never a refusal to start.
+
+A damaged file is set aside (not deleted) and what can be read of it is copied into a new one. Sequence numbers are never given
+twice: a small side file reserves them ahead in blocks, so that a rebuilt journal continues above everything that may have been sent.
+"""
+
+import json
+import os
+import sqlite3
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..contract.records import CHAIN_START, Record
+from .database import Group, JournalDatabase, StreamMarks
+
+RESERVE_BLOCK = 10_000
+"""Sequence numbers reserved ahead: one small fsync per 10,000 records, and at most so many `lost` records after a rebuild."""
+
+QUARANTINE_KEEP = 2
+"""Damaged files kept per database for a person to look at; older ones are deleted to bound the disk."""
+
+CHECK_ALWAYS_BYTES = 64 * 1024 * 1024
+"""Files up to this size are checked at every boot; larger telemetry only after an unclean stop (quick_check reads it all)."""
+
+SALVAGE_MAX = 5_000_000
+"""Records copied out of a damaged file at most: bounds the time of a boot."""
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a power cut leaves either the old or the new content."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@dataclass(slots=True)
+class SideFile:
+    """`marks.json`: the boot counter and the reserved sequence numbers, outside of any database."""
+
+    path: Path
+    boot_n: int = 0
+    reserved: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def load(path: Path) -> "SideFile":
+        """The side file, empty where it is missing or damaged (the databases then say how far things went)."""
+        side = SideFile(path)
+        try:
+            value: Any = json.loads(path.read_bytes())
+            side.boot_n = max(0, int(value["boot_n"]))
+            side.reserved = {str(name): max(0, int(upto)) for name, upto in value["reserved"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return SideFile(path)
+        return side
+
+    def save(self) -> None:
+        """Write it durably."""
+        write_durably(self.path, json.dumps({"boot_n": self.boot_n, "reserved": self.reserved}).encode())
+
+    def reserve(self, stream: str, seq: int) -> None:
+        """Make sure that `seq` and a block above it are reserved before it is used."""
+        if seq > self.reserved.get(stream, 0):
+            self.reserved[stream] = seq + RESERVE_BLOCK
+            self.save()
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What happened to one database at boot."""
+
+    database: str
+    damage: str = ""
+    quarantined: str = ""
+    salvaged: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+
+
+def open_checked(path: Path, streams: tuple[str, ...], side: SideFile, *, unclean: bool, stamp: tuple[int, int, str], boot: str) -> tuple[JournalDatabase, Recovery]:
+    """Open `path`, rebuilding it where it is damaged.
+
+    Args:
+        side: reserved sequence numbers; updated.
+        unclean: the last stop was not orderly.
+        stamp: monotonic ms, wall ms and quality for `lost` records.
+        boot: this boot's id.
+    """
+    recovery = Recovery(path.stem)
+    database = JournalDatabase(path, streams)
+    try:
+        existed = path.exists() and path.stat().st_size > 0
+        database.open()
+        thorough = existed and (unclean or path.stat().st_size <= CHECK_ALWAYS_BYTES)
+        if thorough:
+            result = database.writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if result != "ok":
+                raise sqlite3.DatabaseError(f"quick_check: {result}")
+        _check_marks(database, thorough)
+        return database, recovery
+    except sqlite3.Error as error:
+        recovery.damage = str(error)
+        database.close()
+    salvaged, marks, state = _salvage(path, streams)
+    recovery.quarantined = _quarantine(path, stamp[1])
+    database = JournalDatabase(path, streams)
+    database.open()
+    for stream in streams:
+        _rebuild(database, stream, salvaged.get(stream, []), marks.get(stream), side, stamp, boot, recovery)
+    if state:
+        database.commit(Group(state=dict(state)))
+    return database, recovery
+
+
+def _check_marks(database: JournalDatabase, thorough: bool) -> None:
+    """The marks must agree with the records: the last record is `next_seq - 1` and its chain is the stream's; `thorough` counts them."""
+    for stream, marks in database.marks().items():
+        first, last = database.reader.execute(f"SELECT (SELECT min(seq) FROM records_{stream}), (SELECT max(seq) FROM records_{stream})").fetchone()
+        if first is None:
+            if marks.floor != marks.next_seq:
+                raise sqlite3.DatabaseError(f"stream {stream}: marks say {marks.floor}..{marks.next_seq - 1}, no record is there")
+        elif (first, last + 1) != (marks.floor, marks.next_seq):
+            raise sqlite3.DatabaseError(f"stream {stream}: records {first}..{last} against marks {marks.floor}..{marks.next_seq - 1}")
+        elif thorough and database.reader.execute(f"SELECT count(*) FROM records_{stream}").fetchone()[0] != last - first + 1:
+            raise sqlite3.DatabaseError(f"stream {stream}: records are missing between {first} and {last}")
+        elif database.chain_at(stream, last) != marks.chain:
+            raise sqlite3.DatabaseError(f"stream {stream}: the last record's chain is not the stream's")
+
+
+def _salvage(path: Path, streams: tuple[str, ...]) -> tuple[dict[str, list[tuple[Record, bytes]]], dict[str, StreamMarks], dict[str, str]]:
+    """The newest unbroken run of each stream whose chain proves it, the marks and the state, as far as they can be read."""
+    records: dict[str, list[tuple[Record, bytes]]] = {}
+    marks: dict[str, StreamMarks] = {}
+    state: dict[str, str] = {}
+    try:
+        connection = sqlite3.connect(path, isolation_level=None)
+    except sqlite3.Error:
+        return records, marks, state
+    try:
+        boots = _read_rows(connection, "SELECT number, boot FROM boots")
+        names = dict(boots)
+        for stream in streams:
+            run: list[tuple[Record, bytes]] = []
+            for row in _read_rows(connection, f"SELECT seq, boot, mono, wall, tq, kind, body, chain FROM records_{stream} ORDER BY seq DESC LIMIT {SALVAGE_MAX}"):
+                try:
+                    record, chain = Record(row[0], names[row[1]], *row[2:7]), bytes(row[7])
+                except (KeyError, TypeError):
+                    break
+                if run and (record.seq != run[-1][0].seq - 1 or run[-1][0].chain(chain) != run[-1][1]):
+                    break
+                run.append((record, chain))
+            records[stream] = run[::-1]
+        for stream, *values in _read_rows(connection, "SELECT stream, next_seq, receipted, floor, floor_chain, chain, dropped, effects FROM streams"):
+            marks[stream] = StreamMarks(*values)
+        state = dict(_read_rows(connection, "SELECT key, value FROM state"))
+    finally:
+        connection.close()
+    return records, marks, state
+
+
+def _read_rows(connection: sqlite3.Connection, query: str) -> list[Any]:
+    """Rows up to the first one that cannot be read."""
+    rows: list[Any] = []
+    try:
+        for row in connection.execute(query):
+            rows.append(row)
+    except (sqlite3.Error, UnicodeDecodeError, OverflowError):
+        pass  # what was read before the damage is what can be saved
+    return rows
+
+
+def _rebuild(
+    database: JournalDatabase, stream: str, run: list[tuple[Record, bytes]], old: StreamMarks | None, side: SideFile,
+    stamp: tuple[int, int, str], boot: str, recovery: Recovery,
+) -> None:
+    """Write a salvaged run and, above it, `lost` records up to the reservation; sequence numbers then continue above both."""
+    last = run[-1][0].seq if run else (old.next_seq - 1 if old else 0)
+    reserved = max(side.reserved.get(stream, 0), last)
+    marks = StreamMarks()
+    if old is not None:
+        marks.receipted, marks.dropped, marks.effects = min(old.receipted, reserved), old.dropped, old.effects
+    if run:
+        marks.floor = run[0][0].seq
+        # The chain before the first saved record is unknown; it is told as zero, and the hub starts again from it.
+        marks.floor_chain = old.floor_chain if old is not None and old.floor == marks.floor else CHAIN_START
+        chain = run[-1][1]
+        rows = list(run)
+        lost = reserved - last
+        for seq in range(last + 1, reserved + 1):
+            record = Record(seq, boot, *stamp, "lost", "{}")
+            chain = record.chain(chain)
+            rows.append((record, chain))
+        marks.chain = chain
+    else:
+        rows, lost = [], max(0, reserved - marks.receipted)
+        marks.floor = reserved + 1
+        marks.dropped += lost
+    marks.next_seq = reserved + 1
+    for start in range(0, len(rows), 5000):
+        part = rows[start : start + 5000]
+        done = start + 5000 >= len(rows)
+        step = marks if done else StreamMarks(part[-1][0].seq + 1, marks.receipted, marks.floor, marks.floor_chain, part[-1][1], marks.dropped, marks.effects)
+        database.commit(Group(records={stream: part}, marks={stream: step}))
+    if not rows:
+        database.commit(Group(marks={stream: marks}))
+    recovery.salvaged[stream] = len(run)
+    recovery.lost[stream] = lost
+
+
+def _quarantine(path: Path, wall_ms: int) -> str:
+    """Set a damaged file and its companions aside; keep the newest `QUARANTINE_KEEP`."""
+    target = path.with_name(f"{path.name}.damaged-{wall_ms}")
+    for suffix in ("", "-wal", "-shm"):
+        source = Path(f"{path}{suffix}")
+        if source.exists():
+            os.replace(source, f"{target}{suffix}")
+    kept = sorted((p for p in path.parent.glob(f"{path.name}.damaged-*") if not p.name.endswith(("-wal", "-shm"))), key=lambda p: p.name)
+    for old in kept[:-QUARANTINE_KEEP]:
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{old}{suffix}").unlink(missing_ok=True)
+    return target.name

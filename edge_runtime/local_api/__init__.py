@@ -1,0 +1,1 @@
+"""The edge's own HTTP: health, readiness, metrics, /api/v1. Imported only where `api.enabled` is set."""

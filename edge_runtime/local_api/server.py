@@ -1,0 +1,210 @@
+"""REST of the edge. Reads are plain; the one write is a twin's desired state."""
+
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import public_dict
+from ..contract import jsoncodec
+from ..contract.errors import ContractError
+from ..contract.records import Record
+from ..contract.streams import STREAMS
+from .aiohttp_server import import_web
+
+if TYPE_CHECKING:
+    from ..runtime import EdgeRuntime
+
+log = logging.getLogger(__name__)
+
+MAX_LIMIT = 1_000
+"""Records of one answer."""
+
+MAX_BODY_BYTES = 65_536
+
+Handler = Callable[[Any], Awaitable[Any]]
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """A record as the API shows it."""
+    return {
+        "seq": record.seq, "boot": record.boot, "mono_ms": record.mono_ms, "wall_ms": record.wall_ms, "time_quality": record.quality,
+        "kind": record.kind, "body": json.loads(record.body),
+    }
+
+
+class LocalApi:
+    """Handlers over one runtime."""
+
+    def __init__(self, runtime: "EdgeRuntime") -> None:
+        self._runtime = runtime
+        self._web = import_web()
+        self._token = ""
+        token_file = runtime.config.api.token_file
+        if token_file:
+            self._token = Path(token_file).read_text().strip()
+
+    def application(self) -> Any:
+        """The aiohttp application."""
+        web = self._web
+
+        @web.middleware  # type: ignore[untyped-decorator]
+        async def guard(request: Any, handler: Handler) -> Any:
+            return await self._guard(request, handler)
+
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[guard])
+        app.add_routes([
+            web.get("/healthz", self.healthz), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics),
+            web.get("/api/v1/status", self.status), web.get("/api/v1/devices", self.devices), web.get("/api/v1/devices/{device}", self.device),
+            web.patch("/api/v1/devices/{device}/desired", self.desire), web.get("/api/v1/decisions", self.decisions),
+            web.get("/api/v1/decisions/{seq}", self.decision), web.get("/api/v1/journal", self.journal), web.get("/api/v1/journal/chain", self.chain),
+            web.get("/api/v1/journal/{stream}", self.records), web.get("/api/v1/config", self.config), web.get("/api/v1/errors", self.errors),
+        ])
+        return app
+
+    async def _guard(self, request: Any, handler: Handler) -> Any:
+        if self._token and request.path.startswith("/api/"):
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+            if not hmac.compare_digest(given.encode(), self._token.encode()):
+                return self._answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN` (api.token_file)"}, 401)
+        try:
+            return await handler(request)
+        except ContractError as error:
+            return self._answer(error.to_json(), 400)
+
+    def _answer(self, value: Any, status: int = 200) -> Any:
+        return self._web.Response(text=json.dumps(value), content_type="application/json", status=status)
+
+    async def healthz(self, _request: Any) -> Any:
+        """200 while the agent can do its job by itself, else 503 and why."""
+        fatal = self._runtime.fatal()
+        return self._answer({"status": "unhealthy" if fatal else "ok", "problems": fatal or self._runtime.health()}, 503 if fatal else 200)
+
+    async def readyz(self, _request: Any) -> Any:
+        """200 once it senses and decides."""
+        missing = self._runtime.ready()
+        return self._answer({"ready": not missing, "missing": missing}, 503 if missing else 200)
+
+    async def metrics(self, _request: Any) -> Any:
+        """Prometheus text."""
+        return self._web.Response(text=self._runtime.metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def status(self, _request: Any) -> Any:
+        """The edge at a glance."""
+        runtime = self._runtime
+        plan, uplink = runtime.journal.storage_plan, runtime.uplink
+        return self._answer({
+            "edge": runtime.config.edge_id, "boot": runtime.journal.boot, "boot_n": runtime.journal.boot_n, "link": "down" if runtime.is_offline() else "up",
+            "hub": uplink.hub if uplink else "", "uplink_error": uplink.last_error if uplink else "disabled",
+            "generation": runtime.desired.generation if runtime.desired else 0, "decided": runtime.pipeline.decided,
+            "decided_offline": runtime.pipeline.decided_offline, "readings": runtime.pipeline.readings_taken, "devices": len(runtime.registry.devices),
+            "backlog_records": uplink.lanes.backlog() if uplink else None, "outage_hours": round(plan.outage_hours, 1), "health": runtime.health(),
+            "models": {name: {"engine": model.engine, "sha256": model.manifest.sha256} for name, model in runtime.models.items()},
+            "rules": [rule.id for rule in runtime.engine.rules.rules], "journal": self._marks(),
+        })
+
+    def _marks(self) -> dict[str, Any]:
+        out = {}
+        for stream in STREAMS:
+            marks = self._runtime.journal.marks(stream)
+            out[stream] = {
+                "next": marks.next_seq, "receipted": marks.receipted, "floor": marks.floor, "dropped": marks.dropped, "chain": marks.chain.hex(),
+            }
+        return out
+
+    async def devices(self, _request: Any) -> Any:
+        """Every device with its twin."""
+        now = self._runtime.clock.mono_ms()
+        return self._answer([device.to_json(now) for device in self._runtime.registry.devices.values()])
+
+    async def device(self, request: Any) -> Any:
+        """One device."""
+        device = self._runtime.registry.devices.get(request.match_info["device"])
+        if device is None:
+            return self._answer({"field": "device", "problem": "is not registered", "remedy": "list /api/v1/devices"}, 404)
+        return self._answer(device.to_json(self._runtime.clock.mono_ms()))
+
+    async def desire(self, request: Any) -> Any:
+        """Merge desired twin state."""
+        patch = jsoncodec.decode(await request.read(), MAX_BODY_BYTES)
+        changed = self._runtime.pipeline.desire(request.match_info["device"], patch)
+        return self._answer({"changed": changed, "twin": self._runtime.registry.devices[request.match_info["device"]].twin()})
+
+    async def decisions(self, request: Any) -> Any:
+        """The newest decisions."""
+        limit, before = _limit(request), _integer(request, "before")
+        records = await self._runtime.journal.tail("decision", limit, before)
+        return self._answer([record_json(record) for record in records])
+
+    async def decision(self, request: Any) -> Any:
+        """One decision with the inputs that led to it."""
+        seq = request.match_info["seq"]
+        if not seq.isdigit() or len(seq) > 18:
+            raise ContractError("seq", f"{seq[:20]!r} is not a number", "use a decision's seq")
+        records, _ = await self._runtime.journal.read("decision", int(seq), 1, 1 << 20, int(seq))
+        if not records:
+            return self._answer({"field": "seq", "problem": f"decision {seq} is not kept here", "remedy": "ask the hub, or list /api/v1/decisions"}, 404)
+        return self._answer(record_json(records[0]))
+
+    async def journal(self, _request: Any) -> Any:
+        """Marks, space and what was rebuilt."""
+        journal = self._runtime.journal
+        plan = journal.storage_plan
+        return self._answer({
+            "streams": self._marks(), "outage_hours": {name: round(hours, 1) for name, hours in plan.hours.items()}, "free_bytes": plan.free_bytes,
+            "used_bytes": plan.used_bytes, "alarm": plan.alarm, "errors": journal.errors, "telemetry_open": journal.telemetry_open,
+            "recoveries": [{"database": r.database, "damage": r.damage, "salvaged": r.salvaged, "lost": r.lost} for r in journal.recoveries],
+        })
+
+    async def chain(self, request: Any) -> Any:
+        """The chain after one record: what `novactl verify` compares."""
+        stream, seq = request.query.get("stream", ""), _integer(request, "seq")
+        if stream not in STREAMS or seq is None:
+            raise ContractError("stream", "is unknown, or seq is missing", f"use stream={'|'.join(STREAMS)}&seq=NUMBER")
+        chain = await self._runtime.journal.chain_at(stream, seq)
+        return self._answer({"stream": stream, "seq": seq, "chain": chain.hex() if chain is not None else None})
+
+    async def records(self, request: Any) -> Any:
+        """Records of one stream, newest first."""
+        stream = request.match_info["stream"]
+        if stream not in STREAMS:
+            raise ContractError("stream", f"{stream[:40]!r} is unknown", f"use {', '.join(STREAMS)}")
+        records = await self._runtime.journal.tail(stream, _limit(request), _integer(request, "before"))
+        return self._answer([record_json(record) for record in records])
+
+    async def config(self, _request: Any) -> Any:
+        """The configuration in force, without secrets."""
+        return self._answer(public_dict(self._runtime.config))
+
+    async def errors(self, _request: Any) -> Any:
+        """The last refused device messages and rule errors."""
+        return self._answer({"devices": list(self._runtime.registry.errors), "rules": self._runtime.engine.errors})
+
+
+def _integer(request: Any, name: str) -> int | None:
+    text = request.query.get(name)
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 18:
+        raise ContractError(name, f"{text[:20]!r} is not a number", "use a whole number")
+    return int(text)
+
+
+def _limit(request: Any) -> int:
+    limit = _integer(request, "limit")
+    return 100 if limit is None else max(1, min(limit, MAX_LIMIT))
+
+
+async def serve(runtime: "EdgeRuntime") -> tuple[Any, int]:
+    """Start serving; returns the runner (`cleanup()` ends it) and the port."""
+    api = LocalApi(runtime)
+    web = api._web
+    runner = web.AppRunner(api.application(), access_log=None, handle_signals=False)
+    await runner.setup()
+    site = web.TCPSite(runner, runtime.config.api.host, runtime.config.api.port)
+    await site.start()
+    port: int = site._server.sockets[0].getsockname()[1]
+    log.info("local API on http://%s:%d", runtime.config.api.host, port)
+    return runner, port

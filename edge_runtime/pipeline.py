@@ -1,0 +1,356 @@
+"""Sense, decide, act: the path of a reading to its effect, every step journalled before the next.
+
+    reading -> registry -> engine -> journal (decision) -> durable -> effect (command, alert, twin)
+                        \\-> journal (telemetry) -> durable -> the device's message is acknowledged
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .clock import Clock, Stamp
+from .contract import jsoncodec
+from .contract.device_messages import Reading, Value
+from .contract.errors import ContractError
+from .contract.operations import Operation
+from .contract.records import Record
+from .decisions.engine import Decision, DecisionEngine
+from .devices.registry import Device, DeviceRegistry
+from .journal import Journal
+from .metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+MAX_OUTSTANDING = 2_000
+"""Commands sent and not acknowledged by the bus, or waiting for it: a bus that is away for long must not fill the memory. The
+oldest is expired, recorded."""
+
+DEFAULT_EXPIRY_MS = 60_000
+"""How long a command without an expiry of its own may wait for the bus."""
+
+REPLAY_MAX = 10_000
+"""Decisions looked at after a crash for effects that were not confirmed; more cannot be unexpired."""
+
+Done = Callable[[], None]
+
+
+class Publish(Protocol):
+    """The bus's `publish`."""
+
+    def __call__(self, device: str, leaf: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Done | None = None) -> bool:
+        """See `Bus.publish`."""
+
+
+class _Countdown:
+    """Calls `done` when it has been called `count` times (once per record of a message)."""
+
+    __slots__ = ("count", "done")
+
+    def __init__(self, count: int, done: Done) -> None:
+        self.count = count
+        self.done = done
+
+    def __call__(self, _record: Record) -> None:
+        self.count -= 1
+        if self.count == 0:
+            self.done()
+
+
+class _Command:
+    """A command on its way to a device."""
+
+    __slots__ = ("again", "args", "device", "expires_ms", "id", "name", "sent", "seq")
+
+    def __init__(self, id_: str, device: str, name: str, args: dict[str, Any], expires_ms: int, seq: int, again: bool = False) -> None:
+        self.id = id_
+        self.device = device
+        self.name = name
+        self.args = args
+        self.expires_ms = expires_ms
+        self.seq = seq
+        self.again = again
+        self.sent = False
+
+    def payload(self) -> bytes:
+        body: dict[str, Any] = {"id": self.id, "name": self.name, "args": self.args, "expires_ms": self.expires_ms}
+        if self.again:
+            body["again"] = True
+        return jsoncodec.encode(body).encode()
+
+
+class Pipeline:
+    """Wires registry, engine, journal and bus together.
+
+    Args:
+        offline: whether the hub is out of reach now.
+        publish: sends to a device on the local bus, False where the bus is not there; None where no bus is configured.
+    """
+
+    def __init__(
+        self, edge: str, journal: Journal, clock: Clock, metrics: Metrics, registry: DeviceRegistry, engine: DecisionEngine, *,
+        offline: Callable[[], bool], publish: Publish | None,
+    ) -> None:
+        self._edge = edge
+        self._journal = journal
+        self._clock = clock
+        self._metrics = metrics
+        self.registry = registry
+        self.engine = engine
+        self._offline = offline
+        self._publish = publish
+        self.generation = 0
+        self.decided = 0
+        self.decided_offline = 0
+        self.readings_taken = 0
+        self.command_source: Callable[[str, str], None] = lambda _id, _state: None
+        self._commands: OrderedDict[str, _Command] = OrderedDict()
+        self._open_effects: dict[int, int] = {}
+        self._last_decision = journal.durable("decision")
+        self._open_operations: OrderedDict[str, Operation] = OrderedDict()
+
+    # -- sensing -------------------------------------------------------------------------------------------------------------
+
+    def readings(self, device: str, readings: list[Reading], done: Done) -> None:
+        """Readings of one message, in order; `done` once all that came of them is durable."""
+        stamp = self._clock.stamp()
+        kept: list[Reading] = []
+        for reading in readings:
+            found, fresh = self.registry.seen(device, reading, stamp.mono_ms)
+            if fresh and found is not None:
+                self._registered(found, 0)
+            if found is not None:
+                kept.append(reading)
+        self._take(device, kept, stamp, done)
+
+    def _take(self, device: str, readings: list[Reading], stamp: Stamp, done: Done) -> None:
+        decisions: list[Decision] = []
+        for reading in readings:
+            decisions += self.engine.evaluate(device, reading.values, stamp.mono_ms)
+        self.readings_taken += len(readings)
+        count = _Countdown(len(readings) + len(decisions), done)
+        if not count.count:
+            done()
+            return
+        for reading in readings:
+            body: dict[str, Any] = {"device": device, "values": reading.values}
+            if reading.device_ms is not None:
+                body["device_ms"] = reading.device_ms
+            if not self._journal.append("telemetry", "reading", body, count, stamp):
+                count(_REFUSED)
+        for decision in decisions:
+            self._decide(decision, stamp, count)
+
+    def host_reading(self, device: str, values: dict[str, Value]) -> None:
+        """A reading of the host itself: nobody waits for it."""
+        self.readings(device, [Reading(values)], _nothing)
+
+    def tick(self) -> None:
+        """Let time-driven rules decide (durations, silence)."""
+        stamp = self._clock.stamp()
+        for decision in self.engine.tick(stamp.mono_ms):
+            self._decide(decision, stamp, _nobody_waits)
+
+    # -- deciding ------------------------------------------------------------------------------------------------------------
+
+    def _decide(self, decision: Decision, stamp: Stamp, count: Callable[[Record], None]) -> None:
+        offline = self._offline()
+        body = {
+            "rule": decision.rule, "device": decision.device, "outcome": decision.outcome, "inputs": decision.inputs,
+            "actions": [action.to_json() for action in decision.actions], "generation": self.generation, "offline": offline,
+        }
+
+        def durable(record: Record) -> None:
+            self._act(record, decision)
+            count(record)
+
+        try:
+            self._journal.append("decision", "decision", body, durable, stamp)
+        except ContractError as error:
+            self._metrics.inc("decision_rejected_total", reason=error.reason)
+            log.error("a decision of rule %s could not be journalled: %s", decision.rule, error)
+            count(_REFUSED)
+            return
+        self.decided += 1
+        if offline:
+            self.decided_offline += 1
+
+    # -- acting --------------------------------------------------------------------------------------------------------------
+
+    def _act(self, record: Record, decision: Decision) -> None:
+        self._last_decision = max(self._last_decision, record.seq)
+        commands = 0
+        for number, action in enumerate(decision.actions):
+            detail = action.to_json()
+            if action.kind == "command":
+                commands += 1
+                self._open_effects[record.seq] = self._open_effects.get(record.seq, 0) + 1
+                self._command(self._command_of(record, number, detail["command"]))
+            elif action.kind == "alert":
+                alert = detail["alert"]
+                self._metrics.inc("alerts_total", severity=alert["severity"])
+                self._journal.append("event", "alert", {
+                    "rule": decision.rule, "device": decision.device, "severity": alert["severity"], "text": alert["text"], "decision": record.seq,
+                })
+            elif action.kind == "desired":
+                self.desire(detail["desired"]["device"], detail["desired"]["set"])
+        if not commands:
+            self._effects_settled()
+
+    def _command_of(self, record: Record, number: int, detail: dict[str, Any], again: bool = False) -> _Command:
+        expires_ms = record.wall_ms + int(detail.get("expires_ms") or DEFAULT_EXPIRY_MS)
+        # The boot is part of the id: a record that was acted on but never became durable must not share its id with a later one.
+        return _Command(
+            f"{self._edge}.{record.boot[:8]}.{record.seq}.{number}", detail["device"], detail["name"], detail.get("args") or {}, expires_ms, record.seq, again
+        )
+
+    def _command(self, command: _Command) -> None:
+        if len(self._commands) >= MAX_OUTSTANDING:
+            _, oldest = self._commands.popitem(last=False)
+            self._expired(oldest, "too many commands wait for the bus")
+        self._commands[command.id] = command
+        self._send(command)
+
+    def _send(self, command: _Command) -> None:
+        if self._publish is None:
+            self._commands.pop(command.id, None)
+            self._expired(command, "no local bus is configured")
+            return
+        now_ms = self._clock.stamp().wall_ms
+        if now_ms >= command.expires_ms:
+            self._commands.pop(command.id, None)
+            self._expired(command, "expired before the bus took it")
+            return
+
+        def acknowledged() -> None:
+            if self._commands.pop(command.id, None) is not None:
+                self._metrics.inc("commands_sent_total")
+                self.command_source(command.id, "sent")
+                self._settle(command.seq)
+
+        command.sent = self._publish(
+            command.device, "command", command.payload(), expiry_s=max(1, (command.expires_ms - now_ms) // 1000), on_ack=acknowledged
+        )
+
+    def _expired(self, command: _Command, reason: str) -> None:
+        self._metrics.inc("commands_expired_total")
+        operation = Operation(command.id, "command", "expired", 0, "", reason, {"device": command.device, "name": command.name})
+        self._journal.append("event", "operation", operation.to_json())
+        self.command_source(command.id, "expired")
+        self._settle(command.seq)
+
+    def _settle(self, seq: int) -> None:
+        if seq <= 0:
+            return
+        left = self._open_effects.get(seq, 0) - 1
+        if left > 0:
+            self._open_effects[seq] = left
+        else:
+            self._open_effects.pop(seq, None)
+            self._effects_settled()
+
+    def _effects_settled(self) -> None:
+        # Dictionaries keep insertion order and decisions become durable in order, so the first open one is the oldest.
+        oldest = next(iter(self._open_effects), None)
+        self._journal.effects_done("decision", oldest - 1 if oldest is not None else self._last_decision)
+
+    def bus_up(self) -> None:
+        """The bus is there: say every twin's desired state and send the commands that wait."""
+        for device in self.registry.devices.values():
+            if device.desired_version:
+                self._publish_desired(device)
+        for command in list(self._commands.values()):
+            if command.sent:
+                command.again = True
+            self._send(command)
+
+    async def replay(self, latched: int) -> int:
+        """After a restart: send again what was decided and not confirmed, with the same ids, unless it has expired; set the latches
+        of decisions after seq `latched` (what the kept engine state knows). Returns how many commands were sent again."""
+        marks = self._journal.marks("decision")
+        first = max(min(marks.effects, latched) + 1, marks.floor, marks.next_seq - REPLAY_MAX)
+        count = 0
+        while first < marks.next_seq:
+            records, _ = await self._journal.read("decision", first, 500, 1 << 20)
+            if not records:
+                break
+            for record in records:
+                body = jsoncodec.decode(record.body.encode())
+                if record.seq > latched and record.kind == "decision":
+                    self.engine.latch(body.get("rule", ""), body.get("device", ""), body.get("outcome") == "fired")
+                for number, detail in enumerate(body.get("actions", ()) if record.seq > marks.effects else ()):
+                    if "command" in detail:
+                        self._open_effects[record.seq] = self._open_effects.get(record.seq, 0) + 1
+                        self._command(self._command_of(record, number, detail["command"], again=True))
+                        count += 1
+            first = records[-1].seq + 1
+        self._effects_settled()
+        return count
+
+    # -- twins and commands from above ---------------------------------------------------------------------------------------
+
+    def desire(self, device_id: str, patch: dict[str, Any], replace: bool = False) -> bool:
+        """Change a twin's desired state; kept, then published. True where it changed."""
+        device = self.registry.desire(device_id, patch, replace)
+        if device is None:
+            return False
+        self._journal.put_state(f"twin/{device.id}", device.to_state(), lambda: self._publish_desired(device))
+        return True
+
+    def _publish_desired(self, device: Device) -> None:
+        if self._publish is not None:
+            body = {"version": device.desired_version, "desired": device.desired}
+            self._publish(device.id, "desired", jsoncodec.encode(body).encode(), retain=True)
+
+    def order(self, command_id: str, device: str, name: str, args: dict[str, Any], expires_ms: int, again: bool = False) -> None:
+        """Send a command that the hub wants; its record must be durable already."""
+        self._command(_Command(command_id, device, name, args, expires_ms, 0, again))
+
+    # -- what devices say besides readings -----------------------------------------------------------------------------------
+
+    def registered(self, device: str, message: dict[str, Any], done: Done) -> None:
+        """A device said what it is; readings that came early follow at once."""
+        stamp = self._clock.stamp()
+        found, changed, early = self.registry.register(device, message, stamp.mono_ms)
+        if changed:
+            self._registered(found, len(early))
+        for reading in early:
+            self.registry.seen(device, reading, stamp.mono_ms)
+        self._take(device, early, stamp, _nothing)
+        self._journal.put_state(f"twin/{device}", found.to_state(), done)
+
+    def _registered(self, device: Device, early: int) -> None:
+        self._journal.put_state(f"twin/{device.id}", device.to_state())
+        self._journal.append("event", "device.registered", {"device": device.id, "kind": device.kind, "name": device.name, "early": early})
+
+    def reported(self, device: str, patch: Any, done: Done) -> None:
+        """A device reported twin state."""
+        changed = self.registry.report(device, patch)
+        if changed is None:
+            done()
+            return
+        self._journal.append("event", "twin.reported", {"device": device, "reported": changed.reported, "version": changed.reported_version})
+        self._journal.put_state(f"twin/{device}", changed.to_state(), done)
+
+    def result(self, device: str, message: dict[str, Any], done: Done) -> None:
+        """A device replied to a command."""
+        operation = Operation(
+            message["id"], "command", "succeeded" if message["ok"] else "failed", 0, "replied", message["reason"], {"device": device, "value": message["value"]}
+        )
+        self._metrics.inc("command_results_total", ok=str(message["ok"]).lower())
+        self._journal.append("event", "operation", operation.to_json(), lambda _record: done())
+
+    def refused(self, device: str, error: ContractError) -> None:
+        """A message was refused; only its own device notices."""
+        self.registry.failed(device, error, self._clock.mono_ms())
+
+
+_REFUSED = Record(0, "", 0, 0, "unsynced", "", "")
+
+
+def _nothing() -> None:
+    """Nobody waits."""
+
+
+def _nobody_waits(_record: Record) -> None:
+    """A decision that no message waits for."""

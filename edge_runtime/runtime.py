@@ -1,0 +1,532 @@
+"""The composition root of the edge: makes every part once, wires them, runs them, stops them. The only place that knows all."""
+
+import asyncio
+import base64
+import binascii
+import gc
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .clock import SystemClock
+from .config import EdgeConfig
+from .contract import jsoncodec
+from .contract.desired import Desired, parse_desired
+from .contract.errors import ContractError
+from .contract.operations import Operation
+from .contract.records import Record
+from .decisions.engine import DecisionEngine
+from .decisions.rules import RuleError, RuleSet, parse_rules
+from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
+from .devices.registry import DeviceRegistry
+from .journal import Journal, JournalSettings
+from .metrics import Metrics
+from .mqtt_session import Endpoint
+from .pipeline import Pipeline
+from .system.process import open_descriptors, resident_bytes, return_free_memory
+from .system.service import ServiceManager
+from .uplink.backoff import Backoff
+from .uplink.link import Uplink, UplinkSettings
+
+log = logging.getLogger(__name__)
+
+SHIPPED_MODELS = Path(__file__).parent / "decisions" / "models" / "shipped"
+"""Models that come with the agent."""
+
+TICK_S = 0.5
+"""How often time-driven rules are looked at."""
+
+COMMANDS_REMEMBERED = 512
+"""Ids of the hub's commands that are remembered, so that none is done twice: twice what one desired state may hold."""
+
+ENGINE_STATE_S = 30.0
+"""How often the rules' latches and timers are kept. A latch that changes with a decision is in that decision's record as well."""
+
+
+class EdgeRuntime:
+    """One edge. `start`, then `wait` until a signal or `stop`.
+
+    Attributes are the parts; tests and the local API look at them.
+    """
+
+    def __init__(self, config: EdgeConfig, service: ServiceManager | None = None) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.clock = SystemClock()
+        self.service = service or ServiceManager()
+        self.journal = Journal(self._journal_settings(), self.clock, self.clock.raise_floor)
+        devices = config.devices
+        self.registry = DeviceRegistry(
+            max_devices=devices.registry_max, auto_register=devices.auto_register, early_max_devices=devices.early_max_devices,
+            early_max_readings=devices.early_max_readings, early_ttl_ms=int(devices.early_ttl_s * 1000),
+        )
+        self.models: dict[str, Any] = {}
+        self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
+        self.engine = DecisionEngine(RuleSet(()), {})
+        self.bus: Bus | None = None
+        self.uplink: Uplink | None = None
+        self.pipeline = Pipeline(
+            config.edge_id, self.journal, self.clock, self.metrics, self.registry, self.engine, offline=self.is_offline,
+            publish=self._publish if config.bus.enabled and config.bus.url else None,
+        )
+        self.pipeline.command_source = self._command_moved
+        self.desired: Desired | None = None
+        self.last_desired_error: dict[str, str] | None = None
+        self._offline_since_ms: int | None = self.clock.mono_ms()
+        self._decided_offline_before = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
+        self._api: Any = None
+        self.api_port = 0
+        self._commands: dict[str, str] = self.journal.state("commands") or {}
+        self._describe_metrics()
+
+    def _journal_settings(self) -> JournalSettings:
+        journal = self.config.journal
+        return JournalSettings(
+            Path(self.config.data_dir) / "journal", commit_interval_s=journal.commit_interval_s,
+            telemetry_commit_interval_s=journal.telemetry_commit_interval_s, max_bytes=journal.max_bytes,
+            telemetry_max_bytes=journal.telemetry_max_bytes, retain_receipted_records=journal.retain_receipted_records,
+            min_free_bytes=journal.min_free_bytes, ballast_bytes=journal.ballast_bytes, target_hours=journal.target_hours,
+            pending_max=journal.pending_max,
+        )
+
+    # -- life ----------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bring everything up from local state alone; the network is not waited for."""
+        self.journal.start()
+        recovered = [
+            {"database": item.database, "damage": item.damage[:300], "salvaged": item.salvaged, "lost": item.lost} for item in self.journal.recoveries
+        ]
+        self.journal.append("event", "boot", {
+            "agent": __version__, "boot_n": self.journal.boot_n, "clean": self.journal.clean, "recovered": recovered,
+        })
+        for key in self.journal.state_keys("twin/"):
+            state = self.journal.state(key)
+            if isinstance(state, dict):
+                self.registry.restore(key.removeprefix("twin/"), state)
+        self._load_configured_models()
+        self._apply_rules(self._own_rules())
+        self._restore_desired()
+        engine_state = self.journal.state("engine")
+        if isinstance(engine_state, dict):
+            self.engine.import_state(engine_state, self.clock.mono_ms())
+        loop = asyncio.get_running_loop()
+        if self.config.bus.enabled and self.config.bus.url:
+            self._start_bus()
+        if self.config.uplink.enabled:
+            self._start_uplink()
+        kept = engine_state.get("decisions") if isinstance(engine_state, dict) else 0
+        await self.pipeline.replay(kept if isinstance(kept, int) else 0)
+        for task in (self._tick_forever, self._keep_engine_state, self._watch):
+            self._tasks.append(loop.create_task(task(), name=task.__name__))
+        if self.config.devices.host.enabled:
+            self._tasks.append(loop.create_task(self._sample_host(), name="host"))
+        if self.config.api.enabled:
+            from .local_api.server import serve
+
+            self._api, self.api_port = await serve(self)
+        gc.collect()
+        gc.freeze()
+        return_free_memory()
+        self.service.notify(READY="1", STATUS=self._status_line())
+
+    async def wait(self) -> None:
+        """Until SIGTERM, SIGINT or `stop_soon`; then stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        await self._stopping.wait()
+        await self.stop()
+
+    def stop_soon(self) -> None:
+        """Let `wait` return."""
+        self._stopping.set()
+
+    async def stop(self, reason: str = "shutdown") -> None:
+        """Orderly: stop taking in, journal what there is, say goodbye, close."""
+        self.service.notify(STOPPING="1")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._api is not None:
+            await self._api.cleanup()
+        if self.bus is not None:
+            await self.bus.stop()
+        self.journal.put_state("engine", self._engine_state())
+        self.journal.append("event", "shutdown", {"reason": reason})
+        try:
+            await asyncio.wait_for(self.journal.flush(), 10)
+        except TimeoutError:
+            log.error("the journal could not be written before the stop: %s", self.journal.errors)
+        if self.uplink is not None:
+            await self.uplink.stop(reason)
+        await self.journal.close()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------------
+
+    def _start_bus(self) -> None:
+        bus = self.config.bus
+        backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S, stable_s=10)
+
+        self.bus = Bus(
+            Endpoint.parse(bus.url, username=bus.username, password=bus.password, protocol=bus.protocol), self.config.edge_id, self.pipeline,
+            self.clock, self.metrics, next_pause_s=backoff.next_s, keepalive_s=int(bus.keepalive_s), receive_max=bus.inflight_max,
+        )
+
+        def moved(up: bool) -> None:
+            now_s = self.clock.mono_ms() / 1000
+            if up:
+                backoff.link_up(now_s)
+            else:
+                backoff.link_down(now_s)
+
+        self.bus.on_session = moved
+        self.bus.start()
+
+    def _publish(self, device: str, leaf: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Callable[[], None] | None = None) -> bool:
+        return self.bus is not None and self.bus.publish(device, leaf, payload, retain=retain, expiry_s=expiry_s, on_ack=on_ack)
+
+    def _start_uplink(self) -> None:
+        uplink = self.config.uplink
+        endpoint = Endpoint.parse(
+            uplink.url, username=uplink.username, password=uplink.password, ca_file=uplink.ca_file, cert_file=uplink.cert_file,
+            key_file=uplink.key_file, protocol=uplink.protocol,
+        )
+        settings = UplinkSettings(
+            endpoint, self.config.edge_id, keepalive_s=int(uplink.keepalive_s), backoff_base_s=uplink.backoff_base_s, backoff_cap_s=uplink.backoff_cap_s,
+            stable_after_s=uplink.stable_after_s, inflight=uplink.inflight, batch_records=uplink.batch_records, batch_bytes=uplink.batch_bytes,
+        )
+        self.uplink = Uplink(
+            settings, self.journal, self.clock, self.metrics, presence=self._presence, on_desired=self._on_desired,
+            on_bad_desired=self._on_bad_desired, on_link=self._on_link,
+        )
+        self.uplink.start()
+
+    async def _sample_host(self) -> None:
+        from .devices.host import HostSampler
+
+        host = self.config.devices.host
+        sampler = HostSampler()
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            try:
+                self.pipeline.host_reading(host.device_id, dict(sampler.sample()))
+            except Exception:
+                self.metrics.inc("host_sample_errors_total")
+                log.exception("sampling the host failed")
+            due = max(due + host.interval_s, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.pipeline.tick()
+            except Exception:
+                self.metrics.inc("tick_errors_total")
+                log.exception("time-driven rules failed")
+
+    async def _keep_engine_state(self) -> None:
+        last = False
+        while True:
+            await asyncio.sleep(ENGINE_STATE_S)
+            state = self._engine_state()
+            if any(entry[2] or entry[3] >= 0 for entry in state["states"]) or last:
+                last = bool(state["states"])
+                self.journal.put_state("engine", state)
+
+    def _engine_state(self) -> dict[str, Any]:
+        return {**self.engine.export_state(self.clock.mono_ms()), "decisions": self.journal.durable("decision")}
+
+    async def _watch(self) -> None:
+        """Signs of life to systemd, only while the agent is healthy enough to decide; memory return; storage alarms."""
+        alarmed = False
+        interval = self.service.watchdog_s / 3 if self.service.watchdog_s else 10.0
+        while True:
+            await asyncio.sleep(min(interval, 10.0))
+            if self.service.watchdog_s:
+                self.service.notify(WATCHDOG="1", STATUS=self._status_line())
+            plan = self.journal.storage_plan
+            if plan.alarm and not alarmed:
+                self.journal.append("event", "storage", {
+                    "alarm": True, "outage_hours": round(plan.outage_hours, 1), "target_hours": plan.target_hours, "free_bytes": plan.free_bytes,
+                })
+            alarmed = plan.alarm
+
+    # -- models and rules ----------------------------------------------------------------------------------------------------
+
+    def _load_configured_models(self) -> None:
+        if not self.config.decisions.models:
+            return
+        from .decisions.models import ModelError, load_model, read_manifest
+
+        for entry in self.config.decisions.models:
+            path = Path(entry.manifest)
+            if entry.manifest.startswith("shipped:"):
+                path = SHIPPED_MODELS / (entry.manifest.removeprefix("shipped:") + ".json")
+            try:
+                manifest = read_manifest(path.read_bytes())
+                self.models[entry.name or manifest.name] = load_model(manifest, Path(entry.data) if entry.data else path.parent)
+            except (ModelError, OSError) as error:
+                self._model_refused(entry.name or entry.manifest, str(error))
+
+    def _model_refused(self, name: str, reason: str) -> None:
+        self.metrics.inc("models_refused_total")
+        log.error("model %s was refused: %s", name, reason)
+        self.journal.append("event", "model", {"name": name, "outcome": "refused", "reason": reason[:500]})
+
+    def _own_rules(self) -> RuleSet:
+        decisions = self.config.decisions
+        rules: list[Any] = list(decisions.rules)
+        if decisions.rules_file:
+            value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
+            rules += value if isinstance(value, list) else [value]
+        return parse_rules(rules)
+
+    def _apply_rules(self, rules: RuleSet) -> None:
+        self.engine.replace_models(dict(self.models))
+        self.engine.replace_rules(rules)
+
+    # -- desired state -------------------------------------------------------------------------------------------------------
+
+    def _restore_desired(self) -> None:
+        value = self.journal.state("desired")
+        if value is None:
+            return
+        try:
+            desired = parse_desired(value, self.config.edge_id)
+            rules = self._check_desired(desired)
+        except (ContractError, RuleError) as error:
+            log.error("the kept desired state is not valid any more, own rules stay: %s", error)
+            return
+        self._take_desired(desired, rules, restored=True)
+
+    def _check_desired(self, desired: Desired) -> RuleSet | None:
+        """Everything that can be wrong with it, found before anything changes."""
+        rules = parse_rules(desired.rules) if desired.rules is not None else None
+        self._models_wanted = {}
+        for index, entry in enumerate(desired.models):
+            manifest, data = entry.get("manifest"), entry.get("data_b64")
+            if not isinstance(manifest, dict) or not isinstance(data, str):
+                raise ContractError(f"spec.models[{index}]", "has no manifest or no data_b64", "send both", "missing")
+            try:
+                raw = base64.b64decode(data, validate=True)
+            except (binascii.Error, ValueError):
+                raise ContractError(f"spec.models[{index}].data_b64", "is not base64", "encode the model's bytes as base64", "type") from None
+            self._models_wanted[str(manifest.get("name", ""))] = (jsoncodec.encode(manifest).encode(), raw)
+        return rules
+
+    def _on_desired(self, desired: Desired) -> None:
+        if self.desired is not None and desired.generation <= self.desired.generation:
+            if desired.generation < self.desired.generation and self.uplink is not None:
+                self.uplink.announce("generation")
+            return
+        stamp = self.clock.stamp()
+        if desired.expires_ms and stamp.quality != "unsynced" and stamp.wall_ms > desired.expires_ms:
+            self._on_bad_desired(ContractError("expires_ms", "this desired state has expired", "issue it again", "expired"), desired.generation)
+            return
+        try:
+            rules = self._check_desired(desired)
+            models = self._activate_models()
+        except ContractError as error:
+            self._on_bad_desired(error, desired.generation)
+            return
+        except RuleError as error:
+            self._on_bad_desired(ContractError(f"spec.{error.field}", error.problem, error.remedy, "rule"), desired.generation)
+            return
+        self.models.update(models)
+        self.journal.put_state("desired", desired.to_json(), lambda: self._take_desired(desired, rules))
+        self.journal.append("event", "desired.applied", {"generation": desired.generation})
+
+    def _activate_models(self) -> dict[str, Any]:
+        if not self._models_wanted:
+            return {}
+        from .decisions.models import ModelError, ModelStore
+
+        store = ModelStore(Path(self.config.data_dir) / "models")
+        loaded: dict[str, Any] = {}
+        for name, (manifest, data) in self._models_wanted.items():
+            try:
+                store.put(manifest, data)
+                loaded[name] = store.activate(name)
+            except (ModelError, OSError) as error:
+                self._model_refused(name, str(error))
+                raise ContractError(f"spec.models.{name}", str(error), "send the model with the hash and shape of its manifest", "model") from None
+            self.journal.append("event", "model", {"name": name, "outcome": "activated", "sha256": loaded[name].manifest.sha256})
+        return loaded
+
+    def _take_desired(self, desired: Desired, rules: RuleSet | None, restored: bool = False) -> None:
+        if restored and desired.models:
+            from .decisions.models import ModelError, ModelStore
+
+            store = ModelStore(Path(self.config.data_dir) / "models")
+            for name in self._models_wanted:
+                try:
+                    self.models[name] = store.activate(name)
+                except (ModelError, OSError) as error:
+                    self._model_refused(name, str(error))
+        self.desired = desired
+        self.pipeline.generation = desired.generation
+        self.last_desired_error = None
+        if rules is not None:
+            self._apply_rules(rules)
+        for device, twin in desired.twins.items():
+            try:
+                self.pipeline.desire(device, twin, replace=True)
+            except ContractError as error:
+                log.error("desired twin of %s was refused: %s", device, error)
+        self._take_commands(desired)
+        if self.uplink is not None:
+            self.uplink.announce("desired")
+
+    def _take_commands(self, desired: Desired) -> None:
+        stamp = self.clock.stamp()
+        for command in desired.commands:
+            state = self._commands.get(command["id"])
+            if state is not None and state != "running":
+                continue
+            if stamp.wall_ms > command["expires_ms"] and stamp.quality != "unsynced":
+                if state is None:
+                    self._command_moved(command["id"], "expired")
+                    self._operation(command, "expired", "expired before it arrived")
+                continue
+            again = state == "running"
+            self._commands[command["id"]] = "running"
+
+            def durable(_record: Record | None, command: dict[str, Any] = command, again: bool = again) -> None:
+                self.pipeline.order(command["id"], command["device"], command["name"], command["args"], command["expires_ms"], again)
+
+            if again:
+                durable(None)
+            else:
+                self._operation(command, "running", "", durable)
+        wanted = {command["id"] for command in desired.commands}
+        for known in [key for key in self._commands if key not in wanted][: max(0, len(self._commands) - COMMANDS_REMEMBERED)]:
+            del self._commands[known]
+        self.journal.put_state("commands", self._commands)
+
+    def _operation(self, command: dict[str, Any], state: str, reason: str, on_durable: Callable[[Record], None] | None = None) -> None:
+        operation = Operation(command["id"], "command", state, 0, "accepted", reason, {"device": command["device"], "name": command["name"]})
+        self.journal.append("event", "operation", operation.to_json(), on_durable)
+
+    def _command_moved(self, command_id: str, state: str) -> None:
+        if command_id in self._commands or state == "expired":
+            self._commands[command_id] = state
+            self.journal.put_state("commands", self._commands)
+
+    def _on_bad_desired(self, error: ContractError, generation: int) -> None:
+        if self.desired is not None and generation and generation <= self.desired.generation:
+            return
+        described = {"generation": generation, **error.to_json()}
+        text = {key: str(value) for key, value in described.items()}
+        if self.last_desired_error == text:
+            return  # the retained message comes back with every connection
+        self.last_desired_error = text
+        self.metrics.inc("desired_rejected_total", reason=error.reason)
+        log.error("desired state %d was refused: %s", generation, error)
+        self.journal.append("event", "desired.rejected", described)
+
+    # -- the link ------------------------------------------------------------------------------------------------------------
+
+    def is_offline(self) -> bool:
+        """No hub is reachable."""
+        return self._offline_since_ms is not None
+
+    def _on_link(self, up: bool, detail: str) -> None:
+        now = self.clock.mono_ms()
+        if up:
+            outage = now - self._offline_since_ms if self._offline_since_ms is not None else 0
+            decided = self.pipeline.decided_offline - self._decided_offline_before
+            self._offline_since_ms = None
+            self.metrics.inc("offline_seconds_total", outage / 1000)
+            self.journal.append("event", "link.up", {"hub": detail, "outage_ms": outage, "decided_offline": decided})
+        else:
+            self._offline_since_ms = now
+            self._decided_offline_before = self.pipeline.decided_offline
+            self.metrics.inc("offline_total")
+            self.journal.append("event", "link.down", {"reason": detail[:300]})
+
+    def _presence(self) -> dict[str, Any]:
+        config = self.config
+        devices = sorted(self.registry.devices)
+        return {
+            "generation": self.desired.generation if self.desired else 0, "agent": __version__, "region": config.region, "site": config.site,
+            "node": config.node, "labels": dict(config.labels), "devices": devices[:256],
+            "outage_hours": round(self.journal.storage_plan.outage_hours, 1), "health": "; ".join(self.health()) or "ok",
+        }
+
+    # -- health --------------------------------------------------------------------------------------------------------------
+
+    def health(self) -> list[str]:
+        """What is wrong, in words; empty when all is well. A missing hub is not illness: working alone is the job."""
+        problems = [f"{name} cannot be written: {error}" for name, error in self.journal.errors.items()]
+        if not self.journal.telemetry_open:
+            problems.append("the disk is nearly full: telemetry is refused, decisions go on")
+        if self.journal.storage_plan.alarm:
+            problems.append(
+                f"free space holds {self.journal.storage_plan.outage_hours:.0f} h of outage, under the target of {self.journal.storage_plan.target_hours:.0f} h"
+            )
+        if self.bus is not None and not self.bus.up:
+            problems.append(f"the local bus is away: {self.bus.last_error or 'connecting'}")
+        if self.uplink is not None and self.uplink.lanes.quarantine:
+            problems.append(f"the hub refuses this identity: {self.uplink.lanes.quarantine}")
+        if self.last_desired_error is not None:
+            problems.append(f"desired state {self.last_desired_error['generation']} was refused: {self.last_desired_error['field']}: {self.last_desired_error['problem']}")
+        return problems
+
+    def fatal(self) -> list[str]:
+        """What makes /healthz unhealthy: the agent can no longer do its job by itself."""
+        return [f"{name} cannot be written: {error}" for name, error in self.journal.errors.items()]
+
+    def ready(self) -> list[str]:
+        """What is still missing before the agent senses and decides; empty when ready."""
+        missing = []
+        if self.bus is not None and not self.bus.up:
+            missing.append(f"the local bus is away: {self.bus.last_error or 'connecting'}")
+        return missing
+
+    def _status_line(self) -> str:
+        link = "hub up" if not self.is_offline() else "alone"
+        return f"{link}, {self.pipeline.decided} decisions, {len(self.registry.devices)} devices, {'; '.join(self.health()) or 'well'}"
+
+    def _describe_metrics(self) -> None:
+        gauge, metrics = self.metrics.gauge, self.metrics
+        gauge("resident_memory_bytes", "Resident memory of the agent.", resident_bytes)
+        gauge("open_descriptors", "Open file descriptors.", open_descriptors)
+        gauge("devices", "Registered devices.", lambda: len(self.registry.devices))
+        gauge("early_readings", "Readings that wait for their device's registration.", lambda: self.registry.early_waiting)
+        gauge("link_up", "1 while a hub is reachable.", lambda: float(not self.is_offline()))
+        gauge("journal_waiting_records", "Records appended and not durable yet.", lambda: sum(lane.waiting for lane in self.journal.lanes.values()))
+        gauge("journal_backlog_records", "Records that the hub is not known to have.", lambda: self.uplink.lanes.backlog() if self.uplink else 0)
+        gauge("journal_used_bytes", "Bytes of the journal's databases.", lambda: self.journal.bytes_in_use)
+        gauge("journal_free_bytes", "Free bytes of the journal's file system.", lambda: self.journal.storage_plan.free_bytes)
+        gauge("journal_outage_seconds", "Seconds of outage that the free space holds.", lambda: self.journal.storage_plan.outage_hours * 3600)
+        gauge("clock_jumps", "Jumps of the wall clock since start.", lambda: self.clock.jumps)
+        gauge("info", "1; the agent runs.", lambda: 1)
+        for name, read, text in (
+            ("readings_total", lambda: self.pipeline.readings_taken, "Readings taken in."),
+            ("decisions_total", lambda: self.pipeline.decided, "Decisions made."),
+            ("decisions_offline_total", lambda: self.pipeline.decided_offline, "Decisions made while no hub was reachable."),
+            ("journal_commits_total", lambda: sum(lane.commits for lane in self.journal.lanes.values()), "Commits."),
+            ("journal_failed_commits_total", lambda: sum(lane.failed_commits for lane in self.journal.lanes.values()), "Commits that failed and were tried again."),
+            ("journal_dropped_records_total", self._dropped, "Records dropped before the hub had them."),
+            ("journal_refused_telemetry_total", lambda: self.journal.refused_telemetry, "Telemetry refused because the disk is full."),
+            ("journal_undurable_effects_total", lambda: sum(lane.acted_undurable for lane in self.journal.lanes.values()), "Effects done although the journal could not be written."),
+            ("rule_errors_total", lambda: sum(self.engine.errors.values()), "Conditions that could not be evaluated."),
+            ("early_dropped_readings_total", lambda: self.registry.early_dropped, "Early readings dropped."),
+        ):
+            gauge(name, text, read)  # type: ignore[arg-type]
+            metrics.describe(name, "counter", text)
+        metrics.describe("device_rejected_messages_total", "counter", "Device messages refused, by reason.")
+        metrics.describe("uplink_rejected_messages_total", "counter", "Hub messages refused, by reason.")
+
+    def _dropped(self) -> float:
+        total = sum(marks.dropped for lane in self.journal.lanes.values() for marks in lane.marks.values())
+        return total + sum(lane.dropped_waiting for lane in self.journal.lanes.values())
+

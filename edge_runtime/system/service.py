@@ -1,0 +1,35 @@
+"""systemd: readiness, status and watchdog over NOTIFY_SOCKET (sd_notify(3)); nothing where it is not set."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+
+class ServiceManager:
+    """The manager that started us, if any.
+
+    Args:
+        environment: where NOTIFY_SOCKET and WATCHDOG_USEC are looked up.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        pid = environment.get("WATCHDOG_PID", "")
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        ours = not pid or pid == str(os.getpid())
+        self.watchdog_s = int(microseconds) / 1e6 if ours and microseconds.isdigit() else 0.0
+        """Seconds within which a sign of life is expected, 0 for none."""
+
+    def notify(self, **fields: str) -> bool:
+        """Send `READY=1`, `STATUS=...`, `WATCHDOG=1`, `STOPPING=1`; False where nobody listens."""
+        if not self._address:
+            return False
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                sock.settimeout(1)
+                sock.sendto(message.encode(), address)
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,324 @@
+"""The link to the hub: connects, says who is there, sends what `lanes` says, takes receipts and desired state."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..clock import Clock
+from ..contract import jsoncodec, topics
+from ..contract.desired import Desired, parse_desired
+from ..contract.errors import ContractError
+from ..contract.limits import PROTOCOL_VERSION
+from ..contract.presence import HUB_PRESENCE
+from ..contract.receipts import RECEIPTS
+from ..contract.records import encode_batch
+from ..journal import Journal
+from ..metrics import Metrics
+from ..mqtt_session import Endpoint, MqttSession, SessionClosed, Will, run_session
+from .backoff import Backoff
+from .lanes import Lanes, Send
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 30.0
+"""How often the presence is said again while the link is up: the hub shows its age, and it carries the outage hours."""
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkSettings:
+    """How to reach the hub; times in seconds."""
+
+    endpoint: Endpoint
+    edge: str
+    keepalive_s: int = 15
+    backoff_base_s: float = 1.0
+    backoff_cap_s: float = 60.0
+    stable_after_s: float = 60.0
+    inflight: int = 8
+    batch_records: int = 200
+    batch_bytes: int = 131_072
+
+
+class Uplink:
+    """One edge's link.
+
+    Args:
+        presence: returns what the presence says besides names and times (site, devices, generation, ...).
+        on_desired: called with each new desired state (or the error of a bad one and its generation, 0 if unknown).
+        on_link: called with True and the hub's name when a hub is there, False and the reason when it is gone.
+    """
+
+    def __init__(
+        self, settings: UplinkSettings, journal: Journal, clock: Clock, metrics: Metrics, *, presence: Callable[[], dict[str, Any]],
+        on_desired: Callable[[Desired], None], on_bad_desired: Callable[[ContractError, int], None], on_link: Callable[[bool, str], None],
+    ) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._clock = clock
+        self._metrics = metrics
+        self._presence = presence
+        self._on_desired = on_desired
+        self._on_bad_desired = on_bad_desired
+        self._on_link = on_link
+        self.lanes = Lanes(settings.inflight)
+        self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, settings.stable_after_s)
+        self._session: MqttSession | None = None
+        self._wake = asyncio.Event()
+        self._retry = asyncio.Event()
+        self._hub_boot = ""
+        self.hub = ""
+        self.connected = False
+        self.last_error = ""
+        self.taken_over = 0
+        self._task: asyncio.Task[None] | None = None
+        self._rebases: set[asyncio.Task[None]] = set()
+        self._floors: dict[str, int] = {}
+
+    # -- life ----------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin; call inside the running loop."""
+        self._journal.on_commit(self._committed)
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="uplink")
+
+    async def stop(self, reason: str = "shutdown") -> None:
+        """Say goodbye and end."""
+        session = self._session
+        if session is not None and session.open:
+            self._publish_presence("offline", reason)
+            await session.disconnect()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def up(self) -> bool:
+        """A broker and behind it a hub are there."""
+        return self.lanes.up
+
+    def retry_now(self) -> None:
+        """Do not wait for the back-off's end (the network has come back)."""
+        self._retry.set()
+
+    async def _run(self) -> None:
+        protocol = self._settings.endpoint.protocol
+        await run_session(self._make, self._serve, protocol=protocol, next_pause_s=self._next_pause, on_failure=self._failed, wake=self._retry)
+
+    def _next_pause(self) -> float:
+        pause = self._backoff.next_s()
+        self._metrics.inc("uplink_connect_retries_total")
+        return pause
+
+    def _make(self, protocol5: bool) -> MqttSession:
+        will = Will(topics.edge_topic(self._settings.edge, "status"), self._presence_payload("offline", "lost", bare=True))
+        return MqttSession(
+            self._settings.endpoint, f"novacron-edge-{self._settings.edge}", self._message, will=will, keepalive_s=self._settings.keepalive_s,
+            protocol5=protocol5,
+        )
+
+    def _failed(self, error: SessionClosed) -> None:
+        now = self._clock.mono_ms()
+        self.connected = False
+        self._session = None
+        self.last_error = error.reason
+        self._backoff.link_down(now / 1000)
+        if error.taken_over:
+            self.taken_over += 1
+            self._metrics.inc("uplink_taken_over_total")
+            log.error("another client connected as %s: two machines run with one identity", self._settings.edge)
+        self._hub_gone(error.reason)
+
+    async def _serve(self, session: MqttSession) -> None:
+        self._session = session
+        self.connected = True
+        self._backoff.link_up(self._clock.mono_ms() / 1000)
+        self._metrics.inc("uplink_connects_total")
+        await session.subscribe(topics.edge_subscriptions(self._settings.edge))
+        self._publish_presence("online", "reconnect")
+        heartbeat = asyncio.get_running_loop().create_task(self._heartbeat(session))
+        try:
+            await self._send_forever(session)
+        finally:
+            heartbeat.cancel()
+
+    async def _heartbeat(self, session: MqttSession) -> None:
+        while session.open:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._publish_presence("online", "heartbeat")
+
+    # -- presence ------------------------------------------------------------------------------------------------------------
+
+    def _presence_payload(self, state: str, reason: str, bare: bool = False) -> bytes:
+        stamp = self._clock.stamp()
+        body: dict[str, Any] = {
+            "v": PROTOCOL_VERSION, "edge": self._settings.edge, "boot": self._journal.boot, "boot_n": self._journal.boot_n, "state": state,
+            "reason": reason,
+        }
+        if not bare:
+            # The Last Will is written at connect and published much later: it must not carry a time or a state of then.
+            body |= {"time_ms": stamp.wall_ms, "tq": stamp.quality, "speaks": [PROTOCOL_VERSION], **self._presence()}
+        return jsoncodec.encode(body).encode()
+
+    def _publish_presence(self, state: str, reason: str) -> None:
+        if self._session is not None:
+            self._session.publish(topics.edge_topic(self._settings.edge, "status"), self._presence_payload(state, reason), retain=True)
+
+    def announce(self, reason: str = "changed") -> None:
+        """Say the presence again now: something in it has changed."""
+        if self._session is not None and self._session.open:
+            self._publish_presence("online", reason)
+
+    # -- down ----------------------------------------------------------------------------------------------------------------
+
+    def _message(self, topic: str, payload: bytes, acknowledge: Callable[[], None]) -> None:
+        try:
+            if topic == topics.HUB_STATUS:
+                if payload:
+                    self._hub_status(HUB_PRESENCE.parse(jsoncodec.decode(payload)))
+            else:
+                _, leaf = topics.parse(topic, "edge", ("receipts", "desired"))
+                if leaf == "receipts":
+                    self._receipts(RECEIPTS.parse(jsoncodec.decode(payload)))
+                elif payload:
+                    self._desired(payload)
+        except ContractError as error:
+            self._metrics.inc("uplink_rejected_messages_total", reason=error.reason)
+            self.last_error = str(error)
+            log.warning("a message on %s was refused: %s", topic, error)
+        acknowledge()
+
+    def _hub_status(self, status: dict[str, Any]) -> None:
+        if PROTOCOL_VERSION not in status["speaks"]:
+            raise ContractError("speaks", f"the hub speaks {status['speaks']}, not {PROTOCOL_VERSION}", "update this edge", "version")
+        if status["state"] == "offline":
+            self._hub_gone("the hub went offline")
+            return
+        if self.lanes.up and status["boot"] == self._hub_boot:
+            return
+        self.hub, self._hub_boot = status["hub"], status["boot"]
+        was_up = self.lanes.up
+        self._start_lanes()
+        self._publish_presence("online", "hub")
+        if not was_up:
+            self._on_link(True, self.hub)
+
+    def _start_lanes(self) -> None:
+        marks = {name: self._journal.marks(name) for name in self.lanes.streams}
+        self.lanes.link_up({name: mark.next_seq - 1 for name, mark in marks.items()}, {name: mark.floor for name, mark in marks.items()}, self._clock.mono_ms())
+        self._wake.set()
+
+    def _hub_gone(self, reason: str) -> None:
+        self._hub_boot = ""
+        if self.lanes.up:
+            self.lanes.link_down()
+            self._on_link(False, reason)
+
+    def _receipts(self, message: dict[str, Any]) -> None:
+        if message["edge"] != self._settings.edge:
+            raise ContractError("edge", f"is for {message['edge']!r}", "publish on that edge's topic", "topic")
+        if not self.lanes.up or message["boot"] != self._hub_boot:
+            return  # from a hub that has gone, or before its presence
+        if message["quarantine"] != self.lanes.quarantine:
+            self.lanes.quarantine = message["quarantine"]
+            if self.lanes.quarantine:
+                log.error("the hub has put this identity in quarantine: %s", self.lanes.quarantine)
+        now = self._clock.mono_ms()
+        for mark in message["marks"]:
+            stream = mark["stream"]
+            if self._foreign(stream, mark):
+                return
+            self.lanes.receipt(stream, mark["upto"], mark["held"], mark["want"], now)
+            self._journal.receipt(stream, mark["upto"])
+            if mark["want"]:
+                self._metrics.inc("uplink_gap_requests_total", len(mark["want"]))
+        self.lanes.credit = message["credit"]
+        self._wake.set()
+
+    def _foreign(self, stream: str, mark: dict[str, Any]) -> bool:
+        """Whether the hub holds records under our name that we never wrote (a replaced or restored disk): then move above them."""
+        if max(mark["top"], mark["upto"]) <= self._journal.durable(stream):
+            return False
+        log.error("the hub holds %s up to %d, this journal ends at %d: continuing above", stream, mark["top"], self._journal.durable(stream))
+        self._metrics.inc("journal_rebases_total")
+        task = asyncio.get_running_loop().create_task(self._rebase(stream, max(mark["top"], mark["upto"])))
+        self._rebases.add(task)
+        task.add_done_callback(self._rebases.discard)
+        return True
+
+    async def _rebase(self, stream: str, above: int) -> None:
+        self.lanes.link_down()
+        await self._journal.rebase(stream, above)
+        if self._session is not None and self._session.open:
+            self._start_lanes()
+            self._publish_presence("online", "rebased")
+
+    def _desired(self, payload: bytes) -> None:
+        generation = 0
+        try:
+            value = jsoncodec.decode(payload)
+            if isinstance(value, dict) and type(value.get("generation")) is int:
+                generation = value["generation"]
+            desired = parse_desired(value, self._settings.edge)
+        except ContractError as error:
+            self._metrics.inc("uplink_rejected_messages_total", reason=error.reason)
+            self._on_bad_desired(error, generation)
+            return
+        self._on_desired(desired)
+
+    # -- up ------------------------------------------------------------------------------------------------------------------
+
+    def _committed(self, stream: str, seq: int) -> None:
+        self.lanes.committed(stream, seq, self._clock.mono_ms())
+        if self.lanes.up:
+            self._wake.set()
+
+    async def _send_forever(self, session: MqttSession) -> None:
+        while session.open:
+            now = self._clock.mono_ms()
+            if self.lanes.silent(now):
+                self.lanes.resyncs += 1
+                self._metrics.inc("uplink_resyncs_total")
+                self._start_lanes()
+                self._publish_presence("online", "resync")
+            if self.lanes.ask_self(now):
+                self._metrics.inc("uplink_resent_tails_total")
+            send = self.lanes.next(now)
+            if send is None:
+                self._wake.clear()
+                waiter = asyncio.ensure_future(self._wake.wait())
+                await asyncio.wait((waiter, session.closed), timeout=self.lanes.wake_ms(now) / 1000, return_when=asyncio.FIRST_COMPLETED)
+                waiter.cancel()
+                continue
+            await self._send(session, send)
+
+    async def _send(self, session: MqttSession, send: Send) -> None:
+        settings = self._settings
+        limit = min(settings.batch_records, send.last - send.first + 1)
+        records, chain = await self._journal.read(send.stream, send.first, limit, settings.batch_bytes, send.last)
+        if not self.lanes.up or not session.open:
+            return
+        marks = self._journal.marks(send.stream)
+        self.lanes.released(send.stream, marks.floor)
+        if not records or records[0].seq != send.first:
+            if marks.floor > send.first:
+                return  # freed or dropped meanwhile; the lanes know the new floor now
+            raise SessionClosed(f"stream {send.stream}: record {send.first} is not in the journal")
+        last = records[-1].seq
+        lane = self.lanes.streams[send.stream]
+        history = last + 1 if send.lane == "history" and not send.again else lane.history_next
+        payload = encode_batch(
+            edge=settings.edge, boot=self._journal.boot, boot_n=self._journal.boot_n, stream=send.stream, lane=send.lane, floor=marks.floor,
+            floor_chain=marks.floor_chain, dropped=marks.dropped, live=lane.live_from, history=max(1, history), next_seq=marks.next_seq,
+            records=records, chain=chain,
+        )
+
+        def acked() -> None:
+            self.lanes.acked()
+            self._wake.set()
+
+        if session.publish(topics.edge_topic(settings.edge, "up"), payload, on_ack=acked):
+            self.lanes.sent(send, last, self._clock.mono_ms())
+            self._metrics.inc("uplink_sent_records_total", len(records), lane=send.lane)
+            self._metrics.inc("uplink_sent_bytes_total", len(payload))

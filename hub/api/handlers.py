@@ -1,0 +1,313 @@
+"""Handlers of the hub's API."""
+
+import hmac
+import json
+import logging
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.limits import MAX_MESSAGE_BYTES
+from edge_runtime.contract.schema import ID_PATTERN
+from edge_runtime.contract.streams import STREAMS
+
+from .. import __version__
+from ..book import StreamBook
+from ..hierarchy import build_tree
+from ..store.base import EdgeRow, StoredRecord
+from .openapi import OPERATIONS, document
+
+if TYPE_CHECKING:
+    from ..server import Hub
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 200_000
+"""A desired state must fit one MQTT message with its frame."""
+
+WEB = Path(__file__).resolve().parent.parent / "web"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}
+
+
+class NotKnown(Exception):
+    """A 404 with its field and remedy."""
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(problem)
+        self.body = {"field": field, "problem": problem, "remedy": remedy}
+
+
+def record_json(stored: StoredRecord) -> dict[str, Any]:
+    """A record as the API shows it."""
+    record = stored.record
+    return {
+        "edge": stored.edge, "stream": stored.stream, "seq": record.seq, "boot": record.boot, "mono_ms": record.mono_ms, "wall_ms": record.wall_ms,
+        "time_quality": record.quality, "received_ms": stored.received_ms, "kind": record.kind, "body": json.loads(record.body),
+    }
+
+
+class HubApi:
+    """Handlers over one hub."""
+
+    def __init__(self, hub: "Hub") -> None:
+        self._hub = hub
+
+    def application(self) -> web.Application:
+        """The aiohttp application: API, page, static files."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._middleware()])
+        for operation in OPERATIONS:
+            app.router.add_route(operation.method.upper(), operation.path, getattr(self, operation.handler))
+        app.router.add_get("/", self.page)
+        app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg)}", self.asset)
+        return app
+
+    def _middleware(self) -> Any:
+        @web.middleware
+        async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
+            if request.path.startswith("/api/"):
+                given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+                if not hmac.compare_digest(given.encode(), self._hub.token.encode()):
+                    return _json({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
+            try:
+                response: web.StreamResponse = await handler(request)
+            except ContractError as error:
+                return _json(error.to_json(), 400)
+            except NotKnown as error:
+                return _json(error.body, 404)
+            except web.HTTPRequestEntityTooLarge:
+                return _json({"field": "body", "problem": f"is over {MAX_BODY_BYTES} bytes", "remedy": "send less at once"}, 413)
+            except web.HTTPException as error:
+                if error.status >= 400 and error.content_type != "application/json":
+                    return _json({"field": "path", "problem": error.reason, "remedy": "see /openapi.json"}, error.status)
+                raise
+            return response
+
+        return guard
+
+    # -- page ----------------------------------------------------------------------------------------------------------------
+
+    async def page(self, _request: web.Request) -> web.StreamResponse:
+        """The admin page."""
+        return web.FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
+
+    async def asset(self, request: web.Request) -> web.StreamResponse:
+        """A file of the page."""
+        path = WEB / request.match_info["name"]
+        if not path.is_file():
+            raise NotKnown("path", "no such file", "open /")
+        return web.FileResponse(path, headers=PAGE_HEADERS)
+
+    # -- health --------------------------------------------------------------------------------------------------------------
+
+    async def healthz(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        problems = self._hub.problems()
+        return _json({"status": "unhealthy" if problems else "ok", "problems": problems}, 503 if problems else 200)
+
+    async def readyz(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        up = self._hub.link.up
+        return _json({"ready": up, "missing": [] if up else [f"the broker: {self._hub.link.last_error or 'connecting'}"]}, 200 if up else 503)
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return web.Response(text=self._hub.render_metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return _json(document())
+
+    # -- reading -------------------------------------------------------------------------------------------------------------
+
+    async def status(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        hub = self._hub
+        rows = hub.fleet.rows.values()
+        return _json({
+            "hub": hub.settings.name, "version": __version__, "boot": hub.boot, "time_ms": hub.now_ms(), "edges": len(hub.fleet.rows),
+            "edges_online": sum(row.state == "online" for row in rows), "quarantined": sum(bool(row.quarantine) for row in rows),
+            "broker": {"kind": hub.broker.kind, "host": hub.broker.host, "port": hub.broker.port, "mqtt5": hub.broker.mqtt5, "restarts": hub.broker.restarts, "up": hub.link.up},
+            "counters": dict(hub.ingest.counters), "problems": hub.problems(),
+        })
+
+    async def hierarchy(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return _json(build_tree(self._hub.fleet.rows.values(), self._hub.now_ms()))
+
+    async def edges(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return _json([self._edge_json(row) for row in self._hub.fleet.rows.values()])
+
+    async def edge(self, request: web.Request) -> web.Response:
+        """See the table."""
+        return _json(self._edge_json(self._row(request)))
+
+    def _row(self, request: web.Request) -> EdgeRow:
+        name = request.match_info["edge"]
+        row = self._hub.fleet.rows.get(name)
+        if row is None:
+            raise NotKnown("edge", f"{name[:64]!r} has never been seen", "list /api/v1/edges")
+        return row
+
+    def _edge_json(self, row: EdgeRow) -> dict[str, Any]:
+        streams = {}
+        for stream in STREAMS:
+            book = self._hub.ingest.books.get((row.edge, stream)) or StreamBook()
+            streams[stream] = _book_json(book)
+        desired = self._hub.desired.get(row.edge)
+        return {
+            "edge": row.edge, "state": row.state, "reason": row.reason, "since_ms": row.since_ms, "last_seen_ms": row.last_seen_ms, "boot": row.boot,
+            "boot_n": row.boot_n, "generation": row.generation, "desired_generation": desired["generation"] if desired else 0, "quarantine": row.quarantine,
+            "presence": row.presence, "streams": streams,
+        }
+
+    async def records(self, request: web.Request) -> web.Response:
+        """See the table."""
+        row = self._row(request)
+        stream = request.query.get("stream", "decision")
+        if stream not in STREAMS:
+            raise ContractError("stream", f"{stream[:40]!r} is unknown", f"use {', '.join(STREAMS)}")
+        after, limit = _integer(request, "after", 0), _limit(request)
+        newest = request.query.get("newest", "false").lower() in ("1", "true", "yes")
+        found = await self._hub.read(lambda: self._hub.store.read_records(row.edge, stream, after=after, limit=limit, newest_first=newest))
+        return _json([record_json(item) for item in found])
+
+    async def decision(self, request: web.Request) -> web.Response:
+        """See the table."""
+        row = self._row(request)
+        seq = _number(request.match_info["seq"], "seq")
+        found = await self._hub.read(lambda: self._hub.store.read_records(row.edge, "decision", after=seq - 1, before=seq + 1, limit=1))
+        if not found:
+            raise NotKnown("seq", f"decision {seq} of {row.edge} is not here", "list /api/v1/decisions")
+        return _json(record_json(found[0]))
+
+    async def decisions(self, request: web.Request) -> web.Response:
+        """See the table."""
+        return await self._latest(request, "decision", ())
+
+    async def events(self, request: web.Request) -> web.Response:
+        """See the table."""
+        kind = request.query.get("kind")
+        return await self._latest(request, "event", (kind,) if kind else ())
+
+    async def _latest(self, request: web.Request, stream: str, kinds: tuple[str, ...]) -> web.Response:
+        limit, edge = _limit(request), request.query.get("edge")
+        found = await self._hub.read(lambda: self._hub.store.read_latest(streams=(stream,), kinds=kinds, limit=limit, edge=edge))
+        return _json([{"id": number, **record_json(item)} for number, item in found])
+
+    async def outages(self, request: web.Request) -> web.Response:
+        """See the table."""
+        text = request.query.get("hours", "24")
+        try:
+            hours = float(text)
+        except ValueError:
+            hours = -1.0
+        if not 0 <= hours <= 8760:
+            raise ContractError("hours", f"{text[:20]!r} is not 0 to 8760", "use hours, such as 24")
+        since = int(self._hub.now_ms() - hours * 3_600_000)
+        return _json(await self._hub.read(lambda: self._hub.store.read_outages(since)))
+
+    async def errors(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return _json(self._hub.ingest.errors[::-1])
+
+    async def verify(self, request: web.Request) -> web.Response:
+        """See the table."""
+        row = self._row(request)
+        out: dict[str, Any] = {"edge": row.edge, "streams": {}}
+        for stream in STREAMS:
+            book = self._hub.ingest.books.get((row.edge, stream)) or StreamBook()
+            base, upto = book.base, book.contiguous
+            count = await self._hub.read(lambda stream=stream, base=base, upto=upto: self._hub.store.read_count(row.edge, stream, base, upto))  # type: ignore[misc]
+            entry = {**_book_json(book), "counted": count, "expected": max(0, upto - base + 1)}
+            entry["exact"] = count == entry["expected"] and book.mismatches == 0
+            out["streams"][stream] = entry
+        out["exact"] = all(entry["exact"] for entry in out["streams"].values())
+        return _json(out)
+
+    # -- writing -------------------------------------------------------------------------------------------------------------
+
+    async def get_desired(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name = request.match_info["edge"]
+        document_ = self._hub.desired.get(name)
+        if document_ is None:
+            raise NotKnown("edge", f"{name[:64]!r} has no desired state", "put one")
+        return _json(document_)
+
+    async def put_desired(self, request: web.Request) -> web.Response:
+        """See the table."""
+        change = await _body(request)
+        return _json(await self._hub.change_desired(_edge_name(request), change))
+
+    async def command(self, request: web.Request) -> web.Response:
+        """See the table."""
+        edge = _edge_name(request)
+        value = await _body(request)
+        seconds = value.get("expires_seconds", 300)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 2_592_000:
+            raise ContractError("expires_seconds", f"{str(seconds)[:20]!r} is not 0 to 2592000", "use seconds")
+        command = {
+            "id": value.get("id", f"c-{secrets.token_hex(6)}"), "device": value.get("device"), "name": value.get("name"), "args": value.get("args", {}),
+            "expires_ms": self._hub.now_ms() + int(seconds * 1000),
+        }
+        current = (self._hub.desired.get(edge) or {}).get("spec", {}).get("commands", [])
+        known = next((item for item in current if item["id"] == command["id"]), None)
+        if known is not None:
+            return _json({"command": known, "generation": self._hub.desired[edge]["generation"], "again": True})
+        document_ = await self._hub.change_desired(edge, {"commands": [*current, command]})
+        return _json({"command": command, "generation": document_["generation"], "again": False})
+
+    async def release(self, request: web.Request) -> web.Response:
+        """See the table."""
+        row = self._row(request)
+        await self._hub.release(row.edge)
+        return _json(self._edge_json(row))
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(text=json.dumps(value), content_type="application/json", status=status)
+
+
+def _book_json(book: StreamBook) -> dict[str, Any]:
+    return {
+        "contiguous": book.contiguous, "top": book.top, "chain": book.chain.hex(), "base": book.base, "stored": book.stored, "gone": book.gone,
+        "duplicates": book.duplicates, "mismatches": book.mismatches, "edge_next": book.edge_next, "edge_floor": book.edge_floor,
+        "edge_dropped": book.edge_dropped, "missing": book.above.gaps(book.contiguous)[:32], "behind": max(0, book.edge_next - 1 - book.contiguous),
+    }
+
+
+def _edge_name(request: web.Request) -> str:
+    name = request.match_info["edge"]
+    if not ID_PATTERN.match(name):
+        raise ContractError("edge", f"{name[:64]!r} is not a name", "use 1 to 64 letters, digits, _ . : -", "name")
+    return name
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    value = jsoncodec.decode(await request.read(), MAX_MESSAGE_BYTES)
+    if not isinstance(value, dict):
+        raise ContractError("body", f"is {type(value).__name__}, not an object", "send a JSON object", "type")
+    return value
+
+
+def _number(text: str, field: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise ContractError(field, f"{text[:20]!r} is not a number", "use a whole number")
+    return int(text)
+
+
+def _integer(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name)
+    return default if text is None else _number(text, name)
+
+
+def _limit(request: web.Request) -> int:
+    return max(1, min(1000, _integer(request, "limit", 100)))

@@ -1,0 +1,78 @@
+"""`novacron-hub`: run the hub."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from . import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    env = os.environ
+    parser = argparse.ArgumentParser(prog="novacron-hub", description="NovaCron hub. Options may also be set as NOVACRON_HUB_NAME (upper case).")
+    parser.add_argument("--version", action="version", version=__version__)
+
+    def option(name: str, default: str, text: str) -> None:
+        parser.add_argument(f"--{name}", default=env.get(f"NOVACRON_HUB_{name.upper().replace('-', '_')}", default), help=f"{text} (default {default or 'none'})")
+
+    option("data-dir", env.get("STATE_DIRECTORY", str(Path(env.get("HOME", "/tmp")) / ".local/share/novacron/hub")), "where the store and the token are")
+    option("name", "hub", "the hub's name")
+    option("broker", "auto", "auto, embedded, mosquitto, or mqtt://user:password@host:port")
+    option("broker-listen", "127.0.0.1:1883", "where our own broker listens")
+    option("broker-password-file", "", "mosquitto password file, needed off loopback")
+    option("listen", "127.0.0.1:8460", "where API and page listen")
+    option("token-file", "", "file with the API token; else data-dir/token")
+    option("log-level", "info", "debug, info, warning, error")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
+    logging.Formatter.converter = time.gmtime
+    logging.getLogger("mqtt").setLevel(logging.WARNING)
+    from .server import BrokerError, Hub, HubSettings
+
+    try:
+        host, port = _address(options.listen, "listen")
+        broker_host, broker_port = _address(options.broker_listen, "broker-listen")
+        token = Path(options.token_file).read_text().strip() if options.token_file else ""
+        settings = HubSettings(
+            Path(options.data_dir), options.name, options.broker, broker_host, broker_port, options.broker_password_file, host=host, port=port, token=token
+        )
+    except (ValueError, OSError) as error:
+        print(f"novacron-hub: {error}", file=sys.stderr)
+        return 2
+
+    async def serve() -> None:
+        hub = Hub(settings)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        try:
+            await hub.start()
+            print(f"hub: http://{settings.host}:{hub.port}/#token={hub.token}", flush=True)
+            print(f"broker: {hub.broker.kind} mqtt://{hub.broker.host}:{hub.broker.port}", flush=True)
+            await stop.wait()
+        finally:
+            await hub.stop()
+
+    try:
+        asyncio.run(serve())
+    except (BrokerError, OSError) as error:
+        print(f"novacron-hub: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _address(text: str, field: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{field}: {text!r} is not host:port; use 127.0.0.1:8460")
+    return host.strip("[]"), int(port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The fleet: presence of every edge, outages, desired state. Bookkeeping is pure; `ingest` and `server` carry it to store and broker."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_runtime.contract.desired import Desired, parse_desired
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.limits import MAX_COMMANDS
+
+from .book import BootWatch
+from .store.base import EdgeRow
+
+SILENT_AFTER_MS = 100_000
+"""An edge says its presence every 30 s; three missed ones and ten seconds are silence, whatever the broker believes."""
+
+MAX_EDGES = 10_000
+"""Edges of one hub."""
+
+
+@dataclass(slots=True)
+class Change:
+    """What a presence message changed: the row to keep, an outage that begins or ends, whether to greet the edge."""
+
+    row: EdgeRow
+    outage_started_ms: int | None = None
+    outage_ended: tuple[int, int] | None = None
+    came: bool = False
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Every edge that ever spoke."""
+
+    rows: dict[str, EdgeRow] = field(default_factory=dict)
+    watches: dict[str, BootWatch] = field(default_factory=dict)
+    open_outages: dict[str, int] = field(default_factory=dict)
+
+    def row(self, edge: str) -> EdgeRow:
+        """The row of `edge`, made where it is new. Raises `ContractError` past `MAX_EDGES`."""
+        row = self.rows.get(edge)
+        if row is None:
+            if len(self.rows) >= MAX_EDGES:
+                raise ContractError("edge", f"{MAX_EDGES} edges are known already", "remove some, or run another hub", "limit")
+            row = self.rows[edge] = EdgeRow(edge)
+        return row
+
+    def heard(self, edge: str, boot: str, boot_n: int, now_ms: int) -> EdgeRow:
+        """A sign of life (a batch or a presence): keeps last seen, watches for clones."""
+        row = self.row(edge)
+        row.last_seen_ms = now_ms
+        watch = self.watches.get(edge)
+        if watch is None:
+            watch = self.watches[edge] = BootWatch(row.boot, row.boot_n)
+        reason = watch.heard(boot, boot_n, now_ms)
+        if reason and not row.quarantine:
+            row.quarantine = reason
+        row.boot, row.boot_n = watch.boot, watch.number
+        return row
+
+    def presence(self, message: dict[str, Any], now_ms: int, retained: bool = False) -> Change:
+        """Take a presence message in.
+
+        Args:
+            retained: it was kept by the broker from before: its age is unknown, so it does not count as a sign of life.
+        """
+        edge = message["edge"]
+        row = self.row(edge)
+        if message["state"] == "online":
+            if not retained:
+                self.heard(edge, message["boot"], message["boot_n"], now_ms)
+            came = row.state != "online"
+            ended = None
+            if came:
+                row.state, row.since_ms, row.reason = "online", now_ms, message["reason"] or "online"
+                start = self.open_outages.pop(edge, None)
+                if start is not None:
+                    ended = (start, now_ms)
+            if retained and not row.last_seen_ms:
+                row.last_seen_ms = now_ms
+            row.presence = {key: value for key, value in message.items() if key not in ("v", "state", "reason")}
+            row.generation = message["generation"]
+            return Change(row, outage_ended=ended, came=came)
+        if row.boot and message["boot"] != row.boot:
+            return Change(row)  # the Last Will of a boot that has been replaced
+        return self._gone(row, message["reason"] or "lost", now_ms)
+
+    def _gone(self, row: EdgeRow, reason: str, now_ms: int) -> Change:
+        started = None
+        if row.state == "online" or not row.since_ms:
+            row.state, row.since_ms, row.reason = "offline", now_ms, reason
+            if row.edge not in self.open_outages:
+                self.open_outages[row.edge] = started = now_ms
+        return Change(row, outage_started_ms=started)
+
+    def silent(self, now_ms: int) -> list[Change]:
+        """Edges called online that have said nothing for `SILENT_AFTER_MS`."""
+        return [
+            self._gone(row, "silent", now_ms) for row in self.rows.values() if row.state == "online" and now_ms - row.last_seen_ms > SILENT_AFTER_MS
+        ]
+
+    def release(self, edge: str) -> EdgeRow:
+        """An administrator ends a quarantine: the boot that speaks next is believed."""
+        row = self.row(edge)
+        row.quarantine = ""
+        row.boot, row.boot_n = "", 0
+        self.watches[edge] = BootWatch()
+        return row
+
+
+def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[str, Any], now_ms: int, edge_generation: int) -> dict[str, Any]:
+    """A new desired state document: `change`'s parts replace the current ones, the generation grows past what anyone has seen.
+
+    Args:
+        change: any of `rules`, `models`, `twins`, `commands`, `expires_ms`; `rules: null` gives the rules back to the edge.
+        edge_generation: the generation that the edge reports; higher than ours after a hub was restored from a backup.
+
+    Raises:
+        ContractError: a part that does not fit, naming it; nothing is changed then.
+    """
+    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "expires_ms"})
+    if unknown:
+        raise ContractError(unknown[0], "is not part of desired state", "send rules, models, twins, commands or expires_ms", "field")
+    spec: dict[str, Any] = dict((current or {}).get("spec", {}))
+    spec.update({key: value for key, value in change.items() if key != "expires_ms"})
+    if spec.get("rules", 0) is None:
+        del spec["rules"]
+    # A command that has expired is no one's wish any more; without this the document only grows.
+    commands = spec.get("commands", [])
+    if isinstance(commands, list):
+        spec["commands"] = [
+            command for command in commands if not (isinstance(command, dict) and isinstance(command.get("expires_ms"), int) and command["expires_ms"] < now_ms - 3_600_000)
+        ]
+        if len(spec["commands"]) > MAX_COMMANDS:
+            raise ContractError("commands", f"{len(spec['commands'])} are over {MAX_COMMANDS}", "wait until some are done or expired", "limit")
+    generation = max((current or {}).get("generation", 0), edge_generation) + 1
+    desired: Desired = parse_desired(
+        {"v": 1, "edge": edge, "generation": generation, "issued_ms": now_ms, "expires_ms": change.get("expires_ms", 0), "spec": spec}, edge
+    )
+    return desired.to_json()

@@ -1,0 +1,308 @@
+"""Ingest: batches in, one commit for many, then receipts. The books are pure; this is their clock, thread and broker.
+
+    broker -> queue (bounded) -> parse -> books -> commit (writer thread) -> receipts
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.limits import PROTOCOL_VERSION
+from edge_runtime.contract.presence import EDGE_PRESENCE
+from edge_runtime.contract.records import Batch, Record, parse_batch
+from edge_runtime.contract.streams import STREAMS
+
+from .book import RangeSet, StreamBook
+from .credit import credit
+from .fleet import Change, Fleet
+from .store.base import EdgeRow, Store, StoredRecord, StreamRow, Transaction
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 2_000
+"""Messages that wait for the books: at 200 records each far more than the credit lets through; past it a message is dropped, counted,
+and the edge sends it again."""
+
+COMMIT_RECORDS = 4_000
+"""Records of one commit at most: about 40 ms here, which bounds how long a receipt waits."""
+
+ADVANCE_CHUNK = 2_000
+"""Stored records read back at once when a gap closes and the chain has to be computed over what came before its turn."""
+
+TICK_S = 0.5
+"""How often gaps, silence and credit are looked at."""
+
+DRAINING_MS = 10_000
+"""An edge that sent history within this is draining."""
+
+MAX_ERRORS = 100
+"""Refused messages kept for a person to look at."""
+
+
+class Ingest:
+    """The hub's intake.
+
+    Args:
+        publish: sends a payload to a topic's edge: `publish(edge, leaf, payload, retain)`.
+        now_ms: the hub's wall milliseconds.
+        on_records: called after each commit with the records stored in it.
+    """
+
+    def __init__(
+        self, store: Store, fleet: Fleet, hub: str, boot: str, *, publish: Callable[[str, str, bytes, bool], None], now_ms: Callable[[], int],
+        on_records: Callable[[list[StoredRecord]], None] = lambda _: None, on_presence: Callable[[Change], None] = lambda _: None,
+    ) -> None:
+        self.store = store
+        self.fleet = fleet
+        self._hub = hub
+        self._boot = boot
+        self._publish = publish
+        self._now_ms = now_ms
+        self._on_records = on_records
+        self._on_presence = on_presence
+        self.books: dict[tuple[str, str], StreamBook] = {}
+        self._queue: asyncio.Queue[tuple[str, str, bytes, bool]] = asyncio.Queue(QUEUE_MAX)
+        self._writer = ThreadPoolExecutor(1, "hub-store")
+        self._tasks: list[asyncio.Task[None]] = []
+        self.counters: Counter[str] = Counter()
+        self.errors: list[dict[str, Any]] = []
+        self._drained_ms: dict[str, int] = {}
+        self._starved: set[str] = set()
+        self._dirty_edges: dict[str, EdgeRow] = {}
+        self._load()
+
+    def _load(self) -> None:
+        for row in self.store.streams():
+            self.books[row.edge, row.stream] = _book(row)
+        for edge in self.store.edges():
+            # What the hub believed before it stopped is history: an edge is online when it says so again.
+            if edge.state == "online":
+                edge.state, edge.reason = "offline", "the hub was away"
+            self.fleet.rows[edge.edge] = edge
+
+    def start(self) -> None:
+        """Begin; call inside the running loop."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._consume(), name="ingest"), loop.create_task(self._tick_forever(), name="ingest tick")]
+
+    async def stop(self) -> None:
+        """End; what was queued and not committed is sent again by the edges."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._writer.shutdown()
+
+    def write(self, job: Callable[[], Any]) -> "asyncio.Future[Any]":
+        """Run `job` on the store's writer thread."""
+        return asyncio.get_running_loop().run_in_executor(self._writer, job)
+
+    # -- in ------------------------------------------------------------------------------------------------------------------
+
+    def message(self, edge: str, leaf: str, payload: bytes, retained: bool) -> None:
+        """A message of an edge from the broker (`leaf` is `up` or `status`)."""
+        try:
+            self._queue.put_nowait((edge, leaf, payload, retained))
+        except asyncio.QueueFull:
+            self.counters["dropped_messages_total"] += 1
+
+    def refused(self, edge: str, error: ContractError) -> None:
+        """Count and remember a refused message; no other edge notices."""
+        self.counters[f"rejected_messages_total:{error.reason}"] += 1
+        if len(self.errors) >= MAX_ERRORS:
+            del self.errors[0]
+        self.errors.append({"edge": edge, "time_ms": self._now_ms(), **error.to_json()})
+        log.warning("a message of edge %s was refused: %s", edge, error)
+
+    @property
+    def queue_fill(self) -> float:
+        """Share of the queue in use."""
+        return self._queue.qsize() / QUEUE_MAX
+
+    async def _consume(self) -> None:
+        while True:
+            messages = [await self._queue.get()]
+            transaction = Transaction()
+            touched: dict[str, set[str]] = {}
+            count = 0
+            while True:
+                for edge, leaf, payload, retained in messages:
+                    try:
+                        if leaf == "status":
+                            self._presence(edge, payload, retained, transaction)
+                        else:
+                            count += self._batch(edge, payload, transaction, touched)
+                    except ContractError as error:
+                        self.refused(edge, error)
+                    except Exception:
+                        self.counters["failed_messages_total"] += 1
+                        log.exception("a message of edge %s could not be taken in", edge)
+                if count >= COMMIT_RECORDS or self._queue.empty():
+                    break
+                messages = [self._queue.get_nowait()]
+            await self._commit(transaction, touched)
+
+    def _batch(self, edge: str, payload: bytes, transaction: Transaction, touched: dict[str, set[str]]) -> int:
+        batch: Batch = parse_batch(jsoncodec.decode(payload), edge)
+        now = self._now_ms()
+        row = self.fleet.heard(edge, batch.boot, batch.boot_n, now)
+        transaction.edges[edge] = row
+        touched.setdefault(edge, set())
+        if row.quarantine:
+            self.counters["quarantined_messages_total"] += 1
+            return 0
+        book = self.books.setdefault((edge, batch.stream), StreamBook())
+        book.told(batch)
+        fresh = book.fresh(batch)
+        book.check(batch)
+        self.counters["records_total"] += len(fresh)
+        self.counters["duplicate_records_total"] += len(batch.records) - len(fresh)
+        transaction.records += [StoredRecord(edge, batch.stream, record, now) for record in fresh]
+        touched[edge].add(batch.stream)
+        if batch.lane == "history":
+            self._drained_ms[edge] = now
+        return len(batch.records)
+
+    def _presence(self, edge: str, payload: bytes, retained: bool, transaction: Transaction) -> None:
+        if not payload:
+            return
+        message = EDGE_PRESENCE.parse(jsoncodec.decode(payload))
+        if message["edge"] != edge:
+            raise ContractError("edge", f"{message['edge']!r} on the topic of {edge!r}", "publish on the edge's own topic", "topic")
+        if message["state"] == "online" and PROTOCOL_VERSION not in message["speaks"]:
+            raise ContractError("speaks", f"the edge speaks {message['speaks']}, not {PROTOCOL_VERSION}", "update the edge or this hub", "version")
+        self.changed(self.fleet.presence(message, self._now_ms(), retained), transaction)
+        if message["state"] == "online":
+            self.send_receipts(edge, set(STREAMS))
+
+    def changed(self, change: Change, transaction: Transaction | None = None) -> None:
+        """Keep what a presence changed."""
+        row = change.row
+        if transaction is None:
+            self._dirty_edges[row.edge] = row
+        else:
+            transaction.edges[row.edge] = row
+        if change.outage_started_ms is not None:
+            start = change.outage_started_ms
+            self._writer.submit(lambda: self.store.put_outage(row.edge, start, None, row.reason))
+        if change.outage_ended is not None:
+            begin, end = change.outage_ended
+            self._writer.submit(lambda: self.store.put_outage(row.edge, begin, end, ""))
+        self._on_presence(change)
+
+    # -- commit and answer ---------------------------------------------------------------------------------------------------
+
+    async def _commit(self, transaction: Transaction, touched: dict[str, set[str]]) -> None:
+        transaction.edges |= self._dirty_edges
+        self._dirty_edges = {}
+        keys = [(edge, stream) for edge, streams in touched.items() for stream in streams]
+        transaction.streams = {key: _row(key, self.books[key]) for key in keys}
+        try:
+            await self.write(lambda: self.store.commit(transaction))
+        except Exception as error:
+            self.counters["failed_commits_total"] += 1
+            log.error("the store refused a commit: %s; nothing of it was kept, the edges will send it again", error)
+            await self._reload(keys)
+            return
+        self.counters["commits_total"] += 1
+        for key in keys:
+            if self.books[key].reachable() is not None:
+                await self._advance(key)
+        for edge, streams in touched.items():
+            self.send_receipts(edge, streams)
+        if transaction.records:
+            self._on_records(transaction.records)
+
+    async def _reload(self, keys: list[tuple[str, str]]) -> None:
+        """After a failed commit the books must not know more than the store."""
+        rows = {(row.edge, row.stream): row for row in await self.write(self.store.streams)}
+        for key in keys:
+            self.books[key] = _book(rows[key]) if key in rows else StreamBook()
+
+    async def _advance(self, key: tuple[str, str]) -> None:
+        """A gap has closed: compute the chain over what was stored above it, then keep the new mark."""
+        book = self.books[key]
+        while (ahead := book.reachable()) is not None:
+            first, last = ahead
+            stop = min(last, first + ADVANCE_CHUNK - 1)
+            rows = await self.write(lambda first=first, stop=stop: self.store.read_records(*key, after=first - 1, before=stop + 1, limit=ADVANCE_CHUNK))  # type: ignore[misc]
+            records: list[Record] = [row.record for row in rows]
+            if len(records) != stop - first + 1:
+                # The store lost what the book says is there (it was restored or damaged): ask for it again.
+                log.error("store holds %d of %s %s %d..%d: asking the edge again", len(records), *key, first, stop)
+                book.above.drop_upto(stop)
+                break
+            book.advance(records)
+        row = _row(key, book)
+        await self.write(lambda: self.store.commit(Transaction(streams={key: row})))
+
+    def draining(self) -> int:
+        """Edges that have sent history just now."""
+        now = self._now_ms()
+        self._drained_ms = {edge: at for edge, at in self._drained_ms.items() if now - at < DRAINING_MS}
+        return len(self._drained_ms)
+
+    def send_receipts(self, edge: str, streams: set[str]) -> None:
+        """Tell `edge` what is committed, what is wanted and how much may come."""
+        row = self.fleet.rows.get(edge)
+        now = self._now_ms()
+        marks = []
+        for stream in sorted(streams):
+            book = self.books.get((edge, stream)) or StreamBook()
+            marks.append({
+                "stream": stream, "upto": book.contiguous, "chain": book.chain.hex(), "top": book.top, "held": book.above.size, "want": book.wants(now),
+            })
+        allowed = credit(max(1, self.draining()), self.queue_fill)
+        if allowed:
+            self._starved.discard(edge)
+        else:
+            self._starved.add(edge)
+        body = {
+            "v": PROTOCOL_VERSION, "edge": edge, "hub": self._hub, "boot": self._boot, "marks": marks, "credit": allowed,
+            "quarantine": row.quarantine if row else "",
+        }
+        self.counters["receipts_total"] += 1
+        self._publish(edge, "receipts", jsoncodec.encode(body).encode(), False)
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self._tick()
+            except Exception:
+                log.exception("the ingest tick failed")
+            if self._dirty_edges:
+                await self._commit(Transaction(), {})
+
+    def _tick(self) -> None:
+        now = self._now_ms()
+        for change in self.fleet.silent(now):
+            self.changed(change)
+        for edge, row in self.fleet.rows.items():
+            if row.state != "online" or row.quarantine:
+                continue
+            wanting = {stream for stream in STREAMS if (book := self.books.get((edge, stream))) is not None and book.due(now)}
+            if wanting:
+                self.counters["gap_requests_total"] += len(wanting)
+                self.send_receipts(edge, wanting)
+            elif edge in self._starved and self.queue_fill < 0.25:
+                self.send_receipts(edge, set(STREAMS))
+
+
+def _row(key: tuple[str, str], book: StreamBook) -> StreamRow:
+    return StreamRow(
+        key[0], key[1], book.contiguous, book.chain, book.base, book.gone, book.stored, book.duplicates, book.mismatches, book.edge_next,
+        book.edge_floor, book.edge_dropped, book.above.to_json(),
+    )
+
+
+def _book(row: StreamRow) -> StreamBook:
+    book = StreamBook(
+        row.contiguous, row.chain, row.base, row.gone, row.stored, row.duplicates, row.mismatches, row.edge_next, row.edge_floor, row.edge_dropped
+    )
+    book.above = RangeSet.of(row.above)
+    return book

@@ -1,0 +1,128 @@
+"""The hub's connection to the broker: subscribes, hands over, publishes; comes back by itself."""
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import aiomqtt
+
+from edge_runtime.contract import jsoncodec, topics
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.limits import PROTOCOL_VERSION
+
+from .broker import Broker
+
+log = logging.getLogger(__name__)
+
+RETRY_CAP_S = 5.0
+OUTBOX_MAX = 20_000
+"""Messages to publish that wait; receipts that are dropped here are told again with the next batch."""
+
+SOCKET_OPTIONS = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
+"""Nagle's algorithm would hold receipts back by 40 ms."""
+
+EdgeMessage = Callable[[str, str, bytes, bool], None]
+
+
+class HubLink:
+    """One hub at one broker.
+
+    Args:
+        on_message: called with edge, leaf (`up`, `status`), payload and whether it was retained.
+        on_up: called after each subscription; returns nothing, may publish.
+        shared_group: MQTT 5 shared subscription for several hubs; empty for one.
+    """
+
+    def __init__(self, broker: Broker, hub: str, boot: str, *, on_message: EdgeMessage, on_up: Callable[[], None], on_bad: Callable[[str, ContractError], None], now_ms: Callable[[], int], shared_group: str = "") -> None:
+        self._broker = broker
+        self._hub = hub
+        self._boot = boot
+        self._on_message = on_message
+        self._on_up = on_up
+        self._on_bad = on_bad
+        self._now_ms = now_ms
+        self._group = shared_group if broker.mqtt5 else ""
+        self._outbox: asyncio.Queue[tuple[str, bytes, bool]] = asyncio.Queue(OUTBOX_MAX)
+        self._task: asyncio.Task[None] | None = None
+        self.up = False
+        self.last_error = ""
+        self.dropped = 0
+
+    def start(self) -> None:
+        """Begin."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="hub link")
+
+    async def stop(self) -> None:
+        """Say goodbye and end."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def publish(self, edge: str, leaf: str, payload: bytes, retain: bool) -> None:
+        """Queue a message to an edge."""
+        try:
+            self._outbox.put_nowait((topics.edge_topic(edge, leaf), payload, retain))
+        except asyncio.QueueFull:
+            self.dropped += 1
+
+    def _status(self, state: str) -> bytes:
+        body: dict[str, Any] = {"v": PROTOCOL_VERSION, "hub": self._hub, "boot": self._boot, "state": state, "speaks": [PROTOCOL_VERSION]}
+        if state == "online":
+            body["time_ms"] = self._now_ms()
+        return jsoncodec.encode(body).encode()
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                async with self._client() as client:
+                    await client.subscribe([(topic, 1) for topic in topics.hub_subscriptions(self._group)], timeout=10)
+                    self.up, failures = True, 0
+                    self._on_up()
+                    await client.publish(topics.HUB_STATUS, self._status("online"), qos=1, retain=True)
+                    sender = asyncio.get_running_loop().create_task(self._send(client))
+                    try:
+                        await self._receive(client)
+                    finally:
+                        sender.cancel()
+                        await asyncio.gather(sender, return_exceptions=True)
+                        if asyncio.current_task() is not None and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                            await client.publish(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True, timeout=2)
+            except aiomqtt.MqttError as error:
+                self.last_error = str(error)
+            except OSError as error:
+                self.last_error = str(error)
+            self.up = False
+            failures += 1
+            log.warning("no connection to the broker: %s", self.last_error)
+            await asyncio.sleep(random.random() * min(RETRY_CAP_S, 0.2 * 2**failures))
+
+    def _client(self) -> aiomqtt.Client:
+        broker = self._broker
+        return aiomqtt.Client(
+            broker.host, broker.port, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}",
+            protocol=aiomqtt.ProtocolVersion.V5 if broker.mqtt5 else aiomqtt.ProtocolVersion.V311, keepalive=15, timeout=10,
+            will=aiomqtt.Will(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True), socket_options=SOCKET_OPTIONS,
+            max_queued_incoming_messages=5_000, max_inflight_messages=200, max_queued_outgoing_messages=OUTBOX_MAX,
+            tls_params=aiomqtt.TLSParameters() if broker.tls else None,
+        )
+
+    async def _receive(self, client: aiomqtt.Client) -> None:
+        async for message in client.messages:
+            topic = str(message.topic)
+            payload = message.payload if isinstance(message.payload, bytes | bytearray) else str(message.payload or "").encode()
+            try:
+                edge, leaf = topics.parse(topic, "edge", ("up", "status"))
+            except ContractError as error:
+                self._on_bad("", error)
+                continue
+            self._on_message(edge, leaf, bytes(payload), bool(message.retain))
+
+    async def _send(self, client: aiomqtt.Client) -> None:
+        while True:
+            topic, payload, retain = await self._outbox.get()
+            # paho holds the message until it is acknowledged; awaiting each acknowledgement would cost a round trip per message.
+            client._client.publish(topic, payload, qos=1, retain=retain)

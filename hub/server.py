@@ -1,0 +1,215 @@
+"""The composition root of the hub: broker, link, store, ingest, fleet, API."""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from edge_runtime.contract import jsoncodec
+
+from .broker import open_broker
+from .broker.base import Broker, BrokerError, is_loopback
+from .fleet import Change, Fleet, next_desired
+from .ingest import Ingest
+from .link import HubLink
+from .store.sqlite import SqliteStore
+
+log = logging.getLogger(__name__)
+
+METRIC_PREFIX = "novacron_hub_"
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """How a hub runs.
+
+    Attributes:
+        broker: auto, embedded, mosquitto or a URL; with `broker_host` and `broker_port` where ours listens (0: a free port).
+        host, port: where API and page listen (0: a free port).
+        token: the API's token; empty: made at the first start and kept in data_dir/token.
+    """
+
+    data_dir: Path
+    name: str = "hub"
+    broker: str = "auto"
+    broker_host: str = "127.0.0.1"
+    broker_port: int = 1883
+    broker_password_file: str = ""
+    broker_username: str = ""
+    broker_password: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8460
+    token: str = ""
+    shared_group: str = ""
+
+
+class Hub:
+    """One hub. `start`, `stop`; the parts are attributes."""
+
+    def __init__(self, settings: HubSettings) -> None:
+        self.settings = settings
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self.boot = secrets.token_hex(8)
+        self.store = SqliteStore(settings.data_dir / "hub.db")
+        self.token = settings.token or self._token()
+        self.fleet = Fleet()
+        self.desired: dict[str, dict[str, Any]] = dict(self.store.all_desired())
+        self._reader = ThreadPoolExecutor(1, "hub-read")
+        self._lock = asyncio.Lock()
+        self.broker: Broker
+        self.link: HubLink
+        self.ingest = Ingest(
+            self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence
+        )
+        for outage in self.store.read_outages(0, 100_000):
+            if outage["end_ms"] is None:
+                self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    def _token(self) -> str:
+        path = self.settings.data_dir / "token"
+        if path.exists():
+            return path.read_text().strip()
+        token = secrets.token_urlsafe(24)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as handle:
+            handle.write(token + "\n")
+        return token
+
+    @staticmethod
+    def now_ms() -> int:
+        """The hub's wall time, milliseconds since 1970 UTC."""
+        return int(time.time() * 1000)
+
+    async def start(self) -> None:
+        """Bring everything up; raises `BrokerError` or OSError."""
+        from .api.handlers import HubApi
+
+        settings = self.settings
+        if not is_loopback(settings.host):
+            log.warning("the API listens on %s without TLS: put a TLS proxy in front of it", settings.host)
+        self.broker = await open_broker(
+            settings.broker, settings.data_dir / "broker", settings.broker_host, settings.broker_port, settings.broker_password_file,
+            settings.broker_username, settings.broker_password,
+        )
+        self.link = HubLink(
+            self.broker, settings.name, self.boot, on_message=self.ingest.message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
+            shared_group=settings.shared_group,
+        )
+        self.ingest.start()
+        self.link.start()
+        self._runner = web.AppRunner(HubApi(self).application(), access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, settings.host, settings.port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        log.info("hub on http://%s:%d, broker %s on %s:%d", settings.host, self.port, self.broker.kind, self.broker.host, self.broker.port)
+
+    async def stop(self) -> None:
+        """Say goodbye, commit nothing new, close."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if hasattr(self, "link"):
+            await self.link.stop()
+        await self.ingest.stop()
+        if hasattr(self, "broker"):
+            await self.broker.close()
+        self._reader.shutdown()
+        self.store.close()
+
+    async def read(self, job: Callable[[], Any]) -> Any:
+        """Run a store read on the reader thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, job)
+
+    # -- desired state -------------------------------------------------------------------------------------------------------
+
+    async def change_desired(self, edge: str, change: dict[str, Any]) -> dict[str, Any]:
+        """Change parts of an edge's desired state: checked, kept, then published; raises `ContractError`."""
+        async with self._lock:
+            row = self.fleet.rows.get(edge)
+            document = next_desired(edge, self.desired.get(edge), change, self.now_ms(), row.generation if row else 0)
+            now = self.now_ms()
+            await self.ingest.write(lambda: self.store.put_desired(edge, document, now))
+            self.desired[edge] = document
+            self._publish_desired(edge)
+            return document
+
+    def _publish(self, edge: str, leaf: str, payload: bytes, retain: bool) -> None:
+        if hasattr(self, "link"):
+            self.link.publish(edge, leaf, payload, retain)
+
+    def _publish_desired(self, edge: str) -> None:
+        document = self.desired.get(edge)
+        if document is not None:
+            self._publish(edge, "desired", jsoncodec.encode(document).encode(), True)
+
+    def _presence(self, change: Change) -> None:
+        document = self.desired.get(change.row.edge)
+        if document is None or change.row.state != "online":
+            return
+        if change.row.generation < document["generation"]:
+            if change.came:  # the broker may have lost its retained messages
+                self._publish_desired(change.row.edge)
+        elif change.row.generation > document["generation"]:
+            # This hub was restored from a backup: what it wants now goes above what the edge has seen.
+            edge = change.row.edge
+            task = asyncio.get_running_loop().create_task(self.change_desired(edge, {}))
+
+            def told(done: "asyncio.Task[dict[str, Any]]") -> None:
+                if not done.cancelled() and done.exception() is not None:
+                    log.error("desired state of %s could not be raised: %s", edge, done.exception())
+
+            task.add_done_callback(told)
+
+    async def release(self, edge: str) -> None:
+        """End a quarantine."""
+        self.ingest.changed(Change(self.fleet.release(edge)))
+        self.ingest.send_receipts(edge, {"decision", "event", "telemetry"})
+
+    def _link_up(self) -> None:
+        for edge in self.desired:
+            self._publish_desired(edge)
+
+    # -- health --------------------------------------------------------------------------------------------------------------
+
+    def problems(self) -> list[str]:
+        """What is wrong, in words."""
+        problems = []
+        if not self.link.up:
+            problems.append(f"no connection to the broker: {self.link.last_error or 'connecting'}")
+        if self.ingest.queue_fill > 0.9:
+            problems.append("the ingest queue is nearly full")
+        return problems
+
+    def render_metrics(self) -> str:
+        """Prometheus text; names follow its conventions, no per-edge labels."""
+        rows = self.fleet.rows.values()
+        gauges = {
+            "edges": (len(self.fleet.rows), "Edges ever seen."), "edges_online": (sum(row.state == "online" for row in rows), "Edges online."),
+            "edges_quarantined": (sum(bool(row.quarantine) for row in rows), "Edges in quarantine."),
+            "ingest_queue_ratio": (self.ingest.queue_fill, "Share of the ingest queue in use."), "link_up": (int(self.link.up), "1 while the broker is connected."),
+            "broker_restarts": (self.broker.restarts, "Restarts of the supervised broker."),
+        }
+        lines = []
+        for name, (value, text) in gauges.items():
+            lines += [f"# HELP {METRIC_PREFIX}{name} {text}", f"# TYPE {METRIC_PREFIX}{name} gauge", f"{METRIC_PREFIX}{name} {value:.10g}"]
+        seen = set()
+        for key, count in sorted(self.ingest.counters.items()):
+            name, _, reason = key.partition(":")
+            if name not in seen:
+                seen.add(name)
+                lines += [f"# HELP {METRIC_PREFIX}{name} {name.removesuffix('_total').replace('_', ' ')}.", f"# TYPE {METRIC_PREFIX}{name} counter"]
+            lines.append(f'{METRIC_PREFIX}{name}{{reason="{reason}"}} {count}' if reason else f"{METRIC_PREFIX}{name} {count}")
+        return "\n".join(lines) + "\n"
+
+
+__all__ = ["BrokerError", "Hub", "HubSettings"]

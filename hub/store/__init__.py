@@ -1,0 +1,5 @@
+"""What the hub keeps, behind one interface (`base.Store`): SQLite now, PostgreSQL beyond one machine."""
+
+from .base import EdgeRow, Store, StoredRecord, StreamRow
+
+__all__ = ["EdgeRow", "Store", "StoredRecord", "StreamRow"]

@@ -1,0 +1,115 @@
+"""The interface of the hub's store. One test suite runs against every implementation.
+
+Methods are synchronous; the hub calls them on one writer thread and (the `read_` ones) on one reader thread.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from edge_runtime.contract.records import Record
+
+
+@dataclass(slots=True)
+class EdgeRow:
+    """One edge as kept. Times are the hub's wall milliseconds; `presence` is the edge's last status message."""
+
+    edge: str
+    state: str = "offline"
+    reason: str = "never seen"
+    since_ms: int = 0
+    last_seen_ms: int = 0
+    boot: str = ""
+    boot_n: int = 0
+    generation: int = 0
+    quarantine: str = ""
+    presence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StreamRow:
+    """The durable part of a `StreamBook`; `above` holds the ranges above the contiguous mark."""
+
+    edge: str
+    stream: str
+    contiguous: int
+    chain: bytes
+    base: int
+    gone: int
+    stored: int
+    duplicates: int
+    mismatches: int
+    edge_next: int
+    edge_floor: int
+    edge_dropped: int
+    above: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record with the edge and stream it belongs to and the hub's receive time (ms)."""
+
+    edge: str
+    stream: str
+    record: Record
+    received_ms: int
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What one ingest commit writes."""
+
+    records: list[StoredRecord] = field(default_factory=list)
+    streams: dict[tuple[str, str], StreamRow] = field(default_factory=dict)
+    edges: dict[str, EdgeRow] = field(default_factory=dict)
+
+
+class Store(Protocol):
+    """Everything durable of the hub."""
+
+    def close(self) -> None:
+        """Release it."""
+
+    def commit(self, transaction: Transaction) -> None:
+        """Write all of it or none. A record that is there already (edge, stream, seq) is left as it is."""
+
+    def edges(self) -> list[EdgeRow]:
+        """Every edge."""
+
+    def streams(self) -> list[StreamRow]:
+        """Every stream of every edge."""
+
+    def read_records(
+        self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = ()
+    ) -> list[StoredRecord]:
+        """Records of one stream by seq."""
+
+    def read_latest(self, *, streams: Sequence[str], kinds: Sequence[str], limit: int, edge: str | None = None, after_id: int = 0) -> list[tuple[int, StoredRecord]]:
+        """The newest records over all edges by arrival, newest first, with their arrival number."""
+
+    def read_count(self, edge: str, stream: str, first: int, last: int) -> int:
+        """How many records of a stream lie in [first, last]."""
+
+    def desired(self, edge: str) -> dict[str, Any] | None:
+        """The desired state document of an edge."""
+
+    def all_desired(self) -> Mapping[str, dict[str, Any]]:
+        """Every desired state document."""
+
+    def put_desired(self, edge: str, document: dict[str, Any], now_ms: int) -> None:
+        """Keep a desired state document (and its history)."""
+
+    def setting(self, key: str) -> str | None:
+        """One of the hub's own values."""
+
+    def put_setting(self, key: str, value: str) -> None:
+        """Keep one of the hub's own values."""
+
+    def put_outage(self, edge: str, start_ms: int, end_ms: int | None, reason: str) -> None:
+        """Begin (`end_ms` None) or end an outage of an edge, by the hub's clock."""
+
+    def read_outages(self, since_ms: int, limit: int = 1000) -> list[dict[str, Any]]:
+        """Outages that ended after `since_ms` or have not ended."""
+
+    def prune(self, stream: str, keep: int, edges: Iterable[str]) -> int:
+        """Delete all but the newest `keep` records of a stream per edge (retention); returns how many went."""

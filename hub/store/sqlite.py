@@ -1,0 +1,248 @@
+"""The hub's store in one SQLite file. sqlite-utils makes and migrates the schema; the hot path is plain SQL."""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+
+from edge_runtime.contract.records import Record
+
+from .base import EdgeRow, StoredRecord, StreamRow, Transaction
+
+DESIRED_HISTORY = 100
+"""Desired state documents kept per edge, the newest."""
+
+BUSY_TIMEOUT_S = 5.0
+"""How long a statement waits for another process that holds the file."""
+
+
+def _first_schema(db: sqlite_utils.Database) -> None:
+    db["records"].create(
+        {
+            "id": int, "edge": str, "stream": str, "seq": int, "boot": str, "mono": int, "wall": int, "tq": str, "kind": str, "body": str,
+            "received": int,
+        },
+        pk="id", not_null={"edge", "stream", "seq", "boot", "mono", "wall", "tq", "kind", "body", "received"},
+    )
+    db["records"].create_index(["edge", "stream", "seq"], unique=True, index_name="records_key")
+    db["records"].create_index(["stream", "id"], index_name="records_by_stream")
+    db["streams"].create(
+        {
+            "edge": str, "stream": str, "contiguous": int, "chain": bytes, "base": int, "gone": int, "stored": int, "duplicates": int,
+            "mismatches": int, "edge_next": int, "edge_floor": int, "edge_dropped": int, "above": str,
+        },
+        pk=("edge", "stream"),
+    )
+    db["edges"].create(
+        {
+            "edge": str, "state": str, "reason": str, "since_ms": int, "last_seen_ms": int, "boot": str, "boot_n": int, "generation": int,
+            "quarantine": str, "presence": str,
+        },
+        pk="edge",
+    )
+    db["desired"].create({"edge": str, "generation": int, "document": str, "written_ms": int}, pk=("edge", "generation"))
+    db["settings"].create({"key": str, "value": str}, pk="key")
+    db["outages"].create({"edge": str, "start_ms": int, "end_ms": int, "reason": str}, pk=("edge", "start_ms"))
+
+
+MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (("0001_first", _first_schema),)
+"""Applied in order, each once; a name is never reused."""
+
+
+class SqliteStore:
+    """See `base.Store`.
+
+    Args:
+        path: the file; `:memory:` is not supported (reads and writes use two connections).
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._write = self._connect()
+        self._write.execute("PRAGMA journal_mode=WAL")
+        self._write.execute("PRAGMA synchronous=FULL")
+        self._migrate()
+        self._read = self._connect()
+        self._read.execute("PRAGMA query_only=ON")
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
+        connection.execute("PRAGMA journal_size_limit=67108864")
+        connection.execute("PRAGMA cache_size=-16384")
+        return connection
+
+    def _migrate(self) -> None:
+        db = sqlite_utils.Database(self._write)
+        if "migrations" not in db.table_names():
+            db["migrations"].create({"name": str}, pk="name")
+        done = {row["name"] for row in db["migrations"].rows}
+        for name, apply in MIGRATIONS:
+            if name not in done:
+                apply(db)
+                db["migrations"].insert({"name": name})
+
+    def close(self) -> None:
+        """Close both connections."""
+        self._read.close()
+        self._write.close()
+
+    # -- writing -------------------------------------------------------------------------------------------------------------
+
+    def commit(self, transaction: Transaction) -> None:
+        """See `Store.commit`."""
+        connection = self._write
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.executemany(
+                "INSERT INTO records (edge, stream, seq, boot, mono, wall, tq, kind, body, received) VALUES (?,?,?,?,?,?,?,?,?,?) "
+                "ON CONFLICT(edge, stream, seq) DO NOTHING",
+                [
+                    (s.edge, s.stream, r.seq, r.boot, r.mono_ms, r.wall_ms, r.quality, r.kind, r.body, s.received_ms)
+                    for s in transaction.records for r in (s.record,)
+                ],
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO streams VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                [
+                    (
+                        s.edge, s.stream, s.contiguous, s.chain, s.base, s.gone, s.stored, s.duplicates, s.mismatches, s.edge_next, s.edge_floor,
+                        s.edge_dropped, json.dumps(s.above),
+                    )
+                    for s in transaction.streams.values()
+                ],
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO edges VALUES (?,?,?,?,?,?,?,?,?,?)",
+                [
+                    (e.edge, e.state, e.reason, e.since_ms, e.last_seen_ms, e.boot, e.boot_n, e.generation, e.quarantine, json.dumps(e.presence))
+                    for e in transaction.edges.values()
+                ],
+            )
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def put_desired(self, edge: str, document: dict[str, Any], now_ms: int) -> None:
+        """See `Store.put_desired`."""
+        connection = self._write
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT OR REPLACE INTO desired VALUES (?,?,?,?)", (edge, document["generation"], json.dumps(document), now_ms))
+        connection.execute(
+            "DELETE FROM desired WHERE edge=? AND generation<=(SELECT generation FROM desired WHERE edge=? ORDER BY generation DESC LIMIT 1 OFFSET ?)",
+            (edge, edge, DESIRED_HISTORY),
+        )
+        connection.execute("COMMIT")
+
+    def put_setting(self, key: str, value: str) -> None:
+        """See `Store.put_setting`."""
+        self._write.execute("INSERT OR REPLACE INTO settings VALUES (?,?)", (key, value))
+
+    def put_outage(self, edge: str, start_ms: int, end_ms: int | None, reason: str) -> None:
+        """See `Store.put_outage`."""
+        self._write.execute(
+            "INSERT INTO outages VALUES (?,?,?,?) ON CONFLICT(edge, start_ms) DO UPDATE SET end_ms=excluded.end_ms", (edge, start_ms, end_ms, reason)
+        )
+
+    def prune(self, stream: str, keep: int, edges: Iterable[str]) -> int:
+        """See `Store.prune`."""
+        count = 0
+        for edge in edges:
+            count += self._write.execute(
+                "DELETE FROM records WHERE edge=? AND stream=? AND seq<=(SELECT max(seq) FROM records WHERE edge=? AND stream=?)-?",
+                (edge, stream, edge, stream, keep),
+            ).rowcount
+        return count
+
+    # -- reading -------------------------------------------------------------------------------------------------------------
+
+    def edges(self) -> list[EdgeRow]:
+        """See `Store.edges`."""
+        rows = self._write.execute(
+            "SELECT edge, state, reason, since_ms, last_seen_ms, boot, boot_n, generation, quarantine, presence FROM edges ORDER BY edge"
+        )
+        return [_edge_row(row) for row in rows]
+
+    def streams(self) -> list[StreamRow]:
+        """See `Store.streams`."""
+        rows = self._write.execute(
+            "SELECT edge, stream, contiguous, chain, base, gone, stored, duplicates, mismatches, edge_next, edge_floor, edge_dropped, above FROM streams"
+        )
+        return [_stream_row(row) for row in rows]
+
+    def read_records(
+        self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = ()
+    ) -> list[StoredRecord]:
+        """See `Store.read_records`."""
+        values: list[Any] = [edge, stream, after]
+        where = "edge=? AND stream=? AND seq>?"
+        if before is not None:
+            where += " AND seq<?"
+            values.append(before)
+        if kinds:
+            where += f" AND kind IN ({','.join('?' * len(kinds))})"
+            values += kinds
+        rows = self._read.execute(
+            f"SELECT edge, stream, received, seq, boot, mono, wall, tq, kind, body FROM records WHERE {where} "
+            f"ORDER BY seq {'DESC' if newest_first else 'ASC'} LIMIT ?", (*values, limit),
+        )
+        return [StoredRecord(row[0], row[1], Record(*row[3:]), row[2]) for row in rows]
+
+    def read_latest(self, *, streams: Sequence[str], kinds: Sequence[str], limit: int, edge: str | None = None, after_id: int = 0) -> list[tuple[int, StoredRecord]]:
+        """See `Store.read_latest`."""
+        found: list[tuple[int, StoredRecord]] = []
+        for stream in streams:  # one index scan per stream
+            values: list[Any] = [stream, after_id]
+            where = "stream=? AND id>?"
+            if edge is not None:
+                where += " AND edge=?"
+                values.append(edge)
+            if kinds:
+                where += f" AND kind IN ({','.join('?' * len(kinds))})"
+                values += kinds
+            rows = self._read.execute(
+                f"SELECT id, edge, stream, received, seq, boot, mono, wall, tq, kind, body FROM records WHERE {where} ORDER BY id DESC LIMIT ?",
+                (*values, limit),
+            )
+            found += [(row[0], StoredRecord(row[1], row[2], Record(*row[4:]), row[3])) for row in rows]
+        return sorted(found, key=lambda pair: -pair[0])[:limit]
+
+    def read_count(self, edge: str, stream: str, first: int, last: int) -> int:
+        """See `Store.read_count`."""
+        row = self._read.execute("SELECT count(*) FROM records WHERE edge=? AND stream=? AND seq BETWEEN ? AND ?", (edge, stream, first, last)).fetchone()
+        return int(row[0])
+
+    def desired(self, edge: str) -> dict[str, Any] | None:
+        """See `Store.desired`."""
+        row = self._write.execute("SELECT document FROM desired WHERE edge=? ORDER BY generation DESC LIMIT 1", (edge,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def all_desired(self) -> Mapping[str, dict[str, Any]]:
+        """See `Store.all_desired`."""
+        rows = self._write.execute("SELECT edge, document, max(generation) FROM desired GROUP BY edge")
+        return {row[0]: json.loads(row[1]) for row in rows}
+
+    def setting(self, key: str) -> str | None:
+        """See `Store.setting`."""
+        row = self._write.execute("SELECT value FROM settings WHERE key=?", (key,)).fetchone()
+        return str(row[0]) if row else None
+
+    def read_outages(self, since_ms: int, limit: int = 1000) -> list[dict[str, Any]]:
+        """See `Store.read_outages`."""
+        rows = self._read.execute(
+            "SELECT edge, start_ms, end_ms, reason FROM outages WHERE end_ms IS NULL OR end_ms>=? ORDER BY start_ms DESC LIMIT ?", (since_ms, limit)
+        )
+        return [{"edge": row[0], "start_ms": row[1], "end_ms": row[2], "reason": row[3]} for row in rows]
+
+
+def _edge_row(row: Any) -> EdgeRow:
+    return EdgeRow(*row[:9], json.loads(row[9]))
+
+
+def _stream_row(row: Any) -> StreamRow:
+    return StreamRow(*row[:12], json.loads(row[12]))

@@ -1,0 +1,157 @@
+"use strict";
+// The page asks the API once a second for what is new. No framework, no build, nothing from other hosts.
+const $ = (id) => document.getElementById(id);
+const PERIOD_MS = 1000;
+let token = new URLSearchParams(location.hash.slice(1)).get("token") || sessionStorage.getItem("token") || "";
+if (location.hash.includes("token=")) history.replaceState(null, "", location.pathname);
+let timer = 0;
+let offset = 0; // the hub's clock minus this browser's
+
+async function get(path) {
+  const answer = await fetch(path, { headers: { Authorization: "Bearer " + token } });
+  if (answer.status === 401) throw new Error("login");
+  if (!answer.ok) throw new Error(path + ": " + answer.status);
+  return answer.json();
+}
+
+function element(name, text, cls) {
+  const made = document.createElement(name);
+  if (text !== undefined && text !== null) made.textContent = text;
+  if (cls) made.className = cls;
+  return made;
+}
+
+function ago(ms) {
+  if (!ms) return "never";
+  const seconds = Math.max(0, (Date.now() + offset - ms) / 1000);
+  if (seconds < 90) return Math.round(seconds) + " s";
+  if (seconds < 5400) return Math.round(seconds / 60) + " min";
+  if (seconds < 172800) return (seconds / 3600).toFixed(1) + " h";
+  return (seconds / 86400).toFixed(1) + " d";
+}
+
+function clock(ms) {
+  return new Date(ms).toLocaleTimeString([], { hour12: false }) + "." + String(ms % 1000).padStart(3, "0");
+}
+
+function fill(table, rows) {
+  const body = element("tbody");
+  for (const cells of rows) {
+    const row = element("tr");
+    for (const cell of cells) row.append(cell instanceof Node ? cell : element("td", cell));
+    body.append(row);
+  }
+  table.tBodies[0].replaceWith(body);
+}
+
+function branch(node) {
+  const item = element("li");
+  item.append(element("span", node.level + " ", "level"));
+  const label = element("span", node.name);
+  if (node.level === "edge") {
+    label.className = node.state === "online" ? "good" : "bad";
+    item.append(label, element("span", " " + (node.quarantine ? "quarantine" : node.state), "level"));
+  } else {
+    item.append(label);
+    if (node.edges) item.append(element("span", ` ${node.edges_online}/${node.edges}`, "level"));
+  }
+  if (node.children && node.children.length) {
+    const list = element("ul");
+    node.children.forEach((child) => list.append(branch(child)));
+    item.append(list);
+  }
+  return item;
+}
+
+function showEdges(edges) {
+  fill($("edges"), edges.map((edge) => {
+    const number = (value) => element("td", value, "number");
+    const streams = Object.values(edge.streams);
+    const behind = streams.reduce((sum, stream) => sum + stream.behind, 0);
+    const exact = streams.every((stream) => stream.mismatches === 0);
+    const hours = edge.presence.outage_hours;
+    const state = element("td", edge.quarantine ? "quarantine" : edge.state, edge.state === "online" && !edge.quarantine ? "good" : "bad");
+    state.title = edge.quarantine || edge.reason;
+    return [
+      edge.edge, state, ago(edge.since_ms), ago(edge.last_seen_ms), number(edge.streams.decision.contiguous), number(edge.streams.telemetry.contiguous),
+      number(behind), element("td", exact ? "chains agree" : "MISMATCH", exact ? "good" : "bad"),
+      number(hours === undefined ? "" : Math.round(hours) + " h"), element("td", edge.presence.health || "", edge.presence.health === "ok" ? "good" : "bad"),
+    ];
+  }));
+}
+
+function showTimeline(edges, outages, hours) {
+  const now = Date.now() + offset, start = now - hours * 3600000;
+  $("timeline").replaceChildren(...edges.map((edge) => {
+    const row = element("div", null, "row"), bar = element("div", null, "bar");
+    for (const outage of outages.filter((one) => one.edge === edge.edge)) {
+      const from = Math.max(outage.start_ms, start), to = outage.end_ms || now;
+      if (to < start) continue;
+      const mark = element("i");
+      mark.style.setProperty("left", (100 * (from - start)) / (now - start) + "%");
+      mark.style.setProperty("width", (100 * (to - from)) / (now - start) + "%");
+      mark.title = `${new Date(outage.start_ms).toLocaleString()} for ${((to - outage.start_ms) / 1000).toFixed(1)} s: ${outage.reason}`;
+      bar.append(mark);
+    }
+    row.append(element("span", edge.edge), bar);
+    return row;
+  }));
+}
+
+function showDecisions(decisions) {
+  const wanted = $("filter").value.toLowerCase();
+  const kept = decisions.filter((one) => !wanted || `${one.edge} ${one.body.rule} ${one.body.device}`.toLowerCase().includes(wanted));
+  fill($("decisions"), kept.map((one) => {
+    const body = one.body;
+    const time = element("td", clock(one.wall_ms));
+    time.title = `seq ${one.seq}, time quality ${one.time_quality}`;
+    const actions = (body.actions || []).map((action) => action.alert ? action.alert.text : Object.entries(action).map(([kind, what]) => `${kind} ${what.device} ${what.name || JSON.stringify(what.set)}`).join());
+    return [
+      time, one.edge, body.rule, body.device, element("td", body.outcome, body.outcome === "fired" ? "bad" : "good"), body.offline ? "alone" : "linked",
+      element("td", JSON.stringify(body.inputs), "inputs"), actions.join("; "),
+    ];
+  }));
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  let wait = PERIOD_MS;
+  try {
+    const hours = Number($("span").value);
+    const [status, tree, edges, decisions, events, outages] = await Promise.all([
+      get("/api/v1/status"), get("/api/v1/hierarchy"), get("/api/v1/edges"), get("/api/v1/decisions?limit=50"), get("/api/v1/events?limit=30"),
+      get("/api/v1/outages?hours=" + hours),
+    ]);
+    sessionStorage.setItem("token", token);
+    offset = status.time_ms - Date.now();
+    $("login").hidden = true; $("main").hidden = false; $("logout").hidden = false;
+    $("hub-name").textContent = status.hub;
+    $("summary").textContent = `${status.edges_online} of ${status.edges} edges online, ${status.counters.records_total || 0} records taken in, broker ${status.broker.kind}` +
+      (status.problems.length ? ", " + status.problems.join("; ") : "");
+    const list = element("ul");
+    list.append(branch(tree));
+    $("tree").replaceChildren(list);
+    showEdges(edges);
+    showTimeline(edges, outages, hours);
+    showDecisions(decisions);
+    fill($("events"), events.map((one) => [clock(one.wall_ms), one.edge, one.kind, element("td", JSON.stringify(one.body), "inputs")]));
+    document.body.dataset.refreshed = String(Number(document.body.dataset.refreshed || 0) + 1);
+  } catch (error) {
+    if (error.message === "login") {
+      $("main").hidden = true; $("logout").hidden = true; $("login").hidden = false;
+      $("login-error").textContent = token ? "This token is not valid." : "";
+      $("summary").textContent = "not logged in";
+      sessionStorage.removeItem("token");
+      return;
+    }
+    $("summary").textContent = "the hub does not answer: " + error.message;
+    wait = 3000;
+  }
+  timer = setTimeout(refresh, wait);
+}
+
+$("login").addEventListener("submit", (event) => { event.preventDefault(); token = $("token").value.trim(); refresh(); });
+$("logout").addEventListener("click", () => { clearTimeout(timer); token = ""; sessionStorage.removeItem("token"); refresh(); });
+$("span").addEventListener("change", refresh);
+$("filter").addEventListener("input", refresh);
+refresh();

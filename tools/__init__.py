@@ -1,0 +1,1 @@
+"""Tools around NovaCron: novactl, benchmarks, the demo, the fault proxy, model training."""

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Prepare this machine for `make run` (argument: run) or for tests and checks (argument: dev). Idempotent; offline once it has succeeded.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+kind="${1:-run}"
+lock="requirements/$kind.lock"
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$candidate"; return; }
+  done
+  return 1
+}
+
+apt_updated=""
+apt_install() {  # packages...: as root on Debian; what fails is not fatal, the tests that need it say so
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 1
+  local guard=""
+  # A package that brings a daemon starts it on a Debian with an init. Ours are started by hand, so its start is denied while we install.
+  if [ ! -e /usr/sbin/policy-rc.d ]; then guard=/usr/sbin/policy-rc.d; printf '#!/bin/sh\nexit 101\n' > "$guard" && chmod 755 "$guard"; fi
+  local status=0
+  if [ -z "$apt_updated" ]; then apt-get -qq update >/dev/null 2>&1 || true; apt_updated=1; fi
+  DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "$@" >/dev/null 2>&1 || status=1
+  [ -n "$guard" ] && rm -f "$guard"
+  return $status
+}
+
+python="$(find_python)" || { say "installing python3"; apt_install python3 python3-venv && python="$(find_python)"; } || fail "no Python 3.11 or later: apt install python3 python3-venv"
+
+if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+  say "making .venv with $("$python" --version)"
+  if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+    apt_install python3-venv || "$python" -m virtualenv --version >/dev/null 2>&1 || fail "Python's venv module is incomplete: as root, apt install python3-venv (then run make again)"
+  fi
+  rm -rf .venv
+  "$python" -m venv .venv 2>/dev/null || "$python" -m virtualenv -q .venv || fail "no virtual environment could be made: apt install python3-venv"
+fi
+
+want="$(cat "$lock" pyproject.toml | sha256sum | cut -d' ' -f1)"
+stamp=".venv/.novacron-$kind"
+if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
+  say "installing the locked packages of $lock (once; takes a minute)"
+  .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r "$lock" || fail "the packages could not be installed: is the network there? (needed once)"
+  .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || fail "the project itself could not be installed into .venv"
+  printf '%s' "$want" > "$stamp"
+  # The dev lock holds everything that run needs.
+  [ "$kind" = dev ] && cat requirements/run.lock pyproject.toml | sha256sum | cut -d' ' -f1 | tr -d '\n' > .venv/.novacron-run
+fi
+
+# A missing .pyc costs the agent 7.8 MiB of memory, and PYTHONDONTWRITEBYTECODE would leave them missing; -OO has files of its own.
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -o 0 -o 2 edge_runtime hub tools 2>/dev/null || true
+if [ ! -e .venv/.novacron-compiled ] || [ "$stamp" -nt .venv/.novacron-compiled ]; then
+  site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+  for package in paho aiohttp yarl multidict frozenlist propcache aiosignal aiohappyeyeballs attr attrs idna yaml psutil; do
+    [ -e "$site/$package" ] && env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -o 0 -o 2 "$site/$package" >/dev/null 2>&1 || true
+  done
+  stdlib="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
+  if [ -w "$stdlib" ]; then env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -l -o 2 "$stdlib" "$stdlib"/{asyncio,json,email,http,urllib,logging,importlib,collections,concurrent,concurrent/futures,ctypes,sqlite3,encodings,re,html} >/dev/null 2>&1 || true; fi
+  touch .venv/.novacron-compiled
+fi
+
+if [ "$kind" = dev ]; then
+  packages=()
+  command -v mosquitto >/dev/null 2>&1 || [ -x /usr/sbin/mosquitto ] || packages+=(mosquitto)
+  command -v chromium >/dev/null 2>&1 || packages+=(chromium chromium-driver)
+  command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
+  if [ ${#packages[@]} -gt 0 ]; then
+    say "installing Debian packages: ${packages[*]}"
+    apt_install "${packages[@]}" || say "could not install ${packages[*]}; the tests that need them will say that they were skipped"
+  fi
+fi
