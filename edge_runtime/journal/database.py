@@ -209,13 +209,13 @@ class JournalDatabase:
             (stream, marks.next_seq, marks.receipted, marks.floor, marks.floor_chain, marks.chain, marks.dropped, marks.effects),
         )
 
-    def release(self, stream: str, marks: StreamMarks, upto: int) -> int:
-        """Delete up to `DELETE_SLICE` of the oldest records with seq <= `upto`; `marks` (floor, dropped) are updated and stored with it.
+    def release(self, stream: str, marks: StreamMarks, upto: int, rows: int = DELETE_SLICE) -> int:
+        """Delete up to `rows` of the oldest records with seq <= `upto`; `marks` (floor, dropped) are updated and stored with it.
 
         Records above `marks.receipted` count as dropped. Returns how many rows went.
         """
         connection = self.writer
-        last = min(upto, marks.next_seq - 1, marks.floor + DELETE_SLICE - 1)
+        last = min(upto, marks.next_seq - 1, marks.floor + rows - 1)
         if last < marks.floor:
             return 0
         connection.execute("BEGIN IMMEDIATE")
@@ -267,9 +267,9 @@ class JournalDatabase:
         marks.next_seq, marks.receipted, marks.floor, marks.effects = after.next_seq, after.receipted, after.floor, after.effects
         marks.floor_chain, marks.chain = after.floor_chain, after.chain
 
-    def vacuum_step(self) -> int:
-        """Give up to `VACUUM_PAGES` free pages back to the file system; returns how many pages are still free."""
-        self.writer.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+    def vacuum_step(self, pages: int = VACUUM_PAGES) -> int:
+        """Give up to `pages` free pages back to the file system; returns how many pages are still free."""
+        self.writer.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
         return int(self.writer.execute("PRAGMA freelist_count").fetchone()[0])
 
     def checkpoint(self, mode: str = "PASSIVE") -> None:

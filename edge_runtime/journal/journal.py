@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import secrets
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from ..contract.limits import MAX_BODY_BYTES
 from ..contract.records import Record
 from ..contract.streams import STREAMS
 from .database import JournalDatabase, StreamMarks, database_streams
-from .lane import Callback, Lane, Worker
+from .lane import Callback, Lane, Worker, is_full
 from .planner import GrowthRate, StoragePlan, plan
 from .recovery import Recovery, SideFile, open_checked, write_durably
 
@@ -322,12 +323,18 @@ class Journal:
         for name, lane in self.lanes.items():
             cap = self.settings.telemetry_max_bytes if name == "telemetry" else self.settings.max_bytes
             if lane.worker is not None and not lane.error:
-                await lane.worker.call(lambda lane=lane, cap=cap: self._keep_within(lane, cap))  # type: ignore[misc]
+                try:
+                    await lane.worker.call(lambda lane=lane, cap=cap: self._keep_within(lane, cap))  # type: ignore[misc]
+                except sqlite3.Error as error:
+                    log.error("%s cannot be kept within its limits: %s", lane.database.path.name, error)
         free = self.free_bytes()
         if free < self.settings.min_free_bytes:
             lane = self.lanes["telemetry"]
             if lane.worker is not None:
-                await lane.worker.call(self._relieve)
+                try:
+                    await lane.worker.call(self._relieve)
+                except sqlite3.Error as error:
+                    log.error("telemetry cannot be trimmed: %s", error)
             free = self.free_bytes()
         elif not self._ballast.exists():
             self._make_ballast()
@@ -359,18 +366,28 @@ class Journal:
                     break
 
     def _relieve(self) -> None:
-        """On the telemetry lane's thread: drop the oldest telemetry and give its space back to the file system."""
+        """On the telemetry lane's thread: drop the oldest telemetry and give its space back to the file system.
+
+        In small steps with a checkpoint after each: deleting writes to the WAL first, and there may be no room for it to grow. For the
+        same reason the WAL is started over and never truncated here: the space it has is the space we can still write to.
+        """
         lane = self.lanes["telemetry"]
         marks = lane.marks["telemetry"]
-        target = marks.floor + max(DELETE_AT_LEAST, int((marks.next_seq - marks.floor) * RELIEF_SHARE))
-        for _ in range(1000):
-            if not lane.database.release("telemetry", marks, min(target, marks.next_seq - 1)):
-                break
+        target = min(marks.next_seq - 1, marks.floor + max(DELETE_AT_LEAST, int((marks.next_seq - marks.floor) * RELIEF_SHARE)))
         self.trimmed_full += 1
-        for _ in range(4096):
-            if not lane.database.vacuum_step():
+        free = 1
+        for _ in range(RELIEF_STEPS_MAX):
+            if marks.floor > target and not free:
                 break
-        lane.database.checkpoint("TRUNCATE")
+            try:
+                lane.database.release("telemetry", marks, target, RELIEF_ROWS)
+                lane.database.checkpoint()
+                free = lane.database.vacuum_step(RELIEF_PAGES)
+                lane.database.checkpoint()
+            except sqlite3.OperationalError as error:
+                if not is_full(error) or not self._ballast.exists():
+                    raise
+                self._ballast.unlink(missing_ok=True)
 
     def _full(self, done: Callable[[], None]) -> None:
         """The disk is full: release the ballast, drop telemetry, then, last, the oldest events and decisions; then `done()`."""
@@ -417,3 +434,10 @@ class Journal:
 
 DELETE_AT_LEAST = 500
 """Rows of telemetry that one relief drops at least."""
+
+RELIEF_ROWS = 100
+RELIEF_PAGES = 64
+"""Rows and pages of one step of a relief: a few hundred KiB of WAL, which even a nearly full disk has."""
+
+RELIEF_STEPS_MAX = 50_000
+"""Steps of one relief at most: a tenth of the largest telemetry database."""

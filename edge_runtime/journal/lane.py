@@ -360,8 +360,9 @@ class Lane:
             self._kick(0.0)
 
     async def drain(self) -> None:
-        """Wait until everything appended so far is durable."""
-        assert self._loop is not None
+        """Wait until everything appended so far is durable; at once where the lane was never started."""
+        if self._loop is None:
+            return
         self.flush()
         while self.waiting or self._state or self._group is not None:
             waiter: asyncio.Future[None] = self._loop.create_future()

@@ -181,6 +181,13 @@ def _rebuild(
     stamp: tuple[int, int, str], boot: str, recovery: Recovery,
 ) -> None:
     """Write a salvaged run and, above it, `lost` records up to the reservation; sequence numbers then continue above both."""
+    if run and not (run[0][0].seq == 1 or (old is not None and old.floor == run[0][0].seq)):
+        # The chain before the first saved record was in the damage. That record is given up so that the rest stays provable: its
+        # own chain is the chain before the second.
+        first_chain: bytes | None = run[0][1]
+        run = run[1:]
+    else:
+        first_chain = None
     last = run[-1][0].seq if run else (old.next_seq - 1 if old else 0)
     reserved = max(side.reserved.get(stream, 0), last)
     marks = StreamMarks()
@@ -188,8 +195,10 @@ def _rebuild(
         marks.receipted, marks.dropped, marks.effects = min(old.receipted, reserved), old.dropped, old.effects
     if run:
         marks.floor = run[0][0].seq
-        # The chain before the first saved record is unknown; it is told as zero, and the hub starts again from it.
-        marks.floor_chain = old.floor_chain if old is not None and old.floor == marks.floor else CHAIN_START
+        if first_chain is not None:
+            marks.floor_chain = first_chain
+        else:
+            marks.floor_chain = CHAIN_START if marks.floor == 1 or old is None else old.floor_chain
         chain = run[-1][1]
         rows = list(run)
         lost = reserved - last

@@ -241,8 +241,8 @@ class SqliteStore:
 
 
 def _edge_row(row: Any) -> EdgeRow:
-    return EdgeRow(*row[:9], json.loads(row[9]))
+    return EdgeRow(*(*row[:9], json.loads(row[9])))
 
 
 def _stream_row(row: Any) -> StreamRow:
-    return StreamRow(*row[:12], json.loads(row[12]))
+    return StreamRow(*(*row[:12], json.loads(row[12])))

@@ -158,6 +158,8 @@ def test_nothing_is_lost_and_nothing_counts_twice(seed: int) -> None:
 
 def _duplicates_stored(_edge: Edge, hub: Hub) -> None:
     class Broken(StreamBook):
+        __slots__ = ()
+
         def fresh(self, batch: Any) -> list[Record]:
             super().fresh(batch)
             return list(batch.records)

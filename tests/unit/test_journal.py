@@ -1,0 +1,377 @@
+"""The journal: gapless over restarts, durable before anything is told, whole after kill -9, rebuilt when damaged, within its limits."""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.clock import SystemClock
+from edge_runtime.contract.records import CHAIN_START, Record, chain_over
+from edge_runtime.journal import Journal, JournalSettings
+from edge_runtime.journal.database import insert_chunks
+from edge_runtime.journal.planner import GrowthRate, plan
+from edge_runtime.journal.recovery import RESERVE_BLOCK
+
+
+def make(folder: Path, **settings: Any) -> Journal:
+    return Journal(JournalSettings(folder, ballast_bytes=0, min_free_bytes=0, **settings), SystemClock())
+
+
+async def append(journal: Journal, stream: str, count: int) -> list[Record]:
+    done: list[Record] = []
+    for number in range(count):
+        journal.append(stream, "decision", {"n": number}, done.append)
+    await journal.flush()
+    return done
+
+
+async def check_whole(journal: Journal, stream: str) -> list[Record]:
+    """The checker: from the floor to the end without a gap, the chain as marked."""
+    marks = journal.marks(stream)
+    records: list[Record] = []
+    while True:
+        found, _ = await journal.read(stream, marks.floor + len(records), 1000, 1 << 24)
+        if not found:
+            break
+        records += found
+    assert [record.seq for record in records] == list(range(marks.floor, marks.next_seq))
+    assert chain_over(records, marks.floor_chain) == marks.chain
+    return records
+
+
+async def test_sequences_go_on_without_a_gap_over_restarts(tmp_path: Path) -> None:
+    boots = set()
+    for round_ in range(3):
+        journal = make(tmp_path)
+        journal.start()
+        records = await append(journal, "decision", 50)
+        assert [record.seq for record in records] == list(range(50 * round_ + 1, 50 * round_ + 51))
+        await append(journal, "telemetry", 5)
+        await check_whole(journal, "decision")
+        assert journal.boot_n == round_ + 1 and journal.clean
+        boots.add(journal.boot)
+        await journal.close()
+    assert len(boots) == 3
+
+
+async def test_nothing_is_told_before_it_is_durable(tmp_path: Path) -> None:
+    journal = make(tmp_path)
+    journal.start()
+    seen: list[int] = []
+
+    def durable(record: Record) -> None:
+        # Another connection sees only what is committed.
+        other = sqlite3.connect(tmp_path / "journal.db")
+        seen.append(other.execute("SELECT count(*) FROM records_decision WHERE seq=?", (record.seq,)).fetchone()[0])
+        other.close()
+
+    for number in range(20):
+        journal.append("decision", "decision", {"n": number}, durable)
+    await journal.flush()
+    assert seen == [1] * 20
+    await journal.close()
+
+
+def test_a_planted_acknowledgement_before_commit_is_seen(tmp_path: Path) -> None:
+    async def run() -> list[int]:
+        journal = make(tmp_path)
+        journal.start()
+        seen: list[int] = []
+        lane = journal.lanes["journal"]
+        original = lane.append
+
+        def early(stream: str, kind: str, body: str, stamp: Any, callback: Any) -> None:
+            original(stream, kind, body, stamp, None)
+            callback(Record(1, "", 0, 0, "rtc", kind, body))
+
+        lane.append = early  # type: ignore[method-assign]
+
+        def durable(record: Record) -> None:
+            other = sqlite3.connect(tmp_path / "journal.db")
+            seen.append(other.execute("SELECT count(*) FROM records_decision").fetchone()[0])
+            other.close()
+
+        journal.append("decision", "decision", {}, durable)
+        await journal.flush()
+        await journal.close()
+        return seen
+
+    assert asyncio.run(run()) == [0]
+
+
+async def test_receipts_free_records_and_the_floor_keeps_the_chain(tmp_path: Path) -> None:
+    journal = make(tmp_path, retain_receipted_records=10)
+    journal.start()
+    records = await append(journal, "decision", 100)
+    journal.receipt("decision", 60)
+    journal.receipt("decision", 40)  # a late one changes nothing
+    await journal.upkeep()
+    marks = journal.marks("decision")
+    assert (marks.floor, marks.receipted, marks.dropped) == (61, 60, 0)
+    assert marks.floor_chain == chain_over(records[:60], CHAIN_START)
+    await check_whole(journal, "decision")
+    assert await journal.chain_at("decision", 60) == marks.floor_chain
+    assert await journal.chain_at("decision", 59) is None
+    journal.receipt("decision", 10_000)  # beyond what was ever written
+    assert journal.marks("decision").receipted == 100
+    await journal.close()
+
+
+async def test_over_the_cap_the_oldest_telemetry_goes_counted_and_decisions_stay(tmp_path: Path) -> None:
+    journal = make(tmp_path, telemetry_max_bytes=1 << 20, max_bytes=1 << 20)
+    journal.start()
+    for stream in ("telemetry", "decision"):
+        for _ in range(3000):
+            journal.append(stream, "reading", {"pad": "x" * 700})
+    await journal.flush()
+    for _ in range(3):
+        await journal.upkeep()
+    telemetry, decision = journal.marks("telemetry"), journal.marks("decision")
+    assert telemetry.floor > 1 and telemetry.dropped == telemetry.floor - 1
+    assert (decision.floor, decision.dropped) == (1, 0)
+    await check_whole(journal, "telemetry")
+    database = journal.lanes["telemetry"].database
+    assert database.used_bytes() - database.wal_bytes() <= 1 << 20
+    await journal.close()
+
+
+@pytest.mark.parametrize("where", [0.02, 0.5, 0.9])
+async def test_a_damaged_file_is_set_aside_and_numbers_are_never_used_again(tmp_path: Path, where: float) -> None:
+    journal = make(tmp_path)
+    journal.start()
+    written = await append(journal, "decision", 3000)
+    journal.put_state("desired", {"generation": 3})
+    await journal.close()
+    path = tmp_path / "journal.db"
+    data = bytearray(path.read_bytes())
+    start = int(len(data) * where)
+    data[start : start + 16384] = b"\xa5" * 16384
+    path.write_bytes(data)
+    journal = make(tmp_path)
+    assert journal.recoveries and journal.recoveries[0].damage
+    journal.start()
+    assert journal.marks("decision").next_seq > 3000
+    fresh = await append(journal, "decision", 10)
+    assert fresh[0].seq > max(record.seq for record in written)
+    kept = [record for record in await check_whole(journal, "decision") if record.kind == "decision" and record.seq <= 3000]
+    assert all(record == written[record.seq - 1] for record in kept)
+    assert list(tmp_path.glob("journal.db.damaged-*"))
+    await journal.close()
+    again = make(tmp_path)
+    assert not again.recoveries
+    await again.close()
+
+
+async def test_a_file_that_is_no_database_or_a_truncated_one_does_not_stop_the_start(tmp_path: Path) -> None:
+    for damage in (b"not a database at all", b""):
+        journal = make(tmp_path)
+        journal.start()
+        await append(journal, "decision", 20)
+        top = journal.durable("decision")
+        await journal.close()
+        path = tmp_path / "journal.db"
+        path.write_bytes(damage if damage else path.read_bytes()[:5000])
+        for suffix in ("-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        journal = make(tmp_path)
+        journal.start()
+        records = await append(journal, "decision", 5)
+        assert records[0].seq > top
+        await journal.close()
+
+
+async def test_a_lost_side_file_or_database_alone_keeps_the_numbers(tmp_path: Path) -> None:
+    journal = make(tmp_path)
+    journal.start()
+    await append(journal, "decision", 20)
+    await journal.close()
+    (tmp_path / "marks.json").write_text("{broken")
+    journal = make(tmp_path)
+    assert journal.durable("decision") == 20 and journal.boot_n >= 2
+    await journal.close()
+
+
+async def test_moving_above_what_another_journal_used(tmp_path: Path) -> None:
+    journal = make(tmp_path)
+    journal.start()
+    await append(journal, "decision", 30)
+    journal.receipt("decision", 10)
+    await journal.rebase("decision", 500)
+    marks = journal.marks("decision")
+    assert (marks.floor, marks.next_seq, marks.receipted) == (501, 521, 500)
+    records = await check_whole(journal, "decision")
+    assert [json.loads(record.body)["n"] for record in records] == list(range(10, 30))
+    assert (await append(journal, "decision", 1))[0].seq == 521
+    await journal.close()
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from edge_runtime.clock import SystemClock
+from edge_runtime.journal import Journal, JournalSettings
+async def main():
+    journal = Journal(JournalSettings(Path(sys.argv[1]), ballast_bytes=0, min_free_bytes=0), SystemClock())
+    journal.start()
+    n = 0
+    def durable(record):
+        print(record.seq, record.body, flush=True)
+    while True:
+        for _ in range(7):
+            journal.append("decision", "decision", {"n": n}, durable)
+            n += 1
+        await asyncio.sleep(0)
+        while journal.lanes["journal"].waiting > 200:
+            await asyncio.sleep(0.001)
+asyncio.run(main())
+"""
+
+
+def kill_at_random(folder: Path, seconds: float, child: str = CHILD) -> dict[int, str]:
+    """Start a writer, kill it -9 after a while; what it said was durable."""
+    process = subprocess.Popen([sys.executable, "-c", child, str(folder)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    timer = subprocess.Popen(["sleep", str(seconds)])
+    lines = [first]
+    os.set_blocking(process.stdout.fileno(), True)
+    timer_done = False
+    while not timer_done:
+        lines.append(process.stdout.readline())
+        timer_done = timer.poll() is not None
+    process.send_signal(signal.SIGKILL)
+    rest = process.stdout.read()
+    process.wait()
+    acknowledged = {}
+    for line in "".join(lines + [rest]).splitlines():
+        number, _, body = line.partition(" ")
+        if number.isdigit() and body.endswith("}"):
+            acknowledged[int(number)] = body
+    return acknowledged
+
+
+async def test_kill_9_loses_nothing_acknowledged_and_doubles_nothing(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    acknowledged: dict[int, str] = {}
+    for _ in range(5):
+        said = kill_at_random(tmp_path, draw.uniform(0.05, 0.4))
+        assert said and not set(said) & set(acknowledged)
+        acknowledged |= said
+    journal = make(tmp_path)
+    assert not journal.clean and not journal.recoveries
+    records = {record.seq: record.body for record in await check_whole(journal, "decision")}
+    assert all(records.get(seq) == body for seq, body in acknowledged.items())
+    await journal.close()
+
+
+async def test_the_kill_9_checker_can_fail(tmp_path: Path) -> None:
+    planted = CHILD.replace("journal.append(\"decision\", \"decision\", {\"n\": n}, durable)", "journal.append(\"decision\", \"decision\", {\"n\": n}); print(n + 1, '{\"n\":%d}' % n, flush=True)")
+    said = kill_at_random(tmp_path, 0.3, planted)
+    journal = make(tmp_path)
+    records = {record.seq: record.body for record in await check_whole(journal, "decision")}
+    assert not all(records.get(seq) == body for seq, body in said.items())
+    await journal.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 24 MiB of its own."""
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a small file system needs root to be mounted")
+    target = tmp_path / "small"
+    target.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(target)], capture_output=True).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    yield target
+    subprocess.run(["umount", "-l", str(target)], check=True)
+
+
+async def test_a_full_disk_stops_telemetry_first_and_decisions_go_on(small_disk: Path) -> None:
+    journal = Journal(JournalSettings(small_disk / "j", ballast_bytes=2 << 20, min_free_bytes=4 << 20), SystemClock())
+    journal.start()
+    for _ in range(16):
+        for _ in range(1500):
+            journal.append("telemetry", "reading", {"pad": "x" * 900})
+        await asyncio.wait_for(journal.flush(), 60)
+        await journal.upkeep()
+    assert journal.marks("telemetry").dropped > 0 or not journal.telemetry_open
+    filler = small_disk / "filler"
+    for _ in range(60):  # somebody else fills the disk again and again, until nothing is left to give up
+        with open(filler, "ab", buffering=0) as handle, pytest.raises(OSError):
+            while True:
+                handle.write(bytes(65536))
+        await journal.upkeep()
+        if not journal.telemetry_open:
+            break
+    assert not journal.telemetry_open and journal.marks("telemetry").dropped > 0
+    assert journal.append("telemetry", "reading", {"a": 1}) is False and journal.refused_telemetry == 1
+    for _ in range(5):
+        records = await asyncio.wait_for(append(journal, "decision", 400), 60)
+        assert len(records) == 400
+    filler.unlink()
+    await journal.upkeep()
+    assert journal.telemetry_open and not journal.errors
+    await asyncio.wait_for(append(journal, "telemetry", 10), 60)
+    await check_whole(journal, "decision")
+    await check_whole(journal, "telemetry")
+    await journal.close()
+
+
+async def test_effects_go_on_when_the_journal_cannot_be_written(tmp_path: Path) -> None:
+    journal = make(tmp_path)
+    journal.start()
+    lane = journal.lanes["journal"]
+    broken = asyncio.Event()
+    original = lane.database.commit
+
+    def fail(group: Any) -> None:
+        # A disk that answers EIO cannot be had here without device-mapper; the error is raised where SQLite would raise it.
+        raise sqlite3.OperationalError("disk I/O error")
+
+    lane.database.commit = fail  # type: ignore[method-assign]
+    acted: list[Record] = []
+    journal.append("decision", "decision", {"n": 1}, lambda record: (acted.append(record), broken.set()))  # type: ignore[func-returns-value]
+    await asyncio.wait_for(broken.wait(), 30)
+    assert lane.acted_undurable == 1 and journal.errors
+    lane.database.commit = original  # type: ignore[method-assign]
+    await asyncio.wait_for(journal.flush(), 30)
+    assert len(acted) == 1 and journal.durable("decision") == 1 and not journal.errors
+    await journal.close()
+
+
+def test_the_planner_says_how_long_it_lasts() -> None:
+    rate = GrowthRate()
+    for _ in range(100):
+        rate.observe(10_000, 1000)  # 10 kB a second
+    found = plan({"telemetry": rate}, {"telemetry": 0}, {"telemetry": 10**12}, {"telemetry": 1.0}, 3_600_000_000, 0, 72)
+    assert found.outage_hours == pytest.approx(100, rel=0.02) and not found.alarm
+    found = plan({"telemetry": rate}, {"telemetry": 0}, {"telemetry": 10**9}, {"telemetry": 1.0}, 3_600_000_000, 0, 72)
+    assert found.outage_hours == pytest.approx(27.8, rel=0.02) and found.alarm
+    half = plan({"telemetry": rate}, {"telemetry": 10**9}, {"telemetry": 10**9}, {"telemetry": 0.5}, 0, 0, 72)
+    assert half.outage_hours == pytest.approx(13.9, rel=0.02)
+
+
+def test_chunks_are_powers_of_two_and_add_up() -> None:
+    for count in range(1, 700):
+        chunks = list(insert_chunks(count))
+        assert sum(chunks) == count and all(chunk & (chunk - 1) == 0 and chunk <= 128 for chunk in chunks)
+
+
+def test_reservations_are_ahead_of_what_is_written(tmp_path: Path) -> None:
+    async def run() -> None:
+        journal = make(tmp_path)
+        journal.start()
+        await append(journal, "decision", 3)
+        assert json.loads((tmp_path / "marks.json").read_text())["reserved"]["decision"] >= RESERVE_BLOCK
+        await journal.close()
+
+    asyncio.run(run())
