@@ -1,7 +1,6 @@
 """`novacron-edge`: run the agent, check a configuration."""
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -57,16 +56,23 @@ def _check(config: object) -> int:
 
 def run(config: object) -> int:
     """Run one agent until it is told to stop."""
+    from .config import EdgeConfig
+    from .lean_imports import leave_out_openssl
+
+    if not isinstance(config, EdgeConfig):
+        raise TypeError("run takes an EdgeConfig")
+    if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
+        leave_out_openssl()
+    import asyncio
     import sqlite3
 
-    from .config import EdgeConfig
     from .contract.errors import ContractError
     from .decisions.rules import RuleError
     from .logs import configure
     from .runtime import EdgeRuntime
+    from .system.process import one_heap
 
-    if not isinstance(config, EdgeConfig):
-        raise TypeError("run takes an EdgeConfig")
+    one_heap()
     configure(config.logging.level, config.logging.format)
     # PyYAML is not needed any more; its modules stay out of the agent's memory.
     for name in [name for name in sys.modules if name == "yaml" or name.startswith(("yaml.", "_yaml", "argparse"))]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from .contract.errors import ContractError
+from .lean_imports import import_paho
 
 if TYPE_CHECKING:
     import paho.mqtt.client as paho
@@ -145,7 +146,7 @@ class MqttSession:
 
     async def connect(self) -> None:
         """Connect and wait for the broker's word. Raises `SessionClosed`."""
-        import paho.mqtt.client as paho
+        paho = import_paho()
         from paho.mqtt.enums import CallbackAPIVersion
 
         protocol = paho.MQTTv5 if self.protocol5 else paho.MQTTv311

@@ -6,8 +6,10 @@ Where that fails (another aiohttp lays its modules out otherwise) the ordinary i
 
 import importlib
 import importlib.util
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +23,9 @@ def import_web() -> Any:
     package = types.ModuleType("aiohttp")
     package.__path__ = list(spec.submodule_search_locations)
     package.__spec__ = spec
+    # aiohttp.http asks its package for this one name; it is the first assignment of `__init__`.
+    found = re.search(r'^__version__\s*=\s*"([^"]+)"', Path(spec.origin or "").read_text(), re.MULTILINE)
+    package.__dict__["__version__"] = found[1] if found else "3"
     sys.modules["aiohttp"] = package
     try:
         return importlib.import_module("aiohttp.web")

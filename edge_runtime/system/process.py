@@ -20,6 +20,16 @@ def open_descriptors() -> int:
         return 0
 
 
+def one_heap() -> None:
+    """One malloc arena for all threads (mallopt(3), M_ARENA_MAX): ours hardly compete, and each arena keeps pages of its own."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).mallopt(-8, 1)
+    except (OSError, AttributeError):
+        return
+
+
 def return_free_memory() -> None:
     """Give freed heap pages back to the system (malloc_trim(3)); start-up leaves about a megabyte of them."""
     import ctypes

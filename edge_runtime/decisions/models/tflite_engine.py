@@ -7,12 +7,11 @@ The C library trusts its input: malformed bytes can end the process. So a model 
 there is opened here. The same probe finds a library whose C interface differs from the one written down below (LiteRT 2.x).
 """
 
+import contextlib
 import ctypes
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ PROBE_TIMEOUT_S = 20.0
 _CPU = 1  # kLiteRtHwAcceleratorCpu
 _FLOAT32 = 1  # kLiteRtElementTypeFloat32
 _READ, _WRITE = 0, 1  # LiteRtTensorBufferLockMode
-_SILENT = 4  # LiteRtLogSeverity: nothing below it is printed
 _IDENTIFIER = b"TFL3"
 """Bytes 4 to 7 of a TFLite flatbuffer."""
 
@@ -47,6 +45,20 @@ def find_library() -> Path | None:
     return None
 
 
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Nothing on descriptor 2 for a moment: the library tells of every accelerator it does not find, and cannot be asked not to."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class LiteRtEngine:
     """One TFLite model in LiteRT's C library: one float32 input of shape (1, n), one float32 output."""
 
@@ -57,7 +69,10 @@ class LiteRtEngine:
         self._keep = ctypes.create_string_buffer(data, len(data))  # the model reads its weights from here
         self._handles: list[tuple[str, ctypes.c_void_p]] = []
         self._inputs = inputs
-        self._quiet()
+        with _stderr_closed():
+            self._open(data, inputs)
+
+    def _open(self, data: bytes, inputs: int) -> None:
         environment = self._make("Environment", "LiteRtCreateEnvironment", ctypes.c_int(0), None)
         model = self._make("Model", "LiteRtCreateModelFromBuffer", environment, self._keep, ctypes.c_size_t(len(data)))
         options = self._make("Options", "LiteRtCreateOptions")
@@ -74,14 +89,6 @@ class LiteRtEngine:
         self._vector = ctypes.c_float * inputs
         self._address = ctypes.c_void_p()
         self._zero, self._one = ctypes.c_size_t(0), ctypes.c_size_t(1)
-
-    def _quiet(self) -> None:
-        logger = ctypes.c_void_p()
-        try:
-            if self._lib.LiteRtGetDefaultLogger(ctypes.byref(logger)) == 0:
-                self._lib.LiteRtSetMinLoggerSeverity(logger, ctypes.c_int(_SILENT))
-        except AttributeError:
-            pass  # this build cannot be asked; it only talks more
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._lib, function)(*arguments)
@@ -175,17 +182,21 @@ def open_tflite(data: bytes, inputs: int) -> LiteRtEngine | TfliteRuntimeEngine:
 
 def _probe(data: bytes, inputs: int) -> None:
     """Open and run the model in a child; what kills the child is refused here."""
-    with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
-        file.write(data)
-        file.flush()
+    import subprocess
+
+    # In memory, not in a file: the data folder may be full, and tempfile would cost the agent half a megabyte.
+    descriptor = os.memfd_create("model")
+    try:
+        os.write(descriptor, data)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        try:
-            child = subprocess.run(
-                [sys.executable, "-S", "-m", __name__, file.name, str(inputs)], env=environment, stdin=subprocess.DEVNULL, capture_output=True,
-                timeout=PROBE_TIMEOUT_S, check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ModelError("data", f"loading it takes over {PROBE_TIMEOUT_S:.0f} s", "send a smaller model") from None
+        child = subprocess.run(
+            [sys.executable, "-S", "-m", __name__, f"/proc/self/fd/{descriptor}", str(inputs)], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, pass_fds=(descriptor,), timeout=PROBE_TIMEOUT_S, check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError("data", f"loading it takes over {PROBE_TIMEOUT_S:.0f} s", "send a smaller model") from None
+    finally:
+        os.close(descriptor)
     if child.returncode != 0:
         said = child.stdout.decode(errors="replace").strip().splitlines()
         why = said[-1] if said and child.returncode == 2 else f"loading it ends the process (status {child.returncode})"

@@ -1,0 +1,45 @@
+"""Imports that cost a device memory it gets nothing for, left out. Each falls back to the ordinary import.
+
+Measured here (MB of resident memory, Python 3.11, x86_64): OpenSSL through `ssl` and `_hashlib` 4.5; `urllib.request` with `http.client` and
+`email`, which paho wants for websockets, 2.6.
+"""
+
+import importlib
+import sys
+import types
+from typing import Any
+
+_OPENSSL = ("ssl", "_ssl", "_hashlib")
+
+
+def leave_out_openssl() -> bool:
+    """Let `import ssl` fail from now on; asyncio, aiohttp and paho then work without TLS, hashlib with its own C code.
+
+    Only where no configured address asks for TLS, and only before anything has imported it. Returns whether it was left out.
+    """
+    if any(name in sys.modules for name in _OPENSSL):
+        return False
+    for name in _OPENSSL:
+        sys.modules[name] = None  # type: ignore[assignment]
+    return True
+
+
+def import_paho() -> Any:
+    """The module `paho.mqtt.client`, without what only its websocket transport needs."""
+    name = "paho.mqtt.client"
+    if name in sys.modules:
+        return sys.modules[name]
+    stand_ins = {"urllib.request": types.ModuleType("urllib.request"), "socks": None}
+    added = [module for module in stand_ins if module not in sys.modules]
+    for module in added:
+        sys.modules[module] = stand_ins[module]  # type: ignore[assignment]
+    try:
+        return importlib.import_module(name)
+    finally:
+        # Whoever imports them later gets the real ones.
+        for module in added:
+            sys.modules.pop(module, None)
+        if "urllib.request" in added:
+            urllib = sys.modules.get("urllib")
+            if urllib is not None and hasattr(urllib, "request"):
+                del urllib.request
