@@ -12,6 +12,10 @@ from typing import Any
 _OPENSSL = ("ssl", "_ssl", "_hashlib")
 
 
+class _Never(Exception):
+    """Stands where an exception of ssl is named and no ssl is."""
+
+
 def leave_out_openssl() -> bool:
     """Let `import ssl` fail from now on; asyncio, aiohttp and paho then work without TLS, hashlib with its own C code.
 
@@ -34,7 +38,11 @@ def import_paho() -> Any:
     for module in added:
         sys.modules[module] = stand_ins[module]  # type: ignore[assignment]
     try:
-        return importlib.import_module(name)
+        client = importlib.import_module(name)
+        if getattr(client, "ssl", None) is None:
+            # paho names ssl's exceptions in `except` clauses even where it found no ssl; these are never raised.
+            client.ssl = types.SimpleNamespace(SSLWantReadError=_Never, SSLWantWriteError=_Never, SSLError=_Never)  # type: ignore[attr-defined]
+        return client
     finally:
         # Whoever imports them later gets the real ones.
         for module in added:

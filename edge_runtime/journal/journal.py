@@ -324,7 +324,7 @@ class Journal:
             cap = self.settings.telemetry_max_bytes if name == "telemetry" else self.settings.max_bytes
             if lane.worker is not None and not lane.error:
                 try:
-                    await lane.worker.call(lambda lane=lane, cap=cap: self._keep_within(lane, cap))  # type: ignore[misc]
+                    await lane.worker.call(lambda lane=lane, cap=cap: lane.locked(lambda: self._keep_within(lane, cap)))  # type: ignore[misc]
                 except sqlite3.Error as error:
                     log.error("%s cannot be kept within its limits: %s", lane.database.path.name, error)
         free = self.free_bytes()
@@ -332,7 +332,7 @@ class Journal:
             lane = self.lanes["telemetry"]
             if lane.worker is not None:
                 try:
-                    await lane.worker.call(self._relieve)
+                    await lane.worker.call(lambda: self.lanes["telemetry"].locked(self._relieve))
                 except sqlite3.Error as error:
                     log.error("telemetry cannot be trimmed: %s", error)
             free = self.free_bytes()
@@ -407,9 +407,9 @@ class Journal:
             if marks.floor < marks.next_seq or journal.worker is None or not journal.error:
                 done()
                 return
-            journal.worker.submit(self._last_resort, lambda _r, _e: done())
+            journal.worker.submit(lambda: journal.locked(self._last_resort), lambda _r, _e: done())
 
-        telemetry.worker.submit(self._relieve, relieved)
+        telemetry.worker.submit(lambda: telemetry.locked(self._relieve), relieved)
 
     def _last_resort(self) -> None:
         """On the journal lane's thread, when no telemetry is left: make room inside the file by its oldest events, then decisions."""

@@ -252,7 +252,7 @@ def kill_at_random(folder: Path, seconds: float, child: str = CHILD) -> dict[int
     rest = process.stdout.read()
     process.wait()
     acknowledged = {}
-    for line in "".join(lines + [rest]).splitlines():
+    for line in "".join([*lines, rest]).splitlines():
         number, _, body = line.partition(" ")
         if number.isdigit() and body.endswith("}"):
             acknowledged[int(number)] = body
@@ -274,7 +274,10 @@ async def test_kill_9_loses_nothing_acknowledged_and_doubles_nothing(tmp_path: P
 
 
 async def test_the_kill_9_checker_can_fail(tmp_path: Path) -> None:
-    planted = CHILD.replace("journal.append(\"decision\", \"decision\", {\"n\": n}, durable)", "journal.append(\"decision\", \"decision\", {\"n\": n}); print(n + 1, '{\"n\":%d}' % n, flush=True)")
+    # The planted bug: a record is called durable when it is appended. The child then dies before the loop had a turn to commit it.
+    planted = CHILD.replace('{"n": n}, durable)', '{"n": n}); print(n + 1, \'{"n":%d}\' % n, flush=True)').replace(
+        "        await asyncio.sleep(0)\n", "        if n >= 700: os.kill(os.getpid(), 9)\n        await asyncio.sleep(0)\n"
+    ).replace("import asyncio, sys", "import asyncio, os, sys")
     said = kill_at_random(tmp_path, 0.3, planted)
     journal = make(tmp_path)
     records = {record.seq: record.body for record in await check_whole(journal, "decision")}

@@ -71,7 +71,7 @@ class Load:
         client.max_inflight_messages_set(0)
         connected = threading.Event()
         client.on_connect = lambda *_: connected.set()
-        client.on_socket_open = lambda _c, _u, sock: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.on_socket_open = _without_nagle
         client.connect("127.0.0.1", port, 30)
         client.loop_start()
         if not connected.wait(10):
@@ -152,6 +152,10 @@ class Load:
         received = len(self._times)
         rate = received / (time.perf_counter() - start)
         return rate, self._settle(count)
+
+
+def _without_nagle(_client: Any, _userdata: Any, sock: Any) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def null_load(port: int, make: Callable[[int], bytes], read: Callable[[bytes], int | None]) -> Load:
