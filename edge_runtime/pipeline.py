@@ -254,6 +254,10 @@ class Pipeline:
         oldest = next(iter(self._open_effects), None)
         self._journal.effects_done("decision", oldest - 1 if oldest is not None else self._last_decision)
 
+    def batch_end(self) -> None:
+        """What one read of the bus led to is one commit, made now."""
+        self._journal.commit_now()
+
     def bus_up(self) -> None:
         """The bus is there: say every twin's desired state and send the commands that wait."""
         for device in self.registry.devices.values():

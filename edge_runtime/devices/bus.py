@@ -45,6 +45,9 @@ class Sink(Protocol):
     def refused(self, device: str, error: ContractError) -> None:
         """A message of `device` (empty if unknown) was refused."""
 
+    def batch_end(self) -> None:
+        """Everything that came in one read of the socket has been handed over."""
+
     def bus_up(self) -> None:
         """The bus is there (again)."""
 
@@ -106,6 +109,7 @@ class Bus:
 
     async def _serve(self, session: MqttSession) -> None:
         self._session = session
+        session.after_read = self._sink.batch_end
         await session.subscribe(topics.bus_subscriptions())
         self._metrics.inc("bus_connects_total")
         self.on_session(True)

@@ -173,6 +173,10 @@ class Journal:
         self._lane_of[stream].append(stream, kind, text, stamp or self._clock.stamp(), on_durable)
         return True
 
+    def commit_now(self) -> None:
+        """Begin the commit that would begin at the end of this turn of the loop."""
+        self.lanes["journal"].begin_now()
+
     def put_state(self, key: str, value: Any, on_durable: Callable[[], None] | None = None) -> None:
         """Keep a JSON document under `key` across restarts (None forgets it)."""
         text = None if value is None else jsoncodec.encode(value)

@@ -276,6 +276,11 @@ class Lane:
                 self._timer.cancel()
             self._timer = self._loop.call_at(due, self._timed)
 
+    def begin_now(self) -> None:
+        """Begin the group that is due at the end of this turn of the loop: the caller knows that nothing more comes in it."""
+        if self._begin_soon:
+            self._begin()
+
     def _timed(self) -> None:
         self._timer = None
         self._begin()

@@ -84,11 +84,13 @@ class LiteRtEngine:
         fetch, size_out = self._buffer(environment, "Output", 0)
         self._outputs = size_out // 4
         self._feed, self._fetch = feed, fetch
-        self._in = (ctypes.c_void_p * 1)(feed)
-        self._out = (ctypes.c_void_p * 1)(fetch)
-        self._vector = ctypes.c_float * inputs
+        # All that a run passes is made once: built anew each time it takes longer than the model.
         self._address = ctypes.c_void_p()
-        self._zero, self._one = ctypes.c_size_t(0), ctypes.c_size_t(1)
+        at, one, zero = ctypes.byref(self._address), ctypes.c_size_t(1), ctypes.c_size_t(0)
+        self._lock_feed, self._lock_fetch = (feed, at, ctypes.c_int(_WRITE)), (fetch, at, ctypes.c_int(_READ))
+        self._run = (self._compiled, zero, one, (ctypes.c_void_p * 1)(feed), one, (ctypes.c_void_p * 1)(fetch))
+        self._lock, self._unlock, self._invoke = self._lib.LiteRtLockTensorBuffer, self._lib.LiteRtUnlockTensorBuffer, self._lib.LiteRtRunCompiledModel
+        self._feed_view, self._fetch_view = (ctypes.c_float * inputs), (ctypes.c_float * self._outputs)
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._lib, function)(*arguments)
@@ -112,16 +114,15 @@ class LiteRtEngine:
 
     def run(self, vector: Sequence[float]) -> list[float]:
         """See `Engine.run`."""
-        lib, address = self._lib, self._address
-        if lib.LiteRtLockTensorBuffer(self._feed, ctypes.byref(address), _WRITE) != 0:
+        if self._lock(*self._lock_feed) != 0:
             raise ModelError("data", "the input cannot be written", "export the model again")
-        ctypes.memmove(address, self._vector(*vector), 4 * self._inputs)
-        lib.LiteRtUnlockTensorBuffer(self._feed)
-        status = lib.LiteRtRunCompiledModel(self._compiled, self._zero, self._one, self._in, self._one, self._out)
-        if status != 0 or lib.LiteRtLockTensorBuffer(self._fetch, ctypes.byref(address), _READ) != 0:
+        self._feed_view.from_address(self._address.value or 0)[:] = vector
+        self._unlock(self._feed)
+        status = self._invoke(*self._run)
+        if status != 0 or self._lock(*self._lock_fetch) != 0:
             raise ModelError("data", f"the model cannot be run ({status})", "export the model again")
-        made = list((ctypes.c_float * self._outputs).from_address(address.value or 0))
-        lib.LiteRtUnlockTensorBuffer(self._fetch)
+        made: list[float] = self._fetch_view.from_address(self._address.value or 0)[:]
+        self._unlock(self._fetch)
         return made
 
     def close(self) -> None:
