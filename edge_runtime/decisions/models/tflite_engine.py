@@ -116,7 +116,7 @@ class LiteRtEngine:
         """See `Engine.run`."""
         if self._lock(*self._lock_feed) != 0:
             raise ModelError("data", "the input cannot be written", "export the model again")
-        self._feed_view.from_address(self._address.value or 0)[:] = vector
+        self._feed_view.from_address(self._address.value or 0)[:] = list(vector)
         self._unlock(self._feed)
         status = self._invoke(*self._run)
         if status != 0 or self._lock(*self._lock_fetch) != 0:
