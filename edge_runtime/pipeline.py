@@ -29,6 +29,9 @@ oldest is expired, recorded."""
 DEFAULT_EXPIRY_MS = 60_000
 """How long a command without an expiry of its own may wait for the bus."""
 
+TAKEN_MAX = 200
+"""Messages whose readings wait for their decisions' commit: as many as one read of the bus brings."""
+
 REPLAY_MAX = 10_000
 """Decisions looked at after a crash for effects that were not confirmed; more cannot be unexpired."""
 
@@ -107,7 +110,7 @@ class Pipeline:
         self._commands: OrderedDict[str, _Command] = OrderedDict()
         self._open_effects: dict[int, int] = {}
         self._last_decision = journal.durable("decision")
-        self._open_operations: OrderedDict[str, Operation] = OrderedDict()
+        self._taken: list[tuple[str, list[Reading], Stamp, _Countdown]] = []
 
     # -- sensing -------------------------------------------------------------------------------------------------------------
 
@@ -132,18 +135,27 @@ class Pipeline:
         if not count.count:
             done()
             return
-        for reading in readings:
-            body: dict[str, Any] = {"device": device, "values": reading.values}
-            if reading.device_ms is not None:
-                body["device_ms"] = reading.device_ms
-            if not self._journal.append("telemetry", "reading", body, count, stamp):
-                count(_REFUSED)
         for decision in decisions:
             self._decide(decision, stamp, count)
+        # Written down after the decisions that they led to are committed: nothing acts on telemetry.
+        self._taken.append((device, readings, stamp, count))
+        if len(self._taken) >= TAKEN_MAX:
+            self._keep_telemetry()
+
+    def _keep_telemetry(self) -> None:
+        taken, self._taken = self._taken, []
+        for device, readings, stamp, count in taken:
+            for reading in readings:
+                body: dict[str, Any] = {"device": device, "values": reading.values}
+                if reading.device_ms is not None:
+                    body["device_ms"] = reading.device_ms
+                if not self._journal.append("telemetry", "reading", body, count, stamp):
+                    count(_REFUSED)
 
     def host_reading(self, device: str, values: dict[str, Value]) -> None:
         """A reading of the host itself: nobody waits for it."""
         self.readings(device, [Reading(values)], _nothing)
+        self._keep_telemetry()
 
     def tick(self) -> None:
         """Let time-driven rules decide (durations, silence)."""
@@ -257,6 +269,7 @@ class Pipeline:
     def batch_end(self) -> None:
         """What one read of the bus led to is one commit, made now."""
         self._journal.commit_now()
+        self._keep_telemetry()
 
     def bus_up(self) -> None:
         """The bus is there: say every twin's desired state and send the commands that wait."""
@@ -321,6 +334,7 @@ class Pipeline:
         for reading in early:
             self.registry.seen(device, reading, stamp.mono_ms)
         self._take(device, early, stamp, _nothing)
+        self._keep_telemetry()
         self._journal.put_state(f"twin/{device}", found.to_state(), done)
 
     def _registered(self, device: Device, early: int) -> None:

@@ -145,7 +145,7 @@ async def until(check: Any, seconds: float, what: str, process: asyncio.subproce
     raise RuntimeError(f"{what} did not happen within {seconds:.0f} s\n{words}")
 
 
-def compare(edge_data: Path, hub_data: Path) -> dict[str, Any]:
+def compare(edge_data: Path, hub_data: Path, edge_id: str = EDGE) -> dict[str, Any]:
     """Every record of the edge's journal against the hub's rows, by content and without the chain: what is lost, what is there twice."""
     lost = duplicated = compared = 0
     hub = sqlite3.connect(f"file:{hub_data / 'hub.db'}?mode=ro", uri=True)
@@ -156,7 +156,7 @@ def compare(edge_data: Path, hub_data: Path) -> dict[str, Any]:
             kept = {
                 row[0]: row[1:] for row in edge.execute(f"SELECT seq, boots.boot, mono, wall, body FROM records_{stream} r JOIN boots ON boots.number=r.boot WHERE seq<=?", (upto,))
             }
-            rows = hub.execute("SELECT seq, boot, mono, wall, body FROM records WHERE edge=? AND stream=? AND seq<=?", (EDGE, stream, upto)).fetchall()
+            rows = hub.execute("SELECT seq, boot, mono, wall, body FROM records WHERE edge=? AND stream=? AND seq<=?", (edge_id, stream, upto)).fetchall()
             counts = Counter(row[0] for row in rows)
             held = {row[0]: row[1:] for row in rows}
             compared += len(kept)

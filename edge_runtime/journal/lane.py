@@ -49,7 +49,9 @@ INLINE_WEIGHT = 0.1
 """Weight of the newest commit in that average: one slow commit of 20 ms moves the next ones to the thread."""
 
 PAGE_BYTES = 3_000
-"""Bytes of records that fill one page of 4 KiB on average, for counting WAL frames. Checkpoints are made on the thread through a
+FRAMES_PER_PAGE = 4
+"""For counting WAL frames: bytes of records that fill a page of 4 KiB on average, and frames that a new page brings (itself, its parent, the
+pointer map, the header). Checkpoints are made on the thread through a
 connection of their own: inside a commit one takes 3 ms and more, which is what p99.9 then shows."""
 
 RETRY_FIRST_S = 0.05
@@ -385,15 +387,20 @@ class Lane:
             self._on_commit({stream: self.marks[stream].next_seq - 1 for stream in group.records})
         if self._pending or self._dirty or self._state:
             self._schedule()
-        self._frames += 2 + sum(len(record.body) + 100 for record, _ in rows) / PAGE_BYTES
+        self._frames += 1 + FRAMES_PER_PAGE * sum(len(record.body) + 100 for record, _ in rows) / PAGE_BYTES
         if self._frames >= CHECKPOINT_FRAMES and self.worker is not None:
             self._frames = 0.0
-            self.worker.submit(self.database.checkpoint_beside, _checkpointed)
+            self.worker.submit(self._checkpoint, _checkpointed)
         if self.waiting == 0 and not self._state:
             waiters, self._idle_waiters = self._idle_waiters, []
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def _checkpoint(self) -> None:
+        self.database.checkpoint_beside()
+        # Commits went on meanwhile, and the WAL begins at its start again only when nothing of it is left: the few last frames go while none runs.
+        self.locked(self.database.checkpoint_beside)
 
     def _run_slice(self, rows: list[tuple[Record, Callback | None]], start: int) -> None:
         for record, callback in rows[start : start + CALLBACK_SLICE]:

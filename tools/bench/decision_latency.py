@@ -7,6 +7,9 @@ import json
 import statistics
 import sys
 
+if not __package__:
+    __import__("as_module").again(__file__)
+
 from .agent import COMMAND_TOPIC, TELEMETRY_TOPIC, Agent, number_of, payload
 from .harness import arguments, machine, note, private_mosquitto, report, spread
 from .mqtt_load import Load, null_load

@@ -1,15 +1,18 @@
 """Durable decisions per second of one edge: readings over MQTT as fast as the replies come back, every decision committed with FULL.
 
-Two ways to send: a message per reading, and messages of ten readings (an array), as a gateway behind a field bus sends them.
+One message per reading. The null is the broker alone: the generator's own messages coming back.
 """
 
 import json
 import statistics
 import sys
 
+if not __package__:
+    __import__("as_module").again(__file__)
+
 from .agent import COMMAND_TOPIC, FEATURES, TELEMETRY_TOPIC, Agent, number_of, payload
 from .harness import arguments, machine, note, private_mosquitto, report, spread
-from .mqtt_load import Load, null_load
+from .raw_load import RawLoad
 
 BAR = 5_000
 WINDOW = 200
@@ -28,18 +31,18 @@ def main() -> int:
     about = machine()
     rates, nulls, lost = [], [], 0
     with private_mosquitto() as port, Agent(port) as agent:
-        null = null_load(port, payload, null_number)
-        load = Load(port, TELEMETRY_TOPIC, COMMAND_TOPIC, payload, number_of)
+        null = RawLoad(port, "bench/null", "bench/null", payload, null_number)
+        load = RawLoad(port, TELEMETRY_TOPIC, COMMAND_TOPIC, payload, number_of)
         null.warm_up()
         load.warm_up()
         for number in range(options.rounds):
-            nulls.append(null.closed_loop(options.seconds / 2, options.window)[0])
+            nulls.append(null.closed_loop(options.seconds / 2, options.window).per_second)
             before = agent.get("/api/v1/status")["journal"]["decision"]["next"]
-            rate, latency = load.closed_loop(options.seconds, options.window)
+            one = load.closed_loop(options.seconds, options.window)
             durable = agent.get("/api/v1/status")["journal"]["decision"]["next"] - before
-            rates.append(rate)
-            lost += latency.lost + latency.twice
-            note(options, f"round {number + 1}: null {nulls[-1]:.0f}/s, agent {rate:.0f}/s, {durable} durable, {latency.to_json()}")
+            rates.append(one.per_second)
+            lost += one.lost + one.twice + (durable < one.sent)
+            note(options, f"round {number + 1}: null {nulls[-1]:.0f}/s, agent {one.per_second:.0f}/s, sent {one.sent}, durable {durable}, lost {one.lost}, twice {one.twice}")
         null.close()
         load.close()
         memory = agent.memory()

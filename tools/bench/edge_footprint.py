@@ -8,6 +8,9 @@ import statistics
 import sys
 from typing import Any
 
+if not __package__:
+    __import__("as_module").again(__file__)
+
 from .agent import COMMAND_TOPIC, FEATURES, TELEMETRY_TOPIC, Agent, number_of, payload
 from .harness import arguments, machine, note, private_mosquitto, report, spread
 from .mqtt_load import Load
