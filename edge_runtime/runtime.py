@@ -351,14 +351,17 @@ class EdgeRuntime:
 
         store = ModelStore(Path(self.config.data_dir) / "models")
         loaded: dict[str, Any] = {}
-        for name, (manifest, data) in self._models_wanted.items():
-            try:
-                store.put(manifest, data)
-                loaded[name] = store.activate(name)
-            except (ModelError, OSError) as error:
-                self._model_refused(name, str(error))
-                raise ContractError(f"spec.models.{name}", str(error), "send the model with the hash and shape of its manifest", "model") from None
-            self.journal.append("event", "model", {"name": name, "outcome": "activated", "sha256": loaded[name].manifest.sha256})
+        try:
+            for name, (manifest, data) in self._models_wanted.items():
+                loaded[name] = store.load(store.put(manifest, data).sha256)
+            store.activate(loaded)
+        except (ModelError, OSError) as error:
+            for model in loaded.values():
+                model.close()
+            self._model_refused(name, str(error))
+            raise ContractError(f"spec.models.{name}", str(error), "send the model with the hash and shape of its manifest", "model") from None
+        for name, model in loaded.items():
+            self.journal.append("event", "model", {"name": name, "outcome": "activated", "sha256": model.manifest.sha256})
         return loaded
 
     def _take_desired(self, desired: Desired, rules: RuleSet | None, restored: bool = False) -> None:
@@ -366,11 +369,15 @@ class EdgeRuntime:
             from .decisions.models import ModelError, ModelStore
 
             store = ModelStore(Path(self.config.data_dir) / "models")
-            for name in self._models_wanted:
+            for name, (manifest, data) in self._models_wanted.items():
                 try:
-                    self.models[name] = store.activate(name)
+                    self.models[name] = store.load(store.put(manifest, data).sha256)
                 except (ModelError, OSError) as error:
                     self._model_refused(name, str(error))
+                    try:
+                        self.models[name] = store.active(name)[0]
+                    except ModelError as none:
+                        log.error("model %s has no last good version: %s", name, none)
         self.desired = desired
         self.pipeline.generation = desired.generation
         self.last_desired_error = None

@@ -1,6 +1,6 @@
 """Sliding windows over one metric of one device. Pure.
 
-A window keeps every sample while they are few; a long or busy window is kept in `MAX_CELLS` time cells with count, sum, sum of squares,
+A window keeps every sample while they are few; a long or busy window is kept in `MAX_CELLS` time cells with count, sum, squared deviations,
 minimum and maximum, so that its memory is bounded (about 5 KiB) at the price of an edge that is up to one cell (span / MAX_CELLS) late.
 `p95` needs samples and is answered from at most `MAX_CELLS` of them: the newest.
 """
@@ -26,7 +26,7 @@ class Window:
     def __init__(self, span_ms: int) -> None:
         self.span_ms = span_ms
         self._cell_ms = max(1, span_ms // MAX_CELLS)
-        # start ms, count, sum, sum of squares, min, max, first, last, last ms
+        # start ms, count, sum, sum of squared deviations from the cell's mean, min, max, first, last, last ms
         self._cells: deque[list[float]] = deque()
 
     def add(self, value: float, at_ms: int) -> None:
@@ -35,16 +35,18 @@ class Window:
         if cells:
             cell = cells[-1]
             if len(cells) >= MAX_CELLS and at_ms - cell[0] < self._cell_ms:
+                # Welford's update: sums of squares lose everything where the mean is large against the spread.
+                before = value - cell[2] / cell[1]
                 cell[1] += 1
                 cell[2] += value
-                cell[3] += value * value
+                cell[3] += before * (value - cell[2] / cell[1])
                 cell[4] = min(cell[4], value)
                 cell[5] = max(cell[5], value)
                 cell[7] = value
                 cell[8] = at_ms
                 self._expire(at_ms)
                 return
-        cells.append([at_ms, 1, value, value * value, value, value, value, value, at_ms])
+        cells.append([at_ms, 1, value, 0.0, value, value, value, value, at_ms])
         if len(cells) > MAX_CELLS:
             self._expire(at_ms)
             if len(cells) > MAX_CELLS:
@@ -62,9 +64,10 @@ class Window:
         for cell in self._cells:
             if merged and cell[8] - merged[-1][0] < self._cell_ms:
                 into = merged[-1]
+                apart = cell[2] / cell[1] - into[2] / into[1]
+                into[3] += cell[3] + apart * apart * into[1] * cell[1] / (into[1] + cell[1])  # Chan's merge
                 into[1] += cell[1]
                 into[2] += cell[2]
-                into[3] += cell[3]
                 into[4] = min(into[4], cell[4])
                 into[5] = max(into[5], cell[5])
                 into[7] = cell[7]
@@ -117,9 +120,8 @@ class Window:
         mean = total / count
         if name == "mean":
             return mean, samples
-        # Two passes over cell means would lose the spread inside cells; the sum of squares is shifted by nothing, so clamp at zero.
-        squares = sum(cell[3] for cell in cells)
-        return math.sqrt(max(0.0, squares / count - mean * mean)), samples
+        deviations = sum(cell[3] + cell[1] * (cell[2] / cell[1] - mean) ** 2 for cell in cells)
+        return math.sqrt(max(0.0, deviations / count)), samples
 
     @property
     def cells(self) -> int:

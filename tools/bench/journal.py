@@ -5,6 +5,8 @@ journal is read with sqlite3 alone: no acknowledged record may be missing or dif
 """
 
 import asyncio
+import functools
+import itertools
 import json
 import os
 import random
@@ -21,6 +23,7 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
+
 from edge_runtime.clock import SystemClock
 from edge_runtime.contract.records import Record
 from edge_runtime.journal import Journal, JournalSettings
@@ -32,6 +35,10 @@ BODY = {"rule": "bench", "device": "bench", "outcome": "fired", "inputs": {f"met
 GROUPED_WAITING = 2_000
 
 
+def _resolve(done: "asyncio.Future[None]", _record: Record) -> None:
+    done.set_result(None)
+
+
 async def one_by_one(folder: Path, seconds: float) -> list[float]:
     """Commit times, seconds, of one record each: the next is appended when the last is durable."""
     journal = Journal(JournalSettings(folder, ballast_bytes=0), SystemClock())
@@ -41,7 +48,7 @@ async def one_by_one(folder: Path, seconds: float) -> list[float]:
     while time.perf_counter() < end:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         started = time.perf_counter()
-        journal.append("decision", "decision", BODY, lambda _record, done=done: done.set_result(None))
+        journal.append("decision", "decision", BODY, functools.partial(_resolve, done))
         await done
         times.append(time.perf_counter() - started)
     await journal.close()
@@ -124,7 +131,7 @@ def compare(folder: Path, said: dict[int, str]) -> dict[str, Any]:
     verdict = check(folder, lambda *_: None)
     return {
         "records": len(rows), "lost": sum(held.get(seq) != text for seq, text in said.items()), "doubled": len(seqs) - len(set(seqs)),
-        "gaps": sum(later - earlier != 1 for earlier, later in zip(seqs, seqs[1:], strict=False)), "chain": "whole" if verdict["ok"] else "; ".join(verdict["problems"]),
+        "gaps": sum(later - earlier != 1 for earlier, later in itertools.pairwise(seqs)), "chain": "whole" if verdict["ok"] else "; ".join(verdict["problems"]),
     }
 
 

@@ -32,10 +32,11 @@ def summary(folder: Path) -> list[dict[str, Any]]:
             table = database[f"records_{row['stream']}"]
             # The marks of an append are those of the last record; the row holds what was stored with the last receipt or release.
             last = next(table.rows_where(order_by="seq desc", limit=1), None)
-            ahead = last is not None and last["seq"] >= row["next_seq"]
+            if last is None or last["seq"] < row["next_seq"]:
+                last = {"seq": row["next_seq"] - 1, "chain": row["chain"]}
             rows.append({
-                "stream": row["stream"], "next": last["seq"] + 1 if ahead else row["next_seq"], "receipted": row["receipted"], "floor": row["floor"],
-                "kept": table.count, "dropped": row["dropped"], "chain": (last["chain"] if ahead else row["chain"]).hex(),
+                "stream": row["stream"], "next": last["seq"] + 1, "receipted": row["receipted"], "floor": row["floor"],
+                "kept": table.count, "dropped": row["dropped"], "chain": last["chain"].hex(),
             })
     return rows
 

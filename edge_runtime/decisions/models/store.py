@@ -12,9 +12,6 @@ from typing import Any
 from .manifest import ModelError, ModelManifest, read_manifest
 from .model import Model, load_model
 
-KEEP_PER_NAME = 2
-"""Versions kept per model: the active one and the last good one."""
-
 
 class ModelStore:
     """Artefacts below `directory`."""
@@ -49,39 +46,40 @@ class ModelStore:
             raise ModelError("sha256", f"the data has {digest}, the manifest says {manifest.sha256}", "send the model again")
         self._write(f"{digest}.data", data)
         self._write(f"{digest}.json", manifest_raw)
-        state = self._state()
-        entry = state.setdefault(manifest.name, {})
-        entry["current"] = digest
-        self._write("active.json", json.dumps(state).encode())
         return manifest
 
-    def activate(self, name: str) -> Model:
-        """Load the current version of `name`; where it fails the last good one becomes current again and the error is raised."""
-        state = self._state()
-        entry = state.get(name, {})
-        digest = entry.get("current", "")
-        if not digest:
-            raise ModelError("name", f"no model {name!r} is here", "send it")
+    def load(self, digest: str) -> Model:
+        """Load and try a kept artefact; raises `ModelError`. Nothing changes on the disk."""
         try:
             manifest = read_manifest((self.directory / f"{digest}.json").read_bytes())
-            model = load_model(manifest, self.directory / f"{digest}.data")
-        except (ModelError, OSError) as error:
-            good = entry.get("good", "")
-            if good and good != digest:
-                entry["current"] = good
-                self._write("active.json", json.dumps(state).encode())
-            if isinstance(error, ModelError):
-                raise
-            raise ModelError("data", f"the artefact cannot be read: {error}", "send the model again") from None
-        if entry.get("good") != digest:
-            entry["previous"] = entry.get("good", "")
-            entry["good"] = digest
-            self._write("active.json", json.dumps(state).encode())
+        except OSError as error:
+            raise ModelError("sha256", f"no artefact {digest[:16]}... is here ({error.strerror})", "send the model again") from None
+        return load_model(manifest, self.directory / f"{digest}.data")
+
+    def activate(self, loaded: dict[str, Model]) -> None:
+        """Make these models, which have been loaded, the ones in force, all at once; what was in force before is kept as the last good one."""
+        state = self._state()
+        for name, model in loaded.items():
+            entry = state.setdefault(name, {})
+            if entry.get("current") != model.manifest.sha256:
+                entry["good"], entry["current"] = entry.get("current", ""), model.manifest.sha256
+        self._write("active.json", json.dumps(state).encode())
         self._prune(state)
-        return model
+
+    def active(self, name: str) -> tuple[Model, list[ModelError]]:
+        """The model in force, or the last good one where that cannot be loaded any more, and what was wrong; raises `ModelError` where neither can."""
+        entry = self._state().get(name, {})
+        errors: list[ModelError] = []
+        for digest in (entry.get("current", ""), entry.get("good", "")):
+            if digest:
+                try:
+                    return self.load(digest), errors
+                except ModelError as error:
+                    errors.append(error)
+        raise errors[0] if errors else ModelError("name", f"no model {name!r} is here", "send it")
 
     def _prune(self, state: dict[str, dict[str, str]]) -> None:
-        wanted = {digest for entry in state.values() for digest in (entry.get("current"), entry.get("good"), entry.get("previous")) if digest}
+        wanted = {digest for entry in state.values() for digest in (entry.get("current"), entry.get("good")) if digest}
         for file in self.directory.iterdir():
             if file.suffix in (".data", ".json") and file.name != "active.json" and file.stem not in wanted:
                 file.unlink(missing_ok=True)
