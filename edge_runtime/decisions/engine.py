@@ -51,11 +51,11 @@ class Decision:
 
 
 class _State:
-    """Latch and timers of one rule for one device; milliseconds, -1 for none."""
+    """Latch and timers of one rule for one device; monotonic milliseconds (below zero for what began before this boot), None for none."""
 
     __slots__ = ("active", "fired_ms", "true_since_ms")
 
-    def __init__(self, active: bool = False, true_since_ms: int = -1, fired_ms: int = -1) -> None:
+    def __init__(self, active: bool = False, true_since_ms: int | None = None, fired_ms: int | None = None) -> None:
         self.active = active
         self.true_since_ms = true_since_ms
         self.fired_ms = fired_ms
@@ -189,27 +189,27 @@ class DecisionEngine:
                 over = not self._holds(rule.condition, rule, device, known, now, inputs)
             if not over:
                 return None
-            state.active, state.true_since_ms = False, -1
+            state.active, state.true_since_ms = False, None
             return Decision(rule.id, device, "cleared", inputs, ())
         if not self._holds(rule.condition, rule, device, known, now, inputs):
             if state is not None:
-                state.true_since_ms = -1
+                state.true_since_ms = None
             return None
         if state is None:
             if rule.each and not rule.for_ms and not rule.cooldown_ms:
                 return self._fire(rule, device, known, inputs)
             state = self._state(rule.id, device)
-        if state.true_since_ms < 0:
+        if state.true_since_ms is None:
             state.true_since_ms = now
         if rule.for_ms and now - state.true_since_ms < rule.for_ms:
             return None
-        if rule.cooldown_ms and state.fired_ms >= 0 and now - state.fired_ms < rule.cooldown_ms:
+        if rule.cooldown_ms and state.fired_ms is not None and now - state.fired_ms < rule.cooldown_ms:
             return None
         state.fired_ms = now
         if not rule.each:
             state.active = True
         else:
-            state.true_since_ms = now if rule.for_ms else -1
+            state.true_since_ms = now if rule.for_ms else None
         return self._fire(rule, device, known, inputs)
 
     def _fire(self, rule: Rule, device: str, known: _Device, inputs: dict[str, Any]) -> Decision:
@@ -330,9 +330,9 @@ class DecisionEngine:
         return {
             "rules": digests,
             "states": [
-                [rule, device, state.active, mono_ms - state.true_since_ms if state.true_since_ms >= 0 else -1, mono_ms - state.fired_ms if state.fired_ms >= 0 else -1]
+                [rule, device, state.active, _ran(mono_ms, state.true_since_ms), _ran(mono_ms, state.fired_ms)]
                 for (rule, device), state in self._states.items()
-                if state.active or state.true_since_ms >= 0 or state.fired_ms >= 0
+                if state.active or state.true_since_ms is not None or state.fired_ms is not None
             ],
         }
 
@@ -344,15 +344,18 @@ class DecisionEngine:
         if not isinstance(known, dict) or not isinstance(entries, list):
             return
         for entry in entries[:MAX_STATES]:
-            if not isinstance(entry, list) or len(entry) != 5 or known.get(entry[0]) != digests.get(entry[0], ""):
+            if not isinstance(entry, list) or [type(part) for part in entry] != [str, str, bool, int, int] or known.get(entry[0]) != digests.get(entry[0], ""):
                 continue
             rule, device, active, true_for, fired_ago = entry
-            if not all(type(number) is int for number in (true_for, fired_ago)):
-                continue
-            made = self._state(str(rule), str(device))
-            made.active = bool(active)
-            made.true_since_ms = mono_ms - true_for if true_for >= 0 else -1
-            made.fired_ms = mono_ms - fired_ago if fired_ago >= 0 else -1
+            made = self._state(rule, device)
+            made.active = active
+            made.true_since_ms = mono_ms - true_for if true_for >= 0 else None
+            made.fired_ms = mono_ms - fired_ago if fired_ago >= 0 else None
+
+
+def _ran(now_ms: int, since_ms: int | None) -> int:
+    """Milliseconds since, -1 for none."""
+    return -1 if since_ms is None else max(0, now_ms - since_ms)
 
 
 def _resolve(action: Action, rule: str, device: str, values: Mapping[str, Value]) -> Action:
