@@ -269,6 +269,9 @@ class Pipeline:
     def batch_end(self) -> None:
         """What one read of the bus led to is one commit, made now."""
         self._journal.commit_now()
+
+    def batch_sent(self) -> None:
+        """The commands of that commit are on their way: time for the telemetry."""
         self._keep_telemetry()
 
     def bus_up(self) -> None:

@@ -48,6 +48,9 @@ class Sink(Protocol):
     def batch_end(self) -> None:
         """Everything that came in one read of the socket has been handed over."""
 
+    def batch_sent(self) -> None:
+        """What `batch_end` published is on its way."""
+
     def bus_up(self) -> None:
         """The bus is there (again)."""
 
@@ -109,7 +112,7 @@ class Bus:
 
     async def _serve(self, session: MqttSession) -> None:
         self._session = session
-        session.after_read = self._sink.batch_end
+        session.after_read, session.after_write = self._sink.batch_end, self._sink.batch_sent
         await session.subscribe(topics.bus_subscriptions())
         self._metrics.inc("bus_connects_total")
         self.on_session(True)

@@ -30,8 +30,8 @@ ACK_DELAY_S = 0.05
 fsyncs a second under steady load, so that telemetry hardly slows the decisions' own fsync down."""
 
 MARKS_DELAY_S = 0.25
-"""How long moved marks (receipts, effects done) may wait for a commit to go with: losing the last ones means work done again with the
-same ids, not twice."""
+"""How long moved marks (receipts, effects done) may wait to be stored, and the least time between two storings: a page of its own in a
+commit. Losing the last ones means work done again with the same ids, not twice."""
 
 CALLBACK_SLICE = 16
 """Callbacks after a commit that run in one turn of the loop: acknowledging 100 messages at once would hold a decision up for 2 ms."""
@@ -44,6 +44,9 @@ is common) and waits for us, so they are committed at once."""
 INLINE_LIMIT_S = 0.002
 """While commits take less than this on average they are made on the event loop: two changes of thread cost as much as the commit. On a
 slow disk they move to a thread, so that nothing else waits for the disk."""
+
+INLINE_RECORD_S = 0.000_02
+"""What a record of a group may take besides: that is the processor's time, which a thread would take from the loop all the same."""
 
 INLINE_WEIGHT = 0.1
 """Weight of the newest commit in that average: one slow commit of 20 ms moves the next ones to the thread."""
@@ -155,6 +158,7 @@ class Lane:
         self.marks: dict[str, StreamMarks] = database.marks()
         """Durable marks, as of the last commit."""
         self._dirty: set[str] = set()
+        self._marks_stored = 0.0
         self._pending: deque[_Pending] = deque()
         self._state: dict[str, str | None] = {}
         self._state_callbacks: list[Callable[[], None]] = []
@@ -187,8 +191,7 @@ class Lane:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin writing."""
         self._loop = loop
-        if not self._droppable:
-            self.database.grow_wal()
+        self.database.grow_wal()
         self.worker = Worker(f"journal-{self.database.path.stem}", loop)
         self._kick()
 
@@ -291,6 +294,7 @@ class Lane:
         self._begin_soon = False
         if self._group is not None or self._paused or self.error or not (self._pending or self._state or self._dirty):
             return
+        assert self._loop is not None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -311,9 +315,13 @@ class Lane:
             self.appended_bytes += len(item.body) + 64
             rows.append((record, item.callback))
         # Marks that an append moves are found again in the last record; writing them as well would cost a page per commit.
-        group.marks = {stream: touched.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
+        now = self._loop.time()
+        if self._dirty and (not rows or now - self._marks_stored >= MARKS_DELAY_S):
+            group.marks = {stream: touched.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
+            self._marks_stored = now
+            self._dirty = set()
         self._after = touched
-        self._state, self._dirty = {}, set()
+        self._state = {}
         callbacks, self._state_callbacks = self._state_callbacks, []
         self._group = (group, rows, callbacks)
         self._submit()
@@ -330,7 +338,7 @@ class Lane:
                 failure = error
             finally:
                 self._lock.release()
-            self._commit_s += INLINE_WEIGHT * (self._loop.time() - started - self._commit_s)
+            self._took(self._loop.time() - started)
             self._done(None, failure)
         else:
             self.worker.submit(lambda: self._write_locked(group), self._done)
@@ -339,7 +347,13 @@ class Lane:
         started = time.monotonic()
         with self._lock:
             self._write(group)
-        self._commit_s += INLINE_WEIGHT * (time.monotonic() - started - self._commit_s)
+        self._took(time.monotonic() - started)
+
+    def _took(self, seconds: float) -> None:
+        """Take the time of one commit into the average."""
+        assert self._group is not None
+        disk = max(0.0, seconds - INLINE_RECORD_S * len(self._group[1]))
+        self._commit_s += INLINE_WEIGHT * (disk - self._commit_s)
 
     def locked(self, job: Callable[[], Any]) -> Any:
         """Run `job` on the calling thread (the worker's) while no commit runs."""
@@ -463,7 +477,7 @@ class Lane:
         if self._loop is None:
             return
         self.flush()
-        while self.waiting or self._state or self._group is not None:
+        while self.waiting or self._state or self._dirty or self._group is not None:
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._idle_waiters.append(waiter)
             self.flush()
