@@ -32,6 +32,7 @@ def import_paho() -> Any:
     """The module `paho.mqtt.client`, without what only its websocket transport needs."""
     name = "paho.mqtt.client"
     if name in sys.modules:
+        _share_property_tables()
         return sys.modules[name]
     stand_ins = {"urllib.request": types.ModuleType("urllib.request"), "socks": None}
     added = [module for module in stand_ins if module not in sys.modules]
@@ -61,7 +62,7 @@ def _share_property_tables() -> None:
     """
     packet = sys.modules.get("paho.mqtt._packet")
     original = getattr(packet, "Properties", None)
-    if packet is None or original is None:
+    if packet is None or original is None or original.__module__ == __name__:
         return
     tables = {name: value for name, value in vars(original(3)).items() if name in ("types", "names", "properties")}
     if len(tables) != 3:

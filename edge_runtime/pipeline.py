@@ -149,7 +149,14 @@ class Pipeline:
                 body: dict[str, Any] = {"device": device, "values": reading.values}
                 if reading.device_ms is not None:
                     body["device_ms"] = reading.device_ms
-                if not self._journal.append("telemetry", "reading", body, count, stamp):
+                try:
+                    kept = self._journal.append("telemetry", "reading", body, count, stamp)
+                except ContractError as error:
+                    # The contract lets no such reading through; were there one, it must not take the others of this turn with it.
+                    self._metrics.inc("device_rejected_messages_total", reason=error.reason)
+                    self.refused(device, error)
+                    kept = False
+                if not kept:
                     count(_REFUSED)
 
     def host_reading(self, device: str, values: dict[str, Value]) -> None:
@@ -205,7 +212,11 @@ class Pipeline:
                     "rule": decision.rule, "device": decision.device, "severity": alert["severity"], "text": alert["text"], "decision": record.seq,
                 })
             elif action.kind == "desired":
-                self.desire(detail["desired"]["device"], detail["desired"]["set"])
+                try:
+                    self.desire(detail["desired"]["device"], detail["desired"]["set"])
+                except ContractError as error:  # a twin or registry that is full must not stop the other actions
+                    self._metrics.inc("twin_rejected_total", reason=error.reason)
+                    log.error("a twin that rule %s sets was refused: %s", decision.rule, error)
         if not commands:
             self._effects_settled()
 

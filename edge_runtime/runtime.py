@@ -21,7 +21,7 @@ from .contract.records import Record
 from .decisions.engine import DecisionEngine
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
-from .devices.registry import DeviceRegistry
+from .devices.registry import DeviceRegistry, check_twin
 from .journal import Journal, JournalSettings
 from .metrics import Metrics
 from .mqtt_session import Endpoint
@@ -65,6 +65,7 @@ class EdgeRuntime:
         )
         self.models: dict[str, Any] = {}
         self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
+        self._own = RuleSet(())
         self.engine = DecisionEngine(RuleSet(()), {})
         self.bus: Bus | None = None
         self.uplink: Uplink | None = None
@@ -110,7 +111,8 @@ class EdgeRuntime:
             if isinstance(state, dict):
                 self.registry.restore(key.removeprefix("twin/"), state)
         self._load_configured_models()
-        self._apply_rules(self._own_rules())
+        self._own = self._own_rules()
+        self._apply_rules(self._own)
         self._restore_desired()
         engine_state = self.journal.state("engine")
         if isinstance(engine_state, dict):
@@ -310,6 +312,8 @@ class EdgeRuntime:
     def _check_desired(self, desired: Desired) -> RuleSet | None:
         """Everything that can be wrong with it, found before anything changes."""
         rules = parse_rules(desired.rules) if desired.rules is not None else None
+        for device, twin in desired.twins.items():
+            check_twin(twin, f"spec.twins.{device}")
         self._models_wanted = {}
         for index, entry in enumerate(desired.models):
             manifest, data = entry.get("manifest"), entry.get("data_b64")
@@ -340,8 +344,15 @@ class EdgeRuntime:
         except RuleError as error:
             self._on_bad_desired(ContractError(f"spec.{error.field}", error.problem, error.remedy, "rule"), desired.generation)
             return
+        replaced = [self.models[name] for name in models if name in self.models]
         self.models.update(models)
-        self.journal.put_state("desired", desired.to_json(), lambda: self._take_desired(desired, rules))
+
+        def durable() -> None:
+            self._take_desired(desired, rules)
+            for model in replaced:
+                model.close()
+
+        self.journal.put_state("desired", desired.to_json(), durable)
         self.journal.append("event", "desired.applied", {"generation": desired.generation})
 
     def _activate_models(self) -> dict[str, Any]:
@@ -381,8 +392,7 @@ class EdgeRuntime:
         self.desired = desired
         self.pipeline.generation = desired.generation
         self.last_desired_error = None
-        if rules is not None:
-            self._apply_rules(rules)
+        self._apply_rules(rules if rules is not None else self._own)
         for device, twin in desired.twins.items():
             try:
                 self.pipeline.desire(device, twin, replace=True)
@@ -400,7 +410,7 @@ class EdgeRuntime:
                 continue
             if stamp.wall_ms > command["expires_ms"] and stamp.quality != "unsynced":
                 if state is None:
-                    self._command_moved(command["id"], "expired")
+                    self._commands[command["id"]] = "expired"
                     self._operation(command, "expired", "expired before it arrived")
                 continue
             again = state == "running"
@@ -423,7 +433,7 @@ class EdgeRuntime:
         self.journal.append("event", "operation", operation.to_json(), on_durable)
 
     def _command_moved(self, command_id: str, state: str) -> None:
-        if command_id in self._commands or state == "expired":
+        if command_id in self._commands:  # the hub's; those of decisions are in the journal's effects
             self._commands[command_id] = state
             self.journal.put_state("commands", self._commands)
 

@@ -30,12 +30,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from ..contract.errors import ContractError
+from ..contract.jsoncodec import check_tree
 from ..contract.limits import MAX_RULES
 from ..contract.schema import ID_PATTERN
 from .windows import STATISTICS
 
 MAX_DEPTH = 8
-"""Nesting of a condition."""
+"""Nesting of a condition, and of arguments and twin properties."""
 MAX_NODES = 64
 """Conditions of one rule: bounds the time of one evaluation."""
 MAX_ACTIONS = 8
@@ -331,6 +333,14 @@ def _target(value: object, field: str) -> str:
     return "$device" if value == "$device" else _name(value, field)
 
 
+def _check_json(value: dict[str, Any], field: str) -> None:
+    """Refuse what a record, a command or a twin could not carry."""
+    try:
+        check_tree(value, field, MAX_DEPTH)
+    except ContractError as error:
+        raise RuleError(error.field, error.problem, error.remedy) from None
+
+
 def _parse_action(value: object, field: str) -> Action:
     if not isinstance(value, dict) or len(value) != 1:
         raise RuleError(field, "is not one action", "send {command: ...}, {alert: ...} or {desired: ...}")
@@ -348,6 +358,7 @@ def _parse_action(value: object, field: str) -> Action:
         args = data.get("args", {})
         if not isinstance(args, dict) or len(json.dumps(args, default=str)) > MAX_ARGS_BYTES:
             raise RuleError(f"{field}.command.args", f"is not an object of at most {MAX_ARGS_BYTES} bytes", "send fewer arguments")
+        _check_json(args, f"{field}.command.args")
         return Action("command", {
             "device": _target(data["device"], f"{field}.command.device"), "name": _name(data["name"], f"{field}.command.name"), "args": args,
             "expires_ms": parse_duration(data.get("expires", "60s"), f"{field}.command.expires"),
@@ -356,5 +367,6 @@ def _parse_action(value: object, field: str) -> Action:
         data = _object(detail, f"{field}.desired", ("device", "set"), ("device", "set"))
         if not isinstance(data["set"], dict) or len(json.dumps(data["set"], default=str)) > MAX_ARGS_BYTES:
             raise RuleError(f"{field}.desired.set", f"is not an object of at most {MAX_ARGS_BYTES} bytes", "send {property: value}")
+        _check_json(data["set"], f"{field}.desired.set")
         return Action("desired", {"device": _target(data["device"], f"{field}.desired.device"), "set": data["set"]})
     raise RuleError(f"{field}.{str(kind)[:20]}", "is not an action", "use command, alert or desired")

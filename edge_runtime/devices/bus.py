@@ -72,6 +72,7 @@ class Bus:
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
         self._session: MqttSession | None = None
+        self._subscribed = False
         self._task: asyncio.Task[None] | None = None
         self.last_error = ""
         self._wake = asyncio.Event()
@@ -79,8 +80,8 @@ class Bus:
 
     @property
     def up(self) -> bool:
-        """Connected."""
-        return self._session is not None and self._session.open
+        """Connected and subscribed."""
+        return self._subscribed and self._session is not None and self._session.open
 
     def start(self) -> None:
         """Begin; call inside the running loop."""
@@ -107,16 +108,19 @@ class Bus:
 
     def _failed(self, error: SessionClosed) -> None:
         self._session = None
+        self._subscribed = False
         self.last_error = error.reason
         self.on_session(False)
 
     async def _serve(self, session: MqttSession) -> None:
         self._session = session
         session.after_read, session.after_write = self._sink.batch_end, self._sink.batch_sent
+        # Before the subscription: what it brings leads to commands of this connection, which must not be taken for ones that still wait.
+        self._sink.bus_up()
         await session.subscribe(topics.bus_subscriptions())
+        self._subscribed = True
         self._metrics.inc("bus_connects_total")
         self.on_session(True)
-        self._sink.bus_up()
         await asyncio.wait((session.closed,))
 
     def publish(self, device: str, leaf: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Done | None = None) -> bool:
