@@ -284,6 +284,7 @@ class Pipeline:
     def batch_sent(self) -> None:
         """The commands of that commit are on their way: time for the telemetry."""
         self._keep_telemetry()
+        self._journal.breathe()
 
     def bus_up(self) -> None:
         """The bus is there: say every twin's desired state and send the commands that wait."""

@@ -13,6 +13,7 @@ from typing import Any
 from . import __version__
 from .clock import SystemClock
 from .config import EdgeConfig
+from .config.schema import DecisionsConfig
 from .contract import jsoncodec
 from .contract.desired import Desired, parse_desired
 from .contract.errors import ContractError
@@ -44,6 +45,23 @@ COMMANDS_REMEMBERED = 512
 
 ENGINE_STATE_S = 30.0
 """How often the rules' latches and timers are kept. A latch that changes with a decision is in that decision's record as well."""
+
+
+def own_rules(decisions: DecisionsConfig) -> RuleSet:
+    """The edge's own rules, from its configuration and `rules_file`; raises `RuleError`, `ContractError` or OSError."""
+    rules: list[Any] = list(decisions.rules)
+    if decisions.rules_file:
+        value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
+        rules += value if isinstance(value, list) else [value]
+    try:
+        return parse_rules(rules)
+    except RuleError as error:
+        raise RuleError(f"decisions.{error.field}", error.problem, error.remedy) from None
+
+
+def model_path(name: str) -> Path:
+    """Where a configured model's manifest is; `shipped:NAME/FORMAT` is one that comes with the agent."""
+    return SHIPPED_MODELS / (name.removeprefix("shipped:") + ".json") if name.startswith("shipped:") else Path(name)
 
 
 class EdgeRuntime:
@@ -111,7 +129,7 @@ class EdgeRuntime:
             if isinstance(state, dict):
                 self.registry.restore(key.removeprefix("twin/"), state)
         self._load_configured_models()
-        self._own = self._own_rules()
+        self._own = own_rules(self.config.decisions)
         self._apply_rules(self._own)
         self._restore_desired()
         engine_state = self.journal.state("engine")
@@ -269,9 +287,7 @@ class EdgeRuntime:
         from .decisions.models import ModelError, load_model, read_manifest
 
         for entry in self.config.decisions.models:
-            path = Path(entry.manifest)
-            if entry.manifest.startswith("shipped:"):
-                path = SHIPPED_MODELS / (entry.manifest.removeprefix("shipped:") + ".json")
+            path = model_path(entry.manifest)
             try:
                 manifest = read_manifest(path.read_bytes())
                 self.models[entry.name or manifest.name] = load_model(manifest, Path(entry.data) if entry.data else path.parent)
@@ -282,14 +298,6 @@ class EdgeRuntime:
         self.metrics.inc("models_refused_total")
         log.error("model %s was refused: %s", name, reason)
         self.journal.append("event", "model", {"name": name, "outcome": "refused", "reason": reason[:500]})
-
-    def _own_rules(self) -> RuleSet:
-        decisions = self.config.decisions
-        rules: list[Any] = list(decisions.rules)
-        if decisions.rules_file:
-            value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
-            rules += value if isinstance(value, list) else [value]
-        return parse_rules(rules)
 
     def _apply_rules(self, rules: RuleSet) -> None:
         self.engine.replace_models(dict(self.models))
@@ -323,7 +331,10 @@ class EdgeRuntime:
                 raw = base64.b64decode(data, validate=True)
             except (binascii.Error, ValueError):
                 raise ContractError(f"spec.models[{index}].data_b64", "is not base64", "encode the model's bytes as base64", "type") from None
-            self._models_wanted[str(manifest.get("name", ""))] = (jsoncodec.encode(manifest).encode(), raw)
+            name = str(manifest.get("name", ""))
+            if name in self._models_wanted:
+                raise ContractError(f"spec.models[{index}].manifest.name", f"{name[:64]!r} stands twice", "send one version of each model", "duplicate")
+            self._models_wanted[name] = (jsoncodec.encode(manifest).encode(), raw)
         return rules
 
     def _on_desired(self, desired: Desired) -> None:
@@ -393,11 +404,14 @@ class EdgeRuntime:
         self.pipeline.generation = desired.generation
         self.last_desired_error = None
         self._apply_rules(rules if rules is not None else self._own)
-        for device, twin in desired.twins.items():
-            try:
-                self.pipeline.desire(device, twin, replace=True)
-            except ContractError as error:
-                log.error("desired twin of %s was refused: %s", device, error)
+        if self.journal.state("twins_generation") != desired.generation:
+            # Once per generation: a boot must not undo what was changed here since. In one group with the twins, so all of it or nothing.
+            for device, twin in desired.twins.items():
+                try:
+                    self.pipeline.desire(device, twin, replace=True)
+                except ContractError as error:
+                    log.error("desired twin of %s was refused: %s", device, error)
+            self.journal.put_state("twins_generation", desired.generation)
         self._take_commands(desired)
         if self.uplink is not None:
             self.uplink.announce("desired")

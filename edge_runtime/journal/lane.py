@@ -29,6 +29,10 @@ ACK_DELAY_S = 0.05
 """How long a record that somebody waits for (a device's QoS 1 message is acknowledged after the commit) may wait for others: twenty
 fsyncs a second under steady load, so that telemetry hardly slows the decisions' own fsync down."""
 
+EARLY_S = 0.025
+"""How much before its time a group that nobody is in a hurry for may begin when the loop has just handled a message: its fsync then falls into
+the pause before the next message, not beside that message's own."""
+
 MARKS_DELAY_S = 0.25
 """How long moved marks (receipts, effects done) may wait to be stored, and the least time between two storings: a page of its own in a
 commit. Losing the last ones means work done again with the same ids, not twice."""
@@ -284,6 +288,11 @@ class Lane:
     def begin_now(self) -> None:
         """Begin the group that is due at the end of this turn of the loop: the caller knows that nothing more comes in it."""
         if self._begin_soon:
+            self._begin()
+
+    def breathe(self) -> None:
+        """A message has just been handled: a good moment for a group that is due soon."""
+        if self._timer is not None and self._loop is not None and not self.error and self._timer.when() - self._loop.time() <= EARLY_S:
             self._begin()
 
     def _timed(self) -> None:

@@ -76,6 +76,8 @@ class LocalApi:
             return await handler(request)
         except ContractError as error:
             return self._answer(error.to_json(), 400)
+        except self._web.HTTPException as error:
+            return self._answer({"field": "request", "problem": error.reason, "remedy": f"see docs; a body has at most {MAX_BODY_BYTES} bytes"}, error.status)
 
     def _answer(self, value: Any, status: int = 200) -> Any:
         return self._web.Response(text=json.dumps(value), content_type="application/json", status=status)

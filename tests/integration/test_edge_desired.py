@@ -228,3 +228,25 @@ async def test_a_configured_model_that_is_bad_is_told_and_the_edge_starts(edges:
     told = await edge.records("event", "model")
     assert [(body["name"], body["outcome"]) for body in told] == [("bad", "refused"), (str(tmp_path / "none.json"), "refused")] and all(body["reason"] for body in told)
     assert await edge.metric("models_refused_total") == 2
+
+
+async def test_a_boot_does_not_undo_what_was_changed_here_since_the_hubs_word(edges: Edges) -> None:
+    edge = await edges.start()
+    edge.desire(2, twins={"fan-1": {"speed": 1, "mode": "eco"}})
+    await applied(edge, 2)
+    status, _ = await edge.ask("/api/v1/devices/fan-1/desired", "PATCH", body={"speed": 5})
+    assert status == 200
+    await edge.runtime.journal.flush()
+    await edge.stop()
+    edge = await edges.start()
+    assert edge.runtime.registry.devices["fan-1"].desired == {"speed": 5, "mode": "eco"}
+    edge.desire(3, twins={"fan-1": {"speed": 2}})  # the hub's next word holds again
+    await applied(edge, 3)
+    assert edge.runtime.registry.devices["fan-1"].desired == {"speed": 2}
+
+
+async def test_two_models_of_one_name_are_refused(edges: Edges) -> None:
+    edge = await edges.start()
+    edge.desire(2, models=[model(2), model(3)])
+    assert edge.runtime.last_desired_error is not None and edge.runtime.last_desired_error["field"] == "spec.models[1].manifest.name"
+    assert edge.runtime.desired is None

@@ -274,3 +274,19 @@ def test_the_command_itself_ends_with_these_statuses(tmp_path: Path) -> None:
     assert code == 2 and "mqtt://host:port" in told and "Traceback" not in told
     code, told = status("run", "--config", str(good), NOVACRON_EDGE__DATA_DIR="/proc/nowhere")
     assert code == 1 and "/proc/nowhere" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("uplink: {url: 'http://x'}", "uplink.url"), ("bus: {url: 'mqtt://'}", "bus.url"), ("decisions: {rules_file: /nowhere.json}", "/nowhere.json"),
+        ("decisions: {rules: [{id: r}]}", "decisions.rules[0]"), ("decisions: {models: ['shipped:nothing/onnx']}", "nothing/onnx"), ("uplink: {url: 'mqtt://h'}", ""),
+        ("decisions: {models: ['shipped:host-anomaly/portable']}", ""),
+    ],
+)
+def test_check_looks_at_all_that_a_start_would_need(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, word: str) -> None:
+    path = tmp_path / "edge.yaml"
+    path.write_text(text)
+    status = main(["check", "--config", str(path)])
+    said = capsys.readouterr().err
+    assert (status, word in said, "Traceback" in said) == (2 if word else 0, True, False), said

@@ -422,3 +422,10 @@ def test_an_agent_that_asks_no_model_imports_nothing_heavy() -> None:
     script = "import sys, edge_runtime.runtime; print([name for name in sys.argv[1:] if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_what_the_other_formats_cannot_say_is_not_exported_as_something_else() -> None:
+    layer = Layer(numpy.ones((1, 2), numpy.float32), numpy.zeros(1, numpy.float32), "tanh")
+    for export in (onnx, tflite):
+        with pytest.raises(ValueError, match=r"layers\[0\].activation"):
+            export([layer])
