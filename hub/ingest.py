@@ -7,7 +7,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from edge_runtime.contract import jsoncodec
@@ -34,14 +35,22 @@ COMMIT_RECORDS = 4_000
 ADVANCE_CHUNK = 2_000
 """Stored records read back at once when a gap closes and the chain has to be computed over what came before its turn."""
 
-TICK_S = 0.5
-"""How often gaps, silence and credit are looked at."""
-
 DRAINING_MS = 10_000
 """An edge that sent history within this is draining."""
 
 MAX_ERRORS = 100
 """Refused messages kept for a person to look at."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How often the hub does what no message asks for, seconds; read anew each time.
+
+    Attributes:
+        tick_s: gaps, silence and credit are looked at.
+    """
+
+    tick_s: float = 0.5
 
 
 class Ingest:
@@ -51,11 +60,14 @@ class Ingest:
         publish: sends a payload to a topic's edge: `publish(edge, leaf, payload, retain)`.
         now_ms: the hub's wall milliseconds.
         on_records: called after each commit with the records stored in it.
+        writer: the store's one writing thread.
+        pace: how often gaps, silence and credit are looked at.
     """
 
     def __init__(
         self, store: Store, fleet: Fleet, hub: str, boot: str, *, publish: Callable[[str, str, bytes, bool], None], now_ms: Callable[[], int],
         on_records: Callable[[list[StoredRecord]], None] = lambda _: None, on_presence: Callable[[Change], None] = lambda _: None,
+        writer: Executor | None = None, pace: Pace | None = None,
     ) -> None:
         self.store = store
         self.fleet = fleet
@@ -67,7 +79,8 @@ class Ingest:
         self._on_presence = on_presence
         self.books: dict[tuple[str, str], StreamBook] = {}
         self._queue: asyncio.Queue[tuple[str, str, bytes, bool]] = asyncio.Queue(QUEUE_MAX)
-        self._writer = ThreadPoolExecutor(1, "hub-store")
+        self._writer = writer or ThreadPoolExecutor(1, "hub-store")
+        self._pace = pace or Pace()
         self._tasks: list[asyncio.Task[None]] = []
         self.counters: Counter[str] = Counter()
         self.errors: list[dict[str, Any]] = []
@@ -270,7 +283,7 @@ class Ingest:
 
     async def _tick_forever(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self._pace.tick_s)
             try:
                 self._tick()
             except Exception:

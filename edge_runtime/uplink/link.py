@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,11 @@ from ..contract.records import encode_batch
 from ..journal import Journal
 from ..metrics import Metrics
 from ..mqtt_session import Endpoint, MqttSession, SessionClosed, Will, run_session
+from ..pace import Pace
 from .backoff import Backoff
 from .lanes import Lanes, Send
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_S = 30.0
-"""How often the presence is said again while the link is up: the hub shows its age, and it carries the outage hours."""
-
 
 @dataclass(frozen=True, slots=True)
 class UplinkSettings:
@@ -48,11 +46,15 @@ class Uplink:
         presence: returns what the presence says besides names and times (site, devices, generation, ...).
         on_desired: called with each new desired state (or the error of a bad one and its generation, 0 if unknown).
         on_link: called with True and the hub's name when a hub is there, False and the reason when it is gone.
+        session: makes connections.
+        entropy: where the pauses between tries are drawn.
+        pace: how often the presence is said again.
     """
 
     def __init__(
         self, settings: UplinkSettings, journal: Journal, clock: Clock, metrics: Metrics, *, presence: Callable[[], dict[str, Any]],
         on_desired: Callable[[Desired], None], on_bad_desired: Callable[[ContractError, int], None], on_link: Callable[[bool, str], None],
+        session: Callable[..., MqttSession] = MqttSession, entropy: random.Random | None = None, pace: Pace | None = None,
     ) -> None:
         self._settings = settings
         self._journal = journal
@@ -63,7 +65,9 @@ class Uplink:
         self._on_bad_desired = on_bad_desired
         self._on_link = on_link
         self.lanes = Lanes(settings.inflight)
-        self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, settings.stable_after_s)
+        self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, settings.stable_after_s, entropy)
+        self._make_session = session
+        self._pace = pace or Pace()
         self._session: MqttSession | None = None
         self._wake = asyncio.Event()
         self._retry = asyncio.Event()
@@ -113,7 +117,7 @@ class Uplink:
 
     def _make(self, protocol5: bool) -> MqttSession:
         will = Will(topics.edge_topic(self._settings.edge, "status"), self._presence_payload("offline", "lost", bare=True))
-        return MqttSession(
+        return self._make_session(
             self._settings.endpoint, f"novacron-edge-{self._settings.edge}", self._message, will=will, keepalive_s=self._settings.keepalive_s,
             protocol5=protocol5,
         )
@@ -145,7 +149,7 @@ class Uplink:
 
     async def _heartbeat(self, session: MqttSession) -> None:
         while session.open:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(self._pace.heartbeat_s)
             self._publish_presence("online", "heartbeat")
 
     # -- presence ------------------------------------------------------------------------------------------------------------
