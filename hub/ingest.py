@@ -87,6 +87,8 @@ class Ingest:
         self._drained_ms: dict[str, int] = {}
         self._starved: set[str] = set()
         self._dirty_edges: dict[str, EdgeRow] = {}
+        self._ahead: set[tuple[str, str]] = set()
+        """Streams whose books know records that are not committed yet: no receipt may speak of them."""
         self._load()
 
     def _load(self) -> None:
@@ -146,7 +148,7 @@ class Ingest:
                 for edge, leaf, payload, retained in messages:
                     try:
                         if leaf == "status":
-                            self._presence(edge, payload, retained, transaction)
+                            self._presence(edge, payload, retained, transaction, touched)
                         else:
                             count += self._batch(edge, payload, transaction, touched)
                     except ContractError as error:
@@ -176,11 +178,12 @@ class Ingest:
         self.counters["duplicate_records_total"] += len(batch.records) - len(fresh)
         transaction.records += [StoredRecord(edge, batch.stream, record, now) for record in fresh]
         touched[edge].add(batch.stream)
+        self._ahead.add((edge, batch.stream))
         if batch.lane == "history":
             self._drained_ms[edge] = now
         return len(batch.records)
 
-    def _presence(self, edge: str, payload: bytes, retained: bool, transaction: Transaction) -> None:
+    def _presence(self, edge: str, payload: bytes, retained: bool, transaction: Transaction, touched: dict[str, set[str]]) -> None:
         if not payload:
             return
         message = EDGE_PRESENCE.parse(jsoncodec.decode(payload))
@@ -190,7 +193,7 @@ class Ingest:
             raise ContractError("speaks", f"the edge speaks {message['speaks']}, not {PROTOCOL_VERSION}", "update the edge or this hub", "version")
         self.changed(self.fleet.presence(message, self._now_ms(), retained), transaction)
         if message["state"] == "online":
-            self.send_receipts(edge, set(STREAMS))
+            touched.setdefault(edge, set()).update(STREAMS)  # answered after the commit
 
     def changed(self, change: Change, transaction: Transaction | None = None) -> None:
         """Keep what a presence changed."""
@@ -213,16 +216,18 @@ class Ingest:
         transaction.edges |= self._dirty_edges
         self._dirty_edges = {}
         keys = [(edge, stream) for edge, streams in touched.items() for stream in streams]
-        transaction.streams = {key: _row(key, self.books[key]) for key in keys}
+        transaction.streams = {key: _row(key, self.books[key]) for key in keys if key in self._ahead}
         try:
             await self.write(lambda: self.store.commit(transaction))
         except Exception as error:
             self.counters["failed_commits_total"] += 1
             log.error("the store refused a commit: %s; nothing of it was kept, the edges will send it again", error)
-            await self._reload(keys)
+            await self._reload(list(transaction.streams))
             return
+        finally:
+            self._ahead.difference_update(transaction.streams)
         self.counters["commits_total"] += 1
-        for key in keys:
+        for key in transaction.streams:
             if self.books[key].reachable() is not None:
                 await self._advance(key)
         for edge, streams in touched.items():
@@ -260,11 +265,13 @@ class Ingest:
         return len(self._drained_ms)
 
     def send_receipts(self, edge: str, streams: set[str]) -> None:
-        """Tell `edge` what is committed, what is wanted and how much may come."""
+        """Tell `edge` what is committed, what is wanted and how much may come; a stream whose commit is under way is told after it."""
         row = self.fleet.rows.get(edge)
         now = self._now_ms()
         marks = []
         for stream in sorted(streams):
+            if (edge, stream) in self._ahead:
+                continue
             book = self.books.get((edge, stream)) or StreamBook()
             marks.append({
                 "stream": stream, "upto": book.contiguous, "chain": book.chain.hex(), "top": book.top, "held": book.above.size, "want": book.wants(now),
