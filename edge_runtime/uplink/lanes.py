@@ -217,7 +217,9 @@ class Lanes:
         wake = RECEIPT_TIMEOUT_MS if self._owed() else IDLE_WAKE_MS
         for name, lane in self.streams.items():
             if lane.live_next <= lane.durable and lane.waiting_since_ms is not None:
-                wake = min(wake, max(1, lane.waiting_since_ms + LINGER_MS[name] - now_ms))
+                due_ms = lane.waiting_since_ms + LINGER_MS[name] - now_ms
+                if due_ms > 0:  # else it has lingered long enough and waits for an event: room, or the end of a quarantine
+                    wake = min(wake, due_ms)
         return wake
 
     def silent(self, now_ms: int) -> bool:
