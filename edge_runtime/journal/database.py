@@ -113,12 +113,13 @@ class JournalDatabase:
     def open(self) -> None:
         """Open or make the file. Raises `sqlite3.Error` where it is not a healthy database (see recovery.py)."""
         self._write = self._connect()
-        with self._write as connection:
+        connection = self._write
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version < SCHEMA_VERSION:  # it writes a page even where nothing changes, and a full disk has none
             connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise sqlite3.DatabaseError(f"{self.path} has schema {version}, this agent knows {SCHEMA_VERSION}: start the newer agent")
         if version < SCHEMA_VERSION:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..clock import Clock, Stamp
 from ..contract import jsoncodec
@@ -18,10 +18,10 @@ from ..contract.records import Record
 from ..contract.streams import STREAMS
 from ..pace import Pace
 from .database import WAL_GROWN_BYTES, JournalDatabase, StreamMarks, database_streams
-from .lane import Callback, Lane, Worker, is_full
+from .lane import Callback, Lane, Worker
 from .planner import GrowthRate, StoragePlan, plan
 from .recovery import RESERVE_BLOCK, Recovery, SideFile, open_checked
-from .storage import FILES, Storage, write_durably
+from .storage import FILES, Storage, is_full, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ RELEASE_SLICES = 20
 RELIEF_SHARE = 0.1
 """Share of the telemetry that is dropped when the disk is full: enough that it does not happen again at once."""
 
-CLEAN_KEY = "clean"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,13 @@ class Journal:
         stamp = clock.stamp()
         newest = 0
         boots = self._side.boot_n
+        self._ballast = settings.directory / "ballast"
         for name, streams in database_streams().items():
-            database, recovery = open_checked(
-                settings.directory / f"{name}.db", streams, self._side, unclean=not self.clean, stamp=stamp, boot=self.boot, wal_bytes=settings.wal_bytes
+            path = settings.directory / f"{name}.db"
+            database, recovery = self._on_full_disk_too(
+                lambda path=path, streams=streams: open_checked(  # type: ignore[misc]
+                    path, streams, self._side, unclean=not self.clean, stamp=stamp, boot=self.boot, wal_bytes=settings.wal_bytes
+                )
             )
             if recovery.damage:
                 self.recoveries.append(recovery)
@@ -106,7 +110,8 @@ class Journal:
         raise_floor(newest)
         self.boot_n = boots + 1
         self._side.boot_n = self.boot_n
-        self._side.save()
+        # Not counted means that the next boot has this one's number, and two boots with one number are a clone to the hub.
+        self._on_full_disk_too(self._side.save)
         self._state: dict[str, str] = self.lanes["journal"].database.state()
         self._reader: Worker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,12 +120,22 @@ class Journal:
         self._observed: dict[str, int] = dict.fromkeys(self.lanes, 0)
         self._observed_ms = clock.mono_ms()
         self._listeners: list[Callable[[str, int], None]] = []
-        self._ballast = settings.directory / "ballast"
         self.refused_telemetry = 0
         self.trimmed_full = 0
         self.telemetry_open = True
         self.storage_plan: StoragePlan = self._plan()
         self._make_ballast()
+
+    def _on_full_disk_too(self, job: Callable[[], T]) -> T:
+        """Do `job`; where the disk is full, give the ballast back and do it again: an edge comes up on a full disk as well."""
+        try:
+            return job()
+        except (OSError, sqlite3.Error) as error:
+            if not is_full(error) or not self._storage.exists(self._ballast):
+                raise
+            log.error("the disk is full at the start: the ballast is released")
+            self._storage.remove(self._ballast)
+            return job()
 
     def _add_lane(self, name: str, database: JournalDatabase) -> None:
         telemetry = name == "telemetry"

@@ -18,6 +18,7 @@ from ..clock import Stamp
 from ..contract.records import Record
 from .database import Group, JournalDatabase, StreamMarks
 from .recovery import SideFile
+from .storage import is_full
 
 log = logging.getLogger(__name__)
 
@@ -495,10 +496,3 @@ def _run(callback: Callable[..., None], *arguments: Any) -> None:
         callback(*arguments)
     except Exception:
         log.exception("a callback after a commit failed")
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk (or its quota) is full."""
-    if isinstance(error, OSError):
-        return error.errno in (28, 122)  # ENOSPC, EDQUOT
-    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..contract.records import CHAIN_START, Record
 from .database import BUSY_TIMEOUT_MS, WAL_GROWN_BYTES, Group, JournalDatabase, StreamMarks
-from .storage import FILES, Storage, write_durably
+from .storage import FILES, Storage, is_full, write_durably
 
 RESERVE_BLOCK = 10_000
 """Sequence numbers reserved ahead: one small fsync per 10,000 records, and at most so many `lost` records after a rebuild."""
@@ -76,6 +76,8 @@ def open_checked(
 ) -> tuple[JournalDatabase, Recovery]:
     """Open `path`, rebuilding it where it is damaged.
 
+    Raises `sqlite3.OperationalError` where the disk is full or another process holds the file for too long.
+
     Args:
         side: reserved sequence numbers; updated. Its storage holds the database too.
         unclean: the last stop was not orderly.
@@ -96,8 +98,10 @@ def open_checked(
         _check_marks(database, thorough)
         return database, recovery
     except sqlite3.Error as error:
-        recovery.damage = str(error)
         database.close()
+        if is_full(error) or "locked" in str(error):
+            raise  # nothing is wrong with the file: it must not be set aside
+        recovery.damage = str(error)
     salvaged, marks, state = _salvage(storage, path, streams)
     recovery.quarantined = _quarantine(storage, path, stamp[1])
     database = JournalDatabase(path, streams, storage=storage, wal_bytes=wal_bytes)

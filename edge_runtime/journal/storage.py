@@ -117,3 +117,10 @@ def write_durably(storage: Storage, path: Path, data: bytes) -> None:
     storage.write(temporary, data)
     storage.replace(temporary, path)
     storage.sync_directory(path.parent)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk (or its quota) is full."""
+    if isinstance(error, OSError):
+        return error.errno in (28, 122)  # ENOSPC, EDQUOT
+    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
