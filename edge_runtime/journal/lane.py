@@ -7,7 +7,6 @@ is: sequence numbers belong to the group and are never given twice.
 import asyncio
 import logging
 import queue
-import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
