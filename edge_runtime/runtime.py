@@ -120,7 +120,9 @@ class EdgeRuntime:
         if self.config.uplink.enabled:
             self._start_uplink()
         kept = engine_state.get("decisions") if isinstance(engine_state, dict) else 0
-        await self.pipeline.replay(kept if isinstance(kept, int) else 0)
+        latched = kept if isinstance(kept, int) else 0
+        self.journal.hold("decision", latched)
+        await self.pipeline.replay(latched)
         for task in (self._tick_forever, self._keep_engine_state, self._watch):
             self._tasks.append(loop.create_task(task(), name=task.__name__))
         if self.config.devices.host.enabled:
@@ -238,7 +240,9 @@ class EdgeRuntime:
             state = self._engine_state()
             if any(entry[2] or entry[3] >= 0 for entry in state["states"]) or last:
                 last = bool(state["states"])
-                self.journal.put_state("engine", state)
+                self.journal.put_state("engine", state, lambda kept=state["decisions"]: self.journal.hold("decision", kept))
+            else:
+                self.journal.hold("decision", state["decisions"])  # no latch is set: there is nothing to find again in older decisions
 
     def _engine_state(self) -> dict[str, Any]:
         return {**self.engine.export_state(self.clock.mono_ms()), "decisions": self.journal.durable("decision")}

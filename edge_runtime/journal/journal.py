@@ -119,6 +119,7 @@ class Journal:
         self._rates = {name: GrowthRate() for name in self.lanes}
         self._observed: dict[str, int] = dict.fromkeys(self.lanes, 0)
         self._observed_ms = clock.mono_ms()
+        self._held: dict[str, int] = {}
         self._listeners: list[Callable[[str, int], None]] = []
         self.refused_telemetry = 0
         self.trimmed_full = 0
@@ -251,6 +252,10 @@ class Journal:
             lane.marks[stream].effects = upto
             lane.touch(stream)
 
+    def hold(self, stream: str, upto: int) -> None:
+        """Records of `stream` above `upto`, or with effects that are not done, are read at the next start: retention leaves them (a cap does not)."""
+        self._held[stream] = upto
+
     async def rebase(self, stream: str, above: int) -> None:
         """Give every unreceipted record of `stream` a sequence number after `above`; see `JournalDatabase.rebase`."""
         lane = self._lane_of[stream]
@@ -380,6 +385,8 @@ class Journal:
         for stream in sorted(lane.database.streams, key=lambda name: -STREAMS[name].priority):
             marks = lane.marks[stream]
             upto = min(marks.receipted, marks.next_seq - 1 - self.settings.retain_receipted_records)
+            if stream in self._held:
+                upto = min(upto, self._held[stream], marks.effects)
             for _ in range(RELEASE_SLICES):
                 if marks.floor > upto or not lane.database.release(stream, marks, upto):
                     break
