@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 
 METRIC_PREFIX = "novacron_hub_"
 
+RETELL_FIRST_MS = 20_000
+RETELL_CAP_MS = 3_600_000
+"""An edge that still reports an older generation is told again after this long, doubled each time: the message may have been lost, but an
+edge that refuses it would refuse it again, and it may be large."""
+
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
@@ -93,6 +98,8 @@ class Hub:
         self.token = settings.token or self._token()
         self.fleet = Fleet(silent_after_ms=around.silent_after_ms)
         self.desired: dict[str, dict[str, Any]] = dict(self.store.all_desired())
+        self._told: dict[str, tuple[int, int, int]] = {}
+        """What each edge was last told of its desired state: generation, when, and how long it is given to apply it (ms)."""
         self._reader = around.executor("hub-read")
         self._lock = asyncio.Lock()
         self.broker: Broker
@@ -182,14 +189,21 @@ class Hub:
     def _publish_desired(self, edge: str) -> None:
         document = self.desired.get(edge)
         if document is not None:
+            generation, _, patience = self._told.get(edge, (0, 0, 0))
+            self._told[edge] = document["generation"], self.now_ms(), min(RETELL_CAP_MS, patience * 2) if generation == document["generation"] else RETELL_FIRST_MS
             self._publish(edge, "desired", jsoncodec.encode(document).encode(), True)
+
+    def _overdue(self, edge: str) -> bool:
+        """The edge has had long enough to apply what it was told last."""
+        _, at, patience = self._told.get(edge, (0, 0, 0))
+        return not 0 <= self.now_ms() - at < patience
 
     def _presence(self, change: Change) -> None:
         document = self.desired.get(change.row.edge)
         if document is None or change.row.state != "online":
             return
         if change.row.generation < document["generation"]:
-            if change.came:  # the broker may have lost its retained messages
+            if change.came or self._overdue(change.row.edge):  # the broker may have lost its retained messages, or this one
                 self._publish_desired(change.row.edge)
         elif change.row.generation > document["generation"]:
             # This hub was restored from a backup: what it wants now goes above what the edge has seen.

@@ -23,6 +23,9 @@ from .backoff import Backoff
 from .lanes import Lanes, Send
 
 log = logging.getLogger(__name__)
+STATUS_TRUST_MS = 5_000
+"""Receipts of another hub than the one whose presence we heard may be late ones for so long after it; later they say that we missed a presence."""
+
 
 @dataclass(frozen=True, slots=True)
 class UplinkSettings:
@@ -72,6 +75,7 @@ class Uplink:
         self._wake = asyncio.Event()
         self._retry = asyncio.Event()
         self._hub_boot = ""
+        self._status_ms = 0
         self.hub = ""
         self.connected = False
         self.last_error = ""
@@ -201,7 +205,10 @@ class Uplink:
             return
         if self.lanes.up and status["boot"] == self._hub_boot:
             return
-        self.hub, self._hub_boot = status["hub"], status["boot"]
+        self._hub_here(status["hub"], status["boot"])
+
+    def _hub_here(self, hub: str, boot: str) -> None:
+        self.hub, self._hub_boot, self._status_ms = hub, boot, self._clock.mono_ms()
         was_up = self.lanes.up
         self._start_lanes()
         self._publish_presence("online", "hub")
@@ -214,7 +221,7 @@ class Uplink:
         self._wake.set()
 
     def _hub_gone(self, reason: str) -> None:
-        self._hub_boot = ""
+        self._hub_boot, self._status_ms = "", self._clock.mono_ms()
         if self.lanes.up:
             self.lanes.link_down()
             self._on_link(False, reason)
@@ -222,8 +229,13 @@ class Uplink:
     def _receipts(self, message: dict[str, Any]) -> None:
         if message["edge"] != self._settings.edge:
             raise ContractError("edge", f"is for {message['edge']!r}", "publish on that edge's topic", "topic")
-        if not self.lanes.up or message["boot"] != self._hub_boot:
-            return  # from a hub that has gone, or before its presence
+        if message["boot"] != self._hub_boot:
+            if self._clock.mono_ms() - self._status_ms < STATUS_TRUST_MS:
+                return  # from a hub that has gone, or before its presence
+            log.warning("hub %s answers, its presence was missed", message["hub"])
+            self._hub_here(message["hub"], message["boot"])
+        if not self.lanes.up:
+            return  # numbers are moved (`_rebase`)
         if message["quarantine"] != self.lanes.quarantine:
             self.lanes.quarantine = message["quarantine"]
             if self.lanes.quarantine:
