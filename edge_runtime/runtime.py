@@ -3,15 +3,14 @@
 import asyncio
 import base64
 import binascii
-import gc
 import logging
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .clock import SystemClock
 from .config import EdgeConfig
 from .config.schema import DecisionsConfig
 from .contract import jsoncodec
@@ -19,7 +18,6 @@ from .contract.desired import Desired, parse_desired
 from .contract.errors import ContractError
 from .contract.operations import Operation
 from .contract.records import Record
-from .decisions.engine import DecisionEngine
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
 from .devices.registry import DeviceRegistry, check_twin
@@ -27,7 +25,8 @@ from .journal import Journal, JournalSettings
 from .metrics import Metrics
 from .mqtt_session import Endpoint
 from .pipeline import Pipeline
-from .system.process import open_descriptors, resident_bytes, return_free_memory
+from .surroundings import Surroundings
+from .system.process import open_descriptors, resident_bytes
 from .system.service import ServiceManager
 from .uplink.backoff import Backoff
 from .uplink.link import Uplink, UplinkSettings
@@ -37,14 +36,8 @@ log = logging.getLogger(__name__)
 SHIPPED_MODELS = Path(__file__).parent / "decisions" / "models" / "shipped"
 """Models that come with the agent."""
 
-TICK_S = 0.5
-"""How often time-driven rules are looked at."""
-
 COMMANDS_REMEMBERED = 512
 """Ids of the hub's commands that are remembered, so that none is done twice: twice what one desired state may hold."""
-
-ENGINE_STATE_S = 30.0
-"""How often the rules' latches and timers are kept. A latch that changes with a decision is in that decision's record as well."""
 
 
 def own_rules(decisions: DecisionsConfig) -> RuleSet:
@@ -67,15 +60,22 @@ def model_path(name: str) -> Path:
 class EdgeRuntime:
     """One edge. `start`, then `wait` until a signal or `stop`.
 
+    Args:
+        service: who started us.
+        surroundings: clock, disk, network, threads; this machine's where left out.
+
     Attributes are the parts; tests and the local API look at them.
     """
 
-    def __init__(self, config: EdgeConfig, service: ServiceManager | None = None) -> None:
+    def __init__(self, config: EdgeConfig, service: ServiceManager | None = None, surroundings: Surroundings | None = None) -> None:
         self.config = config
+        self.surroundings = around = surroundings or Surroundings()
         self.metrics = Metrics()
-        self.clock = SystemClock()
+        self.clock = around.clock
         self.service = service or ServiceManager()
-        self.journal = Journal(self._journal_settings(), self.clock, self.clock.raise_floor)
+        self.journal = Journal(
+            self._journal_settings(), self.clock, self.clock.raise_floor, storage=around.storage, worker=around.worker, entropy=around.entropy, pace=around.pace
+        )
         devices = config.devices
         self.registry = DeviceRegistry(
             max_devices=devices.registry_max, auto_register=devices.auto_register, early_max_devices=devices.early_max_devices,
@@ -84,7 +84,7 @@ class EdgeRuntime:
         self.models: dict[str, Any] = {}
         self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
         self._own = RuleSet(())
-        self.engine = DecisionEngine(RuleSet(()), {})
+        self.engine = around.engine(RuleSet(()), {})
         self.bus: Bus | None = None
         self.uplink: Uplink | None = None
         self.pipeline = Pipeline(
@@ -110,7 +110,7 @@ class EdgeRuntime:
             telemetry_commit_interval_s=journal.telemetry_commit_interval_s, max_bytes=journal.max_bytes,
             telemetry_max_bytes=journal.telemetry_max_bytes, retain_receipted_records=journal.retain_receipted_records,
             min_free_bytes=journal.min_free_bytes, ballast_bytes=journal.ballast_bytes, target_hours=journal.target_hours,
-            pending_max=journal.pending_max,
+            pending_max=journal.pending_max, wal_bytes=self.surroundings.wal_bytes, reserve_block=self.surroundings.reserve_block,
         )
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,9 @@ class EdgeRuntime:
         if self.config.uplink.enabled:
             self._start_uplink()
         kept = engine_state.get("decisions") if isinstance(engine_state, dict) else 0
-        await self.pipeline.replay(kept if isinstance(kept, int) else 0)
+        latched = kept if isinstance(kept, int) else 0
+        self.journal.hold("decision", latched)
+        await self.pipeline.replay(latched)
         for task in (self._tick_forever, self._keep_engine_state, self._watch):
             self._tasks.append(loop.create_task(task(), name=task.__name__))
         if self.config.devices.host.enabled:
@@ -150,9 +152,7 @@ class EdgeRuntime:
             from .local_api.server import serve
 
             self._api, self.api_port = await serve(self)
-        gc.collect()
-        gc.freeze()
-        return_free_memory()
+        self.surroundings.settle()
         self.service.notify(READY="1", STATUS=self._status_line())
 
     async def wait(self) -> None:
@@ -191,11 +191,12 @@ class EdgeRuntime:
 
     def _start_bus(self) -> None:
         bus = self.config.bus
-        backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S, stable_s=10)
+        backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S, stable_s=10, draw=self.surroundings.entropy)
 
         self.bus = Bus(
             Endpoint.parse(bus.url, username=bus.username, password=bus.password, protocol=bus.protocol), self.config.edge_id, self.pipeline,
             self.clock, self.metrics, next_pause_s=backoff.next_s, keepalive_s=int(bus.keepalive_s), receive_max=bus.inflight_max,
+            session=self.surroundings.session,
         )
 
         def moved(up: bool) -> None:
@@ -223,7 +224,8 @@ class EdgeRuntime:
         )
         self.uplink = Uplink(
             settings, self.journal, self.clock, self.metrics, presence=self._presence, on_desired=self._on_desired,
-            on_bad_desired=self._on_bad_desired, on_link=self._on_link,
+            on_bad_desired=self._on_bad_desired, on_link=self._on_link, session=self.surroundings.session, entropy=self.surroundings.entropy,
+            pace=self.surroundings.pace,
         )
         self.uplink.start()
 
@@ -245,7 +247,7 @@ class EdgeRuntime:
 
     async def _tick_forever(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self.surroundings.pace.tick_s)
             try:
                 self.pipeline.tick()
             except Exception:
@@ -255,11 +257,13 @@ class EdgeRuntime:
     async def _keep_engine_state(self) -> None:
         last = False
         while True:
-            await asyncio.sleep(ENGINE_STATE_S)
+            await asyncio.sleep(self.surroundings.pace.engine_state_s)
             state = self._engine_state()
             if any(entry[2] or entry[3] >= 0 for entry in state["states"]) or last:
                 last = bool(state["states"])
-                self.journal.put_state("engine", state)
+                self.journal.put_state("engine", state, partial(self.journal.hold, "decision", state["decisions"]))
+            else:
+                self.journal.hold("decision", state["decisions"])  # no latch is set: there is nothing to find again in older decisions
 
     def _engine_state(self) -> dict[str, Any]:
         return {**self.engine.export_state(self.clock.mono_ms()), "decisions": self.journal.durable("decision")}
@@ -267,9 +271,9 @@ class EdgeRuntime:
     async def _watch(self) -> None:
         """Signs of life to systemd, only while the agent is healthy enough to decide; memory return; storage alarms."""
         alarmed = False
-        interval = self.service.watchdog_s / 3 if self.service.watchdog_s else 10.0
         while True:
-            await asyncio.sleep(min(interval, 10.0))
+            watch_s = self.surroundings.pace.watch_s
+            await asyncio.sleep(min(watch_s, self.service.watchdog_s / 3) if self.service.watchdog_s else watch_s)
             if self.service.watchdog_s:
                 self.service.notify(WATCHDOG="1", STATUS=self._status_line())
             plan = self.journal.storage_plan

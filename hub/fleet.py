@@ -31,11 +31,12 @@ class Change:
 
 @dataclass(slots=True)
 class Fleet:
-    """Every edge that ever spoke."""
+    """Every edge that ever spoke; `silent_after_ms` without a sign of life is silence."""
 
     rows: dict[str, EdgeRow] = field(default_factory=dict)
     watches: dict[str, BootWatch] = field(default_factory=dict)
     open_outages: dict[str, int] = field(default_factory=dict)
+    silent_after_ms: int = SILENT_AFTER_MS
 
     def row(self, edge: str) -> EdgeRow:
         """The row of `edge`, made where it is new. Raises `ContractError` past `MAX_EDGES`."""
@@ -95,9 +96,9 @@ class Fleet:
         return Change(row, outage_started_ms=started)
 
     def silent(self, now_ms: int) -> list[Change]:
-        """Edges called online that have said nothing for `SILENT_AFTER_MS`."""
+        """Edges called online that have said nothing for `silent_after_ms`."""
         return [
-            self._gone(row, "silent", now_ms) for row in self.rows.values() if row.state == "online" and now_ms - row.last_seen_ms > SILENT_AFTER_MS
+            self._gone(row, "silent", now_ms) for row in self.rows.values() if row.state == "online" and now_ms - row.last_seen_ms > self.silent_after_ms
         ]
 
     def release(self, edge: str) -> EdgeRow:

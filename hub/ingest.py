@@ -7,7 +7,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from edge_runtime.contract import jsoncodec
@@ -34,14 +35,22 @@ COMMIT_RECORDS = 4_000
 ADVANCE_CHUNK = 2_000
 """Stored records read back at once when a gap closes and the chain has to be computed over what came before its turn."""
 
-TICK_S = 0.5
-"""How often gaps, silence and credit are looked at."""
-
 DRAINING_MS = 10_000
 """An edge that sent history within this is draining."""
 
 MAX_ERRORS = 100
 """Refused messages kept for a person to look at."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How often the hub does what no message asks for, seconds; read anew each time.
+
+    Attributes:
+        tick_s: gaps, silence and credit are looked at.
+    """
+
+    tick_s: float = 0.5
 
 
 class Ingest:
@@ -51,11 +60,14 @@ class Ingest:
         publish: sends a payload to a topic's edge: `publish(edge, leaf, payload, retain)`.
         now_ms: the hub's wall milliseconds.
         on_records: called after each commit with the records stored in it.
+        writer: the store's one writing thread.
+        pace: how often gaps, silence and credit are looked at.
     """
 
     def __init__(
         self, store: Store, fleet: Fleet, hub: str, boot: str, *, publish: Callable[[str, str, bytes, bool], None], now_ms: Callable[[], int],
         on_records: Callable[[list[StoredRecord]], None] = lambda _: None, on_presence: Callable[[Change], None] = lambda _: None,
+        writer: Executor | None = None, pace: Pace | None = None,
     ) -> None:
         self.store = store
         self.fleet = fleet
@@ -67,13 +79,16 @@ class Ingest:
         self._on_presence = on_presence
         self.books: dict[tuple[str, str], StreamBook] = {}
         self._queue: asyncio.Queue[tuple[str, str, bytes, bool]] = asyncio.Queue(QUEUE_MAX)
-        self._writer = ThreadPoolExecutor(1, "hub-store")
+        self._writer = writer or ThreadPoolExecutor(1, "hub-store")
+        self._pace = pace or Pace()
         self._tasks: list[asyncio.Task[None]] = []
         self.counters: Counter[str] = Counter()
         self.errors: list[dict[str, Any]] = []
         self._drained_ms: dict[str, int] = {}
         self._starved: set[str] = set()
         self._dirty_edges: dict[str, EdgeRow] = {}
+        self._ahead: set[tuple[str, str]] = set()
+        """Streams whose books know records that are not committed yet: no receipt may speak of them."""
         self._load()
 
     def _load(self) -> None:
@@ -133,7 +148,7 @@ class Ingest:
                 for edge, leaf, payload, retained in messages:
                     try:
                         if leaf == "status":
-                            self._presence(edge, payload, retained, transaction)
+                            self._presence(edge, payload, retained, transaction, touched)
                         else:
                             count += self._batch(edge, payload, transaction, touched)
                     except ContractError as error:
@@ -163,11 +178,12 @@ class Ingest:
         self.counters["duplicate_records_total"] += len(batch.records) - len(fresh)
         transaction.records += [StoredRecord(edge, batch.stream, record, now) for record in fresh]
         touched[edge].add(batch.stream)
+        self._ahead.add((edge, batch.stream))
         if batch.lane == "history":
             self._drained_ms[edge] = now
         return len(batch.records)
 
-    def _presence(self, edge: str, payload: bytes, retained: bool, transaction: Transaction) -> None:
+    def _presence(self, edge: str, payload: bytes, retained: bool, transaction: Transaction, touched: dict[str, set[str]]) -> None:
         if not payload:
             return
         message = EDGE_PRESENCE.parse(jsoncodec.decode(payload))
@@ -177,7 +193,7 @@ class Ingest:
             raise ContractError("speaks", f"the edge speaks {message['speaks']}, not {PROTOCOL_VERSION}", "update the edge or this hub", "version")
         self.changed(self.fleet.presence(message, self._now_ms(), retained), transaction)
         if message["state"] == "online":
-            self.send_receipts(edge, set(STREAMS))
+            touched.setdefault(edge, set()).update(STREAMS)  # answered after the commit
 
     def changed(self, change: Change, transaction: Transaction | None = None) -> None:
         """Keep what a presence changed."""
@@ -200,17 +216,19 @@ class Ingest:
         transaction.edges |= self._dirty_edges
         self._dirty_edges = {}
         keys = [(edge, stream) for edge, streams in touched.items() for stream in streams]
-        transaction.streams = {key: _row(key, self.books[key]) for key in keys}
+        transaction.streams = {key: _row(key, self.books[key]) for key in keys if key in self._ahead}
         try:
             await self.write(lambda: self.store.commit(transaction))
         except Exception as error:
             self.counters["failed_commits_total"] += 1
             log.error("the store refused a commit: %s; nothing of it was kept, the edges will send it again", error)
             self._dirty_edges = transaction.edges | self._dirty_edges  # presence is not sent again
-            await self._reload(keys)
+            await self._reload(list(transaction.streams))
             return
+        finally:
+            self._ahead.difference_update(transaction.streams)
         self.counters["commits_total"] += 1
-        for key in keys:
+        for key in transaction.streams:
             try:
                 if self.books[key].reachable() is not None:
                     await self._advance(key)
@@ -230,7 +248,7 @@ class Ingest:
                 break
             except Exception as error:  # taking records in must not end with a disk that is away for a while
                 log.error("the store cannot be read: %s; trying again", error)
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self._pace.tick_s)
         for key in keys:
             self.books[key] = _book(rows[key]) if key in rows else StreamBook()
 
@@ -258,12 +276,14 @@ class Ingest:
         return len(self._drained_ms)
 
     def send_receipts(self, edge: str, streams: set[str]) -> None:
-        """Tell `edge` what is committed, what is wanted and how much may come."""
+        """Tell `edge` what is committed, what is wanted and how much may come; a stream whose commit is under way is told after it."""
         row = self.fleet.rows.get(edge)
         now = self._now_ms()
         marks = []
         # To an identity in quarantine nothing is said of records: which of the two machines would free, or move, its own by it?
         for stream in sorted(streams) if row is None or not row.quarantine else ():
+            if (edge, stream) in self._ahead:
+                continue
             book = self.books.get((edge, stream)) or StreamBook()
             marks.append({
                 "stream": stream, "upto": book.contiguous, "chain": book.chain.hex(), "top": book.top, "held": book.above.size, "want": book.wants(now),
@@ -282,7 +302,7 @@ class Ingest:
 
     async def _tick_forever(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self._pace.tick_s)
             try:
                 self._tick()
             except Exception:

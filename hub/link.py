@@ -34,9 +34,14 @@ class HubLink:
         on_message: called with edge, leaf (`up`, `status`), payload and whether it was retained.
         on_up: called after each subscription; returns nothing, may publish.
         shared_group: MQTT 5 shared subscription for several hubs; empty for one.
+        client: makes MQTT clients; None takes `aiomqtt.Client`.
+        entropy: where the pauses between tries are drawn.
     """
 
-    def __init__(self, broker: Broker, hub: str, boot: str, *, on_message: EdgeMessage, on_up: Callable[[], None], on_bad: Callable[[str, ContractError], None], now_ms: Callable[[], int], shared_group: str = "") -> None:
+    def __init__(
+        self, broker: Broker, hub: str, boot: str, *, on_message: EdgeMessage, on_up: Callable[[], None], on_bad: Callable[[str, ContractError], None],
+        now_ms: Callable[[], int], shared_group: str = "", client: Callable[..., Any] | None = None, entropy: random.Random | None = None,
+    ) -> None:
         self._broker = broker
         self._hub = hub
         self._boot = boot
@@ -44,6 +49,8 @@ class HubLink:
         self._on_up = on_up
         self._on_bad = on_bad
         self._now_ms = now_ms
+        self._make_client = client or aiomqtt.Client
+        self._entropy = entropy or random.Random()
         self._group = shared_group if broker.mqtt5 else ""
         self._outbox: asyncio.Queue[tuple[str, bytes, bool]] = asyncio.Queue(OUTBOX_MAX)
         self._task: asyncio.Task[None] | None = None
@@ -102,17 +109,18 @@ class HubLink:
                 return  # the goodbye failed, and its error took the cancellation's place
             failures += 1
             log.warning("no connection to the broker: %s", self.last_error)
-            await asyncio.sleep(random.random() * min(RETRY_CAP_S, 0.2 * 2**failures))
+            await asyncio.sleep(self._entropy.random() * min(RETRY_CAP_S, 0.2 * 2**failures))
 
     def _client(self) -> aiomqtt.Client:
         broker = self._broker
-        return aiomqtt.Client(
+        client: aiomqtt.Client = self._make_client(
             broker.host, broker.port, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}",
             protocol=aiomqtt.ProtocolVersion.V5 if broker.mqtt5 else aiomqtt.ProtocolVersion.V311, keepalive=15, timeout=10,
             will=aiomqtt.Will(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True), socket_options=SOCKET_OPTIONS,
             max_queued_incoming_messages=5_000, max_inflight_messages=200, max_queued_outgoing_messages=OUTBOX_MAX,
             tls_params=aiomqtt.TLSParameters() if broker.tls else None,
         )
+        return client
 
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:

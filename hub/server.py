@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import os
+import random
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from edge_runtime.contract import jsoncodec
 
 from .broker import open_broker
 from .broker.base import Broker, BrokerError, is_loopback
-from .fleet import Change, Fleet, next_desired
-from .ingest import Ingest
+from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
+from .ingest import Ingest, Pace
 from .link import HubLink
+from .store.base import Store
 from .store.sqlite import SqliteStore
 
 log = logging.getLogger(__name__)
 
 METRIC_PREFIX = "novacron_hub_"
+
+RETELL_FIRST_MS = 20_000
+RETELL_CAP_MS = 3_600_000
+"""An edge that still reports an older generation is told again after this long, doubled each time: the message may have been lost, but an
+edge that refuses it would refuse it again, and it may be large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +58,56 @@ class HubSettings:
     shared_group: str = ""
 
 
+def _wall_ms() -> int:
+    return int(time.time() * 1000)
+
+
+@dataclass(slots=True)
+class HubSurroundings:
+    """Where one hub runs: this machine by default; the simulator brings its own.
+
+    Attributes:
+        now_ms: the hub's wall time, milliseconds since 1970 UTC.
+        entropy: chance: the boot's id, jitter.
+        executor: makes a thread that does jobs in order; its argument is a name.
+        client: makes MQTT clients; the arguments of `aiomqtt.Client`. None takes that.
+        store: opens the store.
+        pace: how often periodic duties run.
+        silent_after_ms: after so long without a sign of life an edge is offline, whatever the broker believes.
+    """
+
+    now_ms: Callable[[], int] = _wall_ms
+    entropy: random.Random = field(default_factory=random.SystemRandom)
+    executor: Callable[[str], Executor] = lambda name: ThreadPoolExecutor(1, name)
+    client: Callable[..., Any] | None = None
+    store: Callable[[Path], Store] = SqliteStore
+    pace: Pace = field(default_factory=Pace)
+    silent_after_ms: int = SILENT_AFTER_MS
+
+
 class Hub:
     """One hub. `start`, `stop`; the parts are attributes."""
 
-    def __init__(self, settings: HubSettings) -> None:
+    def __init__(self, settings: HubSettings, surroundings: HubSurroundings | None = None) -> None:
         self.settings = settings
+        self.surroundings = around = surroundings or HubSurroundings()
+        self.now_ms = around.now_ms
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self.boot = secrets.token_hex(8)
-        self.store = SqliteStore(settings.data_dir / "hub.db")
+        self.boot = f"{around.entropy.getrandbits(64):016x}"
+        self.store: Store = around.store(settings.data_dir / "hub.db")
         self.token = settings.token or self._token()
-        self.fleet = Fleet()
+        self.fleet = Fleet(silent_after_ms=around.silent_after_ms)
         self.desired: dict[str, dict[str, Any]] = dict(self.store.all_desired())
-        self._reader = ThreadPoolExecutor(1, "hub-read")
+        self._told: dict[str, tuple[int, int, int]] = {}
+        """What each edge was last told of its desired state: generation, when, and how long it is given to apply it (ms)."""
+        self._reader = around.executor("hub-read")
         self._lock = asyncio.Lock()
         self._raising: set[str] = set()
         self.broker: Broker
         self.link: HubLink
         self.ingest = Ingest(
-            self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence
+            self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence,
+            writer=around.executor("hub-store"), pace=around.pace,
         )
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
@@ -89,11 +128,6 @@ class Hub:
             handle.write(token + "\n")
         return token
 
-    @staticmethod
-    def now_ms() -> int:
-        """The hub's wall time, milliseconds since 1970 UTC."""
-        return int(time.time() * 1000)
-
     async def start(self) -> None:
         """Bring everything up; raises `BrokerError` or OSError."""
         from .api.handlers import HubApi
@@ -105,18 +139,23 @@ class Hub:
             settings.broker, settings.data_dir / "broker", settings.broker_host, settings.broker_port, settings.broker_password_file,
             settings.broker_username, settings.broker_password,
         )
-        self.link = HubLink(
-            self.broker, settings.name, self.boot, on_message=self.ingest.message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
-            shared_group=settings.shared_group,
-        )
-        self.ingest.start()
-        self.link.start()
+        self.serve(self.broker)
         self._runner = web.AppRunner(HubApi(self).application(), access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, settings.host, settings.port)
         await site.start()
         self.port = self._runner.addresses[0][1]
         log.info("hub on http://%s:%d, broker %s on %s:%d", settings.host, self.port, self.broker.kind, self.broker.host, self.broker.port)
+
+    def serve(self, broker: Broker) -> None:
+        """Take records in from `broker` and answer; without API and page. Call inside the running loop."""
+        self.broker = broker
+        self.link = HubLink(
+            broker, self.settings.name, self.boot, on_message=self.ingest.message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
+            shared_group=self.settings.shared_group, client=self.surroundings.client, entropy=self.surroundings.entropy,
+        )
+        self.ingest.start()
+        self.link.start()
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
@@ -154,14 +193,21 @@ class Hub:
     def _publish_desired(self, edge: str) -> None:
         document = self.desired.get(edge)
         if document is not None:
+            generation, _, patience = self._told.get(edge, (0, 0, 0))
+            self._told[edge] = document["generation"], self.now_ms(), min(RETELL_CAP_MS, patience * 2) if generation == document["generation"] else RETELL_FIRST_MS
             self._publish(edge, "desired", jsoncodec.encode(document).encode(), True)
+
+    def _overdue(self, edge: str) -> bool:
+        """The edge has had long enough to apply what it was told last."""
+        _, at, patience = self._told.get(edge, (0, 0, 0))
+        return not 0 <= self.now_ms() - at < patience
 
     def _presence(self, change: Change) -> None:
         document = self.desired.get(change.row.edge)
         if document is None or change.row.state != "online":
             return
         if change.row.generation < document["generation"]:
-            if change.came:  # the broker may have lost its retained messages
+            if change.came or self._overdue(change.row.edge):  # the broker may have lost its retained messages, or this one
                 self._publish_desired(change.row.edge)
         elif change.row.generation > document["generation"] and change.row.edge not in self._raising:
             # This hub was restored from a backup: what it wants now goes above what the edge has seen.

@@ -59,10 +59,14 @@ class Bus:
     """The connection to the local broker.
 
     Args:
-        pauses: seconds to wait before each try.
+        next_pause_s: seconds to wait before the next try.
+        session: makes connections.
     """
 
-    def __init__(self, endpoint: Endpoint, edge: str, sink: Sink, clock: Clock, metrics: Metrics, *, next_pause_s: Callable[[], float], keepalive_s: int = 15, receive_max: int = 100) -> None:
+    def __init__(
+        self, endpoint: Endpoint, edge: str, sink: Sink, clock: Clock, metrics: Metrics, *, next_pause_s: Callable[[], float], keepalive_s: int = 15,
+        receive_max: int = 100, session: Callable[..., MqttSession] = MqttSession,
+    ) -> None:
         self._endpoint = endpoint
         self._edge = edge
         self._sink = sink
@@ -71,6 +75,7 @@ class Bus:
         self._next_pause_s = next_pause_s
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
+        self._make_session = session
         self._session: MqttSession | None = None
         self._subscribed = False
         self._task: asyncio.Task[None] | None = None
@@ -101,7 +106,7 @@ class Bus:
         )
 
     def _make(self, protocol5: bool) -> MqttSession:
-        return MqttSession(
+        return self._make_session(
             self._endpoint, f"novacron-bus-{self._edge}", self._message, persistent=True, keepalive_s=self._keepalive_s, protocol5=protocol5,
             receive_max=self._receive_max,
         )

@@ -4,7 +4,6 @@ One connection writes, a second one reads (WAL: neither waits for the other). Ev
 `sqlite3_step`, because Python hands the interpreter lock back after each, and a busy event loop would take it 5 ms a time.
 """
 
-import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ..contract.records import CHAIN_START, Record
 from ..contract.streams import STREAMS
+from .storage import FILES, Storage
 
 SCHEMA_VERSION = 1
 
@@ -92,12 +92,17 @@ class JournalDatabase:
         path: the file; `-wal` and `-shm` stand beside it.
         streams: names of the streams it holds.
         synchronous: `FULL` (each commit survives power loss) unless a test plants a fault.
+        storage: the disk.
+        wal_bytes: what `grow_wal` makes of a new WAL; a multiple of 8.
     """
 
-    def __init__(self, path: Path, streams: Sequence[str], synchronous: str = "FULL") -> None:
+    def __init__(self, path: Path, streams: Sequence[str], synchronous: str = "FULL", storage: Storage = FILES, wal_bytes: int = WAL_GROWN_BYTES) -> None:
         self.path = path
+        self._wal = path.with_name(path.name + "-wal")
         self.streams = tuple(streams)
         self._synchronous = synchronous
+        self._storage = storage
+        self._wal_bytes = wal_bytes
         self._write: sqlite3.Connection | None = None
         self._read: sqlite3.Connection | None = None
         self._beside: sqlite3.Connection | None = None
@@ -108,12 +113,13 @@ class JournalDatabase:
     def open(self) -> None:
         """Open or make the file. Raises `sqlite3.Error` where it is not a healthy database (see recovery.py)."""
         self._write = self._connect()
-        with self._write as connection:
+        connection = self._write
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version < SCHEMA_VERSION:  # it writes a page even where nothing changes, and a full disk has none
             connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise sqlite3.DatabaseError(f"{self.path} has schema {version}, this agent knows {SCHEMA_VERSION}: start the newer agent")
         if version < SCHEMA_VERSION:
@@ -123,7 +129,7 @@ class JournalDatabase:
         self._boots = {boot: number for number, boot in connection.execute("SELECT number, boot FROM boots")}
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000)
+        connection = self._storage.connect(self.path, BUSY_TIMEOUT_MS / 1000)
         connection.execute("PRAGMA mmap_size=0")
         connection.execute("PRAGMA cache_size=-512")
         connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
@@ -167,6 +173,11 @@ class JournalDatabase:
             raise sqlite3.ProgrammingError(f"{self.path} is not open")
         return self._read
 
+    @property
+    def checkpoint_frames(self) -> int:
+        """Frames after which the WAL is checkpointed beside the commits; see `CHECKPOINT_FRAMES`."""
+        return CHECKPOINT_FRAMES * self._wal_bytes // WAL_GROWN_BYTES
+
     # -- writing -------------------------------------------------------------------------------------------------------------
 
     def grow_wal(self) -> None:
@@ -178,7 +189,7 @@ class JournalDatabase:
         try:
             connection.execute("BEGIN IMMEDIATE")
             for part in range(8):
-                connection.execute("INSERT INTO state VALUES (?, zeroblob(?))", (f"grow {part}", WAL_GROWN_BYTES // 8))
+                connection.execute("INSERT INTO state VALUES (?, zeroblob(?))", (f"grow {part}", self._wal_bytes // 8))
         except sqlite3.OperationalError:
             pass
         finally:
@@ -381,7 +392,7 @@ class JournalDatabase:
     def wal_bytes(self) -> int:
         """Bytes of the WAL file."""
         try:
-            return os.stat(f"{self.path}-wal").st_size
+            return self._storage.size(self._wal)
         except FileNotFoundError:
             return 0
 

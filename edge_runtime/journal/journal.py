@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import os
-import secrets
+import random
 import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..clock import Clock, Stamp
 from ..contract import jsoncodec
@@ -17,15 +16,14 @@ from ..contract.errors import ContractError
 from ..contract.limits import MAX_BODY_BYTES
 from ..contract.records import Record
 from ..contract.streams import STREAMS
-from .database import JournalDatabase, StreamMarks, database_streams
-from .lane import Callback, Lane, Worker, is_full
+from ..pace import Pace
+from .database import WAL_GROWN_BYTES, JournalDatabase, StreamMarks, database_streams
+from .lane import Callback, Lane, Worker
 from .planner import GrowthRate, StoragePlan, plan
-from .recovery import Recovery, SideFile, open_checked, write_durably
+from .recovery import RESERVE_BLOCK, Recovery, SideFile, open_checked
+from .storage import FILES, Storage, is_full, write_durably
 
 log = logging.getLogger(__name__)
-
-UPKEEP_INTERVAL_S = 2.0
-"""How often caps, free space and growth are looked at."""
 
 RELEASE_SLICES = 20
 """Slices of 500 rows freed per upkeep at most: 10,000 rows per 2 s outrun any load this runtime takes, and leave room for commits."""
@@ -33,7 +31,7 @@ RELEASE_SLICES = 20
 RELIEF_SHARE = 0.1
 """Share of the telemetry that is dropped when the disk is full: enough that it does not happen again at once."""
 
-CLEAN_KEY = "clean"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,20 @@ class JournalSettings:
     ballast_bytes: int = 8 << 20
     target_hours: float = 72.0
     pending_max: int = 20_000
+    wal_bytes: int = WAL_GROWN_BYTES
+    reserve_block: int = RESERVE_BLOCK
 
 
 class Journal:
-    """The journal of one edge; `open` it, `start` it in a running loop, `close` it.
+    """The journal of one edge; make it, `start` it in a running loop, `close` it.
+
+    Args:
+        clock: stamps the records.
+        raise_floor: told the newest wall time that the journal knows.
+        storage: the disk.
+        worker: makes the threads that write and read.
+        entropy: where this boot's random id is drawn.
+        pace: how often upkeep runs.
 
     Attributes:
         boot: this boot's random id; boot_n: its number in this edge's life.
@@ -61,17 +69,23 @@ class Journal:
         recoveries: what was rebuilt at this boot.
     """
 
-    def __init__(self, settings: JournalSettings, clock: Clock, raise_floor: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self, settings: JournalSettings, clock: Clock, raise_floor: Callable[[int], None] = lambda _: None, *, storage: Storage = FILES,
+        worker: Callable[[str, asyncio.AbstractEventLoop], Worker] = Worker, entropy: random.Random | None = None, pace: Pace | None = None,
+    ) -> None:
         """Open both databases, rebuilding what is damaged, and count this boot. Raises OSError where the directory cannot be used."""
         self.settings = settings
         self._clock = clock
-        settings.directory.mkdir(parents=True, exist_ok=True)
-        self.boot = secrets.token_hex(8)
-        self._side = SideFile.load(settings.directory / "marks.json")
+        self._storage = storage
+        self._make_worker = worker
+        self._pace = pace or Pace()
+        storage.make_directory(settings.directory)
+        self.boot = f"{(entropy or random.SystemRandom()).getrandbits(64):016x}"
+        self._side = SideFile.load(settings.directory / "marks.json", storage, settings.reserve_block)
         self._side_lock = threading.Lock()
         clean_path = settings.directory / "clean"
-        self.clean = clean_path.exists() or self._side.boot_n == 0
-        clean_path.unlink(missing_ok=True)
+        self.clean = storage.exists(clean_path) or self._side.boot_n == 0
+        storage.remove(clean_path)
         self._clean_path = clean_path
         self.recoveries: list[Recovery] = []
         self.lanes: dict[str, Lane] = {}
@@ -79,9 +93,13 @@ class Journal:
         stamp = clock.stamp()
         newest = 0
         boots = self._side.boot_n
+        self._ballast = settings.directory / "ballast"
         for name, streams in database_streams().items():
-            database, recovery = open_checked(
-                settings.directory / f"{name}.db", streams, self._side, unclean=not self.clean, stamp=stamp, boot=self.boot
+            path = settings.directory / f"{name}.db"
+            database, recovery = self._on_full_disk_too(
+                lambda path=path, streams=streams: open_checked(  # type: ignore[misc]
+                    path, streams, self._side, unclean=not self.clean, stamp=stamp, boot=self.boot, wal_bytes=settings.wal_bytes
+                )
             )
             if recovery.damage:
                 self.recoveries.append(recovery)
@@ -92,7 +110,8 @@ class Journal:
         raise_floor(newest)
         self.boot_n = boots + 1
         self._side.boot_n = self.boot_n
-        self._side.save()
+        # Not counted means that the next boot has this one's number, and two boots with one number are a clone to the hub.
+        self._on_full_disk_too(self._side.save)
         self._state: dict[str, str] = self.lanes["journal"].database.state()
         self._reader: Worker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,20 +119,31 @@ class Journal:
         self._rates = {name: GrowthRate() for name in self.lanes}
         self._observed: dict[str, int] = dict.fromkeys(self.lanes, 0)
         self._observed_ms = clock.mono_ms()
+        self._held: dict[str, int] = {}
         self._listeners: list[Callable[[str, int], None]] = []
-        self._ballast = settings.directory / "ballast"
         self.refused_telemetry = 0
         self.trimmed_full = 0
         self.telemetry_open = True
         self.storage_plan: StoragePlan = self._plan()
         self._make_ballast()
 
+    def _on_full_disk_too(self, job: Callable[[], T]) -> T:
+        """Do `job`; where the disk is full, give the ballast back and do it again: an edge comes up on a full disk as well."""
+        try:
+            return job()
+        except (OSError, sqlite3.Error) as error:
+            if not is_full(error) or not self._storage.exists(self._ballast):
+                raise
+            log.error("the disk is full at the start: the ballast is released")
+            self._storage.remove(self._ballast)
+            return job()
+
     def _add_lane(self, name: str, database: JournalDatabase) -> None:
         telemetry = name == "telemetry"
         lane = Lane(
             database, self._side, self._side_lock, self.boot, pending_max=self.settings.pending_max, droppable=telemetry,
             interval_s=self.settings.telemetry_commit_interval_s if telemetry else self.settings.commit_interval_s,
-            on_commit=self._committed, on_full=self._full,
+            on_commit=self._committed, on_full=self._full, worker=self._make_worker,
         )
         self.lanes[name] = lane
         for stream in database.streams:
@@ -124,7 +154,7 @@ class Journal:
     def start(self) -> None:
         """Begin writing; call inside the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._reader = Worker("journal-read", self._loop)
+        self._reader = self._make_worker("journal-read", self._loop)
         for lane in self.lanes.values():
             lane.start(self._loop)
         self._upkeep = self._loop.create_task(self._upkeep_forever(), name="journal upkeep")
@@ -146,7 +176,7 @@ class Journal:
             lane.stop()
         if clean:
             try:
-                write_durably(self._clean_path, self.boot.encode())
+                write_durably(self._storage, self._clean_path, self.boot.encode())
             except OSError as error:
                 log.warning("the orderly stop could not be marked: %s", error)
 
@@ -226,6 +256,10 @@ class Journal:
             lane.marks[stream].effects = upto
             lane.touch(stream)
 
+    def hold(self, stream: str, upto: int) -> None:
+        """Records of `stream` above `upto`, or with effects that are not done, are read at the next start: retention leaves them (a cap does not)."""
+        self._held[stream] = upto
+
     async def rebase(self, stream: str, above: int) -> None:
         """Give every unreceipted record of `stream` a sequence number after `above`; see `JournalDatabase.rebase`."""
         lane = self._lane_of[stream]
@@ -300,8 +334,7 @@ class Journal:
 
     def free_bytes(self) -> int:
         """Free bytes of the journal's file system, for an unprivileged process."""
-        stat = os.statvfs(self.settings.directory)
-        return stat.f_bavail * stat.f_frsize
+        return self._storage.free_bytes(self.settings.directory)
 
     def _plan(self) -> StoragePlan:
         used = {name: lane.database.used_bytes() for name, lane in self.lanes.items()}
@@ -315,14 +348,14 @@ class Journal:
 
     async def _upkeep_forever(self) -> None:
         while True:
-            await asyncio.sleep(UPKEEP_INTERVAL_S)
+            await asyncio.sleep(self._pace.upkeep_s)
             try:
                 await self.upkeep()
             except Exception:
                 log.exception("journal upkeep failed")
 
     async def upkeep(self) -> None:
-        """Observe growth, free what may go, keep the caps and the free space. Runs every `UPKEEP_INTERVAL_S`."""
+        """Observe growth, free what may go, keep the caps and the free space. Runs at the pace's `upkeep_s`."""
         now = self._clock.mono_ms()
         for name, lane in self.lanes.items():
             self._rates[name].observe(lane.appended_bytes - self._observed[name], now - self._observed_ms)
@@ -344,7 +377,7 @@ class Journal:
                 except sqlite3.Error as error:
                     log.error("telemetry cannot be trimmed: %s", error)
             free = self.free_bytes()
-        elif not self._ballast.exists():
+        elif not self._storage.exists(self._ballast):
             self._make_ballast()
         # Telemetry stops before decisions do: half of the reserve is theirs alone.
         self.telemetry_open = free >= self.settings.min_free_bytes // 2
@@ -356,6 +389,8 @@ class Journal:
         for stream in sorted(lane.database.streams, key=lambda name: -STREAMS[name].priority):
             marks = lane.marks[stream]
             upto = min(marks.receipted, marks.next_seq - 1 - self.settings.retain_receipted_records)
+            if stream in self._held:
+                upto = min(upto, self._held[stream], marks.effects)
             for _ in range(RELEASE_SLICES):
                 if marks.floor > upto or not lane.database.release(stream, marks, upto):
                     break
@@ -393,15 +428,15 @@ class Journal:
                 free = lane.database.vacuum_step(RELIEF_PAGES)
                 lane.database.checkpoint()
             except sqlite3.OperationalError as error:
-                if not is_full(error) or not self._ballast.exists():
+                if not is_full(error) or not self._storage.exists(self._ballast):
                     raise
-                self._ballast.unlink(missing_ok=True)
+                self._storage.remove(self._ballast)
 
     def _full(self, done: Callable[[], None]) -> None:
         """The disk is full: release the ballast, drop telemetry, then, last, the oldest events and decisions; then `done()`."""
         self.telemetry_open = False
         try:
-            self._ballast.unlink(missing_ok=True)
+            self._storage.remove(self._ballast)
         except OSError as error:
             log.error("the ballast cannot be released: %s", error)
         telemetry, journal = self.lanes["telemetry"], self.lanes["journal"]
@@ -430,14 +465,13 @@ class Journal:
 
     def _make_ballast(self) -> None:
         """Space that is ours to give when the disk is full (made of random-free zero blocks: allocated, not sparse)."""
-        if self.settings.ballast_bytes <= 0 or self._ballast.exists() or self.free_bytes() < self.settings.min_free_bytes + self.settings.ballast_bytes:
+        if self.settings.ballast_bytes <= 0 or self._storage.exists(self._ballast) or self.free_bytes() < self.settings.min_free_bytes + self.settings.ballast_bytes:
             return
         try:
-            with open(self._ballast, "wb") as handle:
-                os.posix_fallocate(handle.fileno(), 0, self.settings.ballast_bytes)
+            self._storage.allocate(self._ballast, self.settings.ballast_bytes)
         except OSError as error:
             log.warning("no ballast could be set aside: %s", error)
-            self._ballast.unlink(missing_ok=True)
+            self._storage.remove(self._ballast)
 
 
 DELETE_AT_LEAST = 500

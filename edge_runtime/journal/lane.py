@@ -7,9 +7,7 @@ is: sequence numbers belong to the group and are never given twice.
 import asyncio
 import logging
 import queue
-import sqlite3
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +15,9 @@ from typing import Any
 
 from ..clock import Stamp
 from ..contract.records import Record
-from .database import CHECKPOINT_FRAMES, Group, JournalDatabase, StreamMarks
+from .database import Group, JournalDatabase, StreamMarks
 from .recovery import SideFile
+from .storage import is_full
 
 log = logging.getLogger(__name__)
 
@@ -144,11 +143,13 @@ class Lane:
         droppable: the oldest waiting records may be dropped when `pending_max` is reached.
         on_commit: called on the loop after each commit with the new last seq per stream.
         on_full: called on the loop when the disk is full; makes room, then calls its argument.
+        worker: makes the writing thread.
     """
 
     def __init__(
         self, database: JournalDatabase, side: SideFile, side_lock: threading.Lock, boot: str, *, interval_s: float, pending_max: int,
         droppable: bool, on_commit: Callable[[dict[str, int]], None], on_full: Callable[[Callable[[], None]], None],
+        worker: Callable[[str, asyncio.AbstractEventLoop], Worker] = Worker,
     ) -> None:
         self.database = database
         self._side = side
@@ -159,6 +160,8 @@ class Lane:
         self._droppable = droppable
         self._on_commit = on_commit
         self._on_full = on_full
+        self._make_worker = worker
+        self._checkpoint_frames = database.checkpoint_frames
         self.marks: dict[str, StreamMarks] = database.marks()
         """Durable marks, as of the last commit."""
         self._dirty: set[str] = set()
@@ -196,7 +199,7 @@ class Lane:
         """Begin writing."""
         self._loop = loop
         self.database.grow_wal()
-        self.worker = Worker(f"journal-{self.database.path.stem}", loop)
+        self.worker = self._make_worker(f"journal-{self.database.path.stem}", loop)
         self._kick()
 
     @property
@@ -353,10 +356,11 @@ class Lane:
             self.worker.submit(lambda: self._write_locked(group), self._done)
 
     def _write_locked(self, group: Group) -> None:
-        started = time.monotonic()
+        assert self._loop is not None
+        started = self._loop.time()
         with self._lock:
             self._write(group)
-        self._took(time.monotonic() - started)
+        self._took(self._loop.time() - started)
 
     def _took(self, seconds: float) -> None:
         """Take the time of one commit into the average."""
@@ -411,7 +415,7 @@ class Lane:
         if self._pending or self._dirty or self._state:
             self._schedule()
         self._frames += 1 + FRAMES_PER_PAGE * sum(len(record.body) + 100 for record, _ in rows) / PAGE_BYTES
-        if self._frames >= CHECKPOINT_FRAMES and self.worker is not None:
+        if self._frames >= self._checkpoint_frames and self.worker is not None:
             self._frames = 0.0
             self.worker.submit(self._checkpoint, _checkpointed)
         if self.waiting == 0 and not self._state:
@@ -514,10 +518,3 @@ def _run(callback: Callable[..., None], *arguments: Any) -> None:
         callback(*arguments)
     except Exception:
         log.exception("a callback after a commit failed")
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk (or its quota) is full."""
-    if isinstance(error, OSError):
-        return error.errno in (28, 122)  # ENOSPC, EDQUOT
-    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)

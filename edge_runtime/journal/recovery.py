@@ -5,14 +5,14 @@ twice: a small side file reserves them ahead in blocks, so that a rebuilt journa
 """
 
 import json
-import os
 import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..contract.records import CHAIN_START, Record
-from .database import Group, JournalDatabase, StreamMarks
+from .database import BUSY_TIMEOUT_MS, WAL_GROWN_BYTES, Group, JournalDatabase, StreamMarks
+from .storage import FILES, Storage, is_full, write_durably
 
 RESERVE_BLOCK = 10_000
 """Sequence numbers reserved ahead: one small fsync per 10,000 records, and at most so many `lost` records after a rebuild."""
@@ -27,49 +27,36 @@ SALVAGE_MAX = 5_000_000
 """Records copied out of a damaged file at most: bounds the time of a boot."""
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a power cut leaves either the old or the new content."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 @dataclass(slots=True)
 class SideFile:
-    """`marks.json`: the boot counter and the reserved sequence numbers, outside of any database."""
+    """`marks.json`: the boot counter and the reserved sequence numbers, outside of any database; `block` numbers are reserved at once."""
 
     path: Path
     boot_n: int = 0
     reserved: dict[str, int] = field(default_factory=dict)
+    storage: Storage = FILES
+    block: int = RESERVE_BLOCK
 
     @staticmethod
-    def load(path: Path) -> "SideFile":
+    def load(path: Path, storage: Storage = FILES, block: int = RESERVE_BLOCK) -> "SideFile":
         """The side file, empty where it is missing or damaged (the databases then say how far things went)."""
-        side = SideFile(path)
+        side = SideFile(path, storage=storage, block=block)
         try:
-            value: Any = json.loads(path.read_bytes())
+            value: Any = json.loads(storage.read(path))
             side.boot_n = max(0, int(value["boot_n"]))
             side.reserved = {str(name): max(0, int(upto)) for name, upto in value["reserved"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return SideFile(path)
+            return SideFile(path, storage=storage, block=block)
         return side
 
     def save(self) -> None:
         """Write it durably."""
-        write_durably(self.path, json.dumps({"boot_n": self.boot_n, "reserved": self.reserved}).encode())
+        write_durably(self.storage, self.path, json.dumps({"boot_n": self.boot_n, "reserved": self.reserved}).encode())
 
     def reserve(self, stream: str, seq: int) -> None:
         """Make sure that `seq` and a block above it are reserved before it is used."""
         if seq > self.reserved.get(stream, 0):
-            self.reserved[stream] = seq + RESERVE_BLOCK
+            self.reserved[stream] = seq + self.block
             self.save()
 
 
@@ -84,21 +71,26 @@ class Recovery:
     lost: dict[str, int] = field(default_factory=dict)
 
 
-def open_checked(path: Path, streams: tuple[str, ...], side: SideFile, *, unclean: bool, stamp: tuple[int, int, str], boot: str) -> tuple[JournalDatabase, Recovery]:
+def open_checked(
+    path: Path, streams: tuple[str, ...], side: SideFile, *, unclean: bool, stamp: tuple[int, int, str], boot: str, wal_bytes: int = WAL_GROWN_BYTES
+) -> tuple[JournalDatabase, Recovery]:
     """Open `path`, rebuilding it where it is damaged.
 
+    Raises `sqlite3.OperationalError` where the disk is full or another process holds the file for too long.
+
     Args:
-        side: reserved sequence numbers; updated.
+        side: reserved sequence numbers; updated. Its storage holds the database too.
         unclean: the last stop was not orderly.
         stamp: monotonic ms, wall ms and quality for `lost` records.
         boot: this boot's id.
     """
     recovery = Recovery(path.stem)
-    database = JournalDatabase(path, streams)
+    storage = side.storage
+    database = JournalDatabase(path, streams, storage=storage, wal_bytes=wal_bytes)
     try:
-        existed = path.exists() and path.stat().st_size > 0
+        existed = storage.exists(path) and storage.size(path) > 0
         database.open()
-        thorough = existed and (unclean or path.stat().st_size <= CHECK_ALWAYS_BYTES)
+        thorough = existed and (unclean or storage.size(path) <= CHECK_ALWAYS_BYTES)
         if thorough:
             result = database.writer.execute("PRAGMA quick_check(1)").fetchone()[0]
             if result != "ok":
@@ -106,11 +98,13 @@ def open_checked(path: Path, streams: tuple[str, ...], side: SideFile, *, unclea
         _check_marks(database, thorough)
         return database, recovery
     except sqlite3.Error as error:
-        recovery.damage = str(error)
         database.close()
-    salvaged, marks, state = _salvage(path, streams)
-    recovery.quarantined = _quarantine(path, stamp[1])
-    database = JournalDatabase(path, streams)
+        if is_full(error) or "locked" in str(error):
+            raise  # nothing is wrong with the file: it must not be set aside
+        recovery.damage = str(error)
+    salvaged, marks, state = _salvage(storage, path, streams)
+    recovery.quarantined = _quarantine(storage, path, stamp[1])
+    database = JournalDatabase(path, streams, storage=storage, wal_bytes=wal_bytes)
     database.open()
     for stream in streams:
         _rebuild(database, stream, salvaged.get(stream, []), marks.get(stream), side, stamp, boot, recovery)
@@ -134,13 +128,13 @@ def _check_marks(database: JournalDatabase, thorough: bool) -> None:
             raise sqlite3.DatabaseError(f"stream {stream}: the last record's chain is not the stream's")
 
 
-def _salvage(path: Path, streams: tuple[str, ...]) -> tuple[dict[str, list[tuple[Record, bytes]]], dict[str, StreamMarks], dict[str, str]]:
+def _salvage(storage: Storage, path: Path, streams: tuple[str, ...]) -> tuple[dict[str, list[tuple[Record, bytes]]], dict[str, StreamMarks], dict[str, str]]:
     """The newest unbroken run of each stream whose chain proves it, the marks and the state, as far as they can be read."""
     records: dict[str, list[tuple[Record, bytes]]] = {}
     marks: dict[str, StreamMarks] = {}
     state: dict[str, str] = {}
     try:
-        connection = sqlite3.connect(path, isolation_level=None)
+        connection = storage.connect(path, BUSY_TIMEOUT_MS / 1000)
     except sqlite3.Error:
         return records, marks, state
     try:
@@ -223,15 +217,15 @@ def _rebuild(
     recovery.lost[stream] = lost
 
 
-def _quarantine(path: Path, wall_ms: int) -> str:
+def _quarantine(storage: Storage, path: Path, wall_ms: int) -> str:
     """Set a damaged file and its companions aside; keep the newest `QUARANTINE_KEEP`."""
     target = path.with_name(f"{path.name}.damaged-{wall_ms}")
     for suffix in ("", "-wal", "-shm"):
         source = Path(f"{path}{suffix}")
-        if source.exists():
-            os.replace(source, f"{target}{suffix}")
-    kept = sorted((p for p in path.parent.glob(f"{path.name}.damaged-*") if not p.name.endswith(("-wal", "-shm"))), key=lambda p: p.name)
+        if storage.exists(source):
+            storage.replace(source, Path(f"{target}{suffix}"))
+    kept = [name for name in storage.names(path.parent, f"{path.name}.damaged-*") if not name.endswith(("-wal", "-shm"))]
     for old in kept[:-QUARANTINE_KEEP]:
         for suffix in ("", "-wal", "-shm"):
-            Path(f"{old}{suffix}").unlink(missing_ok=True)
+            storage.remove(path.with_name(f"{old}{suffix}"))
     return target.name

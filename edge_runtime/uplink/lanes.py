@@ -23,6 +23,9 @@ LIVE_LAG = 4_000
 RECEIPT_TIMEOUT_MS = 10_000
 """Silence of the hub about records that were sent; then everything unreceipted is sent again (the hub drops duplicates)."""
 
+IDLE_WAKE_MS = 3_600_000
+"""Where nothing is owed only an event changes anything; the processor of an idle edge need not be woken for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -103,6 +106,8 @@ class Lanes:
         """The edge has freed what is below `floor`."""
         lane = self.streams[stream]
         lane.floor = max(lane.floor, floor)
+        # What was dropped before the live lane came to it is never sent; without this the lane would ask for it for ever.
+        lane.live_next = max(lane.live_next, lane.floor)
 
     def receipt(self, stream: str, upto: int, held: int, want: list[list[int]], now_ms: int) -> None:
         """The hub's word on one stream; the first one after link-up decides where history starts."""
@@ -209,15 +214,21 @@ class Lanes:
 
     def wake_ms(self, now_ms: int) -> int:
         """Milliseconds until `next` or `silent` may answer differently without another event."""
-        wake = RECEIPT_TIMEOUT_MS
+        wake = RECEIPT_TIMEOUT_MS if self._owed() else IDLE_WAKE_MS
         for name, lane in self.streams.items():
             if lane.live_next <= lane.durable and lane.waiting_since_ms is not None:
-                wake = min(wake, max(1, lane.waiting_since_ms + LINGER_MS[name] - now_ms))
+                due_ms = lane.waiting_since_ms + LINGER_MS[name] - now_ms
+                if due_ms > 0:  # else it has lingered long enough and waits for an event: room, or the end of a quarantine
+                    wake = min(wake, due_ms)
         return wake
 
     def silent(self, now_ms: int) -> bool:
         """The hub has said nothing for too long about what was sent: start the lanes afresh (`link_up`)."""
         if not self.up or self.quarantine or now_ms - self._heard_ms < RECEIPT_TIMEOUT_MS:
             return False
+        return self._owed()
+
+    def _owed(self) -> bool:
+        """The hub has yet to say something: about what was sent, or where history starts."""
         sent = any(lane.live_next - 1 > lane.receipted or lane.history_next - 1 > lane.receipted for lane in self.streams.values())
         return sent or len(self._known) < len(self.streams)

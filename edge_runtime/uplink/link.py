@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ from ..contract.records import encode_batch
 from ..journal import Journal
 from ..metrics import Metrics
 from ..mqtt_session import Endpoint, MqttSession, SessionClosed, Will, run_session
+from ..pace import Pace
 from .backoff import Backoff
 from .lanes import Lanes, Send
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_S = 30.0
-"""How often the presence is said again while the link is up: the hub shows its age, and it carries the outage hours."""
+STATUS_TRUST_MS = 5_000
+"""Receipts of another hub than the one whose presence we heard may be late ones for so long after it; later they say that we missed a presence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,15 @@ class Uplink:
         presence: returns what the presence says besides names and times (site, devices, generation, ...).
         on_desired: called with each new desired state (or the error of a bad one and its generation, 0 if unknown).
         on_link: called with True and the hub's name when a hub is there, False and the reason when it is gone.
+        session: makes connections.
+        entropy: where the pauses between tries are drawn.
+        pace: how often the presence is said again.
     """
 
     def __init__(
         self, settings: UplinkSettings, journal: Journal, clock: Clock, metrics: Metrics, *, presence: Callable[[], dict[str, Any]],
         on_desired: Callable[[Desired], None], on_bad_desired: Callable[[ContractError, int], None], on_link: Callable[[bool, str], None],
+        session: Callable[..., MqttSession] = MqttSession, entropy: random.Random | None = None, pace: Pace | None = None,
     ) -> None:
         self._settings = settings
         self._journal = journal
@@ -63,11 +68,14 @@ class Uplink:
         self._on_bad_desired = on_bad_desired
         self._on_link = on_link
         self.lanes = Lanes(settings.inflight)
-        self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, settings.stable_after_s)
+        self._backoff = Backoff(settings.backoff_base_s, settings.backoff_cap_s, settings.stable_after_s, entropy)
+        self._make_session = session
+        self._pace = pace or Pace()
         self._session: MqttSession | None = None
         self._wake = asyncio.Event()
         self._retry = asyncio.Event()
         self._hub_boot = ""
+        self._status_ms = 0
         self.hub = ""
         self.connected = False
         self.last_error = ""
@@ -113,7 +121,7 @@ class Uplink:
 
     def _make(self, protocol5: bool) -> MqttSession:
         will = Will(topics.edge_topic(self._settings.edge, "status"), self._presence_payload("offline", "lost", bare=True))
-        return MqttSession(
+        return self._make_session(
             self._settings.endpoint, f"novacron-edge-{self._settings.edge}", self._message, will=will, keepalive_s=self._settings.keepalive_s,
             protocol5=protocol5,
         )
@@ -145,7 +153,7 @@ class Uplink:
 
     async def _heartbeat(self, session: MqttSession) -> None:
         while session.open:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(self._pace.heartbeat_s)
             self._publish_presence("online", "heartbeat")
 
     # -- presence ------------------------------------------------------------------------------------------------------------
@@ -197,7 +205,10 @@ class Uplink:
             return
         if self.lanes.up and status["boot"] == self._hub_boot:
             return
-        self.hub, self._hub_boot = status["hub"], status["boot"]
+        self._hub_here(status["hub"], status["boot"])
+
+    def _hub_here(self, hub: str, boot: str) -> None:
+        self.hub, self._hub_boot, self._status_ms = hub, boot, self._clock.mono_ms()
         was_up = self.lanes.up
         self._start_lanes()
         self._publish_presence("online", "hub")
@@ -210,7 +221,7 @@ class Uplink:
         self._wake.set()
 
     def _hub_gone(self, reason: str) -> None:
-        self._hub_boot = ""
+        self._hub_boot, self._status_ms = "", self._clock.mono_ms()
         if self.lanes.up:
             self.lanes.link_down()
             self._on_link(False, reason)
@@ -218,8 +229,13 @@ class Uplink:
     def _receipts(self, message: dict[str, Any]) -> None:
         if message["edge"] != self._settings.edge:
             raise ContractError("edge", f"is for {message['edge']!r}", "publish on that edge's topic", "topic")
-        if not self.lanes.up or message["boot"] != self._hub_boot:
-            return  # from a hub that has gone, or before its presence
+        if message["boot"] != self._hub_boot:
+            if self._clock.mono_ms() - self._status_ms < STATUS_TRUST_MS:
+                return  # from a hub that has gone, or before its presence
+            log.warning("hub %s answers, its presence was missed", message["hub"])
+            self._hub_here(message["hub"], message["boot"])
+        if not self.lanes.up:
+            return  # numbers are moved (`_rebase`)
         if message["quarantine"] != self.lanes.quarantine:
             self.lanes.quarantine = message["quarantine"]
             if self.lanes.quarantine:

@@ -5,6 +5,8 @@ A new implementation joins by a row in `IMPLEMENTATIONS`.
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -402,3 +404,13 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(StoreError, match="9999_of_a_newer_hub"):
         SqliteStore(path)
+
+
+def test_the_hub_says_in_one_line_that_its_store_is_damaged(tmp_path: Path) -> None:
+    damaged_header(filled(tmp_path, 1))
+    ran = subprocess.run(
+        [sys.executable, "-m", "hub", "--data-dir", str(tmp_path), "--broker", "embedded", "--broker-listen", "127.0.0.1:0", "--listen", "127.0.0.1:0"], capture_output=True, text=True, timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1, ran.stderr
+    assert ran.stderr.startswith("novacron-hub: data-dir: ") and "hub.db" in ran.stderr and "backup" in ran.stderr

@@ -126,6 +126,21 @@ async def test_receipts_free_records_and_the_floor_keeps_the_chain(tmp_path: Pat
     await journal.close()
 
 
+async def test_retention_leaves_what_the_next_start_reads(tmp_path: Path) -> None:
+    journal = make(tmp_path, retain_receipted_records=0)
+    journal.start()
+    await append(journal, "decision", 50)
+    journal.receipt("decision", 50)
+    journal.hold("decision", 20)
+    journal.effects_done("decision", 50)
+    await journal.upkeep()
+    assert journal.marks("decision").floor == 21
+    journal.hold("decision", 50)
+    await journal.upkeep()
+    assert journal.marks("decision").floor == 51
+    await journal.close()
+
+
 async def test_over_the_cap_the_oldest_telemetry_goes_counted_and_decisions_stay(tmp_path: Path) -> None:
     journal = make(tmp_path, telemetry_max_bytes=1 << 20, max_bytes=1 << 20)
     journal.start()

@@ -1,0 +1,286 @@
+"""A scenario: how large the world is, what its devices do, and which faults come when. Drawn from a seed, or read from a file.
+
+A fault is `{"at": seconds, "kind": ..., "edge": number, "for": seconds, "value": number}`; what `value` means stands in `FAULTS`.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FAULTS: dict[str, str] = {
+    "partition": "no message passes between the edge and the hub's broker; value 0 both ways, 1 only towards the broker, 2 only from it",
+    "hub_partition": "no message passes between the hub and its broker; value as for partition",
+    "flaky": "the broker loses, doubles and reorders this edge's messages; value is the probability of each",
+    "delay": "messages between the edge and the broker take value seconds more",
+    "broker_restart": "the hub's broker is away for so long and forgets sessions and retained messages",
+    "broker_slams": "the hub's broker accepts connections and closes them at once",
+    "bus_restart": "the edge's local broker is away for so long; value 1: it forgets sessions and retained messages",
+    "hub_restart": "the hub is killed and comes back after so long",
+    "hub_restore": "the hub is killed and comes back from its backup number value, counted from the newest (0)",
+    "power_cut": "power goes at the edge's next journal write but value; back after so long",
+    "kill": "the agent is killed (kill -9) and started again after so long",
+    "restart": "the agent is stopped in good order and started again after so long",
+    "disk_full": "only value bytes more than now fit on the edge's disk, for so long",
+    "slow_disk": "each fsync of the edge takes value seconds, for so long",
+    "clock_jump": "the edge's wall clock jumps by value seconds; set right after so long",
+    "clock_1970": "power goes at once and comes back after so long with the clock in 1970; set right value seconds later (-1: never)",
+    "desired": "the hub wants something else of the edge; value 0 rules, 1 twins, 2 a command, 3 rules that the edge must refuse",
+    "clone": "a second machine runs with an image of the edge's disk, for so long; value 1: copied while the edge runs on",
+    "refused": "the broker does not let the edge in (no valid certificate), for so long",
+}
+"""Every kind of fault and what it does."""
+
+KINDS = ("mixed", "mirror", "storm")
+"""`mixed`: all faults. `mirror`: an edge and its twin with the same devices, one of them with link faults; they must decide alike. `storm`:
+hundreds of edges that lose their broker again and again."""
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "seed": (int,), "hours": (int, float), "kind": (str,), "edges": (int,), "devices": (int,), "idle_s": (int, float), "burst_s": (int, float),
+    "telemetry_bytes": (int,), "retain": (int,), "wal_bytes": (int,), "bus_on_host": (bool,), "storage_keep": (int, float), "faults": (list,),
+}
+FAULT_FIELDS: dict[str, tuple[type, ...]] = {"at": (int, float), "kind": (str,), "edge": (int,), "for": (int, float), "value": (int, float)}
+
+
+class ScenarioError(ValueError):
+    """A scenario that cannot be run: where (file and line), which field, what would mend it."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """One fault; times in seconds."""
+
+    at: float
+    kind: str
+    edge: int = 0
+    lasts: float = 0.0
+    value: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a scenario file."""
+        return {"at": round(self.at, 3), "kind": self.kind, "edge": self.edge, "for": round(self.lasts, 3), "value": self.value}
+
+
+@dataclass(slots=True)
+class Scenario:
+    """One world.
+
+    Attributes:
+        idle_s, burst_s: seconds between two readings of a device in quiet times and around faults.
+        telemetry_bytes: the edges' cap for telemetry.
+        retain: receipted records per stream that an edge keeps.
+        wal_bytes: how large a new WAL is made.
+        bus_on_host: the local broker loses power with the edge.
+        storage_keep: probability that an unsynced write survives a power cut.
+    """
+
+    seed: int
+    hours: float = 72.0
+    kind: str = "mixed"
+    edges: int = 1
+    devices: int = 2
+    idle_s: float = 900.0
+    burst_s: float = 10.0
+    telemetry_bytes: int = 4 << 20
+    retain: int = 500
+    wal_bytes: int = 1 << 17
+    bus_on_host: bool = False
+    storage_keep: float = 0.5
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the run before the quiet end."""
+        return self.hours * 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a scenario file."""
+        out = asdict(self)
+        out["faults"] = [fault.to_json() for fault in self.faults]
+        return out
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------------------
+
+WEIGHTS: dict[str, float] = {
+    "partition": 5, "hub_partition": 1, "flaky": 4, "delay": 1.5, "broker_restart": 2, "broker_slams": 0.7, "bus_restart": 1.5, "hub_restart": 2,
+    "hub_restore": 1.2, "power_cut": 6, "kill": 2, "restart": 1, "disk_full": 1, "slow_disk": 1, "clock_jump": 1, "clock_1970": 1, "desired": 5,
+    "clone": 0.25, "refused": 0.4,
+}
+"""How often each kind is drawn in a mixed world, relative to the others."""
+
+QUIET_START_S = 600.0
+"""No fault before: everybody has come up."""
+
+
+def draw(seed: int, hours: float, kind: str = "") -> Scenario:
+    """The scenario of a seed."""
+    chance = random.Random(f"scenario {seed}")
+    if not kind:
+        kind = chance.choices(KINDS, (0.9, 0.07, 0.03))[0]
+    made = Scenario(seed, hours, kind)
+    made.bus_on_host = chance.random() < 0.5
+    made.storage_keep = chance.choice((0.0, 0.3, 0.5, 0.9, 1.0))
+    made.retain = chance.choice((20, 100, 500, 10_000))
+    made.wal_bytes = chance.choice((1 << 15, 1 << 17, 1 << 20))
+    if kind == "storm":
+        _draw_storm(made, chance)
+        return made
+    if kind == "mirror":
+        made.edges, made.devices = 2, chance.randrange(1, 4)
+        weights = {name: WEIGHTS[name] for name in ("partition", "hub_partition", "flaky", "delay", "broker_restart", "hub_restart", "hub_restore")}
+    else:
+        made.edges = chance.choices((1, 2, 3, 6), (0.5, 0.3, 0.15, 0.05))[0]
+        made.devices = chance.randrange(1, 4) if made.edges < 4 else 1
+        weights = dict(WEIGHTS)
+        if made.edges > 3:
+            weights["clone"] = 0.0
+        if chance.random() < 0.2:
+            made.telemetry_bytes = 1 << 18
+    made.idle_s = chance.uniform(600, 3600) * max(1.0, made.edges * made.devices / 2) * max(1.0, hours / 72)
+    made.burst_s = chance.choice((2.0, 5.0, 10.0, 20.0))
+    episodes = max(2, round(chance.uniform(4, 9) * min(1.0, hours / 72) ** 0.5))
+    for _ in range(episodes):
+        at = chance.uniform(QUIET_START_S, max(QUIET_START_S + 1, made.seconds - 1800))
+        for _ in range(chance.choices((1, 2, 3, 4), (3, 3, 2, 1))[0]):
+            made.faults += _draw_fault(made, chance, weights, at + chance.uniform(0, 300))
+    made.faults.sort(key=lambda fault: fault.at)
+    return made
+
+
+def _draw_fault(made: Scenario, chance: random.Random, weights: dict[str, float], at: float) -> list[Fault]:
+    kind = chance.choices(list(weights), list(weights.values()))[0]
+    edge = chance.randrange(made.edges) if made.kind != "mirror" else 0
+    left = max(60.0, made.seconds - at)
+    lasts = min(chance.choice((5, 20, 60, 300)) * chance.uniform(0.5, 2), left)
+    if kind in ("partition", "hub_partition"):
+        if kind == "partition" and chance.random() < 0.25:
+            lasts = min(chance.uniform(0.1, 0.6) * made.seconds, left)
+        found = [Fault(at, kind, edge, lasts, chance.choice((0, 0, 1, 2)))]
+        if made.kind != "mirror" and chance.random() < 0.4:
+            found.append(Fault(at + lasts * chance.random(), "desired", edge, 0, chance.choice((0, 0, 1, 2, 3))))
+        return found
+    value = {
+        "flaky": chance.choice((0.02, 0.1, 0.3)), "delay": chance.uniform(0.2, 8.0), "bus_restart": float(chance.random() < 0.5),
+        "hub_restore": chance.randrange(3), "power_cut": chance.choice((0, 1, 2, 3, 5, 8, 13, 40)), "disk_full": chance.choice((0, 4096, 40_000, 200_000)),
+        "slow_disk": chance.choice((0.003, 0.03, 0.3)), "clock_jump": chance.choice((-86_400, -3600, -5, 5, 3600, 30 * 86_400)),
+        "clock_1970": chance.choice((5, 60, 3600, -1)), "clone": chance.randrange(2), "desired": chance.choice((0, 0, 1, 2, 3)),
+    }.get(kind, 0)
+    if kind == "flaky" and made.kind == "mixed" and chance.random() < 0.4:
+        return [Fault(at, kind, edge, lasts, value), Fault(at + lasts * chance.random(), chance.choice(("desired", "desired", "hub_restart")), edge, 5)]
+    if kind == "power_cut" and chance.random() < 0.4:  # again, while it recovers
+        return [Fault(at, kind, edge, 3, value), Fault(at + 3.5, kind, edge, 3, chance.randrange(12)), Fault(at + 7.5, kind, edge, lasts, chance.randrange(12))]
+    return [Fault(at, kind, edge, lasts, value)]
+
+
+def _draw_storm(made: Scenario, chance: random.Random) -> None:
+    made.edges, made.devices = chance.choice((100, 200, 300)), 1
+    made.hours = min(made.hours, 1.0)
+    made.idle_s = made.burst_s = 1200.0
+    made.wal_bytes, made.retain = 1 << 15, 100
+    at = 600.0
+    for _ in range(2):
+        made.faults.append(Fault(at, "broker_restart", 0, chance.choice((10, 60, 180))))
+        at += 700
+    for edge in range(0, made.edges, 25):
+        made.faults.append(Fault(700 + edge, "refused", edge, 600))
+    made.faults.append(Fault(at, "hub_restart", 0, 20))
+    made.faults.sort(key=lambda fault: fault.at)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------------------
+
+def line_of(text: str, keys: list[str | int]) -> int:
+    """The line of `text` (JSON that parses) where the value at `keys` stands."""
+    decoder = json.JSONDecoder()
+    position = 0
+
+    def skip() -> None:
+        nonlocal position
+        while position < len(text) and text[position] in " \t\r\n:,":
+            position += 1
+
+    for key in keys:
+        skip()
+        if position >= len(text) or text[position] not in "{[":
+            break
+        position += 1
+        index = 0
+        while True:
+            skip()
+            if position >= len(text) or text[position] in "}]":
+                break
+            if isinstance(key, str):
+                name, position = decoder.raw_decode(text, position)
+                skip()
+                if name == key:
+                    break
+            elif index == key:
+                break
+            index += 1
+            _, position = decoder.raw_decode(text, position)
+    skip()
+    return text.count("\n", 0, position) + 1
+
+
+def parse(text: str, where: str, seed: int | None = None, hours: float | None = None) -> Scenario:
+    """A scenario file's text; what it leaves out is drawn from its seed. Raises `ScenarioError` with line and field."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ScenarioError(f"{where}:{getattr(error, 'lineno', 1)}: not JSON ({error}); send one JSON object") from None
+    if not isinstance(value, dict):
+        raise ScenarioError(f"{where}:1: is {type(value).__name__}, not an object; write {{\"seed\": 1, \"faults\": [...]}}")
+
+    def bad(keys: list[str | int], problem: str) -> ScenarioError:
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+        return ScenarioError(f"{where}:{line_of(text, keys)}: field {name}: {problem}")
+
+    for key, given in value.items():
+        if key not in FIELDS:
+            raise bad([key], f"is unknown; use {', '.join(FIELDS)}")
+        if not isinstance(given, FIELDS[key]) or (isinstance(given, bool) and bool not in FIELDS[key]):
+            raise bad([key], f"is {type(given).__name__}; give {' or '.join(kind.__name__ for kind in FIELDS[key])}")
+    if value.get("kind", "mixed") not in KINDS:
+        raise bad(["kind"], f"{value['kind']!r} is unknown; use {', '.join(KINDS)}")
+    for key, low, high in (("hours", 0.01, 10_000), ("edges", 1, 1000), ("devices", 1, 20), ("idle_s", 0.1, 86_400), ("burst_s", 0.1, 86_400), ("storage_keep", 0, 1), ("retain", 0, 1e7)):
+        if key in value and not low <= value[key] <= high:
+            raise bad([key], f"{value[key]} is outside {low}..{high}")
+    made = draw(int(value.get("seed", seed or 0)), float(value.get("hours", hours or 72.0)), value.get("kind", "mixed" if "faults" in value else ""))
+    for key, given in value.items():
+        if key != "faults":
+            setattr(made, key, given)
+    if "faults" in value:
+        made.faults = []
+        for index, entry in enumerate(value["faults"]):
+            here: list[str | int] = ["faults", index]
+            if not isinstance(entry, dict):
+                raise bad(here, f"is {type(entry).__name__}; give an object with {', '.join(FAULT_FIELDS)}")
+            for key, given in entry.items():
+                if key not in FAULT_FIELDS:
+                    raise bad([*here, key], f"is unknown; use {', '.join(FAULT_FIELDS)}")
+                if not isinstance(given, FAULT_FIELDS[key]) or isinstance(given, bool):
+                    raise bad([*here, key], f"is {type(given).__name__}; give {' or '.join(kind.__name__ for kind in FAULT_FIELDS[key])}")
+            for key in ("at", "kind"):
+                if key not in entry:
+                    raise bad(here, f"has no {key}; give at and kind")
+            if entry["kind"] not in FAULTS:
+                raise bad([*here, "kind"], f"{entry['kind']!r} is unknown; use {', '.join(FAULTS)}")
+            if not 0 <= entry.get("edge", 0) < made.edges:
+                raise bad([*here, "edge"], f"{entry['edge']} is not one of the {made.edges} edges; give 0 to {made.edges - 1}")
+            if not 0 <= entry["at"] <= made.seconds or not 0 <= entry.get("for", 0) <= made.seconds:
+                raise bad([*here, "at"], f"lies outside the {made.hours} hours; give seconds from 0 to {made.seconds:.0f}")
+            made.faults.append(Fault(float(entry["at"]), entry["kind"], entry.get("edge", 0), float(entry.get("for", 0)), entry.get("value", 0)))
+        made.faults.sort(key=lambda fault: fault.at)
+    else:
+        made.faults = [fault for fault in made.faults if fault.edge < made.edges and fault.at <= made.seconds]
+    return made
+
+
+def load(path: Path, seed: int | None = None, hours: float | None = None) -> Scenario:
+    """A scenario file; raises `ScenarioError`."""
+    try:
+        return parse(path.read_text(), str(path), seed, hours)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}:1: cannot be read: {error}") from None

@@ -1,0 +1,224 @@
+"""Run the simulator: the shipped edge and hub code through partitions, power cuts, full disks and wrong clocks, deterministic by seed.
+
+    python -m tools.simulate --seeds 1000 --hours 72 --json      many seeds; 0 where no promise is broken
+    python -m tools.simulate --seed 7 --hours 72 --trace FILE    one seed again, its whole trace in a file
+    python -m tools.simulate --scenario FILE                     a scenario of your own (tests/simulation/README.md)
+    python -m tools.simulate --controls --json                   planted bugs: each must be caught
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.bench.harness import ROOT, machine, note, percentile, report, spread
+
+TASKS_PER_PROCESS = 25
+"""Runs after which a worker process is replaced: bounds what its memory grows to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run."""
+
+    seed: int
+    hours: float
+    kind: str = ""
+    control: str = ""
+    scenario: str = ""
+    trace: str = ""
+
+    def replay(self) -> str:
+        """The command that runs it again."""
+        words = ["python -m tools.simulate"]
+        words += [f"--scenario {self.scenario}"] if self.scenario else [f"--seed {self.seed} --hours {self.hours:g}"]
+        words += [f"--kind {self.kind}"] if self.kind else []
+        words += [f"--control {self.control}"] if self.control else []
+        return " ".join(words)
+
+
+def run_job(job: Job) -> tuple[Job, Any]:
+    """Run one; returns its `Outcome`."""
+    from tests.simulation.controls import planted
+    from tests.simulation.scenario import draw, load
+    from tests.simulation.world import simulate
+
+    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(planted(job.control))
+        trace = stack.enter_context(open(job.trace, "w")) if job.trace else None
+        return job, simulate(scenario, trace)
+
+
+def run_control(name: str) -> tuple[str, int, float, tuple[str, str, str] | None, str]:
+    """Try seeds until the planted bug is caught: name, seeds tried, CPU seconds, the violation, the command that shows it again."""
+    from tests.simulation.controls import CONTROLS, HOURS, SEEDS_MAX
+    from tests.simulation.scenario import KINDS, draw
+
+    control = CONTROLS[name]
+    kind = next((need for need in control.needs if need in KINDS), "")
+    tried, seconds, seed = 0, 0.0, 0
+    while tried < SEEDS_MAX:
+        seed += 1
+        faults = {fault.kind for fault in draw(seed, HOURS, kind).faults}
+        if not all(need in faults or need == kind for need in control.needs):
+            continue
+        tried += 1
+        job, outcome = run_job(Job(seed, HOURS, kind, name))
+        seconds += outcome.cpu_s
+        if outcome.failure and not run_job(Job(seed, HOURS, kind))[1].failure:  # what is broken without it proves nothing
+            return name, tried, seconds, outcome.failure, job.replay()
+    return name, tried, seconds, None, ""
+
+
+def spread_over(jobs: int, function: Any, items: Iterable[Any]) -> Iterator[Any]:
+    """`function` over `items` in `jobs` processes; results as they come."""
+    if jobs <= 1:
+        yield from map(function, items)
+        return
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=TASKS_PER_PROCESS) as pool:
+        yield from pool.imap_unordered(function, items)
+
+
+def read_seeds(path: Path, hours: float) -> list[Job]:
+    """A file with one seed a line: a number, or an object with `seed` and perhaps `hours` and `kind`. Errors name line and field."""
+    from tests.simulation.scenario import KINDS, ScenarioError
+
+    jobs: list[Job] = []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}:1: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError:
+            raise ScenarioError(f"{path}:{number}: field seed: {text[:40]!r} is neither a number nor a JSON object; write 17 or {{\"seed\": 17, \"hours\": 72}}") from None
+        entry = value if isinstance(value, dict) else {"seed": value}
+        for key in entry:
+            if key not in ("seed", "hours", "kind"):
+                raise ScenarioError(f"{path}:{number}: field {key}: is unknown; use seed, hours, kind")
+        if type(entry.get("seed")) is not int or entry["seed"] < 0:
+            raise ScenarioError(f"{path}:{number}: field seed: {entry.get('seed')!r} is not a whole number from 0")
+        if type(entry.get("hours", hours)) not in (int, float) or not 0 < entry.get("hours", hours) <= 10_000:
+            raise ScenarioError(f"{path}:{number}: field hours: {entry['hours']!r} is not a number of hours up to 10000")
+        if entry.get("kind", "") not in ("", *KINDS):
+            raise ScenarioError(f"{path}:{number}: field kind: {entry['kind']!r} is unknown; use {', '.join(KINDS)}")
+        jobs.append(Job(entry["seed"], float(entry.get("hours", hours)), entry.get("kind", "")))
+    if not jobs:
+        raise ScenarioError(f"{path}:1: field seed: no line holds one")
+    return jobs
+
+
+def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -> int:
+    """Run all; exit status."""
+    failures: list[dict[str, Any]] = []
+    times: list[float] = []
+    checks: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    hours = 0.0
+    last = ""
+    for job, outcome in spread_over(min(options.jobs, len(jobs)), run_job, jobs):
+        times.append(outcome.cpu_s)
+        checks.update(outcome.checks)
+        kinds[outcome.kind] += 1
+        hours += outcome.hours
+        if outcome.failure:
+            promise, who, what = outcome.failure
+            last = job.replay()
+            failures.append({"seed": job.seed, "hours": job.hours, "promise": promise, "who": who, "what": what[:400], "replay": last})
+            if not options.json:
+                print("\n".join(outcome.trace))
+                print(f"seed {job.seed}: '{promise}' is broken at {who}: {what}", flush=True)
+        elif len(jobs) == 1:
+            note(options, f"seed {job.seed} ({outcome.kind}): all promises kept, trace {outcome.digest}, {outcome.cpu_s:.2f} s, checked {dict(outcome.checks)}")
+        if len(times) % 50 == 0:
+            note(options, f"{len(times)} of {len(jobs)} seeds, {len(failures)} violations, {sum(times) / len(times):.2f} s each")
+    details = {
+        "failures": failures[:50], "seconds_per_seed": round(sum(times) / max(1, len(times)), 3), "seconds_p99": round(percentile(times, 0.99), 3), "kinds": dict(kinds),
+        "virtual_hours": hours, "checked": dict(checks),
+    }
+    if len(jobs) == 1:
+        details["trace"] = outcome.digest
+    ok = not failures and len(times) == len(jobs)
+    promise = "every promise is kept through all faults: nothing lost or doubled, order, decisions, desired state, limits, fairness"
+    if options.json:
+        return report(options, about, promise, len(failures), f"violations in {len(jobs)} seeds x {jobs[0].hours:g} h", ok, spread_=spread(times), details=details)
+    print(f"{len(times)} runs, {len(failures)} violations, {details['seconds_per_seed']} s of CPU each")
+    if failures:
+        print(last)
+    return 0 if ok else 1
+
+
+def controls(options: argparse.Namespace, about: dict[str, Any]) -> int:
+    """Run the planted bugs; exit status."""
+    from tests.simulation.controls import CONTROLS
+
+    found: dict[str, Any] = {}
+    seconds: list[float] = []
+    for name, tried, took, failure, replay in spread_over(options.jobs, run_control, list(CONTROLS)):
+        seconds.append(took)
+        found[name] = {"caught": failure is not None, "bug": CONTROLS[name].text, "promise": failure[0] if failure else None, "seeds": tried, "replay": replay}
+        note(options, f"{name:32} {'caught by: ' + failure[0] if failure else 'NOT CAUGHT'} ({tried} seeds, {took:.1f} s)")
+    caught = sum(entry["caught"] for entry in found.values())
+    return report(
+        options, about, "each planted bug is caught", caught, f"of {len(CONTROLS)} controls", caught == len(CONTROLS), spread_=spread(seconds),
+        details={name: found[name] for name in sorted(found)},
+    )
+
+
+def main() -> int:
+    """The command."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # Text hashes must be the same in every process, or one forgotten set would make two runs of a seed differ.
+        os.execve(sys.executable, [sys.executable, "-m", "tools.simulate", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))})
+    from tests.simulation.controls import CONTROLS
+    from tests.simulation.scenario import KINDS, ScenarioError, load
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="see tests/simulation/README.md")
+    parser.add_argument("--hours", type=float, default=72.0, help="virtual hours of each run")
+    parser.add_argument("--seeds", type=int, default=20, help="how many seeds, from --first")
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--seed", type=int, help="one seed")
+    parser.add_argument("--seed-file", type=Path, help="a file with one seed a line")
+    parser.add_argument("--scenario", type=Path, help="a scenario file (JSON)")
+    parser.add_argument("--kind", choices=KINDS, default="", help="draw only this kind of world")
+    parser.add_argument("--control", choices=sorted(CONTROLS), default="", metavar="NAME", help="plant this bug")
+    parser.add_argument("--controls", action="store_true", help="plant every bug, one after the other")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--trace", default="", metavar="FILE", help="write the whole trace of one seed")
+    parser.add_argument("--json", action="store_true", help="only the JSON object")
+    options = parser.parse_args()
+    about = machine()
+    if not 0 < options.hours <= 10_000 or options.seeds < 1 or options.jobs < 1:
+        parser.error("--hours takes up to 10000, --seeds and --jobs at least 1")
+    try:
+        if options.controls:
+            return controls(options, about)
+        if options.scenario:
+            scenario = load(options.scenario, options.seed, options.hours)
+            jobs = [Job(scenario.seed, scenario.hours, "", options.control, str(options.scenario), options.trace)]
+        elif options.seed_file:
+            jobs = read_seeds(options.seed_file, options.hours)
+        elif options.seed is not None:
+            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace)]
+        else:
+            jobs = [Job(seed, options.hours, options.kind, options.control) for seed in range(options.first, options.first + options.seeds)]
+        return seeds(options, jobs, about)
+    except ScenarioError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
