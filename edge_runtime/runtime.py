@@ -18,6 +18,8 @@ from .contract.desired import Desired, parse_desired
 from .contract.errors import ContractError
 from .contract.operations import Operation
 from .contract.records import Record
+from .decisions.detectors import DetectorStateError
+from .decisions.detectors.bank import KEPT_APART_MS, MAX_DETECTORS
 from .decisions.engine import DecisionEngine
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
@@ -44,6 +46,9 @@ COMMANDS_REMEMBERED = 512
 
 ENGINE_STATE_S = 30.0
 """How often the rules' latches and timers are kept. A latch that changes with a decision is in that decision's record as well."""
+
+DETECTORS_KEPT_MAX = 16
+"""Detectors written in one such round: at most 16 KiB each, so at most 9 KiB/s, and a thousand of them take turns of half an hour."""
 
 
 class EdgeRuntime:
@@ -115,6 +120,7 @@ class EdgeRuntime:
         engine_state = self.journal.state("engine")
         if isinstance(engine_state, dict):
             self.engine.import_state(engine_state, self.clock.mono_ms())
+        self._restore_detectors()
         loop = asyncio.get_running_loop()
         if self.config.bus.enabled and self.config.bus.url:
             self._start_bus()
@@ -158,6 +164,7 @@ class EdgeRuntime:
         if self.bus is not None:
             await self.bus.stop()
         self.journal.put_state("engine", self._engine_state())
+        self._keep_detectors(MAX_DETECTORS, 0)
         self.journal.append("event", "shutdown", {"reason": reason})
         try:
             await asyncio.wait_for(self.journal.flush(), 10)
@@ -240,6 +247,29 @@ class EdgeRuntime:
             if any(entry[2] or entry[3] >= 0 for entry in state["states"]) or last:
                 last = bool(state["states"])
                 self.journal.put_state("engine", state)
+            self._keep_detectors(DETECTORS_KEPT_MAX, KEPT_APART_MS)
+
+    def _keep_detectors(self, limit: int, apart_ms: int) -> None:
+        """Write down what detectors learned, each in a state document of its own; forget those that no rule asks about."""
+        for device, metric in self.engine.detectors.take_gone():
+            self.journal.put_state(f"detector/{device}/{metric}", None)
+        for device, metric, state in self.engine.detectors.take_changed(self.clock.mono_ms(), limit, apart_ms):
+            self.journal.put_state(f"detector/{device}/{metric}", state)
+
+    def _restore_detectors(self) -> None:
+        """Every detector goes on from what it knew; one whose state is damaged or unknown starts anew, and this is told."""
+        for key in self.journal.state_keys("detector/"):
+            _, device, metric = key.split("/", 2)
+            if not self.engine.asks_detector(device, metric):
+                self.journal.put_state(key, None)
+                continue
+            try:
+                self.engine.detectors.restore(device, metric, self.journal.state(key), self.clock.mono_ms())
+            except DetectorStateError as error:
+                self.metrics.inc("detectors_refused_total")
+                log.error("the detector of %s %s starts anew: %s", device, metric, error)
+                self.journal.append("event", "detector", {"device": device, "metric": metric, "outcome": "refused", "reason": str(error)[:500]})
+                self.journal.put_state(key, None)
 
     def _engine_state(self) -> dict[str, Any]:
         return {**self.engine.export_state(self.clock.mono_ms()), "decisions": self.journal.durable("decision")}
