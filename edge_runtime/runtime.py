@@ -259,7 +259,7 @@ class EdgeRuntime:
     def _restore_detectors(self) -> None:
         """Every detector goes on from what it knew; one whose state is damaged or unknown starts anew, and this is told."""
         for key in self.journal.state_keys("detector/"):
-            _, device, metric = key.split("/", 2)
+            device, _, metric = key.removeprefix("detector/").partition("/")
             if not self.engine.asks_detector(device, metric):
                 self.journal.put_state(key, None)
                 continue
@@ -560,6 +560,8 @@ class EdgeRuntime:
         ):
             gauge(name, text, read)  # type: ignore[arg-type]
             metrics.describe(name, "counter", text)
+        metrics.describe("detectors_refused_total", "counter", "Detectors whose kept state was damaged or unknown; they started anew.")
+        gauge("detectors", "Detectors that learn.", lambda: len(self.engine.detectors))
         metrics.describe("device_rejected_messages_total", "counter", "Device messages refused, by reason.")
         metrics.describe("uplink_rejected_messages_total", "counter", "Hub messages refused, by reason.")
 

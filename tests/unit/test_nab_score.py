@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.bench.nab import LooksAhead, check_no_look_ahead, detect
+from edge_runtime.decisions.detectors import Detector
+from tools.bench.nab import BAR, LooksAhead, check_no_look_ahead, cross_validated, detect
 from tools.bench.nab_score import PROFILES, Profile, Stream, gains, probation, read_corpus, score_corpus, sigmoid
 
+DATA = Path(os.environ.get("NOVACRON_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "nab"
 STANDARD, LOW_FP, LOW_FN = PROFILES
 ROWS, WINDOWS = 1000, ((400, 449), (700, 749))
 STREAM = Stream("made/one.csv", tuple(range(0, ROWS * 60_000, 60_000)), (0.0,) * ROWS, WINDOWS)
@@ -164,3 +167,26 @@ def test_a_corpus_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("timestamp,value\n2014-04-01 00:00:00,1\n2014-04-01 00:05:00,much\n")
     with pytest.raises(ValueError, match=r"a\.csv, line 3"):
         read_corpus(tmp_path)
+
+
+def test_a_threshold_chosen_elsewhere_is_what_cross_validation_scores() -> None:
+    """Each stream is perfect with a threshold of its own, which is too high or too low for the other."""
+    loud = [0.9 if row in (400, 700) else 0.5 if row % 10 == 5 else 0.0 for row in range(ROWS)]
+    soft = [0.4 if row in (400, 700) else 0.0 for row in range(ROWS)]
+    corpus = [(Stream("a/1.csv", STREAM.times_ms, STREAM.values, WINDOWS), loud), (Stream("b/2.csv", STREAM.times_ms, STREAM.values, WINDOWS), soft)]
+    assert cross_validated(corpus, STANDARD, lambda name: name) < score_corpus(corpus, STANDARD).score
+    assert cross_validated([corpus[0], (Stream("b/1.csv", STREAM.times_ms, STREAM.values, WINDOWS), loud)], STANDARD, lambda name: name) == pytest.approx(100)
+    assert math.isnan(cross_validated(corpus, STANDARD, lambda name: 0))
+
+
+@pytest.mark.skipif(not (DATA / "windows.json").is_file(), reason=f"no benchmark streams in {DATA}; set NOVACRON_DATA to the folder that holds nab/")
+def test_the_detector_reaches_the_bar_on_the_benchmark_s_streams() -> None:
+    corpus = []
+    for stream in read_corpus(DATA):
+        detector = Detector()
+        corpus.append((stream, detect(lambda at_ms, value, detector=detector: detector.observe(at_ms, value).score, stream)))
+        assert len(detector.export_state()) <= 65_536, stream.name
+    assert score_corpus(corpus, STANDARD).score >= BAR
+    assert cross_validated(corpus, STANDARD, lambda name: name.rpartition("/")[0]) >= BAR - 5
+    shuffled = [(stream, scores[::-1]) for stream, scores in corpus]
+    assert score_corpus(shuffled, STANDARD).score < 40, "the same scores at the wrong times are worth little"
