@@ -1,10 +1,8 @@
 """One stream of readings in; how strange each is, what it is worth, and when a line will be crossed, out. Pure: no clock, no I/O.
 
-Two novelties are measured, each against all that lies in living memory: that of the value itself, and that of its distance from the daily, weekly or
-other pattern where one is proven. An alarm is the first of an episode: what follows within `COOL_DOWN` readings scores only where it is stranger still,
-so that one fault is one alarm.
+An alarm is the first of an episode: what follows within `COOL_DOWN` readings scores only where it is stranger still, so that one fault is one alarm.
 
-Never raises at a value, never becomes NaN, bounded memory (about 20 KiB of state at most).
+Never raises at a value, never becomes NaN, bounded memory (state of at most 32 KiB).
 """
 
 import math
@@ -12,31 +10,15 @@ from collections import deque
 from typing import NamedTuple
 
 from .forecast import SURE, Crossing, Forecast
-from .novelty import Novelty
 from .packing import DetectorStateError, Packer, Unpacker
 from .quality import BACKWARDS, GAP, NOT_FINITE, OUT_OF_RANGE, SPIKE, SUSPECT, QualityGate
-from .season import Season
-
-STRANGE = 0.02
-"""Distance from everything seen, in units of the scale (about the range), that scores 0.99: a fiftieth of what the metric ever did. It is the one number
-between alarms and silence; 0.015 to 0.03 do about equally well over many kinds of streams."""
-
-SEASON_WEIGHT = 0.15
-"""What a distance in the deviation from the pattern counts against one in the value: the deviations' range is small, so theirs is easily a large part of it."""
-
-VALUE_POINTS = 256
-DEVIATION_POINTS = 128
-"""Points of the two novelties: finer ones score the same on every stream that was tried."""
-
-DEVIATION_WARM_UP = 600
-"""Readings under a proven pattern before a deviation from it counts: the range of deviations is learned more slowly than that of values, because the
-pattern itself still moves."""
+from .strangeness import Strangeness
 
 COOL_DOWN = 120
 """Readings after something strange within which only something stranger counts."""
 
 FAINT = 0.2
-"""Strangeness (in units of `STRANGE`) below which a reading is nothing and leaves no trace in the cool-down."""
+"""Strangeness (1 is strange) below which a reading is nothing and leaves no trace in the cool-down."""
 
 EPISODE_MAX = 64
 """Entries of the cool-down, whose strangeness only falls from oldest to newest: more are not needed to tell the strangest."""
@@ -45,7 +27,7 @@ LARGEST = 1e100
 """Magnitude to which values are cut, so that no difference or square overflows; a quality says so long before."""
 
 STRANGEST = 1e6
-"""Most that is told, in units of `STRANGE`: keeps the arithmetic finite where a scale is next to nothing."""
+"""Most strangeness that is told: keeps the arithmetic finite where a scale is next to nothing."""
 
 USUAL = 0.125
 """Weight of the newest value in what is expected where no pattern is proven."""
@@ -76,13 +58,11 @@ class Detector:
     `observe` readings in their order; `newest` is the last answer; `time_to` asks for a threshold; `export_state` and `from_state` carry it over a restart.
     """
 
-    __slots__ = ("_count", "_deviation", "_episode", "_forecast", "_gate", "_season", "_usual", "_value", "newest")
+    __slots__ = ("_count", "_episode", "_forecast", "_gate", "_strangeness", "_usual", "newest")
 
     def __init__(self) -> None:
         self._gate = QualityGate()
-        self._value = Novelty(VALUE_POINTS)
-        self._deviation = Novelty(DEVIATION_POINTS, DEVIATION_WARM_UP)
-        self._season = Season()
+        self._strangeness = Strangeness()
         self._forecast = Forecast()
         self._episode: deque[tuple[int, float]] = deque(maxlen=EPISODE_MAX)
         self._count = 0
@@ -100,7 +80,7 @@ class Detector:
             value = float(value)
         except OverflowError:  # an integer beyond every double
             value = math.inf
-        expected = self._season.expected(at_ms)
+        expected = self._strangeness.season.expected(at_ms)
         if expected is None:
             expected = self._usual
         if not math.isfinite(value):
@@ -113,26 +93,21 @@ class Detector:
         quality = gate.observe(at_ms, value)
         self._count += 1
         if quality is SUSPECT:
-            strangeness = self._value.distance(value) / STRANGE
+            strangeness = self._strangeness.of_value(value)
         else:
             strangeness = self._learn(at_ms, value, apart_ms, quality)
         self.newest = Observation(self._alarm(strangeness), quality, read, expected)
         return self.newest
 
     def _learn(self, at_ms: int, value: float, apart_ms: int, quality: str) -> float:
-        """Strangeness in units of `STRANGE`; the value is learned."""
-        strangeness = self._value.observe(value) / STRANGE
-        season = self._season
-        pattern = season.expected(at_ms)
-        if pattern is not None:
-            strangeness = max(strangeness, SEASON_WEIGHT * self._deviation.observe(value - pattern) / STRANGE)
-        if season.learn(at_ms, value, apart_ms, self._gate.interval_ms):
-            self._deviation = Novelty(DEVIATION_POINTS, DEVIATION_WARM_UP)
+        """The strangeness of a value, which is learned."""
+        strangeness, changed = self._strangeness.observe(at_ms, value, apart_ms, self._gate.interval_ms)
+        if changed:
             self._forecast.restart()
         if quality is GAP or quality is BACKWARDS:
             self._forecast.restart()
         if quality is not SPIKE:
-            pattern = season.expected(at_ms)
+            pattern = self._strangeness.season.expected(at_ms)
             self._forecast.add(at_ms, value if pattern is None else value - pattern)
             self._usual = value if self._usual is None else self._usual + USUAL * (value - self._usual)
         return strangeness
@@ -159,7 +134,7 @@ class Detector:
         sign = 1.0 if rising else -1.0
         if sign * (newest.value - threshold) >= 0:
             return Crossing(0, 0, 0)
-        season = self._season
+        season = self._strangeness.season
         if season.active < 0:
             return self._forecast.crossing(threshold, rising)
         line = self._forecast.line()
@@ -191,9 +166,7 @@ class Detector:
         into.put(self._count, self._usual is not None, self._usual or 0.0)
         into.put_list(item for entry in self._episode for item in entry)
         self._gate.pack(into)
-        self._value.pack(into)
-        self._deviation.pack(into)
-        self._season.pack(into)
+        self._strangeness.pack(into)
         self._forecast.pack(into)
         return into.text()
 
@@ -209,9 +182,7 @@ class Detector:
         source.expect(len(episode) % 2 == 0, "episode")
         made._episode.extend((int(at), strangeness) for at, strangeness in zip(episode[::2], episode[1::2], strict=True))
         made._gate = QualityGate.unpack(source)
-        made._value = Novelty.unpack(source, VALUE_POINTS)
-        made._deviation = Novelty.unpack(source, DEVIATION_POINTS, DEVIATION_WARM_UP)
-        made._season = Season.unpack(source)
+        made._strangeness = Strangeness.unpack(source)
         made._forecast = Forecast.unpack(source)
         source.end()
         return made

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from .packing import Packer, Unpacker
 
-MEMORY = 5_000
-"""Readings that a point lives after its last visit. Between 4,000 and 6,000 nothing changes; 1,500 forgets the weekend, for ever never re-arms."""
+MEMORY = 6_000
+"""Readings that a point lives after its last visit. Between 4,000 and 7,000 little changes; 1,500 forgets the weekend, for ever never re-arms."""
 
 SWEEP = 64
 """Readings between two looks for points to forget and the range: bounds how stale the range is."""
@@ -23,9 +23,9 @@ COVER = 1.0 / 1024
 TAIL = 0.005
 """Share of visits cut off at either end for the inner range."""
 
-FULL_SHARE = 0.625
+FULL_SHARE = 0.4
 """Weight (in the exponent) of the full range against the inner one in the scale: with the full range alone one wild value hides the next, with the inner
-alone a heavy tail alarms at every step. Between 0.4 and 0.75 nothing changes."""
+alone a heavy tail alarms at every step. Between 0.3 and 0.6 little changes."""
 
 WARM_UP = 64
 """Least readings before a distance is told: of fewer values every second one is new."""
