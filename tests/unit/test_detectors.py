@@ -278,9 +278,34 @@ def test_a_usual_value_at_an_unusual_hour_is_found_by_the_daily_pattern(monkeypa
 
     found = first_alarm()
     assert found is not None and found <= 3
-    monkeypatch.setattr(strangeness_module, "DEVIATION_WEIGHT", 0.0)
-    monkeypatch.setattr(strangeness_module, "SIZE_WEIGHT", 0.0)
+    monkeypatch.setattr(strangeness_module, "FEATURE_WEIGHT", 0.0)
     assert first_alarm() is None, "it is the pattern that finds it"
+
+
+@pytest.mark.parametrize("what", ["calm", "swing", "faster", "a day that did not happen"])
+def test_what_usual_values_hide_is_found_by_the_features(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here leaves the usual range; the value alone finds none of it."""
+    source = random.Random(what)
+    usual: Callable[[int], float] = {
+        "calm": lambda row: 10 + source.gauss(0, 1), "swing": lambda row: 10 + math.sin(row / 40) + source.gauss(0, 0.05),
+        "faster": lambda row: 20 + 10 * math.sin(row / 37 * 2 * math.pi) + source.gauss(0, 1),
+        "a day that did not happen": lambda row: (80 if 108 <= row % 288 < 216 else 20) + source.gauss(0, 2.5),
+    }[what]
+    fault: Callable[[int], float] = {
+        "calm": lambda row: 10 + source.gauss(0, 0.1), "swing": lambda row: 10 + 0.9 * (-1) ** row,
+        "faster": lambda row: 20 + 9 * math.sin(row / 12 * 2 * math.pi) + source.gauss(0, 1),
+        "a day that did not happen": lambda row: 20 + source.gauss(0, 2),
+    }[what]
+    values = [usual(row) for row in range(2880 + 108)] + [fault(row) for row in range(108)]
+
+    def found() -> bool:
+        detector = Detector()
+        feed(detector, values[:2880 + 108], step_ms=5 * MINUTE)
+        return bool(alarms(feed(detector, values[2880 + 108:], 2880 + 108, 5 * MINUTE)))
+
+    assert found()
+    monkeypatch.setattr(strangeness_module, "FEATURE_WEIGHT", 0.0)
+    assert not found()
 
 
 def test_a_period_that_nobody_named_is_found() -> None:

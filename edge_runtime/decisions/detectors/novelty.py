@@ -31,6 +31,11 @@ WARM_UP = 64
 """Least readings before a distance is told: of fewer values every second one is new."""
 
 
+YOUNG = 2_000
+YOUNG_SHARE = 0.3
+"""Distances count less while fewer readings than `YOUNG` are known, by the share of them to this power (0.7 at a third): much is new to the young."""
+
+
 class Novelty:
     """Points seen of one quantity.
 
@@ -58,7 +63,7 @@ class Novelty:
         index = bisect_left(self.points, value)
         above = self.points[index] - value if index < len(self.points) else math.inf
         below = value - self.points[index - 1] if index else math.inf
-        return min(above, below) / self.scale
+        return min(above, below) / self.scale * (1.0 if self.count >= YOUNG else (self.count / YOUNG) ** YOUNG_SHARE)
 
     def observe(self, value: float) -> float:
         """`distance`, and learn the value."""
@@ -86,7 +91,9 @@ class Novelty:
         scale = self.scale
         if count % SWEEP == 0 or (count < WARM_UP and count & (count - 1) == 0):
             self._sweep()
-        return apart / scale if scale > 0 and count > self.warm_up else 0.0
+        if count <= self.warm_up or not scale > 0:
+            return 0.0
+        return apart / scale if count >= YOUNG else apart / scale * (count / YOUNG) ** YOUNG_SHARE
 
     def _merge(self) -> None:
         points = self.points

@@ -22,11 +22,11 @@ FEATURE_POINTS = 64
 FEATURE_WARM_UP = 1_000
 """Readings before a smoothed feature counts: a dozen readings share one smoothed value, so its range is learned a dozen times more slowly."""
 
-DEVIATION_WEIGHT, DEVIATION_MEMORY = 0.3, 12
-ROUGHNESS_WEIGHT, ROUGHNESS_MEMORY = 0.5, 12
-SIZE_WEIGHT, SIZE_MEMORY = 0.5, 24
-"""What each feature's distance counts against the value's, and the readings it is smoothed over. A feature's range is smaller than the value's, so
-the same distance means less in it."""
+FEATURE_WEIGHT = 0.5
+"""What a feature's distance counts against the value's: a feature's range is smaller than the value's, so the same share of it means less."""
+
+FEATURE_MEMORY = 12
+"""Readings that a feature is smoothed over: long enough that one reading alone moves it little, short enough to be told within an hour at five minutes each."""
 
 QUIET = 0.05
 """Part of the usual step (or deviation) that is as good as none: the logarithm must not tell 0 from nearly 0."""
@@ -36,18 +36,11 @@ USUAL = 1.0 / 1_000
 
 
 class Feature:
-    """A smoothed quantity and its novelty.
+    """A smoothed quantity and its novelty."""
 
-    Args:
-        weight: what its distance counts.
-        memory: readings of the smoothing.
-    """
+    __slots__ = ("mean", "novelty", "usual")
 
-    __slots__ = ("mean", "memory", "novelty", "usual", "weight")
-
-    def __init__(self, weight: float, memory: int) -> None:
-        self.weight = weight
-        self.memory = memory
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
@@ -58,8 +51,8 @@ class Feature:
 
     def observe(self, value: float) -> float:
         """Take one value in; its strangeness."""
-        self.mean += (value - self.mean) / min(self.memory, self.novelty.count + 1)
-        return self.weight * self.novelty.observe(self.mean)
+        self.mean += (value - self.mean) / min(FEATURE_MEMORY, self.novelty.count + 1)
+        return FEATURE_WEIGHT * self.novelty.observe(self.mean)
 
     def observe_size(self, size: float) -> float:
         """Take one magnitude in by its logarithm against what is usual, so that calm is as strange as storm."""
@@ -86,9 +79,9 @@ class Strangeness:
 
     def __init__(self) -> None:
         self._value = Novelty(VALUE_POINTS)
-        self._deviation = Feature(DEVIATION_WEIGHT, DEVIATION_MEMORY)
-        self._roughness = Feature(ROUGHNESS_WEIGHT, ROUGHNESS_MEMORY)
-        self._size = Feature(SIZE_WEIGHT, SIZE_MEMORY)
+        self._deviation = Feature()
+        self._roughness = Feature()
+        self._size = Feature()
         self._last: float | None = None
         self.season = Season()
 
