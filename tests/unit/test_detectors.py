@@ -308,6 +308,22 @@ def test_what_usual_values_hide_is_found_by_the_features(what: str, monkeypatch:
     assert not found()
 
 
+def test_a_fast_wandering_signal_is_no_pattern() -> None:
+    """Many readings fall into a quarter of an hour: a profile that followed them would look proven and tell nothing of other days."""
+    source, detector, value = random.Random(4), Detector(), 0.0
+    for row in range(20_000):
+        value = 0.999 * value + source.gauss(0, 1)
+        detector.observe(START + row * 20_000, value)
+    assert detector._strangeness.season.active < 0
+
+
+def test_one_reading_a_day_has_a_weekly_pattern() -> None:
+    source, detector = random.Random(4), Detector()
+    for row in range(400):
+        detector.observe(START + row * DAY, (5.0 if row % 7 < 2 else 20.0) + source.gauss(0, 0.5))
+    assert detector._strangeness.season.active >= 1 and detector._strangeness.season.expected(START + 399 * DAY) == pytest.approx(5.0 if 399 % 7 < 2 else 20.0, abs=1)
+
+
 def test_a_period_that_nobody_named_is_found() -> None:
     source, detector = random.Random(3), Detector()
     values = [20 + (10 if row % 37 < 12 else 0) + source.gauss(0, 0.3) for row in range(3000)]

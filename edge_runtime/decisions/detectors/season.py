@@ -22,9 +22,9 @@ FOUND_BINS = 64
 LEARN = 0.2
 """Weight of the newest cycle in a bin once a few are known: a changed habit is the rule after five cycles."""
 
-TRUSTED = 4
+TRUSTED = 3
 OUTLIER = 8.0
-"""Once a bin has more than four readings, an error over eight mean errors counts as eight: a fault on Monday is not expected again on Tuesday."""
+"""Once a bin knows three cycles, an error over eight mean errors counts as eight: a fault on Monday is hardly expected again on Tuesday."""
 
 ERROR_MEMORY = 1.0 / 256
 """Weight of the newest error in the mean errors that decide which profile is proven."""
@@ -52,53 +52,67 @@ PERIOD_SAME = 0.03
 
 
 class Profile:
-    """Means by phase of one period; `bins` of them."""
+    """Means by phase of one period; `bins` of them. A bin takes in the mean of its readings when the phase leaves it, so that what is
+    told for a phase always comes from earlier cycles and never from the reading before."""
 
-    __slots__ = ("bins", "counts", "error", "means", "period_ms", "seen_ms")
+    __slots__ = ("bins", "count", "cycles", "error", "index", "means", "open_ms", "period_ms", "seen_ms", "total")
 
     def __init__(self, period_ms: int, bins: int) -> None:
         self.period_ms = period_ms
         self.bins = bins
         self.means = [0.0] * bins
-        self.counts = [0.0] * bins
+        self.cycles = [0.0] * bins
         self.error = 0.0
         self.seen_ms = 0.0
+        self.index, self.open_ms, self.total, self.count = 0, 0, 0.0, 0
 
     def predict(self, at_ms: int) -> float | None:
-        """The mean at this phase; None where it was never seen."""
+        """The mean at this phase in the cycles before; None where it was never seen."""
         index = at_ms % self.period_ms * self.bins // self.period_ms
-        return self.means[index] if self.counts[index] else None
+        return self.means[index] if self.cycles[index] else None
 
     def learn(self, at_ms: int, value: float, apart_ms: int) -> None:
         """Take one value in, `apart_ms` after the one before."""
         index = at_ms % self.period_ms * self.bins // self.period_ms
-        count = self.counts[index]
         self.seen_ms += min(apart_ms, self.period_ms / 8)
-        if not count:
-            self.means[index], self.counts[index] = value, 1.0
+        if self.cycles[index]:
+            error = abs(value - self.means[index])
+            self.error += ERROR_MEMORY * (error - self.error) if self.error else error
+        if index != self.index or not 0 <= at_ms - self.open_ms <= self.period_ms // 2:
+            self._close()
+            self.index, self.open_ms, self.total, self.count = index, at_ms, 0.0, 0
+        self.total += value
+        self.count += 1
+
+    def _close(self) -> None:
+        if not self.count:
             return
-        error = value - self.means[index]
-        if self.error and count > TRUSTED:
+        index, mean = self.index, self.total / self.count
+        cycles = self.cycles[index]
+        if not cycles:
+            self.means[index], self.cycles[index] = mean, 1.0
+            return
+        error = mean - self.means[index]
+        if cycles >= TRUSTED:
             most = OUTLIER * self.error
             error = most if error > most else -most if error < -most else error
-        # Several readings fall into a bin in one cycle; the counts rise per reading, the weight falls no further than `LEARN`.
-        self.means[index] += max(LEARN, 1.0 / (count + 1.0)) * error
-        self.counts[index] = count + 1.0
-        self.error += ERROR_MEMORY * (abs(error) - self.error) if self.error else abs(error)
+        self.means[index] += max(LEARN, 1.0 / (cycles + 1.0)) * error
+        self.cycles[index] = cycles + 1.0
 
     def pack(self, into: Packer) -> None:
         """Write what was learned."""
-        into.put(self.period_ms, self.error, self.seen_ms)
+        into.put(self.period_ms, self.error, self.seen_ms, self.index, self.open_ms, self.total, self.count)
         into.put_list(self.means)
-        into.put_list(self.counts)
+        into.put_list(self.cycles)
 
     @classmethod
     def unpack(cls, state: Unpacker, bins: int) -> "Profile":
         """The profile as it was."""
         made = cls(max(1, state.take_count()), bins)
         made.error, made.seen_ms = state.take(), state.take()
-        made.means, made.counts = state.take_list(bins), state.take_list(bins)
-        state.expect(len(made.means) == len(made.counts) == bins, "profile")
+        made.index, made.open_ms, made.total, made.count = state.take_count(bins - 1), state.take_time(), state.take(), state.take_count()
+        made.means, made.cycles = state.take_list(bins), state.take_list(bins)
+        state.expect(len(made.means) == len(made.cycles) == bins and made.error >= 0 and all(cycles >= 0 for cycles in made.cycles), "profile")
         return made
 
 
