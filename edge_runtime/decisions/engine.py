@@ -152,6 +152,7 @@ class DecisionEngine:
         self._outputs.clear()
         decisions: list[Decision] = []
         fed: set[tuple[str, int]] | None = None
+        observed: set[str] | None = None
         for rule in rules:
             for metric, span in rule.windows:
                 if fed is None:
@@ -161,8 +162,6 @@ class DecisionEngine:
                     sample: Any = values.get(metric)
                     if type(sample) in _NUMBERS and math.isfinite(sample):
                         self._window(device, metric, span).add(sample, mono_ms)
-        observed: set[str] | None = None
-        for rule in rules:
             for metric in rule.detectors:
                 if observed is None:
                     observed = set()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.decisions.detectors import Detector
-from tools.bench.nab import BAR, LooksAhead, check_no_look_ahead, cross_validated, detect
+from tools.bench.nab import BAR, DATA, LooksAhead, check_no_look_ahead, cross_validated, detect
 from tools.bench.nab_score import PROFILES, Profile, Stream, gains, probation, read_corpus, score_corpus, sigmoid
 
-DATA = Path(os.environ.get("NOVACRON_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "nab"
 STANDARD, LOW_FP, LOW_FN = PROFILES
 ROWS, WINDOWS = 1000, ((400, 449), (700, 749))
 STREAM = Stream("made/one.csv", tuple(range(0, ROWS * 60_000, 60_000)), (0.0,) * ROWS, WINDOWS)
@@ -156,6 +154,15 @@ def test_a_corpus_is_read_by_its_labels(tmp_path: Path) -> None:
     (tmp_path / "windows.json").write_text(json.dumps({"made/one.csv": [["2014-04-02 00:00:00.000000", "2014-04-02 05:00:00.000000"]], "made/gone.csv": []}))
     (stream,) = read_corpus(tmp_path)
     assert stream.name == "made/one.csv" and stream.windows == ((24, 29),) and stream.values[99] == 99.0
+
+
+def test_the_benchmark_s_own_layout_is_read(tmp_path: Path) -> None:
+    for folder in ("data/real", "labels"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "real" / "a.csv").write_text("timestamp,value\n2014-04-01 00:00:00,1\n2014-04-01 00:05:00.5,2\n")
+    (tmp_path / "labels" / "combined_windows.json").write_text('{"real/a.csv": []}')
+    (stream,) = read_corpus(tmp_path)
+    assert stream.values == (1.0, 2.0) and stream.times_ms[1] - stream.times_ms[0] == 300_500
 
 
 def test_a_corpus_that_cannot_be_read_is_named(tmp_path: Path) -> None:

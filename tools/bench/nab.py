@@ -5,6 +5,8 @@ One parameter set and one threshold for all streams. `--data` is a folder with `
 """
 
 import csv
+import math
+import os
 import sys
 import time
 from array import array
@@ -21,6 +23,9 @@ from edge_runtime.decisions.detectors import Detector
 
 from .harness import ROOT, arguments, machine, note, percentile, report
 from .nab_score import PROFILES, Profile, Result, Stream, read_corpus, score_corpus
+
+DATA = Path(os.environ.get("NOVACRON_DATA") or ROOT.parent / "shared" / "data") / "nab"
+"""Where the streams are looked for."""
 
 BAR = 70.0
 """Standard score to reach: the best published detectors of the benchmark get 70 to 75."""
@@ -111,7 +116,7 @@ def explain(stream: Stream, scores: Sequence[float], threshold: float) -> None:
 def main() -> int:
     """Exit status 0 where the bar is met."""
     parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "nab", help="folder with windows.json and the streams")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with windows.json and the streams")
     parser.add_argument("--explain", metavar="FILE", help="show the detections of one stream, by its name in windows.json or the end of it")
     options = parser.parse_args()
     about = machine()
@@ -144,11 +149,11 @@ def main() -> int:
     in_order = {stream.name: index for index, stream in enumerate(streams)}
     details = {
         "standard": round(standard.score, 2), "low_fp": round(results["low_fp"].score, 2), "low_fn": round(results["low_fn"].score, 2),
-        "thresholds": {name: result.threshold for name, result in results.items()},
+        "thresholds": {name: _number(result.threshold, 6) for name, result in results.items()},
         "cross_validated": {
             profile.name: {
-                "by_category": round(cross_validated(corpus, profile, lambda name: name.rpartition("/")[0]), 2),
-                "by_halves": round(cross_validated(corpus, profile, lambda name: in_order[name] % 2), 2),
+                "by_category": _number(cross_validated(corpus, profile, lambda name: name.rpartition("/")[0])),
+                "by_halves": _number(cross_validated(corpus, profile, lambda name: in_order[name] % 2)),
             } for profile in PROFILES
         },
         "streams": len(streams), "windows": sum(len(stream.windows) for stream in streams), "readings": len(spent),
@@ -161,6 +166,11 @@ def main() -> int:
         options, about, f"the detector scores at least {BAR:g} on the Numenta Anomaly Benchmark, at most {MEAN_US_MAX:g} us a reading", round(standard.score, 2), "points", ok,
         peer=_peers(options.data), inputs={"data": str(options.data)}, details=details,
     )
+
+
+def _number(value: float, digits: int = 2) -> float | None:
+    """Rounded; None where there is none, which JSON has no number for."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _feed() -> Feed:

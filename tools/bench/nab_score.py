@@ -153,14 +153,20 @@ def read_stream(path: Path, name: str, windows: Iterable[Sequence[str]]) -> Stre
 
 
 def read_corpus(folder: Path) -> list[Stream]:
-    """Every stream that `windows.json` (or the benchmark's own `combined_windows.json`) labels and that is there, in order of name."""
-    labels = next((path for name in ("windows.json", "combined_windows.json") for path in (folder / name, folder / "labels" / name) if path.is_file()), None)
+    """Every stream that `windows.json` (or the benchmark's own `combined_windows.json`) labels, wherever it lies below `folder`, in order of name.
+
+    Raises ValueError that says what is missing; a file without labels is not read (one without anomalies is labelled with an empty list).
+    """
+    labels = next((path for name in ("windows.json", "combined_windows.json") for path in sorted(folder.rglob(name))), None)
     if labels is None:
         raise ValueError(f"{folder}: has no windows.json; give the folder that holds the labels and the streams")
     windows = json.loads(labels.read_text(encoding="utf-8"))
+    if not isinstance(windows, dict):
+        raise ValueError(f"{labels}: is not an object of relative path to windows")
+    files = {"/" + path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.csv"))}
     streams = []
     for name in sorted(windows):
-        path = next((found for found in (folder / name, folder / "data" / name) if found.is_file()), None)
+        path = next((found for relative, found in files.items() if relative.endswith("/" + name)), None)
         if path is not None:
             streams.append(read_stream(path, name, windows[name]))
     if not streams:
