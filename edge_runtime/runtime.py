@@ -48,7 +48,7 @@ ENGINE_STATE_S = 30.0
 """How often the rules' latches and timers are kept. A latch that changes with a decision is in that decision's record as well."""
 
 DETECTORS_KEPT_MAX = 16
-"""Detectors written in one such round: at most 16 KiB each, so at most 9 KiB/s, and a thousand of them take turns of half an hour."""
+"""Detectors written in one such round: about 26 KiB each, so at most 14 KiB/s, and a thousand of them take turns of half an hour."""
 
 
 class EdgeRuntime:

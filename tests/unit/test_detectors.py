@@ -338,7 +338,7 @@ def test_the_cover_forgets_merges_and_keeps_its_limit() -> None:
     novelty = Novelty(16)
     for row in range(5000):
         novelty.observe(float(row * row % 997))
-        assert len(novelty.points) == len(novelty.seen) == len(novelty.hits) <= 16 and novelty.points == sorted(novelty.points)
+        assert len(novelty.points) == len(novelty.seen) == len(novelty.hits) <= 16 and list(novelty.points) == sorted(novelty.points)
     for row in range(MEMORY + 200):
         novelty.observe(row % 3 / 10)
     assert len(novelty.points) <= 3

@@ -6,6 +6,7 @@ A point unvisited for `MEMORY` readings is forgotten, so that what was normal lo
 """
 
 import math
+from array import array
 from bisect import bisect_left
 from itertools import pairwise
 
@@ -49,9 +50,10 @@ class Novelty:
     def __init__(self, limit: int, warm_up: int = WARM_UP) -> None:
         self.limit = limit
         self.warm_up = warm_up
-        self.points: list[float] = []
-        self.seen: list[float] = []
-        self.hits: list[float] = []
+        # Arrays of doubles take a quarter of what lists of floats take.
+        self.points = array("d")
+        self.seen = array("d")
+        self.hits = array("d")
         self.count = 0
         self.width = 0.0
         self.scale = 0.0
@@ -109,11 +111,11 @@ class Novelty:
         oldest = self.count - MEMORY
         if min(self.seen) < oldest:
             kept = [index for index, seen in enumerate(self.seen) if seen >= oldest]
-            self.points = [self.points[index] for index in kept]
-            self.seen = [self.seen[index] for index in kept]
-            self.hits = [self.hits[index] for index in kept]
+            self.points = array("d", [self.points[index] for index in kept])
+            self.seen = array("d", [self.seen[index] for index in kept])
+            self.hits = array("d", [self.hits[index] for index in kept])
         if self.count % (MEMORY // 2) < SWEEP:
-            self.hits = [hits / 2 for hits in self.hits]
+            self.hits = array("d", [hits / 2 for hits in self.hits])
         points = self.points
         self.width = points[-1] - points[0]
         cut = TAIL * sum(self.hits)
@@ -142,7 +144,7 @@ class Novelty:
         """The points as they were."""
         made = cls(limit, warm_up)
         made.count, made.width, made.scale = state.take_count(), state.take(), state.take()
-        made.points, made.seen, made.hits = (state.take_list(limit) for _ in range(3))
-        state.expect(len(made.points) == len(made.seen) == len(made.hits) and made.points == sorted(made.points) and (made.count == 0) == (not made.points), "points")
+        made.points, made.seen, made.hits = (array("d", state.take_list(limit)) for _ in range(3))
+        state.expect(len(made.points) == len(made.seen) == len(made.hits) and list(made.points) == sorted(made.points) and (made.count == 0) == (not made.points), "points")
         state.expect(made.width >= 0 and made.scale >= 0 and all(hits >= 0 for hits in made.hits), "range")
         return made

@@ -4,6 +4,7 @@ A profile is told only once it is proven: its error, measured one reading ahead 
 """
 
 import math
+from array import array
 from operator import mul
 
 from .packing import Packer, Unpacker
@@ -60,8 +61,8 @@ class Profile:
     def __init__(self, period_ms: int, bins: int) -> None:
         self.period_ms = period_ms
         self.bins = bins
-        self.means = [0.0] * bins
-        self.cycles = [0.0] * bins
+        self.means = array("d", bytes(8 * bins))
+        self.cycles = array("d", bytes(8 * bins))
         self.error = 0.0
         self.seen_ms = 0.0
         self.index, self.open_ms, self.total, self.count = 0, 0, 0.0, 0
@@ -111,7 +112,7 @@ class Profile:
         made = cls(max(1, state.take_count()), bins)
         made.error, made.seen_ms = state.take(), state.take()
         made.index, made.open_ms, made.total, made.count = state.take_count(bins - 1), state.take_time(), state.take(), state.take_count()
-        made.means, made.cycles = state.take_list(bins), state.take_list(bins)
+        made.means, made.cycles = array("d", state.take_list(bins)), array("d", state.take_list(bins))
         state.expect(len(made.means) == len(made.cycles) == bins and made.error >= 0 and all(cycles >= 0 for cycles in made.cycles), "profile")
         return made
 
@@ -122,8 +123,8 @@ class PeriodFinder:
     __slots__ = ("best", "best_lag", "falling", "lag", "ring", "snapshot", "variance")
 
     def __init__(self) -> None:
-        self.ring: list[float] = []
-        self.snapshot: list[float] = []
+        self.ring = array("d")
+        self.snapshot = array("d")
         self.variance = 0.0
         self.lag = 0
         self.best, self.best_lag = 0.0, 0
@@ -137,12 +138,12 @@ class PeriodFinder:
             if len(ring) < RING:
                 return -1
             mean = math.fsum(ring) / RING
-            self.snapshot = [item - mean for item in ring]
+            self.snapshot = array("d", [item - mean for item in ring])
             self.variance = sum(map(mul, self.snapshot, self.snapshot))
-            ring.clear()
+            del ring[:]
             self.lag, self.best, self.best_lag, self.falling = 2, 0.0, 0, False
             if not self.variance > 0 or not math.isfinite(self.variance):
-                self.snapshot = []
+                self.snapshot = array("d")
                 return 0
             return -1
         lag, series = self.lag, self.snapshot
@@ -154,7 +155,7 @@ class PeriodFinder:
             self.best, self.best_lag = correlation, lag
         self.lag += 1
         if self.lag > RING // 2:
-            self.snapshot = []
+            self.snapshot = array("d")
             return self.best_lag
         return -1
 
@@ -229,6 +230,6 @@ class Season:
         finder = made.finder
         finder.variance, finder.lag, finder.best = state.take(), state.take_count(RING), state.take()
         finder.best_lag, finder.falling = state.take_count(RING), bool(state.take_count(1))
-        finder.ring, finder.snapshot = state.take_list(RING), state.take_list(RING)
+        finder.ring, finder.snapshot = array("d", state.take_list(RING)), array("d", state.take_list(RING))
         state.expect(not finder.snapshot or (len(finder.snapshot) == RING and finder.variance > 0 and 2 <= finder.lag <= RING // 2), "period")
         return made
