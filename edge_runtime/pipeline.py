@@ -129,7 +129,7 @@ class Pipeline:
     def _take(self, device: str, readings: list[Reading], stamp: Stamp, done: Done) -> None:
         decisions: list[Decision] = []
         for reading in readings:
-            decisions += self.engine.evaluate(device, reading.values, stamp.mono_ms)
+            decisions += self.engine.evaluate(device, reading.values, stamp.mono_ms, stamp.wall_ms if reading.device_ms is None else reading.device_ms)
         self.readings_taken += len(readings)
         count = _Countdown(len(readings) + len(decisions), done)
         if not count.count:

@@ -18,6 +18,7 @@ from .contract.desired import Desired, parse_desired
 from .contract.errors import ContractError
 from .contract.operations import Operation
 from .contract.records import Record
+from .decisions.detectors.bank import KEPT_APART_MS, MAX_DETECTORS
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
 from .devices.registry import DeviceRegistry, check_twin
@@ -55,6 +56,9 @@ def own_rules(decisions: DecisionsConfig) -> RuleSet:
 def model_path(name: str) -> Path:
     """Where a configured model's manifest is; `shipped:NAME/FORMAT` is one that comes with the agent."""
     return SHIPPED_MODELS / (name.removeprefix("shipped:") + ".json") if name.startswith("shipped:") else Path(name)
+
+DETECTORS_KEPT_MAX = 16
+"""Detectors written in one such round: about 26 KiB each, so at most 14 KiB/s, and a thousand of them take turns of half an hour."""
 
 
 class EdgeRuntime:
@@ -135,6 +139,7 @@ class EdgeRuntime:
         engine_state = self.journal.state("engine")
         if isinstance(engine_state, dict):
             self.engine.import_state(engine_state, self.clock.mono_ms())
+        self._restore_detectors()
         loop = asyncio.get_running_loop()
         if self.config.bus.enabled and self.config.bus.url:
             self._start_bus()
@@ -178,6 +183,7 @@ class EdgeRuntime:
         if self.bus is not None:
             await self.bus.stop()
         self.journal.put_state("engine", self._engine_state())
+        self._keep_detectors(MAX_DETECTORS, 0)
         self.journal.append("event", "shutdown", {"reason": reason})
         try:
             await asyncio.wait_for(self.journal.flush(), 10)
@@ -264,6 +270,34 @@ class EdgeRuntime:
                 self.journal.put_state("engine", state, partial(self.journal.hold, "decision", state["decisions"]))
             else:
                 self.journal.hold("decision", state["decisions"])  # no latch is set: there is nothing to find again in older decisions
+            self._keep_detectors(DETECTORS_KEPT_MAX, KEPT_APART_MS)
+
+    def _keep_detectors(self, limit: int, apart_ms: int) -> None:
+        """Write down what detectors learned, each in a state document of its own; forget those that no rule asks about."""
+        for device, metric in self.engine.detectors.take_gone():
+            self.journal.put_state(f"detector/{device}/{metric}", None)
+        for device, metric, state in self.engine.detectors.take_changed(self.clock.mono_ms(), limit, apart_ms):
+            self.journal.put_state(f"detector/{device}/{metric}", state)
+
+    def _restore_detectors(self) -> None:
+        """Every detector goes on from what it knew; one whose state is damaged or unknown starts anew, and this is told."""
+        keys = self.journal.state_keys("detector/")
+        if not keys:
+            return
+        from .decisions.detectors import DetectorStateError
+
+        for key in keys:
+            device, _, metric = key.removeprefix("detector/").partition("/")
+            if not self.engine.asks_detector(device, metric):
+                self.journal.put_state(key, None)
+                continue
+            try:
+                self.engine.detectors.restore(device, metric, self.journal.state(key), self.clock.mono_ms())
+            except DetectorStateError as error:
+                self.metrics.inc("detectors_refused_total")
+                log.error("the detector of %s %s starts anew: %s", device, metric, error)
+                self.journal.append("event", "detector", {"device": device, "metric": metric, "outcome": "refused", "reason": str(error)[:500]})
+                self.journal.put_state(key, None)
 
     def _engine_state(self) -> dict[str, Any]:
         return {**self.engine.export_state(self.clock.mono_ms()), "decisions": self.journal.durable("decision")}
@@ -558,6 +592,8 @@ class EdgeRuntime:
         ):
             gauge(name, text, read)  # type: ignore[arg-type]
             metrics.describe(name, "counter", text)
+        metrics.describe("detectors_refused_total", "counter", "Detectors whose kept state was damaged or unknown; they started anew.")
+        gauge("detectors", "Detectors that learn.", lambda: len(self.engine.detectors))
         metrics.describe("device_rejected_messages_total", "counter", "Device messages refused, by reason.")
         metrics.describe("uplink_rejected_messages_total", "counter", "Hub messages refused, by reason.")
 

@@ -18,6 +18,9 @@ A condition is one of
     {"value": "temp", "op": ">", "than": 80}                 > >= < <= == != in between; `than` may be {"value": "other"}
     {"window": {"metric": "temp", "over": "60s", "stat": "mean", "min_count": 3}, "op": ">", "than": 75}
     {"model": "host-anomaly", "output": 0, "op": ">", "than": 0.8}
+    {"anomaly": {"metric": "temp"}, "op": ">", "than": 0.99} how strange the newest value is to what was learned of this metric, 0 to 1
+    {"quality": {"metric": "temp", "low": -40, "high": 125}, "op": "in", "than": ["stuck", "spike"]}     see `detectors.quality`; limits optional
+    {"forecast": {"metric": "temp", "within": "30m"}, "op": ">", "than": 80}                             will be so within 30 minutes, or is already
     {"silent": "5m"}                                         no reading of the device for so long
     {"all": [...]}, {"any": [...]}, {"not": {...}}
 """
@@ -54,6 +57,9 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": lambda a, b: bool(a == b), "!=": lambda a, b: bool(a != b), "in": lambda a, b: a in b, "between": lambda a, b: bool(b[0] <= a <= b[1]),
 }
 _ORDERING = frozenset((">", ">=", "<", "<=", "between"))
+DETECTED = ("anomaly", "quality", "forecast")
+"""Conditions that ask a detector of their metric."""
+_CONDITIONS = ("all", "any", "not", "value", "window", "model", *DETECTED, "silent")
 SEVERITIES = ("info", "warning", "critical")
 
 
@@ -69,7 +75,10 @@ class RuleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`left op than`; `kind` is `value`, `window` or `model` and says what `left` is."""
+    """`left op than`; `kind` is `value`, `window`, `model`, `anomaly`, `quality` or `forecast` and says what `left` is.
+
+    `low` and `high` are the limits of a `quality`; `span_ms` is how far a `window` looks back or a `forecast` ahead.
+    """
 
     kind: str
     name: str
@@ -81,6 +90,8 @@ class Comparison:
     statistic: str = ""
     min_count: int = 1
     output: int = 0
+    low: float = -math.inf
+    high: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ class Rule:
     digest: str
     needs_tick: bool
     windows: tuple[tuple[str, int], ...]
+    detectors: tuple[str, ...]
     matches: Callable[[str], bool]
 
 
@@ -221,10 +233,11 @@ def _parse_rule(value: object, field: str) -> Rule:
         raise RuleError(f"{field}.on.metric", f"{str(metric)[:40]!r} is not a metric", "name one metric, or leave it out")
     for_ms = parse_duration(data.get("for", 0), f"{field}.for")
     windows: set[tuple[str, int]] = set()
+    detectors: set[str] = set()
     silent = [False]
     for part in (condition, clear):
         if part is not None:
-            _collect(part, windows, silent)
+            _collect(part, windows, detectors, silent)
     try:
         digest = blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=12).hexdigest()
     except (TypeError, ValueError) as error:
@@ -232,7 +245,7 @@ def _parse_rule(value: object, field: str) -> Rule:
     device = _name(on["device"], f"{field}.on.device", _PATTERN)
     return Rule(
         _name(data["id"], f"{field}.id"), device, metric, condition, clear, for_ms, trigger == "each",
-        parse_duration(data.get("cooldown", 0), f"{field}.cooldown"), actions, digest, bool(for_ms) or silent[0], tuple(sorted(windows)), _matcher(device),
+        parse_duration(data.get("cooldown", 0), f"{field}.cooldown"), actions, digest, bool(for_ms) or silent[0], tuple(sorted(windows)), tuple(sorted(detectors)), _matcher(device),
     )
 
 
@@ -243,15 +256,17 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lambda device: expression.match(device) is not None
 
 
-def _collect(condition: Condition, windows: set[tuple[str, int]], silent: list[bool]) -> None:
+def _collect(condition: Condition, windows: set[tuple[str, int]], detectors: set[str], silent: list[bool]) -> None:
     if isinstance(condition, Comparison):
         if condition.kind == "window":
             windows.add((condition.name, condition.span_ms))
+        elif condition.kind in DETECTED:
+            detectors.add(condition.name)
     elif isinstance(condition, Silent):
         silent[0] = True
     else:
         for part in condition.parts:
-            _collect(part, windows, silent)
+            _collect(part, windows, detectors, silent)
 
 
 def _parse_condition(value: object, field: str, depth: int, nodes: list[int]) -> Condition:
@@ -262,9 +277,9 @@ def _parse_condition(value: object, field: str, depth: int, nodes: list[int]) ->
         raise RuleError(field, f"is nested deeper than {MAX_DEPTH}", "flatten the condition")
     if not isinstance(value, dict):
         raise RuleError(field, f"is {type(value).__name__}, not an object", "send a condition")
-    kinds = [key for key in ("all", "any", "not", "value", "window", "model", "silent") if key in value]
+    kinds = [key for key in _CONDITIONS if key in value]
     if len(kinds) != 1:
-        raise RuleError(field, "is not one condition", "use exactly one of all, any, not, value, window, model, silent")
+        raise RuleError(field, "is not one condition", f"use exactly one of {', '.join(_CONDITIONS)}")
     kind = kinds[0]
     if kind in ("all", "any"):
         _object(value, field, (kind,))
@@ -311,6 +326,8 @@ def _parse_comparison(value: dict[str, Any], field: str, kind: str) -> Compariso
         if type(output) is not int or not 0 <= output < 256:
             raise RuleError(f"{field}.output", f"{str(output)[:20]!r} is not an output number", "use 0 for the first output")
         return Comparison("model", _name(data["model"], f"{field}.model"), op, test, than, than_metric, output=output)
+    if kind in DETECTED:
+        return _parse_detected(data, field, kind, test, than, than_metric)
     window = _object(data["window"], f"{field}.window", ("metric", "over", "stat", "min_count"), ("metric", "over", "stat"))
     if window["stat"] not in STATISTICS:
         raise RuleError(f"{field}.window.stat", f"{str(window['stat'])[:20]!r} is unknown", f"use one of {', '.join(STATISTICS)}")
@@ -323,6 +340,41 @@ def _parse_comparison(value: dict[str, Any], field: str, kind: str) -> Compariso
     if type(least) is not int or not 1 <= least <= 1_000_000:
         raise RuleError(f"{field}.window.min_count", f"{str(least)[:20]!r} is not a count", "use 1 or more")
     return Comparison("window", window["metric"], op, test, than, than_metric, span, window["stat"], least)
+
+
+def _parse_detected(data: dict[str, Any], field: str, kind: str, test: Callable[[Any, Any], bool], than: Any, than_metric: str) -> Comparison:
+    """The three conditions that ask a detector; `data` has its `op` and `than` checked already."""
+    op, within = data["op"], f"{field}.{kind}"
+    known = {"anomaly": ("metric",), "quality": ("metric", "low", "high"), "forecast": ("metric", "within")}[kind]
+    asked = _object(data[kind], within, known, known if kind != "quality" else ("metric",))
+    metric = asked["metric"]
+    if not isinstance(metric, str) or not metric:
+        raise RuleError(f"{within}.metric", "is not a metric name", "name the metric")
+    if kind == "quality":
+        if op not in ("in", "==", "!="):
+            raise RuleError(f"{field}.op", f"{op} does not compare qualities", "use in, == or !=")
+        from .detectors.quality import QUALITIES  # only where a rule asks: see detectors/__init__.py
+
+        for quality in than if op == "in" else (than,):
+            if quality not in QUALITIES:
+                raise RuleError(f"{field}.than", f"{str(quality)[:40]!r} is not a quality", f"use {', '.join(QUALITIES)}")
+        for limit in ("low", "high"):
+            if limit in asked and not _is_number(asked[limit]):
+                raise RuleError(f"{within}.{limit}", f"{str(asked[limit])[:40]!r} is not a finite number", "send what the sensor can measure, or leave it out")
+        low, high = asked.get("low", -math.inf), asked.get("high", math.inf)
+        if low > high:
+            raise RuleError(f"{within}.low", "is above high", "swap them")
+        return Comparison(kind, metric, op, test, than, low=low, high=high)
+    if kind == "anomaly":
+        if op not in _ORDERING:
+            raise RuleError(f"{field}.op", f"{op} does not fit a score", "use > >= < <= or between")
+        return Comparison(kind, metric, op, test, than, than_metric)
+    if op not in (">", ">=", "<", "<="):
+        raise RuleError(f"{field}.op", f"{op} has no direction to cross in", "use > or >= for rising, < or <= for falling")
+    span = parse_duration(asked["within"], f"{within}.within")
+    if span < 1:
+        raise RuleError(f"{within}.within", "is no time at all", "use at least 1ms")
+    return Comparison(kind, metric, op, test, than, than_metric, span)
 
 
 def _is_number(value: object) -> bool:
