@@ -34,12 +34,14 @@ class Job:
     control: str = ""
     scenario: str = ""
     trace: str = ""
+    focus: tuple[str, ...] = ()
 
     def replay(self) -> str:
         """The command that runs it again."""
         words = ["python -m tools.simulate"]
         words += [f"--scenario {self.scenario}"] if self.scenario else [f"--seed {self.seed} --hours {self.hours:g}"]
         words += [f"--kind {self.kind}"] if self.kind else []
+        words += [f"--focus {','.join(self.focus)}"] if self.focus else []
         words += [f"--control {self.control}"] if self.control else []
         return " ".join(words)
 
@@ -50,7 +52,7 @@ def run_job(job: Job) -> tuple[Job, Any]:
     from tests.simulation.scenario import draw, load
     from tests.simulation.world import simulate
 
-    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind)
+    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind, job.focus)
     with contextlib.ExitStack() as stack:
         stack.enter_context(planted(job.control))
         trace = stack.enter_context(open(job.trace, "w")) if job.trace else None
@@ -60,22 +62,18 @@ def run_job(job: Job) -> tuple[Job, Any]:
 def run_control(name: str) -> tuple[str, int, float, tuple[str, str, str] | None, str]:
     """Try seeds until the planted bug is caught: name, seeds tried, CPU seconds, the violation, the command that shows it again."""
     from tests.simulation.controls import CONTROLS, HOURS, SEEDS_MAX
-    from tests.simulation.scenario import KINDS, draw
+    from tests.simulation.scenario import KINDS
 
     control = CONTROLS[name]
     kind = next((need for need in control.needs if need in KINDS), "")
-    tried, seconds, seed = 0, 0.0, 0
-    while tried < SEEDS_MAX:
-        seed += 1
-        faults = {fault.kind for fault in draw(seed, HOURS, kind).faults}
-        if not all(need in faults or need == kind for need in control.needs):
-            continue
-        tried += 1
-        job, outcome = run_job(Job(seed, HOURS, kind, name))
+    focus = tuple(need for need in control.needs if need != kind)
+    seconds = 0.0
+    for seed in range(1, SEEDS_MAX + 1):
+        job, outcome = run_job(Job(seed, HOURS, kind, name, focus=focus))
         seconds += outcome.cpu_s
-        if outcome.failure and not run_job(Job(seed, HOURS, kind))[1].failure:  # what is broken without it proves nothing
-            return name, tried, seconds, outcome.failure, job.replay()
-    return name, tried, seconds, None, ""
+        if outcome.failure and not run_job(Job(seed, HOURS, kind, focus=focus))[1].failure:  # what is broken without it proves nothing
+            return name, seed, seconds, outcome.failure, job.replay()
+    return name, SEEDS_MAX, seconds, None, ""
 
 
 def spread_over(jobs: int, function: Any, items: Iterable[Any]) -> Iterator[Any]:
@@ -183,7 +181,7 @@ def main() -> int:
         # Text hashes must be the same in every process, or one forgotten set would make two runs of a seed differ.
         os.execve(sys.executable, [sys.executable, "-m", "tools.simulate", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))})
     from tests.simulation.controls import CONTROLS
-    from tests.simulation.scenario import KINDS, ScenarioError, load
+    from tests.simulation.scenario import FAULTS, KINDS, ScenarioError, load
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="see tests/simulation/README.md")
     parser.add_argument("--hours", type=float, default=72.0, help="virtual hours of each run")
@@ -193,6 +191,7 @@ def main() -> int:
     parser.add_argument("--seed-file", type=Path, help="a file with one seed a line")
     parser.add_argument("--scenario", type=Path, help="a scenario file (JSON)")
     parser.add_argument("--kind", choices=KINDS, default="", help="draw only this kind of world")
+    parser.add_argument("--focus", default="", metavar="FAULTS", help="one edge that meets these faults again and again (names with commas)")
     parser.add_argument("--control", choices=sorted(CONTROLS), default="", metavar="NAME", help="plant this bug")
     parser.add_argument("--controls", action="store_true", help="plant every bug, one after the other")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -202,6 +201,10 @@ def main() -> int:
     about = machine()
     if not 0 < options.hours <= 10_000 or options.seeds < 1 or options.jobs < 1:
         parser.error("--hours takes up to 10000, --seeds and --jobs at least 1")
+    focus = tuple(filter(None, options.focus.split(",")))
+    for name in focus:
+        if name not in FAULTS:
+            parser.error(f"--focus: {name!r} is unknown; use {', '.join(FAULTS)}")
     try:
         if options.controls:
             return controls(options, about)
@@ -211,9 +214,9 @@ def main() -> int:
         elif options.seed_file:
             jobs = read_seeds(options.seed_file, options.hours)
         elif options.seed is not None:
-            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace)]
+            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace, focus)]
         else:
-            jobs = [Job(seed, options.hours, options.kind, options.control) for seed in range(options.first, options.first + options.seeds)]
+            jobs = [Job(seed, options.hours, options.kind, options.control, focus=focus) for seed in range(options.first, options.first + options.seeds)]
         return seeds(options, jobs, about)
     except ScenarioError as error:
         print(error, file=sys.stderr)

@@ -68,6 +68,8 @@ def inflict(world: "World", fault: Fault) -> None:
             machine.cut_at(-1, lasts, clock_1970=True, sync_later_s=value)
         case "desired":
             _desire(world, machine, int(value))
+        case "backup":
+            world.hub.backup()
         case "clone":
             _clone(world, machine, lasts, live=bool(value))
         case "refused":

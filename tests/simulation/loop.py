@@ -19,7 +19,7 @@ from edge_runtime.journal.lane import Worker
 STEPS_MAX = 40_000_000
 """Callbacks of one run at most: a run that needs more is in a loop that does not let time pass."""
 
-STUCK_STEPS = 2_000_000
+STUCK_STEPS = 300_000
 """Callbacks at one instant at most."""
 
 LIFE: ContextVar["Life | None"] = ContextVar("life", default=None)

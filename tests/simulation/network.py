@@ -170,10 +170,9 @@ class Connection:
             self._forget()
 
     def vanish(self) -> None:
-        """The client's machine lost power: no word, the broker notices by silence."""
+        """The client's machine lost power: what it sent is on its way, then no word, and the broker notices by silence."""
         self.client_open = False
         self.down.close()
-        self.up.close()
         self.path.loop.call_later(self._silence_s, self._end_server, "keep-alive", context=self.path.loop.outside)
         self._forget()
 

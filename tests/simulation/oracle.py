@@ -402,6 +402,9 @@ class Oracle:
                 sizes.append((f"bytes of {name}'s WAL", lane.database.wal_bytes(), 8 * self.world.scenario.wal_bytes + (1 << 20)))
             if runtime.uplink is not None:
                 sizes.append(("messages in flight", runtime.uplink.lanes.inflight, 8))
+            applied = runtime.desired
+            if applied is not None and applied.rules is not None and [rule.id for rule in runtime.engine.rules.rules] != [rule["id"] for rule in applied.rules]:
+                self.violation(machine.name, "desired state is applied whole", f"generation {applied.generation} is in force with other rules")
             for what, size, limit in sizes:
                 if size > limit:
                     self.violation(machine.name, "memory and disk stay within their limits", f"{what}: {size} over {limit}")

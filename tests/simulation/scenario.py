@@ -28,6 +28,7 @@ FAULTS: dict[str, str] = {
     "clock_1970": "power goes at once and comes back after so long with the clock in 1970; set right value seconds later (-1: never)",
     "desired": "the hub wants something else of the edge; value 0 rules, 1 twins, 2 a command, 3 rules that the edge must refuse",
     "clone": "a second machine runs with an image of the edge's disk, for so long; value 1: copied while the edge runs on",
+    "backup": "the hub's store is backed up",
     "refused": "the broker does not let the edge in (no valid certificate), for so long",
 }
 """Every kind of fault and what it does."""
@@ -114,8 +115,10 @@ QUIET_START_S = 600.0
 """No fault before: everybody has come up."""
 
 
-def draw(seed: int, hours: float, kind: str = "") -> Scenario:
-    """The scenario of a seed."""
+def draw(seed: int, hours: float, kind: str = "", focus: tuple[str, ...] = ()) -> Scenario:
+    """The scenario of a seed; with `focus` one edge that meets these faults, one soon after the other, again and again."""
+    if focus:
+        return _draw_focused(seed, hours, focus)
     chance = random.Random(f"scenario {seed}")
     if not kind:
         kind = chance.choices(KINDS, (0.9, 0.07, 0.03))[0]
@@ -174,8 +177,29 @@ def _draw_fault(made: Scenario, chance: random.Random, weights: dict[str, float]
     return [Fault(at, kind, edge, lasts, value)]
 
 
+def _draw_focused(seed: int, hours: float, focus: tuple[str, ...]) -> Scenario:
+    chance = random.Random(f"focus {seed} {focus}")
+    made = Scenario(seed, hours, bus_on_host=chance.random() < 0.3, storage_keep=chance.choice((0.0, 0.3, 0.5, 0.9)), retain=20, idle_s=900.0, burst_s=2.0)
+    made.wal_bytes = 1 << 15
+    at = QUIET_START_S
+    while at < made.seconds - 400:
+        then = at
+        for kind in focus:
+            for fault in _draw_fault(made, chance, {kind: 1.0}, then):
+                fault.lasts = min(fault.lasts, 120.0) if kind != "clone" else 300.0
+                if kind == "flaky":
+                    fault.value = chance.choice((0.3, 0.6))
+                if kind == "desired":
+                    fault.value = 0 if chance.random() < 0.6 else 1
+                made.faults.append(fault)
+            then += chance.uniform(20, 60)
+        at += 600
+    made.faults.sort(key=lambda fault: fault.at)
+    return made
+
+
 def _draw_storm(made: Scenario, chance: random.Random) -> None:
-    made.edges, made.devices = chance.choice((100, 200, 300)), 1
+    made.edges, made.devices = chance.choice((100, 200, 300)) if made.hours > 2 else 60, 1
     made.hours = min(made.hours, 1.0)
     made.idle_s = made.burst_s = 1200.0
     made.wal_bytes, made.retain = 1 << 15, 100
