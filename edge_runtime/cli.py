@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
@@ -42,13 +43,33 @@ def _check(config: object) -> int:
     import json
 
     from .config import EdgeConfig, public_dict
-    from .decisions.rules import RuleError, parse_rules
+    from .contract.errors import ContractError
+    from .decisions.models.manifest import ModelError, read_manifest
+    from .decisions.rules import RuleError
+    from .mqtt_session import Endpoint
+    from .runtime import model_path, own_rules
 
     assert isinstance(config, EdgeConfig)
-    try:
-        parse_rules(list(config.decisions.rules))
-    except RuleError as error:
-        print(f"decisions.{error}", file=sys.stderr)
+    problems = []
+
+    def look(name: str, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except (RuleError, ContractError, ModelError, OSError) as error:
+            problems.append(f"{name}{error}")
+
+    def models() -> None:
+        for entry in config.decisions.models:
+            path = model_path(entry.manifest)
+            read_manifest(path.read_bytes())
+
+    look("", lambda: own_rules(config.decisions))
+    look("decisions.models: ", models)
+    for name, part in (("uplink.", config.uplink), ("bus.", config.bus)):
+        if part.enabled and part.url:
+            look(name, lambda part=part: Endpoint.parse(part.url))  # type: ignore[misc]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
         return 2
     print(json.dumps(public_dict(config), indent=1))
     return 0

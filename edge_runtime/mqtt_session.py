@@ -12,14 +12,12 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from .contract.errors import ContractError
 from .lean_imports import import_paho
-
-if TYPE_CHECKING:
-    import paho.mqtt.client as paho
+from .mqtt_buffers import buffered_client
 
 log = logging.getLogger(__name__)
 
@@ -126,19 +124,22 @@ class MqttSession:
         self._persistent = persistent
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
-        self._client: paho.Client | None = None
+        self._client: Any = None  # a `BufferedClient`
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[SessionClosed] = self._loop.create_future()
         self._connected: asyncio.Future[None] = self._loop.create_future()
         self._acks: dict[int, Callable[[], None]] = {}
         self._subscribed: dict[int, asyncio.Future[None]] = {}
         self._misc: asyncio.TimerHandle | None = None
-        self._socket: socket.socket | None = None
+        self._socket: Any = None  # a socket or an SSLSocket
         self._descriptor = -1  # paho may close the socket before we deregister it
         self._writing = False
         self._flush_soon = False
+        self._corked = False
         self.after_read: Callable[[], None] | None = None
-        """Called after each read of the socket, when every message in it has been handed over."""
+        """Called after each read of the socket, when every message in it has been handed over; what it publishes goes out in one write."""
+        self.after_write: Callable[[], None] | None = None
+        """Called after that write: for what nobody waits for."""
         self.reached = False
         """A TCP connection was made."""
         self.accepted = False
@@ -152,7 +153,7 @@ class MqttSession:
         from paho.mqtt.enums import CallbackAPIVersion
 
         protocol = paho.MQTTv5 if self.protocol5 else paho.MQTTv311
-        client = paho.Client(
+        client = buffered_client()(
             CallbackAPIVersion.VERSION2, client_id=self.client_id, protocol=protocol, manual_ack=True, reconnect_on_failure=False,
             clean_session=None if self.protocol5 else not self._persistent,
         )
@@ -224,6 +225,7 @@ class MqttSession:
     async def disconnect(self) -> None:
         """Say goodbye (no Last Will) and close."""
         if self._client is not None and not self.closed.done():
+            self._client.at_once = True
             self._client.disconnect()
             self._flush()
             self._end(SessionClosed("closed by us"))
@@ -270,41 +272,56 @@ class MqttSession:
         client, sock = self._client, self._socket
         if client is None or sock is None:
             return
-        result = client.loop_read(READ_PACKETS)
-        if self.closed.done():
-            return
-        if result != 0:
-            self._end(SessionClosed("the connection was lost"))
-            return
-        if self.after_read is not None:
-            self.after_read()
-            if self.closed.done():
-                return
+        self._corked = True
+        client.begin_turn()
+        try:
+            for _ in range(READ_PACKETS):
+                result = client.loop_read()
+                if self.closed.done():
+                    return
+                if result != 0:
+                    self._end(SessionClosed("the connection was lost"))
+                    return
+                if not client.has_more:
+                    break
+            if self.after_read is not None:
+                self.after_read()
+                if self.closed.done():
+                    return
+        finally:
+            self._corked = False
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         except OSError:
             pass  # not Linux, or the socket has just gone; it is a hint
         self._flush()
+        if self.after_write is not None and not self.closed.done():
+            self.after_write()
+        if self._client is client and (client.has_more or (self.endpoint.tls and sock.pending())):
+            self._loop.call_soon(self._readable)  # read already, so the socket will not call
 
     def _writable(self) -> None:
         self._flush()
 
     def _want_write_callback(self, _client: Any, _userdata: Any, _sock: Any) -> None:
         # May run on the connecting thread; `connect` flushes by itself once it has the socket.
-        if self._socket is not None and not self._flush_soon:
+        if self._socket is not None and not self._flush_soon and not self._corked:
             self._flush_soon = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_soon = False
         client, sock = self._client, self._socket
-        if client is None or sock is None:
+        if client is None or sock is None or self._corked:
             return
         if client.want_write():
             client.loop_write()
             if self.closed.done() or self._socket is None:
                 return
-        wants = client.want_write()
+        if not client.push():
+            self._end(SessionClosed("the connection was lost"))
+            return
+        wants = client.unsent
         if wants and not self._writing:
             self._loop.add_writer(self._descriptor, self._writable)
         elif not wants and self._writing:

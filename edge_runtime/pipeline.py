@@ -129,7 +129,7 @@ class Pipeline:
     def _take(self, device: str, readings: list[Reading], stamp: Stamp, done: Done) -> None:
         decisions: list[Decision] = []
         for reading in readings:
-            decisions += self.engine.evaluate(device, reading.values, stamp.mono_ms)
+            decisions += self.engine.evaluate(device, reading.values, stamp.mono_ms, stamp.wall_ms if reading.device_ms is None else reading.device_ms)
         self.readings_taken += len(readings)
         count = _Countdown(len(readings) + len(decisions), done)
         if not count.count:
@@ -149,7 +149,14 @@ class Pipeline:
                 body: dict[str, Any] = {"device": device, "values": reading.values}
                 if reading.device_ms is not None:
                     body["device_ms"] = reading.device_ms
-                if not self._journal.append("telemetry", "reading", body, count, stamp):
+                try:
+                    kept = self._journal.append("telemetry", "reading", body, count, stamp)
+                except ContractError as error:
+                    # The contract lets no such reading through; were there one, it must not take the others of this turn with it.
+                    self._metrics.inc("device_rejected_messages_total", reason=error.reason)
+                    self.refused(device, error)
+                    kept = False
+                if not kept:
                     count(_REFUSED)
 
     def host_reading(self, device: str, values: dict[str, Value]) -> None:
@@ -205,7 +212,11 @@ class Pipeline:
                     "rule": decision.rule, "device": decision.device, "severity": alert["severity"], "text": alert["text"], "decision": record.seq,
                 })
             elif action.kind == "desired":
-                self.desire(detail["desired"]["device"], detail["desired"]["set"])
+                try:
+                    self.desire(detail["desired"]["device"], detail["desired"]["set"])
+                except ContractError as error:  # a twin or registry that is full must not stop the other actions
+                    self._metrics.inc("twin_rejected_total", reason=error.reason)
+                    log.error("a twin that rule %s sets was refused: %s", decision.rule, error)
         if not commands:
             self._effects_settled()
 
@@ -269,7 +280,11 @@ class Pipeline:
     def batch_end(self) -> None:
         """What one read of the bus led to is one commit, made now."""
         self._journal.commit_now()
+
+    def batch_sent(self) -> None:
+        """The commands of that commit are on their way: time for the telemetry."""
         self._keep_telemetry()
+        self._journal.breathe()
 
     def bus_up(self) -> None:
         """The bus is there: say every twin's desired state and send the commands that wait."""

@@ -6,19 +6,22 @@ import binascii
 import logging
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .config import EdgeConfig
+from .config.schema import DecisionsConfig
 from .contract import jsoncodec
 from .contract.desired import Desired, parse_desired
 from .contract.errors import ContractError
 from .contract.operations import Operation
 from .contract.records import Record
+from .decisions.detectors.bank import KEPT_APART_MS, MAX_DETECTORS
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
-from .devices.registry import DeviceRegistry
+from .devices.registry import DeviceRegistry, check_twin
 from .journal import Journal, JournalSettings
 from .metrics import Metrics
 from .mqtt_session import Endpoint
@@ -36,6 +39,26 @@ SHIPPED_MODELS = Path(__file__).parent / "decisions" / "models" / "shipped"
 
 COMMANDS_REMEMBERED = 512
 """Ids of the hub's commands that are remembered, so that none is done twice: twice what one desired state may hold."""
+
+
+def own_rules(decisions: DecisionsConfig) -> RuleSet:
+    """The edge's own rules, from its configuration and `rules_file`; raises `RuleError`, `ContractError` or OSError."""
+    rules: list[Any] = list(decisions.rules)
+    if decisions.rules_file:
+        value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
+        rules += value if isinstance(value, list) else [value]
+    try:
+        return parse_rules(rules)
+    except RuleError as error:
+        raise RuleError(f"decisions.{error.field}", error.problem, error.remedy) from None
+
+
+def model_path(name: str) -> Path:
+    """Where a configured model's manifest is; `shipped:NAME/FORMAT` is one that comes with the agent."""
+    return SHIPPED_MODELS / (name.removeprefix("shipped:") + ".json") if name.startswith("shipped:") else Path(name)
+
+DETECTORS_KEPT_MAX = 16
+"""Detectors written in one such round: about 26 KiB each, so at most 14 KiB/s, and a thousand of them take turns of half an hour."""
 
 
 class EdgeRuntime:
@@ -64,6 +87,7 @@ class EdgeRuntime:
         )
         self.models: dict[str, Any] = {}
         self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
+        self._own = RuleSet(())
         self.engine = around.engine(RuleSet(()), {})
         self.bus: Bus | None = None
         self.uplink: Uplink | None = None
@@ -109,11 +133,13 @@ class EdgeRuntime:
             if isinstance(state, dict):
                 self.registry.restore(key.removeprefix("twin/"), state)
         self._load_configured_models()
-        self._apply_rules(self._own_rules())
+        self._own = own_rules(self.config.decisions)
+        self._apply_rules(self._own)
         self._restore_desired()
         engine_state = self.journal.state("engine")
         if isinstance(engine_state, dict):
             self.engine.import_state(engine_state, self.clock.mono_ms())
+        self._restore_detectors()
         loop = asyncio.get_running_loop()
         if self.config.bus.enabled and self.config.bus.url:
             self._start_bus()
@@ -157,6 +183,7 @@ class EdgeRuntime:
         if self.bus is not None:
             await self.bus.stop()
         self.journal.put_state("engine", self._engine_state())
+        self._keep_detectors(MAX_DETECTORS, 0)
         self.journal.append("event", "shutdown", {"reason": reason})
         try:
             await asyncio.wait_for(self.journal.flush(), 10)
@@ -240,9 +267,37 @@ class EdgeRuntime:
             state = self._engine_state()
             if any(entry[2] or entry[3] >= 0 for entry in state["states"]) or last:
                 last = bool(state["states"])
-                self.journal.put_state("engine", state, lambda kept=state["decisions"]: self.journal.hold("decision", kept))
+                self.journal.put_state("engine", state, partial(self.journal.hold, "decision", state["decisions"]))
             else:
                 self.journal.hold("decision", state["decisions"])  # no latch is set: there is nothing to find again in older decisions
+            self._keep_detectors(DETECTORS_KEPT_MAX, KEPT_APART_MS)
+
+    def _keep_detectors(self, limit: int, apart_ms: int) -> None:
+        """Write down what detectors learned, each in a state document of its own; forget those that no rule asks about."""
+        for device, metric in self.engine.detectors.take_gone():
+            self.journal.put_state(f"detector/{device}/{metric}", None)
+        for device, metric, state in self.engine.detectors.take_changed(self.clock.mono_ms(), limit, apart_ms):
+            self.journal.put_state(f"detector/{device}/{metric}", state)
+
+    def _restore_detectors(self) -> None:
+        """Every detector goes on from what it knew; one whose state is damaged or unknown starts anew, and this is told."""
+        keys = self.journal.state_keys("detector/")
+        if not keys:
+            return
+        from .decisions.detectors import DetectorStateError
+
+        for key in keys:
+            device, _, metric = key.removeprefix("detector/").partition("/")
+            if not self.engine.asks_detector(device, metric):
+                self.journal.put_state(key, None)
+                continue
+            try:
+                self.engine.detectors.restore(device, metric, self.journal.state(key), self.clock.mono_ms())
+            except DetectorStateError as error:
+                self.metrics.inc("detectors_refused_total")
+                log.error("the detector of %s %s starts anew: %s", device, metric, error)
+                self.journal.append("event", "detector", {"device": device, "metric": metric, "outcome": "refused", "reason": str(error)[:500]})
+                self.journal.put_state(key, None)
 
     def _engine_state(self) -> dict[str, Any]:
         return {**self.engine.export_state(self.clock.mono_ms()), "decisions": self.journal.durable("decision")}
@@ -270,9 +325,7 @@ class EdgeRuntime:
         from .decisions.models import ModelError, load_model, read_manifest
 
         for entry in self.config.decisions.models:
-            path = Path(entry.manifest)
-            if entry.manifest.startswith("shipped:"):
-                path = SHIPPED_MODELS / (entry.manifest.removeprefix("shipped:") + ".json")
+            path = model_path(entry.manifest)
             try:
                 manifest = read_manifest(path.read_bytes())
                 self.models[entry.name or manifest.name] = load_model(manifest, Path(entry.data) if entry.data else path.parent)
@@ -283,14 +336,6 @@ class EdgeRuntime:
         self.metrics.inc("models_refused_total")
         log.error("model %s was refused: %s", name, reason)
         self.journal.append("event", "model", {"name": name, "outcome": "refused", "reason": reason[:500]})
-
-    def _own_rules(self) -> RuleSet:
-        decisions = self.config.decisions
-        rules: list[Any] = list(decisions.rules)
-        if decisions.rules_file:
-            value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
-            rules += value if isinstance(value, list) else [value]
-        return parse_rules(rules)
 
     def _apply_rules(self, rules: RuleSet) -> None:
         self.engine.replace_models(dict(self.models))
@@ -313,6 +358,8 @@ class EdgeRuntime:
     def _check_desired(self, desired: Desired) -> RuleSet | None:
         """Everything that can be wrong with it, found before anything changes."""
         rules = parse_rules(desired.rules) if desired.rules is not None else None
+        for device, twin in desired.twins.items():
+            check_twin(twin, f"spec.twins.{device}")
         self._models_wanted = {}
         for index, entry in enumerate(desired.models):
             manifest, data = entry.get("manifest"), entry.get("data_b64")
@@ -322,7 +369,10 @@ class EdgeRuntime:
                 raw = base64.b64decode(data, validate=True)
             except (binascii.Error, ValueError):
                 raise ContractError(f"spec.models[{index}].data_b64", "is not base64", "encode the model's bytes as base64", "type") from None
-            self._models_wanted[str(manifest.get("name", ""))] = (jsoncodec.encode(manifest).encode(), raw)
+            name = str(manifest.get("name", ""))
+            if name in self._models_wanted:
+                raise ContractError(f"spec.models[{index}].manifest.name", f"{name[:64]!r} stands twice", "send one version of each model", "duplicate")
+            self._models_wanted[name] = (jsoncodec.encode(manifest).encode(), raw)
         return rules
 
     def _on_desired(self, desired: Desired) -> None:
@@ -343,8 +393,15 @@ class EdgeRuntime:
         except RuleError as error:
             self._on_bad_desired(ContractError(f"spec.{error.field}", error.problem, error.remedy, "rule"), desired.generation)
             return
+        replaced = [self.models[name] for name in models if name in self.models]
         self.models.update(models)
-        self.journal.put_state("desired", desired.to_json(), lambda: self._take_desired(desired, rules))
+
+        def durable() -> None:
+            self._take_desired(desired, rules)
+            for model in replaced:
+                model.close()
+
+        self.journal.put_state("desired", desired.to_json(), durable)
         self.journal.append("event", "desired.applied", {"generation": desired.generation})
 
     def _activate_models(self) -> dict[str, Any]:
@@ -384,13 +441,15 @@ class EdgeRuntime:
         self.desired = desired
         self.pipeline.generation = desired.generation
         self.last_desired_error = None
-        if rules is not None:
-            self._apply_rules(rules)
-        for device, twin in desired.twins.items():
-            try:
-                self.pipeline.desire(device, twin, replace=True)
-            except ContractError as error:
-                log.error("desired twin of %s was refused: %s", device, error)
+        self._apply_rules(rules if rules is not None else self._own)
+        if self.journal.state("twins_generation") != desired.generation:
+            # Once per generation: a boot must not undo what was changed here since. In one group with the twins, so all of it or nothing.
+            for device, twin in desired.twins.items():
+                try:
+                    self.pipeline.desire(device, twin, replace=True)
+                except ContractError as error:
+                    log.error("desired twin of %s was refused: %s", device, error)
+            self.journal.put_state("twins_generation", desired.generation)
         self._take_commands(desired)
         if self.uplink is not None:
             self.uplink.announce("desired")
@@ -403,7 +462,7 @@ class EdgeRuntime:
                 continue
             if stamp.wall_ms > command["expires_ms"] and stamp.quality != "unsynced":
                 if state is None:
-                    self._command_moved(command["id"], "expired")
+                    self._commands[command["id"]] = "expired"
                     self._operation(command, "expired", "expired before it arrived")
                 continue
             again = state == "running"
@@ -426,7 +485,7 @@ class EdgeRuntime:
         self.journal.append("event", "operation", operation.to_json(), on_durable)
 
     def _command_moved(self, command_id: str, state: str) -> None:
-        if command_id in self._commands or state == "expired":
+        if command_id in self._commands:  # the hub's; those of decisions are in the journal's effects
             self._commands[command_id] = state
             self.journal.put_state("commands", self._commands)
 
@@ -533,6 +592,8 @@ class EdgeRuntime:
         ):
             gauge(name, text, read)  # type: ignore[arg-type]
             metrics.describe(name, "counter", text)
+        metrics.describe("detectors_refused_total", "counter", "Detectors whose kept state was damaged or unknown; they started anew.")
+        gauge("detectors", "Detectors that learn.", lambda: len(self.engine.detectors))
         metrics.describe("device_rejected_messages_total", "counter", "Device messages refused, by reason.")
         metrics.describe("uplink_rejected_messages_total", "counter", "Hub messages refused, by reason.")
 

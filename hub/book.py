@@ -16,7 +16,7 @@ WANT_AGAIN_MS = 5_000
 """How long an asked-for range is given before it is asked for again."""
 
 MAX_HELD_RANGES = 4_096
-"""Separate ranges above the contiguous mark per stream: past it, records further up are left for the edge to send again."""
+"""Separate ranges above the contiguous mark per stream: past it, a record that would make another one is left for the edge to send again."""
 
 MAX_CHAIN_CHECKS = 256
 """Chain values of the edge that wait for the contiguous mark to reach them; the newest are kept."""
@@ -153,7 +153,7 @@ class StreamBook:
                 self.contiguous = seq
                 self.chain = record.chain(self.chain)
                 out.append(record)
-            elif len(self.above) >= MAX_HELD_RANGES and seq > self.above.top + 1:
+            elif len(self.above) >= MAX_HELD_RANGES and seq != self.contiguous + 1 and seq - 1 not in self.above and seq + 1 not in self.above:
                 continue
             else:
                 self.above.add(seq)

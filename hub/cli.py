@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.Formatter.converter = time.gmtime
     logging.getLogger("mqtt").setLevel(logging.WARNING)
     from .server import BrokerError, Hub, HubSettings
+    from .store import StoreError
 
     try:
         host, port = _address(options.listen, "listen")
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         asyncio.run(serve())
-    except (BrokerError, OSError) as error:
+    except (BrokerError, StoreError, OSError) as error:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0

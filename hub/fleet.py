@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.desired import Desired, parse_desired
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.limits import MAX_COMMANDS
+from edge_runtime.contract.limits import MAX_COMMANDS, MAX_MESSAGE_BYTES
 
 from .book import BootWatch
 from .store.base import EdgeRow
@@ -73,7 +74,7 @@ class Fleet:
             came = row.state != "online"
             ended = None
             if came:
-                row.state, row.since_ms, row.reason = "online", now_ms, message["reason"] or "online"
+                row.state, row.since_ms, row.reason = "online", now_ms, _storable(message["reason"]) or "online"
                 start = self.open_outages.pop(edge, None)
                 if start is not None:
                     ended = (start, now_ms)
@@ -84,7 +85,7 @@ class Fleet:
             return Change(row, outage_ended=ended, came=came)
         if row.boot and message["boot"] != row.boot:
             return Change(row)  # the Last Will of a boot that has been replaced
-        return self._gone(row, message["reason"] or "lost", now_ms)
+        return self._gone(row, _storable(message["reason"]) or "lost", now_ms)
 
     def _gone(self, row: EdgeRow, reason: str, now_ms: int) -> Change:
         started = None
@@ -109,6 +110,11 @@ class Fleet:
         return row
 
 
+def _storable(text: str) -> str:
+    """JSON can escape half of a surrogate pair, which no database takes as text."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[str, Any], now_ms: int, edge_generation: int) -> dict[str, Any]:
     """A new desired state document: `change`'s parts replace the current ones, the generation grows past what anyone has seen.
 
@@ -121,7 +127,7 @@ def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[s
     """
     unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "expires_ms"})
     if unknown:
-        raise ContractError(unknown[0], "is not part of desired state", "send rules, models, twins, commands or expires_ms", "field")
+        raise ContractError(unknown[0][:80] or "body", f"{unknown[0][:80]!r} is not part of desired state", "send rules, models, twins, commands or expires_ms", "field")
     spec: dict[str, Any] = dict((current or {}).get("spec", {}))
     spec.update({key: value for key, value in change.items() if key != "expires_ms"})
     if spec.get("rules", 0) is None:
@@ -130,7 +136,7 @@ def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[s
     commands = spec.get("commands", [])
     if isinstance(commands, list):
         spec["commands"] = [
-            command for command in commands if not (isinstance(command, dict) and isinstance(command.get("expires_ms"), int) and command["expires_ms"] < now_ms - 3_600_000)
+            command for command in commands if not (isinstance(command, dict) and type(command.get("expires_ms")) is int and command["expires_ms"] < now_ms - 3_600_000)
         ]
         if len(spec["commands"]) > MAX_COMMANDS:
             raise ContractError("commands", f"{len(spec['commands'])} are over {MAX_COMMANDS}", "wait until some are done or expired", "limit")
@@ -138,4 +144,9 @@ def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[s
     desired: Desired = parse_desired(
         {"v": 1, "edge": edge, "generation": generation, "issued_ms": now_ms, "expires_ms": change.get("expires_ms", 0), "spec": spec}, edge
     )
-    return desired.to_json()
+    document = desired.to_json()
+    size = len(jsoncodec.encode(document))
+    if size > MAX_MESSAGE_BYTES:
+        # A broker answers a message over its limit by closing the hub's connection, again after every reconnect.
+        raise ContractError("spec", f"{size} bytes with what it had are over the {MAX_MESSAGE_BYTES} of one message", "send less, or empty another part", "size")
+    return document

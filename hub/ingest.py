@@ -222,14 +222,19 @@ class Ingest:
         except Exception as error:
             self.counters["failed_commits_total"] += 1
             log.error("the store refused a commit: %s; nothing of it was kept, the edges will send it again", error)
+            self._dirty_edges = transaction.edges | self._dirty_edges  # presence is not sent again
             await self._reload(list(transaction.streams))
             return
         finally:
             self._ahead.difference_update(transaction.streams)
         self.counters["commits_total"] += 1
         for key in transaction.streams:
-            if self.books[key].reachable() is not None:
-                await self._advance(key)
+            try:
+                if self.books[key].reachable() is not None:
+                    await self._advance(key)
+            except Exception:  # one stream's trouble is not another's
+                self.counters["failed_advances_total"] += 1
+                log.exception("the mark of %s %s could not be moved", *key)
         for edge, streams in touched.items():
             self.send_receipts(edge, streams)
         if transaction.records:
@@ -237,7 +242,13 @@ class Ingest:
 
     async def _reload(self, keys: list[tuple[str, str]]) -> None:
         """After a failed commit the books must not know more than the store."""
-        rows = {(row.edge, row.stream): row for row in await self.write(self.store.streams)}
+        while True:
+            try:
+                rows = {(row.edge, row.stream): row for row in await self.write(self.store.streams)}
+                break
+            except Exception as error:  # taking records in must not end with a disk that is away for a while
+                log.error("the store cannot be read: %s; trying again", error)
+                await asyncio.sleep(self._pace.tick_s)
         for key in keys:
             self.books[key] = _book(rows[key]) if key in rows else StreamBook()
 
@@ -247,7 +258,7 @@ class Ingest:
         while (ahead := book.reachable()) is not None:
             first, last = ahead
             stop = min(last, first + ADVANCE_CHUNK - 1)
-            rows = await self.write(lambda first=first, stop=stop: self.store.read_records(*key, after=first - 1, before=stop + 1, limit=ADVANCE_CHUNK))  # type: ignore[misc]
+            rows = await self.write(lambda first=first, count=stop - first + 1: self.store.read_records(*key, after=first - 1, limit=count))  # type: ignore[misc]
             records: list[Record] = [row.record for row in rows]
             if len(records) != stop - first + 1:
                 # The store lost what the book says is there (it was restored or damaged): ask for it again.
@@ -269,7 +280,8 @@ class Ingest:
         row = self.fleet.rows.get(edge)
         now = self._now_ms()
         marks = []
-        for stream in sorted(streams):
+        # To an identity in quarantine nothing is said of records: which of the two machines would free, or move, its own by it?
+        for stream in sorted(streams) if row is None or not row.quarantine else ():
             if (edge, stream) in self._ahead:
                 continue
             book = self.books.get((edge, stream)) or StreamBook()

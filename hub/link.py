@@ -54,6 +54,7 @@ class HubLink:
         self._group = shared_group if broker.mqtt5 else ""
         self._outbox: asyncio.Queue[tuple[str, bytes, bool]] = asyncio.Queue(OUTBOX_MAX)
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
         self.up = False
         self.last_error = ""
         self.dropped = 0
@@ -64,6 +65,7 @@ class HubLink:
 
     async def stop(self) -> None:
         """Say goodbye and end."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -83,7 +85,7 @@ class HubLink:
 
     async def _run(self) -> None:
         failures = 0
-        while True:
+        while not self._stopping:
             try:
                 async with self._client() as client:
                     await client.subscribe([(topic, 1) for topic in topics.hub_subscriptions(self._group)], timeout=10)
@@ -103,6 +105,8 @@ class HubLink:
             except OSError as error:
                 self.last_error = str(error)
             self.up = False
+            if self._stopping:
+                return  # the goodbye failed, and its error took the cancellation's place
             failures += 1
             log.warning("no connection to the broker: %s", self.last_error)
             await asyncio.sleep(self._entropy.random() * min(RETRY_CAP_S, 0.2 * 2**failures))

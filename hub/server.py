@@ -102,6 +102,7 @@ class Hub:
         """What each edge was last told of its desired state: generation, when, and how long it is given to apply it (ms)."""
         self._reader = around.executor("hub-read")
         self._lock = asyncio.Lock()
+        self._raising: set[str] = set()
         self.broker: Broker
         self.link: HubLink
         self.ingest = Ingest(
@@ -116,8 +117,11 @@ class Hub:
 
     def _token(self) -> str:
         path = self.settings.data_dir / "token"
-        if path.exists():
-            return path.read_text().strip()
+        kept = path.read_text().strip() if path.exists() else ""
+        if kept:
+            return kept
+        # None yet, or left empty by a first start that was cut short: an empty token would let everybody in.
+        path.unlink(missing_ok=True)
         token = secrets.token_urlsafe(24)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as handle:
@@ -205,12 +209,14 @@ class Hub:
         if change.row.generation < document["generation"]:
             if change.came or self._overdue(change.row.edge):  # the broker may have lost its retained messages, or this one
                 self._publish_desired(change.row.edge)
-        elif change.row.generation > document["generation"]:
+        elif change.row.generation > document["generation"] and change.row.edge not in self._raising:
             # This hub was restored from a backup: what it wants now goes above what the edge has seen.
             edge = change.row.edge
+            self._raising.add(edge)
             task = asyncio.get_running_loop().create_task(self.change_desired(edge, {}))
 
             def told(done: "asyncio.Task[dict[str, Any]]") -> None:
+                self._raising.discard(edge)
                 if not done.cancelled() and done.exception() is not None:
                     log.error("desired state of %s could not be raised: %s", edge, done.exception())
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import aiomqtt
 
+from edge_runtime.contract import ContractError, topics
 from hub.broker.mosquitto import find_mosquitto, free_port
 from hub.link import SOCKET_OPTIONS
 from tools.faultproxy import FaultProxy
@@ -94,7 +95,10 @@ class SampleDevices:
                 await asyncio.sleep(0.5)
 
     async def _obey(self, client: aiomqtt.Client, message: aiomqtt.Message) -> None:
-        device = str(message.topic).split("/")[3]
+        try:
+            device, _ = topics.parse(str(message.topic), "device", ("command",))
+        except ContractError:
+            return  # amqtt sends a new client every retained message that anybody has subscribed to
         command = json.loads(message.payload if isinstance(message.payload, bytes) else b"{}")
         self.commands[command["id"]] += 1
         if self.commands[command["id"]] == 1 and command["name"] == "speed":
@@ -222,7 +226,11 @@ class Demo:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
-            outage = await self._watch(stop, proxy, edge_api, api)
+            watch = asyncio.create_task(self._watch(stop, proxy, edge_api, api))
+            await asyncio.wait((watch, device_task), return_when=asyncio.FIRST_COMPLETED)
+            if device_task.done() and not stop.is_set():
+                device_task.result()  # the sample devices never end by themselves
+            outage = await watch
             summary = await self._finish(edge_api, api, devices, device_task, proxy, outage)
         finally:
             devices.stop.set()

@@ -32,10 +32,17 @@ def portable(layers: list[Layer]) -> bytes:
     }).encode()
 
 
+def _check(layers: list[Layer]) -> None:
+    for index, layer in enumerate(layers):
+        if layer.activation not in ("relu", "linear"):
+            raise ValueError(f"layers[{index}].activation: {layer.activation!r} cannot be exported; use relu or linear, or the portable format")
+
+
 def onnx(layers: list[Layer]) -> bytes:
     """An ONNX model: Gemm and Relu, input `x` (1, n), output `y`."""
     from onnx import TensorProto, checker, helper, numpy_helper
 
+    _check(layers)
     nodes: list[Any] = []
     weights: list[Any] = []
     name = "x"
@@ -62,6 +69,7 @@ def onnx(layers: list[Layer]) -> bytes:
 
 def tflite(layers: list[Layer]) -> bytes:
     """A TFLite flatbuffer: FULLY_CONNECTED operators with fused activations (schema version 3)."""
+    _check(layers)
     import flatbuffers
     import tflite as tf
 

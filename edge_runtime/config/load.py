@@ -97,7 +97,7 @@ def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Load
         from .prototype import is_prototype, translate
 
         if is_prototype(data):
-            data, warnings, unknown = translate(data)
+            data, warnings, unknown = translate(data, reader.expand)
             for name, remedy in unknown:
                 reader.wrong(name, "is unknown", remedy)
     merged = _merge(reader, EdgeConfig, data, "", source_of)
@@ -241,7 +241,7 @@ def _value(reader: _Reader, kind: Any, metadata: Mapping[str, Any], value: Any, 
         if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, str | int | float | bool) for k, v in value.items()):
             reader.wrong(path, "is not a mapping of text to text", "write `name: text` lines below it")
             return {}
-        return {k: str(v) for k, v in value.items()}
+        return {k: reader.expand(f"{path}.{k}", v) if isinstance(v, str) else str(v) for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, list):
             reader.wrong(path, f"is {type(value).__name__}, not a list", "write a list (`- ...`)")

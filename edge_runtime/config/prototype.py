@@ -1,6 +1,7 @@
 """The earlier prototype's YAML: loads; what has a meaning here is translated, the rest is named."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 MARKS = frozenset(("agent_id", "cluster_id", "edge_region", "cloud_endpoint", "cloud_token", "local_redis", "resource_limits", "edge_network"))
@@ -32,8 +33,11 @@ def is_prototype(data: dict[str, Any]) -> bool:
     return bool(MARKS & data.keys())
 
 
-def translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[tuple[str, str]]]:
+def translate(data: dict[str, Any], expand: Callable[[str, str], str]) -> tuple[dict[str, Any], list[str], list[tuple[str, str]]]:
     """The file in today's form.
+
+    Args:
+        expand: `${NAME}` in the text of a key, for what has to be read here.
 
     Returns:
         The translated data; warnings that name every key without effect; unknown keys with a remedy.
@@ -47,14 +51,20 @@ def translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[tup
             out[target] = data[name]
     endpoint = data.get("cloud_endpoint")
     if endpoint:
-        address = str(endpoint).split("://")[-1]
+        endpoint = expand("cloud_endpoint", str(endpoint))
+        address = endpoint.split("://")[-1]
         uplink["url"] = f"mqtt://{address}"
         warnings.append(f"cloud_endpoint: {endpoint} is taken as the MQTT broker {uplink['url']}")
     if data.get("cloud_token"):
         uplink["password"] = data["cloud_token"]
         uplink["username"] = data.get("agent_id", "edge")
-    if data.get("offline_mode") is True:
+    offline = data.get("offline_mode")
+    if isinstance(offline, str):
+        offline = {"true": True, "false": False}.get(expand("offline_mode", offline).lower(), offline)
+    if offline is True:
         uplink["enabled"] = False
+    elif offline is not None and not isinstance(offline, bool):
+        unknown.append(("offline_mode", "use true or false"))
     if uplink:
         out["uplink"] = uplink
     port = data.get("health_port", data.get("metrics_port"))
@@ -64,7 +74,8 @@ def translate(data: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[tup
             warnings.append(f"metrics_port: /metrics is served on health_port {port}")
     inference = data.get("ai_inference")
     if isinstance(inference, dict):
-        for model in inference.get("models") or ():
+        models = inference.get("models")
+        for model in models if isinstance(models, list) else ():
             warnings.append(f"ai_inference.models: {model.get('name', '?') if isinstance(model, dict) else model}: name a manifest under decisions.models to use a model")
         warnings.append("ai_inference: has no effect here: models are loaded when decisions.models names them")
     elif inference is not None and not isinstance(inference, bool):
@@ -96,6 +107,8 @@ def _monitoring(section: Any, out: dict[str, Any], warnings: list[str], unknown:
                 "if": {"value": metric, "op": ">", "than": value * factor}, "for": "10s",
                 "then": [{"alert": {"severity": "warning", "text": f"{metric} {{{metric}}} is over {value * factor:g}"}}],
             })
+        elif value is not None:
+            unknown.append((f"monitoring.{name}", "use a number"))
     if rules:
         out["decisions"] = {"rules": rules}
     known = {name for name, _, _ in _THRESHOLDS} | set(_MONITORING_NO_EFFECT)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ContractError
+from .jsoncodec import check_tree, encode
 from .limits import MAX_INTEGER, MAX_METRICS, MAX_READINGS_PER_MESSAGE, MAX_STRING_CHARS
 from .schema import Field, Message
 from .topics import DEVICE_COMMAND, DEVICE_DESIRED, DEVICE_REGISTER, DEVICE_REPORTED, DEVICE_RESULT, DEVICE_TELEMETRY
@@ -14,7 +15,33 @@ METRIC_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,63}\Z")
 MAX_FLATTEN_DEPTH = 4
 """Levels of nested objects that become dotted metric names."""
 
+MAX_DEVICE_DEPTH = 8
+"""Levels of a twin or of a result's value. They travel on inside a record inside a batch, five levels deeper, and past `limits.MAX_DEPTH` the
+hub would refuse the batch again and again."""
+
+MAX_DEVICE_BYTES = 32_768
+"""Bytes of one side of a twin, or of a result's value, as canonical JSON: half of what a record holds, and one message to a device."""
+
+MAX_READING_TEXT = 49_152
+"""Characters of JSON that the text values of one reading may make (a character outside ASCII makes 6 or 12): with its numbers and names the
+reading then fits `limits.MAX_BODY_BYTES`."""
+
+LONG_TEXT_CHARS = 64
+"""Text up to here cannot pass `MAX_READING_TEXT` whatever it holds: `limits.MAX_METRICS` times 64 times 12 characters."""
+
 Value = float | int | str | bool
+
+
+def check_object(value: dict[str, Any], field: str) -> None:
+    """Raise `ContractError` where an object of a device is too deep or too large to travel on in a record."""
+    check_tree(value, field, MAX_DEVICE_DEPTH)
+    if len(encode(value)) > MAX_DEVICE_BYTES:
+        raise ContractError(field, f"over {MAX_DEVICE_BYTES} bytes of JSON", "send less", "limit")
+
+
+def _check_result(message: dict[str, Any]) -> None:
+    check_object(message["value"], "value")
+
 
 TELEMETRY = Message(
     name="telemetry", topic=DEVICE_TELEMETRY, direction="device to edge", retained=False, versioned=False,
@@ -38,7 +65,10 @@ REGISTER = Message(
 )
 REPORTED = Message(
     name="reported", topic=DEVICE_REPORTED, direction="device to edge", retained=False, versioned=False,
-    doc="Reported twin state: an object of property to value, merged into the twin; null removes a property.",
+    doc=(
+        "Reported twin state: an object of property to value, merged into the twin; null removes a property. "
+        f"A twin has at most {MAX_DEVICE_BYTES} bytes and {MAX_DEVICE_DEPTH} levels."
+    ),
     fields=(), example={"speed": 3},
 )
 TWIN_DESIRED = Message(
@@ -71,6 +101,7 @@ RESULT = Message(
         Field("reason", "string", "why not", required=False, default="", max_items=256),
         Field("value", "object", "what came of it", required=False, default={}, max_items=64),
     ),
+    after=_check_result,
     example={"id": "gw-1.decision.121.0", "ok": True},
 )
 
@@ -115,7 +146,17 @@ def _parse_reading(value: Any, where: str) -> Reading:
     _flatten(value, "", values, where, 1)
     if not values:
         raise ContractError(where.rstrip(".") or "payload", "holds no value", "send at least one metric", "empty")
+    for item in values.values():
+        if type(item) is str and len(item) > LONG_TEXT_CHARS:
+            _check_text(values, where)
+            break
     return Reading(values, device_ms)
+
+
+def _check_text(values: dict[str, Value], where: str) -> None:
+    made = sum(len(encode(item)) for item in values.values() if type(item) is str)
+    if made > MAX_READING_TEXT:
+        raise ContractError(where.rstrip(".") or "payload", f"holds text that makes {made} characters of JSON, over {MAX_READING_TEXT}", "shorten the text, or send it in several readings", "limit")
 
 
 def _flatten(source: dict[str, Any], prefix: str, out: dict[str, Value], where: str, depth: int) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..contract.device_messages import Value
-from .rules import Action, Combination, Comparison, Condition, Rule, RuleSet, Silent
+from .detectors.bank import DetectorBank
+from .rules import DETECTED, Action, Combination, Comparison, Condition, Rule, RuleSet, Silent
 from .windows import Window
 
 MAX_STATES = 4_096
@@ -87,6 +88,7 @@ class DecisionEngine:
         self._states: OrderedDict[tuple[str, str], _State] = OrderedDict()
         self._windows: OrderedDict[tuple[str, str, int], Window] = OrderedDict()
         self._outputs: dict[str, list[float] | None] = {}
+        self.detectors = DetectorBank()
         self.errors: dict[str, int] = {}
         self.evicted = 0
 
@@ -109,17 +111,23 @@ class DecisionEngine:
         for window in [key for key in self._windows if key[1:] not in wanted]:
             del self._windows[window]
         self._rules = rules
+        self.detectors.keep_only(self.asks_detector)
         for device in self._devices.values():
             device.rules = None
 
+    def asks_detector(self, device: str, metric: str) -> bool:
+        """Whether a rule in force asks the detector of this metric."""
+        return any(metric in rule.detectors and rule.matches(device) for rule in self._rules.rules)
+
     # -- deciding ------------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, device: str, values: Mapping[str, Value], mono_ms: int) -> list[Decision]:
+    def evaluate(self, device: str, values: Mapping[str, Value], mono_ms: int, at_ms: int | None = None) -> list[Decision]:
         """Decide on one reading.
 
         Args:
-            values: metric to value; non-finite numbers are ignored and counted.
-            mono_ms: monotonic milliseconds of the reading.
+            values: metric to value; non-finite numbers are ignored and counted (detectors see them, as bad quality).
+            mono_ms: monotonic milliseconds of the reading: windows and durations go by it.
+            at_ms: when it was measured, milliseconds since 1970: detectors learn days and weeks by it, and it may jump. None: `mono_ms`.
         """
         known = self._devices.get(device)
         if known is None:
@@ -144,6 +152,7 @@ class DecisionEngine:
         self._outputs.clear()
         decisions: list[Decision] = []
         fed: set[tuple[str, int]] | None = None
+        observed: set[str] | None = None
         for rule in rules:
             for metric, span in rule.windows:
                 if fed is None:
@@ -153,6 +162,14 @@ class DecisionEngine:
                     sample: Any = values.get(metric)
                     if type(sample) in _NUMBERS and math.isfinite(sample):
                         self._window(device, metric, span).add(sample, mono_ms)
+            for metric in rule.detectors:
+                if observed is None:
+                    observed = set()
+                if metric not in observed:
+                    observed.add(metric)
+                    sample = values.get(metric)
+                    if type(sample) in _NUMBERS and not self.detectors.observe(device, metric, mono_ms if at_ms is None else at_ms, sample, mono_ms):
+                        self._error(rule.id, "too many detectors")
         for rule in rules:
             if rule.metric and rule.metric not in values:
                 continue
@@ -251,6 +268,8 @@ class DecisionEngine:
                 return False
             left = found[0]
             inputs[f"{item.statistic}({item.name},{item.span_ms}ms)"] = {"value": left, "count": found[1]}
+        elif item.kind in DETECTED:
+            return self._detected(item, rule, device, known, inputs)
         else:
             output = self._ask(item.name, rule, known)
             if output is None or item.output >= len(output):
@@ -274,6 +293,33 @@ class DecisionEngine:
         except TypeError:
             self._error(rule.id, "type")
             return False
+
+    def _detected(self, item: Comparison, rule: Rule, device: str, known: _Device, inputs: dict[str, Any]) -> bool:
+        """A condition that asks the detector of its metric; its answer is among the inputs."""
+        detector = self.detectors.get(device, item.name)
+        newest = detector.newest if detector is not None else None
+        if detector is None or newest is None:
+            return False
+        than = item.than
+        if item.than_metric:
+            than = known.values.get(item.than_metric)
+            if than is None:
+                return False
+            if type(than) not in _NUMBERS:
+                self._error(rule.id, "type")
+                return False
+            inputs[item.than_metric] = than
+        if item.kind == "forecast":
+            crossing = detector.time_to(than, rising=item.op[0] == ">", within_ms=item.span_ms)
+            if crossing is None:
+                return False
+            inputs[f"forecast({item.name}{item.op}{than:g})"] = {
+                "value": newest.value, "in_ms": crossing.in_ms, "earliest_ms": crossing.earliest_ms, "latest_ms": crossing.latest_ms, "within_ms": item.span_ms,
+            }
+            return crossing.in_ms <= item.span_ms
+        quality = newest.quality_within(item.low, item.high) if item.kind == "quality" else newest.quality
+        inputs[f"anomaly({item.name})"] = {"value": newest.value, "score": newest.score, "quality": quality, "expected": newest.expected}
+        return item.test(quality if item.kind == "quality" else newest.score, than)
 
     def _ask(self, name: str, rule: Rule, known: _Device) -> list[float] | None:
         if name in self._outputs:

@@ -18,6 +18,9 @@ A condition is one of
     {"value": "temp", "op": ">", "than": 80}                 > >= < <= == != in between; `than` may be {"value": "other"}
     {"window": {"metric": "temp", "over": "60s", "stat": "mean", "min_count": 3}, "op": ">", "than": 75}
     {"model": "host-anomaly", "output": 0, "op": ">", "than": 0.8}
+    {"anomaly": {"metric": "temp"}, "op": ">", "than": 0.99} how strange the newest value is to what was learned of this metric, 0 to 1
+    {"quality": {"metric": "temp", "low": -40, "high": 125}, "op": "in", "than": ["stuck", "spike"]}     see `detectors.quality`; limits optional
+    {"forecast": {"metric": "temp", "within": "30m"}, "op": ">", "than": 80}                             will be so within 30 minutes, or is already
     {"silent": "5m"}                                         no reading of the device for so long
     {"all": [...]}, {"any": [...]}, {"not": {...}}
 """
@@ -30,12 +33,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from ..contract.errors import ContractError
+from ..contract.jsoncodec import check_tree
 from ..contract.limits import MAX_RULES
 from ..contract.schema import ID_PATTERN
 from .windows import STATISTICS
 
 MAX_DEPTH = 8
-"""Nesting of a condition."""
+"""Nesting of a condition, and of arguments and twin properties."""
 MAX_NODES = 64
 """Conditions of one rule: bounds the time of one evaluation."""
 MAX_ACTIONS = 8
@@ -52,6 +57,9 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": lambda a, b: bool(a == b), "!=": lambda a, b: bool(a != b), "in": lambda a, b: a in b, "between": lambda a, b: bool(b[0] <= a <= b[1]),
 }
 _ORDERING = frozenset((">", ">=", "<", "<=", "between"))
+DETECTED = ("anomaly", "quality", "forecast")
+"""Conditions that ask a detector of their metric."""
+_CONDITIONS = ("all", "any", "not", "value", "window", "model", *DETECTED, "silent")
 SEVERITIES = ("info", "warning", "critical")
 
 
@@ -67,7 +75,10 @@ class RuleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`left op than`; `kind` is `value`, `window` or `model` and says what `left` is."""
+    """`left op than`; `kind` is `value`, `window`, `model`, `anomaly`, `quality` or `forecast` and says what `left` is.
+
+    `low` and `high` are the limits of a `quality`; `span_ms` is how far a `window` looks back or a `forecast` ahead.
+    """
 
     kind: str
     name: str
@@ -79,6 +90,8 @@ class Comparison:
     statistic: str = ""
     min_count: int = 1
     output: int = 0
+    low: float = -math.inf
+    high: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +140,7 @@ class Rule:
     digest: str
     needs_tick: bool
     windows: tuple[tuple[str, int], ...]
+    detectors: tuple[str, ...]
     matches: Callable[[str], bool]
 
 
@@ -219,10 +233,11 @@ def _parse_rule(value: object, field: str) -> Rule:
         raise RuleError(f"{field}.on.metric", f"{str(metric)[:40]!r} is not a metric", "name one metric, or leave it out")
     for_ms = parse_duration(data.get("for", 0), f"{field}.for")
     windows: set[tuple[str, int]] = set()
+    detectors: set[str] = set()
     silent = [False]
     for part in (condition, clear):
         if part is not None:
-            _collect(part, windows, silent)
+            _collect(part, windows, detectors, silent)
     try:
         digest = blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=12).hexdigest()
     except (TypeError, ValueError) as error:
@@ -230,7 +245,7 @@ def _parse_rule(value: object, field: str) -> Rule:
     device = _name(on["device"], f"{field}.on.device", _PATTERN)
     return Rule(
         _name(data["id"], f"{field}.id"), device, metric, condition, clear, for_ms, trigger == "each",
-        parse_duration(data.get("cooldown", 0), f"{field}.cooldown"), actions, digest, bool(for_ms) or silent[0], tuple(sorted(windows)), _matcher(device),
+        parse_duration(data.get("cooldown", 0), f"{field}.cooldown"), actions, digest, bool(for_ms) or silent[0], tuple(sorted(windows)), tuple(sorted(detectors)), _matcher(device),
     )
 
 
@@ -241,15 +256,17 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lambda device: expression.match(device) is not None
 
 
-def _collect(condition: Condition, windows: set[tuple[str, int]], silent: list[bool]) -> None:
+def _collect(condition: Condition, windows: set[tuple[str, int]], detectors: set[str], silent: list[bool]) -> None:
     if isinstance(condition, Comparison):
         if condition.kind == "window":
             windows.add((condition.name, condition.span_ms))
+        elif condition.kind in DETECTED:
+            detectors.add(condition.name)
     elif isinstance(condition, Silent):
         silent[0] = True
     else:
         for part in condition.parts:
-            _collect(part, windows, silent)
+            _collect(part, windows, detectors, silent)
 
 
 def _parse_condition(value: object, field: str, depth: int, nodes: list[int]) -> Condition:
@@ -260,9 +277,9 @@ def _parse_condition(value: object, field: str, depth: int, nodes: list[int]) ->
         raise RuleError(field, f"is nested deeper than {MAX_DEPTH}", "flatten the condition")
     if not isinstance(value, dict):
         raise RuleError(field, f"is {type(value).__name__}, not an object", "send a condition")
-    kinds = [key for key in ("all", "any", "not", "value", "window", "model", "silent") if key in value]
+    kinds = [key for key in _CONDITIONS if key in value]
     if len(kinds) != 1:
-        raise RuleError(field, "is not one condition", "use exactly one of all, any, not, value, window, model, silent")
+        raise RuleError(field, "is not one condition", f"use exactly one of {', '.join(_CONDITIONS)}")
     kind = kinds[0]
     if kind in ("all", "any"):
         _object(value, field, (kind,))
@@ -309,6 +326,8 @@ def _parse_comparison(value: dict[str, Any], field: str, kind: str) -> Compariso
         if type(output) is not int or not 0 <= output < 256:
             raise RuleError(f"{field}.output", f"{str(output)[:20]!r} is not an output number", "use 0 for the first output")
         return Comparison("model", _name(data["model"], f"{field}.model"), op, test, than, than_metric, output=output)
+    if kind in DETECTED:
+        return _parse_detected(data, field, kind, test, than, than_metric)
     window = _object(data["window"], f"{field}.window", ("metric", "over", "stat", "min_count"), ("metric", "over", "stat"))
     if window["stat"] not in STATISTICS:
         raise RuleError(f"{field}.window.stat", f"{str(window['stat'])[:20]!r} is unknown", f"use one of {', '.join(STATISTICS)}")
@@ -323,12 +342,55 @@ def _parse_comparison(value: dict[str, Any], field: str, kind: str) -> Compariso
     return Comparison("window", window["metric"], op, test, than, than_metric, span, window["stat"], least)
 
 
+def _parse_detected(data: dict[str, Any], field: str, kind: str, test: Callable[[Any, Any], bool], than: Any, than_metric: str) -> Comparison:
+    """The three conditions that ask a detector; `data` has its `op` and `than` checked already."""
+    op, within = data["op"], f"{field}.{kind}"
+    known = {"anomaly": ("metric",), "quality": ("metric", "low", "high"), "forecast": ("metric", "within")}[kind]
+    asked = _object(data[kind], within, known, known if kind != "quality" else ("metric",))
+    metric = asked["metric"]
+    if not isinstance(metric, str) or not metric:
+        raise RuleError(f"{within}.metric", "is not a metric name", "name the metric")
+    if kind == "quality":
+        if op not in ("in", "==", "!="):
+            raise RuleError(f"{field}.op", f"{op} does not compare qualities", "use in, == or !=")
+        from .detectors.quality import QUALITIES  # only where a rule asks: see detectors/__init__.py
+
+        for quality in than if op == "in" else (than,):
+            if quality not in QUALITIES:
+                raise RuleError(f"{field}.than", f"{str(quality)[:40]!r} is not a quality", f"use {', '.join(QUALITIES)}")
+        for limit in ("low", "high"):
+            if limit in asked and not _is_number(asked[limit]):
+                raise RuleError(f"{within}.{limit}", f"{str(asked[limit])[:40]!r} is not a finite number", "send what the sensor can measure, or leave it out")
+        low, high = asked.get("low", -math.inf), asked.get("high", math.inf)
+        if low > high:
+            raise RuleError(f"{within}.low", "is above high", "swap them")
+        return Comparison(kind, metric, op, test, than, low=low, high=high)
+    if kind == "anomaly":
+        if op not in _ORDERING:
+            raise RuleError(f"{field}.op", f"{op} does not fit a score", "use > >= < <= or between")
+        return Comparison(kind, metric, op, test, than, than_metric)
+    if op not in (">", ">=", "<", "<="):
+        raise RuleError(f"{field}.op", f"{op} has no direction to cross in", "use > or >= for rising, < or <= for falling")
+    span = parse_duration(asked["within"], f"{within}.within")
+    if span < 1:
+        raise RuleError(f"{within}.within", "is no time at all", "use at least 1ms")
+    return Comparison(kind, metric, op, test, than, than_metric, span)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _target(value: object, field: str) -> str:
     return "$device" if value == "$device" else _name(value, field)
+
+
+def _check_json(value: dict[str, Any], field: str) -> None:
+    """Refuse what a record, a command or a twin could not carry."""
+    try:
+        check_tree(value, field, MAX_DEPTH)
+    except ContractError as error:
+        raise RuleError(error.field, error.problem, error.remedy) from None
 
 
 def _parse_action(value: object, field: str) -> Action:
@@ -348,6 +410,7 @@ def _parse_action(value: object, field: str) -> Action:
         args = data.get("args", {})
         if not isinstance(args, dict) or len(json.dumps(args, default=str)) > MAX_ARGS_BYTES:
             raise RuleError(f"{field}.command.args", f"is not an object of at most {MAX_ARGS_BYTES} bytes", "send fewer arguments")
+        _check_json(args, f"{field}.command.args")
         return Action("command", {
             "device": _target(data["device"], f"{field}.command.device"), "name": _name(data["name"], f"{field}.command.name"), "args": args,
             "expires_ms": parse_duration(data.get("expires", "60s"), f"{field}.command.expires"),
@@ -356,5 +419,6 @@ def _parse_action(value: object, field: str) -> Action:
         data = _object(detail, f"{field}.desired", ("device", "set"), ("device", "set"))
         if not isinstance(data["set"], dict) or len(json.dumps(data["set"], default=str)) > MAX_ARGS_BYTES:
             raise RuleError(f"{field}.desired.set", f"is not an object of at most {MAX_ARGS_BYTES} bytes", "send {property: value}")
+        _check_json(data["set"], f"{field}.desired.set")
         return Action("desired", {"device": _target(data["device"], f"{field}.desired.device"), "set": data["set"]})
     raise RuleError(f"{field}.{str(kind)[:20]}", "is not an action", "use command, alert or desired")

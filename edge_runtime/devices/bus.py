@@ -48,6 +48,9 @@ class Sink(Protocol):
     def batch_end(self) -> None:
         """Everything that came in one read of the socket has been handed over."""
 
+    def batch_sent(self) -> None:
+        """What `batch_end` published is on its way."""
+
     def bus_up(self) -> None:
         """The bus is there (again)."""
 
@@ -74,6 +77,7 @@ class Bus:
         self._receive_max = receive_max
         self._make_session = session
         self._session: MqttSession | None = None
+        self._subscribed = False
         self._task: asyncio.Task[None] | None = None
         self.last_error = ""
         self._wake = asyncio.Event()
@@ -81,8 +85,8 @@ class Bus:
 
     @property
     def up(self) -> bool:
-        """Connected."""
-        return self._session is not None and self._session.open
+        """Connected and subscribed."""
+        return self._subscribed and self._session is not None and self._session.open
 
     def start(self) -> None:
         """Begin; call inside the running loop."""
@@ -109,16 +113,19 @@ class Bus:
 
     def _failed(self, error: SessionClosed) -> None:
         self._session = None
+        self._subscribed = False
         self.last_error = error.reason
         self.on_session(False)
 
     async def _serve(self, session: MqttSession) -> None:
         self._session = session
-        session.after_read = self._sink.batch_end
+        session.after_read, session.after_write = self._sink.batch_end, self._sink.batch_sent
+        # Before the subscription: what it brings leads to commands of this connection, which must not be taken for ones that still wait.
+        self._sink.bus_up()
         await session.subscribe(topics.bus_subscriptions())
+        self._subscribed = True
         self._metrics.inc("bus_connects_total")
         self.on_session(True)
-        self._sink.bus_up()
         await asyncio.wait((session.closed,))
 
     def publish(self, device: str, leaf: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Done | None = None) -> bool:

@@ -4,6 +4,7 @@ psutil reads where it is installed; the /proc reader stands in where it has no w
 lacks (a thermal sensor, a disk counter) is left out, never zero. Rates need two samples: the first one leaves them out.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -220,11 +221,14 @@ def _whole_disk(name: str, names: Mapping[str, object]) -> bool:
 
 
 def _numbers(words: list[str]) -> list[float]:
-    """The words as numbers, up to the first that is none."""
+    """The words as numbers, up to the first that is none (nan and inf are none)."""
     out = []
     for word in words:
         try:
-            out.append(float(word))
+            number = float(word)
         except ValueError:
             break
+        if not math.isfinite(number):
+            break
+        out.append(number)
     return out

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..contract.device_messages import Reading, Value
+from ..contract.device_messages import Reading, Value, check_object
 from ..contract.errors import ContractError
 from ..contract.limits import MAX_METRICS
 
@@ -16,6 +16,13 @@ MAX_TWIN_PROPERTIES = 128
 
 MAX_LAST_ERRORS = 50
 """Refused messages kept for a person to look at."""
+
+
+def check_twin(properties: dict[str, Any], which: str) -> None:
+    """Raise `ContractError` naming `which` where one side of a twin is over a limit."""
+    if len(properties) > MAX_TWIN_PROPERTIES or any(len(key) > 64 for key in properties):
+        raise ContractError(which, f"over {MAX_TWIN_PROPERTIES} properties, or a name over 64 characters", "send fewer or shorter ones", "limit")
+    check_object(properties, which)
 
 
 @dataclass(slots=True)
@@ -120,6 +127,9 @@ class DeviceRegistry:
 
     def _keep_early(self, device_id: str, reading: Reading, now_ms: int) -> None:
         queue = self._early.get(device_id)
+        if self._early_max_devices < 1:
+            self.early_dropped += 1
+            return
         if queue is None:
             if len(self._early) >= self._early_max_devices:
                 self.early_dropped += len(self._early.popitem(last=False)[1])
@@ -144,7 +154,9 @@ class DeviceRegistry:
         else:
             changed = any(getattr(device, key) != message[key] for key in ("kind", "name", "parent", "meta"))
         device.kind, device.name, device.parent, device.meta = message["kind"], message["name"], message["parent"], message["meta"]
-        early = [reading for at_ms, reading in self._early.pop(device_id, ()) if now_ms - at_ms <= self._early_ttl_ms]
+        waited = self._early.pop(device_id, ())
+        early = [reading for at_ms, reading in waited if now_ms - at_ms <= self._early_ttl_ms]
+        self.early_dropped += len(waited) - len(early)
         return device, changed, early
 
     @property
@@ -170,8 +182,7 @@ class DeviceRegistry:
         device = self.devices.get(device_id)
         current: dict[str, Any] = {} if device is None or replace else getattr(device, which)
         merged = {key: value for key, value in {**current, **patch}.items() if value is not None}
-        if len(merged) > MAX_TWIN_PROPERTIES or any(len(key) > 64 for key in merged):
-            raise ContractError(which, f"over {MAX_TWIN_PROPERTIES} properties, or a name over 64 characters", "send fewer or shorter ones", "limit")
+        check_twin(merged, which)
         if device is None:
             device = self._add(Device(device_id))
         elif merged == getattr(device, which):

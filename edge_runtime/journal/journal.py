@@ -207,6 +207,10 @@ class Journal:
         """Begin the commit that would begin at the end of this turn of the loop."""
         self.lanes["journal"].begin_now()
 
+    def breathe(self) -> None:
+        """Nobody waits at this moment: telemetry that is due soon may go down now."""
+        self.lanes["telemetry"].breathe()
+
     def put_state(self, key: str, value: Any, on_durable: Callable[[], None] | None = None) -> None:
         """Keep a JSON document under `key` across restarts (None forgets it)."""
         text = None if value is None else jsoncodec.encode(value)

@@ -28,9 +28,13 @@ ACK_DELAY_S = 0.05
 """How long a record that somebody waits for (a device's QoS 1 message is acknowledged after the commit) may wait for others: twenty
 fsyncs a second under steady load, so that telemetry hardly slows the decisions' own fsync down."""
 
+EARLY_S = 0.025
+"""How much before its time a group that nobody is in a hurry for may begin when the loop has just handled a message: its fsync then falls into
+the pause before the next message, not beside that message's own."""
+
 MARKS_DELAY_S = 0.25
-"""How long moved marks (receipts, effects done) may wait for a commit to go with: losing the last ones means work done again with the
-same ids, not twice."""
+"""How long moved marks (receipts, effects done) may wait to be stored, and the least time between two storings: a page of its own in a
+commit. Losing the last ones means work done again with the same ids, not twice."""
 
 CALLBACK_SLICE = 16
 """Callbacks after a commit that run in one turn of the loop: acknowledging 100 messages at once would hold a decision up for 2 ms."""
@@ -43,6 +47,9 @@ is common) and waits for us, so they are committed at once."""
 INLINE_LIMIT_S = 0.002
 """While commits take less than this on average they are made on the event loop: two changes of thread cost as much as the commit. On a
 slow disk they move to a thread, so that nothing else waits for the disk."""
+
+INLINE_RECORD_S = 0.000_02
+"""What a record of a group may take besides: that is the processor's time, which a thread would take from the loop all the same."""
 
 INLINE_WEIGHT = 0.1
 """Weight of the newest commit in that average: one slow commit of 20 ms moves the next ones to the thread."""
@@ -158,6 +165,7 @@ class Lane:
         self.marks: dict[str, StreamMarks] = database.marks()
         """Durable marks, as of the last commit."""
         self._dirty: set[str] = set()
+        self._marks_stored = 0.0
         self._pending: deque[_Pending] = deque()
         self._state: dict[str, str | None] = {}
         self._state_callbacks: list[Callable[[], None]] = []
@@ -190,8 +198,7 @@ class Lane:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin writing."""
         self._loop = loop
-        if not self._droppable:
-            self.database.grow_wal()
+        self.database.grow_wal()
         self.worker = self._make_worker(f"journal-{self.database.path.stem}", loop)
         self._kick()
 
@@ -286,6 +293,11 @@ class Lane:
         if self._begin_soon:
             self._begin()
 
+    def breathe(self) -> None:
+        """A message has just been handled: a good moment for a group that is due soon."""
+        if self._timer is not None and self._loop is not None and not self.error and self._timer.when() - self._loop.time() <= EARLY_S:
+            self._begin()
+
     def _timed(self) -> None:
         self._timer = None
         self._begin()
@@ -294,6 +306,7 @@ class Lane:
         self._begin_soon = False
         if self._group is not None or self._paused or self.error or not (self._pending or self._state or self._dirty):
             return
+        assert self._loop is not None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -314,9 +327,13 @@ class Lane:
             self.appended_bytes += len(item.body) + 64
             rows.append((record, item.callback))
         # Marks that an append moves are found again in the last record; writing them as well would cost a page per commit.
-        group.marks = {stream: touched.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
+        now = self._loop.time()
+        if self._dirty and (not rows or now - self._marks_stored >= MARKS_DELAY_S):
+            group.marks = {stream: touched.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
+            self._marks_stored = now
+            self._dirty = set()
         self._after = touched
-        self._state, self._dirty = {}, set()
+        self._state = {}
         callbacks, self._state_callbacks = self._state_callbacks, []
         self._group = (group, rows, callbacks)
         self._submit()
@@ -333,7 +350,7 @@ class Lane:
                 failure = error
             finally:
                 self._lock.release()
-            self._commit_s += INLINE_WEIGHT * (self._loop.time() - started - self._commit_s)
+            self._took(self._loop.time() - started)
             self._done(None, failure)
         else:
             self.worker.submit(lambda: self._write_locked(group), self._done)
@@ -343,7 +360,13 @@ class Lane:
         started = self._loop.time()
         with self._lock:
             self._write(group)
-        self._commit_s += INLINE_WEIGHT * (self._loop.time() - started - self._commit_s)
+        self._took(self._loop.time() - started)
+
+    def _took(self, seconds: float) -> None:
+        """Take the time of one commit into the average."""
+        assert self._group is not None
+        disk = max(0.0, seconds - INLINE_RECORD_S * len(self._group[1]))
+        self._commit_s += INLINE_WEIGHT * (disk - self._commit_s)
 
     def locked(self, job: Callable[[], Any]) -> Any:
         """Run `job` on the calling thread (the worker's) while no commit runs."""
@@ -467,7 +490,7 @@ class Lane:
         if self._loop is None:
             return
         self.flush()
-        while self.waiting or self._state or self._group is not None:
+        while self.waiting or self._state or self._dirty or self._group is not None:
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._idle_waiters.append(waiter)
             self.flush()

@@ -11,6 +11,7 @@ from ..config import public_dict
 from ..contract import jsoncodec
 from ..contract.errors import ContractError
 from ..contract.records import Record
+from ..contract.schema import ID_PATTERN
 from ..contract.streams import STREAMS
 from .aiohttp_server import import_web
 
@@ -45,6 +46,8 @@ class LocalApi:
         token_file = runtime.config.api.token_file
         if token_file:
             self._token = Path(token_file).read_text().strip()
+            if not self._token:
+                raise ContractError("api.token_file", f"{token_file} is empty", "write a token into it", "config")
 
     def application(self) -> Any:
         """The aiohttp application."""
@@ -67,12 +70,14 @@ class LocalApi:
     async def _guard(self, request: Any, handler: Handler) -> Any:
         if self._token and request.path.startswith("/api/"):
             given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), self._token.encode()):
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._token.encode()):
                 return self._answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN` (api.token_file)"}, 401)
         try:
             return await handler(request)
         except ContractError as error:
             return self._answer(error.to_json(), 400)
+        except self._web.HTTPException as error:
+            return self._answer({"field": "request", "problem": error.reason, "remedy": f"see docs; a body has at most {MAX_BODY_BYTES} bytes"}, error.status)
 
     def _answer(self, value: Any, status: int = 200) -> Any:
         return self._web.Response(text=json.dumps(value), content_type="application/json", status=status)
@@ -128,9 +133,12 @@ class LocalApi:
 
     async def desire(self, request: Any) -> Any:
         """Merge desired twin state."""
+        device = request.match_info["device"]
+        if not ID_PATTERN.match(device):
+            raise ContractError("device", f"{device[:80]!r} is not a name", "use letters, digits, _ . : - and at most 64 of them", "name")
         patch = jsoncodec.decode(await request.read(), MAX_BODY_BYTES)
-        changed = self._runtime.pipeline.desire(request.match_info["device"], patch)
-        return self._answer({"changed": changed, "twin": self._runtime.registry.devices[request.match_info["device"]].twin()})
+        changed = self._runtime.pipeline.desire(device, patch)
+        return self._answer({"changed": changed, "twin": self._runtime.registry.devices[device].twin()})
 
     async def decisions(self, request: Any) -> Any:
         """The newest decisions."""
@@ -141,7 +149,7 @@ class LocalApi:
     async def decision(self, request: Any) -> Any:
         """One decision with the inputs that led to it."""
         seq = request.match_info["seq"]
-        if not seq.isdigit() or len(seq) > 18:
+        if not seq.isdecimal() or len(seq) > 18:
             raise ContractError("seq", f"{seq[:20]!r} is not a number", "use a decision's seq")
         records, _ = await self._runtime.journal.read("decision", int(seq), 1, 1 << 20, int(seq))
         if not records:
@@ -187,7 +195,7 @@ def _integer(request: Any, name: str) -> int | None:
     text = request.query.get(name)
     if text is None:
         return None
-    if not text.isdigit() or len(text) > 18:
+    if not text.isdecimal() or len(text) > 18:
         raise ContractError(name, f"{text[:20]!r} is not a number", "use a whole number")
     return int(text)
 

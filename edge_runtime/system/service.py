@@ -17,7 +17,7 @@ class ServiceManager:
         pid = environment.get("WATCHDOG_PID", "")
         microseconds = environment.get("WATCHDOG_USEC", "")
         ours = not pid or pid == str(os.getpid())
-        self.watchdog_s = int(microseconds) / 1e6 if ours and microseconds.isdigit() else 0.0
+        self.watchdog_s = int(microseconds) / 1e6 if ours and microseconds.isdecimal() else 0.0
         """Seconds within which a sign of life is expected, 0 for none."""
 
     def notify(self, **fields: str) -> bool:
@@ -25,11 +25,12 @@ class ServiceManager:
         if not self._address:
             return False
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        # A value may hold words from outside (a refused document): one line each, and always encodable.
+        message = "\n".join(f"{name}={' '.join(value.splitlines())}" for name, value in fields.items())
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
                 sock.settimeout(1)
-                sock.sendto(message.encode(), address)
+                sock.sendto(message.encode(errors="replace"), address)
         except OSError:
             return False
         return True

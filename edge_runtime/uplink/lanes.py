@@ -1,7 +1,8 @@
 """What to send next: live records first, history at the hub's pace, and again what the hub misses. Pure: no clock, no network.
 
 At link-up each stream is split at its next seq. What comes after is *live*; what waited is *history*, sent in order within the hub's
-credit. The hub's first receipts say where history starts: it may hold more than we know (receipts were lost) or less (it was restored).
+credit. The hub's first receipt of a stream opens both lanes and says where history starts: the hub may hold more than we know (receipts were lost),
+less (it was restored) or something else (our disk was replaced).
 """
 
 from collections import deque
@@ -76,7 +77,7 @@ class Lanes:
     # -- events --------------------------------------------------------------------------------------------------------------
 
     def link_up(self, durable: Mapping[str, int], floors: Mapping[str, int], now_ms: int) -> None:
-        """A hub is there. History waits for its first receipts, live starts at once."""
+        """A hub is there. Both lanes of a stream wait for its first receipt: it may hold another history under our name (a replaced disk)."""
         self.up, self.inflight, self.credit, self._heard_ms = True, 0, 0, now_ms
         self._known.clear()
         for name, lane in self.streams.items():
@@ -168,7 +169,7 @@ class Lanes:
             return None
         for name in self._order:
             lane = self.streams[name]
-            if lane.live_next <= lane.durable and self._lingered(name, lane, now_ms) and self._live_room(lane):
+            if name in self._known and lane.live_next <= lane.durable and self._lingered(name, lane, now_ms) and self._live_room(lane):
                 return Send(name, "live", lane.live_next, lane.durable)
         for name in self._order:
             lane = self.streams[name]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,7 @@ class Uplink:
         self.last_error = ""
         self.taken_over = 0
         self._task: asyncio.Task[None] | None = None
+        self._proven: set[str] = set()
         self._rebases: set[asyncio.Task[None]] = set()
         self._floors: dict[str, int] = {}
 
@@ -217,6 +218,7 @@ class Uplink:
 
     def _start_lanes(self) -> None:
         marks = {name: self._journal.marks(name) for name in self.lanes.streams}
+        self._proven.clear()
         self.lanes.link_up({name: mark.next_seq - 1 for name, mark in marks.items()}, {name: mark.floor for name, mark in marks.items()}, self._clock.mono_ms())
         self._wake.set()
 
@@ -240,11 +242,21 @@ class Uplink:
             self.lanes.quarantine = message["quarantine"]
             if self.lanes.quarantine:
                 log.error("the hub has put this identity in quarantine: %s", self.lanes.quarantine)
+        doubtful = [mark for mark in message["marks"] if mark["stream"] not in self._proven and mark["upto"] and mark["chain"]]
+        if doubtful:
+            self._background(self._prove(message, doubtful))
+        else:
+            self._take_receipts(message)
+
+    def _take_receipts(self, message: dict[str, Any]) -> None:
         now = self._clock.mono_ms()
         for mark in message["marks"]:
             stream = mark["stream"]
-            if self._foreign(stream, mark):
+            if max(mark["top"], mark["upto"]) > self._journal.durable(stream):
+                log.error("the hub holds %s up to %d, this journal ends at %d: continuing above", stream, mark["top"], self._journal.durable(stream))
+                self._move_above(mark)
                 return
+            self._proven.add(stream)
             self.lanes.receipt(stream, mark["upto"], mark["held"], mark["want"], now)
             self._journal.receipt(stream, mark["upto"])
             if mark["want"]:
@@ -252,19 +264,33 @@ class Uplink:
         self.lanes.credit = message["credit"]
         self._wake.set()
 
-    def _foreign(self, stream: str, mark: dict[str, Any]) -> bool:
-        """Whether the hub holds records under our name that we never wrote (a replaced or restored disk): then move above them."""
-        if max(mark["top"], mark["upto"]) <= self._journal.durable(stream):
-            return False
-        log.error("the hub holds %s up to %d, this journal ends at %d: continuing above", stream, mark["top"], self._journal.durable(stream))
+    async def _prove(self, message: dict[str, Any], marks: list[dict[str, Any]]) -> None:
+        """Once per stream and link: is what the hub holds under our name what we wrote? A new disk may have written more than the old one had sent."""
+        for mark in marks:
+            stream = mark["stream"]
+            if mark["upto"] < self._journal.marks(stream).floor:
+                continue  # freed here, or from before this journal: there is nothing to compare with
+            chain = await self._journal.chain_at(stream, mark["upto"])
+            if not self.lanes.up or message["boot"] != self._hub_boot:
+                return  # the link has gone meanwhile
+            if chain is not None and chain.hex() != mark["chain"]:
+                log.error("the hub holds another history of %s up to %d than this journal: continuing above", stream, mark["top"])
+                self._move_above(mark)
+                return
+        self._take_receipts(message)
+
+    def _move_above(self, mark: dict[str, Any]) -> None:
+        """The hub holds records under our name that we never wrote (a replaced or restored disk): ours get numbers above them."""
         self._metrics.inc("journal_rebases_total")
-        task = asyncio.get_running_loop().create_task(self._rebase(stream, max(mark["top"], mark["upto"])))
+        self.lanes.link_down()
+        self._background(self._rebase(mark["stream"], max(mark["top"], mark["upto"])))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._rebases.add(task)
         task.add_done_callback(self._rebases.discard)
-        return True
 
     async def _rebase(self, stream: str, above: int) -> None:
-        self.lanes.link_down()
         await self._journal.rebase(stream, above)
         if self._session is not None and self._session.open:
             self._start_lanes()

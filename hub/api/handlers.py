@@ -73,7 +73,7 @@ class HubApi:
         async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
             if request.path.startswith("/api/"):
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-                if not hmac.compare_digest(given.encode(), self._hub.token.encode()):
+                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()):
                     return _json({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
             try:
                 response: web.StreamResponse = await handler(request)
@@ -87,6 +87,9 @@ class HubApi:
                 if error.status >= 400 and error.content_type != "application/json":
                     return _json({"field": "path", "problem": error.reason, "remedy": "see /openapi.json"}, error.status)
                 raise
+            except Exception as error:
+                log.exception("%s %s failed", request.method, request.path)
+                return _json({"field": "hub", "problem": f"could not do it ({type(error).__name__})", "remedy": "see the hub's log and /healthz, then try again"}, 500)
             return response
 
         return guard
@@ -224,10 +227,11 @@ class HubApi:
         out: dict[str, Any] = {"edge": row.edge, "streams": {}}
         for stream in STREAMS:
             book = self._hub.ingest.books.get((row.edge, stream)) or StreamBook()
-            base, upto = book.base, book.contiguous
+            base, upto, said = book.base, book.contiguous, _book_json(book)
+            await self._hub.ingest.write(lambda: None)  # the book is ahead of the store by the commit that is under way
             count = await self._hub.read(lambda stream=stream, base=base, upto=upto: self._hub.store.read_count(row.edge, stream, base, upto))  # type: ignore[misc]
-            entry = {**_book_json(book), "counted": count, "expected": max(0, upto - base + 1)}
-            entry["exact"] = count == entry["expected"] and book.mismatches == 0
+            entry = {**said, "counted": count, "expected": max(0, upto - base + 1)}
+            entry["exact"] = count == entry["expected"] and said["mismatches"] == 0
             out["streams"][stream] = entry
         out["exact"] = all(entry["exact"] for entry in out["streams"].values())
         return _json(out)

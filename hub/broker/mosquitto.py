@@ -94,8 +94,10 @@ class MosquittoBroker:
 
     async def start(self) -> None:
         """Start and wait until it listens; raises `BrokerError`."""
-        self._data_dir.mkdir(parents=True, exist_ok=True)
         chosen = self.port == 0
+        if not chosen:
+            self._claim()
+        self._data_dir.mkdir(parents=True, exist_ok=True)
         for attempt in range(3):
             if chosen:
                 self.port = free_port(self.host)
@@ -108,6 +110,15 @@ class MosquittoBroker:
                 await self.close()
                 raise BrokerError("broker.port", f"mosquitto does not listen on {self.host}:{self.port} (status {status})", "choose another port, or 0; its words are above")
         self._task = asyncio.get_running_loop().create_task(self._supervise(), name="mosquitto")
+
+    def _claim(self) -> None:
+        """A stranger who listens there would pass for our broker when it is looked for."""
+        with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((self.host, self.port))
+            except OSError as error:
+                raise BrokerError("broker.port", f"{self.host}:{self.port} cannot be listened on: {error}", "choose another port, or 0") from None
 
     async def _spawn(self) -> None:
         self._process = await asyncio.create_subprocess_exec(

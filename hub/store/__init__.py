@@ -1,5 +1,5 @@
 """What the hub keeps, behind one interface (`base.Store`): SQLite now, PostgreSQL beyond one machine."""
 
-from .base import EdgeRow, Store, StoredRecord, StreamRow
+from .base import EdgeRow, Store, StoredRecord, StoreError, StreamRow
 
-__all__ = ["EdgeRow", "Store", "StoredRecord", "StreamRow"]
+__all__ = ["EdgeRow", "Store", "StoreError", "StoredRecord", "StreamRow"]

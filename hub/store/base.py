@@ -64,6 +64,16 @@ class Transaction:
     edges: dict[str, EdgeRow] = field(default_factory=dict)
 
 
+class StoreError(RuntimeError):
+    """A store that cannot be opened: `field`, `problem`, `remedy`."""
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+
 class Store(Protocol):
     """Everything durable of the hub."""
 

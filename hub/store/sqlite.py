@@ -2,7 +2,8 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import sqlite_utils
 
 from edge_runtime.contract.records import Record
 
-from .base import EdgeRow, StoredRecord, StreamRow, Transaction
+from .base import EdgeRow, StoredRecord, StoreError, StreamRow, Transaction
 
 DESIRED_HISTORY = 100
 """Desired state documents kept per edge, the newest."""
 
 BUSY_TIMEOUT_S = 5.0
 """How long a statement waits for another process that holds the file."""
+
+CHECK_BYTES = 256 * 1024 * 1024
+"""Files up to this size are checked whole when they are opened (about a second); damage in a larger one shows when it is read."""
 
 
 def _first_schema(db: sqlite_utils.Database) -> None:
@@ -57,17 +61,37 @@ class SqliteStore:
 
     Args:
         path: the file; `:memory:` is not supported (reads and writes use two connections).
+
+    Raises:
+        StoreError: the file is damaged, of a newer hub, or held by another process. Nothing is written to it then.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._write = self._connect()
-        self._write.execute("PRAGMA journal_mode=WAL")
-        self._write.execute("PRAGMA synchronous=FULL")
-        self._migrate()
-        self._read = self._connect()
-        self._read.execute("PRAGMA query_only=ON")
+        connections: list[sqlite3.Connection] = []
+        try:
+            for _ in range(2):
+                connections.append(self._connect())
+            self._write, self._read = connections
+            self._check()
+            self._write.execute("PRAGMA journal_mode=WAL")
+            self._write.execute("PRAGMA synchronous=FULL")
+            self._migrate()
+            self._read.execute("PRAGMA query_only=ON")
+        except (sqlite3.Error, StoreError) as error:
+            for connection in connections:
+                connection.close()
+            if isinstance(error, StoreError):
+                raise
+            remedy = "stop the other hub" if "locked" in str(error) else "restore it from a backup, or move it away: the edges send again what they still have"
+            raise StoreError("data-dir", f"{path} cannot be used ({error})", remedy) from None
+
+    def _check(self) -> None:
+        if self.path.stat().st_size <= CHECK_BYTES:
+            verdict = self._write.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(" ".join(str(verdict).split()))
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
@@ -80,10 +104,14 @@ class SqliteStore:
         if "migrations" not in db.table_names():
             db["migrations"].create({"name": str}, pk="name")
         done = {row["name"] for row in db["migrations"].rows}
+        newer = sorted(done - {name for name, _ in MIGRATIONS})
+        if newer:
+            raise StoreError("data-dir", f"{self.path} was written by a newer hub (it has {newer[-1]})", "start the newer hub")
         for name, apply in MIGRATIONS:
             if name not in done:
-                apply(db)
-                db["migrations"].insert({"name": name})
+                with self._transaction():  # a process that ends halfway leaves nothing of this migration behind
+                    apply(db)
+                    db["migrations"].insert({"name": name})
 
     def close(self) -> None:
         """Close both connections."""
@@ -94,9 +122,7 @@ class SqliteStore:
 
     def commit(self, transaction: Transaction) -> None:
         """See `Store.commit`."""
-        connection = self._write
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction() as connection:
             connection.executemany(
                 "INSERT INTO records (edge, stream, seq, boot, mono, wall, tq, kind, body, received) VALUES (?,?,?,?,?,?,?,?,?,?) "
                 "ON CONFLICT(edge, stream, seq) DO NOTHING",
@@ -122,22 +148,28 @@ class SqliteStore:
                     for e in transaction.edges.values()
                 ],
             )
-            connection.execute("COMMIT")
-        except BaseException:
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing; whatever happens, the connection is out of the transaction afterwards."""
+        connection = self._write
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            if connection.in_transaction:
+                connection.execute("COMMIT")
+        finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            raise
 
     def put_desired(self, edge: str, document: dict[str, Any], now_ms: int) -> None:
         """See `Store.put_desired`."""
-        connection = self._write
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("INSERT OR REPLACE INTO desired VALUES (?,?,?,?)", (edge, document["generation"], json.dumps(document), now_ms))
-        connection.execute(
-            "DELETE FROM desired WHERE edge=? AND generation<=(SELECT generation FROM desired WHERE edge=? ORDER BY generation DESC LIMIT 1 OFFSET ?)",
-            (edge, edge, DESIRED_HISTORY),
-        )
-        connection.execute("COMMIT")
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO desired VALUES (?,?,?,?)", (edge, document["generation"], json.dumps(document), now_ms))
+            connection.execute(
+                "DELETE FROM desired WHERE edge=? AND generation<=(SELECT generation FROM desired WHERE edge=? ORDER BY generation DESC LIMIT 1 OFFSET ?)",
+                (edge, edge, DESIRED_HISTORY),
+            )
 
     def put_setting(self, key: str, value: str) -> None:
         """See `Store.put_setting`."""

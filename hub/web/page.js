@@ -88,7 +88,7 @@ function showTimeline(edges, outages, hours) {
       const from = Math.max(outage.start_ms, start), to = outage.end_ms || now;
       if (to < start) continue;
       const mark = element("i");
-      mark.style.setProperty("left", (100 * (from - start)) / (now - start) + "%");
+      mark.style.setProperty("left", `min(${(100 * (from - start)) / (now - start)}%, 100% - 2px)`); // one that is just over is at the edge, and seen
       mark.style.setProperty("width", (100 * (to - from)) / (now - start) + "%");
       mark.title = `${new Date(outage.start_ms).toLocaleString()} for ${((to - outage.start_ms) / 1000).toFixed(1)} s: ${outage.reason}`;
       bar.append(mark);
@@ -98,6 +98,13 @@ function showTimeline(edges, outages, hours) {
   }));
 }
 
+// Bodies are as the edge sent them: nothing in them is certain to be there.
+function inWords(action) {
+  if (!action || typeof action !== "object") return JSON.stringify(action);
+  if (action.alert) return String(action.alert.text);
+  return Object.entries(action).map(([kind, what]) => `${kind} ${what?.device} ${what?.name || JSON.stringify(what?.set)}`).join();
+}
+
 function showDecisions(decisions) {
   const wanted = $("filter").value.toLowerCase();
   const kept = decisions.filter((one) => !wanted || `${one.edge} ${one.body.rule} ${one.body.device}`.toLowerCase().includes(wanted));
@@ -105,7 +112,7 @@ function showDecisions(decisions) {
     const body = one.body;
     const time = element("td", clock(one.wall_ms));
     time.title = `seq ${one.seq}, time quality ${one.time_quality}`;
-    const actions = (body.actions || []).map((action) => action.alert ? action.alert.text : Object.entries(action).map(([kind, what]) => `${kind} ${what.device} ${what.name || JSON.stringify(what.set)}`).join());
+    const actions = Array.isArray(body.actions) ? body.actions.map(inWords) : [];
     return [
       time, one.edge, body.rule, body.device, element("td", body.outcome, body.outcome === "fired" ? "bad" : "good"), body.offline ? "alone" : "linked",
       element("td", JSON.stringify(body.inputs), "inputs"), actions.join("; "),

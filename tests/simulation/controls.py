@@ -221,7 +221,7 @@ def _wants_ignored() -> list[tuple[Any, str, Any]]:
 
 @control("the hub is not told where the journal begins", "backup", "kill", "kill", "hub_restore")
 def _floor_not_told() -> list[tuple[Any, str, Any]]:
-    shipped = uplink_link.encode_batch
+    shipped = uplink_link.encode_batch  # type: ignore[attr-defined]
     return [(uplink_link, "encode_batch", lambda **given: shipped(**{**given, "floor": 1, "floor_chain": bytes(16)}))]
 
 

@@ -119,9 +119,9 @@ class Watched(DecisionEngine):
         super().__init__(rules, models)
         self._told = told
 
-    def evaluate(self, device: str, values: Mapping[str, Any], mono_ms: int) -> list[Decision]:
+    def evaluate(self, device: str, values: Mapping[str, Any], mono_ms: int, at_ms: int | None = None) -> list[Decision]:
         """See `DecisionEngine`."""
-        decisions = super().evaluate(device, values, mono_ms)
+        decisions = super().evaluate(device, values, mono_ms, at_ms)
         self._told(device, values, mono_ms, decisions)
         return decisions
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ class Agent:
         api: serve the local API (the lean profile does not).
         uplink_port: the hub's broker; 0 for none.
         model: `tflite`, `onnx`, `portable` or empty.
+        wrap: a command to run the agent under, such as `unshare -n`.
+        environment: variables besides our own; the first start of a machine whose clock is wrong is made this way.
     """
 
-    def __init__(self, bus_port: int, *, api: bool = True, uplink_port: int = 0, model: str = "tflite", host: bool = True, extra: dict[str, Any] | None = None, data: Path | None = None) -> None:
+    def __init__(
+        self, bus_port: int, *, api: bool = True, uplink_port: int = 0, model: str = "tflite", host: bool = True, extra: dict[str, Any] | None = None, data: Path | None = None,
+        wrap: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.data = data or Path(self._folder.name) / "data"
         self.api_port = free_port() if api else 0
@@ -73,18 +79,31 @@ class Agent:
         self._config = Path(self._folder.name) / "edge.yaml"
         self._config.write_text(yaml.safe_dump(config))
         self.process: subprocess.Popen[bytes] | None = None
+        self._wrap = tuple(wrap)
+        self._environment = dict(environment or {})
+        self.heard: list[str] = []
+        """What the agent told its service manager, in order."""
 
     def __enter__(self) -> "Agent":
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": self._notify, "MALLOC_ARENA_MAX": "1"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": self._notify, "MALLOC_ARENA_MAX": "1", **self._environment}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-OO", "-X", "no_debug_ranges", "-m", "edge_runtime", "run", "--config", str(self._config)], env=env, preexec_fn=die_with_parent, cwd=ROOT
-        )
-        while b"READY=1" not in self._socket.recv(4096):
-            pass
+        command = [*self._wrap, sys.executable, "-OO", "-X", "no_debug_ranges", "-m", "edge_runtime", "run", "--config", str(self._config)]
+        self.process = subprocess.Popen(command, env=env, preexec_fn=die_with_parent, cwd=ROOT)
+        self.hear("READY=1")
         if self.api_port:
             self._until_ready()
         return self
+
+    def hear(self, wanted: str) -> None:
+        """Wait until the agent has told its service manager `wanted`; raises TimeoutError."""
+        while not self.heard or wanted not in self.heard[-1]:
+            self.heard.append(self._socket.recv(4096).decode())
+
+    def kill(self) -> None:
+        """SIGKILL: what a power cut is to the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def _until_ready(self) -> None:
         import time

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import sqlite3
 import sys
 import tarfile
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .client import Api, CommandError, edge_api, hub_api
 from .journal import check as check_journal
@@ -25,10 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except CommandError as error:
-        print(f"novactl: {error}", file=sys.stderr)
+        print(f"novactl: {_plain(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 0
+    except (OSError, sqlite3.Error) as error:
+        print(f"novactl: {_plain(str(error))}; look at the file and its permissions", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,11 +79,17 @@ def _print(value: Any, as_json: bool, rows: list[list[Any]] | None = None, head:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*(head or []), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*(Text("" if cell is None else _plain(str(cell))) for cell in row))
     Console(soft_wrap=True).print(table)
+
+
+def _plain(text: str) -> str:
+    """Text of an edge or device for a terminal: it may hold anything, control sequences too."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _hub(options: Any) -> Api:
@@ -115,7 +126,8 @@ def _get(options: Any) -> int:
         _print(edge_api(options.edge_api).get(f"/api/v1/{what}"), options.json)
         return 0
     paths = {
-        "hierarchy": "/api/v1/hierarchy", "edges": "/api/v1/edges", "edge": f"/api/v1/edges/{name}", "desired": f"/api/v1/edges/{name}/desired",
+        "hierarchy": "/api/v1/hierarchy", "edges": "/api/v1/edges", "edge": f"/api/v1/edges/{quote(name, safe='')}",
+        "desired": f"/api/v1/edges/{quote(name, safe='')}/desired",
         "decisions": "/api/v1/decisions", "events": "/api/v1/events", "outages": "/api/v1/outages", "errors": "/api/v1/errors",
     }
     if what not in paths:
@@ -141,7 +153,7 @@ def _pairs(values: list[str]) -> dict[str, Any]:
 
 def _set(options: Any) -> int:
     hub, values = _hub(options), options.values
-    path = f"/api/v1/edges/{options.edge}"
+    path = f"/api/v1/edges/{quote(options.edge, safe='')}"
     if options.what == "rules":
         try:
             rules = json.loads(Path(values[0]).read_text() if values[0] != "-" else sys.stdin.read())
@@ -151,7 +163,9 @@ def _set(options: Any) -> int:
     elif options.what == "twin":
         try:
             twins = hub.get(f"{path}/desired")["spec"].get("twins", {})
-        except CommandError:
+        except CommandError as error:
+            if error.status != 404:  # anything else is not "none yet": the other twins would be lost
+                raise
             twins = {}
         twins[values[0]] = {**twins.get(values[0], {}), **_pairs(values[1:])}
         answer = hub.call("PUT", f"{path}/desired", {"twins": twins})
@@ -170,19 +184,23 @@ def _explain(options: Any) -> int:
     if not edge:
         record = edge_api(options.edge_api).get(f"/api/v1/decisions/{seq}")
     else:
-        record = _hub(options).get(f"/api/v1/edges/{edge}/decisions/{seq}")
+        record = _hub(options).get(f"/api/v1/edges/{quote(edge, safe='')}/decisions/{seq}")
     if options.json:
         _print(record, True)
         return 0
     body = record["body"]
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record["wall_ms"] / 1000))
-    print(f"decision {seq}: rule {body['rule']} {body['outcome']} for device {body['device']}")
-    print(f"  at {when} UTC ({record['time_quality']}), boot {record['boot']}, {'alone (no hub)' if body['offline'] else 'linked'}, desired state {body['generation']}")
+    if record["kind"] != "decision":
+        raise CommandError(f"explain: record {seq} is no decision but {record['kind']}: {json.dumps(body)}")
+    print(_plain(f"decision {seq}: rule {body.get('rule')} {body.get('outcome')} for device {body.get('device')}"))
+    print(f"  at {when} UTC ({record['time_quality']}), boot {record['boot']}, {'alone (no hub)' if body.get('offline') else 'linked'}, desired state {body.get('generation')}")
     print("  because")
-    for name, value in body["inputs"].items():
-        print(f"    {name} = {json.dumps(value)}")
-    print("  so" if body["actions"] else "  nothing was to be done")
-    for action in body["actions"]:
+    inputs = body.get("inputs")
+    for name, value in inputs.items() if isinstance(inputs, dict) else ():
+        print(_plain(f"    {name} = {json.dumps(value)}"))
+    actions = body.get("actions")
+    print("  so" if actions else "  nothing was to be done")
+    for action in actions if isinstance(actions, list) else ():
         print(f"    {json.dumps(action)}")
     return 0
 
@@ -195,7 +213,7 @@ def _verify(options: Any) -> int:
     names = options.edges or [edge["edge"] for edge in hub.get("/api/v1/edges")]
     local = edge_api(options.edge_api) if options.edge_api else None
     results = []
-    with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=options.json or not sys.stderr.isatty()) as progress:
         task = progress.add_task("verify", total=len(names))
         for name in names:
             results.append(verify_edge(hub, name, local, lambda text: progress.update(task, description=text)))
@@ -223,7 +241,7 @@ def _journal(options: Any) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=options.json or not sys.stderr.isatty()) as progress:
         tasks: dict[str, Any] = {}
 
         def step(stream: str, done: int, total: int) -> None:

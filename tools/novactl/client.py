@@ -1,5 +1,6 @@
 """HTTP for novactl: standard library only, errors in one line."""
 
+import http.client
 import json
 import os
 import urllib.error
@@ -12,7 +13,11 @@ TIMEOUT_S = 30.0
 
 
 class CommandError(RuntimeError):
-    """What went wrong and the remedy, in one line."""
+    """What went wrong and the remedy, in one line; `status` is the HTTP status of an answer that said so, 0 for none."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(" ".join(text.split()))
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,12 @@ class Api:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The decoded answer; raises `CommandError`."""
-        request = urllib.request.Request(self.url.rstrip("/") + path, method=method)
+        try:
+            if not self.url.startswith(("http://", "https://")):
+                raise ValueError("no http")
+            request = urllib.request.Request(self.url.rstrip("/") + path, method=method)
+        except ValueError as error:
+            raise CommandError(f"{self.url!r} is not an address ({error}); use http://host:port") from None
         request.add_header("Accept", "application/json")
         if self.token:
             request.add_header("Authorization", f"Bearer {self.token}")
@@ -36,15 +46,18 @@ class Api:
             with urllib.request.urlopen(request, data, TIMEOUT_S) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
+            try:
+                text = error.read().decode(errors="replace")
+            except (OSError, http.client.HTTPException):
+                text = ""
             try:
                 said = json.loads(text)
                 if "problems" in said or "missing" in said:
                     return said
-                raise CommandError(f"{said['field']}: {said['problem']}; {said['remedy']}") from None
+                raise CommandError(f"{said['field']}: {said['problem']}; {said['remedy']}", error.code) from None
             except (ValueError, KeyError, TypeError):
-                raise CommandError(f"{self.url}{path} answers {error.code}: {text[:200]}") from None
-        except (urllib.error.URLError, OSError, ValueError) as error:
+                raise CommandError(f"{self.url}{path} answers {error.code}: {text[:200]}", error.code) from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             raise CommandError(f"{self.url} cannot be reached ({getattr(error, 'reason', error)}); start it, or give --hub or --edge-api") from None
 
     def get(self, path: str) -> Any:

@@ -20,7 +20,12 @@ def open_database(folder: Path, name: str) -> Any:
         path = folder / f"{name}.db"
     if not path.exists():
         raise CommandError(f"data: no {name}.db in {folder}; give the edge's data_dir")
-    return sqlite_utils.Database(sqlite3.connect(f"file:{path}?mode=ro", uri=True))
+    try:
+        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        connection.execute("SELECT count(*) FROM streams")
+    except sqlite3.Error as error:
+        raise CommandError(f"data: {path} cannot be read ({error}); is it an edge's journal?") from None
+    return sqlite_utils.Database(connection)
 
 
 def summary(folder: Path) -> list[dict[str, Any]]:

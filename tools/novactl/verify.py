@@ -7,13 +7,14 @@ is away, the chains it sent along with its batches are the proof, up to the last
 
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 from .client import Api, CommandError
 
 
 def verify_edge(hub: Api, edge: str, edge_api: Api | None, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The result for one edge: per stream counts, ranges, hash, verdict; `exact` over all."""
-    report = hub.get(f"/api/v1/edges/{edge}/verify")
+    report = hub.get(f"/api/v1/edges/{quote(edge, safe='')}/verify")
     marks: dict[str, Any] | None = None
     if edge_api is not None:
         status = edge_api.get("/api/v1/status")

@@ -67,9 +67,12 @@ if [ "$kind" = dev ]; then
   packages=()
   command -v mosquitto >/dev/null 2>&1 || [ -x /usr/sbin/mosquitto ] || packages+=(mosquitto)
   command -v chromium >/dev/null 2>&1 || packages+=(chromium chromium-driver)
-  command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
+  [ -n "$(find /usr/lib -path "*faketime/libfaketime.so.1" -print -quit 2>/dev/null)" ] || packages+=(libfaketime)
+  command -v openssl >/dev/null 2>&1 || packages+=(openssl)
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
-    apt_install "${packages[@]}" || say "could not install ${packages[*]}; the tests that need them will say that they were skipped"
+    apt_install "${packages[@]}" || for package in "${packages[@]}"; do
+      apt_install "$package" || say "could not install $package; the tests that need it will say that they were skipped"
+    done
   fi
 fi

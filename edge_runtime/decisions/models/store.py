@@ -81,5 +81,6 @@ class ModelStore:
     def _prune(self, state: dict[str, dict[str, str]]) -> None:
         wanted = {digest for entry in state.values() for digest in (entry.get("current"), entry.get("good")) if digest}
         for file in self.directory.iterdir():
-            if file.suffix in (".data", ".json") and file.name != "active.json" and file.stem not in wanted:
+            # `.new` is what a power cut left half written.
+            if file.suffix == ".new" or (file.suffix in (".data", ".json") and file.name != "active.json" and file.stem not in wanted):
                 file.unlink(missing_ok=True)

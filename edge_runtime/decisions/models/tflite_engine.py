@@ -20,6 +20,9 @@ from .manifest import ModelEngineMissing, ModelError
 PROBE_TIMEOUT_S = 20.0
 """A child that loads the library and runs a small model needs 0.1 s here; a slow card and a cold cache need seconds."""
 
+PROBE_BYTES = 1 << 30
+"""Address space of that child: a model whose tensors need a gigabyte has no place on an edge, and must not press others out of memory."""
+
 _CPU = 1  # kLiteRtHwAcceleratorCpu
 _FLOAT32 = 1  # kLiteRtElementTypeFloat32
 _READ, _WRITE = 0, 1  # LiteRtTensorBufferLockMode
@@ -205,7 +208,10 @@ def _probe(data: bytes, inputs: int) -> None:
 
 
 def _child(path: str, inputs: int) -> int:
+    import resource
+
     library = find_library()
+    resource.setrlimit(resource.RLIMIT_AS, (PROBE_BYTES, PROBE_BYTES))
     try:
         engine = LiteRtEngine(Path(path).read_bytes(), inputs, library or Path("libLiteRt.so"))
         engine.run([0.0] * inputs)

@@ -1,0 +1,371 @@
+"""The hub's REST API: every route against its description, errors that name field and remedy, no query or body that breaks it, the token, the metrics."""
+
+import http.client
+import json
+import os
+import re
+import socket
+import sqlite3
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from edge_runtime.contract.records import Record
+from hub.api.handlers import MAX_BODY_BYTES, HubApi
+from hub.api.openapi import OPERATIONS, Operation, document
+from hub.server import Hub, HubSettings
+from hub.store.base import StoredRecord, Transaction
+
+from .hub_side import EDGE, Background, linked_edge, served_hub, synced
+
+API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
+
+
+class Served:
+    """A hub with one edge's records behind it, and plain HTTP to it."""
+
+    def __init__(self, background: Background, hub: Hub) -> None:
+        self.background, self.hub = background, hub
+
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (lower case) and body; with the token unless `headers` are given."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.hub.port, timeout=20)
+        try:
+            connection.request(method, path, body, {"Authorization": f"Bearer {self.hub.token}"} if headers is None else headers)
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def json(self, path: str, method: str = "GET", body: Any = None, status: int = 200) -> Any:
+        """The decoded answer, whose status must be `status`."""
+        got, headers, text = self.ask(method, path, None if body is None else json.dumps(body).encode())
+        assert got == status, f"{method} {path}: {got} {text[:300]!r}"
+        assert headers["content-type"].startswith("application/json")
+        return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("api")
+    with served_hub(folder / "hub") as (background, hub):
+        async def fill() -> None:
+            await hub.change_desired(EDGE, {"twins": {"fan-1": {"speed": 2}}})
+            async with linked_edge(folder / "edge", hub.broker.port) as edge:
+                await edge.append(25)
+                await synced(hub, edge)
+            hub.ingest.message("gw-x", "up", b"garbage", False)
+
+        background.run(fill())
+        yield Served(background, hub)
+
+
+def path_of(operation: Operation) -> str:
+    return operation.path.format(edge=EDGE, seq=3)
+
+
+def error_of(text: bytes) -> dict[str, Any]:
+    """The body of an error: it must say field, problem and remedy."""
+    said: dict[str, Any] = json.loads(text)
+    jsonschema.validate(said, document()["components"]["schemas"]["Error"])
+    assert said["field"] and said["problem"] and said["remedy"], said
+    return said
+
+
+# -- the description ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_description_is_valid_openapi_31_and_its_checker_sees_a_mistake(served: Served) -> None:
+    said = served.json("/openapi.json")
+    assert said == document() and said["openapi"].startswith("3.1")
+    OpenAPIV31SpecValidator(said).validate()
+    ids = [entry["operationId"] for methods in said["paths"].values() for entry in methods.values()]
+    assert len(ids) == len(set(ids)) == len(OPERATIONS)
+    said["paths"]["/api/v1/edges/{edge}"]["get"].pop("parameters")
+    with pytest.raises(Exception, match="edge"):
+        OpenAPIV31SpecValidator(said).validate()
+
+
+def test_the_described_routes_are_exactly_the_served_ones(served: Served) -> None:
+    described = {(method.upper(), path) for path, methods in document()["paths"].items() for method in methods}
+    routed = {(route.method, resource.canonical) for resource in HubApi(served.hub).application().router.resources() for route in resource}
+    page = {(method, path) for method, path in routed if path == "/" or "{name" in path}
+    assert {path for _, path in page} == {"/", "/{name}"}
+    # aiohttp answers HEAD where a page's GET is; the API has only what is described.
+    assert routed - page == described
+
+
+BODIES = {"put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.handler)
+def test_every_route_answers_as_it_is_described(served: Served, operation: Operation) -> None:
+    body = BODIES.get(operation.handler)
+    if operation.handler == "metrics":
+        status, headers, _ = served.ask("GET", operation.path)
+        assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+        return
+    answer = served.json(path_of(operation), operation.method.upper(), body)
+    jsonschema.validate(answer, operation.answer)
+    if body is not None:
+        assert operation.body is not None
+        jsonschema.validate(body, operation.body)
+
+
+def test_what_the_answers_say_is_what_the_edge_did(served: Served) -> None:
+    status = served.json("/api/v1/status")
+    assert status["edges"] == 1 and status["counters"]["records_total"] >= 75 and status["broker"]["kind"] == "embedded"
+    [edge] = served.json("/api/v1/edges")
+    assert edge == served.json(f"/api/v1/edges/{EDGE}") and edge["reason"] == "shutdown" and edge["streams"]["decision"]["contiguous"] == 25
+    tree = served.json("/api/v1/hierarchy")
+    assert tree["children"][0]["name"] == "eu" and tree["children"][0]["children"][0]["children"][0]["children"][0]["name"] == EDGE
+    records = served.json(f"/api/v1/edges/{EDGE}/records?stream=telemetry&after=3&limit=4")
+    assert [record["seq"] for record in records] == [4, 5, 6, 7] and records[0]["body"]["values"]["text"] == "\u00e9 \U0001f600"
+    assert [record["seq"] for record in served.json(f"/api/v1/edges/{EDGE}/records?newest=true&limit=2")] == [25, 24]
+    decision = served.json(f"/api/v1/edges/{EDGE}/decisions/7")
+    assert decision["seq"] == 7 and decision["body"]["inputs"] == {"temp": 2.0} and decision["kind"] == "decision"
+    latest = served.json(f"/api/v1/decisions?limit=3&edge={EDGE}")
+    assert [record["seq"] for record in latest] == [25, 24, 23] and served.json("/api/v1/decisions?edge=nobody") == []
+    assert {event["kind"] for event in served.json("/api/v1/events?kind=alert")} == {"alert"}
+    assert served.json("/api/v1/outages")[0]["edge"] == EDGE
+    assert served.json("/api/v1/errors")[0]["edge"] == "gw-x"
+    proof = served.json(f"/api/v1/edges/{EDGE}/verify")
+    assert proof["exact"] and all(entry["counted"] == entry["expected"] for entry in proof["streams"].values())
+
+
+def test_a_command_with_an_id_is_ordered_once(served: Served) -> None:
+    order = {"id": "c-once", "device": "fan-1", "name": "on", "args": {"level": 3}, "expires_seconds": 60}
+    first = served.json(f"/api/v1/edges/{EDGE}/commands", "POST", order)
+    assert first["again"] is False and first["command"]["args"] == {"level": 3}
+    second = served.json(f"/api/v1/edges/{EDGE}/commands", "POST", order)
+    assert second["again"] is True and second["generation"] == first["generation"] and second["command"] == first["command"]
+    held = served.json(f"/api/v1/edges/{EDGE}/desired")
+    assert [command["id"] for command in held["spec"]["commands"]].count("c-once") == 1 and held["spec"]["twins"]["fan-1"] == {"speed": 2}
+    assert served.hub.store.desired(EDGE) == held, "what was answered is kept"
+
+
+# -- the token ---------------------------------------------------------------------------------------------------------------
+
+WRONG_HEADERS: list[dict[str, str]] = [
+    {}, {"Authorization": ""}, {"Authorization": "Bearer"}, {"Authorization": "Bearer "}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic d3Jvbmc6"}, {"authorization": "Bearer \u00e9"},
+    {"Authorization": "Bearer " + "x" * 4000},
+]
+
+
+@pytest.mark.parametrize("operation", API_OPERATIONS, ids=lambda operation: operation.handler)
+def test_nothing_under_api_is_told_or_done_without_the_token(served: Served, operation: Operation) -> None:
+    before = served.hub.desired[EDGE]["generation"]
+    for headers in WRONG_HEADERS:
+        status, _, text = served.ask(operation.method.upper(), path_of(operation), b'{"device":"a","name":"b"}', headers)
+        assert status == 401 and error_of(text)["field"] == "Authorization" and "Bearer" in error_of(text)["remedy"]
+    assert served.hub.desired[EDGE]["generation"] == before
+
+
+def raw(port: int, request: bytes) -> bytes:
+    """Bytes as no client library would send them."""
+    with socket.create_connection(("127.0.0.1", port), 10) as sock:
+        sock.sendall(request)
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+    return answer
+
+
+@pytest.mark.parametrize("path", ["/api/v1/status", "/%61pi/v1/status", "/api/./v1/status", "//api/v1/status", "/api/v1/../v1/status", "/x/../api/v1/status", "/api%2fv1/status", "/API/v1/status"])
+def test_no_spelling_of_a_path_goes_around_the_token(served: Served, path: str) -> None:
+    answer = raw(served.hub.port, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert answer.split()[1] in (b"401", b"404") and served.hub.boot.encode() not in answer
+
+
+def test_a_token_that_is_no_text_is_a_wrong_token(served: Served) -> None:
+    answer = raw(served.hub.port, b"GET /api/v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\nConnection: close\r\n\r\n")
+    assert answer.split()[1] in (b"400", b"401")
+
+
+def test_the_open_routes_tell_nothing_of_edges(served: Served) -> None:
+    for operation in OPERATIONS:
+        if operation.open:
+            status, _, text = served.ask("GET", operation.path, headers={})
+            assert status == 200 and EDGE.encode() not in text and served.hub.token.encode() not in text
+
+
+async def test_the_token_is_made_for_its_owner_only_and_kept(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        first = Hub(HubSettings(tmp_path))
+    finally:
+        os.umask(old)
+    path = tmp_path / "token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text().strip() == first.token and len(first.token) >= 32
+    await first.stop()
+    again = Hub(HubSettings(tmp_path))
+    assert again.token == first.token
+    await again.stop()
+    chosen = Hub(HubSettings(tmp_path, token="chosen"))
+    assert chosen.token == "chosen"
+    await chosen.stop()
+    # A first start that ended between making the file and writing it must not leave a hub that lets everybody in.
+    path.write_text("")
+    empty = Hub(HubSettings(tmp_path))
+    assert empty.token and empty.token != first.token and path.read_text().strip() == empty.token and stat.S_IMODE(path.stat().st_mode) == 0o600
+    await empty.stop()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "field"), [
+    ("GET", "/api/v1/nothing", None, 404, "path"), ("GET", "/nothing", None, 404, "path"), ("GET", "/no.js", None, 404, "path"), ("DELETE", "/api/v1/edges", None, 405, "path"),
+    ("GET", "/api/v1/edges/nobody", None, 404, "edge"), ("GET", "/api/v1/edges/nobody/records", None, 404, "edge"), ("GET", "/api/v1/edges/nobody/verify", None, 404, "edge"),
+    ("GET", "/api/v1/edges/nobody/desired", None, 404, "edge"), ("POST", "/api/v1/edges/nobody/release", None, 404, "edge"), ("GET", "/api/v1/edges/nobody/decisions/1", None, 404, "edge"),
+    ("GET", f"/api/v1/edges/{EDGE}/decisions/999", None, 404, "seq"), ("GET", f"/api/v1/edges/{EDGE}/decisions/0", None, 404, "seq"), ("GET", f"/api/v1/edges/{EDGE}/decisions/x", None, 400, "seq"),
+    ("GET", f"/api/v1/edges/{EDGE}/decisions/-1", None, 400, "seq"), ("GET", f"/api/v1/edges/{EDGE}/decisions/{'9' * 40}", None, 400, "seq"),
+    ("GET", f"/api/v1/edges/{EDGE}/records?stream=secrets", None, 400, "stream"), ("GET", f"/api/v1/edges/{EDGE}/records?after=-1", None, 400, "after"),
+    ("GET", f"/api/v1/edges/{EDGE}/records?after={'9' * 19}", None, 400, "after"), ("GET", f"/api/v1/edges/{EDGE}/records?limit=ten", None, 400, "limit"), ("GET", "/api/v1/decisions?limit=1e3", None, 400, "limit"),
+    ("GET", "/api/v1/outages?hours=-1", None, 400, "hours"), ("GET", "/api/v1/outages?hours=nan", None, 400, "hours"), ("GET", "/api/v1/outages?hours=9999999", None, 400, "hours"), ("GET", "/api/v1/outages?hours=", None, 400, "hours"),
+    ("PUT", f"/api/v1/edges/{EDGE}/desired", b"", 400, "payload"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b"[]", 400, "body"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b"\xff", 400, "payload"),
+    ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"rules":5}', 400, "spec.rules"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"twins":{"a b":{}}}', 400, "spec.twins"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"other":1}', 400, "other"),
+    ("PUT", "/api/v1/edges/a%20b/desired", b"{}", 400, "edge"), ("POST", "/api/v1/edges/..%2fx/commands", b"{}", 400, "edge"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"twins":' + b'{"a":' * 30 + b"1" + b"}" * 31, 400, "payload"),
+    ("POST", f"/api/v1/edges/{EDGE}/commands", b"{}", 400, "spec.commands"), ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","expires_seconds":0}', 400, "expires_seconds"),
+    ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","expires_seconds":true}', 400, "expires_seconds"), ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","id":"no way"}', 400, "spec.commands"),
+    ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","args":[]}', 400, "spec.commands"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"rules":"' + b"x" * MAX_BODY_BYTES + b'"}', 413, "body"),
+])
+def test_an_error_names_the_field_and_the_remedy_and_changes_nothing(served: Served, method: str, path: str, body: bytes | None, status: int, field: str) -> None:
+    before = json.dumps(served.hub.desired)
+    got, _, text = served.ask(method, path, body)
+    said = error_of(text)
+    assert got == status and said["field"].startswith(field), said
+    assert json.dumps(served.hub.desired) == before
+
+
+def test_a_store_that_fails_is_an_error_in_words_and_the_next_request_works(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, planted in the store's writing."""
+    before = served.hub.desired[EDGE]
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.hub.store, "put_desired", full)
+        status, _, text = served.ask("PUT", f"/api/v1/edges/{EDGE}/desired", b"{}")
+        assert status == 500 and "log" in error_of(text)["remedy"] and served.hub.desired[EDGE] == before
+    assert served.json(f"/api/v1/edges/{EDGE}/desired", "PUT", {})["generation"] == before["generation"] + 1
+
+
+# -- anything ----------------------------------------------------------------------------------------------------------------
+
+ODD = st.one_of(
+    st.text(max_size=30), st.integers(-(2**70), 2**70).map(str), st.floats().map(str), st.sampled_from(["0", "1", "-1", "1001", "\x00", "\ud7ff", "' OR 1=1 --", "9" * 400, "%", "true", "decision", "telemetry", EDGE]),
+    st.binary(max_size=8).map(lambda data: data.decode("latin-1")),
+)
+READ_PATHS = [path_of(operation) for operation in OPERATIONS if operation.method == "get"]
+QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours"]), st.text(max_size=8)), ODD, max_size=4)
+
+
+@settings(max_examples=250, deadline=None)
+@given(path=st.sampled_from(READ_PATHS), query=QUERY)
+def test_no_query_breaks_the_api(served: Served, path: str, query: dict[str, str]) -> None:
+    text = "&".join(f"{quote(name)}={quote(value, safe='')}" for name, value in query.items())
+    status, _, body = served.ask("GET", f"{path}?{text}")
+    assert status in (200, 400, 404), (status, body[:300])
+    if status != 200:
+        error_of(body)
+
+
+@settings(max_examples=150, deadline=None)
+@given(raw_query=st.binary(max_size=40), segment=st.binary(min_size=1, max_size=20))
+def test_no_bytes_in_a_path_break_the_api(served: Served, raw_query: bytes, segment: bytes) -> None:
+    escaped = "".join(f"%{byte:02x}" for byte in segment)
+    for path in (f"/api/v1/edges/{escaped}", f"/api/v1/edges/{escaped}/desired", f"/api/v1/edges/{EDGE}/decisions/{escaped}", f"/{escaped}", f"/api/v1/events?kind={''.join(f'%{byte:02x}' for byte in raw_query)}"):
+        status, _, body = served.ask("GET", path)
+        assert status in (200, 400, 404), (path, status, body[:300])
+
+
+ANY_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=10), st.just("\ud800")),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)), max_leaves=10,
+)
+PARTS = st.dictionaries(st.sampled_from(["rules", "models", "twins", "commands", "expires_ms", "device", "name", "args", "id", "expires_seconds"]), ANY_JSON, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(route=st.sampled_from([("PUT", "desired"), ("POST", "commands")]), body=st.one_of(st.binary(max_size=40), st.one_of(ANY_JSON, PARTS).map(lambda value: json.dumps(value).encode())))
+def test_no_body_breaks_the_api_and_a_refused_one_changes_nothing(served: Served, route: tuple[str, str], body: bytes) -> None:
+    before = served.json("/api/v1/status")["boot"], json.dumps(served.hub.desired.get("gw-fuzz"))
+    status, _, text = served.ask(route[0], f"/api/v1/edges/gw-fuzz/{route[1]}", body)
+    assert status in (200, 400, 413), (status, text[:300])
+    if status != 200:
+        error_of(text)
+        assert json.dumps(served.hub.desired.get("gw-fuzz")) == before[1]
+    else:
+        assert served.hub.store.desired("gw-fuzz") == served.hub.desired["gw-fuzz"]
+
+
+def test_a_record_of_any_kind_is_shown(served: Served) -> None:
+    """The hub keeps kinds it does not know: the API must show them."""
+    record = StoredRecord("gw-odd", "event", Record(1, "b", 0, 2**62, "unsynced", "x.y", '{"\\ud800":[{"a":1e308}]}'), 1)
+    served.background.run(write(served.hub, record))
+    [shown] = served.json("/api/v1/events?edge=gw-odd")
+    assert shown["kind"] == "x.y" and shown["wall_ms"] == 2**62
+
+
+async def write(hub: Hub, record: StoredRecord) -> None:
+    await hub.ingest.write(lambda: hub.store.commit(Transaction([record])))
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------------
+
+SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{([a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"(?:,[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*")*)\})? (-?[0-9.]+(?:e[+-]?[0-9]+)?|NaN|[+-]Inf)\Z')
+
+
+def check_exposition(text: str) -> dict[str, str]:
+    """The Prometheus text format (version 0.0.4): HELP and TYPE once before a metric's samples, samples together, no series twice; returns the types."""
+    assert text.endswith("\n")
+    types: dict[str, str] = {}
+    helped: set[str] = set()
+    series: set[str] = set()
+    done: set[str] = set()
+    current = ""
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            name = line.split()[2]
+            assert name not in helped and len(line.split()) > 3, line
+            helped.add(name)
+        elif line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            assert name in helped and name not in types and kind in ("counter", "gauge"), line
+            types[name] = kind
+        else:
+            match = SAMPLE.fullmatch(line)
+            assert match, line
+            name = match[1]
+            if name != current:
+                assert name not in done, f"{name} is scattered"
+                done.add(current)
+                current = name
+            assert name in types, f"{name} has no type"
+            assert types[name] == "gauge" or float(match[3]) >= 0
+            key = f"{name}{{{match[2]}}}"
+            assert key not in series, f"{key} stands twice"
+            series.add(key)
+    return types
+
+
+def test_the_metrics_are_valid_prometheus_text(served: Served) -> None:
+    types = check_exposition(served.ask("GET", "/metrics")[2].decode())
+    assert types["novacron_hub_records_total"] == "counter" and types["novacron_hub_edges_online"] == "gauge"
+    assert all(name.startswith("novacron_hub_") and (kind == "gauge" or name.endswith("_total")) for name, kind in types.items())
+
+
+@pytest.mark.parametrize("bad", ["# TYPE a counter\na 1\n", "# HELP a x\n# TYPE a counter\na -1\n", "# HELP a x\n# TYPE a gauge\na{b=\"c} 1\n", "# HELP a x\n# TYPE a gauge\na 1\na 1\n", "# HELP a x\n# TYPE a gauge\na one\n"])
+def test_the_checker_of_the_metrics_sees_mistakes(bad: str) -> None:
+    with pytest.raises(AssertionError):
+        check_exposition(bad)
