@@ -20,6 +20,7 @@ from edge_runtime.contract.streams import STREAMS
 
 from .book import RangeSet, StreamBook
 from .credit import credit
+from .dating import MAX_CLOCKS, Clocks
 from .fleet import Change, Fleet
 from .store.base import EdgeRow, Store, StoredRecord, StreamRow, Transaction
 
@@ -89,9 +90,12 @@ class Ingest:
         self._dirty_edges: dict[str, EdgeRow] = {}
         self._ahead: set[tuple[str, str]] = set()
         """Streams whose books know records that are not committed yet: no receipt may speak of them."""
+        self.clocks = Clocks()
         self._load()
 
     def _load(self) -> None:
+        for clock in self.store.clocks(MAX_CLOCKS):
+            self.clocks.remember(clock)
         for row in self.store.streams():
             self.books[row.edge, row.stream] = _book(row)
         for edge in self.store.edges():
@@ -177,6 +181,7 @@ class Ingest:
         self.counters["records_total"] += len(fresh)
         self.counters["duplicate_records_total"] += len(batch.records) - len(fresh)
         transaction.records += [StoredRecord(edge, batch.stream, record, now) for record in fresh]
+        transaction.clocks += [clock for record in fresh if (clock := self.clocks.observe(edge, record)) is not None]
         touched[edge].add(batch.stream)
         self._ahead.add((edge, batch.stream))
         if batch.lane == "history":
@@ -223,6 +228,8 @@ class Ingest:
             self.counters["failed_commits_total"] += 1
             log.error("the store refused a commit: %s; nothing of it was kept, the edges will send it again", error)
             self._dirty_edges = transaction.edges | self._dirty_edges  # presence is not sent again
+            for clock in transaction.clocks:
+                self.clocks.forget(clock)
             await self._reload(list(transaction.streams))
             return
         finally:

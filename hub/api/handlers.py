@@ -17,6 +17,7 @@ from edge_runtime.contract.streams import STREAMS
 
 from .. import __version__
 from ..book import StreamBook
+from ..dating import BootClock, date
 from ..hierarchy import build_tree
 from ..store.base import EdgeRow, StoredRecord
 from .openapi import OPERATIONS, document
@@ -44,12 +45,13 @@ class NotKnown(Exception):
         self.body = {"field": field, "problem": problem, "remedy": remedy}
 
 
-def record_json(stored: StoredRecord) -> dict[str, Any]:
-    """A record as the API shows it."""
+def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]:
+    """A record as the API shows it: `wall_ms` as the edge wrote it, `dated_ms` by the best that is known of its clock."""
     record = stored.record
+    dated_ms, dated_quality = date(record, clock)
     return {
         "edge": stored.edge, "stream": stored.stream, "seq": record.seq, "boot": record.boot, "mono_ms": record.mono_ms, "wall_ms": record.wall_ms,
-        "time_quality": record.quality, "received_ms": stored.received_ms, "kind": record.kind, "body": json.loads(record.body),
+        "time_quality": record.quality, "dated_ms": dated_ms, "dated_quality": dated_quality, "received_ms": stored.received_ms, "kind": record.kind, "body": json.loads(record.body),
     }
 
 
@@ -180,7 +182,7 @@ class HubApi:
         after, limit = _integer(request, "after", 0), _limit(request)
         newest = request.query.get("newest", "false").lower() in ("1", "true", "yes")
         found = await self._hub.read(lambda: self._hub.store.read_records(row.edge, stream, after=after, limit=limit, newest_first=newest))
-        return _json([record_json(item) for item in found])
+        return _json([self._record_json(item) for item in found])
 
     async def decision(self, request: web.Request) -> web.Response:
         """See the table."""
@@ -189,7 +191,7 @@ class HubApi:
         found = await self._hub.read(lambda: self._hub.store.read_records(row.edge, "decision", after=seq - 1, before=seq + 1, limit=1))
         if not found:
             raise NotKnown("seq", f"decision {seq} of {row.edge} is not here", "list /api/v1/decisions")
-        return _json(record_json(found[0]))
+        return _json(self._record_json(found[0]))
 
     async def decisions(self, request: web.Request) -> web.Response:
         """See the table."""
@@ -203,7 +205,7 @@ class HubApi:
     async def _latest(self, request: web.Request, stream: str, kinds: tuple[str, ...]) -> web.Response:
         limit, edge = _limit(request), request.query.get("edge")
         found = await self._hub.read(lambda: self._hub.store.read_latest(streams=(stream,), kinds=kinds, limit=limit, edge=edge))
-        return _json([{"id": number, **record_json(item)} for number, item in found])
+        return _json([{"id": number, **self._record_json(item)} for number, item in found])
 
     async def outages(self, request: web.Request) -> web.Response:
         """See the table."""
@@ -235,6 +237,9 @@ class HubApi:
             out["streams"][stream] = entry
         out["exact"] = all(entry["exact"] for entry in out["streams"].values())
         return _json(out)
+
+    def _record_json(self, stored: StoredRecord) -> dict[str, Any]:
+        return record_json(stored, self._hub.ingest.clocks.get(stored.edge, stored.record.boot))
 
     # -- writing -------------------------------------------------------------------------------------------------------------
 

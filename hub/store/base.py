@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from edge_runtime.contract.records import Record
 
+from ..dating import BootClock
+
 
 @dataclass(slots=True)
 class EdgeRow:
@@ -62,6 +64,7 @@ class Transaction:
     records: list[StoredRecord] = field(default_factory=list)
     streams: dict[tuple[str, str], StreamRow] = field(default_factory=dict)
     edges: dict[str, EdgeRow] = field(default_factory=dict)
+    clocks: list[BootClock] = field(default_factory=list)
 
 
 class StoreError(RuntimeError):
@@ -88,6 +91,9 @@ class Store(Protocol):
 
     def streams(self) -> list[StreamRow]:
         """Every stream of every edge."""
+
+    def clocks(self, limit: int) -> list[BootClock]:
+        """What is known of the clocks of the newest boots, oldest first."""
 
     def read_records(
         self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = ()

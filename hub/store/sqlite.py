@@ -11,6 +11,7 @@ import sqlite_utils
 
 from edge_runtime.contract.records import Record
 
+from ..dating import BootClock
 from .base import EdgeRow, StoredRecord, StoreError, StreamRow, Transaction
 
 DESIRED_HISTORY = 100
@@ -52,7 +53,11 @@ def _first_schema(db: sqlite_utils.Database) -> None:
     db["outages"].create({"edge": str, "start_ms": int, "end_ms": int, "reason": str}, pk=("edge", "start_ms"))
 
 
-MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (("0001_first", _first_schema),)
+def _clocks(db: sqlite_utils.Database) -> None:
+    db["clocks"].create({"edge": str, "boot": str, "quality": str, "offset_ms": int}, pk=("edge", "boot"))
+
+
+MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (("0001_first", _first_schema), ("0002_clocks", _clocks))
 """Applied in order, each once; a name is never reused."""
 
 
@@ -148,6 +153,7 @@ class SqliteStore:
                     for e in transaction.edges.values()
                 ],
             )
+            connection.executemany("INSERT OR REPLACE INTO clocks VALUES (?,?,?,?)", [(c.edge, c.boot, c.quality, c.offset_ms) for c in transaction.clocks])
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -206,6 +212,11 @@ class SqliteStore:
             "SELECT edge, stream, contiguous, chain, base, gone, stored, duplicates, mismatches, edge_next, edge_floor, edge_dropped, above FROM streams"
         )
         return [_stream_row(row) for row in rows]
+
+    def clocks(self, limit: int) -> list[BootClock]:
+        """See `Store.clocks`."""
+        rows = self._write.execute("SELECT edge, boot, quality, offset_ms FROM clocks ORDER BY rowid DESC LIMIT ?", (limit,)).fetchall()
+        return [BootClock(*row) for row in reversed(rows)]
 
     def read_records(
         self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = ()

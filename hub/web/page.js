@@ -110,8 +110,8 @@ function showDecisions(decisions) {
   const kept = decisions.filter((one) => !wanted || `${one.edge} ${one.body.rule} ${one.body.device}`.toLowerCase().includes(wanted));
   fill($("decisions"), kept.map((one) => {
     const body = one.body;
-    const time = element("td", clock(one.wall_ms));
-    time.title = `seq ${one.seq}, time quality ${one.time_quality}`;
+    const time = element("td", clock(one.dated_ms));
+    time.title = `seq ${one.seq}, time quality ${one.dated_quality}` + (one.dated_ms === one.wall_ms ? "" : `; the edge wrote ${new Date(one.wall_ms).toISOString()} (${one.time_quality})`);
     const actions = Array.isArray(body.actions) ? body.actions.map(inWords) : [];
     return [
       time, one.edge, body.rule, body.device, element("td", body.outcome, body.outcome === "fired" ? "bad" : "good"), body.offline ? "alone" : "linked",
@@ -141,7 +141,7 @@ async function refresh() {
     showEdges(edges);
     showTimeline(edges, outages, hours);
     showDecisions(decisions);
-    fill($("events"), events.map((one) => [clock(one.wall_ms), one.edge, one.kind, element("td", JSON.stringify(one.body), "inputs")]));
+    fill($("events"), events.map((one) => [clock(one.dated_ms), one.edge, one.kind, element("td", JSON.stringify(one.body), "inputs")]));
     document.body.dataset.refreshed = String(Number(document.body.dataset.refreshed || 0) + 1);
   } catch (error) {
     if (error.message === "login") {

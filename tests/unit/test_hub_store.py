@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.contract.records import Record
+from hub.dating import BootClock
 from hub.store import sqlite as sqlite_module
 from hub.store.base import EdgeRow, Store, StoredRecord, StoreError, StreamRow, Transaction
 from hub.store.sqlite import DESIRED_HISTORY, SqliteStore
@@ -414,3 +415,11 @@ def test_the_hub_says_in_one_line_that_its_store_is_damaged(tmp_path: Path) -> N
     )
     assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.count("\n") == 1, ran.stderr
     assert ran.stderr.startswith("novacron-hub: data-dir: ") and "hub.db" in ran.stderr and "backup" in ran.stderr
+
+
+def test_clocks_of_boots_are_replaced_and_the_newest_given_back(store: Store) -> None:
+    made = [BootClock("gw-1", f"b{number}", "rtc", number) for number in range(5)]
+    store.commit(Transaction(clocks=made))
+    better = BootClock("gw-1", "b1", "ntp", 7)
+    store.commit(Transaction(clocks=[better]))
+    assert store.clocks(3) == [made[3], made[4], better] and len(store.clocks(100)) == 5

@@ -189,11 +189,11 @@ def _explain(options: Any) -> int:
         _print(record, True)
         return 0
     body = record["body"]
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record["wall_ms"] / 1000))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.get("dated_ms", record["wall_ms"]) / 1000))
     if record["kind"] != "decision":
         raise CommandError(f"explain: record {seq} is no decision but {record['kind']}: {json.dumps(body)}")
     print(_plain(f"decision {seq}: rule {body.get('rule')} {body.get('outcome')} for device {body.get('device')}"))
-    print(f"  at {when} UTC ({record['time_quality']}), boot {record['boot']}, {'alone (no hub)' if body.get('offline') else 'linked'}, desired state {body.get('generation')}")
+    print(f"  at {when} UTC ({record.get('dated_quality', record['time_quality'])}), boot {record['boot']}, {'alone (no hub)' if body.get('offline') else 'linked'}, desired state {body.get('generation')}")
     print("  because")
     inputs = body.get("inputs")
     for name, value in inputs.items() if isinstance(inputs, dict) else ():
