@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .world import World
 
 READ_ALL = 1 << 40
-PAUSE_SLACK_S = 0.25
-"""How much longer than the law a pause may be: a blocked loop, rounding."""
+PAUSE_SLACK_S = 1.0
+"""How much longer than the law a pause may be: the loop is blocked by three fsyncs of the slowest disk, on whichever machine."""
 
 
 class Violated(Exception):
