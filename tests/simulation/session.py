@@ -56,6 +56,7 @@ class SimSession:
         self._graceful = False
         self._refused = False
         self.after_read: Callable[[], None] | None = None
+        self.after_write: Callable[[], None] | None = None
         self.reached = False
         self.accepted = False
         self.current_retained = False
@@ -182,6 +183,8 @@ class SimSession:
     def _read_end(self) -> None:
         if self.after_read is not None and not self.closed.done():
             self.after_read()
+        if self.after_write is not None and not self.closed.done():
+            self.after_write()
 
     def _said_goodbye(self) -> None:
         self._graceful = True
