@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .agent_metrics import describe
 from .config import EdgeConfig
 from .config.schema import DecisionsConfig
 from .contract import jsoncodec
@@ -27,7 +28,6 @@ from .metrics import Metrics
 from .mqtt_session import Endpoint
 from .pipeline import Pipeline
 from .surroundings import Surroundings
-from .system.process import open_descriptors, resident_bytes
 from .system.service import ServiceManager
 from .uplink.backoff import Backoff
 from .uplink.link import Uplink, UplinkSettings
@@ -105,7 +105,7 @@ class EdgeRuntime:
         self._api: Any = None
         self.api_port = 0
         self._commands: dict[str, str] = self.journal.state("commands") or {}
-        self._describe_metrics()
+        describe(self)
 
     def _journal_settings(self) -> JournalSettings:
         journal = self.config.journal
@@ -563,41 +563,3 @@ class EdgeRuntime:
     def _status_line(self) -> str:
         link = "hub up" if not self.is_offline() else "alone"
         return f"{link}, {self.pipeline.decided} decisions, {len(self.registry.devices)} devices, {'; '.join(self.health()) or 'well'}"
-
-    def _describe_metrics(self) -> None:
-        gauge, metrics = self.metrics.gauge, self.metrics
-        gauge("resident_memory_bytes", "Resident memory of the agent.", resident_bytes)
-        gauge("open_descriptors", "Open file descriptors.", open_descriptors)
-        gauge("devices", "Registered devices.", lambda: len(self.registry.devices))
-        gauge("early_readings", "Readings that wait for their device's registration.", lambda: self.registry.early_waiting)
-        gauge("link_up", "1 while a hub is reachable.", lambda: float(not self.is_offline()))
-        gauge("journal_waiting_records", "Records appended and not durable yet.", lambda: sum(lane.waiting for lane in self.journal.lanes.values()))
-        gauge("journal_backlog_records", "Records that the hub is not known to have.", lambda: self.uplink.lanes.backlog() if self.uplink else 0)
-        gauge("journal_used_bytes", "Bytes of the journal's databases.", lambda: self.journal.bytes_in_use)
-        gauge("journal_free_bytes", "Free bytes of the journal's file system.", lambda: self.journal.storage_plan.free_bytes)
-        gauge("journal_outage_seconds", "Seconds of outage that the free space holds.", lambda: self.journal.storage_plan.outage_hours * 3600)
-        gauge("clock_jumps", "Jumps of the wall clock since start.", lambda: self.clock.jumps)
-        gauge("info", "1; the agent runs.", lambda: 1)
-        for name, read, text in (
-            ("readings_total", lambda: self.pipeline.readings_taken, "Readings taken in."),
-            ("decisions_total", lambda: self.pipeline.decided, "Decisions made."),
-            ("decisions_offline_total", lambda: self.pipeline.decided_offline, "Decisions made while no hub was reachable."),
-            ("journal_commits_total", lambda: sum(lane.commits for lane in self.journal.lanes.values()), "Commits."),
-            ("journal_failed_commits_total", lambda: sum(lane.failed_commits for lane in self.journal.lanes.values()), "Commits that failed and were tried again."),
-            ("journal_dropped_records_total", self._dropped, "Records dropped before the hub had them."),
-            ("journal_refused_telemetry_total", lambda: self.journal.refused_telemetry, "Telemetry refused because the disk is full."),
-            ("journal_undurable_effects_total", lambda: sum(lane.acted_undurable for lane in self.journal.lanes.values()), "Effects done although the journal could not be written."),
-            ("rule_errors_total", lambda: sum(self.engine.errors.values()), "Conditions that could not be evaluated."),
-            ("early_dropped_readings_total", lambda: self.registry.early_dropped, "Early readings dropped."),
-        ):
-            gauge(name, text, read)  # type: ignore[arg-type]
-            metrics.describe(name, "counter", text)
-        metrics.describe("detectors_refused_total", "counter", "Detectors whose kept state was damaged or unknown; they started anew.")
-        gauge("detectors", "Detectors that learn.", lambda: len(self.engine.detectors))
-        metrics.describe("device_rejected_messages_total", "counter", "Device messages refused, by reason.")
-        metrics.describe("uplink_rejected_messages_total", "counter", "Hub messages refused, by reason.")
-
-    def _dropped(self) -> float:
-        total = sum(marks.dropped for lane in self.journal.lanes.values() for marks in lane.marks.values())
-        return total + sum(lane.dropped_waiting for lane in self.journal.lanes.values())
-

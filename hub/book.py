@@ -116,7 +116,8 @@ class StreamBook:
     Attributes:
         contiguous: every seq up to here is stored, or gone at the edge.
         chain: the chain after `contiguous`.
-        base: the chain is proven from this seq on (1, or the floor where the edge lost or dropped something).
+        base: the chain is proven from this seq on (1, or the floor where the edge lost or dropped something); base_chain: the chain before it, empty where
+            an older hub did not keep it.
         gone: records below `contiguous` that the edge no longer had.
         stored: records stored.
         duplicates: records that came again.
@@ -134,6 +135,7 @@ class StreamBook:
     edge_next: int = 1
     edge_floor: int = 1
     edge_dropped: int = 0
+    base_chain: bytes = CHAIN_START
     history: int = 1
     live: int = 1
     above: RangeSet = field(default_factory=RangeSet)
@@ -170,12 +172,12 @@ class StreamBook:
         if batch.floor == self.contiguous + 1:
             if batch.floor_chain != self.chain:
                 # Another journal goes on here under this name (a replaced disk): proven from its first record on.
-                self.chain, self.base = batch.floor_chain, batch.floor
+                self.chain, self.base, self.base_chain = batch.floor_chain, batch.floor, batch.floor_chain
             return
         held = sum(min(last, batch.floor - 1) - first + 1 for first, last in self.above.to_json() if first < batch.floor)
         self.gone += batch.floor - 1 - self.contiguous - held
         self.contiguous = batch.floor - 1
-        self.chain, self.base = batch.floor_chain, batch.floor
+        self.chain, self.base, self.base_chain = batch.floor_chain, batch.floor, batch.floor_chain
         self.above.drop_upto(self.contiguous)
         self.chains = {seq: chain for seq, chain in self.chains.items() if seq > self.contiguous}
 

@@ -335,7 +335,7 @@ class Ingest:
 def _row(key: tuple[str, str], book: StreamBook) -> StreamRow:
     return StreamRow(
         key[0], key[1], book.contiguous, book.chain, book.base, book.gone, book.stored, book.duplicates, book.mismatches, book.edge_next,
-        book.edge_floor, book.edge_dropped, book.above.to_json(),
+        book.edge_floor, book.edge_dropped, book.above.to_json(), book.base_chain,
     )
 
 
@@ -343,5 +343,5 @@ def _book(row: StreamRow) -> StreamBook:
     book = StreamBook(
         row.contiguous, row.chain, row.base, row.gone, row.stored, row.duplicates, row.mismatches, row.edge_next, row.edge_floor, row.edge_dropped
     )
-    book.above = RangeSet.of(row.above)
+    book.above, book.base_chain = RangeSet.of(row.above), row.base_chain
     return book

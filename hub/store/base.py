@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from edge_runtime.contract.records import Record
+from edge_runtime.contract.records import CHAIN_START, Record
 
 from ..dating import BootClock
 
@@ -45,6 +45,7 @@ class StreamRow:
     edge_floor: int
     edge_dropped: int
     above: list[list[int]]
+    base_chain: bytes = CHAIN_START
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,11 @@ def _clocks(db: sqlite_utils.Database) -> None:
     db["clocks"].create({"edge": str, "boot": str, "quality": str, "offset_ms": int}, pk=("edge", "boot"))
 
 
-MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (("0001_first", _first_schema), ("0002_clocks", _clocks))
+def _base_chain(db: sqlite_utils.Database) -> None:
+    db["streams"].add_column("base_chain", bytes)
+
+
+MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (("0001_first", _first_schema), ("0002_clocks", _clocks), ("0003_base_chain", _base_chain))
 """Applied in order, each once; a name is never reused."""
 
 
@@ -137,11 +141,11 @@ class SqliteStore:
                 ],
             )
             connection.executemany(
-                "INSERT OR REPLACE INTO streams VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO streams VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 [
                     (
                         s.edge, s.stream, s.contiguous, s.chain, s.base, s.gone, s.stored, s.duplicates, s.mismatches, s.edge_next, s.edge_floor,
-                        s.edge_dropped, json.dumps(s.above),
+                        s.edge_dropped, json.dumps(s.above), s.base_chain,
                     )
                     for s in transaction.streams.values()
                 ],
@@ -209,7 +213,7 @@ class SqliteStore:
     def streams(self) -> list[StreamRow]:
         """See `Store.streams`."""
         rows = self._write.execute(
-            "SELECT edge, stream, contiguous, chain, base, gone, stored, duplicates, mismatches, edge_next, edge_floor, edge_dropped, above FROM streams"
+            "SELECT edge, stream, contiguous, chain, base, gone, stored, duplicates, mismatches, edge_next, edge_floor, edge_dropped, above, base_chain FROM streams"
         )
         return [_stream_row(row) for row in rows]
 
@@ -288,4 +292,4 @@ def _edge_row(row: Any) -> EdgeRow:
 
 
 def _stream_row(row: Any) -> StreamRow:
-    return StreamRow(*(*row[:12], json.loads(row[12])))
+    return StreamRow(*(*row[:12], json.loads(row[12]), row[13] or b""))

@@ -456,6 +456,8 @@ async def test_a_deleted_row_and_a_changed_byte_are_caught(tmp_path: Path, broke
         with contextlib.closing(sqlite3.connect(tmp_path / "hub" / "hub.db")) as file:
             file.execute("UPDATE records SET body=replace(body, '\"n 9\"', '\"n 8\"') WHERE edge=? AND stream='event' AND seq=10", (EDGE,))
             file.commit()
+        report = await in_thread(verify_edge, api_of(hub), EDGE, None)
+        assert not report["streams"]["event"]["exact"] and "a row was changed" in str(report["streams"]["event"]["verdict"]) and report["streams"]["telemetry"]["exact"]
         assert len(differences(edge.folder, tmp_path / "hub")) == 2 and compare(edge.folder, tmp_path / "hub", EDGE)["lost"] == 2
 
 

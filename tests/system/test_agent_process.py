@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.edges import MOSQUITTO, Device, LocalBroker
+from tests.integration.edges import Device, LocalBroker
 from tests.integration.waiting import until
 from tools.bench.agent import Agent
 from tools.bench.harness import ROOT
@@ -28,16 +28,6 @@ RULE: dict[str, Any] = {
     "then": [{"command": {"device": "fan-1", "name": "act", "args": {"n": "$value:n"}, "expires": "10m"}}],
 }
 RULES = {"decisions": {"rules": [RULE]}}
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[LocalBroker]:
-    if not MOSQUITTO:
-        pytest.skip("mosquitto is not installed")
-    local = LocalBroker(tmp_path / "broker")
-    local.start()
-    yield local
-    local.stop()
 
 
 def metric(agent: Agent, series: str) -> float:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.clock import RELEASE_MS
-from tests.integration.edges import MOSQUITTO, Device, LocalBroker
+from tests.integration.edges import Device, LocalBroker
 from tests.integration.waiting import until
 from tools.bench.agent import Agent
 from tools.bench.harness import ROOT, free_port
@@ -55,16 +54,6 @@ def faketime() -> str:
 def clock(when: str, **more: str) -> dict[str, str]:
     """Variables that give a process the wall clock `when`; the monotonic clocks stay true."""
     return {"LD_PRELOAD": faketime(), "FAKETIME": when, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", **more}
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[LocalBroker]:
-    if not MOSQUITTO:
-        pytest.skip("mosquitto is not installed")
-    local = LocalBroker(tmp_path / "broker")
-    local.start()
-    yield local
-    local.stop()
 
 
 def keep_desired(data: Path) -> None:

@@ -1,8 +1,8 @@
 """The proof: what the hub holds is exactly what the edge journalled.
 
 Edge and hub each compute the chain over the records of a stream. Equal chains at one seq mean equal records up to there (from the seq the
-hub's proof is based on). The hub also counts its rows. An edge that can be asked is asked for its chain at the hub's mark; of an edge that
-is away, the chains it sent along with its batches are the proof, up to the last of them.
+hub's proof is based on). The hub also counts its rows and computes the chain over them as they stand now. An edge that can be asked is asked
+for its chain at the hub's mark; of an edge that is away, the chains it sent along with its batches are the proof, up to the last of them.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,8 @@ def verify_edge(hub: Api, edge: str, edge_api: Api | None, progress: Callable[[s
             verdict.append(f"{entry['expected'] - entry['counted']} rows are missing between {entry['base']} and {entry['contiguous']}")
         if entry["mismatches"]:
             verdict.append(f"the edge's chain differed {entry['mismatches']} times")
+        if entry.get("rows_chain") not in (None, entry["chain"]):
+            verdict.append(f"the rows hash to {entry['rows_chain']}, what came from the edge to {entry['chain']}: a row was changed")
         if entry["missing"]:
             verdict.append(f"gaps {entry['missing']}")
         entry["proof"] = "the edge's own chains, as sent"
