@@ -460,7 +460,11 @@ async def run_session(
     """
     protocol5 = protocol != "3.1.1"
     accepted = False
+    task = asyncio.current_task()
     while True:
+        if task is not None and task.cancelling():
+            # asyncio.wait_for (until Python 3.12) forgets a cancellation where what it waits for ends in the same turn.
+            raise asyncio.CancelledError
         session = make(protocol5)
         if protocol == "auto" and protocol5 and not accepted:
             session.connack_timeout_s = PROBE_TIMEOUT_S

@@ -15,7 +15,7 @@ from paho.mqtt import properties as paho_properties
 from paho.mqtt.packettypes import PacketTypes
 
 from edge_runtime.lean_imports import import_paho
-from edge_runtime.mqtt_session import READ_PACKETS, Endpoint, MqttSession, SessionClosed, Will
+from edge_runtime.mqtt_session import READ_PACKETS, Endpoint, MqttSession, SessionClosed, Will, run_session
 
 from .edges import MOSQUITTO, LocalBroker
 from .waiting import until
@@ -251,3 +251,28 @@ def test_the_shared_property_tables_are_those_of_paho() -> None:
     assert _packet.Properties(PacketTypes.PUBLISH).unpack(b"\0rest") is not None and _packet.Properties(PacketTypes.PUBLISH).isEmpty()
     with pytest.raises(Exception, match="does not apply"):
         made.SessionExpiryInterval = 3
+
+
+async def test_an_end_in_the_middle_of_a_subscription_is_an_end() -> None:
+    """`asyncio.wait_for` forgets a cancellation where what it waits for has just ended; a session that ends with its task must not start over."""
+    asked, made = asyncio.Event(), []
+
+    async def script(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(2)  # SUBSCRIBE, which is never answered
+        asked.set()
+        await reader.read()
+
+    def make(_protocol5: bool) -> MqttSession:
+        made.append(MqttSession(endpoint(raw.port), "ends", Inbox(), protocol5=False))
+        return made[-1]
+
+    async with RawBroker(script) as raw:
+        task = asyncio.create_task(run_session(
+            make, lambda session: session.subscribe(["t"]), protocol="3.1.1", next_pause_s=lambda: 0.01, on_failure=lambda _error: None, wake=asyncio.Event(),
+        ))
+        await asyncio.wait_for(asked.wait(), 10)
+        await made[0].disconnect()
+        task.cancel()
+        done, _ = await asyncio.wait((task,), timeout=5)
+        task.cancel()
+        assert done and task.cancelled() and len(made) == 1
