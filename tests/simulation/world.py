@@ -10,7 +10,7 @@ import random
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -63,6 +63,7 @@ class Outcome:
     cpu_s: float
     steps: int
     checks: dict[str, int] = field(default_factory=dict)
+    happened: dict[str, int] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
 
 
@@ -100,8 +101,9 @@ class World:
         self._spans = self._lively_spans()
         busy_s = sum(end - begin for begin, end in self._spans)
         self.burst_s = max(scenario.burst_s, busy_s * scenario.devices * scenario.edges / READINGS_AIM)
+        self.happened: Counter[str] = Counter()
         self.oracle = Oracle(self)
-        self.broker = SimBroker("broker", self.loop, self.stream("broker"))
+        self.broker = SimBroker("broker", self.loop, self.stream("broker"), "the hub's broker", happened=self.happened)
         self.broker.on_publish = self.oracle.hub_published
         self.machines = [Machine(self, number, f"e{number}") for number in range(scenario.edges)]
         self.alive = {machine.name for machine in self.machines}
@@ -267,7 +269,7 @@ class World:
         scenario = self.scenario
         return Outcome(
             scenario.seed, scenario.hours, scenario.kind, self.oracle.failure, self._hash.hexdigest(), time.process_time() - began, self.loop.steps,
-            dict(self.oracle.checks), list(self._ring) if self.oracle.failure else [],
+            dict(self.oracle.checks), dict(self.happened), list(self._ring) if self.oracle.failure else [],
         )
 
 
