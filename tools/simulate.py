@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Job:
     scenario: str = ""
     trace: str = ""
     focus: tuple[str, ...] = ()
+    edges: int = 0
 
     def replay(self) -> str:
         """The command that runs it again."""
@@ -42,6 +44,7 @@ class Job:
         words += [f"--scenario {self.scenario}"] if self.scenario else [f"--seed {self.seed} --hours {self.hours:g}"]
         words += [f"--kind {self.kind}"] if self.kind else []
         words += [f"--focus {','.join(self.focus)}"] if self.focus else []
+        words += [f"--edges {self.edges}"] if self.edges else []
         words += [f"--control {self.control}"] if self.control else []
         return " ".join(words)
 
@@ -52,7 +55,7 @@ def run_job(job: Job) -> tuple[Job, Any]:
     from tests.simulation.scenario import draw, load
     from tests.simulation.world import simulate
 
-    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind, job.focus)
+    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind, job.focus, job.edges)
     with contextlib.ExitStack() as stack:
         stack.enter_context(planted(job.control))
         trace = stack.enter_context(open(job.trace, "w")) if job.trace else None
@@ -120,7 +123,13 @@ def read_seeds(path: Path, hours: float) -> list[Job]:
 
 def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -> int:
     """Run all; exit status."""
+    from tests.simulation.coverage import EFFECTS, HOURS_MIN, SEEDS_MIN, never
+    from tests.simulation.scenario import FAULTS
+
+    end_s = time.monotonic() + options.minutes * 60
     failures: list[dict[str, Any]] = []
+    edges_max = 0
+    happened: Counter[str] = Counter()
     times: list[float] = []
     checks: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
@@ -129,6 +138,8 @@ def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -
     for job, outcome in spread_over(min(options.jobs, len(jobs)), run_job, jobs):
         times.append(outcome.cpu_s)
         checks.update(outcome.checks)
+        happened.update(outcome.happened)
+        edges_max = max(edges_max, outcome.edges)
         kinds[outcome.kind] += 1
         hours += outcome.hours
         if outcome.failure:
@@ -141,18 +152,30 @@ def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -
         elif len(jobs) == 1:
             note(options, f"seed {job.seed} ({outcome.kind}): all promises kept, trace {outcome.digest}, {outcome.cpu_s:.2f} s, checked {dict(outcome.checks)}")
         if len(times) % 50 == 0:
-            note(options, f"{len(times)} of {len(jobs)} seeds, {len(failures)} violations, {sum(times) / len(times):.2f} s each")
+            print(f"{len(times)} of {len(jobs)} seeds, {len(failures)} violations, {sum(times) / len(times):.2f} s each", file=sys.stderr, flush=True)
+        if time.monotonic() > end_s:
+            break
+    # Which faults come is up to the seed, but not where somebody chose them.
+    drawn = not (options.scenario or options.seed_file or options.kind or options.focus or options.control)
+    missing = never(happened, checks)
+    covered = not missing or not drawn or len(times) < SEEDS_MIN or options.hours < HOURS_MIN
     details = {
+        "runs": len(times), "not_run": len(jobs) - len(times), "edges_in_one_run": edges_max,
         "failures": failures[:50], "seconds_per_seed": round(sum(times) / max(1, len(times)), 3), "seconds_p99": round(percentile(times, 0.99), 3), "kinds": dict(kinds),
-        "virtual_hours": hours, "checked": dict(checks),
+        "virtual_hours": hours, "faults": {name: happened[name] for name in FAULTS}, "effects": {name: happened[name] for name in EFFECTS}, "checked": dict(checks),
+        "never": missing,
     }
     if len(jobs) == 1:
         details["trace"] = outcome.digest
-    ok = not failures and len(times) == len(jobs)
+    ok = not failures and len(times) == len(jobs) and covered
     promise = "every promise is kept through all faults: nothing lost or doubled, order, decisions, desired state, limits, fairness"
     if options.json:
-        return report(options, about, promise, len(failures), f"violations in {len(jobs)} seeds x {jobs[0].hours:g} h", ok, spread_=spread(times), details=details)
+        return report(options, about, promise, len(failures), f"violations in {len(times)} seeds x {jobs[0].hours:g} h", ok, spread_=spread(times), details=details)
     print(f"{len(times)} runs, {len(failures)} violations, {details['seconds_per_seed']} s of CPU each")
+    if missing and len(jobs) > 1:
+        print(f"{'never came' if covered else 'NEVER CAME, in a run that must meet all'}: {', '.join(missing)}")
+    if len(times) < len(jobs):
+        print(f"{len(jobs) - len(times)} seeds were not run: the time was over")
     if failures:
         print(last)
     return 0 if ok else 1
@@ -181,7 +204,7 @@ def main() -> int:
         # Text hashes must be the same in every process, or one forgotten set would make two runs of a seed differ.
         os.execve(sys.executable, [sys.executable, "-m", "tools.simulate", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))})
     from tests.simulation.controls import CONTROLS
-    from tests.simulation.scenario import FAULTS, KINDS, ScenarioError, load
+    from tests.simulation.scenario import EDGES_MAX, FAULTS, KINDS, ScenarioError, load
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="see tests/simulation/README.md")
     parser.add_argument("--hours", type=float, default=72.0, help="virtual hours of each run")
@@ -192,6 +215,8 @@ def main() -> int:
     parser.add_argument("--scenario", type=Path, help="a scenario file (JSON)")
     parser.add_argument("--kind", choices=KINDS, default="", help="draw only this kind of world")
     parser.add_argument("--focus", default="", metavar="FAULTS", help="one edge that meets these faults again and again (names with commas)")
+    parser.add_argument("--edges", type=int, default=0, help="so many edges in each world (mirrors and --focus have their own number)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no seed after so long; what was not run is said and is a failure")
     parser.add_argument("--control", choices=sorted(CONTROLS), default="", metavar="NAME", help="plant this bug")
     parser.add_argument("--controls", action="store_true", help="plant every bug, one after the other")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -201,6 +226,8 @@ def main() -> int:
     about = machine()
     if not 0 < options.hours <= 10_000 or options.seeds < 1 or options.jobs < 1:
         parser.error("--hours takes up to 10000, --seeds and --jobs at least 1")
+    if not 0 <= options.edges <= EDGES_MAX:
+        parser.error(f"--edges: {options.edges} is outside 0..{EDGES_MAX}")
     focus = tuple(filter(None, options.focus.split(",")))
     for name in focus:
         if name not in FAULTS:
@@ -214,9 +241,9 @@ def main() -> int:
         elif options.seed_file:
             jobs = read_seeds(options.seed_file, options.hours)
         elif options.seed is not None:
-            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace, focus)]
+            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace, focus, options.edges)]
         else:
-            jobs = [Job(seed, options.hours, options.kind, options.control, focus=focus) for seed in range(options.first, options.first + options.seeds)]
+            jobs = [Job(seed, options.hours, options.kind, options.control, focus=focus, edges=options.edges) for seed in range(options.first, options.first + options.seeds)]
         return seeds(options, jobs, about)
     except ScenarioError as error:
         print(error, file=sys.stderr)

@@ -114,28 +114,39 @@ WEIGHTS: dict[str, float] = {
 QUIET_START_S = 600.0
 """No fault before: everybody has come up."""
 
+EDGES_MAX = 1000
+"""Edges of one world at most: some 10 MB each."""
 
-def draw(seed: int, hours: float, kind: str = "", focus: tuple[str, ...] = ()) -> Scenario:
-    """The scenario of a seed; with `focus` one edge that meets these faults, one soon after the other, again and again."""
+CROWD = 30
+"""Edges from which a world runs at the paces of a crowd (`world.CROWD_PACE`): hundreds of edges for days within a minute."""
+
+STORM_EVERY_S = 700.0
+"""Between two outages of a storm: the longest, the time in which everybody must have been served, and some quiet."""
+
+
+def draw(seed: int, hours: float, kind: str = "", focus: tuple[str, ...] = (), edges: int = 0) -> Scenario:
+    """The scenario of a seed; with `focus` one edge that meets these faults, one soon after the other, again and again; with `edges` so many
+    (a mirror always has two)."""
     if focus:
         return _draw_focused(seed, hours, focus)
     chance = random.Random(f"scenario {seed}")
     if not kind:
-        kind = chance.choices(KINDS, (0.9, 0.07, 0.03))[0]
+        kind = chance.choices(KINDS, (0.91, 0.075, 0.015))[0]
     made = Scenario(seed, hours, kind)
     made.bus_on_host = chance.random() < 0.5
     made.storage_keep = chance.choice((0.0, 0.3, 0.5, 0.9, 1.0))
     made.retain = chance.choice((20, 100, 500, 10_000))
     made.wal_bytes = chance.choice((1 << 15, 1 << 17, 1 << 20))
     if kind == "storm":
-        _draw_storm(made, chance)
+        _draw_storm(made, chance, edges)
         return made
     if kind == "mirror":
         made.edges, made.devices = 2, chance.randrange(1, 4)
         weights = {name: WEIGHTS[name] for name in ("partition", "hub_partition", "flaky", "delay", "broker_restart", "hub_restart", "hub_restore")}
     else:
         made.edges = chance.choices((1, 2, 3, 6), (0.5, 0.3, 0.15, 0.05))[0]
-        made.devices = chance.randrange(1, 4) if made.edges < 4 else 1
+        made.devices = chance.randrange(1, 4) if made.edges < 4 and edges < 4 else 1
+        made.edges = edges or made.edges
         weights = dict(WEIGHTS)
         if made.edges > 3:
             weights["clone"] = 0.0
@@ -198,18 +209,17 @@ def _draw_focused(seed: int, hours: float, focus: tuple[str, ...]) -> Scenario:
     return made
 
 
-def _draw_storm(made: Scenario, chance: random.Random) -> None:
-    made.edges, made.devices = chance.choice((100, 200, 300)) if made.hours > 2 else 60, 1
-    made.hours = min(made.hours, 1.0)
-    made.idle_s = made.burst_s = 1200.0
+def _draw_storm(made: Scenario, chance: random.Random, edges: int = 0) -> None:
+    made.edges, made.devices = edges or (chance.choice((100, 100, 200)) if made.hours > 2 else 60), 1
+    made.idle_s = made.burst_s = 1200.0 * max(1.0, made.hours / 6)
     made.wal_bytes, made.retain = 1 << 15, 100
-    at = 600.0
-    for _ in range(2):
-        made.faults.append(Fault(at, "broker_restart", 0, chance.choice((10, 60, 180))))
-        at += 700
-    for edge in range(0, made.edges, 25):
-        made.faults.append(Fault(700 + edge, "refused", edge, 600))
-    made.faults.append(Fault(at, "hub_restart", 0, 20))
+    for at in (QUIET_START_S, *((chance.uniform(0.2, 0.9) * made.seconds,) if made.hours > 6 else ())):
+        for edge in range(0, made.edges, 25):
+            made.faults.append(Fault(at + 100 + chance.uniform(0, 300), "refused", edge, 600))
+        for _ in range(2):
+            made.faults.append(Fault(at, "broker_restart", 0, chance.choice((10, 60, 180))))
+            at += STORM_EVERY_S
+        made.faults.append(Fault(at, "hub_restart", 0, 20))
     made.faults.sort(key=lambda fault: fault.at)
 
 
@@ -268,7 +278,7 @@ def parse(text: str, where: str, seed: int | None = None, hours: float | None = 
             raise bad([key], f"is {type(given).__name__}; give {' or '.join(kind.__name__ for kind in FIELDS[key])}")
     if value.get("kind", "mixed") not in KINDS:
         raise bad(["kind"], f"{value['kind']!r} is unknown; use {', '.join(KINDS)}")
-    for key, low, high in (("hours", 0.01, 10_000), ("edges", 1, 1000), ("devices", 1, 20), ("idle_s", 0.1, 86_400), ("burst_s", 0.1, 86_400), ("storage_keep", 0, 1), ("retain", 0, 1e7)):
+    for key, low, high in (("hours", 0.01, 10_000), ("edges", 1, EDGES_MAX), ("devices", 1, 20), ("idle_s", 0.1, 86_400), ("burst_s", 0.1, 86_400), ("storage_keep", 0, 1), ("retain", 0, 1e7)):
         if key in value and not low <= value[key] <= high:
             raise bad([key], f"{value[key]} is outside {low}..{high}")
     made = draw(int(value.get("seed", seed or 0)), float(value.get("hours", hours or 72.0)), value.get("kind", "mixed" if "faults" in value else ""))
