@@ -89,12 +89,13 @@ class _Log(logging.Handler):
 class World:
     """One run of one scenario."""
 
-    def __init__(self, scenario: Scenario, folder: FilePath, trace: TextIO | None = None) -> None:
+    def __init__(self, scenario: Scenario, folder: FilePath, trace: TextIO | None = None, settle_s: float = SETTLE_MAX_S) -> None:
         global _serial
         _serial += 1
         self.serial = _serial
         self.scenario = scenario
         self._trace_file = trace
+        self._settle_s = settle_s
         self._ring: deque[str] = deque(maxlen=RING)
         self._hash = hashlib.blake2b(digest_size=16)
         self.loop = SimLoop()
@@ -132,7 +133,7 @@ class World:
 
     def trace(self, who: str, what: str) -> None:
         """One line."""
-        line = f"{self.clock_text(self.loop.time())}  {who:10} {what}"
+        line = f"{self.clock_text(self.loop.time())}  {who:10} {what}".replace("\n", "\\n")
         self._ring.append(line)
         self._hash.update(line.encode())
         if self._trace_file is not None:
@@ -224,7 +225,7 @@ class World:
             left = self.oracle.unsettled()
             if not left:
                 break
-            if loop.time() - begun > SETTLE_MAX_S:
+            if loop.time() - begun > self._settle_s:
                 self.oracle.violation("world", "everything converges once all is well", left)
         if self.oracle.failure is None:
             await self._until(loop.time() + 5)
@@ -320,7 +321,7 @@ def memory_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def simulate(scenario: Scenario, trace: TextIO | None = None) -> Outcome:
-    """Run one scenario."""
+def simulate(scenario: Scenario, trace: TextIO | None = None, settle_s: float = SETTLE_MAX_S) -> Outcome:
+    """Run one scenario; after its last fault it has `settle_s` to converge."""
     with tempfile.TemporaryDirectory(prefix="novacron-sim-", dir=memory_folder()) as folder:
-        return World(scenario, FilePath(folder), trace).run()
+        return World(scenario, FilePath(folder), trace, settle_s).run()
