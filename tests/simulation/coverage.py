@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from .scenario import FAULTS
 
-SEEDS_MIN = 100
-"""Seeds of 72 hours from which nothing may be missing: the rarest kind (a clone) comes in about every tenth seed, and is missing from a hundred by
-chance in one of 30,000."""
+SEEDS_MIN = 300
+"""Seeds of 72 hours from which nothing may be missing: the rarest effect (power lost while a name changes: 2 in 140 cuts, and a seed has two or three
+cuts) is missing from three hundred seeds by chance in one of 10,000; the rarest kind (a clone) comes in about every tenth seed."""
 
 HOURS_MIN = 72.0
 
