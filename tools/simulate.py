@@ -2,16 +2,19 @@
 
     python -m tools.simulate --seeds 1000 --hours 72 --json      many seeds; 0 where no promise is broken
     python -m tools.simulate --seed 7 --hours 72 --trace FILE    one seed again, its whole trace in a file
+    python -m tools.simulate --replay TRACE                      the run of a trace again: is it the same, line by line?
     python -m tools.simulate --scenario FILE                     a scenario of your own (tests/simulation/README.md)
     python -m tools.simulate --controls --json                   planted bugs: each must be caught
 """
 
 import argparse
 import contextlib
-import json
+import functools
+import io
 import multiprocessing
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +25,10 @@ from tools.bench.harness import ROOT, machine, note, percentile, report, spread
 
 TASKS_PER_PROCESS = 25
 """Runs after which a worker process is replaced: bounds what its memory grows to."""
+
+
+SEEDS_MAX, JOBS_MAX = 1_000_000, 256
+"""Of one command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,8 @@ class Job:
     scenario: str = ""
     trace: str = ""
     focus: tuple[str, ...] = ()
+    edges: int = 0
+    settle_s: float = 0.0
 
     def replay(self) -> str:
         """The command that runs it again."""
@@ -42,6 +51,7 @@ class Job:
         words += [f"--scenario {self.scenario}"] if self.scenario else [f"--seed {self.seed} --hours {self.hours:g}"]
         words += [f"--kind {self.kind}"] if self.kind else []
         words += [f"--focus {','.join(self.focus)}"] if self.focus else []
+        words += [f"--edges {self.edges}"] if self.edges else []
         words += [f"--control {self.control}"] if self.control else []
         return " ".join(words)
 
@@ -49,19 +59,30 @@ class Job:
 def run_job(job: Job) -> tuple[Job, Any]:
     """Run one; returns its `Outcome`."""
     from tests.simulation.controls import planted
-    from tests.simulation.scenario import draw, load
-    from tests.simulation.world import simulate
+    from tests.simulation.reading import head_of, load
+    from tests.simulation.scenario import draw
+    from tests.simulation.world import SETTLE_MAX_S, simulate
 
-    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind, job.focus)
+    scenario = load(Path(job.scenario), job.seed, job.hours) if job.scenario else draw(job.seed, job.hours, job.kind, job.focus, job.edges)
     with contextlib.ExitStack() as stack:
         stack.enter_context(planted(job.control))
         trace = stack.enter_context(open(job.trace, "w")) if job.trace else None
-        return job, simulate(scenario, trace)
+        if trace is not None:
+            print(head_of(scenario), file=trace)
+        return job, simulate(scenario, trace, job.settle_s or SETTLE_MAX_S)
+
+
+@functools.cache
+def _kept(seed: int, kind: str, focus: tuple[str, ...]) -> bool:
+    """Whether a control's run breaks nothing without its bug; several controls have the same run."""
+    from tests.simulation.controls import HOURS, SETTLE_S
+
+    return run_job(Job(seed, HOURS, kind, focus=focus, settle_s=SETTLE_S))[1].failure is None
 
 
 def run_control(name: str) -> tuple[str, int, float, tuple[str, str, str] | None, str]:
     """Try seeds until the planted bug is caught: name, seeds tried, CPU seconds, the violation, the command that shows it again."""
-    from tests.simulation.controls import CONTROLS, HOURS, SEEDS_MAX
+    from tests.simulation.controls import CONTROLS, HOURS, SEEDS_MAX, SETTLE_S
     from tests.simulation.scenario import KINDS
 
     control = CONTROLS[name]
@@ -69,9 +90,9 @@ def run_control(name: str) -> tuple[str, int, float, tuple[str, str, str] | None
     focus = tuple(need for need in control.needs if need != kind)
     seconds = 0.0
     for seed in range(1, SEEDS_MAX + 1):
-        job, outcome = run_job(Job(seed, HOURS, kind, name, focus=focus))
+        job, outcome = run_job(Job(seed, HOURS, kind, name, focus=focus, settle_s=SETTLE_S))
         seconds += outcome.cpu_s
-        if outcome.failure and not run_job(Job(seed, HOURS, kind, focus=focus))[1].failure:  # what is broken without it proves nothing
+        if outcome.failure and _kept(seed, kind, focus):  # what is broken without it proves nothing
             return name, seed, seconds, outcome.failure, job.replay()
     return name, SEEDS_MAX, seconds, None, ""
 
@@ -85,42 +106,30 @@ def spread_over(jobs: int, function: Any, items: Iterable[Any]) -> Iterator[Any]
         yield from pool.imap_unordered(function, items)
 
 
-def read_seeds(path: Path, hours: float) -> list[Job]:
-    """A file with one seed a line: a number, or an object with `seed` and perhaps `hours` and `kind`. Errors name line and field."""
-    from tests.simulation.scenario import KINDS, ScenarioError
+def replay(options: argparse.Namespace, about: dict[str, Any]) -> int:
+    """Run a trace's scenario again and compare line by line; exit status."""
+    from tests.simulation.controls import planted
+    from tests.simulation.reading import difference, read_trace
+    from tests.simulation.world import simulate
 
-    jobs: list[Job] = []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}:1: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        try:
-            value = json.loads(text)
-        except ValueError:
-            raise ScenarioError(f"{path}:{number}: field seed: {text[:40]!r} is neither a number nor a JSON object; write 17 or {{\"seed\": 17, \"hours\": 72}}") from None
-        entry = value if isinstance(value, dict) else {"seed": value}
-        for key in entry:
-            if key not in ("seed", "hours", "kind"):
-                raise ScenarioError(f"{path}:{number}: field {key}: is unknown; use seed, hours, kind")
-        if type(entry.get("seed")) is not int or entry["seed"] < 0:
-            raise ScenarioError(f"{path}:{number}: field seed: {entry.get('seed')!r} is not a whole number from 0")
-        if type(entry.get("hours", hours)) not in (int, float) or not 0 < entry.get("hours", hours) <= 10_000:
-            raise ScenarioError(f"{path}:{number}: field hours: {entry['hours']!r} is not a number of hours up to 10000")
-        if entry.get("kind", "") not in ("", *KINDS):
-            raise ScenarioError(f"{path}:{number}: field kind: {entry['kind']!r} is unknown; use {', '.join(KINDS)}")
-        jobs.append(Job(entry["seed"], float(entry.get("hours", hours)), entry.get("kind", "")))
-    if not jobs:
-        raise ScenarioError(f"{path}:1: field seed: no line holds one")
-    return jobs
+    scenario, kept = read_trace(options.replay)
+    now = io.StringIO()
+    with planted(options.control):
+        outcome = simulate(scenario, now)
+    found = difference(options.replay, kept, now.getvalue().removesuffix("\n").split("\n"))
+    details = {"trace": outcome.digest, "difference": found, "failure": outcome.failure}
+    return report(options, about, "a trace is the same run again", len(kept), "lines", not found, details=details)
 
 
 def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -> int:
     """Run all; exit status."""
+    from tests.simulation.coverage import EFFECTS, HOURS_MIN, SEEDS_MIN, never
+    from tests.simulation.scenario import FAULTS
+
+    end_s = time.monotonic() + options.minutes * 60
     failures: list[dict[str, Any]] = []
+    edges_max = 0
+    happened: Counter[str] = Counter()
     times: list[float] = []
     checks: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
@@ -129,6 +138,8 @@ def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -
     for job, outcome in spread_over(min(options.jobs, len(jobs)), run_job, jobs):
         times.append(outcome.cpu_s)
         checks.update(outcome.checks)
+        happened.update(outcome.happened)
+        edges_max = max(edges_max, outcome.edges)
         kinds[outcome.kind] += 1
         hours += outcome.hours
         if outcome.failure:
@@ -141,18 +152,30 @@ def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -
         elif len(jobs) == 1:
             note(options, f"seed {job.seed} ({outcome.kind}): all promises kept, trace {outcome.digest}, {outcome.cpu_s:.2f} s, checked {dict(outcome.checks)}")
         if len(times) % 50 == 0:
-            note(options, f"{len(times)} of {len(jobs)} seeds, {len(failures)} violations, {sum(times) / len(times):.2f} s each")
+            print(f"{len(times)} of {len(jobs)} seeds, {len(failures)} violations, {sum(times) / len(times):.2f} s each", file=sys.stderr, flush=True)
+        if time.monotonic() > end_s:
+            break
+    # Which faults come is up to the seed, but not where somebody chose them.
+    drawn = not (options.scenario or options.seed_file or options.kind or options.focus or options.control)
+    missing = never(happened, checks)
+    covered = not missing or not drawn or len(times) < SEEDS_MIN or options.hours < HOURS_MIN
     details = {
+        "runs": len(times), "not_run": len(jobs) - len(times), "edges_in_one_run": edges_max,
         "failures": failures[:50], "seconds_per_seed": round(sum(times) / max(1, len(times)), 3), "seconds_p99": round(percentile(times, 0.99), 3), "kinds": dict(kinds),
-        "virtual_hours": hours, "checked": dict(checks),
+        "virtual_hours": hours, "faults": {name: happened[name] for name in FAULTS}, "effects": {name: happened[name] for name in EFFECTS}, "checked": dict(checks),
+        "never": missing,
     }
     if len(jobs) == 1:
         details["trace"] = outcome.digest
-    ok = not failures and len(times) == len(jobs)
+    ok = not failures and len(times) == len(jobs) and covered
     promise = "every promise is kept through all faults: nothing lost or doubled, order, decisions, desired state, limits, fairness"
     if options.json:
-        return report(options, about, promise, len(failures), f"violations in {len(jobs)} seeds x {jobs[0].hours:g} h", ok, spread_=spread(times), details=details)
+        return report(options, about, promise, len(failures), f"violations in {len(times)} seeds x {jobs[0].hours:g} h", ok, spread_=spread(times), details=details)
     print(f"{len(times)} runs, {len(failures)} violations, {details['seconds_per_seed']} s of CPU each")
+    if missing and len(jobs) > 1:
+        print(f"{'never came' if covered else 'NEVER CAME, in a run that must meet all'}: {', '.join(missing)}")
+    if len(times) < len(jobs):
+        print(f"{len(jobs) - len(times)} seeds were not run: the time was over")
     if failures:
         print(last)
     return 0 if ok else 1
@@ -181,7 +204,8 @@ def main() -> int:
         # Text hashes must be the same in every process, or one forgotten set would make two runs of a seed differ.
         os.execve(sys.executable, [sys.executable, "-m", "tools.simulate", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))})
     from tests.simulation.controls import CONTROLS
-    from tests.simulation.scenario import FAULTS, KINDS, ScenarioError, load
+    from tests.simulation.reading import HOURS_MAX, SEED_MAX, ScenarioError, load, read_seeds
+    from tests.simulation.scenario import EDGES_MAX, FAULTS, KINDS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="see tests/simulation/README.md")
     parser.add_argument("--hours", type=float, default=72.0, help="virtual hours of each run")
@@ -192,15 +216,29 @@ def main() -> int:
     parser.add_argument("--scenario", type=Path, help="a scenario file (JSON)")
     parser.add_argument("--kind", choices=KINDS, default="", help="draw only this kind of world")
     parser.add_argument("--focus", default="", metavar="FAULTS", help="one edge that meets these faults again and again (names with commas)")
+    parser.add_argument("--edges", type=int, default=0, help="so many edges in each world (mirrors and --focus have their own number)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no seed after so long; what was not run is said and is a failure")
     parser.add_argument("--control", choices=sorted(CONTROLS), default="", metavar="NAME", help="plant this bug")
     parser.add_argument("--controls", action="store_true", help="plant every bug, one after the other")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--trace", default="", metavar="FILE", help="write the whole trace of one seed")
+    parser.add_argument("--replay", type=Path, metavar="TRACE", help="run a trace's scenario again and compare")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args()
     about = machine()
-    if not 0 < options.hours <= 10_000 or options.seeds < 1 or options.jobs < 1:
-        parser.error("--hours takes up to 10000, --seeds and --jobs at least 1")
+    for name, value, low, high in (
+        ("hours", options.hours, 0.01, HOURS_MAX), ("seeds", options.seeds, 1, SEEDS_MAX), ("first", options.first, 0, SEED_MAX - SEEDS_MAX), ("seed", options.seed or 0, 0, SEED_MAX),
+        ("edges", options.edges, 0, EDGES_MAX), ("jobs", options.jobs, 1, JOBS_MAX), ("minutes", options.minutes, 0, float("inf")),
+    ):
+        if not low <= value <= high:
+            parser.error(f"--{name}: {value} is outside {low}..{high}")
+    if options.trace and options.seed is None and not options.scenario:
+        parser.error("--trace: takes the run of one --seed or --scenario")
+    if options.trace:
+        try:
+            open(options.trace, "w").close()
+        except OSError as error:
+            parser.error(f"--trace: {options.trace}: {error.strerror}; give a file that can be written")
     focus = tuple(filter(None, options.focus.split(",")))
     for name in focus:
         if name not in FAULTS:
@@ -208,15 +246,17 @@ def main() -> int:
     try:
         if options.controls:
             return controls(options, about)
+        if options.replay:
+            return replay(options, about)
         if options.scenario:
             scenario = load(options.scenario, options.seed, options.hours)
             jobs = [Job(scenario.seed, scenario.hours, "", options.control, str(options.scenario), options.trace)]
         elif options.seed_file:
-            jobs = read_seeds(options.seed_file, options.hours)
+            jobs = [Job(seed.seed, seed.hours, seed.kind, options.control) for seed in read_seeds(options.seed_file, options.hours)]
         elif options.seed is not None:
-            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace, focus)]
+            jobs = [Job(options.seed, options.hours, options.kind, options.control, "", options.trace, focus, options.edges)]
         else:
-            jobs = [Job(seed, options.hours, options.kind, options.control, focus=focus) for seed in range(options.first, options.first + options.seeds)]
+            jobs = [Job(seed, options.hours, options.kind, options.control, focus=focus, edges=options.edges) for seed in range(options.first, options.first + options.seeds)]
         return seeds(options, jobs, about)
     except ScenarioError as error:
         print(error, file=sys.stderr)

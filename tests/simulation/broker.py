@@ -6,7 +6,7 @@ first on a fresh connection.
 """
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,14 +65,17 @@ class SimBroker:
     """One broker.
 
     Attributes:
+        where: whose broker it is, in words.
         accepts_per_s: connections it can accept each second; others wait.
         refuses: client names that it lets not in (no certificate).
         slams: accepts and closes at once.
+        happened: effects of faults, counted (see coverage.py).
     """
 
     name: str
     loop: SimLoop
     draw: random.Random
+    where: str = "a local broker"
     accepts_per_s: float = 200.0
     up: bool = True
     slams: bool = False
@@ -83,6 +86,7 @@ class SimBroker:
     on_publish: Tap = lambda _client, _topic, _payload: None
     on_acknowledged: Callable[[str, Message], None] = lambda _client, _message: None
     on_deliver: Callable[[str, Message], None] = lambda _client, _message: None
+    happened: Counter[str] = field(default_factory=Counter)
     dropped: int = 0
     _accept_free_s: float = 0.0
     _routes: dict[str, list[ServerSession]] = field(default_factory=dict)
@@ -97,6 +101,7 @@ class SimBroker:
                 connection, session.connection = session.connection, None
                 connection.close_by_server("the broker went away")
         if not keep:
+            self.happened[f"sessions lost at {self.where}"] += len(self.sessions)
             self.sessions.clear()
             self.retained.clear()
         self._routes.clear()
@@ -206,12 +211,15 @@ class SimBroker:
         for way in ways:
             if way.loss and self.draw.random() < way.loss:
                 self.dropped += 1
+                self.happened["messages lost"] += 1
                 return
         copies = 1 + sum(bool(way.duplicate) and self.draw.random() < way.duplicate for way in ways)
+        self.happened["messages doubled"] += copies - 1
         for _ in range(copies):
             late = max((self.draw.random() * OVERTAKE_S for way in ways if way.reorder and self.draw.random() < way.reorder), default=0.0)
             message = Message(topic, payload, expires_s=expires_s)
             if late:
+                self.happened["messages overtaken"] += 1
                 self.loop.call_later(late, self._hand_late, session, message, context=self.loop.outside)
             else:
                 self._hand(session, message)

@@ -6,7 +6,7 @@ runs of a control are drawn with that focus, and one of the first few must break
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_runtime.clock import Stamp, SystemClock
@@ -24,12 +24,18 @@ from edge_runtime.uplink.lanes import Lanes
 from hub.book import BootWatch, StreamBook
 from hub.ingest import Ingest
 from hub.server import Hub
+from hub.store.sqlite import SqliteStore
 
 SEEDS_MAX = 12
 """Seeds that are tried per control."""
 
 HOURS = 1.5
 """Length of a control's runs: room for its faults to come eight times."""
+
+
+SETTLE_S = 900.0
+"""Virtual seconds in which a control's run must have converged: a quarter of what a seed gets, or most of the time goes into waiting for what a
+planted bug prevents. The run without the bug has no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,17 @@ def _drop_newest() -> list[tuple[Any, str, Any]]:
         shipped(self)
 
     return [(Lane, "_begin", begin)]
+
+
+@control("readings of one turn are written newest first", "kill")
+def _newest_first() -> list[tuple[Any, str, Any]]:
+    shipped = Pipeline._keep_telemetry
+
+    def keep(self: Pipeline) -> None:
+        self._taken.reverse()
+        shipped(self)
+
+    return [(Pipeline, "_keep_telemetry", keep)]
 
 
 @control("every receipt is taken for one of everything: records are freed that the hub never had", "partition", "flaky")
@@ -355,6 +372,24 @@ def _receipt_before_commit() -> list[tuple[Any, str, Any]]:
         await shipped(self, transaction, touched)
 
     return [(Ingest, "_commit", commit)]
+
+
+@control("the hub's store loses the last record of each commit")
+def _store_loses_a_row() -> list[tuple[Any, str, Any]]:
+    shipped = SqliteStore.commit
+    return [(SqliteStore, "commit", lambda self, transaction: shipped(self, replace(transaction, records=transaction.records[:-1])))]
+
+
+@control("the hub loses its newest record when it starts again", "hub_restart")
+def _store_forgets_at_start() -> list[tuple[Any, str, Any]]:
+    shipped = SqliteStore.__init__
+
+    def init(self: SqliteStore, path: Any) -> None:
+        shipped(self, path)
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM records WHERE rowid=(SELECT max(rowid) FROM records)")
+
+    return [(SqliteStore, "__init__", init)]
 
 
 @control("two machines with one identity are not told apart", "clone")

@@ -14,6 +14,7 @@ connections of the journal never are in each other's transactions anyway.
 import errno
 import random
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -54,19 +55,22 @@ class File:
             _apply(self.durable, offset, data)
         self.pending.clear()
 
-    def lose(self, draw: random.Random, keep: float) -> None:
+    def lose(self, draw: random.Random, keep: float, happened: Counter[str]) -> None:
         """The power goes: each write since the last sync survives with probability `keep`, the last one or a few others torn."""
         last = len(self.pending) - 1
         for number, (offset, data) in enumerate(self.pending):
             if draw.random() >= keep:
+                happened["unsynced writes lost"] += 1
                 continue
             if data is not None and len(data) > SECTOR and (number == last or draw.random() < 0.1):
                 cut = draw.randrange(0, len(data), SECTOR)
+                happened["writes torn"] += 1
                 if draw.random() < 0.5:
                     _apply(self.durable, offset, data[:cut])
                 elif offset + cut <= len(self.durable):
                     _apply(self.durable, offset + cut, data[cut:])
                 continue
+            happened["unsynced writes kept"] += 1
             _apply(self.durable, offset, data)
         self.pending.clear()
         self.data = bytearray(self.durable)
@@ -100,10 +104,12 @@ class SimDisk:
         sync_s: seconds of one fsync.
         countdown: changes until the power goes, -1 for never; `on_cut` is called then.
         syncs, writes: how many there were.
+        happened: effects of faults, counted (see coverage.py).
     """
 
-    def __init__(self, name: str, draw: random.Random, block: Callable[[float], None]) -> None:
+    def __init__(self, name: str, draw: random.Random, block: Callable[[float], None], happened: Counter[str] | None = None) -> None:
         self.name = name
+        self.happened: Counter[str] = Counter() if happened is None else happened
         self.root = f"{ROOT}/{name}"
         self._draw = draw
         self._block = block
@@ -135,12 +141,14 @@ class SimDisk:
         """Everything that was not durable is lost, but for a random part."""
         self.unmount()
         self.countdown = -1
-        for change in self._moves[: self._draw.randrange(len(self._moves) + 1)]:
+        kept = self._draw.randrange(len(self._moves) + 1)
+        for change in self._moves[:kept]:
             _move(self._names, change)
+        self.happened["names lost"] += len(self._moves) - kept
         self._moves.clear()
         self.files = dict(self._names)
         for file in self.files.values():
-            file.lose(self._draw, keep)
+            file.lose(self._draw, keep, self.happened)
         self.used = sum(len(file.data) for file in self.files.values())
 
     def copy_to(self, other: "SimDisk") -> None:
@@ -152,7 +160,7 @@ class SimDisk:
         other._names = dict(other.files)
         other.used = sum(len(file.data) for file in other.files.values())
 
-    def changing(self, mounted: object | None = None) -> None:
+    def changing(self, mounted: object | None = None, what: str = "a change of names or sizes") -> None:
         """Before every change: is there power, and does it last?"""
         if mounted is not None and mounted is not self.mounted:
             raise PowerLost(errno.EIO, "no power")
@@ -161,19 +169,26 @@ class SimDisk:
             self.countdown -= 1
             if self.countdown < 0:
                 self.mounted = object()
+                self.happened[f"power lost in {what}"] += 1
                 self.on_cut()
                 raise PowerGoes(errno.EIO, "the power went")
 
     def room(self, more: int) -> None:
         """Raise OSError ENOSPC where `more` bytes do not fit."""
         if more > 0 and self.used + more > self.capacity:
-            self.full_errors += 1
+            self.refuse()
             raise OSError(errno.ENOSPC, "no space left on device")
+
+    def refuse(self) -> None:
+        """The disk is full: counted."""
+        self.full_errors += 1
+        self.happened["writes refused by a full disk"] += 1
 
     def synced(self) -> None:
         """One fsync."""
         self.syncs += 1
         if self.sync_s:
+            self.happened["slow fsyncs"] += 1
             self._block(self.sync_s)
 
     # -- names ---------------------------------------------------------------------------------------------------------------
@@ -306,6 +321,7 @@ class _VfsFile:
         self._file = disk.open(path)
         self._mounted = disk.mounted
         self._name_pending = created and path.endswith(("-wal", "-journal"))
+        self._kind = "a write of a WAL" if path.endswith("-wal") else "a write of a database"
 
     def xRead(self, amount: int, offset: int) -> bytes:
         if self._mounted is not self._disk.mounted:
@@ -316,10 +332,10 @@ class _VfsFile:
         disk, file = self._disk, self._file
         more = offset + len(data) - len(file.data)
         if more > 0 and disk.used + more > disk.capacity:
-            disk.full_errors += 1
+            disk.refuse()
             raise apsw.FullError("no space left on device")
         try:
-            disk.changing(self._mounted)
+            disk.changing(self._mounted, self._kind)
         except PowerGoes:
             file.pending.append((offset, bytes(data)))  # it was under way
             raise apsw.IOError("the power went") from None
@@ -340,7 +356,7 @@ class _VfsFile:
     def xSync(self, _flags: int) -> None:
         disk = self._disk
         try:
-            disk.changing(self._mounted)
+            disk.changing(self._mounted, "an fsync")
             self._file.sync()
             disk.synced()
             if self._name_pending:  # what SQLite's own VFS does for a new journal or WAL

@@ -144,12 +144,12 @@ class Machine:
         loop, scenario = world.loop, world.scenario
         self._draw = world.stream(f"machine {self.name}")
         self.entropy = world.stream(f"entropy {self.name}")
-        self.disk = SimDisk(f"{world.serial}-{self.name}", world.stream(f"disk {self.name}"), loop.block)
+        self.disk = SimDisk(f"{world.serial}-{self.name}", world.stream(f"disk {self.name}"), loop.block, world.happened)
         self.disk.capacity = DISK_BYTES
         self.disk.on_cut = self._cut
-        self.path = Path(self.name, loop, world.stream(f"path {self.name}"), delay_s=0.002 + 0.05 * self._draw.random(), jitter_s=0.02 * self._draw.random())
+        self.path = Path(self.name, loop, world.stream(f"path {self.name}"), delay_s=0.002 + 0.05 * self._draw.random(), jitter_s=0.02 * self._draw.random(), happened=world.happened)
         self.bus_path = Path(f"{self.name} bus", loop, world.stream(f"bus {self.name}"), delay_s=0.0005, jitter_s=0.0005 if scenario.kind != "mirror" else 0.0)
-        self.bus = SimBroker(f"{self.name} bus", loop, world.stream(f"bus broker {self.name}"))
+        self.bus = SimBroker(f"{self.name} bus", loop, world.stream(f"bus broker {self.name}"), happened=world.happened)
         self.bus.on_deliver = partial(world.oracle.delivered, self)
         self.devices: list[Device] = []
         if clone_of is None:
@@ -167,6 +167,7 @@ class Machine:
         self.boots = 0
         self._keep_clock = True
         self._sync_later_s = 0.0
+        self._crashed = False
 
     # -- clock ---------------------------------------------------------------------------------------------------------------
 
@@ -215,6 +216,9 @@ class Machine:
         if self.life is not None or not self.powered:
             return
         self.boots += 1
+        if self._crashed:
+            self.world.happened["boots after a crash"] += 1
+        self._crashed = False
         self.life = Life(self.name)
         self.world.trace(self.name, f"agent starts ({self.boots})")
         self.life.run(self._start)
@@ -271,6 +275,7 @@ class Machine:
         """kill -9; started again."""
         if self.life is not None:
             self.world.trace(self.name, "killed")
+            self._crashed = True
             self._end_process()
             self.world.loop.call_later(back_s, self.boot, context=self.world.loop.outside)
 
@@ -307,6 +312,7 @@ class Machine:
         self.downtime_s = back_s
         self._keep_clock, self._sync_later_s = not clock_1970, sync_later_s
         if write < 0 or self.life is None:
+            self.world.happened["power lost between changes"] += 1
             self._cut()
         else:
             self.disk.countdown = write
@@ -323,6 +329,7 @@ class Machine:
         world = self.world
         world.trace(self.name, "power lost")
         if self.life is not None:
+            self._crashed = True
             world.oracle.ended(self)
         self.life, self.runtime = None, None
         for path in (self.path, self.bus_path):
@@ -341,6 +348,8 @@ class Machine:
         self.powered, self.power_on_s = True, loop.time()
         if not self._keep_clock:
             self.wall_offset_s, self.synchronised = 20.0 - TRUE_EPOCH_S - loop.time(), False
+            world = self.world
+            world.happened["boots in 1970" if self._sync_later_s >= 0 else "boots in 1970, never set right"] += 1
             if self._sync_later_s >= 0:
                 loop.call_later(self._sync_later_s, self.set_right, context=loop.outside)
         self._keep_clock = True

@@ -10,10 +10,14 @@ if TYPE_CHECKING:
     from .world import World
 
 
+PARTITIONS = ("both ways", "towards the broker", "from the broker")
+
+
 def inflict(world: "World", fault: Fault) -> None:
     """Begin a fault; its end is scheduled."""
     machine = world.machines[fault.edge]
     world.trace("fault", f"{fault.kind} {machine.name} for {fault.lasts:.0f} s, value {fault.value:g}")
+    world.happened[fault.kind] += fault.kind != "backup"  # which counts itself
     loop = world.loop
 
     def after(seconds: float, function: Any, *arguments: Any) -> None:
@@ -24,6 +28,7 @@ def inflict(world: "World", fault: Fault) -> None:
         case "partition" | "hub_partition":
             path = machine.path if fault.kind == "partition" else world.hub.path
             path.block(value in (0, 1), value in (0, 2))
+            world.happened[f"{fault.kind.replace('_', ' ')} {PARTITIONS[int(value)]}"] += 1
             after(lasts, path.block, False, False)
         case "flaky":
             _flaky(machine, value)
@@ -63,6 +68,7 @@ def inflict(world: "World", fault: Fault) -> None:
             after(lasts, setattr, machine.disk, "sync_s", 0.0)
         case "clock_jump":
             machine.wall_offset_s += value
+            world.happened[f"clock jumps {'ahead' if value > 0 else 'back'}"] += 1
             after(lasts, machine.set_right)
         case "clock_1970":
             machine.cut_at(-1, lasts, clock_1970=True, sync_later_s=value)
@@ -84,6 +90,7 @@ def inflict(world: "World", fault: Fault) -> None:
 def _storm(world: "World", lasts: float, why: str) -> None:
     """In a storm: by when everyone must have been served: the cap of the back-off, the broker's queue, and a little."""
     if world.scenario.kind == "storm":
+        world.happened["edges cut off together"] += sum(machine.life is not None for machine in world.machines)
         patience = 60.0 + len(world.machines) / world.broker.accepts_per_s + 30.0
         world.loop.call_later(lasts + patience, world.oracle.served, world.loop.time() + lasts, why, context=world.loop.outside)
 
@@ -95,6 +102,8 @@ def _flaky(machine: Machine, probability: float) -> None:
 def _desire(world: "World", machine: Machine, what: int) -> None:
     number = world.changes[machine.edge] = world.changes.get(machine.edge, 0) + 1
     device = machine.devices[number % len(machine.devices)].name
+    if world.hub.hub is not None and (machine.runtime is None or machine.runtime.uplink is None or not machine.runtime.uplink.up):
+        world.happened["desired state changed during an outage"] += 1
     if what == 0:
         world.hub.change(machine.edge, {"rules": rules_of(number)})
     elif what == 1:

@@ -58,10 +58,10 @@ class HubMachine:
         self.world = world
         self._folder = folder
         self._draw = world.stream("hub")
-        self.path = Path("hub", world.loop, world.stream("hub path"), delay_s=0.001, jitter_s=0.002)
+        self.path = Path("hub", world.loop, world.stream("hub path"), delay_s=0.001, jitter_s=0.002, happened=world.happened)
         self.life: Life | None = None
         self.hub: Hub | None = None
-        self.backups: list[tuple[bytes, Any]] = []
+        self.backups: list[bytes] = []
         self.boots = 0
 
     def now_ms(self) -> int:
@@ -100,11 +100,11 @@ class HubMachine:
         for connection in list(self.path.connections):
             connection.close_by_client("the process ended")
         if restore is not None and self.backups:
-            content, view = self.backups[max(0, len(self.backups) - 1 - restore)]
+            content = self.backups[max(0, len(self.backups) - 1 - restore)]
             for suffix in ("-wal", "-shm"):
                 FilePath(f"{self._folder / 'hub.db'}{suffix}").unlink(missing_ok=True)
             (self._folder / "hub.db").write_bytes(content)
-            self.world.oracle.hub_restored(view)
+            self.world.oracle.hub_restored()
         self.world.loop.call_later(back_s, self.boot, context=self.world.loop.outside)
 
     def backup(self) -> None:
@@ -114,8 +114,9 @@ class HubMachine:
             with sqlite3.connect(self._folder / "hub.db") as source:
                 source.backup(memory)
             source.close()
-            self.backups = [*self.backups, (memory.serialize(), self.world.oracle.hub_view())][-BACKUPS_MAX:]
+            self.backups = [*self.backups, memory.serialize()][-BACKUPS_MAX:]
             memory.close()
+            self.world.happened["backup"] += 1
             self.world.trace("hub", "backup")
 
     def change(self, edge: str, change: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ reorder a message) is in broker.py.
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ class Path:
         delay_s, jitter_s: least delay of a message and what a draw adds at most.
         loss, duplicate, reorder: what the broker does to messages of this client, probabilities (see broker.py).
         up_blocked, down_blocked: a partition, towards the broker and from it.
+        happened: effects of faults, counted (see coverage.py).
     """
 
     name: str
@@ -38,6 +39,7 @@ class Path:
     up_blocked: bool = False
     down_blocked: bool = False
     connections: "dict[Connection, None]" = field(default_factory=dict)
+    happened: Counter[str] = field(default_factory=Counter)
     _blocks: int = 0
 
     def delay(self) -> float:
@@ -59,6 +61,7 @@ class Path:
 
         def due() -> None:
             if self._blocks == serial and still():
+                self.happened["links ended by silence"] += 1
                 act()
 
         self.loop.call_later(seconds, due, context=self.loop.outside)

@@ -39,11 +39,11 @@ class Violated(Exception):
 
 @dataclass
 class StreamBooks:
-    """One stream of one edge: what the edge committed, what the hub holds, what it ever held."""
+    """One stream of one edge: what the edge committed, what the hub holds, what a restored backup took from the hub."""
 
     edge: dict[int, int] = field(default_factory=dict)
     hub: dict[int, int] = field(default_factory=dict)
-    ever: set[int] = field(default_factory=set)
+    rolled_back: set[int] = field(default_factory=set)
     last: int = 0
     told: int = 0
     floor: int = 1
@@ -56,6 +56,7 @@ class EdgeBooks:
 
     streams: dict[str, StreamBooks] = field(default_factory=lambda: {name: StreamBooks() for name in STREAMS})
     readings: Counter[tuple[str, int]] = field(default_factory=Counter)
+    newest: dict[str, int] = field(default_factory=dict)
     deliveries: Counter[tuple[str, int]] = field(default_factory=Counter)
     evaluated: Counter[tuple[str, int]] = field(default_factory=Counter)
     unproven: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -101,6 +102,7 @@ class Oracle:
         self.checks: Counter[str] = Counter()
         self.failure: tuple[str, str, str] | None = None
         self._draws: dict[str, Draws] = {}
+        self._restored = False
 
     def violation(self, who: str, promise: str, what: str) -> None:
         """A promise is broken: the first one ends the run."""
@@ -173,6 +175,8 @@ class Oracle:
             books.evaluated[(device, values["n"])] += 1
         for decision in decisions:
             self.checks["decisions"] += 1
+            uplink = machine.runtime.uplink if machine.runtime is not None else None
+            self.world.happened["decisions without a hub"] += uplink is not None and not uplink.up
             books.expected.append((decision.rule, decision.device, decision.outcome, mono_ms))
             books.decided.append((decision.rule, decision.device, decision.outcome, json.dumps(decision.inputs)))
 
@@ -254,7 +258,7 @@ class Oracle:
                 book.edge[record.seq] = hash(record)
                 book.last = record.seq
                 if stream == "telemetry":
-                    self._reading(books, record)
+                    self._reading(machine, books, record)
                 elif stream == "decision":
                     self._decision(machine, books, record)
 
@@ -272,9 +276,14 @@ class Oracle:
         if book.edge.get(record.seq, hash(record)) != hash(record) and not self.of(machine).foreign:
             self.violation(machine.name, "a sequence number is used once", f"{stream} {record.seq} has another content than before: {record}")
 
-    def _reading(self, books: EdgeBooks, record: Record) -> None:
+    def _reading(self, machine: "Machine", books: EdgeBooks, record: Record) -> None:
         body = json.loads(record.body)
-        key = (body["device"], body["values"].get("n", 0))
+        device, number = key = (body["device"], body["values"].get("n", 0))
+        if not books.readings[key]:  # a message that comes again after a crash is late by right
+            self.checks["readings in order"] += 1
+            if number <= books.newest.get(device, 0) and not books.foreign:
+                self.violation(machine.name, "a device's readings keep their order", f"reading {number} of {device} is first written after reading {books.newest[device]}")
+            books.newest[device] = number
         books.readings[key] += 1
         books.unproven.pop(key, None)
 
@@ -333,28 +342,39 @@ class Oracle:
         if seq in book.edge and book.edge[seq] != hash(stored.record):
             self.violation("hub", "the hub holds what the edge wrote", f"{stored.edge} {stored.stream} {seq}: {stored.record}")
         book.hub[seq] = hash(stored.record)
-        book.ever.add(seq)
 
     def hub_booted(self, hub: "Hub") -> None:
-        """What the hub's store holds is what counts."""
+        """What the hub's store holds is what counts; it may lack what it had only where a backup was restored."""
         for edge in sorted(self.books):
-            books = self.books[edge]
-            for stream, book in books.streams.items():
-                book.hub.clear()
+            for stream, book in self.books[edge].streams.items():
+                before = dict(book.hub)
+                self._read_back(hub, edge, stream, restored=self._restored)
                 book.told = 0
-                for stored in hub.store.read_records(edge, stream, limit=READ_ALL):
-                    if books.foreign:
-                        book.hub[stored.record.seq] = hash(stored.record)
-                    else:
-                        self._hub_row(book, stored)
+                if self._restored:
+                    gone = before.keys() - book.hub.keys()
+                    book.rolled_back |= gone
+                    self.world.happened["hub records rolled back"] += len(gone)
+        self._restored = False
 
-    def hub_view(self) -> Any:
-        """Nothing is needed beside the backup itself: the rows are read at boot."""
-        return None
+    def _read_back(self, hub: "Hub", edge: str, stream: str, restored: bool = False) -> None:
+        """The hub's rows of a stream as they stand in its store: those that it committed, no other, unless a backup was `restored`."""
+        books = self.books[edge]
+        book = books.streams[stream]
+        before, book.hub = book.hub, {}
+        for stored in hub.store.read_records(edge, stream, limit=READ_ALL):
+            self.checks["rows at the hub"] += 1
+            if books.foreign:
+                book.hub[stored.record.seq] = hash(stored.record)
+            else:
+                self._hub_row(book, stored)
+        if not restored and not books.foreign and before != book.hub:
+            wrong = sorted(seq for seq in before.keys() | book.hub.keys() if before.get(seq) != book.hub.get(seq))
+            self.violation("hub", "the hub keeps what it committed", f"{edge} {stream}: {len(wrong)} rows are not as committed, the first {wrong[0]}")
 
-    def hub_restored(self, _view: Any) -> None:
+    def hub_restored(self) -> None:
         """An older store comes back."""
         self.checks["restores"] += 1
+        self._restored = True
 
     def _look_at_floors(self, edge: str) -> None:
         for machine in self.world.machines:
@@ -385,7 +405,7 @@ class Oracle:
                     continue
                 if seq >= book.floor:
                     self._look_at_floors(message["edge"])
-                if seq >= book.floor or not (seq in book.ever or book.dropped):
+                if seq >= book.floor or not (seq in book.rolled_back or book.dropped):
                     self.violation("hub", "a receipt covers only what is committed", f"{message['edge']} {mark['stream']} up to {mark['upto']}, {seq} is not at the hub")
                     return
             book.told = max(book.told, mark["upto"])
@@ -493,6 +513,8 @@ class Oracle:
 
     def _final_stream(self, machine: "Machine", books: EdgeBooks, stream: str, hub: "Hub") -> None:
         book = books.streams[stream]
+        self.checks["streams"] += 1
+        self._read_back(hub, machine.edge, stream)
         journal = machine.runtime.journal  # type: ignore[union-attr]
         marks = journal.marks(stream)
         at_hub = hub.ingest.books.get((machine.edge, stream))
@@ -503,7 +525,7 @@ class Oracle:
                 self.violation(machine.name, "chains agree", f"{stream}: the hub's chain at {at_hub.contiguous} is not the edge's")
         if books.foreign:
             return
-        lost = [seq for seq in range(1, book.last + 1) if seq not in book.hub and not (seq < marks.floor and seq in book.ever)]
+        lost = [seq for seq in range(1, book.last + 1) if seq not in book.hub and not (seq < marks.floor and seq in book.rolled_back)]
         if len([seq for seq in lost if seq < marks.floor]) > marks.dropped or any(seq >= marks.floor for seq in lost):
             self.violation(machine.name, "no acknowledged record is lost", f"{stream}: {len(lost)} are not at the hub, the first {lost[0]}; floor {marks.floor}, {marks.dropped} counted as dropped")
         for seq, digest in book.hub.items():

@@ -1,12 +1,11 @@
-"""A scenario: how large the world is, what its devices do, and which faults come when. Drawn from a seed, or read from a file.
+"""A scenario: how large the world is, what its devices do, and which faults come when. Drawn from a seed here, read from a
+file in reading.py.
 
 A fault is `{"at": seconds, "kind": ..., "edge": number, "for": seconds, "value": number}`; what `value` means stands in `FAULTS`.
 """
 
-import json
 import random
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 FAULTS: dict[str, str] = {
@@ -37,16 +36,6 @@ KINDS = ("mixed", "mirror", "storm")
 """`mixed`: all faults. `mirror`: an edge and its twin with the same devices, one of them with link faults; they must decide alike. `storm`:
 hundreds of edges that lose their broker again and again."""
 
-FIELDS: dict[str, tuple[type, ...]] = {
-    "seed": (int,), "hours": (int, float), "kind": (str,), "edges": (int,), "devices": (int,), "idle_s": (int, float), "burst_s": (int, float),
-    "telemetry_bytes": (int,), "retain": (int,), "wal_bytes": (int,), "bus_on_host": (bool,), "storage_keep": (int, float), "faults": (list,),
-}
-FAULT_FIELDS: dict[str, tuple[type, ...]] = {"at": (int, float), "kind": (str,), "edge": (int,), "for": (int, float), "value": (int, float)}
-
-
-class ScenarioError(ValueError):
-    """A scenario that cannot be run: where (file and line), which field, what would mend it."""
-
 
 @dataclass(slots=True)
 class Fault:
@@ -60,7 +49,7 @@ class Fault:
 
     def to_json(self) -> dict[str, Any]:
         """As in a scenario file."""
-        return {"at": round(self.at, 3), "kind": self.kind, "edge": self.edge, "for": round(self.lasts, 3), "value": self.value}
+        return {"at": self.at, "kind": self.kind, "edge": self.edge, "for": self.lasts, "value": self.value}
 
 
 @dataclass(slots=True)
@@ -114,28 +103,41 @@ WEIGHTS: dict[str, float] = {
 QUIET_START_S = 600.0
 """No fault before: everybody has come up."""
 
+EDGES_MAX = 1000
+"""Edges of one world at most: some 3 MB each."""
 
-def draw(seed: int, hours: float, kind: str = "", focus: tuple[str, ...] = ()) -> Scenario:
-    """The scenario of a seed; with `focus` one edge that meets these faults, one soon after the other, again and again."""
+CROWD = 30
+"""Edges from which a world runs at the paces of a crowd (`world.CROWD_PACE`): hundreds of edges for days within a minute."""
+
+STORM_EVERY_S = 700.0
+"""Between two outages of a storm: the longest, the time in which everybody must have been served, and some quiet."""
+
+
+def draw(seed: int, hours: float, kind: str = "", focus: tuple[str, ...] = (), edges: int = 0) -> Scenario:
+    """The scenario of a seed; with `focus` one edge that meets these faults, one soon after the other, again and again; with `edges` so many
+    (a mirror always has two)."""
     if focus:
         return _draw_focused(seed, hours, focus)
     chance = random.Random(f"scenario {seed}")
     if not kind:
-        kind = chance.choices(KINDS, (0.9, 0.07, 0.03))[0]
+        kind = chance.choices(KINDS, (0.91, 0.075, 0.015))[0]
     made = Scenario(seed, hours, kind)
     made.bus_on_host = chance.random() < 0.5
     made.storage_keep = chance.choice((0.0, 0.3, 0.5, 0.9, 1.0))
     made.retain = chance.choice((20, 100, 500, 10_000))
     made.wal_bytes = chance.choice((1 << 15, 1 << 17, 1 << 20))
     if kind == "storm":
-        _draw_storm(made, chance)
+        _draw_storm(made, chance, edges)
         return made
     if kind == "mirror":
         made.edges, made.devices = 2, chance.randrange(1, 4)
         weights = {name: WEIGHTS[name] for name in ("partition", "hub_partition", "flaky", "delay", "broker_restart", "hub_restart", "hub_restore")}
     else:
         made.edges = chance.choices((1, 2, 3, 6), (0.5, 0.3, 0.15, 0.05))[0]
-        made.devices = chance.randrange(1, 4) if made.edges < 4 else 1
+        made.devices = chance.randrange(1, 4) if made.edges < 4 and edges < 4 else 1
+        made.edges = edges or made.edges
+        if made.edges >= CROWD:
+            made.wal_bytes = 1 << 15  # each file is there twice, as written and as durable
         weights = dict(WEIGHTS)
         if made.edges > 3:
             weights["clone"] = 0.0
@@ -198,113 +200,15 @@ def _draw_focused(seed: int, hours: float, focus: tuple[str, ...]) -> Scenario:
     return made
 
 
-def _draw_storm(made: Scenario, chance: random.Random) -> None:
-    made.edges, made.devices = chance.choice((100, 200, 300)) if made.hours > 2 else 60, 1
-    made.hours = min(made.hours, 1.0)
-    made.idle_s = made.burst_s = 1200.0
+def _draw_storm(made: Scenario, chance: random.Random, edges: int = 0) -> None:
+    made.edges, made.devices = edges or (chance.choice((100, 100, 200)) if made.hours > 2 else 60), 1
+    made.idle_s = made.burst_s = 1200.0 * max(1.0, made.hours / 6)
     made.wal_bytes, made.retain = 1 << 15, 100
-    at = 600.0
-    for _ in range(2):
-        made.faults.append(Fault(at, "broker_restart", 0, chance.choice((10, 60, 180))))
-        at += 700
-    for edge in range(0, made.edges, 25):
-        made.faults.append(Fault(700 + edge, "refused", edge, 600))
-    made.faults.append(Fault(at, "hub_restart", 0, 20))
+    for at in (QUIET_START_S, *((chance.uniform(0.2, 0.9) * made.seconds,) if made.hours > 6 else ())):
+        for edge in range(0, made.edges, 25):
+            made.faults.append(Fault(at + 100 + chance.uniform(0, 300), "refused", edge, 600))
+        for _ in range(2):
+            made.faults.append(Fault(at, "broker_restart", 0, chance.choice((10, 60, 180))))
+            at += STORM_EVERY_S
+        made.faults.append(Fault(at, "hub_restart", 0, 20))
     made.faults.sort(key=lambda fault: fault.at)
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------------------
-
-def line_of(text: str, keys: list[str | int]) -> int:
-    """The line of `text` (JSON that parses) where the value at `keys` stands."""
-    decoder = json.JSONDecoder()
-    position = 0
-
-    def skip() -> None:
-        nonlocal position
-        while position < len(text) and text[position] in " \t\r\n:,":
-            position += 1
-
-    for key in keys:
-        skip()
-        if position >= len(text) or text[position] not in "{[":
-            break
-        position += 1
-        index = 0
-        while True:
-            skip()
-            if position >= len(text) or text[position] in "}]":
-                break
-            if isinstance(key, str):
-                name, position = decoder.raw_decode(text, position)
-                skip()
-                if name == key:
-                    break
-            elif index == key:
-                break
-            index += 1
-            _, position = decoder.raw_decode(text, position)
-    skip()
-    return text.count("\n", 0, position) + 1
-
-
-def parse(text: str, where: str, seed: int | None = None, hours: float | None = None) -> Scenario:
-    """A scenario file's text; what it leaves out is drawn from its seed. Raises `ScenarioError` with line and field."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ScenarioError(f"{where}:{getattr(error, 'lineno', 1)}: not JSON ({error}); send one JSON object") from None
-    if not isinstance(value, dict):
-        raise ScenarioError(f"{where}:1: is {type(value).__name__}, not an object; write {{\"seed\": 1, \"faults\": [...]}}")
-
-    def bad(keys: list[str | int], problem: str) -> ScenarioError:
-        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
-        return ScenarioError(f"{where}:{line_of(text, keys)}: field {name}: {problem}")
-
-    for key, given in value.items():
-        if key not in FIELDS:
-            raise bad([key], f"is unknown; use {', '.join(FIELDS)}")
-        if not isinstance(given, FIELDS[key]) or (isinstance(given, bool) and bool not in FIELDS[key]):
-            raise bad([key], f"is {type(given).__name__}; give {' or '.join(kind.__name__ for kind in FIELDS[key])}")
-    if value.get("kind", "mixed") not in KINDS:
-        raise bad(["kind"], f"{value['kind']!r} is unknown; use {', '.join(KINDS)}")
-    for key, low, high in (("hours", 0.01, 10_000), ("edges", 1, 1000), ("devices", 1, 20), ("idle_s", 0.1, 86_400), ("burst_s", 0.1, 86_400), ("storage_keep", 0, 1), ("retain", 0, 1e7)):
-        if key in value and not low <= value[key] <= high:
-            raise bad([key], f"{value[key]} is outside {low}..{high}")
-    made = draw(int(value.get("seed", seed or 0)), float(value.get("hours", hours or 72.0)), value.get("kind", "mixed" if "faults" in value else ""))
-    for key, given in value.items():
-        if key != "faults":
-            setattr(made, key, given)
-    if "faults" in value:
-        made.faults = []
-        for index, entry in enumerate(value["faults"]):
-            here: list[str | int] = ["faults", index]
-            if not isinstance(entry, dict):
-                raise bad(here, f"is {type(entry).__name__}; give an object with {', '.join(FAULT_FIELDS)}")
-            for key, given in entry.items():
-                if key not in FAULT_FIELDS:
-                    raise bad([*here, key], f"is unknown; use {', '.join(FAULT_FIELDS)}")
-                if not isinstance(given, FAULT_FIELDS[key]) or isinstance(given, bool):
-                    raise bad([*here, key], f"is {type(given).__name__}; give {' or '.join(kind.__name__ for kind in FAULT_FIELDS[key])}")
-            for key in ("at", "kind"):
-                if key not in entry:
-                    raise bad(here, f"has no {key}; give at and kind")
-            if entry["kind"] not in FAULTS:
-                raise bad([*here, "kind"], f"{entry['kind']!r} is unknown; use {', '.join(FAULTS)}")
-            if not 0 <= entry.get("edge", 0) < made.edges:
-                raise bad([*here, "edge"], f"{entry['edge']} is not one of the {made.edges} edges; give 0 to {made.edges - 1}")
-            if not 0 <= entry["at"] <= made.seconds or not 0 <= entry.get("for", 0) <= made.seconds:
-                raise bad([*here, "at"], f"lies outside the {made.hours} hours; give seconds from 0 to {made.seconds:.0f}")
-            made.faults.append(Fault(float(entry["at"]), entry["kind"], entry.get("edge", 0), float(entry.get("for", 0)), entry.get("value", 0)))
-        made.faults.sort(key=lambda fault: fault.at)
-    else:
-        made.faults = [fault for fault in made.faults if fault.edge < made.edges and fault.at <= made.seconds]
-    return made
-
-
-def load(path: Path, seed: int | None = None, hours: float | None = None) -> Scenario:
-    """A scenario file; raises `ScenarioError`."""
-    try:
-        return parse(path.read_text(), str(path), seed, hours)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}:1: cannot be read: {error}") from None

@@ -1,19 +1,22 @@
-"""The simulator itself: the same seed is the same run, twenty seeds break no promise, every planted bug is caught, bad files are named."""
+"""The simulator itself: the same seed is the same run, twenty seeds break no promise, every planted bug is caught, a large run meets all."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("apsw", reason="the simulated disk needs apsw (the dev extra)")
 
 from tests.simulation.controls import CONTROLS
-from tests.simulation.scenario import FAULTS, ScenarioError, draw, line_of, load, parse
+from tests.simulation.coverage import CHECKS, EFFECTS, never
+from tests.simulation.scenario import FAULTS, draw
 from tests.simulation.world import simulate
-from tools.simulate import Job, read_seeds, run_control, run_job
+from tools.simulate import Job, main, run_control, run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = (5, 7)
@@ -22,7 +25,7 @@ LONG = (5, 7)
 
 @pytest.mark.parametrize("seed", range(1, 21))
 def test_no_promise_is_broken(seed: int) -> None:
-    job, outcome = run_job(Job(seed, 72.0 if seed in LONG else 8.0))
+    job, outcome = run_job(Job(seed, 72.0 if seed in LONG else 3.0))
     assert outcome.failure is None, "\n".join([*outcome.trace[-60:], str(outcome.failure), job.replay()])
 
 
@@ -63,51 +66,40 @@ def test_every_kind_of_fault_is_drawn() -> None:
     assert drawn == set(FAULTS) - {"backup"}  # which the world does by itself
 
 
-@pytest.mark.parametrize(("text", "where", "field"), [
-    ('{"seed": 1,\n "hours": "x"}', ":2:", "field hours"),
-    ('{"seed": 1,\n "ours": 2}', ":2:", "field ours"),
-    ('{"faults": [\n {"at": 1, "kind": "kill"},\n {"at": 2,\n  "kind": "rain"}]}', ":4:", "field faults[1].kind"),
-    ('{"faults": [\n {"at": 1, "kind": "kill", "edge": 9}]}', ":2:", "field faults[0].edge"),
-    ('{"faults": [\n {"kind": "kill"}]}', ":2:", "field faults[0]"),
-    ('{"seed": 1,\n oops}', ":2:", "not JSON"),
-    ("[]", ":1:", "not an object"),
-])
-def test_a_wrong_scenario_names_line_and_field(text: str, where: str, field: str) -> None:
-    with pytest.raises(ScenarioError) as caught:
-        parse(text, "file")
-    assert f"file{where}" in str(caught.value) and field in str(caught.value)
+def test_what_never_came_is_named_and_fails_a_large_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    met = Counter(dict.fromkeys((*FAULTS, *EFFECTS), 1))
+    checked = Counter(dict.fromkeys(CHECKS, 1))
+    assert never(met, checked) == []
+    met["writes torn"] = 0
+    del checked["clones"]
+    assert never(met, checked) == ["writes torn", "check: clones"]
+
+    def run(*words: str) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["simulate", "--seeds", "1", "--hours", "0.5", "--jobs", "1", "--json", *words])
+        return main(), json.loads(capsys.readouterr().out)
+
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    status, small = run()
+    assert status == 0 and "clone" in small["details"]["never"]  # too small a run to meet all
+    monkeypatch.setattr("tests.simulation.coverage.SEEDS_MIN", 1)
+    monkeypatch.setattr("tests.simulation.coverage.HOURS_MIN", 0.5)
+    status, large = run()
+    assert status == 1 and not large["ok"] and large["details"]["never"] == small["details"]["never"] and large["value"] == 0
+    assert run("--kind", "mixed")[0] == 0  # what somebody chose need not hold all
 
 
-def test_a_scenario_file_fixes_what_the_seed_would_draw(tmp_path: Path) -> None:
-    file = tmp_path / "s.json"
-    file.write_text(json.dumps({"seed": 4, "hours": 1, "edges": 1, "devices": 1, "faults": [{"at": 900, "kind": "power_cut", "for": 5, "value": 1}]}))
-    made = load(file)
-    assert (made.seed, made.edges, [fault.kind for fault in made.faults]) == (4, 1, ["power_cut"])
-    assert simulate(made).failure is None
-    again = parse(json.dumps(made.to_json()), "again")
-    assert again == made
+def test_what_there_was_no_time_for_is_said_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setattr(sys, "argv", ["simulate", "--seeds", "5", "--hours", "0.2", "--jobs", "1", "--minutes", "0", "--json"])
+    assert main() == 1
+    out = json.loads(capsys.readouterr().out)
+    assert (out["details"]["runs"], out["details"]["not_run"], out["ok"]) == (1, 4, False)
 
 
-@pytest.mark.parametrize(("text", "where", "field"), [
-    ("1\n2\nx\n", ":3:", "field seed"), ('1\n{"seed": 2, "hours": -1}\n', ":2:", "field hours"), ('{"sed": 2}', ":1:", "field sed"), ("# nothing\n", ":1:", "field seed"),
-])
-def test_a_wrong_seed_file_names_line_and_field(tmp_path: Path, text: str, where: str, field: str) -> None:
-    file = tmp_path / "seeds"
-    file.write_text(text)
-    with pytest.raises(ScenarioError) as caught:
-        read_seeds(file, 72.0)
-    assert where in str(caught.value) and field in str(caught.value)
-
-
-def test_a_seed_file_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "seeds"
-    file.write_text('7\n{"seed": 8, "hours": 3, "kind": "mirror"}  # found last week\n')
-    assert read_seeds(file, 72.0) == [Job(7, 72.0), Job(8, 3.0, "mirror")]
-
-
-def test_the_line_of_a_value() -> None:
-    text = '{"a": {"b": [1,\n2,\n{"c": 3}]},\n"d": 4}'
-    assert [line_of(text, keys) for keys in (["a"], ["a", "b", 1], ["a", "b", 2, "c"], ["d"])] == [1, 2, 3, 4]
+def test_hundreds_of_edges_in_one_process() -> None:
+    """Two hundred shipped agents, journals and all, in one process; a storm of three hundred is among the slow tests."""
+    _, outcome = run_job(Job(2, 0.25, "mixed", edges=200))
+    assert outcome.failure is None and outcome.edges == 200 and outcome.checks["boots"] >= 200 and outcome.checks["streams"] == 600
 
 
 @pytest.mark.slow
@@ -121,3 +113,10 @@ def test_no_promise_is_broken_in_72_hours(seed: int) -> None:
 def test_thirty_days() -> None:
     job, outcome = run_job(Job(11, 720.0))
     assert outcome.failure is None, f"{outcome.failure} {job.replay()}"
+
+
+@pytest.mark.slow
+def test_a_storm_of_three_hundred_edges() -> None:
+    job, outcome = run_job(Job(3, 72.0, "storm", edges=300))
+    assert outcome.failure is None, f"{outcome.failure} {job.replay()}"
+    assert outcome.checks["storm"] > 1500

@@ -10,7 +10,7 @@ import random
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -26,7 +26,7 @@ from .faults import inflict
 from .hub import HubMachine
 from .loop import SimLoop
 from .oracle import Oracle
-from .scenario import Scenario
+from .scenario import CROWD, Scenario
 
 RING = 400
 """Lines of the trace kept for a failure."""
@@ -41,9 +41,14 @@ or 72 hours would be two million wake-ups that do nothing."""
 READINGS_AIM = 700
 """Readings around faults, about, over all devices of a run: what keeps a run of 72 hours within seconds."""
 
-IDLE_PACE = Pace(tick_s=60.0, engine_state_s=600.0, watch_s=600.0, upkeep_s=300.0, heartbeat_s=600.0)
-STORM_PACE = Pace(tick_s=10.0, engine_state_s=600.0, watch_s=60.0, upkeep_s=60.0, heartbeat_s=60.0)
-IDLE_HUB_TICK_S = 60.0
+IDLE_PACE = Pace(tick_s=300.0, engine_state_s=1200.0, watch_s=1200.0, upkeep_s=300.0, heartbeat_s=900.0)
+WAKING_PACE = Pace(tick_s=20.0, engine_state_s=60.0, watch_s=60.0, upkeep_s=60.0, heartbeat_s=60.0)
+"""From `WAKE_S` before a lively span: whoever sleeps at the idle pace wakes before it begins."""
+
+CROWD_PACE = Pace(tick_s=10.0, engine_state_s=600.0, watch_s=60.0, upkeep_s=60.0, heartbeat_s=60.0)
+CROWD_IDLE_PACE = Pace(tick_s=600.0, engine_state_s=7200.0, watch_s=7200.0, upkeep_s=1800.0, heartbeat_s=1500.0)
+IDLE_HUB_TICK_S, WAKING_HUB_TICK_S = 300.0, 20.0
+WAKE_S = 300.0
 AUDIT_S = 600.0
 BACKUP_SHARE = 0.11
 """A backup of the hub after this share of the run, again and again."""
@@ -62,7 +67,9 @@ class Outcome:
     digest: str
     cpu_s: float
     steps: int
+    edges: int = 1
     checks: dict[str, int] = field(default_factory=dict)
+    happened: dict[str, int] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
 
 
@@ -82,12 +89,13 @@ class _Log(logging.Handler):
 class World:
     """One run of one scenario."""
 
-    def __init__(self, scenario: Scenario, folder: FilePath, trace: TextIO | None = None) -> None:
+    def __init__(self, scenario: Scenario, folder: FilePath, trace: TextIO | None = None, settle_s: float = SETTLE_MAX_S) -> None:
         global _serial
         _serial += 1
         self.serial = _serial
         self.scenario = scenario
         self._trace_file = trace
+        self._settle_s = settle_s
         self._ring: deque[str] = deque(maxlen=RING)
         self._hash = hashlib.blake2b(digest_size=16)
         self.loop = SimLoop()
@@ -100,8 +108,9 @@ class World:
         self._spans = self._lively_spans()
         busy_s = sum(end - begin for begin, end in self._spans)
         self.burst_s = max(scenario.burst_s, busy_s * scenario.devices * scenario.edges / READINGS_AIM)
+        self.happened: Counter[str] = Counter()
         self.oracle = Oracle(self)
-        self.broker = SimBroker("broker", self.loop, self.stream("broker"))
+        self.broker = SimBroker("broker", self.loop, self.stream("broker"), "the hub's broker", happened=self.happened)
         self.broker.on_publish = self.oracle.hub_published
         self.machines = [Machine(self, number, f"e{number}") for number in range(scenario.edges)]
         self.alive = {machine.name for machine in self.machines}
@@ -124,7 +133,7 @@ class World:
 
     def trace(self, who: str, what: str) -> None:
         """One line."""
-        line = f"{self.clock_text(self.loop.time())}  {who:10} {what}"
+        line = f"{self.clock_text(self.loop.time())}  {who:10} {what}".replace("\n", "\\n")
         self._ring.append(line)
         self._hash.update(line.encode())
         if self._trace_file is not None:
@@ -163,10 +172,17 @@ class World:
     def hurry(self, lively: bool) -> None:
         """Change the pace of everybody."""
         self.lively = lively
-        pace = IDLE_PACE if not lively else STORM_PACE if self.scenario.kind == "storm" else Pace()
+        crowd = self.scenario.edges >= CROWD
+        self._at_pace((CROWD_PACE if crowd else Pace()) if lively else CROWD_IDLE_PACE if crowd else IDLE_PACE, HubPace().tick_s if lively else IDLE_HUB_TICK_S)
+
+    def _wake(self) -> None:
+        if not self.lively:
+            self._at_pace(WAKING_PACE if self.scenario.edges < CROWD else CROWD_IDLE_PACE, WAKING_HUB_TICK_S)
+
+    def _at_pace(self, pace: Pace, hub_tick_s: float) -> None:
         for name in ("tick_s", "engine_state_s", "watch_s", "upkeep_s", "heartbeat_s"):
             setattr(self.pace, name, getattr(pace, name))
-        self.hub_pace.tick_s = HubPace().tick_s if lively else IDLE_HUB_TICK_S
+        self.hub_pace.tick_s = hub_tick_s
 
     # -- the run -------------------------------------------------------------------------------------------------------------
 
@@ -189,6 +205,7 @@ class World:
                 device.start()
         for begin, end in self._spans:
             if begin > 0:
+                loop.call_at(max(0.0, begin - WAKE_S), self._wake)
                 loop.call_at(begin, self.hurry, True)
             loop.call_at(end, self.hurry, False)
         for fault in scenario.faults:
@@ -208,7 +225,7 @@ class World:
             left = self.oracle.unsettled()
             if not left:
                 break
-            if loop.time() - begun > SETTLE_MAX_S:
+            if loop.time() - begun > self._settle_s:
                 self.oracle.violation("world", "everything converges once all is well", left)
         if self.oracle.failure is None:
             await self._until(loop.time() + 5)
@@ -267,7 +284,7 @@ class World:
         scenario = self.scenario
         return Outcome(
             scenario.seed, scenario.hours, scenario.kind, self.oracle.failure, self._hash.hexdigest(), time.process_time() - began, self.loop.steps,
-            dict(self.oracle.checks), list(self._ring) if self.oracle.failure else [],
+            scenario.edges, dict(self.oracle.checks), dict(self.happened), list(self._ring) if self.oracle.failure else [],
         )
 
 
@@ -304,7 +321,7 @@ def memory_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def simulate(scenario: Scenario, trace: TextIO | None = None) -> Outcome:
-    """Run one scenario."""
+def simulate(scenario: Scenario, trace: TextIO | None = None, settle_s: float = SETTLE_MAX_S) -> Outcome:
+    """Run one scenario; after its last fault it has `settle_s` to converge."""
     with tempfile.TemporaryDirectory(prefix="novacron-sim-", dir=memory_folder()) as folder:
-        return World(scenario, FilePath(folder), trace).run()
+        return World(scenario, FilePath(folder), trace, settle_s).run()
