@@ -13,12 +13,11 @@ import gc
 import multiprocessing
 import os
 import random
-import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +26,12 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
-from tools.powercut.block_log import Loss, Player
+from tools.powercut.block_log import Loss, Player, Write
 from tools.powercut.claims import Expected
 from tools.powercut.controls import CONTROLS
-from tools.powercut.mounts import own_namespace, reason_against
-from tools.powercut.recording import DISK_BYTES, Recorded, Recorder
-from tools.powercut.verdict import Bench
+from tools.powercut.mounts import own_namespace, reason_against, unmount
+from tools.powercut.recording import DISK_BYTES, PROGRAMS, Recorded, Recorder
+from tools.powercut.verdict import DISK_NAME, Bench
 
 from .harness import machine, note, private_mosquitto, report
 
@@ -48,9 +47,6 @@ CHUNK = 20
 SHOWN = 20
 """Violations told in full."""
 
-ENOUGH_MEMORY_BYTES = 8 * DISK_BYTES
-"""Free memory for the images; on a disk instead they make each boot several times as slow."""
-
 NO_VERDICT = 2
 """Exit status where this machine cannot do it: neither met nor broken."""
 
@@ -60,17 +56,19 @@ class Tried:
     """What some cuts came to."""
 
     cuts: int = 0
-    lossy: int = 0
     boots: int = 0
     processes: int = 0
+    repaired: int = 0
+    freed: int = 0
     effects: int = 0
     recoveries: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
 
     def add(self, other: "Tried") -> None:
         """Sum up."""
-        for name in ("cuts", "lossy", "boots", "processes", "effects"):
+        for name in ("cuts", "boots", "processes", "repaired", "effects"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.freed = max(self.freed, other.freed)
         self.recoveries += other.recoveries
         self.violations += other.violations
 
@@ -90,27 +88,29 @@ def _try_cuts(cuts: list[tuple[int, bool]]) -> Tried:
     """Try each (position, start as a process); ascending."""
     worker, tried = _Worker, Tried()
     if worker.bench is None or worker.player.position > cuts[0][0]:
-        worker.bench = worker.bench or Bench(worker.folder / str(os.getpid()))
+        worker.bench = worker.bench or Bench(worker.folder / f"bench-{os.getpid()}", DISK_BYTES).__enter__()  # `cut` unmounts it
         worker.player, worker.expected = Player(worker.recorded.log), Expected()
         gc.collect()
         gc.freeze()  # the boots are forks of this process: they must not look at all of this again
     for position, process in cuts:
         worker.player.go(position)
         worker.recorded.claims.advance(worker.expected, position)
-        lossy = worker.player.lossy(random.Random(f"{worker.seed} {position}"))
-        contents = [("all written", worker.player.content, process)]
-        if lossy != worker.player.content:
-            contents.append(("unflushed lost", lossy, False))
-            tried.lossy += 1
-        for name, content, as_process in contents:
-            wrong, recoveries = worker.bench.trial(content, worker.expected, process=as_process)
-            tried.boots += 1
-            tried.processes += as_process
-            tried.effects += len(worker.expected)
-            tried.violations += [f"cut at {position}, {name}: {one[:400]}" for one in wrong]
-            tried.recoveries += [f"cut at {position}, {name}: {one}" for one in recoveries]
+        _try(tried, f"cut at {position}, all written", worker.player.content, (), process)
+        _try(tried, f"cut at {position}, unflushed lost", worker.player.durable, worker.player.lossy(random.Random(f"{worker.seed} {position}")), False)
         tried.cuts += 1
     return tried
+
+
+def _try(tried: Tried, name: str, content: bytearray, writes: Iterable[Write], process: bool) -> None:
+    assert _Worker.bench is not None
+    trial = _Worker.bench.trial(content, writes, _Worker.expected, process=process)
+    tried.boots += 1
+    tried.processes += process
+    tried.repaired += trial.repaired
+    tried.freed = max(tried.freed, trial.freed)
+    tried.effects += len(_Worker.expected)
+    tried.violations += [f"{name}: {one[:400]}" for one in trial.violations]
+    tried.recoveries += [f"{name}: {one}" for one in trial.recoveries]
 
 
 def chosen(positions: list[int], limit: int) -> Iterator[list[tuple[int, bool]]]:
@@ -127,29 +127,25 @@ def cut(recorded: Recorded, folder: Path, options: argparse.Namespace) -> Tried:
     """Every cut, in `options.jobs` processes."""
     _Worker.recorded, _Worker.folder, _Worker.seed = recorded, folder, options.seed
     total, done = Tried(), 0
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        futures = [pool.submit(_try_cuts, chunk) for chunk in chosen(recorded.log.cuts(), options.cuts)]
-        for future in as_completed(futures):
-            total.add(future.result())
-            done += 1
-            if done % 10 == 0:
-                note(options, f"{total.cuts} cuts, {total.boots} boots, {len(total.violations)} violations")
+    try:
+        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+            futures = [pool.submit(_try_cuts, chunk) for chunk in chosen(recorded.log.cuts(), options.cuts)]
+            for future in as_completed(futures):
+                total.add(future.result())
+                done += 1
+                if done % 10 == 0:
+                    note(options, f"{total.cuts} cuts, {total.boots} boots, {len(total.violations)} violations")
+    finally:
+        for bench in folder.glob("bench-*"):
+            unmount(bench / DISK_NAME, detach=True)
     return total
 
 
 def record(options: argparse.Namespace, home: Path) -> Recorded:
     """One recording of `options.writes` writes."""
-    program = ("-m", "tools.powercut.controls", options.control) if options.control else ("-m", "edge_runtime")
+    programs = (("-m", "tools.powercut.controls", options.control),) if options.control else PROGRAMS
     with private_mosquitto() as port:
-        return asyncio.run(Recorder(home, options.writes, port, options.seed, program).run())
-
-
-def memory_folder() -> str | None:
-    """Where images are in memory, None where there is no room."""
-    try:
-        return "/dev/shm" if shutil.disk_usage("/dev/shm").free > ENOUGH_MEMORY_BYTES else None
-    except OSError:
-        return None
+        return asyncio.run(Recorder(home, options.writes, port, options.seed, programs).run())
 
 
 def main() -> int:
@@ -169,7 +165,7 @@ def main() -> int:
         print(f"power cuts cannot be made here: {reason}", file=sys.stderr)
         return NO_VERDICT
     own_namespace()
-    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         recorded = record(options, home)
         note(options, f"{recorded.log.writes} writes, {recorded.log.flushes} flushes, {len(recorded.claims)} effects in {recorded.seconds:.0f} s; lives ended by {', '.join(recorded.ends)}")
@@ -180,8 +176,8 @@ def main() -> int:
         "writes": recorded.log.writes, "flushes": recorded.log.flushes, "bytes": sum(len(getattr(entry, "data", b"")) for entry in recorded.log.entries), "readings": recorded.readings,
         "lives_ended_by": dict(Counter(recorded.ends)), "power_lost_while_recording": sum(isinstance(entry, Loss) for entry in recorded.log.entries),
         "effects_seen": dict(Counter(claim.kind for claim in recorded.claims.all)), "recording_seconds": round(recorded.seconds, 1),
-        "cuts_all_written": tried.cuts, "cuts_unflushed_lost": tried.lossy, "boots": tried.boots, "boots_as_process": tried.processes, "effects_checked": tried.effects,
-        "recoveries": len(tried.recoveries), "first_recoveries": tried.recoveries[:SHOWN], "seconds": round(seconds, 1), "violations": tried.violations[:SHOWN],
+        "cuts_all_written": tried.cuts, "cuts_unflushed_lost": tried.cuts, "records_freed": tried.freed, "boots": tried.boots, "boots_as_process": tried.processes, "effects_checked": tried.effects,
+        "file_systems_repaired": tried.repaired, "recoveries": len(tried.recoveries), "first_recoveries": tried.recoveries[:SHOWN], "seconds": round(seconds, 1), "violations": tried.violations[:SHOWN],
     }
     return report(
         options, about, "power cut at every write of a recorded run: nothing lost, nothing doubled, always boots", len(tried.violations), "violations", not tried.violations and tried.cuts > 0,

@@ -108,12 +108,11 @@ class Player:
                 self._durable_position = number + 1
         self.position = position
 
-    def lossy(self, draw: random.Random) -> bytes:
-        """What a cut here leaves of a disk that had not yet written all of its cache, in any order; the last write, or a few, torn."""
-        left = bytearray(self.durable)
-        for write in survivors(self._log.unflushed(self.position), draw):
-            apply(left, write)
-        return bytes(left)
+    def lossy(self, draw: random.Random) -> list[Write]:
+        """A cut here on a disk that had not yet written all of its cache: what made it to the medium besides `durable`; never all of it."""
+        pending = self._log.unflushed(self.position)
+        left = list(survivors(pending, draw))
+        return left if left != pending else pending[:-1]
 
 
 def survivors(pending: list[Write], draw: random.Random) -> Iterator[Write]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime.contract.records import BATCH, Record
 from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.records import BATCH, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Expected:
-    """Everything that was claimed up to one position, as it can be asked for."""
+    """Everything that was claimed up to one position, as it can be asked for. `newest`: the highest number of each stream that was seen."""
 
     records: dict[tuple[str, int], Record] = field(default_factory=dict)
     readings: set[tuple[str, int]] = field(default_factory=set)
@@ -50,6 +50,7 @@ class Expected:
             self.readings.add(key)  # type: ignore[arg-type]
         elif kind == "command":
             known_command = self.commands.setdefault(key[0], value)
+            self.newest["decision"] = max(self.newest.get("decision", 0), value[1])
             if known_command != value:
                 self.conflicts.append(f"command {key[0]} was published with two contents: {known_command} and {value}")
         elif kind == "order":

@@ -56,10 +56,10 @@ def early_ack() -> None:
 def side_unsynced() -> None:
     from edge_runtime.journal.storage import FileStorage
 
-    def write(_self: FileStorage, path: Path, data: bytes) -> None:
+    def write(self: FileStorage, path: Path, data: bytes) -> None:
         path.write_bytes(data)
 
-    def sync_directory(_self: FileStorage, directory: Path) -> None:
+    def sync_directory(self: FileStorage, directory: Path) -> None:
         assert os.path.isdir(directory)
 
     FileStorage.write = write  # type: ignore[method-assign]
@@ -74,6 +74,9 @@ def main() -> int:
     """Plant the bug, then be the agent."""
     from edge_runtime.cli import main as agent
 
+    from .small_agent import shrink
+
+    shrink()
     CONTROLS[sys.argv[1]][1]()
     return agent(sys.argv[2:])
 

@@ -7,6 +7,7 @@ import ctypes
 import ctypes.util
 import fcntl
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -91,6 +92,11 @@ def attach(image: Path) -> tuple[str, int]:
         os.close(backing)
 
 
+def program(name: str) -> str:
+    """Where a program of the system is, also one that only root has in its path; the bare name where it is not to be found."""
+    return shutil.which(name) or next((f"{folder}/{name}" for folder in ("/usr/sbin", "/sbin") if os.access(f"{folder}/{name}", os.X_OK)), name)
+
+
 def reason_against() -> str:
     """Why none of this can be done here; empty where it can."""
     if os.getuid() != 0:
@@ -98,6 +104,9 @@ def reason_against() -> str:
     for path in ("/dev/fuse", "/dev/loop-control"):
         if not os.path.exists(path):
             return f"{path} is missing"
+    for tool in ("mkfs.ext4", "e2fsck"):
+        if program(tool) == tool:
+            return f"{tool} is missing (Debian package e2fsprogs)"
     pid = os.fork()
     if pid == 0:
         try:

@@ -23,13 +23,16 @@ from tools.novactl.client import Api, CommandError
 
 from .block_log import BlockLog
 from .claims import Claims
-from .fuse_disk import FuseDisk
-from .mounts import attach, mount, unmount
+from .fuse_disk import RecordingDisk
+from .mounts import attach, mount, program, unmount
 from .wiretap import Wiretap
 
 EDGE = "bench-edge"
 DISK_BYTES = 40 << 20
 """Two databases, their WALs grown to 4 MiB each and up to 12, and the file system's own journal."""
+
+OPTIONS = "noauto_da_alloc"
+"""ext4 without its mercy for programs that rename a file which they did not sync: what is not synced may be lost, as the standard says."""
 
 RATE = 60
 """Readings per second: most commits then hold one or two of them, so that a write is a moment of its own."""
@@ -46,6 +49,9 @@ ENDS = ("kill", "power", "stop")
 
 LIVES = 8
 """Lives in one recording, each about as many writes long."""
+
+PROGRAMS = (("-m", "edge_runtime"), ("-m", "tools.powercut.small_agent"))
+"""The agent as it is shipped, and with a small WAL, in turn."""
 
 TIMEOUT_S = 600.0
 """For the whole recording: a disk that stops growing must not hang the run."""
@@ -78,8 +84,7 @@ def make_base(folder: Path) -> bytes:
     with open(image, "wb") as handle:
         handle.truncate(DISK_BYTES)
     subprocess.run(
-        ["mkfs.ext4", "-q", "-b", "4096", "-J", "size=4", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-O", "^resize_inode", str(image)], check=True,
-        env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
+        [program("mkfs.ext4"), "-q", "-b", "4096", "-J", "size=4", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-O", "^resize_inode", str(image)], check=True,
     )
     content = image.read_bytes()
     image.unlink()
@@ -92,15 +97,15 @@ class Recorder:
     Args:
         home: a folder of its own, not on the recorded disk.
         writes: when to end.
-        program: what the agent's interpreter is given to run; a control puts its planted bug there.
+        programs: what the agent's interpreter is given to run, in turn for each life; a control puts its planted bug there.
     """
 
-    def __init__(self, home: Path, writes: int, bus_port: int, seed: int, program: Sequence[str] = ("-m", "edge_runtime")) -> None:
+    def __init__(self, home: Path, writes: int, bus_port: int, seed: int, programs: Sequence[Sequence[str]] = PROGRAMS) -> None:
         self._home = home
         self._writes = writes
         self._bus_port = bus_port
         self._draw = random.Random(f"recording {seed}")
-        self._program = tuple(program)
+        self._programs = programs
         self.recorded = Recorded(BlockLog(make_base(home)))
         self._mount = home / "mount"
         self._disk_file = home / "disk"
@@ -133,7 +138,7 @@ class Recorder:
             api = Api(f"http://127.0.0.1:{hub_port}", (self._home / "hub" / "token").read_text().strip())
             await bus.start()
             await uplink.start()
-            with FuseDisk(log, self._disk_file) as disk:
+            with RecordingDisk(log, self._disk_file) as disk:
                 tasks = [asyncio.create_task(self._devices()), asyncio.create_task(self._changes(api))]
                 try:
                     async with asyncio.timeout(TIMEOUT_S):
@@ -151,7 +156,7 @@ class Recorder:
         recorded.seconds = asyncio.get_running_loop().time() - began
         return recorded
 
-    async def _lives(self, disk: FuseDisk, bus_port: int, uplink_port: int, tasks: list[asyncio.Task[None]]) -> None:
+    async def _lives(self, disk: RecordingDisk, bus_port: int, uplink_port: int, tasks: list[asyncio.Task[None]]) -> None:
         log = self.recorded.log
         config = {
             "journal": SETTINGS, "decisions": {"rules": [rule(0)]}, "bus": {"url": f"mqtt://127.0.0.1:{bus_port}", "inflight_max": 100},
@@ -162,7 +167,7 @@ class Recorder:
             if log.writes >= upto and number + 1 < LIVES:
                 continue
             self._insert_disk()
-            agent = Agent(1, api=False, uplink_port=1, model="", host=False, data=self._mount / "data", extra=config, program=self._program)
+            agent = Agent(1, api=False, uplink_port=1, model="", host=False, data=self._mount / "data", extra=config, program=self._programs[number % len(self._programs)])
             try:
                 await asyncio.to_thread(agent.__enter__)
                 while log.writes < upto:
@@ -187,7 +192,7 @@ class Recorder:
     def _insert_disk(self) -> None:
         device, descriptor = attach(self._disk_file)
         try:
-            mount(device, self._mount, "ext4")
+            mount(device, self._mount, "ext4", OPTIONS)
         finally:
             os.close(descriptor)
 

@@ -6,12 +6,13 @@ import os
 import select
 import signal
 import sqlite3
+import subprocess
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from edge_runtime.config import EdgeConfig
 from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, DevicesConfig, HostConfig, JournalConfig, LoggingConfig, UplinkConfig
@@ -19,14 +20,21 @@ from edge_runtime.contract.records import Record
 from edge_runtime.contract.streams import STREAMS
 from edge_runtime.journal.database import database_streams
 from edge_runtime.runtime import EdgeRuntime
+from edge_runtime.surroundings import Surroundings
 from tools.bench.agent import Agent
 
+from .block_log import Write
 from .claims import Expected
-from .mounts import attach, mount, unmount
+from .fuse_disk import TrialDisk
+from .mounts import attach, mount, program, unmount
 from .recording import EDGE, SETTINGS, rule
+from .small_agent import SMALL_WAL_BYTES
 
 BOOT_TIMEOUT_S = 60.0
 """A boot that takes longer on this small disk does not end."""
+
+DISK_NAME = "disk"
+"""The file that a bench's disk appears at."""
 
 APPENDED = 3
 """Records appended to each stream after a boot, to see which numbers they get."""
@@ -44,8 +52,15 @@ class Found:
     recoveries: list[str] = field(default_factory=list)
 
 
-class Violations(list[str]):
-    """Broken promises in words, the first of a kind each in full, all of them counted."""
+@dataclass(slots=True)
+class Trial:
+    """One boot on one content: broken promises in words, databases that had to be rebuilt, whether the file system had to be repaired first, records that
+    had been freed by then."""
+
+    violations: list[str] = field(default_factory=list)
+    recoveries: list[str] = field(default_factory=list)
+    repaired: bool = False
+    freed: int = 0
 
 
 def start_edge(data: Path) -> Found:
@@ -56,7 +71,7 @@ def start_edge(data: Path) -> Found:
     )
 
     async def boot() -> Found:
-        runtime = EdgeRuntime(config)
+        runtime = EdgeRuntime(config, surroundings=Surroundings(wal_bytes=SMALL_WAL_BYTES))
         await runtime.start()
         journal = runtime.journal
         found = Found(
@@ -138,8 +153,8 @@ def side_file(data: Path, expected: Expected) -> list[str]:
     return wrong + [f"marks.json reserves {stream} up to {reserved.get(stream, 0)}, {seq} was published" for stream, seq in expected.newest.items() if reserved.get(stream, 0) < seq]
 
 
-def judge(data: Path, found: Found, expected: Expected) -> list[str]:
-    """Everything that was seen before the cut against the journal after the boot; what is broken, in words."""
+def judge(data: Path, found: Found, expected: Expected) -> tuple[list[str], int]:
+    """Everything that was seen before the cut against the journal after the boot: what is broken, in words; and how many records had been freed."""
     wrong = list(expected.conflicts)
     rows: dict[tuple[str, int], Record] = {}
     floors: dict[str, int] = {}
@@ -166,7 +181,7 @@ def judge(data: Path, found: Found, expected: Expected) -> list[str]:
         if row.boot == found.boot and seq <= expected.newest.get(stream, 0):
             wrong.append(f"doubled: number {seq} of {stream} was given again")
     everything = {**{key: record for key, record in expected.records.items() if key not in rows}, **rows}
-    return wrong + _judge_effects(found, expected, everything)
+    return wrong + _judge_effects(found, expected, everything), sum(floors.values()) - len(floors)
 
 
 def _read_stream(connection: sqlite3.Connection, stream: str, rows: dict[tuple[str, int], Record], floors: dict[str, int], expected: Expected) -> list[str]:
@@ -227,37 +242,60 @@ def _judge_effects(found: Found, expected: Expected, everything: dict[tuple[str,
 
 
 class Bench:
-    """Puts one content after the other on a loop device and boots on it.
+    """Boots on one content after the other. Use as a context manager.
 
     Args:
-        folder: a folder in memory for the image and the mount.
+        folder: an empty folder of its own.
+        size: bytes of the disk.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._image = folder / "image"
+    def __init__(self, folder: Path, size: int) -> None:
+        target = folder / DISK_NAME
         self._mount = folder / "mount"
-        self._mount.mkdir()
+        self._mount.mkdir(parents=True)
+        target.touch()
+        self._target = target
+        self._disk = TrialDisk(size, target)
 
-    def trial(self, content: bytes | bytearray, expected: Expected, *, process: bool = False) -> tuple[list[str], list[str]]:
-        """What is broken after a boot on `content`, and what that boot recovered from; `process` starts the agent as a real process."""
-        with open(self._image, "r+b" if self._image.exists() else "w+b", buffering=0) as handle:
-            handle.write(content)
-        device, descriptor = attach(self._image)
+    def __enter__(self) -> "Bench":
+        self._disk.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disk.__exit__()
+
+    def trial(self, content: bytes | bytearray, writes: Iterable[Write], expected: Expected, *, process: bool = False) -> Trial:
+        """Boot on `content` with `writes` done to it; `process` starts the agent as a real process."""
+        self._disk.reset(content, writes)
+        trial = Trial()
+        device, descriptor = attach(self._target)
         try:
-            try:
-                mount(device, self._mount, "ext4", "noinit_itable")
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            return [f"the file system does not come up: {error}"], []
+            self._mount_repaired(device, trial)
+        except (OSError, subprocess.SubprocessError) as error:
+            trial.violations.append(f"the file system does not come up: {error}")
+            return trial
+        finally:
+            os.close(descriptor)
         data = self._mount / "data"
         try:
-            wrong = side_file(data, expected)
+            trial.violations += side_file(data, expected)
             try:
                 found = boot_as_process(data) if process else boot_in_child(data)
             except (RuntimeError, TimeoutError, OSError) as error:
-                return [*wrong, f"it does not boot: {error}"], []
-            return wrong + judge(data, found, expected), found.recoveries
+                trial.violations.append(f"it does not boot: {error}")
+                return trial
+            trial.recoveries = found.recoveries
+            broken, trial.freed = judge(data, found, expected)
+            trial.violations += broken
+            return trial
         finally:
             unmount(self._mount)
+
+    def _mount_repaired(self, device: str, trial: Trial) -> None:
+        """As a machine does at its start: where the file system cannot be mounted, it is checked and repaired first."""
+        try:
+            mount(device, self._mount, "ext4", "noinit_itable")
+        except OSError:
+            subprocess.run([program("e2fsck"), "-f", "-y", device], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BOOT_TIMEOUT_S)
+            trial.repaired = True
+            mount(device, self._mount, "ext4", "noinit_itable")
