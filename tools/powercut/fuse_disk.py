@@ -10,25 +10,47 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from pathlib import Path
 from typing import Self
 
 from .block_log import PAGE, BlockLog, Flush, Loss, Player, Write, apply
 from .mounts import mount, unmount
 
-GETATTR, SETATTR, OPEN, READ, WRITE, STATFS, RELEASE, FSYNC, FLUSH, INIT, INTERRUPT, DESTROY, FORGET, BATCH_FORGET, FALLOCATE = (
-    3, 4, 14, 15, 16, 17, 18, 20, 25, 26, 36, 38, 2, 42, 43
-)
-"""Opcodes."""
 
-NO_ANSWER = (FORGET, BATCH_FORGET, INTERRUPT)
+class Request(IntEnum):
+    """Opcodes; what is not named here is answered with ENOSYS."""
+
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    FLUSH = 25
+    INIT = 26
+    INTERRUPT = 36
+    DESTROY = 38
+    BATCH_FORGET = 42
+
+
+NO_ANSWER = (Request.FORGET, Request.BATCH_FORGET, Request.INTERRUPT)
 ROOT_INODE = 1
 FOPEN_DIRECT_IO = 1
 INIT_BIG_WRITES, INIT_MAX_PAGES, INIT_ASYNC_READ = 1 << 5, 1 << 22, 1 << 0
 MAX_WRITE = 1 << 20
 """Bytes of one write request at most: 256 pages, what the kernel allows."""
 HEADER = struct.Struct("=IIQQIIIHH")
-WRITE_IN_BYTES, READ_IN_BYTES = 40, 40
+"""struct fuse_in_header."""
+WRITE_IN_BYTES = 40
+"""sizeof(struct fuse_write_in); the data follow it."""
+MINOR = 31
+"""The minor version spoken: later ones only add what one file does not need."""
+BUFFER_BYTES = MAX_WRITE + 4096
+"""The longest request: data and headers."""
 FOREVER_S = 3600
 """How long the kernel may rely on the file's attributes: they never change."""
 
@@ -43,8 +65,9 @@ class FuseDisk:
         self._device = -1
         self._thread: threading.Thread | None = None
         self._handlers: dict[int, Callable[[memoryview], bytes]] = {
-            INIT: self._init, GETATTR: self._attributes, SETATTR: self._attributes, OPEN: self._open, READ: self._read, WRITE: self._write, FSYNC: self._fsync,
-            STATFS: self._statfs, FLUSH: self._nothing, RELEASE: self._nothing, DESTROY: self._nothing,
+            Request.INIT: self._init, Request.GETATTR: self._attributes, Request.SETATTR: self._attributes, Request.OPEN: self._open, Request.READ: self._read,
+            Request.WRITE: self._write, Request.FSYNC: self._fsync, Request.STATFS: self._statfs, Request.FLUSH: self._nothing, Request.RELEASE: self._nothing,
+            Request.DESTROY: self._nothing,
         }
 
     def __enter__(self) -> Self:
@@ -75,7 +98,7 @@ class FuseDisk:
         raise NotImplementedError
 
     def _serve(self) -> None:
-        buffer = bytearray(MAX_WRITE + 4096)
+        buffer = bytearray(BUFFER_BYTES)
         view = memoryview(buffer)
         while True:
             try:
@@ -109,7 +132,7 @@ class FuseDisk:
 
     def _init(self, data: memoryview) -> bytes:
         major, minor, readahead, flags = struct.unpack_from("=IIII", data)
-        return struct.pack("=IIIIHHIIHH", 7, 31, readahead, flags & (INIT_BIG_WRITES | INIT_MAX_PAGES | INIT_ASYNC_READ), 16, 12, MAX_WRITE, 1, MAX_WRITE // 4096, 0) + bytes(32)
+        return struct.pack("=IIIIHHIIHH", 7, MINOR, readahead, flags & (INIT_BIG_WRITES | INIT_MAX_PAGES | INIT_ASYNC_READ), 16, 12, MAX_WRITE, 1, MAX_WRITE // 4096, 0) + bytes(32)
 
     def _attributes(self, _data: memoryview) -> bytes:
         size = self.size

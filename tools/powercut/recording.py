@@ -47,8 +47,11 @@ RETAINED = 150
 ENDS = ("kill", "power", "stop")
 """How the lives of the agent end, in turn: SIGKILL; the power of its disk goes; in good order."""
 
-LIVES = 8
-"""Lives in one recording, each about as many writes long."""
+LIVES_MAX, LIFE_WRITES = 8, 80
+"""Lives in one recording at most, and the writes that each has at least: a start alone makes some twenty."""
+
+LIFE_EFFECTS = 40
+"""What the world must have seen of a life before it ends: one that ends before it did anything tells nothing."""
 
 PROGRAMS = (("-m", "edge_runtime"), ("-m", "tools.powercut.small_agent"))
 """The agent as it is shipped, and with a small WAL, in turn."""
@@ -162,15 +165,14 @@ class Recorder:
             "journal": SETTINGS, "decisions": {"rules": [rule(0)]}, "bus": {"url": f"mqtt://127.0.0.1:{bus_port}", "inflight_max": 100},
             "uplink": {"url": f"mqtt://127.0.0.1:{uplink_port}", "backoff_base_s": 0.05, "backoff_cap_s": 0.2},
         }
-        for number, end in enumerate(itertools.islice(itertools.cycle(ENDS), LIVES)):
-            upto = self._writes * (number + 1) // LIVES
-            if log.writes >= upto and number + 1 < LIVES:
-                continue
+        lives = max(len(ENDS), min(LIVES_MAX, self._writes // LIFE_WRITES))
+        for number, end in enumerate(itertools.islice(itertools.cycle(ENDS), lives)):
+            upto, seen = self._writes * (number + 1) // lives, len(self.recorded.claims) + LIFE_EFFECTS
             self._insert_disk()
             agent = Agent(1, api=False, uplink_port=1, model="", host=False, data=self._mount / "data", extra=config, program=self._programs[number % len(self._programs)])
             try:
                 await asyncio.to_thread(agent.__enter__)
-                while log.writes < upto:
+                while log.writes < upto or len(self.recorded.claims) < seen:
                     for task in tasks:
                         if task.done():
                             task.result()

@@ -16,7 +16,7 @@ def shrink() -> None:
     from edge_runtime import runtime
     from edge_runtime.surroundings import Surroundings
 
-    runtime.Surroundings = functools.partial(Surroundings, wal_bytes=SMALL_WAL_BYTES, reserve_block=SMALL_RESERVE)  # type: ignore[attr-defined]
+    runtime.Surroundings = functools.partial(Surroundings, wal_bytes=SMALL_WAL_BYTES, reserve_block=SMALL_RESERVE)  # type: ignore[attr-defined, assignment]
 
 
 def main() -> int:

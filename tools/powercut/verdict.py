@@ -266,6 +266,8 @@ class Bench:
 
     def trial(self, content: bytes | bytearray, writes: Iterable[Write], expected: Expected, *, process: bool = False) -> Trial:
         """Boot on `content` with `writes` done to it; `process` starts the agent as a real process."""
+        if self._disk.error is not None:
+            raise self._disk.error
         self._disk.reset(content, writes)
         trial = Trial()
         device, descriptor = attach(self._target)
