@@ -9,7 +9,7 @@ import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -21,11 +21,11 @@ from tools.powercut.mounts import attach, mount, program, reason_against, unmoun
 CLONE_NEWNET = 0x4000_0000
 
 
-def made_ext4(image: Path, size: int) -> None:
+def made_ext4(image: Path, size: int, *, journal: bool = True) -> None:
     """An empty ext4 in a file."""
     with open(image, "wb") as handle:
         handle.truncate(size)
-    subprocess.run([program("mkfs.ext4"), "-q", "-b", "4096", "-J", "size=4", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", str(image)], check=True)
+    subprocess.run([program("mkfs.ext4"), "-q", "-b", "4096", *(("-J", "size=4") if journal else ("-O", "^has_journal")), "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", str(image)], check=True)
 
 
 class SmallDisk:
@@ -48,9 +48,9 @@ class SmallDisk:
         os.close(descriptor)
 
     def remove(self) -> None:
-        """Unmount it, where it is mounted."""
+        """Unmount it, where it is mounted; what a failed test still has open goes with that test."""
         if os.path.ismount(self.path):
-            unmount(self.path)
+            unmount(self.path, detach=True)
 
     def meet_an_error(self) -> None:
         """The file system finds something wrong and stops all writing at once."""
@@ -77,13 +77,33 @@ class SmallDisk:
 
 
 class StubbornCard(FuseDisk):
-    """A disk in this process that can be told to refuse writes and flushes, as a flash card at its end does."""
+    """A flash card of `size` bytes, mounted at `path` while used as a context manager. While it `refuses`, it takes no writes, as a card at its end does."""
 
-    def __init__(self, content: bytes, target: Path) -> None:
-        super().__init__(len(content), target)
-        self._content = bytearray(content)
+    def __init__(self, folder: Path, size: int = 48 << 20) -> None:
+        if reason := reason_against():
+            pytest.skip(reason)
+        folder.mkdir()
+        target, self.path = folder / "card", folder / "disk"
+        target.touch()
+        self.path.mkdir()
+        # Without a journal of its own, as cards often are: with one the file system would give up for good at the first refusal.
+        made_ext4(folder / "image", size, journal=False)
+        self._content = bytearray((folder / "image").read_bytes())
+        super().__init__(size, target)
         self.refuses = False
         self.refused = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        device, descriptor = attach(self._target)
+        mount(device, self.path, "ext4", "errors=continue")
+        os.close(descriptor)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        unmount(self.path, detach=True)
+        self.error = None  # what it refused
+        super().__exit__(*details)
 
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self._content[offset : offset + size])

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import sqlite3
 import urllib.error
 from collections.abc import AsyncIterator, Iterator
@@ -15,12 +14,11 @@ import pytest
 from tests.integration.edges import Device, LocalBroker
 from tests.integration.hub_side import differences, running_hub
 from tests.integration.waiting import until
-from tests.system.ground import Namespace, SmallDisk, StubbornCard, made_ext4
+from tests.system.ground import Namespace, SmallDisk, StubbornCard
 from tests.system.test_cold_boot import clock
 from tools.bench.agent import Agent
 from tools.bench.harness import free_port
 from tools.novactl.journal import check
-from tools.powercut.mounts import attach, mount, reason_against, unmount
 
 pytestmark = pytest.mark.system
 
@@ -30,7 +28,7 @@ RULE: dict[str, Any] = {
     "id": "each", "on": {"device": "boiler-*", "metric": "n"}, "if": {"value": "n", "op": ">=", "than": 0}, "trigger": "each",
     "then": [{"command": {"device": "fan-1", "name": "act", "args": {"n": "$value:n"}, "expires": "10m"}}],
 }
-JOURNAL = {"min_free_bytes": 4 << 20, "ballast_bytes": 2 << 20}
+JOURNAL = {"min_free_bytes": 4 << 20, "ballast_bytes": 2 << 20, "target_hours": 0}
 
 
 class Site:
@@ -103,7 +101,7 @@ class Site:
 
     def decided(self) -> list[int]:
         """The readings that the journal has decisions on, in order."""
-        with sqlite3.connect(f"file:{self.data}/journal/journal.db?mode=ro", uri=True) as connection:
+        with contextlib.closing(sqlite3.connect(f"file:{self.data}/journal/journal.db?mode=ro", uri=True)) as connection:
             return [json.loads(row[0])["inputs"]["n"] for row in connection.execute("SELECT body FROM records_decision ORDER BY seq")]
 
 
@@ -145,7 +143,7 @@ async def test_a_full_ext4_refuses_telemetry_decides_on_and_recovers_by_itself(t
                 return await site.metric("journal_refused_telemetry_total") == before
 
             await until(taken_again, 30, "telemetry is taken again")
-            assert (await site.get("/healthz"))["problems"] == []
+            assert not any("refused" in problem for problem in (await site.get("/healthz"))["problems"])
     site.bus.stop()
     assert check(site.data, lambda *_: None)["ok"] and site.decided() == list(range(site.sent))
 
@@ -180,19 +178,8 @@ async def test_a_file_system_that_goes_read_only_stops_no_command_and_after_its_
 
 async def test_a_card_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Path, namespace: Namespace) -> None:
     """No restart: the failed commit is tried again as it is, with the same numbers."""
-    if reason := reason_against():
-        pytest.skip(reason)
-    image, target, mounted = tmp_path / "image", tmp_path / "card", tmp_path / "disk"
-    made_ext4(image, 48 << 20)
-    target.touch()
-    mounted.mkdir()
-    card = StubbornCard(image.read_bytes(), target)
-    card.__enter__()
-    try:
-        device, descriptor = attach(target)
-        mount(device, mounted, "ext4", "commit=300,errors=continue")  # the file system's own journal is left out of it: it would give up for good
-        os.close(descriptor)
-        site = Site(namespace, tmp_path, mounted / "data")
+    with StubbornCard(tmp_path / "card") as card:
+        site = Site(namespace, tmp_path, card.path / "data")
         async with site.fan:
             async with site.agent():
                 await site.readings(30)
@@ -209,10 +196,6 @@ async def test_a_card_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Pa
                 await site.readings(30)
         site.bus.stop()
         assert check(site.data, lambda *_: None)["ok"] and site.decided() == list(range(70))
-    finally:
-        unmount(mounted)
-        card.error = None  # what it refused
-        card.__exit__()
 
 
 async def test_one_bad_day_and_the_hub_holds_exactly_what_was_journalled(tmp_path: Path, disk: SmallDisk, namespace: Namespace) -> None:

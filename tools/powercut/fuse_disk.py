@@ -51,6 +51,8 @@ MINOR = 31
 """The minor version spoken: later ones only add what one file does not need."""
 BUFFER_BYTES = MAX_WRITE + 4096
 """The longest request: data and headers."""
+RELEASE_S = 10.0
+"""How long a loop device may still hold the disk at the end; then it is taken away from it."""
 FOREVER_S = 3600
 """How long the kernel may rely on the file's attributes: they never change."""
 
@@ -78,9 +80,9 @@ class FuseDisk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        unmount(self._target)
+        unmount(self._target, detach=True)
         if self._thread is not None:
-            self._thread.join(10)
+            self._thread.join(RELEASE_S)  # until the loop device lets go of it
         os.close(self._device)
         if self.error is not None:
             raise self.error
