@@ -31,6 +31,10 @@ EDGE = "bench-edge"
 DISK_BYTES = 40 << 20
 """Two databases, their WALs grown to 4 MiB each and up to 12, and the file system's own journal."""
 
+GROUP_BLOCKS = 4096
+"""Blocks of 4 KiB in a group of the file system. The second group has the backup of the superblock, which a larger disk has anyway: ext4 overwrites
+its superblock in place, and a sector torn there is for the backup to mend."""
+
 OPTIONS = "noauto_da_alloc"
 """ext4 without its mercy for programs that rename a file which they did not sync: what is not synced may be lost, as the standard says."""
 
@@ -87,7 +91,7 @@ def make_base(folder: Path) -> bytes:
     with open(image, "wb") as handle:
         handle.truncate(DISK_BYTES)
     subprocess.run(
-        [program("mkfs.ext4"), "-q", "-b", "4096", "-J", "size=4", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-O", "^resize_inode", str(image)], check=True,
+        [program("mkfs.ext4"), "-q", "-b", "4096", "-g", str(GROUP_BLOCKS), "-J", "size=4", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", "-O", "^resize_inode", str(image)], check=True,
     )
     content = image.read_bytes()
     image.unlink()

@@ -27,7 +27,7 @@ from .block_log import Write
 from .claims import Expected
 from .fuse_disk import TrialDisk
 from .mounts import attach, mount, program, unmount
-from .recording import EDGE, SETTINGS, rule
+from .recording import EDGE, GROUP_BLOCKS, SETTINGS, rule
 from .small_agent import SMALL_WAL_BYTES
 
 BOOT_TIMEOUT_S = 60.0
@@ -35,6 +35,9 @@ BOOT_TIMEOUT_S = 60.0
 
 DISK_NAME = "disk"
 """The file that a bench's disk appears at."""
+
+REPAIRED = (0, 1, 2)
+"""Exit statuses of e2fsck that say that all is well now."""
 
 APPENDED = 3
 """Records appended to each stream after a boot, to see which numbers they get."""
@@ -298,6 +301,10 @@ class Bench:
         try:
             mount(device, self._mount, "ext4", "noinit_itable")
         except OSError:
-            subprocess.run([program("e2fsck"), "-f", "-y", device], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BOOT_TIMEOUT_S)
+            # e2fsck looks for the backup of a torn superblock by itself, but only where groups have their usual size.
+            for where in ([], ["-b", str(GROUP_BLOCKS), "-B", "4096"]):
+                done = subprocess.run([program("e2fsck"), "-f", "-y", *where, device], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=BOOT_TIMEOUT_S)
+                if done.returncode in REPAIRED:
+                    break
             trial.repaired = True
             mount(device, self._mount, "ext4", "noinit_itable")
