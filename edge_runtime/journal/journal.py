@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 RELEASE_SLICES = 20
 """Slices of 500 rows freed per upkeep at most: 10,000 rows per 2 s outrun any load this runtime takes, and leave room for commits."""
 
+CLOSE_TIMEOUT_S = 10.0
+"""How long a stop waits for a disk that does not take what is left."""
+
 RELIEF_SHARE = 0.1
 """Share of the telemetry that is dropped when the disk is full: enough that it does not happen again at once."""
 
@@ -164,11 +167,10 @@ class Journal:
         if self._upkeep is not None:
             self._upkeep.cancel()
         clean = True
-        for lane in self.lanes.values():
-            try:
-                await asyncio.wait_for(lane.drain(), 10)
-            except TimeoutError:
-                clean = False
+        try:
+            await asyncio.wait_for(self.flush(), CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            clean = False
         if self._reader is not None:
             self._reader.stop()
             self._reader = None
@@ -189,7 +191,8 @@ class Journal:
             body: a JSON object, or its canonical text.
 
         Returns:
-            False where a telemetry record is refused because the disk is full (counted in `refused_telemetry`).
+            False where a telemetry record is refused because the disk is full, or dead and as much as may wait is waiting (counted in
+            `refused_telemetry`).
 
         Raises:
             ContractError: the body is not JSON or over `MAX_BODY_BYTES`.
@@ -197,7 +200,7 @@ class Journal:
         text = body if isinstance(body, str) else jsoncodec.encode(body)
         if len(text) > MAX_BODY_BYTES:
             raise ContractError("body", f"{len(text)} bytes are over {MAX_BODY_BYTES}", "split the record", "size")
-        if stream == "telemetry" and not self.telemetry_open:
+        if stream == "telemetry" and not (self.telemetry_open and self._lane_of[stream].has_room):
             self.refused_telemetry += 1
             return False
         self._lane_of[stream].append(stream, kind, text, stamp or self._clock.stamp(), on_durable)
@@ -278,8 +281,7 @@ class Journal:
 
     async def flush(self) -> None:
         """Wait until everything appended so far is durable."""
-        for lane in self.lanes.values():
-            await lane.drain()
+        await asyncio.gather(*(lane.drain() for lane in self.lanes.values()))
 
     # -- reading -------------------------------------------------------------------------------------------------------------
 

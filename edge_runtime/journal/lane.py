@@ -1,7 +1,8 @@
 """One database's writer: what is appended waits here, goes down in groups on a thread of its own, and comes back as callbacks.
 
 The group is whatever arrived while the last commit ran (or, for telemetry, within its interval). A failed commit is retried as it
-is: sequence numbers belong to the group and are never given twice.
+is: sequence numbers belong to the group and are never given twice. While the disk stays dead, what arrives joins that group, so that it has
+its numbers and its effects can be done.
 """
 
 import asyncio
@@ -65,8 +66,9 @@ RETRY_CAP_S = 5.0
 """Pauses between tries of a failed commit, doubled each time: a full disk is asked again soon, a dead one not all the time."""
 
 STALL_ACT_S = 1.0
-"""A group that could not be made durable for so long has its effects run all the same, once: a full or dead disk must not stop a
-site from being controlled. Counted, and shown as unhealthy."""
+"""A group that could not be made durable for so long has its effects run all the same, once, and from then on so has every record that arrives, up
+to `pending_max` of them, until the disk is there again: a full or dead disk must not stop a site from being controlled. Counted, and shown
+as unhealthy."""
 
 Callback = Callable[[Record], None]
 
@@ -187,6 +189,9 @@ class Lane:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._retry_s = RETRY_FIRST_S
         self._stalled_since: float | None = None
+        self._between_tries = False
+        self._join_soon = False
+        self._acted = 0
         self._last_commit = 0.0
         self.error = ""
         self.commits = 0
@@ -208,6 +213,16 @@ class Lane:
         return len(self._pending) + (len(self._group[1]) if self._group else 0)
 
     @property
+    def stalled(self) -> bool:
+        """Nothing could be made durable for `STALL_ACT_S`: effects no longer wait for the disk."""
+        return self._stalled_since is not None and self._loop is not None and self._loop.time() - self._stalled_since >= STALL_ACT_S
+
+    @property
+    def has_room(self) -> bool:
+        """False where the disk is dead and as much as may wait is waiting."""
+        return not self.stalled or self.waiting < self._pending_max
+
+    @property
     def pressure(self) -> bool:
         """More than half of what may wait is waiting: senders should hold back."""
         return self.waiting * 2 > self._pending_max
@@ -224,6 +239,9 @@ class Lane:
                 self._last_awaited = self._loop.time()
         if self._group is None:
             self._schedule()
+        elif self._between_tries and not self._join_soon and self._loop is not None and self.stalled:
+            self._join_soon = True
+            self._loop.call_soon(self._join)
 
     def _schedule(self) -> None:
         """Begin a group when it is due: full, awaited by somebody who has gone quiet, or at the end of the interval."""
@@ -316,13 +334,27 @@ class Lane:
             self._timer = None
         group = Group(state=self._state)
         rows: list[tuple[Record, Callback | None]] = []
-        touched: dict[str, StreamMarks] = {}
-        for _ in range(min(GROUP_MAX, len(self._pending))):
+        self._after, self._acted = {}, 0
+        self._take(group, rows, GROUP_MAX)
+        # Marks that an append moves are found again in the last record; writing them as well would cost a page per commit.
+        now = self._loop.time()
+        if self._dirty and (not rows or now - self._marks_stored >= MARKS_DELAY_S):
+            group.marks = {stream: self._after.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
+            self._marks_stored = now
+            self._dirty = set()
+        self._state = {}
+        callbacks, self._state_callbacks = self._state_callbacks, []
+        self._group = (group, rows, callbacks)
+        self._submit()
+
+    def _take(self, group: Group, rows: list[tuple[Record, Callback | None]], limit: int) -> None:
+        """Give the oldest waiting records, up to `limit`, their numbers in `group`."""
+        for _ in range(min(limit, len(self._pending))):
             item = self._pending.popleft()
             self._awaited -= item.callback is not None
-            marks = touched.get(item.stream)
+            marks = self._after.get(item.stream)
             if marks is None:
-                marks = touched[item.stream] = replace(self.marks[item.stream])
+                marks = self._after[item.stream] = group.marks.get(item.stream) or replace(self.marks[item.stream])
                 group.records[item.stream] = []
             record = Record(marks.next_seq, self._boot, *item.stamp, item.kind, item.body)
             marks.chain = record.chain(marks.chain)
@@ -330,22 +362,12 @@ class Lane:
             group.records[item.stream].append((record, marks.chain))
             self.appended_bytes += len(item.body) + 64
             rows.append((record, item.callback))
-        # Marks that an append moves are found again in the last record; writing them as well would cost a page per commit.
-        now = self._loop.time()
-        if self._dirty and (not rows or now - self._marks_stored >= MARKS_DELAY_S):
-            group.marks = {stream: touched.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
-            self._marks_stored = now
-            self._dirty = set()
-        self._after = touched
-        self._state = {}
-        callbacks, self._state_callbacks = self._state_callbacks, []
-        self._group = (group, rows, callbacks)
-        self._submit()
 
     def _submit(self) -> None:
         assert self._group is not None and self.worker is not None and self._loop is not None
         group = self._group[0]
-        if self._inline and self._commit_s < INLINE_LIMIT_S and self._lock.acquire(blocking=False):
+        self._between_tries = False
+        if self._inline and self._commit_s < INLINE_LIMIT_S and len(self._group[1]) <= GROUP_MAX and self._lock.acquire(blocking=False):
             failure: BaseException | None = None
             started = self._loop.time()
             try:
@@ -447,10 +469,11 @@ class Lane:
         if not self.error:
             log.error("journal %s cannot be written: %s; will be tried again", self.database.path.name, error)
         self.error = str(error) or type(error).__name__
+        self._between_tries = True
         if self._stalled_since is None:
             self._stalled_since = now
-        elif now - self._stalled_since >= STALL_ACT_S:
-            self._act_undurable()
+        elif self.stalled:
+            self._join()
         pause, self._retry_s = self._retry_s, min(RETRY_CAP_S, self._retry_s * 2)
         if is_full(error):
             self._on_full(lambda: self._later(pause))
@@ -466,14 +489,20 @@ class Lane:
         if self._group is not None:
             self._submit()
 
-    def _act_undurable(self) -> None:
-        assert self._group is not None
-        group, rows, callbacks = self._group
-        for record, callback in rows:
+    def _join(self) -> None:
+        """What waits joins the group that cannot be written, as much as may wait there, and the effects of all of it are done, each once."""
+        self._join_soon = False
+        if self._group is None or not self._between_tries:
+            return  # it is being written again, or is
+        group, rows, _ = self._group
+        self._take(group, rows, self._pending_max - len(rows))
+        first, self._acted = self._acted, len(rows)
+        for number in range(first, len(rows)):
+            record, callback = rows[number]
             if callback is not None:
+                rows[number] = (record, None)
                 self.acted_undurable += 1
                 _run(callback, record)
-        self._group = (group, [(record, None) for record, _ in rows], callbacks)
 
     async def exclusively(self, job: Callable[[], Any]) -> Any:
         """Run `job` on the writer's thread while no group is under way; what is appended meanwhile waits."""

@@ -20,6 +20,7 @@ from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.journal.database import insert_chunks
 from edge_runtime.journal.planner import GrowthRate, plan
 from edge_runtime.journal.recovery import RESERVE_BLOCK
+from tests.integration.waiting import until
 
 
 def make(folder: Path, **settings: Any) -> Journal:
@@ -383,6 +384,46 @@ async def test_effects_go_on_when_the_journal_cannot_be_written(tmp_path: Path) 
     lane.database.commit = original  # type: ignore[method-assign]
     await asyncio.wait_for(journal.flush(), 30)
     assert len(acted) == 1 and journal.durable("decision") == 1 and not journal.errors
+    await journal.close()
+
+
+async def test_while_the_disk_stays_dead_every_record_that_arrives_has_its_effect_once_and_keeps_its_number(tmp_path: Path) -> None:
+    journal = Journal(JournalSettings(tmp_path, ballast_bytes=0, pending_max=100), SystemClock())
+    journal.start()
+    await append(journal, "decision", 5)
+    lane, telemetry = journal.lanes["journal"], journal.lanes["telemetry"]
+    originals = {name: one.database.commit for name, one in journal.lanes.items()}
+    acted: list[Record] = []
+
+    def fail(group: Any) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    for one in journal.lanes.values():
+        one.database.commit = fail  # type: ignore[method-assign]
+    for number in range(60):
+        assert journal.append("decision", "decision", {"n": number}, acted.append)
+        assert journal.append("telemetry", "reading", {"n": number}, acted.append)
+        if number % 7 == 0:
+            await until(lambda number=number: len(acted) == 2 * (number + 1), 30, "every effect is done")  # type: ignore[misc]
+    await until(lambda: len(acted) == 120, 30, "every effect is done")
+    assert lane.acted_undurable == telemetry.acted_undurable == 60 and journal.durable("decision") == 5
+    # As much as may wait is waiting: telemetry is refused, decisions wait for the disk.
+    for number in range(60, 110):
+        journal.append("decision", "decision", {"n": number}, acted.append)
+        journal.append("telemetry", "reading", {"n": number}, acted.append)
+    await until(lambda: len(acted) == 200, 30, "effects up to the limit")
+    assert journal.refused_telemetry == 10 and lane.waiting == 110 and telemetry.waiting == 100
+    for name, one in journal.lanes.items():
+        one.database.commit = originals[name]  # type: ignore[method-assign]
+    await asyncio.wait_for(journal.flush(), 30)
+    await until(lambda: len(acted) == 210, what="the rest")
+    await asyncio.wait_for(append(journal, "decision", 3), 30)
+    assert not journal.errors and journal.durable("decision") == 118
+    kept = {record.seq: record for record in (await journal.read("decision", 1, 1000, 1 << 20))[0]}
+    decided = [record for record in acted if record.kind == "decision"]
+    assert [record.seq for record in decided] == list(range(6, 116)) and all(kept[record.seq] == record for record in decided)
+    await check_whole(journal, "decision")
+    await check_whole(journal, "telemetry")
     await journal.close()
 
 

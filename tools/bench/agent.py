@@ -54,12 +54,13 @@ class Agent:
         uplink_port: the hub's broker; 0 for none.
         model: `tflite`, `onnx`, `portable` or empty.
         wrap: a command to run the agent under, such as `unshare -n`.
+        program: what the interpreter is given to run; a control of a test puts its planted bug there.
         environment: variables besides our own; the first start of a machine whose clock is wrong is made this way.
     """
 
     def __init__(
         self, bus_port: int, *, api: bool = True, uplink_port: int = 0, model: str = "tflite", host: bool = True, extra: dict[str, Any] | None = None, data: Path | None = None,
-        wrap: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+        wrap: Sequence[str] = (), environment: Mapping[str, str] | None = None, program: Sequence[str] = ("-m", "edge_runtime"),
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.data = data or Path(self._folder.name) / "data"
@@ -80,6 +81,7 @@ class Agent:
         self._config.write_text(yaml.safe_dump(config))
         self.process: subprocess.Popen[bytes] | None = None
         self._wrap = tuple(wrap)
+        self._program = tuple(program)
         self._environment = dict(environment or {})
         self.heard: list[str] = []
         """What the agent told its service manager, in order."""
@@ -87,7 +89,7 @@ class Agent:
     def __enter__(self) -> "Agent":
         env = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": self._notify, "MALLOC_ARENA_MAX": "1", **self._environment}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
-        command = [*self._wrap, sys.executable, "-OO", "-X", "no_debug_ranges", "-m", "edge_runtime", "run", "--config", str(self._config)]
+        command = [*self._wrap, sys.executable, "-OO", "-X", "no_debug_ranges", *self._program, "run", "--config", str(self._config)]
         self.process = subprocess.Popen(command, env=env, preexec_fn=die_with_parent, cwd=ROOT)
         self.hear("READY=1")
         if self.api_port:

@@ -1,5 +1,6 @@
 """Looking into a journal file, running agent or not: sqlite-utils, read only."""
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable
@@ -52,31 +53,31 @@ def check(folder: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     counted: dict[str, int] = {}
     for name in ("journal", "telemetry"):
         database = open_database(folder, name)
-        connection = database.conn
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            problems.append(f"{name}.db: {verdict}")
-        for row in list(database["streams"].rows):
-            stream, seq, chain = row["stream"], row["floor"], row["floor_chain"]
-            total = database[f"records_{stream}"].count
-            for record_row in connection.execute(
-                f"SELECT seq, boots.boot, mono, wall, tq, kind, body, chain FROM records_{stream} AS r CROSS JOIN boots ON boots.number=r.boot ORDER BY seq"
-            ):
-                record = Record(*record_row[:7])
-                if record.seq != seq:
-                    problems.append(f"{stream}: {seq} is missing, {record.seq} follows")
-                    break
-                chain = record.chain(chain)
-                if chain != record_row[7]:
-                    problems.append(f"{stream}: the chain breaks at {seq}")
-                    break
-                seq += 1
-                if seq % 1000 == 0:
-                    progress(stream, seq - row["floor"], total)
-            progress(stream, total, total)
-            counted[stream] = seq - row["floor"]
-            if seq < row["next_seq"]:
-                problems.append(f"{stream}: ends at {seq - 1}, the marks say {row['next_seq'] - 1}")
+        with contextlib.closing(database.conn) as connection:
+            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                problems.append(f"{name}.db: {verdict}")
+            for row in list(database["streams"].rows):
+                stream, seq, chain = row["stream"], row["floor"], row["floor_chain"]
+                total = database[f"records_{stream}"].count
+                for record_row in connection.execute(
+                    f"SELECT seq, boots.boot, mono, wall, tq, kind, body, chain FROM records_{stream} AS r CROSS JOIN boots ON boots.number=r.boot ORDER BY seq"
+                ):
+                    record = Record(*record_row[:7])
+                    if record.seq != seq:
+                        problems.append(f"{stream}: {seq} is missing, {record.seq} follows")
+                        break
+                    chain = record.chain(chain)
+                    if chain != record_row[7]:
+                        problems.append(f"{stream}: the chain breaks at {seq}")
+                        break
+                    seq += 1
+                    if seq % 1000 == 0:
+                        progress(stream, seq - row["floor"], total)
+                progress(stream, total, total)
+                counted[stream] = seq - row["floor"]
+                if seq < row["next_seq"]:
+                    problems.append(f"{stream}: ends at {seq - 1}, the marks say {row['next_seq'] - 1}")
     return {"ok": not problems, "records": counted, "problems": problems}
 
 
