@@ -10,7 +10,8 @@ on our side, and TCP_QUICKACK after each read, so that a broker that lacks `set_
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -109,11 +110,12 @@ class MqttSession:
         persistent: keep the session at the broker across connections.
         keepalive_s: seconds between signs of life.
         protocol5: speak MQTT 5, else 3.1.1.
+        session_expiry_s: how long an MQTT 5 broker keeps a persistent session.
     """
 
     def __init__(
         self, endpoint: Endpoint, client_id: str, on_message: Message, *, will: Will | None = None, persistent: bool = False,
-        keepalive_s: int = 15, protocol5: bool = True, receive_max: int = RECEIVE_BUFFER_LIMIT,
+        keepalive_s: int = 15, protocol5: bool = True, receive_max: int = RECEIVE_BUFFER_LIMIT, session_expiry_s: int = SESSION_EXPIRY_S,
     ) -> None:
         self.connack_timeout_s = CONNECT_TIMEOUT_S
         self.endpoint = endpoint
@@ -124,6 +126,7 @@ class MqttSession:
         self._persistent = persistent
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
+        self._session_expiry_s = session_expiry_s
         self._client: Any = None  # a `BufferedClient`
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[SessionClosed] = self._loop.create_future()
@@ -219,7 +222,7 @@ class MqttSession:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = self._receive_max
         if self._persistent:
-            properties.SessionExpiryInterval = SESSION_EXPIRY_S
+            properties.SessionExpiryInterval = self._session_expiry_s
         return properties
 
     async def disconnect(self) -> None:
@@ -426,6 +429,19 @@ class MqttSession:
             self._acks[info.mid] = on_ack
         self._flush()
         return True
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published inside goes to the socket in one write: a kill leaves all of it or none."""
+        if self._corked:
+            yield  # the turn of the loop writes at its end
+            return
+        self._corked = True
+        try:
+            yield
+        finally:
+            self._corked = False
+            self._flush()
 
 
 class _Expiry:

@@ -143,7 +143,9 @@ class Member:
     duties: tuple[str, ...] = ()
     number: int = 0
     session: int = 0
+    """Number of the connection, 0 for none."""
     up_ms: int = 0
+    """When the broker had our subscription at the latest."""
     table: Table | None = None
     leads: bool = False
     peers: dict[str, Peer] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class Member:
     _old_lease_ms: int | None = None
     """The same of the connection before, as long as it may still count."""
     _lapsed: bool = False
+    _subscribed: bool = False
     _beat_ms: int | None = None
     _last: Table | None = None
     """The last table of any connection: what a new leader begins with."""
@@ -201,17 +204,23 @@ class Member:
 
     # -- the connection ------------------------------------------------------------------------------------------------------
 
-    def session_up(self, session: int, now: int) -> list[Action]:
-        """Connected and subscribed to the site's topics: from now on the broker's order is known."""
+    def session_up(self, session: int, now: int) -> None:
+        """Connected; messages may come from now on, though the subscription is not confirmed."""
         self._expire(now)
         if self._lease_ms is not None:
             self._old_lease_ms = self._lease_ms
-        self.session, self.up_ms, self._lease_ms, self._lapsed = session, now, None, False
+        self.session, self.up_ms, self._lease_ms, self._lapsed, self._subscribed = session, now, None, False, False
         self.table, self._applied, self._beat_ms = None, (0, ""), None
         self.releasing.clear()
         self.peers.clear()
         self._resign()
         self._winner, self._won_number, self._vacant_ms = "", 0, None
+
+    def subscribed(self, now: int) -> list[Action]:
+        """The broker has our subscription to the site's topics: nothing that it takes from now on is missed."""
+        if not self.session:
+            return []
+        self.up_ms, self._subscribed = now, True
         return self.tick(now)
 
     def session_down(self, now: int) -> list[Action]:
@@ -341,7 +350,7 @@ class Member:
 
     def _apply(self, table: tuple[int, str], now: int) -> list[Action]:
         self._applied = table
-        return [self._beat(now), *self._consider(now)]
+        return [*([self._beat(now)] if self._subscribed else []), *self._consider(now)]
 
     def noticed(self, device: str, now: int) -> None:
         """A device spoke on the bus."""
@@ -362,7 +371,7 @@ class Member:
     def tick(self, now: int) -> list[Action]:
         """Let time pass; to be called a few times a second."""
         self._expire(now)
-        if not self.session:
+        if not self.session or not self._subscribed:
             return []
         actions: list[Action] = []
         if self._beat_ms is None or now - self._beat_ms >= HEARTBEAT_MS or now < self._beat_ms:

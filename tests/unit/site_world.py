@@ -117,7 +117,7 @@ class World:
         if connection and member is not None:
             def notice() -> None:
                 if node.member is member and not node.connection:
-                    self._give(node, member, lambda now: member.session_down(now))
+                    self._give(node, member, member.session_down)
 
             self.at(noticed_ms, notice)
 
@@ -140,7 +140,8 @@ class World:
             self._deliver(node, self._retained)
         for device in DEVICES:
             member.noticed(device, self.now + node.skew_ms)
-        self._give(node, member, lambda now: member.session_up(node.sessions, now))
+        member.session_up(node.sessions, self.now + node.skew_ms)
+        self._give(node, member, member.subscribed)
 
     def _give(self, node: Node, member: Member, event: Callable[[int], list[Any]]) -> None:
         if node.member is not member:
