@@ -97,6 +97,7 @@ class EdgeRuntime:
         self.models: dict[str, Any] = {}
         self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
         self._own = RuleSet(())
+        self._own_documents: list[Any] = []
         self.rule_documents: list[Any] = []
         """The rules in force as they were written."""
         self.engine = around.engine(RuleSet(()), {})
@@ -118,9 +119,9 @@ class EdgeRuntime:
         self._commands: dict[str, str] = self.journal.state("commands") or {}
         self.site: SharedDuties | None = None
         if config.duties.enabled:
-            from .site_wiring import SharedDuties
+            from . import site_wiring
 
-            self.pipeline.duties = self.site = SharedDuties(self)
+            self.pipeline.duties = self.site = site_wiring.SharedDuties(self)
         describe(self)
 
     def _journal_settings(self) -> JournalSettings:
@@ -150,7 +151,7 @@ class EdgeRuntime:
                 self.registry.restore(key.removeprefix("twin/"), state)
         self._load_configured_models()
         self._own = own_rules(self.config.decisions)
-        self.rule_documents = own_documents(self.config.decisions)
+        self.rule_documents = self._own_documents = own_documents(self.config.decisions)
         self._apply_rules(self._own)
         self._restore_desired()
         engine_state = self.journal.state("engine")
@@ -464,7 +465,7 @@ class EdgeRuntime:
         self.desired = desired
         self.pipeline.generation = desired.generation
         self.last_desired_error = None
-        self.rule_documents = desired.rules if desired.rules is not None else own_documents(self.config.decisions)
+        self.rule_documents = desired.rules if desired.rules is not None else self._own_documents
         self._apply_rules(rules if rules is not None else self._own)
         if self.site is not None:
             self.site.tell_spec()

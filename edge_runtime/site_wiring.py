@@ -406,6 +406,10 @@ class SharedDuties:
         if self._runtime.uplink is not None:
             self._runtime.uplink.announce("duties")
 
+    def admit_now(self, device: str) -> bool:
+        """Whether a reading of the device would be decided here at this moment."""
+        return not self._leaving and self.member.standing(device, self._now()) == OURS
+
     # -- told to people ------------------------------------------------------------------------------------------------------
 
     def serves(self) -> dict[str, int]:
