@@ -261,10 +261,10 @@ class SharedDuties:
         def finished(_record: Record) -> None:
             with self.together():
                 for device, duty in duties.items():
-                    self._hand_over(device, None, released=True)
-                    self.engine(device).forget(device)
-                    self._left.add(device)
-                    if self._held.get(device) == duty:
+                    if self._held.get(device) == duty:  # else an earlier table had taken it already
+                        self._hand_over(device, None, released=True)
+                        self.engine(device).forget(device)
+                        self._left.add(device)
                         del self._held[device]
                 done()
             self._announce()

@@ -51,8 +51,8 @@ MAX_SITE_MEMBERS = 64
 MAX_DUTY_PATTERNS = 32
 """Patterns of devices that have their home at one member."""
 
-MAX_DUTY_BYTES = 131_072
-"""Bytes of one hand-over state: a twin's two sides and the latches of one device."""
+MAX_DUTY_BYTES = 65_536
+"""Bytes of one hand-over state: the latches of one device and, where it fits, its twin. Every member keeps that of every device."""
 
 MAX_SITE_NUMBER = 2**53 - 1
 """Largest number of a site's table: what every JSON reader holds exactly."""

@@ -9,11 +9,17 @@ from ..contract.site_messages import Duty
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A live member as the leader sees it; `stable`: it has been there long enough to get its home devices back."""
+    """A live member as the leader sees it.
+
+    Attributes:
+        stable: it has been there long enough to get its home devices back.
+        crashed: it came back under the leader's eyes just now; who does so again and again must not hold devices up.
+    """
 
     edge: str
     capacity: float
     stable: bool
+    crashed: bool = False
 
 
 def home_of(device: str, patterns: Mapping[str, Collection[str]]) -> str:
@@ -26,8 +32,8 @@ def assign(
 ) -> dict[str, Duty]:
     """The duties of every device, sorted by name.
 
-    A device goes to its home where that lives and is stable; it stays where it is while that member lives; else it goes to the member with
-    the least load for its capacity. Who gets a device gets it under `number`; who keeps it keeps the fence.
+    A device goes to its home where that lives and is stable; it stays where it is while that member lives and has not crashed; else it goes to
+    the member with the least load for its capacity. Who gets a device gets it under `number`; who keeps it keeps the fence.
 
     Args:
         before: the duties up to now.
@@ -36,7 +42,7 @@ def assign(
         home: the member, live or not, where a device has its home; empty for none.
         anew: give every duty under `number`: nobody knows whether `before` is the last word.
     """
-    there = {one.edge: one for one in live}
+    there = {one.edge: one for one in live if not one.crashed} or {one.edge: one for one in live}
     chosen: dict[str, str] = {}
     for device in sorted(devices):
         old = before.get(device)

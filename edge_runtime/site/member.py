@@ -126,6 +126,8 @@ class Peer:
     since_ms: int
     follows_since_ms: int
     """Since when it says that it does not lead."""
+    crashed: bool = False
+    """It came back with another boot, at `since_ms`."""
 
 
 @dataclass(slots=True)
@@ -259,7 +261,10 @@ class Member:
                 self.refused += 1
                 return actions
             peer = self.peers[beat.edge] = Peer(beat, now, now, now)
-        elif beat.boot != peer.heartbeat.boot or now - peer.heard_ms >= SILENT_MS or peer.heartbeat.leaving:
+        elif beat.boot != peer.heartbeat.boot:
+            peer.crashed = not peer.heartbeat.leaving
+            peer.since_ms = peer.follows_since_ms = now
+        elif now - peer.heard_ms >= SILENT_MS or peer.heartbeat.leaving:
             peer.since_ms = peer.follows_since_ms = now
         if peer.heartbeat.leads and not beat.leads:
             peer.follows_since_ms = now
@@ -444,7 +449,8 @@ class Member:
     def _live(self, now: int) -> list[Candidate]:
         live = [Candidate(self.edge, self.capacity, now - self.up_ms >= STABLE_MS)]
         return live + [
-            Candidate(name, peer.heartbeat.capacity, now - peer.since_ms >= STABLE_MS) for name, peer in sorted(self.peers.items()) if not self._silent(name)
+            Candidate(name, peer.heartbeat.capacity, stable := now - peer.since_ms >= STABLE_MS, peer.crashed and not stable)
+            for name, peer in sorted(self.peers.items()) if not self._silent(name)
         ]
 
     def _lead(self, now: int) -> list[Action]:

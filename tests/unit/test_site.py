@@ -142,6 +142,8 @@ def test_capacity_decides_who_takes_what_a_dead_edge_leaves() -> None:
     duties = assign(before, list(before), [Candidate("big", 3.0, True), Candidate("none", 0.0, True), Candidate("small", 1.0, True)], lambda _: "", 2, anew=False)
     counts = {edge: sum(duty.edge == edge for duty in duties.values()) for edge in ("big", "small", "none")}
     assert counts == {"big": 6, "small": 2, "none": 0} and {duty.origin for duty in duties.values()} == {"dead"}
+    crashed = assign(before, list(before), [Candidate("big", 3.0, False, crashed=True), Candidate("small", 1.0, True)], lambda _: "big", 2, anew=False)
+    assert {duty.edge for duty in crashed.values()} == {"small"}
     alone = assign(before, list(before), [Candidate("none", 0.0, True)], lambda _: "", 2, anew=False)
     assert {duty.edge for duty in alone.values()} == {"none"}
 

@@ -174,6 +174,20 @@ def test_an_edge_that_comes_back_gets_its_home_devices_when_it_is_stable() -> No
     assert origins == {"e1"} and world.problems == []
 
 
+def test_an_edge_that_crashes_again_and_again_does_not_hold_its_devices_up() -> None:
+    world = World(6)
+    world.run(40_000)
+    assert world.served()["boiler-1"] == ["e1"]
+    away: set[str] = set()
+    for _ in range(6):
+        world.kill(world.nodes["e1"])
+        world.run(world.now + 1_000)
+        world.boot(world.nodes["e1"])
+        world.run(world.now + 4_000)
+        away |= set(world.served()["boiler-1"])
+    assert away and "e1" not in away and world.problems == []
+
+
 def test_a_stopped_member_may_not_act_when_it_goes_on() -> None:
     world = World(5)
     world.run(40_000)
