@@ -5,16 +5,18 @@ the rules of the edge that we stand in for.
 """
 
 import asyncio
+import base64
 import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .contract import jsoncodec, topics
 from .contract.errors import ContractError
-from .contract.limits import MAX_DUTY_BYTES, MAX_MESSAGE_BYTES, MAX_SITE_DEVICES, MAX_SITE_MEMBERS
+from .contract.limits import MAX_DUTY_BYTES, MAX_MESSAGE_BYTES, MAX_MODELS, MAX_SITE_DEVICES, MAX_SITE_MEMBERS
 from .contract.records import Record
 from .contract.site_messages import Duty
 from .decisions.engine import Decision, DecisionEngine
@@ -32,6 +34,9 @@ TICK_S = 0.25
 
 WAITING_MAX = 1_000
 """Messages that wait for a duty to start: some seconds of a busy site; the oldest goes, counted."""
+
+SMALL_MODELS_CHARS = 65_536
+"""Characters of base64 of all models that travel with the rules: the detector models of a device are a few KiB, and everybody keeps everybody's."""
 
 EVENT_DUTIES = 200
 """Duties told in one record."""
@@ -65,6 +70,8 @@ class SharedDuties:
         self._kept = self.member.number
         self._standins: dict[str, DecisionEngine] = {}
         self._specs: dict[str, dict[str, Any]] = {}
+        self._lent: dict[str, Any] = {}
+        """Models that came with a sibling's rules, by digest."""
         self._states: dict[str, dict[str, Any]] = {}
         """The newest hand-over state of each device, by whomever."""
         self._held: dict[str, Duty] = {}
@@ -315,7 +322,7 @@ class SharedDuties:
         runtime = self._runtime
         body = {
             "edge": self._edge, "generation": runtime.desired.generation if runtime.desired else 0, "rules": runtime.rule_documents, "duties": list(self.member.duties),
-            "models": {name: model.manifest.sha256 for name, model in runtime.models.items()},
+            "models": {name: model.manifest.sha256 for name, model in runtime.models.items()}, "small_models": self._small_models(),
         }
         text = jsoncodec.encode(body).encode()
         if len(text) > MAX_MESSAGE_BYTES - 1024:
@@ -323,6 +330,29 @@ class SharedDuties:
             self._journal.append("event", "site", {"what": "held back", "number": self.member.number, "rules": [{"rule": "*", "reason": f"over {MAX_MESSAGE_BYTES} bytes together"}]})
         elif text != self._told_spec and self.link.say("spec", self._edge, body):
             self._told_spec = text
+
+    def _small_models(self) -> list[dict[str, Any]]:
+        small, left = [], SMALL_MODELS_CHARS
+        for entry in sorted(self._runtime.desired.models if self._runtime.desired else (), key=lambda entry: len(entry["data_b64"])):
+            left -= len(entry["data_b64"])
+            if left < 0:
+                break
+            small.append({"manifest": entry["manifest"], "data_b64": entry["data_b64"]})
+        return small
+
+    def _borrow(self, spec: dict[str, Any], wanted: set[str]) -> None:
+        """Load the models of `spec` with these digests; one that cannot be loaded is left out, and its rules are held back."""
+        from .decisions.models import ModelError, ModelStore
+
+        for entry in spec["small_models"]:
+            digest = str(entry["manifest"].get("sha256", ""))
+            if digest in wanted and digest not in self._lent and len(self._lent) < MAX_MODELS * MAX_SITE_MEMBERS:
+                try:
+                    store = ModelStore(Path(self._runtime.config.data_dir) / "site-models")
+                    kept = store.put(jsoncodec.encode(entry["manifest"]).encode(), base64.b64decode(entry["data_b64"], validate=True))
+                    self._lent[kept.sha256] = store.load(kept.sha256)
+                except (ModelError, OSError, ValueError) as error:
+                    log.error("a model of %s cannot be used here: %s", spec["edge"], error)
 
     def _standin(self, origin: str) -> DecisionEngine:
         engine = self._standins.get(origin)
@@ -344,6 +374,9 @@ class SharedDuties:
                 held.append({"rule": "*", "reason": str(error)[:300]})
                 rules = RuleSet(())
         ours = {model.manifest.sha256: model for model in self._runtime.models.values()}
+        if spec is not None and spec["small_models"] and (wanted := {spec["models"][name] for name in rules.models if name in spec["models"]} - set(ours)):
+            self._borrow(spec, wanted)
+            ours = {**self._lent, **ours}
         models = {name: ours[digest] for name, digest in (spec or {"models": {}})["models"].items() if digest in ours}
         able = []
         for rule in rules.rules:

@@ -100,6 +100,9 @@ def _check_spec(message: dict[str, Any]) -> None:
     for index, rule in enumerate(message["rules"]):
         if not isinstance(rule, dict):
             raise ContractError(f"rules[{index}]", f"is {type(rule).__name__}, not an object", "send a JSON object", "type")
+    for index, entry in enumerate(message["small_models"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("manifest"), dict) or not isinstance(entry.get("data_b64"), str):
+            raise ContractError(f"small_models[{index}]", "has no manifest or no data_b64", "send both", "missing")
     for name, digest in message["models"].items():
         if not isinstance(digest, str) or len(digest) > 64:
             raise ContractError(f"models.{name[:64]}", "is not a digest", "send the SHA-256 of the model's data", "type")
@@ -113,6 +116,7 @@ SPEC = Message(
         Field("generation", "integer", "the desired state that the rules come from, 0 for the edge's own", minimum=0),
         Field("rules", "array", "the rules in force", max_items=MAX_RULES),
         Field("models", "object", "name of each loaded model to the SHA-256 of its data: a sibling uses its own model of that digest", required=False, default={}, max_items=MAX_MODELS * 4),
+        Field("small_models", "array", "models of the desired state that are small enough to travel: manifest and data_b64", required=False, default=[], max_items=MAX_MODELS),
         Field("duties", "array", "patterns of the devices that have their home there", required=False, default=[], max_items=MAX_DUTY_PATTERNS),
     ),
     after=_check_spec,

@@ -112,6 +112,8 @@ class DeviceRegistry:
             if given.get(f"{side}_version", 0) > getattr(device, f"{side}_version"):
                 setattr(device, side, given.get(side, {}))
                 setattr(device, f"{side}_version", given[f"{side}_version"])
+            elif side == "desired" and given.get("desired_version", 0) == device.desired_version and given.get("desired", {}) != device.desired:
+                device.desired_version += 1  # both changed it as often: ours holds, and the device must see that it is another
         return device
 
     def seen(self, device_id: str, reading: Reading, now_ms: int) -> tuple[Device | None, bool]:

@@ -1,7 +1,9 @@
 """Edges of one site on one real mosquitto: killed, stopped, restarted, said goodbye; latches stay, no reading is done twice, old fences are refused."""
 
 import asyncio
+import base64
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,18 +11,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from edge_runtime.clock import SystemClock
+from edge_runtime.config.schema import ModelConfig
+from edge_runtime.contract.site_messages import Duty
 from edge_runtime.journal import Journal, JournalSettings
+from edge_runtime.site.member import OURS, Member
+from edge_runtime.site_wiring import SharedDuties
 from tools.bench.harness import ROOT, die_with_parent, free_port
 
 from .edges import Device, Edge, LocalBroker
 from .hub_side import needs_mosquitto
 from .site_edges import EACH, HOMES, LATCHED, Obedient, served_by, serving, site_config
+from .test_edge_desired import model
 from .waiting import until
 
 pytestmark = needs_mosquitto
@@ -204,6 +213,67 @@ async def test_what_was_decided_before_a_crash_and_is_anothers_now_is_superseded
             await until(lambda: edges["gw-1"].runtime.metrics.value("commands_superseded_total") == 1, what="it is superseded")
             assert [body["state"] for body in await edges["gw-1"].records("event", "operation")] == ["superseded"]
             assert boiler.got("command") == [] and obedient.done == []
+    finally:
+        for edge in edges.values():
+            await edge.stop()
+
+
+async def test_a_rule_moves_with_a_small_model_and_is_named_where_its_model_cannot(tmp_path: Path, broker: LocalBroker) -> None:
+    asks = {**EACH, "id": "asks", "if": {"model": "small", "op": ">", "than": 80}}
+    lacks = {**EACH, "id": "lacks", "if": {"model": "own", "op": ">", "than": 80}}
+    own = model(2, "own")
+    (tmp_path / "own.json").write_text(json.dumps({**own["manifest"], "data_file": "own.data"}))
+    (tmp_path / "own.data").write_bytes(base64.b64decode(own["data_b64"]))
+    first = site_config("gw-1", tmp_path, broker.port)
+    first = replace(first, decisions=replace(first.decisions, models=(ModelConfig(str(tmp_path / "own.json")),)))
+    edges = {"gw-1": Edge(first), "gw-2": Edge(site_config("gw-2", tmp_path, broker.port))}
+    for edge in edges.values():
+        await edge.start()
+    try:
+        edges["gw-1"].desire(1, rules=[asks, lacks], models=[model(3, "small")])
+        async with Device(broker.port, "boiler-1") as boiler:
+            obedient = Obedient(boiler)
+            await boiler.say("telemetry", {"n": 1, "temp": 30})
+            await served_by(edges, "boiler-1", "gw-1")
+            await until(lambda: obedient.numbers() == [1], what="3 * 30 is over 80, 2 * 30 is not")
+            await edges["gw-1"].stop()
+            await served_by(edges, "boiler-1", "gw-2")
+            await boiler.say("telemetry", {"n": 2, "temp": 50})
+            await until(lambda: len(obedient.numbers()) == 2, what="the rule with the small model")
+        decided = [(body["rule"], body["for"]) for body in await edges["gw-2"].records("decision")]
+        (held,) = [body for body in await edges["gw-2"].records("event", "site") if body["what"] == "held back"]
+        assert decided == [("asks", "gw-1")] and held["origin"] == "gw-1" and held["rules"] == [{"rule": "lacks", "reason": "model own is not here"}]
+    finally:
+        for edge in edges.values():
+            await edge.stop()
+
+
+def _keeps_no_state(self: SharedDuties, device: str, duty: Duty, _mono_ms: int) -> None:
+    self._held[device] = duty
+
+
+def _always_ours(_self: Member, _device: str, _now: int) -> str:
+    return OURS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("owner", "name", "bug"), [(SharedDuties, "_take_over", _keeps_no_state), (Member, "standing", _always_ours)], ids=["no hand-over", "everybody decides"])
+async def test_the_check_finds_a_planted_bug(tmp_path: Path, broker: LocalBroker, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, bug: Any) -> None:
+    monkeypatch.setattr(owner, name, bug)
+    edges = {edge: Edge(site_config(edge, tmp_path, broker.port)) for edge in ("gw-1", "gw-2")}
+    for edge in edges.values():
+        await edge.start()
+    try:
+        async with Device(broker.port, "boiler-1") as boiler:
+            obedient = Obedient(boiler)
+            async with Numbered(boiler, 0.02) as numbered:
+                await until(lambda: "boiler-1" in edges["gw-1"].runtime.site.member.started, TAKEOVER_S)  # type: ignore[union-attr]
+                await until(lambda: any(body["name"] == "cool" for body in obedient.done), what="gw-1 decides")
+                await edges["gw-1"].stop()
+                upto = numbered.sent + 20
+                await until(lambda: any(body["args"].get("n", 0) > upto and body["id"].startswith("gw-2.") for body in obedient.done), TAKEOVER_S, "gw-2 decides")
+        with pytest.raises(AssertionError):
+            nothing_twice(obedient)
     finally:
         for edge in edges.values():
             await edge.stop()

@@ -180,6 +180,8 @@ def test_a_twin_is_adopted_where_it_is_newer() -> None:
     found = registry.adopt("d", {"desired": {"speed": 5}, "desired_version": 4, "reported": {"speed": 1}, "reported_version": 2, "kind": "fan"})
     assert (found.desired, found.desired_version, found.reported) == ({"speed": 5}, 4, {"speed": 1})
     assert registry.adopt("d", {"desired": {"speed": 2}, "desired_version": 3}).desired == {"speed": 5}
+    both = registry.adopt("d", {"desired": {"speed": 9}, "desired_version": 4})
+    assert (both.desired, both.desired_version) == ({"speed": 5}, 5)
     new = registry.adopt("e", {"kind": "pump", "name": "P", "desired": "x", "desired_version": True, "meta": [], "surprise": 1})
     assert (new.kind, new.name, new.desired, new.desired_version) == ("pump", "P", {}, 0)
     with pytest.raises(ContractError):
