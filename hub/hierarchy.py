@@ -13,7 +13,7 @@ def build_tree(rows: Iterable[EdgeRow], now_ms: int) -> dict[str, Any]:
     newest: dict[tuple[str, str], int] = {}
     for row in ordered:
         for device, fence in _serves(row).items():
-            where = (row.presence.get("site") or "default", device)
+            where = (row.presence.get("site") or "default", device)  # both are text: the contract and JSON say so
             newest[where] = max(newest.get(where, 0), fence)
     for row in ordered:
         presence = row.presence
@@ -28,7 +28,7 @@ def build_tree(rows: Iterable[EdgeRow], now_ms: int) -> dict[str, Any]:
             "health": presence.get("health", ""), "outage_hours": presence.get("outage_hours"), "generation": row.generation,
             "children": [
                 {"level": "device", "name": name, "children": []} for name in presence.get("devices", [])
-                if name not in serves or serves[name] >= newest[site_name, name]
+                if not isinstance(name, str) or serves.get(name, 0) >= (newest[site_name, name] if name in serves else 0)
             ],
         }
     _finish(root)

@@ -218,6 +218,7 @@ async def test_what_was_decided_before_a_crash_and_is_anothers_now_is_superseded
             await edge.stop()
 
 
+@pytest.mark.slow
 async def test_a_rule_moves_with_a_small_model_and_is_named_where_its_model_cannot(tmp_path: Path, broker: LocalBroker) -> None:
     asks = {**EACH, "id": "asks", "if": {"model": "small", "op": ">", "than": 80}}
     lacks = {**EACH, "id": "lacks", "if": {"model": "own", "op": ">", "than": 80}}

@@ -1,6 +1,8 @@
 """What stands around the core of a site: its messages, who gets which device, hand-over state of an engine, twins, fences, the hub's tree."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,3 +233,8 @@ def test_the_hub_shows_a_device_where_it_was_given_to_last() -> None:
     assert shown(replace(dead, presence={**dead.presence, "serves": {"d": 9}}), sibling) == {"a": ["d", "host"], "b": ["e", "host"]}
     assert shown(dead, row("b", {"d": 7}, ["d"], "other")) == {"a": ["d", "host"], "b": ["d"]}
     assert shown(row("a", {"d": "x"}, ["d"]), row("b", [], ["d"])) == {"a": ["d"], "b": ["d"]}
+
+
+def test_an_edge_without_shared_duties_loads_nothing_of_them() -> None:
+    code = "import sys, edge_runtime.runtime, edge_runtime.devices.bus; print([name for name in sys.modules if 'site' in name and name.startswith('edge_runtime')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
