@@ -11,6 +11,9 @@ from pathlib import Path
 
 from . import __version__
 
+DAYS_MAX = 36_500
+"""A hundred years: past it somebody has mistaken the unit."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
@@ -28,11 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     option("broker-password-file", "", "mosquitto password file, needed off loopback")
     option("listen", "127.0.0.1:8460", "where API and page listen")
     option("token-file", "", "file with the API token; else data-dir/token")
+    option("keep-telemetry-days", "30", "days that telemetry is kept; 0: for ever")
+    option("keep-decision-days", "365", "days that decisions and events are kept; 0: for ever")
     option("log-level", "info", "debug, info, warning, error")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
     logging.Formatter.converter = time.gmtime
     logging.getLogger("mqtt").setLevel(logging.WARNING)
+    from .retention import RetentionSettings
     from .server import BrokerError, Hub, HubSettings
     from .store import StoreError
 
@@ -41,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         broker_host, broker_port = _address(options.broker_listen, "broker-listen")
         token = Path(options.token_file).read_text().strip() if options.token_file else ""
         settings = HubSettings(
-            Path(options.data_dir), options.name, options.broker, broker_host, broker_port, options.broker_password_file, host=host, port=port, token=token
+            Path(options.data_dir), options.name, options.broker, broker_host, broker_port, options.broker_password_file, host=host, port=port, token=token,
+            retention=RetentionSettings(_days(options.keep_telemetry_days, "keep-telemetry-days"), _days(options.keep_decision_days, "keep-decision-days")),
         )
     except (ValueError, OSError) as error:
         print(f"novacron-hub: {error}", file=sys.stderr)
@@ -66,6 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _days(text: str, field: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days <= DAYS_MAX:
+        raise ValueError(f"{field}: {text!r} is not 0 to {DAYS_MAX}; use days, such as 30, or 0 to keep all")
+    return days
 
 
 def _address(text: str, field: str) -> tuple[str, int]:

@@ -42,6 +42,9 @@ DRAINING_MS = 10_000
 MAX_ERRORS = 100
 """Refused messages kept for a person to look at."""
 
+REFUSED_LOG_MS = 60_000
+"""One line per edge and this long: an edge gone wrong must not fill the hub's disk with its complaints."""
+
 
 @dataclass(slots=True)
 class Pace:
@@ -85,6 +88,7 @@ class Ingest:
         self._tasks: list[asyncio.Task[None]] = []
         self.counters: Counter[str] = Counter()
         self.errors: list[dict[str, Any]] = []
+        self._refused_logged: dict[str, int] = {}
         self._drained_ms: dict[str, int] = {}
         self._starved: set[str] = set()
         self._dirty_edges: dict[str, EdgeRow] = {}
@@ -135,7 +139,12 @@ class Ingest:
         if len(self.errors) >= MAX_ERRORS:
             del self.errors[0]
         self.errors.append({"edge": edge, "time_ms": self._now_ms(), **error.to_json()})
-        log.warning("a message of edge %s was refused: %s", edge, error)
+        now = self._now_ms()
+        if not 0 <= now - self._refused_logged.get(edge, -REFUSED_LOG_MS) < REFUSED_LOG_MS:
+            if len(self._refused_logged) >= MAX_ERRORS:
+                self._refused_logged.clear()
+            self._refused_logged[edge] = now
+            log.warning("a message of edge %s was refused: %s (its others of this minute are only counted)", edge, error)
 
     @property
     def queue_fill(self) -> float:

@@ -21,6 +21,7 @@ from .broker.base import Broker, BrokerError, is_loopback
 from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
 from .link import HubLink
+from .retention import Retention, RetentionSettings
 from .store.base import Store
 from .store.sqlite import SqliteStore
 
@@ -42,6 +43,7 @@ class HubSettings:
         broker: auto, embedded, mosquitto or a URL; with `broker_host` and `broker_port` where ours listens (0: a free port).
         host, port: where API and page listen (0: a free port).
         token: the API's token; empty: made at the first start and kept in data_dir/token.
+        retention: how long records are kept.
     """
 
     data_dir: Path
@@ -56,6 +58,7 @@ class HubSettings:
     port: int = 8460
     token: str = ""
     shared_group: str = ""
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
 
 
 def _wall_ms() -> int:
@@ -112,6 +115,8 @@ class Hub:
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
+        self.retention = Retention(self.ingest, settings.retention, read=self.read, now_ms=self.now_ms)
+        self._pruning: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -156,6 +161,7 @@ class Hub:
         )
         self.ingest.start()
         self.link.start()
+        self._pruning = asyncio.get_running_loop().create_task(self.retention.run(), name="retention")
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
@@ -163,6 +169,9 @@ class Hub:
             await self._runner.cleanup()
         if hasattr(self, "link"):
             await self.link.stop()
+        if self._pruning is not None:
+            self._pruning.cancel()
+            await asyncio.gather(self._pruning, return_exceptions=True)
         await self.ingest.stop()
         if hasattr(self, "broker"):
             await self.broker.close()

@@ -282,11 +282,15 @@ class Lane:
             if not self._begin_soon:
                 # At the end of this turn of the loop, so that everything read from the socket in it is one group.
                 self._begin_soon = True
-                self._loop.call_soon(self._begin)
+                self._loop.call_soon(self._begin_due)
         elif self._timer is None or due < self._timer.when() - 0.001:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._loop.call_at(due, self._timed)
+
+    def _begin_due(self) -> None:
+        if self._begin_soon:  # else `begin_now` was faster, and what has come since has a time of its own
+            self._begin()
 
     def begin_now(self) -> None:
         """Begin the group that is due at the end of this turn of the loop: the caller knows that nothing more comes in it."""

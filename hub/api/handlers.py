@@ -11,7 +11,7 @@ from aiohttp import web
 
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.limits import MAX_MESSAGE_BYTES
+from edge_runtime.contract.limits import MAX_INTEGER, MAX_MESSAGE_BYTES
 from edge_runtime.contract.schema import ID_PATTERN
 from edge_runtime.contract.streams import STREAMS
 
@@ -247,7 +247,8 @@ class HubApi:
         """The chain over the rows as they are stored now: what the book computed when they came says nothing of what became of them since."""
 
         def part(after: int, chain: bytes) -> tuple[int, bytes]:
-            for stored in self._hub.store.read_records(edge, stream, after=after, before=last + 1, limit=HASH_CHUNK):
+            # An edge may name the largest number that there is: nothing is past it.
+            for stored in self._hub.store.read_records(edge, stream, after=after, before=last + 1 if last < MAX_INTEGER else None, limit=HASH_CHUNK):
                 chain, after = stored.record.chain(chain), stored.record.seq
             return after, chain
 

@@ -3,7 +3,7 @@
 Methods are synchronous; the hub calls them on one writer thread and (the `read_` ones) on one reader thread.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,5 +128,5 @@ class Store(Protocol):
     def read_outages(self, since_ms: int, limit: int = 1000) -> list[dict[str, Any]]:
         """Outages that ended after `since_ms` or have not ended."""
 
-    def prune(self, stream: str, keep: int, edges: Iterable[str]) -> int:
-        """Delete all but the newest `keep` records of a stream per edge (retention); returns how many went."""
+    def prune(self, edge: str, stream: str, upto: int, chain: bytes) -> int:
+        """Delete a stream's records with seq <= `upto`; its base becomes `upto` + 1, the chain before it `chain`. Returns how many went."""

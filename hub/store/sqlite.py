@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,15 +191,12 @@ class SqliteStore:
             "INSERT INTO outages VALUES (?,?,?,?) ON CONFLICT(edge, start_ms) DO UPDATE SET end_ms=excluded.end_ms", (edge, start_ms, end_ms, reason)
         )
 
-    def prune(self, stream: str, keep: int, edges: Iterable[str]) -> int:
+    def prune(self, edge: str, stream: str, upto: int, chain: bytes) -> int:
         """See `Store.prune`."""
-        count = 0
-        for edge in edges:
-            count += self._write.execute(
-                "DELETE FROM records WHERE edge=? AND stream=? AND seq<=(SELECT max(seq) FROM records WHERE edge=? AND stream=?)-?",
-                (edge, stream, edge, stream, keep),
-            ).rowcount
-        return count
+        with self._transaction() as connection:
+            count = connection.execute("DELETE FROM records WHERE edge=? AND stream=? AND seq<=?", (edge, stream, upto)).rowcount
+            connection.execute("UPDATE streams SET base=?, base_chain=? WHERE edge=? AND stream=?", (upto + 1, chain, edge, stream))
+        return int(count)
 
     # -- reading -------------------------------------------------------------------------------------------------------------
 

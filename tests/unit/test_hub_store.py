@@ -207,14 +207,15 @@ def test_outages_open_and_end(store: Store) -> None:
     assert [one["start_ms"] for one in store.read_outages(0, 1)] == [3000]
 
 
-def test_prune_keeps_the_newest_of_each_edge(store: Store) -> None:
-    for edge, count in (("gw-1", 10), ("gw-2", 3), ("gw-3", 10)):
-        keep(store, *(stored(edge, "telemetry", seq) for seq in range(1, count + 1)), stored(edge, "decision", 1))
-    assert store.prune("telemetry", 4, ["gw-1", "gw-2", "nobody"]) == 6
+def test_prune_moves_the_base_with_what_went(store: Store) -> None:
+    for edge in ("gw-1", "gw-2"):
+        keep(store, *(stored(edge, "telemetry", seq) for seq in range(1, 11)), stored(edge, "decision", 1))
+        store.commit(Transaction(streams={(edge, "telemetry"): stream_row(edge, "telemetry", 10, [])}))
+    assert store.prune("gw-1", "telemetry", 6, b"c" * 16) == 6
     assert seqs(store.read_records("gw-1", "telemetry")) == [7, 8, 9, 10]
-    assert seqs(store.read_records("gw-2", "telemetry")) == [1, 2, 3]
-    assert len(store.read_records("gw-3", "telemetry")) == 10 and len(store.read_records("gw-1", "decision")) == 1
-    assert store.prune("telemetry", 4, ["gw-1", "gw-2"]) == 0
+    assert len(store.read_records("gw-2", "telemetry")) == 10 and len(store.read_records("gw-1", "decision")) == 1
+    assert {row.edge: (row.base, row.base_chain) for row in store.streams()} == {"gw-1": (7, b"c" * 16), "gw-2": (1, bytes(16))}
+    assert store.prune("gw-1", "telemetry", 6, b"c" * 16) == 0 and store.prune("nobody", "telemetry", 6, b"") == 0
 
 
 def test_opening_again_keeps_all(opener: Opener) -> None:

@@ -108,6 +108,26 @@ def test_a_planted_acknowledgement_before_commit_is_seen(tmp_path: Path) -> None
     assert asyncio.run(run()) == [0]
 
 
+async def test_a_decision_is_one_commit(tmp_path: Path) -> None:
+    """Marks that moved (effects done) ride with a later commit; they are none of their own after each decision."""
+    journal = make(tmp_path)
+    journal.start()
+    lane = journal.lanes["journal"]
+    before = lane.commits
+    for number in range(20):
+        durable = asyncio.Event()
+        journal.append("decision", "decision", {"n": number}, lambda _record, durable=durable: durable.set())  # type: ignore[misc]
+        journal.commit_now()
+        await durable.wait()
+        for _ in range(5):
+            await asyncio.sleep(0)  # what stands in the loop's queue runs
+        journal.effects_done("decision", number + 1)
+    assert lane.commits - before <= 21, "each decision, and at most once the marks"
+    await journal.flush()
+    assert journal.marks("decision").effects == 20
+    await journal.close()
+
+
 async def test_receipts_free_records_and_the_floor_keeps_the_chain(tmp_path: Path) -> None:
     journal = make(tmp_path, retain_receipted_records=10)
     journal.start()
