@@ -59,7 +59,7 @@ class Duties(Protocol):
         """What only time decides, on our devices."""
 
     def tag(self, device: str) -> dict[str, Any]:
-        """What the journal says of a decision on `device` besides: `fence`, and `for` where another edge is stood in for."""
+        """What the journal says of a decision on `device` besides: `fence`, and `for` and that edge's `generation` where another is stood in for."""
 
     def snapshot(self, decision: Decision) -> dict[str, Any] | None:
         """The hand-over state of its device as this decision left it, None where nothing of it has changed."""

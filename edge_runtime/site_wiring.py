@@ -183,7 +183,9 @@ class SharedDuties:
         duty = self.member.may_send(device, self._now())
         if duty is None:
             return {}
-        return {"fence": duty.fence} if duty.origin == self._edge else {"fence": duty.fence, "for": duty.origin}
+        if duty.origin == self._edge:
+            return {"fence": duty.fence}
+        return {"fence": duty.fence, "for": duty.origin, "generation": self._specs.get(duty.origin, {}).get("generation", 0)}
 
     def snapshot(self, decision: Decision) -> dict[str, Any] | None:
         """See `pipeline.Duties`."""
@@ -403,16 +405,20 @@ class SharedDuties:
         """Take what waited for a duty that is ours now; drop what has become another's."""
         if not self._waiting:
             return
-        now = self._now()
+        now, taken = self._now(), False
         waiting, self._waiting = self._waiting, deque()
         for device, take in waiting:
             standing = self.member.standing(device, now)
             if standing == OURS:
                 take()
+                taken = True
             elif standing == OTHERS:
                 self._dropped(1)
             else:
                 self._waiting.append((device, take))
+        if taken:
+            self._runtime.pipeline.batch_end()
+            self._runtime.pipeline.batch_sent()
 
     def _hand_over(self, device: str, state: dict[str, Any] | None, released: bool = False) -> None:
         duty = self.member.may_send(device, self._now())

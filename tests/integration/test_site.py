@@ -19,15 +19,17 @@ import pytest
 import yaml
 
 from edge_runtime.clock import SystemClock
-from edge_runtime.config.schema import ModelConfig
+from edge_runtime.config.schema import ModelConfig, UplinkConfig
 from edge_runtime.contract.site_messages import Duty
 from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.site.member import OURS, Member
 from edge_runtime.site_wiring import SharedDuties
+from hub.hierarchy import build_tree
+from hub.server import Hub
 from tools.bench.harness import ROOT, die_with_parent, free_port
 
 from .edges import Device, Edge, LocalBroker
-from .hub_side import needs_mosquitto
+from .hub_side import needs_mosquitto, running_hub
 from .site_edges import EACH, HOMES, LATCHED, Obedient, served_by, serving, site_config
 from .test_edge_desired import model
 from .waiting import until
@@ -156,40 +158,59 @@ async def test_a_sibling_takes_over_from_a_killed_edge_and_does_nothing_twice(si
 
 
 async def test_goodbye_hands_over_at_once_and_what_is_anothers_is_left_alone(tmp_path: Path, broker: LocalBroker) -> None:
-    edges = {name: Edge(site_config(name, tmp_path, broker.port)) for name in ("gw-1", "gw-2")}
-    for edge in edges.values():
-        await edge.start()
-    try:
-        async with Device(broker.port, "boiler-1") as boiler:
-            obedient = Obedient(boiler)
-            async with Numbered(boiler, 0.02) as numbered:
-                await served_by(edges, "boiler-1", "gw-1")
-                first, second = edges["gw-1"], edges["gw-2"]
-                first.runtime.pipeline.desire("boiler-1", {"mode": "eco"})
-                await until(lambda: boiler.got("desired"), what="the twin is told")
-                # The hub's command for a device of another is not done here, and it says so.
-                second.desire(1, commands=[{"id": "c-1", "device": "boiler-1", "name": "on", "args": {}, "expires_ms": second.now_ms() + 60_000}], twins={"boiler-1": {"mode": "no"}})
-                await until(lambda: second.runtime.metrics.value("commands_superseded_total") == 1, what="the command is superseded")
-                states = [(body["state"], body["reason"]) for body in await second.records("event", "operation")]
-                assert states == [("running", ""), ("superseded", "boiler-1 is served by gw-1 now, not by this edge")] and second.runtime._commands == {"c-1": "superseded"}
-                assert boiler.got("desired") == [{"version": 1, "desired": {"mode": "eco"}}]
-                went = time.monotonic()
-                await first.stop()
-                await served_by(edges, "boiler-1", "gw-2")
-                assert time.monotonic() - went < TAKEOVER_S
-                upto = numbered.sent + 20
-                await until(lambda: obedient.numbers() and max(obedient.numbers()) > upto, what="gw-2 decides")
-                # And the new one does what the hub wants of a device that is its own now, with the fence of its duty.
-                second.desire(2, commands=[{"id": "c-2", "device": "boiler-1", "name": "on", "args": {}, "expires_ms": second.now_ms() + 60_000}])
-                await until(lambda: any(body["id"] == "c-2" for body in obedient.done), what="the hub's command")
-                (ordered,) = [body for body in obedient.done if body["id"] == "c-2"]
-                assert ordered["duty"] == "boiler-1" and ordered["fence"] > 0
-        nothing_twice(obedient)
-        assert obedient.refused == []
-        assert {body["name"] for body in obedient.done if body["id"].startswith("gw-2")} == {"count"}
-    finally:
+    async with running_hub(tmp_path / "hub", "mosquitto") as hub:
+        uplink = UplinkConfig(url=f"mqtt://127.0.0.1:{hub.broker.port}", backoff_base_s=0.05, backoff_cap_s=0.3)
+        edges = {name: Edge(site_config(name, tmp_path, broker.port, uplink=uplink)) for name in ("gw-1", "gw-2")}
         for edge in edges.values():
-            await edge.stop()
+            await edge.start()
+        try:
+            await _goodbye(hub, edges, broker)
+        finally:
+            for edge in edges.values():
+                await edge.stop()
+
+
+def shown(hub: Hub) -> dict[str, list[str]]:
+    """Edge to the devices that the hub's tree shows under it."""
+    nodes = [node for region in build_tree(hub.fleet.rows.values(), hub.now_ms())["children"] for site in region["children"] for node in site["children"]]
+    return {edge["name"]: [device["name"] for device in edge["children"]] for node in nodes for edge in node["children"]}
+
+
+async def _goodbye(hub: Hub, edges: dict[str, Edge], broker: LocalBroker) -> None:
+    async with Device(broker.port, "boiler-1") as boiler:
+        obedient = Obedient(boiler)
+        async with Numbered(boiler, 0.02) as numbered:
+            await served_by(edges, "boiler-1", "gw-1")
+            await until(lambda: shown(hub) == {"gw-1": ["boiler-1"], "gw-2": []}, what="the hub shows the boiler at home")
+            first, second = edges["gw-1"], edges["gw-2"]
+            first.runtime.pipeline.desire("boiler-1", {"mode": "eco"})
+            await until(lambda: boiler.got("desired"), what="the twin is told")
+            # The hub's command for a device of another is not done here, and it says so.
+            one = {"id": "c-1", "device": "boiler-1", "name": "on", "args": {}, "expires_ms": second.now_ms() + 60_000}
+            await hub.change_desired("gw-2", {"commands": [one], "twins": {"boiler-1": {"mode": "no"}}})
+            await until(lambda: second.runtime.metrics.value("commands_superseded_total") == 1, what="the command is superseded")
+            states = [(body["state"], body["reason"]) for body in await second.records("event", "operation")]
+            assert states == [("running", ""), ("superseded", "boiler-1 is served by gw-1 now, not by this edge")] and second.runtime._commands == {"c-1": "superseded"}
+            assert boiler.got("desired") == [{"version": 1, "desired": {"mode": "eco"}}]
+            await first.stop()
+            await served_by(edges, "boiler-1", "gw-2")
+            upto = numbered.sent + 20
+            await until(lambda: obedient.numbers() and max(obedient.numbers()) > upto, what="gw-2 decides")
+            # And the new one does what the hub wants of a device that is its own now, with the fence of its duty.
+            await hub.change_desired("gw-2", {"commands": [one, {**one, "id": "c-2"}]})
+            await until(lambda: any(body["id"] == "c-2" for body in obedient.done), what="the hub's command")
+            (ordered,) = [body for body in obedient.done if body["id"] == "c-2"]
+            assert ordered["duty"] == "boiler-1" and ordered["fence"] > 0
+    nothing_twice(obedient)
+    assert obedient.refused == []
+    assert {body["name"] for body in obedient.done if body["id"].startswith("gw-2")} == {"count"}
+    await until(lambda: shown(hub) == {"gw-1": [], "gw-2": ["boiler-1"]}, what="the hub shows the boiler where it is served")
+    told = await hub.read(lambda: hub.store.read_latest(streams=("event",), kinds=("site",), limit=100))
+    bodies = [(stored.edge, json.loads(stored.record.body)) for _, stored in told]
+    assert [body["duties"][0]["from"] for edge, body in bodies if edge == "gw-2" and body["what"] == "taken"] == ["gw-1"]
+    # The hub's word for gw-1, which it may still send, moves nothing: who serves is the site's to say.
+    await hub.change_desired("gw-1", {"twins": {"boiler-1": {"mode": "hub"}}})
+    assert serving(edges, "boiler-1") == ["gw-2"]
 
 
 async def test_what_was_decided_before_a_crash_and_is_anothers_now_is_superseded(tmp_path: Path, broker: LocalBroker) -> None:
