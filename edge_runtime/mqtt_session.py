@@ -110,12 +110,11 @@ class MqttSession:
         persistent: keep the session at the broker across connections.
         keepalive_s: seconds between signs of life.
         protocol5: speak MQTT 5, else 3.1.1.
-        session_expiry_s: how long an MQTT 5 broker keeps a persistent session.
     """
 
     def __init__(
         self, endpoint: Endpoint, client_id: str, on_message: Message, *, will: Will | None = None, persistent: bool = False,
-        keepalive_s: int = 15, protocol5: bool = True, receive_max: int = RECEIVE_BUFFER_LIMIT, session_expiry_s: int = SESSION_EXPIRY_S,
+        keepalive_s: int = 15, protocol5: bool = True, receive_max: int = RECEIVE_BUFFER_LIMIT,
     ) -> None:
         self.connack_timeout_s = CONNECT_TIMEOUT_S
         self.endpoint = endpoint
@@ -126,7 +125,6 @@ class MqttSession:
         self._persistent = persistent
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
-        self._session_expiry_s = session_expiry_s
         self._client: Any = None  # a `BufferedClient`
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[SessionClosed] = self._loop.create_future()
@@ -222,7 +220,7 @@ class MqttSession:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = self._receive_max
         if self._persistent:
-            properties.SessionExpiryInterval = self._session_expiry_s
+            properties.SessionExpiryInterval = SESSION_EXPIRY_S
         return properties
 
     async def disconnect(self) -> None:

@@ -22,7 +22,7 @@ from .contract.site_messages import Duty
 from .decisions.engine import Decision, DecisionEngine
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .site.link import SiteLink
-from .site.member import LEASE_MS, OTHERS, OURS, Member
+from .site.member import OTHERS, OURS, Member
 
 if TYPE_CHECKING:
     from .runtime import EdgeRuntime
@@ -40,9 +40,6 @@ SMALL_MODELS_CHARS = 65_536
 
 EVENT_DUTIES = 200
 """Duties told in one record."""
-
-BROKER_KEEPS_S = LEASE_MS // 1000 + 4
-"""How long the broker keeps what comes while our connection is gone: past our lease it is another's to decide."""
 
 LEAVE_S = 5.0
 """How long an orderly stop waits for the disk before it hands over."""
@@ -66,7 +63,6 @@ class SharedDuties:
         self.link = SiteLink(config.site, self.member, self, runtime.metrics, publish=self._publish, mono_ms=runtime.clock.mono_ms, keep=self._keep)
         self.topics = topics.site_subscriptions(config.site)
         self.prefix = topics.site_topic(config.site, "")
-        self.session_expiry_s = BROKER_KEEPS_S
         self._kept = self.member.number
         self._standins: dict[str, DecisionEngine] = {}
         self._specs: dict[str, dict[str, Any]] = {}

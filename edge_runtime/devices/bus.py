@@ -63,8 +63,6 @@ class Aside(Protocol):
     """What to subscribe to."""
     prefix: str
     """How the topics begin that are its own."""
-    session_expiry_s: int
-    """How long the broker shall keep what comes while the connection is gone."""
 
     def connected(self) -> None:
         """Connected; the subscription follows."""
@@ -126,12 +124,10 @@ class Bus:
         )
 
     def _make(self, protocol5: bool) -> MqttSession:
-        named: dict[str, Any] = {"persistent": True}
-        if self._aside is not None:
-            # What waits at the broker is another's to decide after this. A 3.1.1 broker keeps a session for ever or not at all.
-            named = {"persistent": protocol5, "session_expiry_s": self._aside.session_expiry_s}
+        # Where devices are shared, nothing is kept for us: it may be another's to decide by then, and what was under way would come, and be decided, twice.
         return self._make_session(
-            self._endpoint, f"novacron-bus-{self._edge}", self._message, keepalive_s=self._keepalive_s, protocol5=protocol5, receive_max=self._receive_max, **named
+            self._endpoint, f"novacron-bus-{self._edge}", self._message, persistent=self._aside is None, keepalive_s=self._keepalive_s, protocol5=protocol5,
+            receive_max=self._receive_max,
         )
 
     def _failed(self, error: SessionClosed) -> None:

@@ -301,6 +301,32 @@ async def test_the_check_finds_a_planted_bug(tmp_path: Path, broker: LocalBroker
 
 
 @pytest.mark.slow
+async def test_a_broken_connection_moves_nothing_and_brings_nothing_twice(tmp_path: Path, broker: LocalBroker) -> None:
+    edges = {edge: Edge(site_config(edge, tmp_path, broker.port)) for edge in ("gw-1", "gw-2")}
+    for edge in edges.values():
+        await edge.start()
+    try:
+        async with Device(broker.port, "boiler-1") as boiler:
+            obedient = Obedient(boiler)
+            async with Numbered(boiler, 0.01):
+                await served_by(edges, "boiler-1", "gw-1")
+                for _ in range(4):
+                    before = edges["gw-1"].runtime.metrics.value("bus_connects_total")
+                    bus = edges["gw-1"].runtime.bus
+                    assert bus is not None and bus._session is not None
+                    bus._session.abort("the test cuts it")
+                    await until(lambda before=before: edges["gw-1"].runtime.metrics.value("bus_connects_total") > before and serving(edges, "boiler-1") == ["gw-1"], what="it goes on")  # type: ignore[misc]
+                    upto = max(obedient.numbers(), default=0) + 30
+                    await until(lambda upto=upto: max(obedient.numbers(), default=0) > upto, what="it decides")  # type: ignore[misc]
+        nothing_twice(obedient)
+        assert {body["fence"] for body in obedient.done} == {edges["gw-1"].runtime.site.member.started["boiler-1"].fence}  # type: ignore[union-attr]
+        assert await edges["gw-2"].records("decision") == []
+    finally:
+        for edge in edges.values():
+            await edge.stop()
+
+
+@pytest.mark.slow
 async def test_stopped_restarted_and_with_a_broker_that_forgets_nothing_is_done_twice(site: tuple[dict[str, Edge], Process], broker: LocalBroker) -> None:
     edges, first = site
     async with Device(broker.port, "boiler-1") as boiler:
