@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from tools.fencing import Fences
 from tools.novactl.client import Api
 from tools.novactl.verify import verify_edge
 
-from .harness import ROOT, arguments, free_port, machine, note, private_mosquitto, report, spread
+from .harness import ROOT, arguments, machine, note, private_mosquitto, report, spread
 
 SITE = "bench-site"
 EDGES = tuple(f"edge-{number}" for number in range(1, 6))
@@ -59,6 +60,16 @@ RULES: list[dict[str, Any]] = [
         "then": [{"command": {"device": "$device", "name": "cool", "args": {}, "expires": "60s"}}],
     },
 ]
+
+
+def lasting_port() -> int:
+    """A free port below the ephemeral range: while the hub is away nobody may get it, least of all an edge that tries to connect to it."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(low // 2, low)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Devices:
@@ -128,8 +139,8 @@ class Site:
 
     def __init__(self, options: argparse.Namespace, home: Path, bus_port: int) -> None:
         self.options, self.home, self.bus_port = options, home, bus_port
-        self.hub_port, self.broker_port = free_port(), free_port()
-        self.ports = {edge: free_port() for edge in EDGES}
+        self.hub_port, self.broker_port = lasting_port(), lasting_port()
+        self.ports = {edge: lasting_port() for edge in EDGES}
         self.apis = {edge: Api(f"http://127.0.0.1:{port}") for edge, port in self.ports.items()}
         self.env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
