@@ -10,7 +10,8 @@ on our side, and TCP_QUICKACK after each read, so that a broker that lacks `set_
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -426,6 +427,19 @@ class MqttSession:
             self._acks[info.mid] = on_ack
         self._flush()
         return True
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published inside goes to the socket in one write: a kill leaves all of it or none."""
+        if self._corked:
+            yield  # the turn of the loop writes at its end
+            return
+        self._corked = True
+        try:
+            yield
+        finally:
+            self._corked = False
+            self._flush()
 
 
 class _Expiry:

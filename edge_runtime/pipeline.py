@@ -7,6 +7,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from .clock import Clock, Stamp
@@ -45,6 +46,40 @@ class Publish(Protocol):
         """See `Bus.publish`."""
 
 
+class Duties(Protocol):
+    """Which devices are ours to act on, where several edges share them; see `site_wiring`."""
+
+    def admit(self, device: str, take: Callable[[], None], done: Done) -> bool:
+        """Whether a message of `device` is taken now. Where not, it is called with `take` later, or dropped; `done` is seen to."""
+
+    def engine(self, device: str) -> DecisionEngine:
+        """What decides on `device`."""
+
+    def tick(self, mono_ms: int) -> list[Decision]:
+        """What only time decides, on our devices."""
+
+    def tag(self, device: str) -> dict[str, Any]:
+        """What the journal says of a decision on `device` besides: `fence`, and `for` and that edge's `generation` where another is stood in for."""
+
+    def snapshot(self, decision: Decision) -> dict[str, Any] | None:
+        """The hand-over state of its device as this decision left it, None where nothing of it has changed."""
+
+    def hand_over(self, device: str, state: dict[str, Any] | None = None) -> None:
+        """Publish the hand-over state of `device`; None takes what it is now."""
+
+    def sending(self, device: str, fence: int) -> tuple[str, int]:
+        """Whether a command of the duty `device` may go out now: `ours` and the fence to send, `waits`, or `others` and 0."""
+
+    def replied(self, device: str, message: dict[str, Any]) -> bool:
+        """Whether the reply to a command is ours to journal."""
+
+    def server(self, device: str) -> str:
+        """Who serves the device, in words."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is published inside goes out in one write."""
+
+
 class _Countdown:
     """Calls `done` when it has been called `count` times (once per record of a message)."""
 
@@ -63,9 +98,9 @@ class _Countdown:
 class _Command:
     """A command on its way to a device."""
 
-    __slots__ = ("again", "args", "device", "expires_ms", "id", "name", "sent", "seq")
+    __slots__ = ("again", "args", "device", "duty", "expires_ms", "fence", "id", "name", "sent", "seq")
 
-    def __init__(self, id_: str, device: str, name: str, args: dict[str, Any], expires_ms: int, seq: int, again: bool = False) -> None:
+    def __init__(self, id_: str, device: str, name: str, args: dict[str, Any], expires_ms: int, seq: int, again: bool = False, duty: str = "", fence: int = 0) -> None:
         self.id = id_
         self.device = device
         self.name = name
@@ -73,12 +108,16 @@ class _Command:
         self.expires_ms = expires_ms
         self.seq = seq
         self.again = again
+        self.duty = duty
+        self.fence = fence
         self.sent = False
 
     def payload(self) -> bytes:
         body: dict[str, Any] = {"id": self.id, "name": self.name, "args": self.args, "expires_ms": self.expires_ms}
         if self.again:
             body["again"] = True
+        if self.fence:
+            body |= {"duty": self.duty, "fence": self.fence}
         return jsoncodec.encode(body).encode()
 
 
@@ -106,6 +145,8 @@ class Pipeline:
         self.decided = 0
         self.decided_offline = 0
         self.readings_taken = 0
+        self.duties: Duties | None = None
+        """Set where devices are shared with other edges."""
         self.command_source: Callable[[str, str], None] = lambda _id, _state: None
         self._commands: OrderedDict[str, _Command] = OrderedDict()
         self._open_effects: dict[int, int] = {}
@@ -116,6 +157,11 @@ class Pipeline:
 
     def readings(self, device: str, readings: list[Reading], done: Done) -> None:
         """Readings of one message, in order; `done` once all that came of them is durable."""
+        if self.duties is not None and not self.duties.admit(device, lambda: self.readings(device, readings, _nothing), done):
+            return
+        self._read(device, readings, done)
+
+    def _read(self, device: str, readings: list[Reading], done: Done) -> None:
         stamp = self._clock.stamp()
         kept: list[Reading] = []
         for reading in readings:
@@ -128,8 +174,9 @@ class Pipeline:
 
     def _take(self, device: str, readings: list[Reading], stamp: Stamp, done: Done) -> None:
         decisions: list[Decision] = []
+        engine = self.engine if self.duties is None else self.duties.engine(device)
         for reading in readings:
-            decisions += self.engine.evaluate(device, reading.values, stamp.mono_ms, stamp.wall_ms if reading.device_ms is None else reading.device_ms)
+            decisions += engine.evaluate(device, reading.values, stamp.mono_ms, stamp.wall_ms if reading.device_ms is None else reading.device_ms)
         self.readings_taken += len(readings)
         count = _Countdown(len(readings) + len(decisions), done)
         if not count.count:
@@ -160,27 +207,39 @@ class Pipeline:
                     count(_REFUSED)
 
     def host_reading(self, device: str, values: dict[str, Value]) -> None:
-        """A reading of the host itself: nobody waits for it."""
-        self.readings(device, [Reading(values)], _nothing)
+        """A reading of the host itself: nobody waits for it, and it is nobody's but ours."""
+        self._read(device, [Reading(values)], _nothing)
         self._keep_telemetry()
 
     def tick(self) -> None:
         """Let time-driven rules decide (durations, silence)."""
         stamp = self._clock.stamp()
-        for decision in self.engine.tick(stamp.mono_ms):
+        for decision in self.engine.tick(stamp.mono_ms) if self.duties is None else self.duties.tick(stamp.mono_ms):
             self._decide(decision, stamp, _nobody_waits)
 
     # -- deciding ------------------------------------------------------------------------------------------------------------
 
     def _decide(self, decision: Decision, stamp: Stamp, count: Callable[[Record], None]) -> None:
         offline = self._offline()
-        body = {
+        body: dict[str, Any] = {
             "rule": decision.rule, "device": decision.device, "outcome": decision.outcome, "inputs": decision.inputs,
             "actions": [action.to_json() for action in decision.actions], "generation": self.generation, "offline": offline,
         }
 
+        handed: dict[str, Any] | None = None
+        if self.duties is not None:
+            body |= self.duties.tag(decision.device)
+            handed = self.duties.snapshot(decision)
+        fence = body.get("fence", 0)
+
         def durable(record: Record) -> None:
-            self._act(record, decision)
+            if self.duties is None:
+                self._act(record, decision, fence)
+            else:
+                with self.duties.together():  # a kill leaves both or neither: who takes over knows of a latch whose command is out
+                    if handed is not None:
+                        self.duties.hand_over(decision.device, handed)
+                    self._act(record, decision, fence)
             count(record)
 
         try:
@@ -196,7 +255,7 @@ class Pipeline:
 
     # -- acting --------------------------------------------------------------------------------------------------------------
 
-    def _act(self, record: Record, decision: Decision) -> None:
+    def _act(self, record: Record, decision: Decision, fence: int) -> None:
         self._last_decision = max(self._last_decision, record.seq)
         commands = 0
         for number, action in enumerate(decision.actions):
@@ -204,7 +263,7 @@ class Pipeline:
             if action.kind == "command":
                 commands += 1
                 self._open_effects[record.seq] = self._open_effects.get(record.seq, 0) + 1
-                self._command(self._command_of(record, number, detail["command"]))
+                self._command(self._command_of(record, number, detail["command"], decision.device, fence))
             elif action.kind == "alert":
                 alert = detail["alert"]
                 self._metrics.inc("alerts_total", severity=alert["severity"])
@@ -220,11 +279,12 @@ class Pipeline:
         if not commands:
             self._effects_settled()
 
-    def _command_of(self, record: Record, number: int, detail: dict[str, Any], again: bool = False) -> _Command:
+    def _command_of(self, record: Record, number: int, detail: dict[str, Any], duty: str, fence: int, again: bool = False) -> _Command:
         expires_ms = record.wall_ms + int(detail.get("expires_ms") or DEFAULT_EXPIRY_MS)
         # The boot is part of the id: a record that was acted on but never became durable must not share its id with a later one.
         return _Command(
-            f"{self._edge}.{record.boot[:8]}.{record.seq}.{number}", detail["device"], detail["name"], detail.get("args") or {}, expires_ms, record.seq, again
+            f"{self._edge}.{record.boot[:8]}.{record.seq}.{number}", detail["device"], detail["name"], detail.get("args") or {}, expires_ms, record.seq, again,
+            duty if fence else "", fence,
         )
 
     def _command(self, command: _Command) -> None:
@@ -244,6 +304,16 @@ class Pipeline:
             self._commands.pop(command.id, None)
             self._expired(command, "expired before the bus took it")
             return
+        if self.duties is not None and command.duty:
+            # Here and not only where it was decided: a process that was stopped in between must not act when it goes on.
+            standing, fence = self.duties.sending(command.duty, command.fence)
+            if standing == "waits":
+                return
+            if standing == "others":
+                self._commands.pop(command.id, None)
+                self._expired(command, f"{command.duty} is served by {self.duties.server(command.duty)} now, not by this edge", "superseded")
+                return
+            command.fence = fence
 
         def acknowledged() -> None:
             if self._commands.pop(command.id, None) is not None:
@@ -255,11 +325,11 @@ class Pipeline:
             command.device, "command", command.payload(), expiry_s=max(1, (command.expires_ms - now_ms) // 1000), on_ack=acknowledged
         )
 
-    def _expired(self, command: _Command, reason: str) -> None:
-        self._metrics.inc("commands_expired_total")
-        operation = Operation(command.id, "command", "expired", 0, "", reason, {"device": command.device, "name": command.name})
+    def _expired(self, command: _Command, reason: str, state: str = "expired") -> None:
+        self._metrics.inc(f"commands_{state}_total")
+        operation = Operation(command.id, "command", state, 0, "", reason, {"device": command.device, "name": command.name})
         self._journal.append("event", "operation", operation.to_json())
-        self.command_source(command.id, "expired")
+        self.command_source(command.id, state)
         self._settle(command.seq)
 
     def _settle(self, seq: int) -> None:
@@ -294,7 +364,14 @@ class Pipeline:
         for command in list(self._commands.values()):
             if command.sent:
                 command.again = True
-            self._send(command)
+                command.sent = False
+        self.send_waiting()
+
+    def send_waiting(self) -> None:
+        """Send the commands that have not gone out, as far as they may now."""
+        for command in list(self._commands.values()):
+            if not command.sent:
+                self._send(command)
 
     async def replay(self, latched: int) -> int:
         """After a restart: send again what was decided and not confirmed, with the same ids, unless it has expired; set the latches
@@ -308,12 +385,12 @@ class Pipeline:
                 break
             for record in records:
                 body = jsoncodec.decode(record.body.encode())
-                if record.seq > latched and record.kind == "decision":
+                if record.seq > latched and record.kind == "decision" and "for" not in body:
                     self.engine.latch(body.get("rule", ""), body.get("device", ""), body.get("outcome") == "fired")
                 for number, detail in enumerate(body.get("actions", ()) if record.seq > marks.effects else ()):
                     if "command" in detail:
                         self._open_effects[record.seq] = self._open_effects.get(record.seq, 0) + 1
-                        self._command(self._command_of(record, number, detail["command"], again=True))
+                        self._command(self._command_of(record, number, detail["command"], body.get("device", ""), body.get("fence", 0), again=True))
                         count += 1
             first = records[-1].seq + 1
         self._effects_settled()
@@ -326,26 +403,41 @@ class Pipeline:
         device = self.registry.desire(device_id, patch, replace)
         if device is None:
             return False
-        self._journal.put_state(f"twin/{device.id}", device.to_state(), lambda: self._publish_desired(device))
+        self._journal.put_state(f"twin/{device.id}", device.to_state(), lambda: self._publish_desired(device, changed=True))
         return True
 
-    def _publish_desired(self, device: Device) -> None:
+    def _publish_desired(self, device: Device, changed: bool = False) -> None:
+        if self.duties is not None and self.duties.sending(device.id, 0)[0] != "ours":
+            return  # said when the device is ours (again)
+        if changed and self.duties is not None:
+            self.duties.hand_over(device.id)
         if self._publish is not None:
             body = {"version": device.desired_version, "desired": device.desired}
             self._publish(device.id, "desired", jsoncodec.encode(body).encode(), retain=True)
 
     def order(self, command_id: str, device: str, name: str, args: dict[str, Any], expires_ms: int, again: bool = False) -> None:
         """Send a command that the hub wants; its record must be durable already."""
-        self._command(_Command(command_id, device, name, args, expires_ms, 0, again))
+        self._command(_Command(command_id, device, name, args, expires_ms, 0, again, device if self.duties is not None else ""))
+
+    def adopt(self, device: str, state: dict[str, Any]) -> None:
+        """Take a device over as another edge left it, and say its desired state."""
+        found = self.registry.adopt(device, state)
+        self._journal.put_state(f"twin/{device}", found.to_state())
+        if found.desired_version:
+            self._publish_desired(found)
 
     # -- what devices say besides readings -----------------------------------------------------------------------------------
 
     def registered(self, device: str, message: dict[str, Any], done: Done) -> None:
         """A device said what it is; readings that came early follow at once."""
+        if self.duties is not None and not self.duties.admit(device, lambda: self.registered(device, message, _nothing), done):
+            return
         stamp = self._clock.stamp()
         found, changed, early = self.registry.register(device, message, stamp.mono_ms)
         if changed:
             self._registered(found, len(early))
+            if self.duties is not None:
+                self.duties.hand_over(device)
         for reading in early:
             self.registry.seen(device, reading, stamp.mono_ms)
         self._take(device, early, stamp, _nothing)
@@ -358,6 +450,8 @@ class Pipeline:
 
     def reported(self, device: str, patch: Any, done: Done) -> None:
         """A device reported twin state."""
+        if self.duties is not None and not self.duties.admit(device, lambda: self.reported(device, patch, _nothing), done):
+            return
         changed = self.registry.report(device, patch)
         if changed is None:
             done()
@@ -367,6 +461,9 @@ class Pipeline:
 
     def result(self, device: str, message: dict[str, Any], done: Done) -> None:
         """A device replied to a command."""
+        if self.duties is not None and not self.duties.replied(device, message):
+            done()
+            return
         operation = Operation(
             message["id"], "command", "succeeded" if message["ok"] else "failed", 0, "replied", message["reason"], {"device": device, "value": message["value"]}
         )

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .agent_metrics import describe
@@ -32,6 +32,9 @@ from .system.service import ServiceManager
 from .uplink.backoff import Backoff
 from .uplink.link import Uplink, UplinkSettings
 
+if TYPE_CHECKING:
+    from .site_wiring import SharedDuties
+
 log = logging.getLogger(__name__)
 
 SHIPPED_MODELS = Path(__file__).parent / "decisions" / "models" / "shipped"
@@ -41,12 +44,18 @@ COMMANDS_REMEMBERED = 512
 """Ids of the hub's commands that are remembered, so that none is done twice: twice what one desired state may hold."""
 
 
-def own_rules(decisions: DecisionsConfig) -> RuleSet:
-    """The edge's own rules, from its configuration and `rules_file`; raises `RuleError`, `ContractError` or OSError."""
+def own_documents(decisions: DecisionsConfig) -> list[Any]:
+    """The documents of the edge's own rules, from its configuration and `rules_file`; raises `ContractError` or OSError."""
     rules: list[Any] = list(decisions.rules)
     if decisions.rules_file:
         value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
         rules += value if isinstance(value, list) else [value]
+    return rules
+
+
+def own_rules(decisions: DecisionsConfig) -> RuleSet:
+    """The edge's own rules; raises `RuleError`, `ContractError` or OSError."""
+    rules = own_documents(decisions)
     try:
         return parse_rules(rules)
     except RuleError as error:
@@ -88,6 +97,9 @@ class EdgeRuntime:
         self.models: dict[str, Any] = {}
         self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
         self._own = RuleSet(())
+        self._own_documents: list[Any] = []
+        self.rule_documents: list[Any] = []
+        """The rules in force as they were written."""
         self.engine = around.engine(RuleSet(()), {})
         self.bus: Bus | None = None
         self.uplink: Uplink | None = None
@@ -105,6 +117,11 @@ class EdgeRuntime:
         self._api: Any = None
         self.api_port = 0
         self._commands: dict[str, str] = self.journal.state("commands") or {}
+        self.site: SharedDuties | None = None
+        if config.duties.enabled:
+            from . import site_wiring
+
+            self.pipeline.duties = self.site = site_wiring.SharedDuties(self)
         describe(self)
 
     def _journal_settings(self) -> JournalSettings:
@@ -134,6 +151,7 @@ class EdgeRuntime:
                 self.registry.restore(key.removeprefix("twin/"), state)
         self._load_configured_models()
         self._own = own_rules(self.config.decisions)
+        self.rule_documents = self._own_documents = own_documents(self.config.decisions)
         self._apply_rules(self._own)
         self._restore_desired()
         engine_state = self.journal.state("engine")
@@ -143,6 +161,8 @@ class EdgeRuntime:
         loop = asyncio.get_running_loop()
         if self.config.bus.enabled and self.config.bus.url:
             self._start_bus()
+            if self.site is not None:
+                self._tasks.append(loop.create_task(self.site.run(), name="site"))
         if self.config.uplink.enabled:
             self._start_uplink()
         kept = engine_state.get("decisions") if isinstance(engine_state, dict) else 0
@@ -181,6 +201,8 @@ class EdgeRuntime:
         if self._api is not None:
             await self._api.cleanup()
         if self.bus is not None:
+            if self.site is not None:
+                await self.site.leave()
             await self.bus.stop()
         self.journal.put_state("engine", self._engine_state())
         self._keep_detectors(MAX_DETECTORS, 0)
@@ -202,10 +224,12 @@ class EdgeRuntime:
         self.bus = Bus(
             Endpoint.parse(bus.url, username=bus.username, password=bus.password, protocol=bus.protocol), self.config.edge_id, self.pipeline,
             self.clock, self.metrics, next_pause_s=backoff.next_s, keepalive_s=int(bus.keepalive_s), receive_max=bus.inflight_max,
-            session=self.surroundings.session,
+            session=self.surroundings.session, aside=self.site,
         )
 
         def moved(up: bool) -> None:
+            if self.site is not None:
+                self.site.session(up)
             now_s = self.clock.mono_ms() / 1000
             if up:
                 backoff.link_up(now_s)
@@ -441,7 +465,10 @@ class EdgeRuntime:
         self.desired = desired
         self.pipeline.generation = desired.generation
         self.last_desired_error = None
+        self.rule_documents = desired.rules if desired.rules is not None else self._own_documents
         self._apply_rules(rules if rules is not None else self._own)
+        if self.site is not None:
+            self.site.tell_spec()
         if self.journal.state("twins_generation") != desired.generation:
             # Once per generation: a boot must not undo what was changed here since. In one group with the twins, so all of it or nothing.
             for device, twin in desired.twins.items():
@@ -524,7 +551,13 @@ class EdgeRuntime:
     def _presence(self) -> dict[str, Any]:
         config = self.config
         devices = sorted(self.registry.devices)
+        shared: dict[str, Any] = {}
+        if self.site is not None:
+            serves = self.site.serves()
+            devices = [name for name in devices if name in serves or name == config.devices.host.device_id]
+            shared["serves"] = dict(list(serves.items())[:256])
         return {
+            **shared,
             "generation": self.desired.generation if self.desired else 0, "agent": __version__, "region": config.region, "site": config.site,
             "node": config.node, "labels": dict(config.labels), "devices": devices[:256],
             "outage_hours": round(self.journal.storage_plan.outage_hours, 1), "health": "; ".join(self.health()) or "ok",
@@ -543,6 +576,8 @@ class EdgeRuntime:
             )
         if self.bus is not None and not self.bus.up:
             problems.append(f"the local bus is away: {self.bus.last_error or 'connecting'}")
+        if self.site is not None:
+            problems += self.site.problems()
         if self.uplink is not None and self.uplink.lanes.quarantine:
             problems.append(f"the hub refuses this identity: {self.uplink.lanes.quarantine}")
         if self.last_desired_error is not None:

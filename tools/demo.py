@@ -27,6 +27,7 @@ from edge_runtime.contract import ContractError, topics
 from hub.broker.mosquitto import find_mosquitto, free_port
 from hub.link import SOCKET_OPTIONS
 from tools.faultproxy import FaultProxy
+from tools.fencing import Fences
 from tools.novactl.client import Api, CommandError
 from tools.novactl.verify import verify_edge
 
@@ -70,6 +71,7 @@ class SampleDevices:
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
         self.commands: Counter[str] = Counter()
+        self._fences = Fences()
         self.sent = 0
         self.stop = asyncio.Event()
 
@@ -100,6 +102,9 @@ class SampleDevices:
         except ContractError:
             return  # amqtt sends a new client every retained message that anybody has subscribed to
         command = json.loads(message.payload if isinstance(message.payload, bytes) else b"{}")
+        if not self._fences.admits(command):
+            await client.publish(f"novacron/1/device/{device}/result", json.dumps(self._fences.refusal(command)), qos=1)
+            return
         self.commands[command["id"]] += 1
         if self.commands[command["id"]] == 1 and command["name"] == "speed":
             await client.publish(f"novacron/1/device/{device}/reported", json.dumps({"speed": command["args"]["level"]}), qos=1)

@@ -246,6 +246,8 @@ def _value(reader: _Reader, kind: Any, metadata: Mapping[str, Any], value: Any, 
         if not isinstance(value, list):
             reader.wrong(path, f"is {type(value).__name__}, not a list", "write a list (`- ...`)")
             return ()
+        if get_args(kind)[0] is str:
+            return _texts(reader, value, path)
         if get_args(kind)[0] is ModelConfig:
             return tuple(
                 _build(ModelConfig, _merge(reader, ModelConfig, {"manifest": item} if isinstance(item, str) else item, f"{path}[{index}].", {}))
@@ -256,6 +258,13 @@ def _value(reader: _Reader, kind: Any, metadata: Mapping[str, Any], value: Any, 
                 reader.wrong(f"{path}[{index}]", f"is {type(item).__name__}, not a rule", "write a rule with id, on, if and then")
         return tuple(value)
     raise TypeError(f"{path}: no reader for {kind}")
+
+
+def _texts(reader: _Reader, value: list[Any], path: str) -> tuple[str, ...]:
+    for index, item in enumerate(value):
+        if not isinstance(item, str):
+            reader.wrong(f"{path}[{index}]", f"is {type(item).__name__}, not text", "write text, in quotes")
+    return tuple(reader.expand(path, item) for item in value if isinstance(item, str))
 
 
 def _number(reader: _Reader, kind: type, metadata: Mapping[str, Any], value: Any, path: str) -> Any:
@@ -327,10 +336,32 @@ def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
             problems.append(Problem("configuration", name, f"{value[:80]!r} is not a name", "use 1 to 64 letters, digits, _ . : -"))
     if config.api.enabled and not config.api.token_file and config.api.host not in ("127.0.0.1", "::1", "localhost"):
         problems.append(Problem("configuration", "api.host", f"{config.api.host} is reachable from outside and no token is asked for", "set api.token_file, or listen on 127.0.0.1"))
+    if config.duties.enabled:
+        problems += _check_duties(config)
     if problems:
         raise ConfigError(problems)
     data_dir = config.data_dir or env.get("STATE_DIRECTORY", "") or str(Path(env.get("HOME", "/tmp")) / ".local/share/novacron/edge")
     return dataclasses.replace(config, edge_id=edge_id, node=config.node or edge_id, data_dir=data_dir)
+
+
+def _check_duties(config: EdgeConfig) -> list[Problem]:
+    """What sharing devices needs of the rest of the configuration."""
+    from ..contract.errors import ContractError
+    from ..contract.limits import MAX_DUTY_PATTERNS
+    from ..contract.site_messages import check_patterns  # only where duties are shared: an edge without pays nothing
+
+    problems = []
+    if not config.bus.enabled or not config.bus.url:
+        problems.append(Problem("configuration", "duties.enabled", "no local bus is configured", "set bus.url to the broker that the edges of this site share"))
+    if not ID_PATTERN.match(config.site):
+        problems.append(Problem("configuration", "site", f"{config.site[:80]!r} is not a name", "use 1 to 64 letters, digits, _ . : -: it is part of topics where duties are shared"))
+    if len(config.duties.home) > MAX_DUTY_PATTERNS:
+        problems.append(Problem("configuration", "duties.home", f"{len(config.duties.home)} patterns are over {MAX_DUTY_PATTERNS}", "use * and ? to say more with less"))
+    try:
+        check_patterns(config.duties.home, "duties.home")
+    except ContractError as error:
+        problems.append(Problem("configuration", error.field, error.problem, error.remedy))
+    return problems
 
 
 def public_dict(config: EdgeConfig) -> dict[str, Any]:

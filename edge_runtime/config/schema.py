@@ -96,6 +96,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DutiesConfig:
+    """Sharing the devices of the local bus with the other edges of this site (see docs/site.md)."""
+
+    enabled: bool = key(False, "share the devices of the local bus with the other edges of this site, and stand in for each other; every edge on that bus must")
+    home: tuple[str, ...] = key((), "patterns of the devices that have their home here (`*` and `?` match): served here while this edge lives, and by its rules")
+    capacity: float = key(1.0, "how much this edge can take on, compared with the others; 0 takes on nothing that another can", low=0, high=1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
 class DecisionsConfig:
     """What this edge decides by before a hub says otherwise."""
 
@@ -137,5 +146,6 @@ class EdgeConfig:
     journal: JournalConfig = key(JournalConfig, "", factory=True)
     devices: DevicesConfig = key(DevicesConfig, "", factory=True)
     decisions: DecisionsConfig = key(DecisionsConfig, "", factory=True)
+    duties: DutiesConfig = key(DutiesConfig, "", factory=True)
     api: ApiConfig = key(ApiConfig, "", factory=True)
     logging: LoggingConfig = key(LoggingConfig, "", factory=True)

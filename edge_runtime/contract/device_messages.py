@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import ContractError
 from .jsoncodec import check_tree, encode
-from .limits import MAX_INTEGER, MAX_METRICS, MAX_READINGS_PER_MESSAGE, MAX_STRING_CHARS
+from .limits import MAX_INTEGER, MAX_METRICS, MAX_READINGS_PER_MESSAGE, MAX_SITE_NUMBER, MAX_STRING_CHARS
 from .schema import Field, Message
 from .topics import DEVICE_COMMAND, DEVICE_DESIRED, DEVICE_REGISTER, DEVICE_REPORTED, DEVICE_RESULT, DEVICE_TELEMETRY
 
@@ -82,13 +82,19 @@ TWIN_DESIRED = Message(
 )
 COMMAND = Message(
     name="command", topic=DEVICE_COMMAND, direction="edge to device", retained=False, versioned=False,
-    doc="A command, at least once: a device that sees an id twice does it once. `again` marks a second sending after a restart.",
+    doc=(
+        "A command, at least once: a device that sees an id twice does it once. `again` marks a second sending after a restart. On a site whose edges stand in "
+        "for each other a command carries `duty` and `fence`: the device keeps the highest fence it has seen of each duty, refuses a command with a lower one "
+        "(it comes from an edge that has been replaced and does not know it yet), and answers `ok` false with `reason` \"fenced\" and that highest `fence`."
+    ),
     fields=(
         Field("id", "id", "the command's name"),
         Field("name", "id", "what to do"),
         Field("args", "object", "its arguments", required=False, default={}),
         Field("expires_ms", "integer", "wall time after which it must not be done", required=False, default=0, minimum=0),
         Field("again", "boolean", "sent before, perhaps received before", required=False, default=False),
+        Field("duty", "id", "the device whose readings led to it, or the device itself where a person or the hub ordered it", required=False, default=None),
+        Field("fence", "integer", "the number under which that duty was given to the edge that sends this", required=False, default=0, minimum=0, maximum=MAX_SITE_NUMBER),
     ),
     example={"id": "gw-1.decision.121.0", "name": "on", "args": {"level": 2}, "expires_ms": 1795500060000},
 )
@@ -100,6 +106,7 @@ RESULT = Message(
         Field("ok", "boolean", "whether it was done"),
         Field("reason", "string", "why not", required=False, default="", max_items=256),
         Field("value", "object", "what came of it", required=False, default={}, max_items=64),
+        Field("fence", "integer", "where the command was refused as fenced: the highest fence seen of its duty", required=False, default=0, minimum=0, maximum=MAX_SITE_NUMBER),
     ),
     after=_check_result,
     example={"id": "gw-1.decision.121.0", "ok": True},

@@ -42,5 +42,20 @@ MAX_MODELS = 16
 MAX_TWINS = 1024
 """Devices with desired twin state in one desired state."""
 
+MAX_SITE_DEVICES = 1_000
+"""Devices that the members of one site share: the table with the longest names and numbers is 230 KB, one message."""
+
+MAX_SITE_MEMBERS = 64
+"""Members of one site: each hears every other once a second."""
+
+MAX_DUTY_PATTERNS = 32
+"""Patterns of devices that have their home at one member."""
+
+MAX_DUTY_BYTES = 65_536
+"""Bytes of one hand-over state: the latches of one device and, where it fits, its twin. Every member keeps that of every device."""
+
+MAX_SITE_NUMBER = 2**53 - 1
+"""Largest number of a site's table: what every JSON reader holds exactly."""
+
 MAX_INTEGER = 2**63 - 1
 """Largest magnitude of an integer: what SQLite and PostgreSQL store exactly."""

@@ -6,11 +6,11 @@ from typing import Any
 from .errors import ContractError
 from .schema import Field, check_fields
 
-STATES = ("pending", "running", "succeeded", "failed", "expired", "cancelled")
-FINAL_STATES = frozenset(("succeeded", "failed", "expired", "cancelled"))
+STATES = ("pending", "running", "succeeded", "failed", "expired", "cancelled", "superseded")
+FINAL_STATES = frozenset(("succeeded", "failed", "expired", "cancelled", "superseded"))
 _NEXT = {
-    "pending": frozenset(("running", "succeeded", "failed", "expired", "cancelled")),
-    "running": frozenset(("running", "succeeded", "failed", "expired", "cancelled")),
+    "pending": frozenset(("running", "succeeded", "failed", "expired", "cancelled", "superseded")),
+    "running": frozenset(("running", "succeeded", "failed", "expired", "cancelled", "superseded")),
 }
 
 OPERATION_FIELDS = (

@@ -29,6 +29,7 @@ EDGE_PRESENCE = Message(
         Field("node", "string", "the node it runs on", required=False, default=""),
         Field("labels", "object", "labels, text to text", required=False, default={}, max_items=64),
         Field("devices", "array", "names of the devices behind it, the first 256", required=False, default=[], max_items=256),
+        Field("serves", "object", "shared devices that it serves, to the number at which each was given to it, the first 256", required=False, default={}, max_items=256),
         Field("outage_hours", "number", "hours of outage that the journal still has room for", required=False, default=0),
         Field("health", "string", "ok, or what is wrong", required=False, default="ok"),
     ),

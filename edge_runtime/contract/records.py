@@ -173,7 +173,7 @@ def encode_batch(
 
 RECORD_KINDS: dict[str, tuple[str, str]] = {
     "reading": ("telemetry", "device, values {metric: value}, device_ms (the device's own time, where it sent one)"),
-    "decision": ("decision", "rule, device, outcome (fired, cleared), inputs, actions, generation, offline"),
+    "decision": ("decision", "rule, device, outcome (fired, cleared), inputs, actions, generation, offline; on a shared site also fence, and for (the edge that is stood in for)"),
     "boot": ("event", "agent, boot_n, clean (the last stop was orderly), recovered (a database that was rebuilt)"),
     "shutdown": ("event", "reason"),
     "link.up": ("event", "outage_ms, decided_offline"),
@@ -183,6 +183,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "device.registered": ("event", "device, kind, name, early (readings kept before registration)"),
     "twin.reported": ("event", "device, reported, version"),
     "alert": ("event", "rule, device, severity, text, decision"),
+    "site": ("event", "what (elected, taken, released, held back), number, duties (device, origin, fence, from or to), or rules that cannot move and why"),
     "operation": ("event", "an operation's new state: see operations"),
     "lost": ("any", "nothing: this seq may have been used before a damaged journal was rebuilt"),
     "storage": ("event", "what was trimmed or refused, and why"),

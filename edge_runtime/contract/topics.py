@@ -18,6 +18,15 @@ DEVICE_DESIRED = f"{ROOT}/device/<device>/desired"
 DEVICE_COMMAND = f"{ROOT}/device/<device>/command"
 DEVICE_RESULT = f"{ROOT}/device/<device>/result"
 
+SITE_MEMBER = f"{ROOT}/site/<site>/member/<edge>"
+SITE_CLAIM = f"{ROOT}/site/<site>/claim"
+SITE_TABLE = f"{ROOT}/site/<site>/table"
+SITE_SPEC = f"{ROOT}/site/<site>/spec/<edge>"
+SITE_DUTY = f"{ROOT}/site/<site>/duty/<device>"
+
+SITE_LEAVES = {"member": True, "claim": False, "table": False, "spec": True, "duty": True}
+"""What stands behind `site/<site>/`, and whether a name follows."""
+
 EDGE_LEAVES = ("up", "status", "receipts", "desired")
 DEVICE_LEAVES = ("telemetry", "register", "reported", "desired", "command", "result")
 
@@ -30,6 +39,16 @@ def edge_topic(edge: str, leaf: str) -> str:
 def device_topic(device: str, leaf: str) -> str:
     """`novacron/1/device/<device>/<leaf>`; `leaf` is one of `DEVICE_LEAVES`."""
     return f"{ROOT}/device/{device}/{leaf}"
+
+
+def site_topic(site: str, leaf: str, name: str = "") -> str:
+    """`novacron/1/site/<site>/<leaf>[/<name>]`; `leaf` is one of `SITE_LEAVES`."""
+    return f"{ROOT}/site/{site}/{leaf}/{name}" if name else f"{ROOT}/site/{site}/{leaf}"
+
+
+def site_subscriptions(site: str) -> tuple[str, ...]:
+    """What a member of a site subscribes to on the shared bus: everything of its site, its own messages too (their return is its lease)."""
+    return tuple(site_topic(site, leaf, "+" if named else "") for leaf, named in SITE_LEAVES.items())
 
 
 def hub_subscriptions(shared_group: str = "") -> tuple[str, ...]:
@@ -67,3 +86,20 @@ def parse(topic: str, scope: str, leaves: tuple[str, ...]) -> tuple[str, str]:
     if not ID_PATTERN.match(parts[3]):
         raise ContractError("topic", f"{parts[3][:80]!r} is not a name", "use letters, digits, _ . : - and at most 64 of them", "name")
     return parts[3], parts[4]
+
+
+def parse_site(topic: str, site: str) -> tuple[str, str]:
+    """`(leaf, name)` of a topic of `site`; the name is empty for `claim` and `table`.
+
+    Raises:
+        ContractError: a topic outside the contract or of another site (reason `topic`), or a name that is none (reason `name`).
+    """
+    parts = topic.split("/")
+    named = SITE_LEAVES.get(parts[4]) if len(parts) > 4 else None
+    if named is None or parts[:3] != [*ROOT.split("/"), "site"] or len(parts) != (6 if named else 5):
+        raise ContractError("topic", f"{topic[:120]!r} is not in the contract", f"publish on {ROOT}/site/<site>/<{'|'.join(SITE_LEAVES)}>", "topic")
+    if parts[3] != site:
+        raise ContractError("topic", f"{parts[3][:80]!r} is not this site", f"publish on {ROOT}/site/{site}/...", "topic")
+    if named and not ID_PATTERN.match(parts[5]):
+        raise ContractError("topic", f"{parts[5][:80]!r} is not a name", "use letters, digits, _ . : - and at most 64 of them", "name")
+    return parts[4], parts[5] if named else ""

@@ -8,7 +8,7 @@ touches another rule or device.
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -178,14 +178,16 @@ class DecisionEngine:
                 decisions.append(decision)
         return decisions
 
-    def tick(self, mono_ms: int) -> list[Decision]:
-        """Decide what only time decides: `for` that has run its course, devices that fell silent."""
+    def tick(self, mono_ms: int, only: Callable[[str], bool] | None = None) -> list[Decision]:
+        """Decide what only time decides: `for` that has run its course, devices that fell silent; `only` says for which devices."""
         timed = [rule for rule in self._rules.rules if rule.needs_tick]
         if not timed:
             return []
         decisions = []
         self._outputs.clear()
         for device, known in self._devices.items():
+            if only is not None and not only(device):
+                continue
             for rule in timed:
                 if not rule.matches(device):
                     continue
@@ -369,6 +371,23 @@ class DecisionEngine:
         for known in self._rules.rules:
             if known.id == rule and not known.each:
                 self._state(rule, device).active = active
+
+    def export_device(self, device: str, mono_ms: int) -> dict[str, Any]:
+        """`export_state` of one device only."""
+        digests = {rule.id: rule.digest for rule in self._rules.rules if (rule.id, device) in self._states}
+        states = [
+            [rule, device, state.active, _ran(mono_ms, state.true_since_ms), _ran(mono_ms, state.fired_ms)]
+            for rule in digests if (state := self._states[rule, device]).active or state.true_since_ms is not None or state.fired_ms is not None
+        ]
+        return {"rules": digests, "states": states} if states else {}
+
+    def forget(self, device: str) -> None:
+        """Another engine decides on this device from now on: values, latches, timers and windows go; what its detectors learned stays."""
+        self._devices.pop(device, None)
+        for state in [key for key in self._states if key[1] == device]:
+            del self._states[state]
+        for window in [key for key in self._windows if key[0] == device]:
+            del self._windows[window]
 
     def export_state(self, mono_ms: int) -> dict[str, Any]:
         """Latches and timers as JSON; times as milliseconds already run, since monotonic time starts anew at boot."""

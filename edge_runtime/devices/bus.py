@@ -5,7 +5,8 @@ A QoS 1 message is acknowledged when what came of it is durable: the broker's wi
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ..clock import Clock
@@ -55,17 +56,33 @@ class Sink(Protocol):
         """The bus is there (again)."""
 
 
+class Aside(Protocol):
+    """Somebody who speaks with others over the same connection, so that what is said keeps its order with what is sent to devices."""
+
+    topics: tuple[str, ...]
+    """What to subscribe to."""
+    prefix: str
+    """How the topics begin that are its own."""
+
+    def connected(self) -> None:
+        """Connected; the subscription follows."""
+
+    def message(self, topic: str, payload: bytes) -> None:
+        """A message on one of its topics."""
+
+
 class Bus:
     """The connection to the local broker.
 
     Args:
         next_pause_s: seconds to wait before the next try.
         session: makes connections.
+        aside: who else speaks on this bus; None for nobody.
     """
 
     def __init__(
         self, endpoint: Endpoint, edge: str, sink: Sink, clock: Clock, metrics: Metrics, *, next_pause_s: Callable[[], float], keepalive_s: int = 15,
-        receive_max: int = 100, session: Callable[..., MqttSession] = MqttSession,
+        receive_max: int = 100, session: Callable[..., MqttSession] = MqttSession, aside: Aside | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._edge = edge
@@ -76,6 +93,7 @@ class Bus:
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
         self._make_session = session
+        self._aside = aside
         self._session: MqttSession | None = None
         self._subscribed = False
         self._task: asyncio.Task[None] | None = None
@@ -106,8 +124,9 @@ class Bus:
         )
 
     def _make(self, protocol5: bool) -> MqttSession:
+        # Where devices are shared, nothing is kept for us: it may be another's to decide by then, and what was under way would come, and be decided, twice.
         return self._make_session(
-            self._endpoint, f"novacron-bus-{self._edge}", self._message, persistent=True, keepalive_s=self._keepalive_s, protocol5=protocol5,
+            self._endpoint, f"novacron-bus-{self._edge}", self._message, persistent=self._aside is None, keepalive_s=self._keepalive_s, protocol5=protocol5,
             receive_max=self._receive_max,
         )
 
@@ -122,6 +141,9 @@ class Bus:
         session.after_read, session.after_write = self._sink.batch_end, self._sink.batch_sent
         # Before the subscription: what it brings leads to commands of this connection, which must not be taken for ones that still wait.
         self._sink.bus_up()
+        if self._aside is not None:
+            self._aside.connected()
+            await session.subscribe(self._aside.topics)
         await session.subscribe(topics.bus_subscriptions())
         self._subscribed = True
         self._metrics.inc("bus_connects_total")
@@ -134,8 +156,25 @@ class Bus:
             return False
         return self._session.publish(topics.device_topic(device, leaf), payload, retain=retain, expiry_s=expiry_s, on_ack=on_ack)
 
+    def publish_aside(self, topic: str, payload: bytes, retain: bool) -> bool:
+        """Publish for `aside`; False where the bus is not there."""
+        return self._session is not None and self._session.publish(topic, payload, retain=retain)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published inside goes out in one write."""
+        if self._session is None:
+            yield
+        else:
+            with self._session.together():
+                yield
+
     def _message(self, topic: str, payload: bytes, done: Done) -> None:
         device = ""
+        if self._aside is not None and topic.startswith(self._aside.prefix):
+            self._aside.message(topic, payload)
+            done()
+            return
         try:
             device, leaf = topics.parse(topic, "device", DEVICE_SPEAKS)
             if leaf == "telemetry":

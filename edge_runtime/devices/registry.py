@@ -93,6 +93,29 @@ class DeviceRegistry:
         fields = {key: state[key] for key in Device(device_id).to_state() if key in state}
         self.devices[device_id] = Device(device_id, **fields)
 
+    def adopt(self, device_id: str, state: dict[str, Any]) -> Device:
+        """A device as another edge left it (`to_state`): each side of the twin is taken where it is newer than ours.
+
+        Raises:
+            ContractError: the registry is full, or the state is none.
+        """
+        kept = Device(device_id).to_state()
+        given: dict[str, Any] = {key: value for key, value in state.items() if key in kept and (type(value) is type(kept[key]) or (key == "parent" and isinstance(value, str)))}
+        for side in ("reported", "desired"):
+            check_twin(given.get(side, {}), side)
+        device = self.devices.get(device_id)
+        if device is None:
+            device = self._add(Device(device_id))
+            for key in ("kind", "name", "parent", "meta"):
+                setattr(device, key, given.get(key, getattr(device, key)))
+        for side in ("reported", "desired"):
+            if given.get(f"{side}_version", 0) > getattr(device, f"{side}_version"):
+                setattr(device, side, given.get(side, {}))
+                setattr(device, f"{side}_version", given[f"{side}_version"])
+            elif side == "desired" and given.get("desired_version", 0) == device.desired_version and given.get("desired", {}) != device.desired:
+                device.desired_version += 1  # both changed it as often: ours holds, and the device must see that it is another
+        return device
+
     def seen(self, device_id: str, reading: Reading, now_ms: int) -> tuple[Device | None, bool]:
         """Take one reading in.
 

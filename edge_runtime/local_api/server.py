@@ -108,6 +108,7 @@ class LocalApi:
             "backlog_records": uplink.lanes.backlog() if uplink else None, "outage_hours": round(plan.outage_hours, 1), "health": runtime.health(),
             "models": {name: {"engine": model.engine, "sha256": model.manifest.sha256} for name, model in runtime.models.items()},
             "rules": [rule.id for rule in runtime.engine.rules.rules], "journal": self._marks(),
+            "site": runtime.site.to_json() if runtime.site is not None else None,
         })
 
     def _marks(self) -> dict[str, Any]:
