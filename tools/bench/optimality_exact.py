@@ -124,13 +124,15 @@ def _build(instance: Instance) -> _Model:
         if len(members) != workloads[members[0]].gang_size:
             model.add(_placed(built, members[0]) == 0)
     # Lexicographic as one integer: a point of a higher level is worth more than everything below it together.
-    most_cost = sum(max((placement_cost(w, node) for node in nodes), default=0) for w in workloads) + SPREAD * SKEW_POINTS * sum(len(w.spread) for w in workloads) * len(workloads)
+    costs = {(i, n): placement_cost(instance, workloads[i], nodes[n]) for i, n in built.x}
+    most_cost = sum(max((cost for (other, _), cost in costs.items() if other == i), default=0) for i in range(len(workloads)))
+    most_cost += SPREAD * SKEW_POINTS * sum(len(w.spread) for w in workloads) * len(workloads)
     unit, total = most_cost + 1, []
     for level in sorted({w.priority for w in workloads}):
         mine = [i for i, w in enumerate(workloads) if w.priority == level]
         total += [unit * x for (i, _), x in built.x.items() if workloads[i].priority == level]
         unit *= len(mine) + 1
-    total += [-placement_cost(workloads[i], nodes[n]) * x for (i, n), x in built.x.items()]
+    total += [-costs[at] * x for at, x in built.x.items()]
     model.maximize(sum(total) - sum(penalties))
     return built
 

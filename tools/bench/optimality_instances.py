@@ -35,7 +35,7 @@ ATTEMPTS = 400
 
 @dataclass
 class Node:
-    """cpu milli, memory MiB, `gpus` devices of one `model` with `gpu_memory` MiB each; `zones` NUMA zones of equal size; price 1 to 100."""
+    """cpu milli, memory MiB, `gpus` devices of one `model` with `gpu_memory` MiB each; `zones` NUMA zones of equal size; price of the whole node."""
 
     name: str
     kind: str
@@ -157,7 +157,7 @@ def _node(rng: Random, index: int) -> Node:
     cores = rng.choice((8, 16, 32) if kind != "edge" else (4, 8))
     node = Node(
         f"n{index:02d}", kind, site, f"{site}-r{rng.randint(0, 1)}", cores * 1000, cores * 1024 * rng.choice((2, 4, 4, 8)), zones=2 if cores >= 16 and rng.random() < 0.7 else 1,
-        labels={"disk": rng.choice(("ssd", "hdd")), "arch": "arm64" if rng.random() < 0.15 else "amd64", "gen": str(rng.randint(1, 4))}, price=rng.choice((10, 20, 30, 50, 80)),
+        labels={"disk": rng.choice(("ssd", "hdd")), "arch": "arm64" if rng.random() < 0.15 else "amd64", "gen": str(rng.randint(1, 4))}, price=cores * rng.choice((10, 20, 30, 50, 80)),
     )
     if gpu:
         node.gpus, (node.model, node.gpu_memory) = rng.choice((1, 2, 4)), rng.choice((("T4", 16_384), ("A100", 81_920)))

@@ -3,15 +3,17 @@
 **Objective**, lexicographic, larger first:
 
 1. for each priority from the highest down: how many workloads of it are placed;
-2. the policy cost of what is placed, smaller is better, in whole points:
-   `cost_optimization` 6 x the node's price (1 to 100) + `node_affinity` 8 x the part of the preferred weights that the node misses (0 to 100)
-   + `topology_spread` 5 x 100 for each workload of skew beyond what a soft spread allows (the fullest domain against the emptiest).
+2. the policy cost of what is placed, smaller is better: the points (0 to 100) that each placement misses in the scheduler's policies, by their default weights, where
+   the nodes that would do for the workload in an empty cluster set the scale:
+   `cost_optimization` 6 x where the price of what it takes (price of the node x its largest share of CPU or memory) lies between the cheapest (0) and the dearest (100),
+   `node_affinity` 8 x the part of the best sum of preferred weights that the node lacks,
+   `topology_spread` 5 x 100 for each workload of skew beyond what a soft spread allows (the fullest domain against the emptiest).
 
 A gang is placed whole or not at all. A workload counts 1, however large: the priority says what matters more. `resource_balance` and fragmentation are means, not ends:
 they keep room for what comes, which shows in 1.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import NamedTuple
 
@@ -37,11 +39,22 @@ class Seat(NamedTuple):
 Placement = Mapping[str, Seat]
 
 
-def placement_cost(w: Workload, node: Node) -> int:
-    """The part of the cost that depends on one workload and its node."""
-    weights = sum(weight for weight, _, _ in w.preferred)
-    missed = sum(weight for weight, key, values in w.preferred if node.tags.get(key) not in values)
-    return PRICE * node.price + (AFFINITY * (100 * missed // weights) if weights else 0)
+def placement_cost(instance: Instance, w: Workload, node: Node) -> int:
+    """The part of the cost that depends on one workload and its node; the node must fit alone."""
+    would_do = [other for other in instance.nodes if not fits_alone(instance, w, other)]
+    prices, liked = [_price(w, other) for other in would_do], [_liked(w, other) for other in would_do]
+    least, most, best = min(prices), max(prices), max(liked)
+    cost = PRICE * (100 * (_price(w, node) - least) // (most - least)) if most > least else 0
+    return cost + (AFFINITY * (100 - 100 * _liked(w, node) // best) if best else 0)
+
+
+def _price(w: Workload, node: Node) -> int:
+    """Millionths of the unit of price."""
+    return node.price * max(1_000_000 * w.cpu // node.cpu, 1_000_000 * w.memory // node.memory)
+
+
+def _liked(w: Workload, node: Node) -> int:
+    return sum(weight for weight, key, values in w.preferred if node.tags.get(key) in values)
 
 
 def fits_alone(instance: Instance, w: Workload, node: Node) -> str:
@@ -83,7 +96,7 @@ def value(instance: Instance, placement: Placement) -> tuple[int, ...]:
     """The objective; compare tuples, larger is better."""
     levels = sorted({w.priority for w in instance.workloads}, reverse=True)
     placed = [w for w in instance.workloads if w.id in placement]
-    cost = sum(placement_cost(w, instance.nodes[placement[w.id].node]) for w in placed)
+    cost = sum(placement_cost(instance, w, instance.nodes[placement[w.id].node]) for w in placed)
     done = set()
     for w in placed:
         for skew, key, hard in w.spread:
@@ -213,12 +226,19 @@ def greedy(instance: Instance, rule: str, seed: int = 0) -> dict[str, Seat]:
                 if not options:
                     later += group
                     break
-                trial[w.id] = rng.choice(options) if rule == "random" else min(options, key=lambda seat: (_left(instance, trial, w, seat) if rule == "best_fit" else -placement_cost(w, instance.nodes[seat.node]), seat.node))
+                trial[w.id] = rng.choice(options) if rule == "random" else min(options, key=_order(instance, trial, w, rule))
             else:
                 placement = trial
         waiting = later
         if len(placement) == before:
             return placement
+
+
+def _order(instance: Instance, trial: Placement, w: Workload, rule: str) -> Callable[[Seat], tuple[float, int]]:
+    """The least is chosen."""
+    if rule == "best_fit":
+        return lambda seat: (_left(instance, trial, w, seat), seat.node)
+    return lambda seat: (-placement_cost(instance, w, instance.nodes[seat.node]), seat.node)
 
 
 def _units(workloads: Iterable[Workload]) -> list[list[Workload]]:
