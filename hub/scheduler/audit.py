@@ -19,8 +19,8 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
     for index, node in enumerate(state.nodes):
         gpu[index, : len(node.gpus)] = GPU_WHOLE
         memory[index, : len(node.gpus)] = [device.memory for device in node.gpus]
-        for at, zone in enumerate(node.numa):
-            numa[index, at] = zone.cpu, zone.memory
+        for at, part in enumerate(node.numa):
+            numa[index, at] = part.cpu, part.memory
     placed = 0
     for slot, item in enumerate(state.items):
         seat = state.seats[slot]

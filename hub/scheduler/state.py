@@ -90,6 +90,8 @@ class State:
         self.items: list[Workload | None] = []
         self.seats: list[Seat | None] = []
         self.vacant: list[int] = []
+        self.slots = 0
+        """Slots ever used; `vacant` are those among them that are free again, the last one first."""
         self.w_node = np.full(0, -1, np.int32)
         self.w_priority = np.zeros(0, np.int64)
         self.w_class = np.zeros(0, np.int32)
@@ -187,16 +189,15 @@ class State:
         return self
 
     def digest(self) -> str:
-        """Of everything that decisions depend on: equal digests, equal states. Caches and the order of interning play no part."""
+        """Of everything that decisions depend on: equal digests, equal states. Caches, counter rows (the workloads give them) and the order of interning play no part."""
         hasher = blake2b(digest_size=16)
         for array in (self.cap, self.free, self.gpu_free, self.gpu_mem, self.numa_free, self.status, self.cordon, self.beat_ms, self.price, self.load, self.site_of, self.tie,
                       self.sites.rtt_us, self.sites.kbps, self.sites.used_kbps):
             hasher.update(repr(array.shape).encode())
             hasher.update(np.ascontiguousarray(array).tobytes())
         placed = [(item.id, self.seats[slot], slot, int(self.w_start[slot]), bool(self.w_ending[slot]), item) for slot, item in enumerate(self.items) if item is not None]
-        counted = sorted((repr(key), self.counts[row].tobytes()) for key, row in self.rows.items() if self.counts[row].any())
         used = sorted((tenant, amounts.tobytes()) for tenant, amounts in self.used_by.items() if amounts.any())
-        hasher.update(repr((placed, counted, used, self.nodes, sorted(self.budgets.items()), self.vacant)).encode())
+        hasher.update(repr((placed, used, self.nodes, sorted(self.budgets.items()), self.vacant, self.slots)).encode())
         return hasher.hexdigest()
 
     # events
@@ -381,11 +382,20 @@ class State:
 
     def _place(self, workload: Workload, seat: Seat, now_ms: int) -> Event:
         klass = self.klass(workload.shape)
-        if not self.vacant:
+        fresh = not self.vacant
+        if fresh and self.slots == len(self.items):
             self._more_slots()
-        slot: int = self._own("vacant").pop()
+        slot: int = self.slots if fresh else self._own("vacant").pop()
+        self.slots += fresh
         self._sit(klass, workload, seat, slot, now_ms)
-        return ("release", workload.id)
+        return ("retract", workload.id, fresh)
+
+    def _retract(self, workload: str, fresh: bool) -> Event:
+        self._release(workload)
+        if fresh:
+            self.vacant.pop()
+            self.slots -= 1
+        return ()
 
     def _back(self, workload: Workload, seat: Seat, slot: int, start_ms: int, ending: bool) -> Event:
         taken = self._own("vacant").pop()
@@ -473,7 +483,6 @@ class State:
         new = min(MAX_WORKLOADS, max(1024, 2 * old))
         self._own("items").extend([None] * (new - old))
         self._own("seats").extend([None] * (new - old))
-        self._own("vacant").extend(range(new - 1, old - 1, -1))
         for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
             setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
         self.w_node = np.pad(self.w_node, (0, new - old), constant_values=-1)
@@ -534,7 +543,8 @@ class State:
         if len(self.class_of) >= MAX_CLASSES:
             raise Invalid("workload", f"{MAX_CLASSES} different shapes are running already", "use fewer different label sets and requests")
         needed = [key for item in self.classes if item is not None for key in classes.keys_of(item.shape)]
-        old, self.rows, kept = self.rows, {}, []
+        old, kept = self.rows, list[Ints]()
+        self.rows = {}
         for key in dict.fromkeys(needed):
             self.rows[key] = len(kept)
             kept.append(self.counts[old[key]].copy())
@@ -551,6 +561,7 @@ class State:
         for name in kept:
             setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))
         self._shared -= set(kept)
+        self._shared_counts = set(range(len(self.counts)))
         for name in sorted({name for node in nodes for name, _ in node.capacity} - self.resource_rows.keys()):
             self.resource_rows[name] = len(self.resource_rows)
         fresh = [node for node in nodes if node.name not in self.node_index]
