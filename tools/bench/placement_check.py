@@ -42,7 +42,10 @@ def requirement_holds(requirement: Mapping[str, Any], labels: Labels) -> bool:
     if op in ("Exists", "DoesNotExist"):
         return (value is not None) == (op == "Exists")
     try:
-        return value is not None and bool(int(value) > int(values[0]) if op == "Gt" else int(value) < int(values[0]))
+        if value is None:
+            return False
+        number, bound = int(value), int(values[0])
+        return number > bound if op == "Gt" else number < bound
     except ValueError:
         return False
 
