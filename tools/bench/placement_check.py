@@ -15,7 +15,7 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
-SUFFIXES = {"m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+SUFFIXES: dict[str, Fraction | int] = {"m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 PLACES = ("region", "zone", "site", "rack")
 WHOLE_GPU = 1000
 
@@ -42,7 +42,10 @@ def requirement_holds(requirement: Mapping[str, Any], labels: Labels) -> bool:
     if op in ("Exists", "DoesNotExist"):
         return (value is not None) == (op == "Exists")
     try:
-        return value is not None and (int(value) > int(values[0]) if op == "Gt" else int(value) < int(values[0]))
+        if value is None:
+            return False
+        number, bound = int(value), int(values[0])
+        return number > bound if op == "Gt" else number < bound
     except ValueError:
         return False
 
