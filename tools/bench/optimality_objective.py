@@ -219,7 +219,7 @@ def greedy(instance: Instance, rule: str, seed: int = 0) -> dict[str, Seat]:
     while True:
         before = len(placement)
         later: list[Workload] = []
-        for group in _units(waiting):
+        for group in units(waiting):
             trial = dict(placement)
             for w in group:
                 options = [seat for seat in (seats_of(instance, trial, w, index) for index in range(len(instance.nodes))) if seat]
@@ -241,7 +241,7 @@ def _order(instance: Instance, trial: Placement, w: Workload, rule: str) -> Call
     return lambda seat: (-placement_cost(instance, w, instance.nodes[seat.node]), seat.node)
 
 
-def _units(workloads: Iterable[Workload]) -> list[list[Workload]]:
+def units(workloads: Iterable[Workload]) -> list[list[Workload]]:
     """Gangs together, everything else alone, in order."""
     units: dict[str, list[Workload]] = {}
     for w in workloads:
