@@ -38,10 +38,6 @@ BEST = 100
 SKEW_POINTS = 100
 """Points of one workload too many in a domain."""
 
-class Unordered(RuntimeError):
-    """Placements that were tried out do not come about in any order: a fault of this module, nothing has changed."""
-
-
 @dataclass(frozen=True)
 class Weights:
     """Of the policies that the objective counts; the defaults of the library."""
@@ -146,6 +142,8 @@ class Backlog:
             self.items.append(_Item(workload, klass, missed, nodes, self.units.index(unit), soft))
         self.levels = sorted(levels, reverse=True)
         self.softs = {(row, item.topology_key, item.max_skew): at.klass for at in self.items for item, row in at.soft}
+        self.hopeful = [index for index in range(len(self.units)) if self._choice(index)]
+        """Units for which nodes would do at least in an empty cluster."""
         self._connect()
 
     def _connect(self) -> None:
@@ -252,7 +250,7 @@ class Backlog:
 
     def greedy(self) -> None:
         """The important first, then those with fewest nodes, then the largest."""
-        self.fill(sorted(range(len(self.units)), key=lambda index: (-self.units[index].priority, self._choice(index), -self.units[index].size, index)), 0)
+        self.fill(sorted(self.hopeful, key=lambda index: (-self.units[index].priority, self._choice(index), -self.units[index].size, index)), 0)
 
     def _choice(self, index: int) -> int:
         return min(len(self.items[member].would_do) for member in self.units[index].members)
@@ -268,7 +266,7 @@ class Backlog:
         noise = self.rng.choice((0, 0, 100, 400))
         if first is not None:
             self.insert(first, noise, node)
-        rest = [index for index in range(len(self.units)) if not self.placed(index)]
+        rest = [index for index in self.hopeful if not self.placed(index)]
         self.rng.shuffle(rest)
         if self.rng.random() < 0.7:
             rest.sort(key=lambda index: -self.units[index].priority)
@@ -281,8 +279,8 @@ class Backlog:
     def _destroy(self) -> tuple[set[int], int | None, int | None]:
         """Units taken out, the unit that comes back first, and where to."""
         rng = self.rng
-        waiting = [index for index in range(len(self.units)) if not self.placed(index)]
-        standing = [index for index in range(len(self.units)) if self.placed(index)]
+        waiting = [index for index in self.hopeful if not self.placed(index)]
+        standing = [index for index in self.hopeful if self.placed(index)]
         if waiting and rng.random() < 0.5:
             first = rng.choice(waiting) if rng.random() < 0.5 else max(waiting, key=lambda index: (self.units[index].priority, rng.random()))
         elif standing:
@@ -292,8 +290,6 @@ class Backlog:
         else:
             return set(), None, None
         item = self.items[self.units[first].members[0]]
-        if not len(item.would_do):
-            return set(), None, None
         seat = self.state.seat(item.workload.id)
         wanted = [int(n) for n in item.would_do if seat is None or item.points[n] <= item.points[seat.node]] or item.would_do.tolist()
         node = int(rng.choice(wanted))
@@ -370,23 +366,30 @@ def place_together(
 
 
 def _commit(scheduler: Scheduler, workloads: Sequence[Workload], seats: dict[str, Seat], now_ms: int) -> dict[str, Placed]:
-    """All seats that were found, each when its constraints hold in the cluster as it then stands: company first, spreads level by level. All or nothing."""
+    """The seats that were found, each when its constraints hold in the cluster as it then stands: company first, spreads level by level.
+
+    What holds together but comes about in no order is left out, gangs as a whole.
+    """
     state = scheduler.state
-    mark = state.begin()
-    waiting = [workload for workload in workloads if workload.id in seats]
-    placed: dict[str, Placed] = {}
-    while waiting:
-        later = []
-        for workload in waiting:
-            seat = seats[workload.id]
-            if verdicts(state, state.klass(workload.shape))[seat.node]:
-                later.append(workload)
-                continue
-            state.place(workload, seat, now_ms)
-            placed[workload.id] = Placed(workload.id, state.nodes[seat.node].name, seat)
-        if len(later) == len(waiting):
-            state.undo(mark)
-            raise Unordered(f"{len(later)} of {len(seats)} placements, {later[0].id} among them, hold together but not one after the other")
-        waiting = later
-    state.keep(mark)
-    return placed
+    wanted = [workload for workload in workloads if workload.id in seats]
+    while True:
+        mark = state.begin()
+        waiting, placed = wanted, dict[str, Placed]()
+        while waiting:
+            later = []
+            for workload in waiting:
+                seat = seats[workload.id]
+                if verdicts(state, state.klass(workload.shape))[seat.node]:
+                    later.append(workload)
+                    continue
+                state.place(workload, seat, now_ms)
+                placed[workload.id] = Placed(workload.id, state.nodes[seat.node].name, seat)
+            if len(later) == len(waiting):
+                break
+            waiting = later
+        if not waiting:
+            state.keep(mark)
+            return placed
+        state.undo(mark)
+        stuck = {workload.gang or workload.id for workload in waiting}
+        wanted = [workload for workload in wanted if (workload.gang or workload.id) not in stuck]

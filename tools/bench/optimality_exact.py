@@ -39,7 +39,7 @@ class _Model:
 
 
 def solve(instance: Instance, fixed: Mapping[str, Seat | None], seconds: float, hint: Mapping[str, Seat] | None = None) -> Solution | None:
-    """The optimum with `fixed` kept; None where nothing allowed is left. Raises `Undecided` after `seconds`."""
+    """The optimum with `fixed` kept; None where nothing allowed is left. Raises `Undecided` after `seconds` of the solver's own, repeatable time."""
     built = _build(instance)
     model = built.model
     for index, w in enumerate(instance.workloads):
@@ -48,7 +48,7 @@ def solve(instance: Instance, fixed: Mapping[str, Seat | None], seconds: float, 
     if hint is not None:
         _hint(built, hint)
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = seconds
+    solver.parameters.max_deterministic_time = seconds
     solver.parameters.num_workers = WORKERS
     solver.parameters.random_seed = 1
     status = solver.solve(model)

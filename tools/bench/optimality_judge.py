@@ -10,12 +10,12 @@ A workload that is left out is a decision like any other. `by_value` counts a de
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from .optimality_exact import Solution, solve
 from .optimality_instances import Instance
-from .optimality_objective import Placement, Seat, faults, value
+from .optimality_objective import Placement, Seat, faults, units, value
 
 Z95 = 1.959964
 RESAMPLES = 2000
@@ -74,6 +74,23 @@ def judge(instance: Instance, placement: Placement, best: Solution, seconds: flo
             if good:
                 pool.append(again.placement)
         verdict.alone.append(good)
+    return verdict
+
+
+def as_arrived(instance: Instance, placement: Placement, seconds: float) -> list[bool]:
+    """Per unit (a gang or one workload) in order of arrival: did the optimum of what had arrived by then, all earlier decisions kept, not get worse.
+
+    Each workload of a unit gets the unit's verdict.
+    """
+    fixed: dict[str, Seat | None] = {}
+    verdict, seen = [], 0
+    for unit in units(instance.workloads):
+        seen += len(unit)
+        part = replace(instance, workloads=instance.workloads[:seen])
+        before = _solve(part, fixed, seconds, {})
+        fixed |= {w.id: placement.get(w.id) for w in unit}
+        good = all(before.placement.get(w.id) == fixed[w.id] for w in unit) or value(part, _solve(part, fixed, seconds, before.placement).placement) == value(part, before.placement)
+        verdict += [good] * len(unit)
     return verdict
 
 
