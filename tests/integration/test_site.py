@@ -327,6 +327,31 @@ async def test_a_broken_connection_moves_nothing_and_brings_nothing_twice(tmp_pa
 
 
 @pytest.mark.slow
+async def test_while_the_broker_hangs_nobody_acts_and_afterwards_nothing_is_missing(tmp_path: Path, broker: LocalBroker) -> None:
+    edges = {edge: Edge(site_config(edge, tmp_path, broker.port)) for edge in ("gw-1", "gw-2")}
+    for edge in edges.values():
+        await edge.start()
+    try:
+        async with Device(broker.port, "boiler-1") as boiler:
+            obedient = Obedient(boiler)
+            async with Numbered(boiler, 0.05):
+                await served_by(edges, "boiler-1", "gw-1")
+                await until(lambda: len(obedient.numbers()) > 10, what="gw-1 decides")
+                broker.freeze()
+                await until(lambda: serving(edges, "boiler-1") == [], TAKEOVER_S, "the lease runs out")
+                assert any("heartbeats" in problem for problem in edges["gw-1"].runtime.health())
+                broker.thaw()
+                await served_by(edges, "boiler-1", "gw-1")
+                upto = max(obedient.numbers()) + 20
+                await until(lambda: max(obedient.numbers()) > upto, what="gw-1 decides again")
+        nothing_twice(obedient)
+        assert sorted(obedient.numbers()) == list(range(len(obedient.numbers()))) and obedient.refused == []
+    finally:
+        for edge in edges.values():
+            await edge.stop()
+
+
+@pytest.mark.slow
 async def test_stopped_restarted_and_with_a_broker_that_forgets_nothing_is_done_twice(site: tuple[dict[str, Edge], Process], broker: LocalBroker) -> None:
     edges, first = site
     async with Device(broker.port, "boiler-1") as boiler:
