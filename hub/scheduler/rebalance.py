@@ -117,9 +117,26 @@ class _Planner:
         for slot in sorted(slots[domain[state.w_node[slots]] == fullest].tolist(), key=lambda slot: (not self._item(slot).migratable, -int(state.w_start[slot]), slot)):
             item = self._item(slot)
             elsewhere = domain != fullest
-            if self._may_move(item) and self._move(item, elsewhere, f"spread over {spread.topology_key}: {int(sums.max())} against {int(sums[there].min())}"):
+            if self._may_move(item) and self._improves(item, elsewhere, f"spread over {spread.topology_key}: {int(sums.max())} against {int(sums[there].min())}"):
                 return True
         return False
+
+    def _improves(self, item: Workload, among: Bools, why: str) -> bool:
+        """Move where that makes the spreads of all classes together less uneven: two that pull in different directions would otherwise move things to and fro for ever."""
+        kept, mark, before = self._kept(), self.state.begin(), unevenness(self.state)
+        if self._move(item, among, why) and unevenness(self.state) < before:
+            self.state.keep(mark)
+            return True
+        self._take_back(kept, mark)
+        return False
+
+    def _kept(self) -> tuple[int, set[str], int, dict[int, int], dict[int, Ints]]:
+        return len(self.steps), set(self.moving), self.wave, dict(self.in_wave), dict(self.freed)
+
+    def _take_back(self, kept: tuple[int, set[str], int, dict[int, int], dict[int, Ints]], mark: int) -> None:
+        self.state.undo(mark)
+        count, self.moving, self.wave, self.in_wave, self.freed = kept
+        del self.steps[count:]
 
     def _item(self, slot: int) -> Workload:
         item = self.state.items[slot]
@@ -172,17 +189,27 @@ class _Planner:
     def _empty(self, node: int, items: list[Workload], saving: int) -> None:
         state = self.state
         among = (state.load > 0) & (np.arange(state.size) != node)
-        kept = len(self.steps), set(self.moving), self.wave, dict(self.in_wave), dict(self.freed)
-        mark = state.begin()
+        kept, mark, before = self._kept(), state.begin(), unevenness(state)
         for item in items:
             if not self._may_move(item) or not self._move(item, among, f"{state.nodes[node].name} can be emptied"):
-                state.undo(mark)
-                self.steps, (_, self.moving, self.wave, self.in_wave, self.freed) = self.steps[: kept[0]], kept
+                self._take_back(kept, mark)
                 return
+        if unevenness(state) > before:
+            self._take_back(kept, mark)
+            return
         state.keep(mark)
         state.set_cordon(state.nodes[node].name, True)
         self.emptied.append(state.nodes[node].name)
         self.saving += saving
+
+
+def unevenness(state: State) -> int:
+    """By how much all hard spreads of what runs are exceeded, summed."""
+    return sum(
+        max(0, skew(state, state.klass(klass.shape), spread, row) - spread.max_skew)
+        for klass in state.classes if klass is not None and state.class_live[klass.id]
+        for spread, row in zip(klass.shape.spread, klass.spread_rows, strict=True) if spread.hard
+    )
 
 
 def skew(state: State, klass: Klass, spread: Spread, row: int) -> int:
