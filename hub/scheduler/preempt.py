@@ -75,19 +75,19 @@ def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, everywhere: b
             able &= gpu_free >= gpu.count * gpu.milli
         if not able.any():
             continue
-        single = None if gpu is not None or _tangled(klass) else _one_victim(state, klass, able, workload.priority, priority)
-        if single is not None:
-            made = on_node(scheduler, workload, klass, single[0], frozenset((single[1],)))
-            if made is not None and (best is None or made.harm < best.harm):
-                best = made
+        single = None if gpu is not None or _tangled(klass) or workload.shape.numa_single else _one_victim(state, klass, able, workload.priority, priority)
+        made = None if single is None else on_node(scheduler, workload, klass, single[0], frozenset((single[1],)))
+        if made is not None:
+            found = [made]
         else:
             nodes = _least_short(state, klass, able)
             tried[nodes] = True
-            for node in nodes.tolist():
-                made = on_node(scheduler, workload, klass, node, None)
-                if made is not None and (best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node]))):
-                    best = made
-        if best is not None and best.violations == 0:
+            found = [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node)) is not None]
+        for made in found:
+            if best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node])):
+                best = made
+        if best is not None and best.violations == 0 and best.harm[1] <= priority:
+            # nodes that open only at a higher level lose a workload of that level: they cannot be better
             break
     return None if best is None else _with_moves(scheduler, best, now_ms)
 

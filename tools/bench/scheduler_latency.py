@@ -191,7 +191,7 @@ class Run:
         return checker.placements, checker.problems
 
 
-def fill(run: Run) -> None:
+def fill(run: Run, warm_up: int = WARM_UP) -> None:
     """Bring the cluster to its live workloads, untimed; then let the fragmentation policy know what is typical, and see every shape once."""
     tries = 0
     while len(run.live) < run.target and tries < 4 * run.target:
@@ -201,7 +201,7 @@ def fill(run: Run) -> None:
             _, _, placed, gone = run.decide(what, [workload(item) for item in members])
             run.book(members, placed, gone)
     run.scheduler.ranker = Ranker({"fragmentation": Fragmentation(typical_of(run.scheduler.state))})
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         run.step()
 
 

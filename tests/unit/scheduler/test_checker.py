@@ -75,7 +75,7 @@ def test_the_checker_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_latency_stream_keeps_its_constraints_and_a_planted_overcommitment_is_caught() -> None:
     run = Run(60, 600, 5)
-    fill(run)
+    fill(run, 200)
     for _ in range(200):
         run.step()
     placements, problems = run.problems()
