@@ -10,7 +10,18 @@ if not __package__:
 
 from .harness import ROOT
 
-BENCHES = ("edge_footprint", "decision_latency", "decision_rate", "peer_node_red", "journal", "outage", "nab", "site_failover")
+BENCHES = (
+    "edge_footprint",
+    "decision_latency",
+    "decision_rate",
+    "peer_node_red",
+    "journal",
+    "outage",
+    "nab",
+    "site_failover",
+    "scheduler_latency",
+    "k8s_cases",
+)
 
 
 def main() -> int:

@@ -34,13 +34,14 @@ def amount(value: Any) -> Fraction:
 
 def requirement_holds(requirement: Mapping[str, Any], labels: Labels) -> bool:
     """One comparison."""
-    value, op, values = labels.get(requirement["key"]), requirement["op"], list(requirement.get("values", ()))
+    value, op = labels.get(requirement["key"]), requirement["op"]
+    values = [str(item) for item in requirement.get("values", ())]
     if op == "In":
         return value in values
     if op == "NotIn":
         return value not in values
     if op in ("Exists", "DoesNotExist"):
-        return (value is not None) == (op == "Exists")
+        return bool((value is not None) == (op == "Exists"))
     try:
         if value is None:
             return False
