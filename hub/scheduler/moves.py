@@ -17,7 +17,7 @@ from .model import Spread, Workload
 from .place import Scheduler
 from .reasons import WORDS, Bools, Fail
 from .state import Seat, State
-from .units import human
+from .units import Invalid, human
 
 LEAVING = "\0leaving"
 """Ends the id of the entry that holds the old seat; no name from outside may have a zero byte."""
@@ -41,6 +41,11 @@ class Limits:
     """kbit/s of a node that states no network capacity: gigabit Ethernet."""
     restart_ms: int = 30_000
     """How long a workload that cannot migrate takes to be up in its new place."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise Invalid(f"limits.{name}", f"{getattr(self, name)} allows no move at all", "give 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +443,9 @@ def _stuck(course: Course, items: Mapping[str, Workload], pending: Mapping[str, 
             chain.append(waits_for[0])
             if chain[-1] in chain[:-1]:
                 break
-        why = course.hinder(items[name], target)
+        seat = state.seat(name)
+        assert seat is not None
+        why = course.block(items[name], seat.node, target) or course.hinder(items[name], target)
         if len(chain) > 1 and chain[-1] in chain[:-1]:
             why += f"; a cycle ({' waits for '.join(chain)}) and no third node can take one of them for a while"
         result.append(_refused(state, name, target, why or "it could not begin"))
