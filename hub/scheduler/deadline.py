@@ -81,6 +81,15 @@ class Timetable:
         moved = tuple(self._forecast(hold) for name, hold in self.reserved.items() if name != job.id and (hold.start_ms, hold.nodes) != (before[name].start_ms, before[name].nodes))
         return Admission(True, self._forecast(self.reserved[job.id]), moved=moved)
 
+    def adopt(self, hold: Hold, now_ms: int) -> None:
+        """Book what runs already. Raises `Overcommitted` where it does not fit, ValueError for an id that is planned; nothing is changed then."""
+        self._advance(now_ms)
+        self._check(hold.job)
+        trial = self.profile.copy()
+        self._hold(trial, Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
+        self._enlist(hold.job)
+        self.profile, self.running[hold.job.id] = trial, hold
+
     def turn(self, now_ms: int) -> tuple[list[Hold], list[Late]]:
         """What starts now, and which promises an overrun broke. Call it after every event, and when `next_ms` comes."""
         self._advance(now_ms)
