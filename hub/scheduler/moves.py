@@ -113,15 +113,19 @@ class Plan:
 
 
 def begin_move(state: State, workload: str, seat: Seat, now_ms: int) -> None:
-    """Book a move as begun: the workload at its target, its old seat held. Raises `Invalid` where the target has no room; nothing is changed then."""
+    """Book a move as begun: the workload at its target, its old seat held. Raises `Invalid` where the target has no room; nothing is changed then.
+
+    A migrated workload goes on, so it keeps its start; a restarted one starts now.
+    """
     item, old = state.workload(workload), state.seat(workload)
     if item is None or old is None:
-        raise KeyError(f"{workload} is not placed")
+        raise Invalid("move.workload", f"{workload[:40]!r} is not placed", "plan anew")
+    start = int(state.w_start[state.slot_of[workload]])
     mark = state.begin()
     try:
-        state.move(workload, seat, now_ms)
-        leaving = replace(item, id=workload + LEAVING, tenant="", gang="", gang_size=0)
-        state.adopt(leaving, old, now_ms)
+        state.move(workload, seat, start if item.migratable else now_ms)
+        leaving = replace(item, id=workload + LEAVING, tenant="", gang="", gang_size=0, preemptible=False)
+        state.adopt(leaving, old, start)
         state.set_ending(leaving.id)
     except ValueError:
         state.undo(mark)
@@ -134,15 +138,16 @@ def end_move(state: State, workload: str) -> bool:
     return state.release(workload + LEAVING)
 
 
-def cancel_move(state: State, workload: str, now_ms: int) -> bool:
+def cancel_move(state: State, workload: str) -> bool:
     """The move failed: the workload is where it was, its target is free. False where no such move is booked."""
     old, item = state.seat(workload + LEAVING), state.workload(workload)
     if old is None or item is None:
         return False
+    start = int(state.w_start[state.slot_of[workload + LEAVING]])
     mark = state.begin()
     state.release(workload + LEAVING)
     state.release(workload)
-    state.adopt(item, old, now_ms)
+    state.adopt(item, old, start)
     state.keep(mark)
     return True
 

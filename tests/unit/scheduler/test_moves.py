@@ -98,10 +98,11 @@ def test_what_is_under_way_counts_against_the_limits_and_is_not_moved_again() ->
 def test_a_failed_move_leaves_the_workload_where_it_was() -> None:
     fleet = Fleet(node("n1"), node("n2"))
     fleet.put(item("a", 2, 4), "n1")
-    before = fleet.state.digest()
-    begin_move(fleet.state, "a", Seat(1), 0)
-    assert cancel_move(fleet.state, "a", 0) and not cancel_move(fleet.state, "a", 0)
-    assert fleet.where() == {"a": "n1"} and fleet.state.digest() == before
+    free = fleet.state.free.copy()
+    begin_move(fleet.state, "a", Seat(1), 500)
+    assert cancel_move(fleet.state, "a") and not cancel_move(fleet.state, "a")
+    assert fleet.where() == {"a": "n1"} and (fleet.state.free == free).all() and fleet.state.w_start[fleet.state.slot_of["a"]] == 0
+    check_invariants(fleet.state)
     fleet.put(item("full", 8, 1), "n2")
     with pytest.raises(Invalid, match="no room"):
         begin_move(fleet.state, "a", Seat(1), 0)
