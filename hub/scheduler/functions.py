@@ -133,16 +133,16 @@ class HybridHistogram:
         return -float(idle_ms)
 
 
-BIN_RATIO = 1.05
-"""Bins of idle time grow by this: a timer's period is known to 5 %, and 24 h need fewer than 250 of them."""
+LEVELS = 8
+"""The bins of idle time are halved so many times: 256 of them, each 4.6 % longer than the one before."""
 
 FIRST_BIN_MS = 1_000
 
 LONGEST_MS = 24 * 60 * MINUTE_MS
 """Idle times beyond a day count as never: nothing is kept so long."""
 
-PRIOR_WEIGHT = 2.0
-"""What all functions do counts as so many idle times of one of which nothing is known yet."""
+PRIOR_WEIGHT = 0.5
+"""What all functions do counts as so many idle times of one, times the depth of the halving: a few idle times tell the order of magnitude, the single bin needs many."""
 
 PRIOR_EACH = 8
 """Idle times that one instance gives to what is known of all: else the busiest function would speak for the rest."""
@@ -150,11 +150,14 @@ PRIOR_EACH = 8
 HALVE_AT = 2_048
 """Idle times of one instance after which all before count half: what it does now says more."""
 
+GAP_CALLS = 2.0
+"""A gap between windows is charged as if so many calls more had been seen in it: few idle times leave gaps by chance, where the next one may fall."""
+
 RELEARN_SHARE = 8
 """Windows are worked out anew when the idle times known have grown by one in so many."""
 
-_EDGES = np.concatenate([[0], np.unique(np.round(FIRST_BIN_MS * BIN_RATIO ** np.arange(int(np.log(LONGEST_MS / FIRST_BIN_MS) / np.log(BIN_RATIO)) + 2)).astype(np.int64))])
-_BINS = len(_EDGES) - 1
+_BINS = 1 << LEVELS
+_EDGES = np.concatenate([[0], np.round(np.geomspace(FIRST_BIN_MS, LONGEST_MS, _BINS)).astype(np.int64)])
 
 
 @dataclass(slots=True)
@@ -163,6 +166,7 @@ class _Known:
     seen: int = 0
     worked_out: int = -1
     windows: Windows = ()
+    chances: Floats = field(default_factory=lambda: np.full(_BINS + 1, 1.0 / (_BINS + 1)))
 
 
 class ExpectedValue:
@@ -194,22 +198,20 @@ class ExpectedValue:
             known.worked_out = -1
 
     def chances(self, key: Key) -> Floats:
-        """[bin, and beyond the last] the chance that the idle time lies there. Neighbouring bins share their counts: a timer's jitter crosses edges."""
-        prior: Floats = self._all / self._all.sum()
+        """[bin, and beyond the last] the chance that the idle time lies there.
+
+        A Polya tree: each halving of the range is weighed between what the instance did and what the level below did, level 0 between itself and all functions.
+        """
+        below: Floats = self._all / self._all.sum() if key[1] == 0 else self._known[key[0], key[1] - 1].chances if (key[0], key[1] - 1) in self._known else self.chances((key[0], 0))
         known = self._known.get(key)
-        if known is None:
-            return prior
-        smooth = known.counts * 0.5
-        smooth[1:] += known.counts[:-1] * 0.25
-        smooth[:-1] += known.counts[1:] * 0.25
-        mixed: Floats = (smooth + PRIOR_WEIGHT * prior) / (smooth.sum() + PRIOR_WEIGHT)
-        return mixed
+        return below if known is None else blend(known.counts, below)
 
     def windows(self, key: Key, function: Function) -> Windows:
         """The best ones by what is known."""
         known = self._known.setdefault(key, _Known())
         if known.worked_out < 0 or (known.seen - known.worked_out) * RELEARN_SHARE >= max(1, known.worked_out):
-            known.windows = best_windows(self.chances(key), function, self.wait_worth)
+            known.chances = self.chances(key)
+            known.windows = best_windows(known.chances, function, self.wait_worth, GAP_CALLS / (known.seen + 1))
             known.worked_out = known.seen
         return known.windows
 
@@ -222,13 +224,28 @@ class ExpectedValue:
         return float((called / np.maximum(held, 1e-9)).max()) * function.cold_ms / function.memory_bytes
 
 
-def best_windows(chances: Floats, function: Function, wait_worth: float) -> Windows:
-    """The windows with the highest expected value for the chances of each bin: a backward pass over two states, loaded and not."""
+def blend(counts: Floats, prior: Floats) -> Floats:
+    """Chances from counts ([bins, and beyond]) and a prior of the same shape; both are halved again and again, so few counts are spread wide and many stay where they are."""
+    beyond = (counts[-1] + PRIOR_WEIGHT * prior[-1]) / (counts.sum() + PRIOR_WEIGHT)
+    chances, inner = np.array([1.0 - beyond]), np.maximum(prior[:-1], 1e-12)
+    for depth in range(int(np.log2(len(inner)))):
+        seen, expected = (values.reshape(2 << depth, -1).sum(1).reshape(-1, 2) for values in (counts[:-1], inner))
+        weight = PRIOR_WEIGHT * (depth + 2)
+        share = (seen + weight * expected / expected.sum(1, keepdims=True)) / (seen.sum(1, keepdims=True) + weight)
+        chances = (chances[:, None] * share).reshape(-1)
+    return np.append(chances, beyond)
+
+
+def best_windows(chances: Floats, function: Function, wait_worth: float, doubt: float = 0.0) -> Windows:
+    """The windows with the highest expected value for the chances of each bin: a backward pass over two states, loaded and not.
+
+    `doubt`: the chance of a call that a gap between windows is charged with, beside what the bins say.
+    """
     saved = (chances[:_BINS] * function.cold_ms * wait_worth).tolist()
     after = (1.0 - np.cumsum(chances[:_BINS])).clip(0)
     widths = np.diff(_EDGES)
     held = (function.memory_bytes * widths * (after + chances[:_BINS] / 2)).tolist()
-    load = (function.memory_bytes * function.cold_ms * np.concatenate([[1.0], after[:-1]])).tolist()
+    load = (function.memory_bytes * function.cold_ms * np.concatenate([[1.0], after[:-1]]) + doubt * function.cold_ms * wait_worth).tolist()
     stay, enter = [False] * _BINS, [False] * _BINS
     loaded = empty = 0.0
     for at in range(_BINS - 1, -1, -1):

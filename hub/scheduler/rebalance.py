@@ -279,11 +279,13 @@ class _Search:
         return any(self._try([item], among) for item in items[:LIFTED_MOST])
 
     def _try(self, items: Iterable[Workload], among: Bools, tolerate: bool = False) -> bool:
-        """Place some workloads anew on some nodes; kept where it lowers the objective (`tolerate`: or leaves it) and no spread gets worse."""
+        """Place some workloads anew on some nodes; kept where it lowers the objective (`tolerate`: or leaves it), no spread gets worse and the plan not too long."""
         state, worth = self.state, self.worth
         lifted = sorted(items, key=lambda item: (-float((state.klass(item.shape).request[list(LOAD_ROWS)] / np.maximum(state.cap[list(LOAD_ROWS)].max(1), 1)).max()), item.id))
         seats = {item.id: seat for item in lifted if (seat := state.seat(item.id)) is not None}
-        uneven = [skew(state, rule.row, rule.spread, rule.eligible)[0] for rule in self.course.rules]
+        rows = {row for item in lifted for row, _ in state.klass(item.shape).spread_bumps}
+        rules = [rule for rule in self.course.rules if rule.row in rows]
+        uneven = [skew(state, rule.row, rule.spread, rule.eligible)[0] for rule in rules]
         mark = state.begin()
         away = dict(self._away)
         for item in lifted:
@@ -299,8 +301,8 @@ class _Search:
                 away[item.id] = worth.of_move(item)
         cost = self.layout_cost()
         price = worth.threshold_permille * (sum(away.values()) - sum(self._away.values())) // 1000
-        worse = any(skew(state, rule.row, rule.spread, rule.eligible)[0] > max(old, rule.spread.max_skew) for rule, old in zip(self.course.rules, uneven, strict=True))
-        if worse or cost + price > self._cost - (0 if tolerate else 1):
+        worse = any(skew(state, rule.row, rule.spread, rule.eligible)[0] > max(old, rule.spread.max_skew) for rule, old in zip(rules, uneven, strict=True))
+        if worse or len(away) > self.course.limits.per_plan or cost + price > self._cost - (0 if tolerate else 1):
             state.undo(mark)
             return False
         state.keep(mark)
