@@ -11,7 +11,7 @@ from .model import Workload
 from .moves import LEAVING, Course, Limits, Plan, Refused, carry_out, order
 from .place import Decision, Scheduler
 from .reasons import Bools, Fail, Ints
-from .state import GONE, UP, State
+from .state import UP, State
 from .units import human
 
 ROOM_NODES = 32
@@ -71,8 +71,7 @@ def drain(scheduler: Scheduler, nodes: Sequence[str], now_ms: int, limits: Limit
     trial, state = Course(scheduler, limits, now_ms), course.state
     leaving = [state.node_index[name] for name in nodes]
     for each in (course, trial):
-        for name in nodes:
-            each.state.set_status(name, GONE)
+        each.give_up(nodes)
     targets, rooms, refused = dict[str, int](), list[Room](), list[Refused]()
     items = [item for node in leaving for item in state.on_node(node) if not item.id.endswith(LEAVING)]
     for item in sorted(items, key=lambda item: (-item.priority, -_size(state, item), item.id)):
@@ -89,6 +88,7 @@ def drain(scheduler: Scheduler, nodes: Sequence[str], now_ms: int, limits: Limit
             rooms.append(room)
             decision = _decide(trial, item, None)
             if decision.seat is None:
+                refused.append(Refused(item.id, "", "", trial.scheduler.pending(decision).reason))
                 continue
         trial.state.move(item.id, decision.seat, now_ms)
         targets[item.id] = decision.seat.node

@@ -15,6 +15,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .rank import BEST, View
+from .reasons import Ints
+
 Floats = npt.NDArray[np.float64]
 
 MINUTE_MS = 60_000
@@ -423,3 +426,15 @@ class WarmPool:
 
 def _id(key: Key) -> str:
     return f"{key[0]}/{key[1]}"
+
+
+class WarmFirst:
+    """The policy `warm` for functions: a node that holds the image and runs an instance of the same shape has its libraries in the page cache."""
+
+    def score(self, view: View) -> Ints | None:
+        """100 with instance, 60 with the image only, 0 elsewhere."""
+        state, klass = view.state, view.klass
+        row = state.attributes.images.get(klass.shape.image)
+        held = np.zeros(state.size, np.bool_) if row is None else state.attributes.has_image[row]
+        there = np.bincount(state.w_node[(state.w_class == klass.id) & (state.w_node >= 0)], minlength=state.size) > 0
+        return np.where(there, BEST, np.where(held, 60, 0)).astype(np.int64)

@@ -7,16 +7,16 @@ both, spread counts it where it will be. The hub books its running moves the sam
 A plan is a list of steps. The moves of one step run side by side and the next step begins when all are over, so a slow move delays the plan and never breaks it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .feasible import in_domain, shortage, verdicts
-from .model import Spread, Workload
+from .feasible import shortage, verdicts
+from .model import HOST, Spread, Workload
 from .place import Scheduler
 from .reasons import WORDS, Bools, Fail
-from .state import Seat, State
+from .state import GONE, Seat, State
 from .units import Invalid, human
 
 LEAVING = "\0leaving"
@@ -188,6 +188,20 @@ class Course:
         self.busy = [(item, old.node, new.node) for item, old, new in under_way(self.state)]
         """(workload, from, to) of the moves that are under way."""
         self.rules = _rules(self.state)
+        self._places = self.state.attributes
+        """What the nodes' labels said before `give_up`."""
+
+    def give_up(self, names: Sequence[str]) -> None:
+        """These nodes are to be empty: they take nothing, and their domains count for no spread, as if they were gone."""
+        self.state.add_nodes([replace(self.state.nodes[self.state.node_index[name]], labels=()) for name in names])
+        for name in names:
+            self.state.set_status(name, GONE)
+        self.rules = _rules(self.state)
+
+    def uneven(self, rows: Iterable[int] | None = None) -> dict[Rule, int]:
+        """How uneven each hard spread is (of those that count in some rows)."""
+        wanted = None if rows is None else set(rows)
+        return {rule: skew(self.state, rule.row, rule.spread, rule.eligible)[0] for rule in self.rules if wanted is None or rule.row in wanted}
 
     def block(self, item: Workload, source: int, target: int) -> str:
         """Why limits or budgets keep the move from beginning now; empty where they do not."""
@@ -212,7 +226,8 @@ class Course:
         assert seat is not None
         mark = state.begin()
         try:
-            before = self._skews(item)
+            rows = [row for row, _ in state.klass(item.shape).spread_bumps]
+            before = self.uneven(rows)
             state.release(item.id)
             text = self._unfit(item, target)
             if not text:
@@ -220,7 +235,7 @@ class Course:
                 places = self.scheduler.seat_on(klass, target)
                 assert places is not None
                 state.place(item, places, self.now_ms)
-                worse = next((rule for rule, old, new in zip(before, before.values(), self._skews(item).values(), strict=True) if new > max(old, rule.spread.max_skew)), None)
+                worse = next((rule for rule, new in self.uneven(rows).items() if new > max(before[rule], rule.spread.max_skew)), None)
                 if worse is not None:
                     text = f"its leaving would make the spread over {worse.spread.topology_key} too uneven"
             return text or self._needed(item, seat.node, target)
@@ -303,18 +318,11 @@ class Course:
             own = sum(change for bumped, change in self.state.klass(item.shape).bumps if bumped == row)
             counts = self.state.counts[row].copy()
             counts[target] -= own
-            if in_domain(self.state, key, counts)[source] > 0 and not self._same_domain(key, source, target):
+            domain = self._places.domains(key)[0]
+            together = np.arange(self.state.size) == source if key == HOST else (domain == domain[source]) & (domain >= 0)
+            if counts[together].any() and not together[target]:
                 return f"workloads of its {key} must be with it"
         return ""
-
-    def _same_domain(self, key: str, source: int, target: int) -> bool:
-        domain = self.state.attributes.domains(key)[0]
-        return int(domain[source]) == int(domain[target]) >= 0
-
-    def _skews(self, item: Workload) -> dict[Rule, int]:
-        """How uneven each hard spread that counts the workload is."""
-        rows = {row for row, _ in self.state.klass(item.shape).spread_bumps}
-        return {rule: skew(self.state, rule.row, rule.spread, rule.eligible)[0] for rule in self.rules if rule.row in rows}
 
     def _sites(self, a: int, b: int) -> tuple[int, int] | None:
         first, second = sorted((int(self.state.site_of[a]), int(self.state.site_of[b])))
@@ -338,8 +346,8 @@ def _rules(state: State) -> list[Rule]:
 
 
 def eligible_nodes(state: State, spreads: Iterable[Spread], affine: Bools) -> Bools:
-    """[node] those whose domains count for hard spread."""
-    eligible = affine
+    """[node] those whose domains count for hard spread; a node that is gone and empty has none."""
+    eligible: Bools = affine & ((state.status != GONE) | (state.load > 0))
     for spread in spreads:
         if spread.hard:
             eligible = eligible & (state.attributes.domains(spread.topology_key)[0] >= 0)

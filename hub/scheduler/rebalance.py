@@ -94,11 +94,7 @@ def restore_spread(scheduler: Scheduler, now_ms: int, moved_ms: Mapping[str, int
                 why = f"all were moved less than {worth.rest_ms // 1000} s ago, or cannot move" if not movable else "no emptier domain has a node for any of them"
                 refused.append(Refused(names, "", "", f"spread over {rule.spread.topology_key} is {uneven}, {rule.spread.max_skew} allowed: {why}"))
                 break
-            item, node = move
-            seat = course.scheduler.seat_on(state.klass(item.shape), node)
-            assert seat is not None
-            state.move(item.id, seat, now_ms)
-            targets[item.id] = node
+            targets[move[0].id] = move[1]
     plan = order(Course(scheduler, limits, now_ms), targets)
     return replace(plan, refused=plan.refused + tuple(refused), reason="" if targets else "spread is even")
 
@@ -154,18 +150,36 @@ def _counted(state: State, row: int, nodes: Ints) -> list[Workload]:
     return [item for slot in slots if counts[state.w_class[slot]] and (item := state.items[slot]) is not None]
 
 
-def _to_emptier(course: Course, movable: Sequence[Workload], domain: "np.ndarray[tuple[int], np.dtype[np.int32]]", sums: Ints,
-                fullest: int) -> tuple[Workload, int] | None:
-    """The first workload that has a place in a domain with at least two fewer, the emptiest first."""
+def _to_emptier(course: Course, movable: Sequence[Workload], domain: "np.ndarray[tuple[int], np.dtype[np.int32]]", sums: Ints, fullest: int) -> tuple[Workload, int] | None:
+    """Move the first workload that has a place in a domain with at least two fewer, the emptiest first; it is booked there.
+
+    All spreads together must get less uneven: two that pull in different directions would otherwise move things to and fro for ever.
+    """
+    state = course.state
     for item in movable:
-        fits = course.nodes_for(item)
+        fits, before = course.nodes_for(item), _too_uneven(course)
         for emptier in np.argsort(sums, kind="stable").tolist():
             if sums[emptier] > sums[fullest] - 2:
                 break
             nodes = fits & (domain == emptier)
-            if nodes.any():
-                return item, _fullest(course.state, item, nodes)
+            if not nodes.any():
+                continue
+            node = _fullest(state, item, nodes)
+            mark = state.begin()
+            state.release(item.id)
+            seat = course.scheduler.seat_on(state.klass(item.shape), node)
+            if seat is not None:
+                state.place(item, seat, course.now_ms)
+                if _too_uneven(course) < before:
+                    state.keep(mark)
+                    return item, node
+            state.undo(mark)
     return None
+
+
+def _too_uneven(course: Course) -> int:
+    """By how much all hard spreads are exceeded, summed."""
+    return sum(max(0, uneven - rule.spread.max_skew) for rule, uneven in course.uneven().items())
 
 
 def _fullest(state: State, item: Workload, nodes: Bools) -> int:
@@ -284,8 +298,7 @@ class _Search:
         lifted = sorted(items, key=lambda item: (-float((state.klass(item.shape).request[list(LOAD_ROWS)] / np.maximum(state.cap[list(LOAD_ROWS)].max(1), 1)).max()), item.id))
         seats = {item.id: seat for item in lifted if (seat := state.seat(item.id)) is not None}
         rows = {row for item in lifted for row, _ in state.klass(item.shape).spread_bumps}
-        rules = [rule for rule in self.course.rules if rule.row in rows]
-        uneven = [skew(state, rule.row, rule.spread, rule.eligible)[0] for rule in rules]
+        uneven = self.course.uneven(rows)
         mark = state.begin()
         away = dict(self._away)
         for item in lifted:
@@ -301,7 +314,7 @@ class _Search:
                 away[item.id] = worth.of_move(item)
         cost = self.layout_cost()
         price = worth.threshold_permille * (sum(away.values()) - sum(self._away.values())) // 1000
-        worse = any(skew(state, rule.row, rule.spread, rule.eligible)[0] > max(old, rule.spread.max_skew) for rule, old in zip(rules, uneven, strict=True))
+        worse = any(new > max(uneven[rule], rule.spread.max_skew) for rule, new in self.course.uneven(rows).items())
         if worse or len(away) > self.course.limits.per_plan or cost + price > self._cost - (0 if tolerate else 1):
             state.undo(mark)
             return False

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import Placed
+from hub.scheduler import Placed, Ranker, Scheduler, State
 from hub.scheduler import functions as module
+from hub.scheduler import node as parse_node
 from hub.scheduler import workload as parse_workload
-from hub.scheduler.functions import MINUTE_MS, ExpectedValue, FixedKeepAlive, Function, HybridHistogram, Policy, WarmPool, best_windows, cold_ms_of
+from hub.scheduler.functions import MINUTE_MS, ExpectedValue, FixedKeepAlive, Function, HybridHistogram, Policy, WarmFirst, WarmPool, best_windows, cold_ms_of
 from tests.unit.scheduler.fleet_builder import Fleet, node
 
 F = Function("f", 100_000_000, 1_000)
@@ -133,6 +134,15 @@ def test_instances_are_workloads_of_the_scheduler() -> None:
     assert actions and {action.id for action in actions} == {"f/0"}
     for action in actions:
         assert fleet.scheduler.reserve(instance, 0) if action.load else fleet.scheduler.release(action.id)
+
+
+def test_functions_go_where_image_and_instances_are() -> None:
+    state = State(seed=3)
+    state.add_nodes([parse_node({"name": f"n{at}", "capacity": {"cpu": 8}, "images": ["f"] if at == 1 else []}) for at in range(3)])
+    scheduler = Scheduler(state, Ranker({"warm": WarmFirst()}))
+    for name in ("a", "b"):
+        placed = scheduler.reserve(parse_workload({"id": name, "kind": "function", "requests": {"cpu": "100m"}, "image": "f"}), 0)
+        assert isinstance(placed, Placed) and placed.node == "n1"
 
 
 # against brute force

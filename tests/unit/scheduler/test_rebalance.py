@@ -4,15 +4,22 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hub.scheduler import Scheduler, State
 from hub.scheduler import budget as parse_budget
+from hub.scheduler import node as parse_node
+from hub.scheduler import workload as parse_workload
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.drain import drain, maintenance, room_for
 from hub.scheduler.moves import Limits, Plan, carry_out
 from hub.scheduler.rebalance import Worth, layout_cost, rebalance
+from hub.scheduler.state import Seat
+from tests.unit.scheduler import streams
 from tests.unit.scheduler.fleet_builder import Fleet, item, node, to_workload
 from tests.unit.scheduler.plan_checker import follow, uneven
 from tests.unit.scheduler.test_moves import build, items, nodes
+from tools.bench.placement_check import Checker
 
 HOUR = 3_600_000
 
@@ -247,6 +254,77 @@ def test_any_drain_is_feasible_and_complete_or_says_why(some_nodes: list[Any], s
     after = checked(fleet, found.plan)
     assert {name for name, at in after.items() if at == "n0"} == set(found.left)
     assert not found.left or found.plan.refused
+
+
+def test_a_drain_counts_the_node_out_of_spread() -> None:
+    """AKS#4201: three replicas spread over three hosts; the third host is to be emptied, so two hosts are all there are."""
+    fleet = Fleet(node("n1"), node("n2"), node("n3"))
+    for number in range(3):
+        fleet.put(item(f"web{number}", 1, 1, app="web", kind="container", spread="host"), f"n{number + 1}")
+    found = drain(fleet.scheduler, ["n1"], 0)
+    assert not found.left and found.plan.moves[0].workload == "web0"
+
+
+def test_spreads_that_pull_apart_move_nothing_for_ever() -> None:
+    """Two of an app on the only node of a zone cannot be even over zones and over hosts at once."""
+    state = State(seed=1)
+    state.add_nodes([parse_node({"name": name, "zone": zone, "capacity": {"cpu": 8}}) for name, zone in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"))])
+    scheduler = Scheduler(state)
+    constraint = [{"topology_key": key, "selector": {"labels": {"app": "web"}}} for key in ("zone", "host")]
+    for number in range(8):
+        each = parse_workload({"id": f"w{number}", "kind": "vm", "labels": {"app": "web"}, "spread": constraint, "requests": {"cpu": 1}})
+        state.adopt(each, Seat(number % 2), 0)
+    for turn in range(10):
+        plan = rebalance(scheduler, turn * HOUR)
+        carry_out(state, plan, 0)
+    assert not plan.steps
+
+
+# the clusters of the other tests: every kind of constraint
+
+
+@settings(max_examples=40)
+@given(streams.node_list(), streams.stream(), st.booleans())
+def test_plans_keep_every_constraint(some_nodes: list[Any], events: list[tuple[str, Any]], to_drain: bool) -> None:
+    """Followed by the placement checker, each move with a second copy of what it holds left behind; and rebalancing comes to rest."""
+    state = State(seed=5)
+    state.add_nodes([parse_node({**each, "price": 1_000_000}) for each in some_nodes])
+    scheduler, known = Scheduler(state), {}
+    for what, value in events:
+        if what == "reserve":
+            scheduler.reserve(parse_workload(value), 0)
+            known[value["id"]] = value
+        elif what == "release" and state.slot_of:
+            scheduler.release(sorted(state.slot_of)[value % len(state.slot_of)])
+    before = state.digest()
+    for turn in range(6):
+        plan = drain(scheduler, ["n0"], 0).plan if to_drain else rebalance(scheduler, turn * HOUR, steps=30)
+        assert turn or state.digest() == before
+        strictly_followed(some_nodes, state, known, plan, spread=not to_drain)
+        carry_out(state, plan, 0)
+        check_invariants(state)
+        if to_drain or not plan.steps:
+            break
+    assert to_drain or not plan.steps, "it must come to rest"
+
+
+def strictly_followed(some_nodes: list[Any], state: State, known: dict[str, Any], plan: Plan, spread: bool) -> None:
+    checker = Checker(some_nodes)
+    for slot, each in enumerate(state.items):
+        seat = state.seats[slot]
+        if each is not None and seat is not None:
+            checker.placed(known[each.id], state.nodes[seat.node].name, seat.gpus, seat.numa[0][0] if known[each.id].get("numa") == "single" and seat.numa else None)
+    checker.problems.clear()
+    for step in plan.steps:
+        for move in step:
+            each, _, gpus, zone = checker.live[move.workload]
+            checker.released(move.workload)
+            left = {key: each[key] for key in ("requests", "gpu", "numa") if key in each}
+            checker.placed({**left, "id": f"{move.workload} leaving", "namespace": "leaving", "tolerations": [{}]}, move.source, gpus, zone)
+            checker.placed(each, move.target, move.seat.gpus, move.seat.numa[0][0] if each.get("numa") == "single" and move.seat.numa else None)
+        for move in step:
+            checker.released(f"{move.workload} leaving")
+    assert [problem for problem in checker.problems if spread or "uneven" not in problem] == []
 
 
 # negative control
