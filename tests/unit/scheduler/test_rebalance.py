@@ -12,7 +12,9 @@ from hub.scheduler import node as parse_node
 from hub.scheduler import workload as parse_workload
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.drain import drain, maintenance, room_for
+from hub.scheduler.feasible import verdicts
 from hub.scheduler.moves import Limits, Plan, carry_out
+from hub.scheduler.reasons import Fail
 from hub.scheduler.rebalance import Worth, layout_cost, rebalance
 from hub.scheduler.state import Seat
 from tests.unit.scheduler import streams
@@ -275,7 +277,7 @@ def test_spreads_that_pull_apart_move_nothing_for_ever() -> None:
         each = parse_workload({"id": f"w{number}", "kind": "vm", "labels": {"app": "web"}, "spread": constraint, "requests": {"cpu": 1}})
         state.adopt(each, Seat(number % 2), 0)
     for turn in range(10):
-        plan = rebalance(scheduler, turn * HOUR)
+        plan = rebalance(scheduler, turn * HOUR, steps=20)
         carry_out(state, plan, 0)
     assert not plan.steps
 
@@ -358,3 +360,21 @@ def _careless(self: Any, lifted: Any, among: Any, tolerate: bool = False) -> boo
             self._home.setdefault(each.id, home.node)
             self._away[each.id] = 0
     return True
+
+
+def test_a_planner_that_looks_at_room_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: of all filters only the one for room is left."""
+    real = verdicts
+    monkeypatch.setattr("hub.scheduler.rebalance.verdicts", lambda state, klass: real(state, klass) & Fail.RESOURCES)
+    monkeypatch.setattr("hub.scheduler.moves.verdicts", lambda state, klass: real(state, klass) & Fail.RESOURCES)
+    some_nodes = [{"name": f"n{number}", "capacity": {"cpu": 8, "memory": "8Gi"}, "price": 1_000_000} for number in range(2)]
+    state = State()
+    state.add_nodes([parse_node(each) for each in some_nodes])
+    scheduler, known = Scheduler(state), {}
+    for number in range(2):
+        known[f"w{number}"] = {"id": f"w{number}", "kind": "vm", "labels": {"app": "a"}, "requests": {"cpu": 1}, "anti_affinity": [streams.term("host", "a")]}
+        scheduler.reserve(parse_workload(known[f"w{number}"]), 0)
+    plan = rebalance(scheduler, HOUR)
+    assert plan.steps
+    with pytest.raises(AssertionError, match="anti-affinity does not hold"):
+        strictly_followed(some_nodes, state, known, plan, spread=True)
