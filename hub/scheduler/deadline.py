@@ -337,7 +337,10 @@ class Timetable:
             longer = Hold(hold.job, hold.nodes, now_ms, end, hold.need)
             self._hold(self.profile, longer)
             self.running[hold.job.id] = Hold(hold.job, hold.nodes, hold.start_ms, end, hold.need)
-            late += self._settle(hit, now_ms, f"job {hold.job.id} runs longer than its estimate of {duration(hold.job.duration_ms)} and its margin")
+            because = f"job {hold.job.id} runs longer than its estimate of {duration(hold.job.duration_ms)} and its margin"
+            itself = self._forecast(self.running[hold.job.id])
+            late += [Late(itself, because)] if itself.late_ms else []
+            late += self._settle(hit, now_ms, because)
         return late
 
     def _overdue(self, now_ms: int) -> list[Late]:

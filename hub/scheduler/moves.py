@@ -206,6 +206,8 @@ class Course:
     def block(self, item: Workload, source: int, target: int) -> str:
         """Why limits or budgets keep the move from beginning now; empty where they do not."""
         limits, state = self.limits, self.state
+        if any(other.id == item.id for other, _, _ in self.busy):
+            return "it is being moved already"
         if len(self.busy) >= limits.total:
             return f"{limits.total} moves are under way"
         for node in (source, target):

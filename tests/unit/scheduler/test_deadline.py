@@ -261,7 +261,7 @@ events = st.lists(st.one_of(
 
 def follow(plan: Timetable, stream: list[tuple[object, ...]], *, calm: bool) -> None:
     """Run a stream; `calm`: nodes stay and jobs end in time, so every promise must hold and no reservation may get later."""
-    now = 0
+    now, told = 0, set[str]()
     for number, event in enumerate(stream):
         before = dict(plan.reserved)
         match event:
@@ -281,7 +281,7 @@ def follow(plan: Timetable, stream: list[tuple[object, ...]], *, calm: bool) -> 
             case ("end", int(which)) if plan.running:
                 plan.ended(sorted(plan.running)[which % len(plan.running)], now)
             case ("gone", int(node)) if not calm:
-                plan.node_gone(node, now)
+                told |= {each.forecast.job for each in plan.node_gone(node, now)}
             case ("back", int(node)):
                 plan.node_back(node, now)
         check(plan)
@@ -290,11 +290,12 @@ def follow(plan: Timetable, stream: list[tuple[object, ...]], *, calm: bool) -> 
                 if name in before and hold.job.deadline_ms is not None:
                     assert hold.start_ms <= before[name].start_ms, "a reservation got later though nothing was lost"
         _, late = plan.turn(now)
+        told |= {each.forecast.job for each in late}
         check(plan)
-        assert not (calm and late)
-        if calm:
-            for hold in (*plan.running.values(), *plan.reserved.values()):
-                assert hold.job.deadline_ms is None or hold.end_ms <= hold.job.deadline_ms, "a promise is broken though nothing was lost"
+        assert not (calm and late), "a promise is broken though nothing was lost"
+        for hold in (*plan.running.values(), *plan.reserved.values()):
+            assert hold.job.deadline_ms is None or hold.end_ms <= hold.job.deadline_ms or hold.job.id in told, "a promise is broken and nobody was told"
+        assert all(waiting.deadline_ms is None or waiting.id in told for waiting in plan.waiting.values())
         for hold in plan.running.values():
             assert hold.end_ms > now
 

@@ -88,6 +88,9 @@ def test_what_is_under_way_counts_against_the_limits_and_is_not_moved_again() ->
     check_invariants(fleet.state)
     course = Course(fleet.scheduler, Limits(per_node=1), 0)
     assert course.begin(course.state.workload("b"), 2, 0) == "n1 has 1 moves under way"  # type: ignore[arg-type]
+    assert course.begin(course.state.workload("a"), 2, 0) == "it is being moved already"  # type: ignore[arg-type]
+    again = order(Course(fleet.scheduler, Limits(), 0), {"a": 2})
+    assert again.waits and again.moves[0].source == "n2", "only after the one that is under way"
     plan = order(Course(fleet.scheduler, Limits(per_node=1), 0), {"b": 2})
     assert plan.waits and [move.workload for move in plan.moves] == ["b"]
     assert end_move(fleet.state, "a") and not end_move(fleet.state, "a")
