@@ -99,8 +99,9 @@ def _room(state: State, klass: Klass) -> Ints:
     room: Ints = (np.maximum(state.free[klass.resources], 0) // klass.amounts).min(0)
     gpu = klass.shape.gpu
     if gpu is not None:
-        fits = devices_for(state, gpu)
-        each = (np.where(fits, state.gpu_free, 0) // gpu.milli).sum(1, dtype=np.int64) if gpu.milli < GPU_WHOLE else fits.sum(1, dtype=np.int64) // gpu.count
+        fits, nodes = devices_for(state, klass, gpu), state.facts(klass).gpu_nodes
+        each = np.zeros(state.size, np.int64)
+        each[nodes] = (np.where(fits, state.gpu_free[nodes], 0) // gpu.milli).sum(1) if gpu.milli < GPU_WHOLE else fits.sum(1) // gpu.count
         room = np.minimum(room, each)
     return room
 
@@ -110,9 +111,8 @@ def _bound(state: State, members: Sequence[Workload]) -> tuple[str, str] | None:
     counts: dict[int, list[Workload]] = {}
     for item in members:
         counts.setdefault(state.klass(item.shape).id, []).append(item)
-    for number, items in counts.items():
-        klass = state.classes[number]
-        assert klass is not None
+    for items in counts.values():
+        klass = state.klass(items[0].shape)
         shape = klass.shape
         bits = verdicts(state, klass)
         # affinity among the members and spread change as they are placed; only what stays as it is counts here

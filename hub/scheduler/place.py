@@ -281,8 +281,9 @@ class Scheduler:
 
 def tally(bits: Bits) -> dict[str, int]:
     """How many nodes failed each filter, most first."""
-    counts = {flag.name or "": int(np.count_nonzero(bits & np.uint32(flag))) for flag in Fail}
-    return dict(sorted(((name, count) for name, count in counts.items() if count), key=lambda item: -item[1]))
+    each = np.unpackbits(bits.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little").sum(0)
+    counts = ((flag.name or "", int(each[int(flag).bit_length() - 1])) for flag in Fail)
+    return dict(sorted(((name, count) for name, count in counts if count), key=lambda item: -item[1]))
 
 
 def _by_importance(items: Iterable[Workload]) -> list[Workload]:
