@@ -1,184 +1,429 @@
-"""Batch with deadlines: earliest deadline first on the capacity that will be free, admission that says now what would miss, and backfill that delays nobody.
+"""Batch jobs with deadlines: what is promised at submit is kept. Pure; time is an argument, ms.
 
-Capacity over time comes from the durations of what runs; what has no duration is taken to stay. Times are ms. Constraints other than room are taken as they stand now;
-parts of GPUs are counted by their sum on a node.
+A job whose deadline is admitted holds a reservation from then on, in a profile of free capacity over time (`profile.py`). Jobs without a deadline run where
+they delay no reservation; the first of them that cannot start holds one too (EASY backfill), so that it is not passed for ever.
+
+What moves a reservation, and which way:
+
+| event | reservations |
+|---|---|
+| a job is submitted | first tried in the holes, nothing moves; then in other orders (earliest deadline first within a class of priority), taken only where every promise is kept |
+| a job ends early, a node comes | each in its order as early as now possible, never later than it was |
+| a node vanishes, a job overruns | those it hit are placed anew; where that breaks a promise, all are, if fewer promises break; who is late is told, with the reason |
 """
 
-import math
-from bisect import insort
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from .classes import Klass
-from .feasible import verdicts
-from .model import Workload
-from .place import Placed, Scheduler
-from .reasons import Fail, Ints
-from .state import State
-from .units import Invalid
+from .batch import Admission, Forecast, Hold, Job, Late, Reason, Remedy, duration
+from .profile import FAR, Bools, Ints, Profile
 
-MAX_QUEUE = 4096
-"""Batch workloads that wait: each costs a pass over the nodes."""
+OVERRUN_PERMILLE = 250
+"""A job that runs beyond its reservation is expected to need this much of its estimate more, each time anew: few corrections for a bad estimate, little held for a slight one."""
 
-NEVER = math.inf
+MIN_EXTENSION_MS = 1_000
+"""No extension is shorter: a job with a tiny estimate must not have the plan made anew every millisecond."""
 
+MAX_JOBS = 10_000
+"""Jobs running, reserved and waiting at once; more are refused with the reason."""
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """When and where a batch workload would run; `late_ms` above 0: it misses its deadline by that much. Without a node it never fits (`start_ms` infinite)."""
+REORDER_MAX = 300
+"""Reservations up to which a submit tries other orders of all of them; beyond it only the holes are tried: bounds a submit to about a second at 1,000 nodes."""
 
-    workload: str
-    node: str | None
-    start_ms: float
-    end_ms: float
-    late_ms: float
+BACKFILL_DEPTH = 1_000
+"""Jobs without a deadline that one turn looks at, in their order: bounds a turn's time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """`accepted`: it keeps its deadline and makes nobody else miss. `message` says which not, and by how much."""
+class Timetable:
+    """The plan of one pool. Every method takes the time now, which never goes back; one that raises has changed nothing."""
 
-    accepted: bool
-    slot: Slot
-    message: str
-    hurts: tuple[Slot, ...]
+    def __init__(self, resources: Sequence[str], names: Sequence[str], free: Ints, now_ms: int, human: Callable[[str, int], str] | None = None) -> None:
+        """`free`: [N, R], what batch may use of each node. `human` writes a quantity of a resource."""
+        self.resources, self.names = tuple(resources), list(names)
+        self.base = free.astype(np.int64)
+        self.profile = Profile(self.base, now_ms)
+        self.running: dict[str, Hold] = {}
+        self.reserved: dict[str, Hold] = {}
+        self.waiting: dict[str, Job] = {}
+        self._gone: set[int] = set()
+        self._order: dict[str, int] = {}
+        self._sequence = 0
+        self._now = now_ms
+        self._human = human or (lambda resource, amount: f"{amount} {resource}")
 
+    def submit(self, job: Job, now_ms: int) -> Admission:
+        """Admit a job or say why not. A job without a deadline is always admitted, unless it could never run. Raises ValueError for a malformed one."""
+        self._check(job)
+        self._advance(now_ms)
+        if len(self.running) + len(self.reserved) + len(self.waiting) >= MAX_JOBS:
+            return Admission(False, None, None, Reason(f"{MAX_JOBS} jobs are planned already; submit it again when some have ended"))
+        never = self._never(job)
+        if never is not None:
+            return Admission(False, None, None, never)
+        if job.deadline_ms is None:
+            self._enlist(job)
+            self.waiting[job.id] = job
+            return Admission(True, None)
+        direct = self._find(self.profile, job, now_ms)
+        if direct is not None and direct.end_ms <= job.deadline_ms:
+            self._enlist(job)
+            self._hold(self.profile, direct)
+            self.reserved[job.id] = direct
+            return Admission(True, self._forecast(direct))
+        self._enlist(job)
+        reordered = self._reorder(job, now_ms) if len(self.reserved) <= REORDER_MAX else None
+        if reordered is None:
+            del self._order[job.id]
+            return self._refusal(job, direct, now_ms)
+        before = self.reserved
+        self.profile, self.reserved = reordered
+        moved = tuple(self._forecast(hold) for name, hold in self.reserved.items() if name != job.id and (hold.start_ms, hold.nodes) != (before[name].start_ms, before[name].nodes))
+        return Admission(True, self._forecast(self.reserved[job.id]), moved=moved)
 
-class Profile:
-    """Free capacity per node over time: [resource + 1] with the sum of free milli-GPU last."""
+    def adopt(self, hold: Hold, now_ms: int) -> None:
+        """Book what runs already. Raises `Overcommitted` where it does not fit, ValueError for an id that is planned; nothing is changed then."""
+        self._advance(now_ms)
+        self._check(hold.job)
+        trial = self.profile.copy()
+        self._hold(trial, Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
+        self._enlist(hold.job)
+        self.profile, self.running[hold.job.id] = trial, hold
 
-    def __init__(self, state: State, now_ms: int) -> None:
-        self.state, self.now_ms = state, now_ms
-        self.gpu = np.maximum(state.gpu_free, 0).sum(1, dtype=np.int64) if state.gpu_free.size else np.zeros(state.size, np.int64)
-        self.changes: dict[int, list[tuple[float, int, Ints]]] = {}
-        self.count = 0
-        for slot in np.flatnonzero(state.w_node >= 0).tolist():
-            item = state.items[slot]
-            if item is not None and item.duration_ms is not None:
-                self._add(int(state.w_node[slot]), max(int(state.w_start[slot]) + item.duration_ms, now_ms), self.need(state.klass(item.shape)))
+    def turn(self, now_ms: int) -> tuple[list[Hold], list[Late]]:
+        """What starts now, and which promises an overrun broke. Call it after every event, and when `next_ms` comes."""
+        self._advance(now_ms)
+        late = self._extend_overruns(now_ms) + self._overdue(now_ms)
+        started = []
+        for hold in sorted(self.reserved.values(), key=lambda hold: (hold.start_ms, self._key(hold.job))):
+            if hold.start_ms <= now_ms:
+                started.append(self._start(hold))
+        return started + self._backfill(now_ms), late
 
-    def need(self, klass: Klass) -> Ints:
-        """What a class takes of a node."""
-        gpu = klass.shape.gpu
-        return np.append(klass.request, 0 if gpu is None else gpu.count * gpu.milli)
+    def next_ms(self) -> int | None:
+        """When the next reservation starts or the next running job should have ended."""
+        times = [hold.start_ms for hold in self.reserved.values()] + [hold.end_ms for hold in self.running.values()]
+        return min(times, default=None)
 
-    def _add(self, node: int, at: float, change: Ints) -> None:
-        self.count += 1
-        insort(self.changes.setdefault(node, []), (at, self.count, change))
+    def ended(self, job_id: str, now_ms: int) -> list[Forecast]:
+        """A running job has ended (or is cancelled): what it still held is free, and reservations move up. Returns those that did. Unknown ids are ignored: an end may be told twice."""
+        self._advance(now_ms)
+        hold = self.running.pop(job_id, None) or self.reserved.pop(job_id, None)
+        if hold is None:
+            if self.waiting.pop(job_id, None) is not None:
+                del self._order[job_id]
+            return []
+        del self._order[job_id]
+        self._release(self.profile, hold, now_ms)
+        return self._move_up(now_ms, hold.nodes)
 
-    def free(self, node: int) -> Ints:
-        """Free now."""
-        return np.append(self.state.free[:, node], self.gpu[node])
+    def node_gone(self, node: int, now_ms: int) -> list[Late]:
+        """A node vanished: what ran there starts again from its beginning elsewhere. Returns the promises that this broke."""
+        self._advance(now_ms)
+        if node in self._gone:
+            return []
+        hit = self._lift(lambda hold: node in hold.nodes, now_ms, running=True)
+        self.profile.set_node(node, [0] * len(self.resources), now_ms)
+        self._gone.add(node)
+        return self._settle(hit, now_ms, f"node {self.names[node]} vanished")
 
-    def earliest(self, node: int, need: Ints, duration: float) -> float:
-        """First time from which `need` is free on the node for `duration`."""
-        free = self.free(node)
-        start: float = self.now_ms if (free >= need).all() else NEVER
-        for at, _, change in self.changes.get(node, ()):
-            if at >= start + duration:
-                break
-            free = free + change
-            if not (free >= need).all():
-                start = NEVER
-            elif start == NEVER:
-                start = at
-        return start
+    def node_back(self, node: int, now_ms: int) -> list[Forecast]:
+        """It is there again, with all its capacity. Returns the reservations that moved up."""
+        self._advance(now_ms)
+        if node not in self._gone:
+            return []
+        self._gone.discard(node)
+        self.profile.set_node(node, [int(value) for value in self.base[node]], now_ms)
+        return self._move_up(now_ms, [node])
 
-    def take(self, node: int, need: Ints, start: float, end: float) -> None:
-        """Hold `need` from start to end."""
-        self._add(node, start, -need)
-        if end < NEVER:
-            self._add(node, end, need)
+    def node_added(self, name: str, free: Sequence[int], now_ms: int) -> int:
+        """A new node; its index. Jobs with a list of allowed nodes do not use it. Reservations move up."""
+        self._advance(now_ms)
+        self.names.append(name)
+        self.base = np.concatenate([self.base, np.array([free], np.int64)])
+        node = self.profile.add_node(free, now_ms)
+        self._move_up(now_ms, [node])
+        return node
 
+    def forecast(self, job_id: str) -> Forecast | None:
+        """Of a job that runs or holds a reservation."""
+        hold = self.running.get(job_id) or self.reserved.get(job_id)
+        return self._forecast(hold) if hold is not None else None
 
-def _check(queue: Sequence[Workload]) -> None:
-    if len(queue) > MAX_QUEUE:
-        raise Invalid("queue", f"{len(queue)} batch workloads wait", f"let at most {MAX_QUEUE} wait")
-    for item in queue:
-        if item.duration_ms is None:
-            raise Invalid("workload.duration_ms", f"{item.id} has none", "say how long it runs at most: planning ahead needs it")
+    # -- placing
 
+    def _check(self, job: Job) -> None:
+        if job.id in self._order:
+            raise ValueError(f"job {job.id}: is planned already; end it first, or use another id")
+        if len(job.need) != len(self.resources) or any(value < 0 for value in job.need) or not any(job.need):
+            raise ValueError(f"job {job.id}: need must hold {len(self.resources)} quantities of 0 or more, not all 0, one for each of {', '.join(self.resources)}")
+        if job.duration_ms <= 0 or job.members < 1 or job.margin_permille < 0:
+            raise ValueError(f"job {job.id}: duration_ms must be above 0, members 1 or more, margin_permille 0 or more")
 
-def _order(queue: Sequence[Workload]) -> list[Workload]:
-    return sorted(queue, key=lambda item: (-item.priority, NEVER if item.deadline_ms is None else item.deadline_ms, item.id))
+    def _allowed(self, job: Job) -> Bools | None:
+        """Nodes that came after the job's list was made are not on it."""
+        if job.allowed is None or len(job.allowed) == self.profile.nodes:
+            return job.allowed
+        return np.concatenate([job.allowed, np.zeros(self.profile.nodes - len(job.allowed), bool)])
 
+    def _key(self, job: Job) -> tuple[int, int, int]:
+        return -job.priority, job.deadline_ms if job.deadline_ms is not None else FAR, self._order[job.id]
 
-def schedule(scheduler: Scheduler, queue: Sequence[Workload], now_ms: int) -> tuple[Slot, ...]:
-    """When each would run: by priority, then earliest deadline. Changes nothing. Raises `Invalid` for one without duration."""
-    _check(queue)
-    profile = Profile(scheduler.state, now_ms)
-    return tuple(_reserve(scheduler, profile, item)[0] for item in _order(queue))
+    def _enlist(self, job: Job) -> None:
+        self._sequence += 1
+        self._order[job.id] = self._sequence
 
+    def _advance(self, now_ms: int) -> None:
+        if now_ms < self._now:
+            raise ValueError(f"time went back from {self._now} to {now_ms} ms")
+        self._now = now_ms
+        self.profile.advance(now_ms)
 
-def _reserve(scheduler: Scheduler, profile: Profile, item: Workload) -> tuple[Slot, int]:
-    """The earliest slot of one workload, held in the profile; the node, -1 where there is none."""
-    state = scheduler.state
-    klass = state.klass(item.shape)
-    assert item.duration_ms is not None
-    later = np.uint32(~int(Fail.RESOURCES | Fail.GPU | Fail.NUMA) & 0xFFFF)
-    able = ((verdicts(state, klass) & later) == 0) & (state.cap[klass.resources] >= klass.amounts).all(0)
-    need = profile.need(klass)
-    best, start = -1, NEVER
-    for node in np.flatnonzero(able).tolist():
-        found = profile.earliest(node, need, item.duration_ms)
-        if (found, int(state.tie[node])) < (start, int(state.tie[best]) if best >= 0 else 0):
-            best, start = node, found
-            if start <= profile.now_ms:
-                break
-    end = start + item.duration_ms
-    if best >= 0:
-        profile.take(best, need, start, end)
-    late = 0.0 if item.deadline_ms is None else max(0.0, end - item.deadline_ms)
-    return Slot(item.id, state.nodes[best].name if best >= 0 else None, start, end, late), best
+    def _find(self, profile: Profile, job: Job, now_ms: int, nodes: Bools | None = None) -> Hold | None:
+        """The earliest place, on all nodes that the job may use or on those of `nodes`."""
+        need = np.array(job.need, np.int64)
+        slot = profile.earliest(need, job.planned_ms, now_ms, self._allowed(job) if nodes is None else nodes, job.members)
+        return Hold(job, slot.nodes, slot.start_ms, slot.start_ms + job.planned_ms, need) if slot is not None else None
 
+    @staticmethod
+    def _hold(profile: Profile, hold: Hold) -> None:
+        for node in hold.nodes:
+            profile.take(node, hold.start_ms, hold.end_ms, hold.need)
 
-def admit(scheduler: Scheduler, queue: Sequence[Workload], workload: Workload, now_ms: int) -> Admission:
-    """Whether a workload, behind those that wait, keeps its deadline and lets them keep theirs; the answer comes at submit time."""
-    before = {slot.workload: slot.late_ms for slot in schedule(scheduler, queue, now_ms)}
-    after = {slot.workload: slot for slot in schedule(scheduler, [*queue, workload], now_ms)}
-    slot = after.pop(workload.id)
-    hurts = tuple(other for name, other in after.items() if other.late_ms > before[name])
-    if slot.node is None:
-        return Admission(False, slot, f"{workload.id} will never fit on a node that may take it", hurts)
-    if slot.late_ms:
-        return Admission(False, slot, f"{workload.id} will miss by {_seconds(slot.late_ms)}", hurts)
-    if hurts:
-        worst = max(hurts, key=lambda other: other.late_ms)
-        return Admission(False, slot, f"{len(hurts)} that wait would miss, {worst.workload} by {_seconds(worst.late_ms)}", hurts)
-    return Admission(True, slot, f"{workload.id} starts in {_seconds(slot.start_ms - now_ms)}, ends in {_seconds(slot.end_ms - now_ms)}", ())
+    @staticmethod
+    def _release(profile: Profile, hold: Hold, now_ms: int) -> None:
+        for node in hold.nodes:
+            profile.give(node, max(hold.start_ms, now_ms), hold.end_ms, hold.need)
 
+    def _start(self, hold: Hold) -> Hold:
+        self.reserved.pop(hold.job.id, None)
+        self.waiting.pop(hold.job.id, None)
+        self.running[hold.job.id] = hold
+        return hold
 
-def _seconds(ms: float) -> str:
-    return f"{math.ceil(ms / 1000)} s" if ms < NEVER else "ever"
+    def _forecast(self, hold: Hold) -> Forecast:
+        deadline = hold.job.deadline_ms
+        late = max(0, hold.end_ms - deadline) if deadline is not None else 0
+        return Forecast(hold.job.id, hold.start_ms, hold.start_ms + hold.job.duration_ms, hold.end_ms, late, hold.nodes)
 
+    def _promised_by(self, hold: Hold) -> int:
+        """Until when a reservation may be through: its deadline, or as late as it is now where that is lost already."""
+        return max(hold.job.deadline_ms, hold.end_ms) if hold.job.deadline_ms is not None else FAR
 
-def start(scheduler: Scheduler, queue: Sequence[Workload], now_ms: int) -> list[Placed]:
-    """Start what can start now: in order, and behind the first that must wait only what does not delay it (EASY backfill)."""
-    _check(queue)
-    state, started = scheduler.state, list[Placed]()
-    head: tuple[int, float, Ints] | None = None
-    for item in _order(queue):
-        if item.id in state.slot_of:
-            continue
-        decision = scheduler.decide(item, now_ms)
-        if head is not None and decision.seat is not None:
-            node, when, need = head
-            profile = Profile(state, now_ms)
-            assert item.duration_ms is not None
-            if decision.seat.node == node and now_ms + item.duration_ms > when:
-                mine = profile.need(state.klass(item.shape))
-                profile.take(node, mine, now_ms, now_ms + item.duration_ms)
-                if profile.earliest(node, need, 1) > when:
-                    elsewhere = np.arange(state.size) != node
-                    decision = scheduler.decide(item, now_ms, elsewhere)
-        placed = scheduler.commit(decision, now_ms)
-        if placed is not None:
-            started.append(placed)
-        elif head is None:
-            profile = Profile(state, now_ms)
-            slot, node = _reserve(scheduler, profile, item)
-            if node >= 0 and slot.start_ms < NEVER:
-                head = node, slot.start_ms, profile.need(state.klass(item.shape))
-    return started
+    def _reorder(self, job: Job, now_ms: int) -> tuple[Profile, dict[str, Hold]] | None:
+        """All reservations and the new job placed anew, in several orders; the first where every promise is kept."""
+        bare = self.profile.copy()
+        for hold in self.reserved.values():
+            self._release(bare, hold, now_ms)
+        limits = {name: self._promised_by(hold) for name, hold in self.reserved.items()}
+        limits[job.id] = job.deadline_ms if job.deadline_ms is not None else FAR
+        jobs = sorted([hold.job for hold in self.reserved.values()] + [job], key=self._key)
+        orders = (
+            jobs,
+            sorted(jobs, key=lambda each: (-each.priority, (each.deadline_ms if each.deadline_ms is not None else FAR) - each.planned_ms)),
+            [job, *(each for each in jobs if each is not job)],
+        )
+        for order in orders:
+            profile, placed = bare.copy(), dict[str, Hold]()
+            for each in order:
+                found = self._find(profile, each, now_ms)
+                if found is None or found.end_ms > limits[each.id]:
+                    break
+                self._hold(profile, found)
+                placed[each.id] = found
+            else:
+                return profile, placed
+        return None
+
+    def _backfill(self, now_ms: int) -> list[Hold]:
+        """Start what has no deadline where it delays no reservation; the first that cannot start gets one."""
+        undated = [hold for hold in self.reserved.values() if hold.job.deadline_ms is None]
+        for hold in undated:
+            self._release(self.profile, hold, now_ms)
+            del self.reserved[hold.job.id]
+            self.waiting[hold.job.id] = hold.job
+        started, head = [], False
+        for job in sorted(self.waiting.values(), key=self._key)[:BACKFILL_DEPTH]:
+            found = self._find(self.profile, job, now_ms)
+            if found is None or (found.start_ms > now_ms and head):
+                continue
+            self._hold(self.profile, found)
+            if found.start_ms <= now_ms:
+                started.append(self._start(found))
+            else:
+                self.reserved[job.id] = found
+                del self.waiting[job.id]
+                head = True
+        return started
+
+    def _move_up(self, now_ms: int, freed: Iterable[int]) -> list[Forecast]:
+        """Each reservation, in its order, as early as the room on the freed nodes lets it. Its own place is free while it looks, so it never gets later.
+
+        A reservation that moves frees its own nodes for the ones after it.
+        """
+        moved, open_nodes = [], np.zeros(self.profile.nodes, bool)
+        open_nodes[list(freed)] = True
+        for hold in sorted(self.reserved.values(), key=lambda hold: self._key(hold.job)):
+            allowed = self._allowed(hold.job)
+            usable = open_nodes if allowed is None else open_nodes & allowed
+            if hold.start_ms <= now_ms or not usable.any():
+                continue
+            self._release(self.profile, hold, now_ms)
+            found = self._find(self.profile, hold.job, now_ms, usable if hold.job.members == 1 else allowed)
+            better = found if found is not None and found.start_ms < hold.start_ms else hold
+            self._hold(self.profile, better)
+            if better is not hold:
+                self.reserved[hold.job.id] = better
+                open_nodes[list(hold.nodes)] = True
+                moved.append(self._forecast(better))
+        return moved
+
+    def _lift(self, hit: Callable[[Hold], bool], now_ms: int, running: bool) -> list[Hold]:
+        """Take those holds out of the plan."""
+        lifted = []
+        for table in (self.reserved, self.running) if running else (self.reserved,):
+            for hold in [hold for hold in table.values() if hit(hold)]:
+                self._release(self.profile, hold, now_ms)
+                del table[hold.job.id]
+                lifted.append(hold)
+        return lifted
+
+    def _settle(self, hit: Iterable[Hold], now_ms: int, because: str) -> list[Late]:
+        """Place again what an event threw out: in the holes, or, where that breaks promises and it breaks fewer, everything anew. The promises newly broken."""
+        dated, before = [], {hold.job.id: self._forecast(hold).late_ms for hold in self.reserved.values()}
+        for hold in hit:
+            before[hold.job.id] = self._forecast(hold).late_ms
+            if hold.job.deadline_ms is None:
+                self.waiting[hold.job.id] = hold.job
+            else:
+                dated.append(hold.job)
+        kept = self._place_all(self.profile.copy(), dict(self.reserved), dated, now_ms)
+        if kept[2] > (0, 0):
+            bare = self.profile.copy()
+            for hold in self.reserved.values():
+                self._release(bare, hold, now_ms)
+            anew = self._place_all(bare, {}, dated + [hold.job for hold in self.reserved.values() if hold.job.deadline_ms is not None], now_ms)
+            if anew[2] < kept[2]:
+                for hold in self.reserved.values():
+                    if hold.job.deadline_ms is None:
+                        self.waiting[hold.job.id] = hold.job
+                kept = anew
+        self.profile, self.reserved, _ = kept
+        late = []
+        for job in dated:
+            if job.id not in self.reserved:
+                late.append(Late(Forecast(job.id, FAR, FAR, FAR, FAR, ()), f"{because}; no node that is left can run it"))
+                self.waiting[job.id] = job
+        late += [Late(forecast, because) for forecast in map(self._forecast, self.reserved.values()) if forecast.late_ms > before.get(forecast.job, 0)]
+        return late
+
+    def _place_all(self, profile: Profile, reserved: dict[str, Hold], jobs: list[Job], now_ms: int) -> tuple[Profile, dict[str, Hold], tuple[int, int]]:
+        """Place jobs in their order; with (promises broken, ms late in all)."""
+        for job in sorted(jobs, key=self._key):
+            hold = self._find(profile, job, now_ms)
+            if hold is not None:
+                self._hold(profile, hold)
+                reserved[job.id] = hold
+        lates = [self._forecast(reserved[job.id]).late_ms if job.id in reserved else FAR for job in jobs] + [self._forecast(hold).late_ms for hold in reserved.values() if hold.job not in jobs]
+        return profile, reserved, (sum(late > 0 for late in lates), sum(lates))
+
+    def _extend_overruns(self, now_ms: int) -> list[Late]:
+        """Jobs that still run past their reservation keep what they have; reservations in their way are placed anew."""
+        late = []
+        for hold in [hold for hold in self.running.values() if hold.end_ms <= now_ms]:
+            end = now_ms + max(MIN_EXTENSION_MS, hold.job.duration_ms * OVERRUN_PERMILLE // 1000)
+            nodes = set(hold.nodes)
+            hit = self._lift(lambda other, nodes=nodes, end=end: other.start_ms < end and not nodes.isdisjoint(other.nodes), now_ms, running=False)  # type: ignore[misc]
+            longer = Hold(hold.job, hold.nodes, now_ms, end, hold.need)
+            self._hold(self.profile, longer)
+            self.running[hold.job.id] = Hold(hold.job, hold.nodes, hold.start_ms, end, hold.need)
+            because = f"job {hold.job.id} runs longer than its estimate of {duration(hold.job.duration_ms)} and its margin"
+            itself = self._forecast(self.running[hold.job.id])
+            late += [Late(itself, because)] if itself.late_ms else []
+            late += self._settle(hit, now_ms, because)
+        return late
+
+    def _overdue(self, now_ms: int) -> list[Late]:
+        """Reservations that this turn comes too late for: what is left of them no longer covers the estimate. A slighter delay is the margin's."""
+        hit = self._lift(lambda hold: hold.start_ms < now_ms and hold.end_ms - now_ms < hold.job.duration_ms, now_ms, running=False)
+        return self._settle(hit, now_ms, "its start was called for too late") if hit else []
+
+    # -- saying why
+
+    def _never(self, job: Job) -> Reason | None:
+        """Why it could not even run in an empty pool."""
+        need, allowed = np.array(job.need, np.int64), self._allowed(job)
+        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed.copy()
+        usable[list(self._gone)] = False
+        if not usable.any():
+            return Reason("no node that it may use is there")
+        room = Profile(self.base, 0).members(need, 0, 1, job.members)
+        if int(room[usable].sum()) >= job.members:
+            return None
+        largest = self.base[usable].max(axis=0)
+        row = int(np.argmax(need - largest))
+        if need[row] > largest[row]:
+            name = self.resources[row]
+            text = f"asks for {self._human(name, int(need[row]))}; the largest node that it may use has {self._human(name, int(largest[row]))}"
+            return Reason(text, name, short=int(need[row] - largest[row]))
+        return Reason(f"asks for {job.members} members side by side; the nodes that it may use hold {int(room[usable].sum())} when empty")
+
+    def _refusal(self, job: Job, found: Hold | None, now_ms: int) -> Admission:
+        """Why it misses and what alone would make it."""
+        assert job.deadline_ms is not None
+        if found is None:
+            return Admission(False, None, None, Reason("no node that it may use is ever free for it"))
+        forecast, late = self._forecast(found), found.end_ms - job.deadline_ms
+        remedies = [Remedy("deadline", f"with the deadline {duration(late)} later", late)]
+        latest = job.deadline_ms - job.planned_ms
+        estimate = Job(job.id, job.need, job.duration_ms, job.deadline_ms, job.priority, job.members, 0, job.allowed)
+        bare = self._find(self.profile, estimate, now_ms)
+        if job.margin_permille and bare is not None and bare.end_ms <= job.deadline_ms:
+            remedies.append(Remedy("margin", f"if the estimate of {duration(job.duration_ms)} is taken without its margin", job.margin_permille))
+        if latest < now_ms:
+            text = f"it takes {duration(job.planned_ms)} (with a margin of {job.margin_permille / 10:g} %) and {duration(max(0, job.deadline_ms - now_ms))} are left"
+            return Admission(False, forecast, late, Reason(text), tuple(remedies))
+        reason = self._shortage(job, found, latest)
+        return Admission(False, forecast, late, reason, (*self._earlier_ends(job, latest, now_ms), *self._more_nodes(job, latest), *remedies))
+
+    def _shortage(self, job: Job, found: Hold, latest_ms: int) -> Reason:
+        """Which resource, on the node where it can start first, until when."""
+        node = found.nodes[-1]
+        wanted = found.need * found.nodes.count(node)
+        short = wanted - self.profile.least(latest_ms, job.planned_ms)[node]
+        row = int(np.argmax(short / np.maximum(self.base[node], 1)))
+        name = self.resources[row]
+        holders = tuple(
+            hold.job.id for hold in (*self.running.values(), *self.reserved.values())
+            if node in hold.nodes and hold.need[row] > 0 and hold.start_ms < latest_ms + job.planned_ms and hold.end_ms > latest_ms
+        )
+        if short[row] <= 0:
+            return Reason(f"its {job.members} members fit side by side only from {found.start_ms} ms on", until_ms=found.start_ms, node=self.names[node], held_by=holders)
+        text = f"{self._human(name, int(short[row]))} short on {self.names[node]} until {found.start_ms} ms"
+        return Reason(text + (f", held by {', '.join(holders)}" if holders else ""), name, self.names[node], int(short[row]), found.start_ms, holders)
+
+    def _earlier_ends(self, job: Job, latest_ms: int, now_ms: int) -> list[Remedy]:
+        """Jobs that alone would make room by ending earlier; the one that has to change the least. Each is tried."""
+        allowed = self._allowed(job)
+        best: Remedy | None = None
+        for hold in self.running.values():
+            if hold.end_ms <= latest_ms or not any(allowed is None or allowed[node] for node in hold.nodes) or (best is not None and hold.end_ms - latest_ms >= best.amount):
+                continue
+            trial = self.profile.copy()
+            for node in hold.nodes:
+                trial.give(node, max(latest_ms, now_ms), hold.end_ms, hold.need)
+            found = self._find(trial, job, now_ms)
+            if found is not None and found.start_ms <= latest_ms:
+                early = hold.end_ms - latest_ms
+                best = Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {latest_ms} ms", early, hold.job.id)
+        return [best] if best is not None else []
+
+    def _more_nodes(self, job: Job, latest_ms: int) -> list[Remedy]:
+        """How many empty nodes more, like the one that holds most members, would do."""
+        need, allowed = np.array(job.need, np.int64), self._allowed(job)
+        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed
+        each = np.where(usable, Profile(self.base, 0).members(need, 0, 1, job.members), 0)
+        like = int(each.argmax())
+        room = np.where(usable, self.profile.members(need, latest_ms, job.planned_ms, job.members), 0)
+        count = -(-max(0, job.members - int(room.sum())) // int(each[like])) if each[like] else 0
+        return [Remedy("nodes", f"with {count} more node{'s' if count > 1 else ''} like {self.names[like]}", count)] if count else []

@@ -1,17 +1,18 @@
-"""What users of other schedulers suffer from, each as a small scenario (the threads are named). None of it may happen here."""
+"""What users of other schedulers suffer from, each as a small scenario (the threads are named). None of it may happen here.
+
+Those of rebalancing (spread, churn, storms, what comes back) are in `test_rebalance.py` and `test_moves.py`.
+"""
 
 from typing import Any
 
 import numpy as np
 
-from hub.scheduler import Kind, Pending, Placed, Ranker, Scheduler, State, gang, node, preempt, quota, rebalance, workload
+from hub.scheduler import Kind, Pending, Placed, Ranker, Scheduler, State, gang, node, preempt, quota, workload
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.parse import budget as parse_budget
 from hub.scheduler.parse import quota as parse_quota
-from hub.scheduler.rebalance import Limits
 
 Json = dict[str, Any]
-HOUR_MS = 3_600_000
 
 
 def cluster(*nodes: Json, ranker: Ranker | None = None) -> Scheduler:
@@ -101,92 +102,6 @@ def test_one_plan_counts_its_own_disruptions_kubernetes_91492() -> None:
         put(scheduler, "web", 1, priority=5, requests={"cpu": 8})
         made = preempt.plan(scheduler, item("w", priority=10, requests={"cpu": 8}), 0, everywhere=everywhere)
         assert made is not None and made.victims == ("web",)
-
-
-def spread_cluster() -> Scheduler:
-    """Six replicas over three zones of two nodes, then a scale-down that takes both of zone b and one of zone c."""
-    scheduler = cluster(*[{"zone": zone, "price": 10} for zone in "abcabc"])
-    constraint = [{"topology_key": "zone", "selector": {"labels": {"app": "web"}}}]
-    for at in range(8):
-        put(scheduler, f"w{at}", at % 6, labels={"app": "web"}, spread=constraint, migratable=True, state_bytes=1 << 30)
-    for name in ("w1", "w4", "w7", "w2"):
-        scheduler.release(name)
-    return scheduler
-
-
-def zones(scheduler: Scheduler) -> list[int]:
-    names = [dict(entry.labels)["zone"] for entry in scheduler.state.nodes]
-    return [sum(int(scheduler.state.load[at]) for at, zone in enumerate(names) if zone == wanted) for wanted in "abc"]
-
-
-def test_spread_is_restored_after_a_scale_down_kubernetes_115911() -> None:
-    scheduler = spread_cluster()
-    assert zones(scheduler) == [3, 0, 1]
-    made = rebalance.plan(scheduler, HOUR_MS)
-    assert zones(scheduler) == [3, 0, 1], "planning changes nothing"
-    assert rebalance.carry_out(scheduler, made, HOUR_MS) == [step.workload for step in made.steps]
-    assert max(zones(scheduler)) - min(zones(scheduler)) <= 1 and len(made.steps) == 1
-    check_invariants(scheduler.state)
-
-
-def test_what_was_moved_does_not_come_back_descheduler_994() -> None:
-    """After a plan the next one is empty, also without cool-down, and each target is where the scheduler itself would put the workload among the allowed nodes."""
-    scheduler = spread_cluster()
-    made = rebalance.plan(scheduler, HOUR_MS)
-    rebalance.carry_out(scheduler, made, HOUR_MS)
-    assert all(step.source != step.target for step in made.steps)
-    for hour in range(2, 6):
-        assert rebalance.plan(scheduler, hour * HOUR_MS, {}, Limits(cooldown_ms=0)).steps == ()
-
-
-def test_consolidation_comes_to_rest_karpenter_2388() -> None:
-    """Equal nodes, each a quarter full: emptied once, and never again though nothing forbids it; a node is not emptied for less than it saves."""
-    scheduler = cluster(*[{"price": 1_000_000}] * 4)
-    for at in range(8):
-        put(scheduler, f"v{at}", at % 4, kind="vm", state_bytes=1 << 30)
-    moves = []
-    for hour in range(24):
-        made = rebalance.plan(scheduler, hour * HOUR_MS, {}, Limits(cooldown_ms=0))
-        moves.append(len(rebalance.carry_out(scheduler, made, hour * HOUR_MS)))
-    assert sum(moves) <= 8 and not any(moves[3:]) and sorted(scheduler.state.load.tolist()) == [0, 0, 0, 8]
-    dear = cluster(*[{"price": 1_000_000}] * 2)
-    for at in range(2):
-        put(dear, f"big{at}", at, kind="vm", state_bytes=1 << 50)
-    assert rebalance.plan(dear, 0, {}, Limits(cooldown_ms=0)).steps == ()
-
-
-def test_what_just_moved_stays_until_the_cooldown_is_over_karpenter_2388() -> None:
-    scheduler = cluster(*[{"price": 1_000_000}] * 2)
-    for at in range(2):
-        put(scheduler, f"v{at}", at, kind="vm")
-    recent = {"v0": HOUR_MS - 1, "v1": HOUR_MS - 1}
-    assert rebalance.plan(scheduler, HOUR_MS, recent).steps == ()
-    assert len(rebalance.plan(scheduler, 2 * HOUR_MS, recent).steps) == 1
-
-
-def test_there_is_no_migration_storm_kubevirt_258() -> None:
-    """40 VMs could move at once: waves stay within their limits, both ends have room while a wave runs, and a step that fails ends the plan."""
-    scheduler = cluster(*[{"price": 1_000_000, "capacity": {"cpu": 64, "memory": "64Gi"}}] * 10)
-    for at in range(40):
-        put(scheduler, f"v{at}", at % 10, kind="vm", requests={"cpu": 2, "memory": "1Gi"})
-    limits = Limits(parallel=4, per_node=2)
-    made = rebalance.plan(scheduler, HOUR_MS, {}, limits)
-    assert made.steps and len(made.emptied) == 8
-    held = scheduler.state.snapshot()
-    for wave in range(made.steps[-1].wave + 1):
-        steps = [step for step in made.steps if step.wave == wave]
-        ends = [end for step in steps for end in (step.source, step.target)]
-        assert 0 < len(steps) <= limits.parallel and max(ends.count(end) for end in ends) <= limits.per_node
-        twin = held.snapshot()
-        for step in steps:
-            moving = held.workload(step.workload)
-            assert moving is not None
-            twin.place(workload({"id": f"{step.workload}-arriving", "requests": {"cpu": 2, "memory": "1Gi"}}), step.seat, 0)
-        for step in steps:
-            held.move(step.workload, step.seat, 0)
-    scheduler.state.set_cordon(made.steps[0].target, True)
-    scheduler.release(made.steps[1].workload)
-    assert rebalance.carry_out(scheduler, made, HOUR_MS) == [made.steps[0].workload]
 
 
 def test_every_node_is_scored_kubernetes_95709() -> None:

@@ -1,0 +1,51 @@
+"""The deadline planner on the scheduler's state: what runs there becomes the timetable, a workload becomes a job. Pure.
+
+The timetable plans with capacity, allowed nodes and time. Affinity, spread, NUMA and which devices of a node are free change until a job starts: they are the scheduler's to judge then
+(`Scheduler.decide` among the nodes of the hold). GPUs are counted in thousandths per node, which is exact where jobs take whole devices.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from .batch import MARGIN_PERMILLE, Hold, Job
+from .deadline import Timetable
+from .model import Kind, Workload
+from .moves import LEAVING
+from .reasons import Ints
+from .state import UP, State
+from .units import Invalid, human
+
+GPU_COLUMN = "milli-GPU"
+
+
+def timetable(state: State, now_ms: int, margin_permille: int = MARGIN_PERMILLE) -> Timetable:
+    """Of a state: nodes that are up, batch jobs that run and say for how long, everything else held for ever. A job over its time is taken to end now: the next turn extends it."""
+    names = (*state.resource_rows, GPU_COLUMN)
+    free = np.concatenate([state.free.T, np.maximum(state.gpu_free, 0).sum(1, dtype=np.int64)[:, None]], axis=1)
+    running = [(item, seat.node, int(state.w_start[slot])) for slot, item in enumerate(state.items)
+               if item is not None and (seat := state.seats[slot]) is not None and item.shape.kind is Kind.BATCH and item.duration_ms and not item.id.endswith(LEAVING)]
+    for item, node, _ in running:
+        free[node] += _need(state, item)
+    found = Timetable(names, [node.name for node in state.nodes], free, now_ms, human)
+    for item, node, start in running:
+        planned = replace(job(state, item, margin_permille), id=item.id, members=1)
+        found.adopt(Hold(planned, (node,), start, max(now_ms, start + planned.planned_ms), _need(state, item)), now_ms)
+    for node in np.flatnonzero(state.status != UP).tolist():
+        found.node_gone(node, now_ms)
+    return found
+
+
+def job(state: State, item: Workload, margin_permille: int = MARGIN_PERMILLE) -> Job:
+    """A batch workload as the planner sees it; a gang's member stands for all of its gang, under the gang's name. Raises `Invalid` where it does not say how long it runs."""
+    if item.duration_ms is None:
+        raise Invalid("workload.duration_ms", f"{item.id} does not say how long it runs", "give an estimate in ms")
+    klass = state.klass(item.shape)
+    allowed = (state.facts(klass).fails == 0) & ~state.cordon
+    return Job(item.gang or item.id, tuple(_need(state, item).tolist()), item.duration_ms, item.deadline_ms, item.priority, item.gang_size or 1, margin_permille, allowed)
+
+
+def _need(state: State, item: Workload) -> Ints:
+    gpu = item.shape.gpu
+    need: Ints = np.append(state.klass(item.shape).request, gpu.count * gpu.milli if gpu is not None else 0)
+    return need
