@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .compiled import kernel
 from .devices import limits
@@ -412,7 +411,7 @@ def place(nodes: Nodes, of: Kinds, arrivals: Ints, order: Ints, knowledge: Knowl
     """Place pods of kinds `arrivals [T]`, one by one; `order [N]` breaks ties. Raises `Bad` for a kind or an order that does not exist."""
     count, size = len(nodes.cpu), len(of.cpu)
     arrivals = np.ascontiguousarray(arrivals, dtype=np.int64)
-    if len(arrivals) and not (0 <= arrivals.min() and arrivals.max() < size):
+    if len(arrivals) and (arrivals.min() < 0 or arrivals.max() >= size):
         raise Bad(f"arrivals: kinds are 0..{size - 1}; give only these")
     if sorted(order) != list(range(count)):
         raise Bad(f"order: give each of the {count} nodes once")
@@ -432,4 +431,3 @@ def place(nodes: Nodes, of: Kinds, arrivals: Ints, order: Ints, knowledge: Knowl
     return Run(here, state.device_of, allocated, log)
 
 
-Score = NDArray[np.float64]
