@@ -169,7 +169,7 @@ def knapsack(net: Any, requests: Any, most: Any, room: Any, weight: Any, tries: 
                 if attempt > 0:
                     density[c] *= 0.8 + 0.4 * lehmer(state) / MODULUS
         total = 0.0
-        for c in np.argsort(density):
+        for c in np.argsort(density, kind="mergesort"):  # stable, so that numba and numpy agree on ties
             if density[c] >= 0:
                 break
             times = most[c]
