@@ -102,7 +102,8 @@ def read(nodes_file: Path, pods_file: Path) -> Trace:
         accepted = frozenset(model for model in pod["gpu_spec"].split("|") if model) if pod["num_gpu"] else frozenset()
         kind_of.append(found.setdefault((*(pod[column] for column in REQUIRED), accepted), len(found)))
     try:
-        kinds = gpus.kinds(*([key[at] for key in found] for at in range(4)), [[not key[4] or model in key[4] for model in models] for key in found])
+        cpu, memory, num, milli = ([key[at] for key in found] for at in range(4))
+        kinds = gpus.kinds(cpu, memory, num, milli, [[not key[4] or model in key[4] for model in models] for key in found])
     except gpus.Bad as error:
         raise ValueError(f"{pods_file}: {error}") from None
     return Trace(pods_file.stem.removeprefix("openb_pod_list_"), machines, nodes, pods, kinds, np.array(kind_of, dtype=np.int64), kinds.num * kinds.milli, int(nodes.gpus.sum()) * gpus.WHOLE)

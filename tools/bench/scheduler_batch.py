@@ -66,9 +66,9 @@ def generate(seed: int, workloads: int, count: int, load: float) -> dict[str, An
             allowed.append(where)
             priorities.append(int(random.choice([1, 2, 4], p=[0.5, 0.35, 0.15])))
             popular.append({"vm": 1.0, "container": 4.0, "function": 5.0, "batch": 2.0}[kind] * random.lognormal(0, 0.7) / max(1, 2 * gpu))
-    sizes, popular = np.array(rows), np.array(popular)
-    counts = np.floor(popular / popular.sum() * workloads).astype(np.int64)
-    counts[np.argsort(-popular)[: workloads - counts.sum()]] += 1
+    sizes, wanted = np.array(rows), np.array(popular)
+    counts = np.floor(wanted / wanted.sum() * workloads).astype(np.int64)
+    counts[np.argsort(-wanted)[: workloads - counts.sum()]] += 1
     total = np.maximum((nodes[:, None] * capacity).sum(axis=0), 1)
     factor = load / ((counts[:, None] * sizes).sum(axis=0) / total)[:2].max()
     sizes[:, :4] *= factor

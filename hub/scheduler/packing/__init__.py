@@ -1,6 +1,6 @@
 """Packing: pure algorithms on arrays. Backlogs on groups of nodes, bins for vectors, pods on GPUs, and how far each is from the best possible."""
 
-from .backlog import Backlog, backlog
+from .backlogs import Backlog, backlog
 from .gpus import Bad
 from .patterns import Prices, prices, problem
 from .vector import Packing, pack

@@ -44,26 +44,26 @@ class DevicePlan:
 def knapsack(sizes: Ints, worth: Floats, units: int) -> tuple[float, dict[int, int]]:
     """Best worth of items, any number of each, in `units`; the items by index. Sizes are at least 1."""
     best: dict[int, int] = {}
-    for at in np.flatnonzero(worth > 1e-9):
+    for at in np.flatnonzero(worth > 1e-9).tolist():
         size = int(sizes[at])
         if size not in best or worth[at] > worth[best[size]]:
-            best[size] = int(at)
+            best[size] = at
     table = np.zeros(units + 1)
     choice = np.full(units + 1, -1)
     for fill in range(1, units + 1):
         table[fill] = table[fill - 1]
-        for size, at in best.items():
-            if size <= fill and table[fill - size] + worth[at] > table[fill] + 1e-12:
-                table[fill], choice[fill] = table[fill - size] + worth[at], at
+        for size, item in best.items():
+            if size <= fill and table[fill - size] + worth[item] > table[fill] + 1e-12:
+                table[fill], choice[fill] = table[fill - size] + worth[item], item
     pattern: dict[int, int] = {}
     fill = units
     while fill > 0:
-        at = int(choice[fill])
-        if at < 0:
+        item = int(choice[fill])
+        if item < 0:
             fill -= 1
         else:
-            pattern[at] = pattern.get(at, 0) + 1
-            fill -= int(sizes[at])
+            pattern[item] = pattern.get(item, 0) + 1
+            fill -= int(sizes[item])
     return float(table[units]), pattern
 
 
@@ -76,7 +76,7 @@ def plan(nodes: Nodes, of: Kinds, demand: Floats, value: Floats) -> DevicePlan:
     kinds_, groups = len(of.cpu), len(first)
     cpu, memory, gpus, model = (part[first] for part in nodes[:4])
     allowed = of.access[:, model] & (of.cpu[:, None] <= cpu) & (of.memory[:, None] <= memory) & (of.num[:, None] <= gpus)
-    solver = highspy.Highs()
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)
     endless = highspy.kHighsInf
@@ -92,9 +92,9 @@ def plan(nodes: Nodes, of: Kinds, demand: Floats, value: Floats) -> DevicePlan:
         solver.addCol(-float(sum(value[kind] * times for kind, times in pattern.items())), 0.0, endless, len(index), np.array(index, dtype=np.int32), np.array([*pattern.values(), devices, *used], dtype=np.float64))
         columns.append((pattern, group))
 
-    for kind in np.flatnonzero((of.num == 0) | (of.milli == WHOLE)):
-        for group in np.flatnonzero(allowed[kind]):
-            add({int(kind): 1}, int(group), float(of.num[kind]))
+    for kind in np.flatnonzero((of.num == 0) | (of.milli == WHOLE)).tolist():
+        for group in np.flatnonzero(allowed[kind]).tolist():
+            add({kind: 1}, group, float(of.num[kind]))
     shared = np.flatnonzero((of.milli > 0) & (of.milli < WHOLE))
     unit = UNIT if not len(shared) or of.milli[shared].min() >= UNIT else 1
     rounds, gap = 0, 0.0
@@ -115,8 +115,8 @@ def plan(nodes: Nodes, of: Kinds, demand: Floats, value: Floats) -> DevicePlan:
             break
     share = np.zeros((kinds_, groups))
     for amount, (pattern, group) in zip(solver.getSolution().col_value, columns, strict=False):
-        for kind, times in pattern.items():
-            share[kind, group] += times * amount
+        for item, times in pattern.items():
+            share[item, group] += times * amount
     return DevicePlan(reached + gap, share, price, device, core, mem, rounds)
 
 

@@ -62,7 +62,8 @@ def fragmentation(cpu: Ints, device: Ints, model: Ints, mix: Mix) -> NDArray[np.
     enough = device[:, None, :] >= mix.milli[None, :, None]
     small = np.where(enough, 0, device[:, None, :]).sum(axis=2)
     runs = (mix.num[None, :] > 0) & mix.access[:, model].T & (cpu[:, None] >= mix.cpu[None, :]) & ((enough & (device[:, None, :] > 0)).sum(axis=2) >= mix.num[None, :])
-    return np.where(runs, small, free[:, None]) @ mix.weight
+    lost: NDArray[np.float64] = np.where(runs, small, free[:, None]) @ mix.weight
+    return lost
 
 
 def after(of: Kinds, kind: int, device: Ints) -> tuple[NDArray[np.bool_], Ints]:

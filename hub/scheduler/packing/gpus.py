@@ -56,19 +56,19 @@ class Mix(NamedTuple):
 
 def nodes(cpu: Sequence[int], memory: Sequence[int], gpus: Sequence[int], model: Sequence[int]) -> Nodes:
     """Group alike nodes; raises `Bad` where a quantity is negative."""
-    arrays = [np.asarray(part, dtype=np.int64) for part in (cpu, memory, gpus, model)]
+    arrays: list[Ints] = [np.asarray(part, dtype=np.int64) for part in (cpu, memory, gpus, model)]
     for name, array in zip(("cpu", "memory", "gpus", "model"), arrays, strict=True):
         if array.ndim != 1 or len(array) != len(arrays[0]):
             raise Bad(f"nodes.{name}: give one number per node ({len(arrays[0])})")
         if (array < 0).any():
             raise Bad(f"nodes.{name}[{int(np.argmax(array < 0))}] is negative; give 0 or more")
     _, group = np.unique(np.stack(arrays, axis=1), axis=0, return_inverse=True)
-    return Nodes(*arrays, group.reshape(-1).astype(np.int64))
+    return Nodes(arrays[0], arrays[1], arrays[2], arrays[3], group.reshape(-1).astype(np.int64))
 
 
 def kinds(cpu: Sequence[int], memory: Sequence[int], num: Sequence[int], milli: Sequence[int], access: Any) -> Kinds:
     """Check what the kinds ask for; raises `Bad`."""
-    arrays = [np.asarray(part, dtype=np.int64) for part in (cpu, memory, num, milli)]
+    arrays: list[Ints] = [np.asarray(part, dtype=np.int64) for part in (cpu, memory, num, milli)]
     allowed = np.ascontiguousarray(access, dtype=np.bool_)
     for name, array in zip(("cpu", "memory", "num", "milli"), arrays, strict=True):
         if array.ndim != 1 or len(array) != len(allowed):
@@ -80,7 +80,7 @@ def kinds(cpu: Sequence[int], memory: Sequence[int], num: Sequence[int], milli: 
     if wrong.any():
         raise Bad(f"kinds.milli[{int(np.argmax(wrong))}]: give 1..{WHOLE} with one GPU, {WHOLE} with several, 0 with none")
     _, accepts = np.unique(allowed, axis=0, return_inverse=True)
-    return Kinds(*arrays, allowed, accepts.reshape(-1).astype(np.int64))
+    return Kinds(arrays[0], arrays[1], arrays[2], arrays[3], allowed, accepts.reshape(-1).astype(np.int64))
 
 
 def typical(of: Kinds, counts: Ints) -> Mix:

@@ -242,7 +242,7 @@ def _would_fit(c: int, n: int, a: int, b: int, arrivals: Any, nodes: Any, kinds:
     for d in range(gpus):
         if left[d] >= kinds.milli[c]:
             good += 1
-    return good >= kinds.num[c]
+    return bool(good >= kinds.num[c])
 
 
 @kernel

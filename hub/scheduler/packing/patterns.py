@@ -204,7 +204,8 @@ def weights(of: Problem, found: Prices) -> Floats:
     room = np.maximum(of.capacity, 1).astype(np.float64)
     node = (found.resource * of.capacity).sum(axis=1, keepdims=True)
     base = np.where(node > 0, node, 1.0) / (room.shape[1] * room)
-    return np.where(node > 0, found.resource + FREE_WEIGHT * base, base)
+    sizes: Floats = np.where(node > 0, found.resource + FREE_WEIGHT * base, base)
+    return sizes
 
 
 def generate(of: Problem, found: Prices, out_of_time: Callable[[], bool], state: Ints) -> Patterns:

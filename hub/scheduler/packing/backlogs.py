@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .compiled import COMPILED, MODULUS, kernel, lehmer
 from .gpus import Ints
@@ -194,6 +193,7 @@ def backlog(
         value = float((amount @ of.values).sum())
         worth -= (of.capacity * weight).sum(axis=1)[group]
         while repairs < repairs_max and spare.any() and value < found.bound * (1 - GAP_DONE) and not out_of_time():
-            value += repair(CHUNK, of.values, of.requests, of.most, of.capacity, group, weight, amount, spare, room, worth, state)
-            repairs += CHUNK
+            chunk = min(CHUNK, repairs_max - repairs)
+            value += repair(chunk, of.values, of.requests, of.most, of.capacity, group, weight, amount, spare, room, worth, state)
+            repairs += chunk
     return Backlog(amount, group, float((amount @ of.values).sum()), found.bound, found, len(patterns.group), patterns.rounds, repairs)
