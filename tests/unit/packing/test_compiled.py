@@ -34,6 +34,7 @@ def result(switch: str) -> list[str]:
     return done.stdout.strip().splitlines()[-2:]
 
 
+@pytest.mark.timeout(900)  # the first run on a machine compiles every kernel: half a minute of processor time, much longer on a busy one
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed: there is nothing to compare (pip install numba)")
 def test_compiled_and_plain_kernels_agree_exactly() -> None:
     compiled, plain = result("on"), result("off")
