@@ -21,6 +21,9 @@ BENCHES = (
     "site_failover",
     "scheduler_latency",
     "k8s_cases",
+    "vbp",
+    "openb",
+    "scheduler_batch",
 )
 
 
