@@ -47,9 +47,11 @@ TIGHT = 10
 """Permille of hosts above the lower bound on which migrations are counted."""
 
 
-def quality(vms: Sequence[Vm], chance: "np.ndarray[Any, Any]", from_s: int) -> dict[str, float]:
-    """The model's class predictions on VMs that arrived from `from_s` on and ended, against always saying how the classes were distributed among them."""
+def quality(vms: Sequence[Vm], chance: "np.ndarray[Any, Any]", from_s: int) -> dict[str, Any] | None:
+    """The model's class predictions on VMs that arrived from `from_s` on and ended, against always saying how the classes were distributed among them; None where there are none."""
     ids = [vm.id for vm in vms if vm.at_s >= from_s and vm.ended]
+    if not ids:
+        return None
     truth = class_of([vms[index].seen_s for index in ids])
     share = np.bincount(truth, minlength=chance.shape[1]) / max(1, len(truth))
     mine = chance[ids, truth]
