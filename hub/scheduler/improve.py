@@ -9,6 +9,7 @@ miss, where the nodes that would do in an empty cluster set the scale (`points`)
 Work is bounded by steps, not by time: the same backlog, state and seed give the same placements.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -33,6 +34,12 @@ STEPS_PER_WORKLOAD = 60
 
 MAX_REMOVED = 16
 """Workloads that one step takes out at most, with those that depend on them."""
+
+HOT = 60.0
+"""Points that a step may lose at first, by one chance in e: about what moving one workload to its second best node misses. It cools to nothing."""
+
+POINTS_LOST, LOST = 1_000, 3
+"""What a workload of the lowest priority counts against points while cooling, and the factor from priority to priority. The best that was seen is judged lexicographically."""
 
 BEST = 100
 SKEW_POINTS = 100
@@ -142,6 +149,8 @@ class Backlog:
             self.items.append(_Item(workload, klass, missed, nodes, self.units.index(unit), soft))
         self.levels = sorted(levels, reverse=True)
         self.softs = {(row, item.topology_key, item.max_skew): at.klass for at in self.items for item, row in at.soft}
+        self.best: tuple[int, ...] = ()
+        """The best value that `improve` saw."""
         self.hopeful = [index for index in range(len(self.units)) if self._choice(index)]
         """Units for which nodes would do at least in an empty cluster."""
         self._connect()
@@ -255,14 +264,35 @@ class Backlog:
     def _choice(self, index: int) -> int:
         return min(len(self.items[member].would_do) for member in self.units[index].members)
 
-    def step(self) -> None:
-        """One move in a trial, which stands where it made nothing worse."""
-        before = self.value()
+    def improve(self, steps: int) -> dict[str, Seat]:
+        """That many steps of cooling; the best places that were seen."""
+        value = self.value()
+        self.best, seats = value, self._seats()
+        for at in range(steps):
+            heat = HOT * (1 - at / steps) ** 2
+            value = self.step(value, heat)
+            if value > self.best:
+                self.best, seats = value, self._seats()
+        return seats
+
+    def _seats(self) -> dict[str, Seat]:
+        return {item.workload.id: seat for item in self.items if (seat := self.state.seat(item.workload.id)) is not None}
+
+    def _loss(self, before: tuple[int, ...], after: tuple[int, ...]) -> int:
+        """How much worse, in points; a workload of each priority counts LOST times as much as one of the priority below."""
+        total, unit = before[-1] - after[-1], POINTS_LOST
+        for one, other in zip(reversed(before[:-1]), reversed(after[:-1]), strict=True):
+            total += unit * (one - other)
+            unit *= LOST
+        return total
+
+    def step(self, before: tuple[int, ...], heat: float) -> tuple[int, ...]:
+        """One move in a trial, which stands where it made nothing worse, or not much at this heat. Gives the value after it."""
         mark = self.state.begin()
         removed, first, node = self._destroy()
         if not removed and first is None:
             self.state.undo(mark)
-            return
+            return before
         noise = self.rng.choice((0, 0, 100, 400))
         if first is not None:
             self.insert(first, noise, node)
@@ -271,10 +301,12 @@ class Backlog:
         if self.rng.random() < 0.7:
             rest.sort(key=lambda index: -self.units[index].priority)
         self.fill(rest, noise)
-        if self.value() >= before:
+        after = self.value()
+        if after >= before or (heat > 0 and self.rng.random() < math.exp(-max(0, self._loss(before, after)) / heat)):
             self.state.keep(mark)
-        else:
-            self.state.undo(mark)
+            return after
+        self.state.undo(mark)
+        return before
 
     def _destroy(self) -> tuple[set[int], int | None, int | None]:
         """Units taken out, the unit that comes back first, and where to."""
@@ -350,9 +382,7 @@ def place_together(
     backlog.greedy()
     start = backlog.value()
     todo = (STEPS_PER_WORKLOAD * len(possible) if len(possible) <= MAX_BACKLOG else 0) if steps is None else steps
-    for _ in range(todo):
-        backlog.step()
-    found = {workload.id: seat for workload in possible if (seat := trial.state.seat(workload.id)) is not None}
+    found = backlog.improve(todo)
     placed = _commit(scheduler, possible, found, now_ms)
     for workload in workloads:
         if workload.id in pending or workload.id in placed:
@@ -362,7 +392,7 @@ def place_together(
             continue
         refused = quota.refusal(scheduler.state, workload)
         pending[workload.id] = Pending(workload.id, refused) if refused else scheduler.pending(scheduler.decide(workload, now_ms))
-    return Result(placed, pending, backlog.value(), start, todo)
+    return Result(placed, pending, backlog.best, start, todo)
 
 
 def _commit(scheduler: Scheduler, workloads: Sequence[Workload], seats: dict[str, Seat], now_ms: int) -> dict[str, Placed]:
