@@ -1,0 +1,136 @@
+"""Which nodes will do: every filter over all nodes at once, one bit per failed filter. O(nodes) per constraint, whatever runs there."""
+
+import numpy as np
+
+from .classes import Klass
+from .model import HOST, GpuRequest, Shape
+from .reasons import Bits, Bools, Fail, Ints
+from .state import UP, State
+from .units import CPU, GPU_WHOLE, MEMORY
+
+
+def verdicts(state: State, klass: Klass) -> Bits:
+    """[node] the filters that each node fails for a class; 0 where it will do."""
+    facts, shape = state.facts(klass), klass.shape
+    bits = facts.fails.copy()
+    bits[state.status != UP] |= np.uint32(Fail.DOWN)
+    if not klass.ignores_cordon:
+        bits[state.cordon] |= np.uint32(Fail.CORDONED)
+    bits[(state.free[klass.resources] < klass.amounts).any(0)] |= np.uint32(Fail.RESOURCES)
+    if shape.gpu is not None:
+        bits[gpu_room(state, shape.gpu) < shape.gpu.count] |= np.uint32(Fail.GPU)
+    if shape.numa_single and state.numa_free.shape[1]:
+        bits[~numa_fits(state, shape)] |= np.uint32(Fail.NUMA)
+    for link in shape.links:
+        bits[~state.sites.allows(link, state.site_of)] |= np.uint32(Fail.LINK)
+    if klass.affinity is not None:
+        bits[~with_peers(state, klass)] |= np.uint32(Fail.AFFINITY)
+    if klass.anti:
+        bits[occupied(state, klass.anti)] |= np.uint32(Fail.ANTI_AFFINITY)
+    if klass.excluded_by:
+        bits[occupied(state, klass.excluded_by)] |= np.uint32(Fail.EXCLUDED)
+    if shape.spread:
+        _spread(state, klass, facts.affine, bits)
+    return bits
+
+
+def devices_for(state: State, gpu: GpuRequest) -> Bools:
+    """[node, device] whether a device can take its part of the request."""
+    fits: Bools = state.gpu_free >= gpu.milli
+    if gpu.memory:
+        fits = fits & (state.gpu_mem >= gpu.memory)
+    if gpu.models:
+        fits = fits & np.isin(state.gpu_model, [state.attributes.models[model] for model in gpu.models if model in state.attributes.models])
+    return fits
+
+
+def gpu_room(state: State, gpu: GpuRequest) -> Ints:
+    """[node] how many devices can take their part."""
+    room: Ints = devices_for(state, gpu).sum(1, dtype=np.int64)
+    return room
+
+
+def numa_fits(state: State, shape: Shape) -> Bools:
+    """[node] whether one zone holds CPU and memory; a node without zones is one zone."""
+    need = shape.request_map
+    zones = state.numa_free
+    found: Bools = ((zones[:, :, 0] >= need.get(CPU, 0)) & (zones[:, :, 1] >= need.get(MEMORY, 0))).any(1) | (zones[:, 0, 0] < 0)
+    return found
+
+
+def in_domain(state: State, key: str, counts: Ints) -> Ints:
+    """[node] the sum of `counts` over the node's domain of a topology key; 0 where it has none."""
+    if key == HOST:
+        return counts
+    domain, size = state.attributes.domains(key)
+    sums = np.bincount(domain + 1, weights=counts, minlength=size + 1)
+    sums[0] = 0
+    result: Ints = sums[domain + 1].astype(np.int64)
+    return result
+
+
+def occupied(state: State, rows: tuple[tuple[int, str], ...]) -> Bools:
+    """[node] whether any of the (counter row, topology key) is above 0 in the node's domain."""
+    found = np.zeros(state.size, np.bool_)
+    by_key: dict[str, Ints] = {}
+    for row, key in rows:
+        counts = state.counts[row]
+        by_key[key] = by_key[key] + counts if key in by_key else counts
+    for key, counts in by_key.items():
+        if counts.any():
+            found |= in_domain(state, key, counts) > 0
+    return found
+
+
+def with_peers(state: State, klass: Klass) -> Bools:
+    """[node] whether all affinity terms find their workloads in the node's domains; the first of a group that matches itself may start anywhere with the keys."""
+    assert klass.affinity is not None
+    row, keys, matches_itself = klass.affinity
+    counts = state.counts[row]
+    found = np.ones(state.size, np.bool_)
+    keyed = np.ones(state.size, np.bool_)
+    anywhere = np.zeros(state.size, np.bool_)
+    for key in keys:
+        has = state.attributes.domains(key)[0] >= 0
+        keyed &= has
+        anywhere |= has & (counts > 0)
+        found &= in_domain(state, key, counts) > 0
+    return keyed if matches_itself and not anywhere.any() else found & keyed
+
+
+def _spread(state: State, klass: Klass, affine: Bools, bits: Bits) -> None:
+    hard = [(item, row, own) for item, row, own in zip(klass.shape.spread, klass.spread_rows, klass.spread_self, strict=True) if item.hard]
+    if not hard:
+        return
+    eligible = affine
+    for item, _, _ in hard:
+        keyed = state.attributes.domains(item.topology_key)[0] >= 0
+        bits[~keyed] |= np.uint32(Fail.SPREAD_KEY)
+        eligible = eligible & keyed
+    for item, row, own in hard:
+        domain, size = state.attributes.domains(item.topology_key)
+        index = np.where(eligible, domain, size)
+        there = np.bincount(index, minlength=size + 1)[:size] > 0
+        if not there.any():
+            continue
+        sums = np.bincount(index, weights=state.counts[row], minlength=size + 1)[:size]
+        least = sums[there].min() if np.count_nonzero(there) >= item.min_domains else 0
+        full = np.append(np.where(there, sums, 0) + own - least > item.max_skew, False)
+        bits[full[domain]] |= np.uint32(Fail.SPREAD)
+
+
+def shortage(state: State, klass: Klass) -> Ints:
+    """[requested resource, node] how much is missing, 0 where there is enough; in the order of `klass.resources`."""
+    missing: Ints = np.maximum(klass.amounts - state.free[klass.resources], 0)
+    return missing
+
+
+def choose_devices(state: State, node: int, gpu: GpuRequest) -> tuple[int, ...] | None:
+    """The devices of one node for a request: whole ones in order, a part on the fullest that fits; None where it does not fit."""
+    fits = [device for device in range(len(state.nodes[node].gpus)) if state.gpu_free[node, device] >= gpu.milli and state.gpu_mem[node, device] >= gpu.memory
+            and (not gpu.models or state.nodes[node].gpus[device].model in gpu.models)]
+    if len(fits) < gpu.count:
+        return None
+    if gpu.milli == GPU_WHOLE:
+        return tuple(fits[: gpu.count])
+    return (min(fits, key=lambda device: (int(state.gpu_free[node, device]), device)),)

@@ -1,0 +1,323 @@
+"""Which of the nodes that will do is best: policies give every node 0 to 100, weights add them up, a fixed order by seed breaks ties.
+
+Scores are whole numbers as kube's are. Coarse scores are no accident: on the openb lists finer ones place worse.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from .classes import Facts, Klass
+from .feasible import in_domain
+from .model import HOST, Kind
+from .reasons import Bools, Ints
+from .state import State
+from .units import CPU, MEMORY, Invalid
+
+BEST = 100
+"""The most that a policy gives."""
+
+RESOURCE_ROWS = (0, 1)
+"""CPU and memory: always among the resources that balance and packing look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a policy sees: the state, the class to place, the nodes that will do."""
+
+    state: State
+    klass: Klass
+    facts: Facts
+    feasible: Bools
+    now_ms: int
+
+
+class Policy(Protocol):
+    """Scores all nodes at once."""
+
+    def score(self, view: View) -> Ints | None:
+        """[node] 0 to 100; None where the policy has no opinion on this workload. What stands at nodes that will not do is ignored."""
+
+
+def normalised(raw: Ints, feasible: Bools, *, reverse: bool = False) -> Ints:
+    """Raw scores so that the largest is 100 (kube's default); reversed, the largest is 0."""
+    most = int(raw[feasible].max(initial=0))
+    if most == 0:
+        return np.full(len(raw), BEST if reverse else 0, np.int64)
+    scaled: Ints = BEST * raw // most
+    return BEST - scaled if reverse else scaled
+
+
+def stretched(raw: "np.ndarray[Any, Any]", feasible: Bools, *, reverse: bool = False) -> Ints | None:
+    """Raw scores so that the least is 0 and the largest 100; None where all are the same."""
+    seen = raw[feasible]
+    if not seen.size:
+        return None
+    least, most = seen.min(), seen.max()
+    if most == least:
+        return None
+    with np.errstate(invalid="ignore"):
+        scaled = (BEST * (most - raw if reverse else raw - least) / (most - least)).clip(0, BEST)
+    result: Ints = np.nan_to_num(scaled).astype(np.int64)
+    return result
+
+
+def _looked_at(view: View, weights: Mapping[str, int] | None) -> tuple[Ints, Ints]:
+    """Resource rows and weights: CPU, memory and what is asked for, but slots; or those given. Extended ones count only where they are asked for."""
+    rows = view.state.resource_rows
+    if weights is None:
+        wanted = [row for row in view.klass.resources.tolist() if row > MEMORY_ROW and row != SLOTS_ROW]
+        return np.array([*RESOURCE_ROWS, *wanted], np.int64), np.ones(2 + len(wanted), np.int64)
+    chosen = [(rows[name], weight) for name, weight in weights.items() if name in rows and (rows[name] in RESOURCE_ROWS or rows[name] in view.klass.resources)]
+    return np.array([row for row, _ in chosen], np.int64), np.array([weight for _, weight in chosen], np.int64)
+
+
+MEMORY_ROW = 1
+SLOTS_ROW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Even use of the resources of a node: 100 minus the deviation of their used shares. `weights` chooses the resources (all count the same)."""
+
+    weights: tuple[tuple[str, int], ...] | None = None
+
+    def score(self, view: View) -> Ints | None:
+        """As kube's NodeResourcesBalancedAllocation."""
+        rows, _ = _looked_at(view, None if self.weights is None else dict(self.weights))
+        cap = view.state.cap[rows]
+        there = cap > 0
+        used = cap - view.state.free[rows] + view.klass.request[rows][:, None]
+        share = np.where(there, np.minimum(used / np.maximum(cap, 1), 1.0), 0.0)
+        if len(rows) == 2:
+            spread = np.where(there.all(0), np.abs(share[0] - share[1]) / 2, 0.0)
+        else:
+            count = np.maximum(there.sum(0), 1)
+            mean = share.sum(0) / count
+            spread = np.sqrt((np.where(there, share - mean, 0.0) ** 2).sum(0) / count)
+        result: Ints = ((1.0 - spread) * BEST).astype(np.int64)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Fullness:
+    """The used share of the requested resources after placement (`packing`), or the free share (`headroom`)."""
+
+    packing: bool = True
+    weights: tuple[tuple[str, int], ...] | None = None
+
+    def score(self, view: View) -> Ints | None:
+        """As kube's most and least allocated strategies."""
+        rows, weights = _looked_at(view, None if self.weights is None else dict(self.weights))
+        if not len(rows):
+            return None
+        cap = view.state.cap[rows]
+        there = cap > 0
+        used = cap - view.state.free[rows] + view.klass.request[rows][:, None]
+        part = np.minimum(used, cap) if self.packing else np.maximum(cap - used, 0)
+        each = np.where(there, part * BEST // np.maximum(cap, 1), 0)
+        total = (there * weights[:, None]).sum(0)
+        result: Ints = (each * weights[:, None]).sum(0) // np.maximum(total, 1)
+        return result
+
+
+class NodeAffinity:
+    """Preferred node terms, the largest sum of weights being 100."""
+
+    def score(self, view: View) -> Ints | None:
+        """As kube's NodeAffinity."""
+        return normalised(view.facts.preferred, view.feasible) if view.klass.shape.preferred_nodes else None
+
+
+class TaintPreference:
+    """Nodes with fewer PreferNoSchedule taints that are not tolerated."""
+
+    def score(self, view: View) -> Ints | None:
+        """As kube's TaintToleration."""
+        return normalised(view.facts.disliked, view.feasible, reverse=True) if view.facts.disliked.any() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Preferred affinity to workloads, of the one that comes and of those that are there; `need_weight` for those there that must be with this one."""
+
+    need_weight: int = 1
+
+    def score(self, view: View) -> Ints | None:
+        """As kube's InterPodAffinity."""
+        state, klass = view.state, view.klass
+        by_key: dict[str, Ints] = {}
+        parts = [(row, key, weight) for row, key, weight in klass.likes] + [(row, key, 1) for row, key in klass.liked_by]
+        parts += [(row, key, self.need_weight) for row, key in klass.needed_by] if self.need_weight else []
+        for row, key, weight in parts:
+            counts = state.counts[row] * weight
+            by_key[key] = by_key[key] + counts if key in by_key else counts
+        total = np.zeros(state.size, np.int64)
+        for key, counts in by_key.items():
+            if counts.any():
+                total += in_domain(state, key, counts)
+        return stretched(total, view.feasible) if by_key else None
+
+
+class SoftSpread:
+    """Soft spread constraints: the emptier the node's domains, the better."""
+
+    def score(self, view: View) -> Ints | None:
+        """As kube's PodTopologySpread: domains of few values weigh less, by log(values + 2)."""
+        state, klass = view.state, view.klass
+        soft = [(item, row) for item, row in zip(klass.shape.spread, klass.spread_rows, strict=True) if not item.hard]
+        if not soft:
+            return None
+        keyed = np.ones(state.size, np.bool_)
+        for item, _ in soft:
+            if item.needs_key:
+                keyed = keyed & (state.attributes.domains(item.topology_key)[0] >= 0)
+        scored, counted = view.feasible & keyed, view.facts.affine & keyed
+        total = np.zeros(state.size)
+        for item, row in soft:
+            domain, size = state.attributes.domains(item.topology_key)
+            sums = np.bincount(np.where(counted, domain, -1) + 1, weights=state.counts[row], minlength=size + 1)[1:]
+            values = len(np.unique(domain[scored & (domain >= 0)]))
+            total += np.where(domain >= 0, np.append(sums, 0.0)[domain] * np.log(values + 2.0) + (item.max_skew - 1), 0.0)
+        cost = total.astype(np.int64)
+        seen = cost[scored]
+        if not seen.size:
+            return np.zeros(state.size, np.int64)
+        most, least = int(seen.max()), int(seen.min())
+        result: Ints = np.full(state.size, BEST, np.int64) if most == 0 else BEST * (most + least - cost) // most
+        return np.where(keyed, result, 0)
+
+
+class Cost:
+    """The price of what the workload takes of a node: price times its largest share of a resource."""
+
+    def score(self, view: View) -> Ints | None:
+        """The dearest node that will do gets 0, the cheapest 100."""
+        state, klass = view.state, view.klass
+        if not state.price.any():
+            return None
+        share = (klass.amounts / np.maximum(state.cap[klass.resources], 1)).max(0)
+        return stretched(state.price * share, view.feasible, reverse=True)
+
+
+class Energy:
+    """The power that the placement adds: waking an empty node costs its idle power, work costs its share of the rest."""
+
+    def score(self, view: View) -> Ints | None:
+        """The node that adds most gets 0, the one that adds least 100."""
+        state = view.state
+        if not state.power.any():
+            return None
+        idle, busy = state.power
+        share = np.minimum(view.klass.request[0] / np.maximum(state.cap[0], 1), 1.0)
+        return stretched(np.where(state.load == 0, idle, 0) + (busy - idle) * share, view.feasible, reverse=True)
+
+
+class Warm:
+    """Nodes that hold the image."""
+
+    def score(self, view: View) -> Ints | None:
+        """100 where it is, 0 elsewhere."""
+        row = view.state.attributes.images.get(view.klass.shape.image)
+        return None if row is None else BEST * view.state.attributes.has_image[row].astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """Scores from outside per node, for all or by class: scarcity prices from LP duals (reverse: dear is bad), an advisor, a warm pool.
+
+    `of` gives [node] raw values for a view, or None.
+    """
+
+    of: Callable[[View], "np.ndarray[Any, Any] | None"]
+    reverse: bool = True
+
+    def score(self, view: View) -> Ints | None:
+        """Stretched to 0 to 100 over the nodes that will do."""
+        raw = self.of(view)
+        if raw is None:
+            return None
+        if raw.shape != (view.state.size,):
+            raise Invalid("policy", f"gives {raw.shape} values for {view.state.size} nodes", "give one per node, in the order of state.nodes")
+        return stretched(raw, view.feasible, reverse=self.reverse)
+
+
+POLICIES: Mapping[str, Policy] = {
+    "resource_balance": Balance(), "node_affinity": NodeAffinity(), "cost_optimization": Cost(), "topology_spread": SoftSpread(), "taint_preference": TaintPreference(),
+    "peer_affinity": Peers(), "packing": Fullness(packing=True), "headroom": Fullness(packing=False), "energy": Energy(), "warm": Warm(),
+}
+"""Those that come with the library."""
+
+_COMMON = {"resource_balance": 10, "node_affinity": 8, "cost_optimization": 6, "topology_spread": 5, "peer_affinity": 5, "taint_preference": 3, "scarcity": 6, "fragmentation": 8, "energy": 1}
+
+WEIGHTS: Mapping[Kind, Mapping[str, int]] = {
+    Kind.VM: {**_COMMON, "packing": 6}, Kind.CONTAINER: {**_COMMON, "packing": 3, "warm": 2}, Kind.FUNCTION: {**_COMMON, "warm": 12, "packing": 2}, Kind.BATCH: {**_COMMON, "packing": 6},
+}
+"""Default weights by kind; a workload's own `weights` take their place name by name. Names without a policy count nothing."""
+
+
+class Ranker:
+    """Policies and weights. Unknown names in weights of workloads are refused by `check`."""
+
+    def __init__(self, policies: Mapping[str, Policy] | None = None, weights: Mapping[Kind, Mapping[str, int]] | None = None) -> None:
+        self.policies = {**POLICIES, **(policies or {})}
+        self.weights = weights or WEIGHTS
+
+    def check(self, weights: Iterable[tuple[str, int]]) -> None:
+        """Raises `Invalid` for a weight of a policy that is not here."""
+        for name, _ in weights:
+            if name not in self.policies and name not in _COMMON:
+                raise Invalid(f"workload.weights.{name}", "is an unknown policy", f"use one of {', '.join(sorted(self.policies))}")
+
+    def weights_of(self, klass: Klass) -> dict[str, int]:
+        """Policy to weight for a class, zeros left out."""
+        merged = {**self.weights[klass.shape.kind], **dict(klass.shape.weights)}
+        return {name: weight for name, weight in merged.items() if weight and name in self.policies}
+
+    def parts(self, view: View) -> list[tuple[str, int, Ints]]:
+        """(policy, weight, [node] scores) of those that have an opinion."""
+        found = []
+        for name, weight in self.weights_of(view.klass).items():
+            scores = self.policies[name].score(view)
+            if scores is not None:
+                found.append((name, weight, scores))
+        return found
+
+    def total(self, view: View) -> Ints:
+        """[node] weighted sums, -1 where the node will not do."""
+        total = np.zeros(view.state.size, np.int64)
+        for _, weight, scores in self.parts(view):
+            total += weight * scores
+        total[~view.feasible] = -1
+        return total
+
+
+def best(state: State, total: Ints) -> int | None:
+    """The node with the highest total, the first in the seed's order among equals; None where none will do."""
+    if not total.size:
+        return None
+    most = total.max()
+    if most < 0:
+        return None
+    ties = np.flatnonzero(total == most)
+    return int(ties[0]) if len(ties) == 1 else int(ties[np.argmin(state.tie[ties])])
+
+
+def policies_from(entry_points: Iterable[Any]) -> dict[str, Policy]:
+    """Policies from installed entry points (each has `name` and `load()`), loaded by whoever owns the process. Raises `Invalid` for one without `score`."""
+    found: dict[str, Policy] = {}
+    for point in entry_points:
+        made = point.load()
+        policy = made() if isinstance(made, type) else made
+        if not callable(getattr(policy, "score", None)):
+            raise Invalid(f"policy {point.name}", "has no score(view)", "give an object or class with score(view) -> integers 0 to 100 per node, or None")
+        found[point.name] = policy
+    return found
+
+
+__all__: Sequence[str] = (
+    "BEST", "CPU", "HOST", "MEMORY", "POLICIES", "WEIGHTS", "Balance", "Cost", "Energy", "Fullness", "Given", "NodeAffinity", "Peers", "Policy", "Ranker", "SoftSpread", "TaintPreference", "View",
+    "Warm", "best", "normalised", "policies_from", "stretched",
+)

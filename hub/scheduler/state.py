@@ -1,0 +1,631 @@
+"""The state of the cluster in arrays, changed only by events: each is atomic, can be undone, and replayed gives the same bits.
+
+One writer: whoever shares a state between threads serialises the calls. What-if works on `snapshot()`, which copies an array only when one of the two sides writes it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from . import classes
+from .attributes import Attributes
+from .classes import Facts, Klass, RowKey
+from .model import SITE, Budget, Node, Shape, Workload
+from .reasons import Ints
+from .topology import Sites
+from .units import BASE_RESOURCES, CPU, GPU_WHOLE, MAX_QUANTITY, MEMORY, SLOTS, Invalid
+
+MAX_NODES = 65_536
+"""Nodes of one state, those gone included until their names come back; sums of capacities then fit int64."""
+
+MAX_WORKLOADS = 1_000_000
+"""Placed at one time."""
+
+MAX_CLASSES = 8_192
+"""Different shapes known at one time; those without a workload are swept when it is full."""
+
+MAX_RESOURCES = 32
+"""Different resources: rows of the capacity arrays."""
+
+MAX_LOG = 1 << 20
+"""Events kept for replay; the oldest half goes when it is full, and `log_base` says how many went."""
+
+UNLIMITED_SLOTS = 1 << 31
+"""Of a node that does not say how many workloads it holds."""
+
+UP, SILENT, GONE = 0, 1, 2
+"""Status of a node: heard from; not heard from in time; taken out of the cluster."""
+
+Gpus = tuple[int, ...]
+Event = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a workload is: node index, GPU devices, and (zone, cpu, memory) shares of its NUMA zones."""
+
+    node: int
+    gpus: Gpus = ()
+    numa: tuple[tuple[int, int, int], ...] = ()
+
+
+class State:
+    """Nodes and what runs on them. `seed` orders nodes that score the same."""
+
+    def __init__(self, seed: int = 0, namespaces: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        self.seed = seed
+        self.namespaces = {name: dict(labels) for name, labels in (namespaces or {}).items()}
+        self.resource_rows = {name: row for row, name in enumerate(BASE_RESOURCES)}
+        self.nodes: list[Node] = []
+        self.node_index: dict[str, int] = {}
+        self.attributes = Attributes()
+        self.sites = Sites()
+        self.cap = np.zeros((len(BASE_RESOURCES), 0), np.int64)
+        self.free = np.zeros((len(BASE_RESOURCES), 0), np.int64)
+        self.gpu_free = np.zeros((0, 0), np.int32)
+        """[node, device]: free milli-GPU; -1 where there is no device."""
+        self.gpu_mem = np.zeros((0, 0), np.int64)
+        self.gpu_model = np.zeros((0, 0), np.int16)
+        self.numa_free = np.zeros((0, 0, 2), np.int64)
+        """[node, zone, (cpu, memory)]."""
+        self.status = np.zeros(0, np.int8)
+        self.cordon = np.zeros(0, np.bool_)
+        self.beat_ms = np.zeros(0, np.int64)
+        self.price = np.zeros(0, np.int64)
+        self.power = np.zeros((2, 0), np.int64)
+        self.tie = np.zeros(0, np.uint64)
+        self.site_of = np.zeros(0, np.int64)
+        self.load = np.zeros(0, np.int64)
+        """Workloads on each node."""
+        self.classes: list[Klass | None] = []
+        self.class_of: dict[Shape, int] = {}
+        self.rows: dict[RowKey, int] = {}
+        self.counts: list[Ints] = []
+        self._shared_counts: set[int] = set()
+        self.slot_of: dict[str, int] = {}
+        self.items: list[Workload | None] = []
+        self.seats: list[Seat | None] = []
+        self.vacant: list[int] = []
+        self.w_node = np.full(0, -1, np.int32)
+        self.w_priority = np.zeros(0, np.int64)
+        self.w_class = np.zeros(0, np.int32)
+        self.w_start = np.zeros(0, np.int64)
+        self.w_ending = np.zeros(0, np.bool_)
+        self.w_fixed = np.zeros(0, np.bool_)
+        """Not preemptible."""
+        self.class_live = np.zeros(0, np.int64)
+        self.class_request = np.zeros((len(BASE_RESOURCES), 0), np.int64)
+        self.used_by: dict[str, Ints] = {}
+        """Tenant to [resource] in use; row `len(resource_rows)` is milli-GPU."""
+        self.budgets: dict[str, Budget] = {}
+        self.log: list[Event] = []
+        self.log_base = 0
+        self._undo: list[Event] = []
+        self._trials = 0
+        self._shared: set[str] = set()
+        self.touched: list[int] = []
+        """Nodes whose free capacity changed, in order, for those who keep something per node; `touched_base` counts what was dropped."""
+        self.touched_base = 0
+        self.caches: dict[Any, Any] = {}
+        """What policies keep about this state; never part of it."""
+
+    # reading
+
+    @property
+    def size(self) -> int:
+        """Columns of the arrays: nodes, gone ones included."""
+        return len(self.nodes)
+
+    def seat(self, workload: str) -> Seat | None:
+        """Where a workload is."""
+        slot = self.slot_of.get(workload)
+        return None if slot is None else self.seats[slot]
+
+    def workload(self, workload: str) -> Workload | None:
+        """The workload of that id where it is placed."""
+        slot = self.slot_of.get(workload)
+        return None if slot is None else self.items[slot]
+
+    def on_node(self, node: int) -> list[Workload]:
+        """What is on a node, oldest slot first. O(workloads) in one pass."""
+        return [item for slot in np.flatnonzero(self.w_node == node) if (item := self.items[slot]) is not None]
+
+    def klass(self, shape: Shape) -> Klass:
+        """The class of a shape, made where it is new, with facts that are up to date. Raises `Invalid` for a resource that no node ever had."""
+        number = self.class_of.get(shape)
+        found = self.classes[number] if number is not None else self._new_class(shape)
+        assert found is not None
+        if found.facts is None or found.facts.version != self.attributes.version:
+            found = replace(found, facts=classes.facts(self.attributes, shape))
+            self._own("classes")[found.id] = found
+        return found
+
+    def facts(self, klass: Klass) -> Facts:
+        """The facts of a class that came from `klass()`."""
+        assert klass.facts is not None
+        return klass.facts
+
+    # trials, snapshots, replay
+
+    def begin(self) -> int:
+        """Start a trial; pass what it gives to `undo` or `keep`. Trials nest."""
+        self._trials += 1
+        return len(self._undo)
+
+    def undo(self, mark: int) -> None:
+        """Take back every event since `begin`, newest first."""
+        while len(self._undo) > mark:
+            self._apply(self._undo.pop())
+            self.log.pop()
+        self._trials -= 1
+
+    def keep(self, mark: int) -> None:
+        """Let what happened since `begin` stand."""
+        self._trials -= 1
+        if not self._trials:
+            self._undo.clear()
+
+    def snapshot(self) -> "State":
+        """A state of its own for what-if; O(classes), arrays are copied when either side writes them. Its log starts empty."""
+        other = copy(self)
+        names = {name for name, value in vars(self).items() if isinstance(value, np.ndarray | dict | list | Attributes | Sites)} - {"log", "_undo", "touched", "counts", "caches"}
+        self._shared, other._shared = set(names), set(names)
+        self._shared_counts, other._shared_counts = set(range(len(self.counts))), set(range(len(self.counts)))
+        other.counts = list(self.counts)
+        other.log, other._undo, other._trials, other.touched, other.touched_base = [], [], 0, [], self.touched_base + len(self.touched)
+        other.caches = {}
+        return other
+
+    def replay(self, events: Iterable[Event]) -> "State":
+        """Apply a log to this (normally fresh) state."""
+        for event in events:
+            self._do(event)
+        return self
+
+    def digest(self) -> str:
+        """Of everything that decisions depend on: equal digests, equal states. Caches and the order of interning play no part."""
+        hasher = blake2b(digest_size=16)
+        for array in (self.cap, self.free, self.gpu_free, self.gpu_mem, self.numa_free, self.status, self.cordon, self.beat_ms, self.price, self.load, self.site_of, self.tie,
+                      self.sites.rtt_us, self.sites.kbps, self.sites.used_kbps):
+            hasher.update(repr(array.shape).encode())
+            hasher.update(np.ascontiguousarray(array).tobytes())
+        placed = [(item.id, self.seats[slot], slot, int(self.w_start[slot]), bool(self.w_ending[slot]), item) for slot, item in enumerate(self.items) if item is not None]
+        counted = sorted((repr(key), self.counts[row].tobytes()) for key, row in self.rows.items() if self.counts[row].any())
+        used = sorted((tenant, amounts.tobytes()) for tenant, amounts in self.used_by.items() if amounts.any())
+        hasher.update(repr((placed, counted, used, self.nodes, sorted(self.budgets.items()), self.vacant)).encode())
+        return hasher.hexdigest()
+
+    # events
+
+    def add_nodes(self, nodes: Sequence[Node], now_ms: int = 0) -> None:
+        """New nodes, or new descriptions of known ones (what runs there stays). Raises `Invalid`."""
+        names = {node.name for node in nodes}
+        if len(names) != len(nodes):
+            raise Invalid("nodes", "one name comes twice", "give each node once")
+        if len(self.node_index.keys() | names) > MAX_NODES:
+            raise Invalid("nodes", f"more than {MAX_NODES}", "split the cluster")
+        extended = {name for node in nodes for name, _ in node.capacity} | self.resource_rows.keys()
+        if len(extended) > MAX_RESOURCES:
+            raise Invalid("node.capacity", f"{len(extended)} different resources in the cluster", f"use at most {MAX_RESOURCES}")
+        self.attributes.refuse(nodes)
+        for node in nodes:
+            known = self.node_index.get(node.name)
+            if known is not None and (self.nodes[known].gpus != node.gpus or self.nodes[known].numa != node.numa) and self.load[known]:
+                raise Invalid("node.gpus", f"{node.name} changes its devices while {int(self.load[known])} workloads hold them", "drain the node first")
+        self._do(("nodes", tuple(nodes), now_ms))
+
+    def set_status(self, node: str, status: int) -> None:
+        """`UP`, `SILENT` or `GONE`; what is there stays in the books until it is released or moved."""
+        self._do(("status", node, status))
+
+    def set_cordon(self, node: str, cordoned: bool) -> None:
+        """Whether the node takes nothing new."""
+        self._do(("cordon", node, cordoned))
+
+    def beat(self, node: str, now_ms: int) -> None:
+        """The node was heard from."""
+        self._do(("beat", node, now_ms))
+
+    def place(self, workload: Workload, seat: Seat, now_ms: int) -> None:
+        """Put a workload on its seat. Raises `Invalid` where it is placed already or the seat has no room; changes nothing then."""
+        if workload.id in self.slot_of:
+            raise Invalid("workload.id", f"{workload.id} is placed already", "release it first")
+        klass = self.klass(workload.shape)
+        short = self.free[klass.resources, seat.node] < klass.amounts[:, 0]
+        if short.any():
+            raise Invalid("workload.requests", f"{self.nodes[seat.node].name} has no room for {workload.id}", "decide again")
+        gpu = workload.shape.gpu
+        if gpu is not None:
+            if len(set(seat.gpus)) != gpu.count:
+                raise Invalid("seat.gpus", f"{len(seat.gpus)} devices for a request of {gpu.count}", "decide again")
+            for device in seat.gpus:
+                if self.gpu_free[seat.node, device] < gpu.milli or self.gpu_mem[seat.node, device] < gpu.memory:
+                    raise Invalid("seat.gpus", f"device {device} of {self.nodes[seat.node].name} has no room for {workload.id}", "decide again")
+        for zone, cpu, memory in seat.numa:
+            if self.numa_free[seat.node, zone, 0] < cpu or self.numa_free[seat.node, zone, 1] < memory:
+                raise Invalid("seat.numa", f"zone {zone} of {self.nodes[seat.node].name} has no room for {workload.id}", "decide again")
+        self._do(("place", workload, seat, now_ms))
+
+    def adopt(self, workload: Workload, seat: Seat, now_ms: int) -> None:
+        """Book what a node reports as running: a fact, also where it is more than the node has."""
+        if workload.id in self.slot_of:
+            raise Invalid("workload.id", f"{workload.id} is placed already", "release it first")
+        self._do(("place", workload, seat, now_ms))
+
+    def release(self, workload: str) -> bool:
+        """Give back what a workload holds; False where it holds nothing."""
+        if workload not in self.slot_of:
+            return False
+        self._do(("release", workload))
+        return True
+
+    def move(self, workload: str, seat: Seat, now_ms: int) -> None:
+        """Release here and place there, or nothing. Raises `Invalid`."""
+        item = self.workload(workload)
+        if item is None:
+            raise Invalid("workload.id", f"{workload} is not placed", "place it")
+        mark = self.begin()
+        self.release(workload)
+        try:
+            self.place(item, seat, now_ms)
+        except Invalid:
+            self.undo(mark)
+            raise
+        self.keep(mark)
+
+    def set_ending(self, workload: str) -> None:
+        """The workload is on its way out: it holds its place, and counts no more for spread."""
+        slot = self.slot_of.get(workload)
+        if slot is not None and not self.w_ending[slot]:
+            self._do(("ending", workload, True))
+
+    def set_budget(self, budget: Budget) -> None:
+        """Know a disruption budget, by its name."""
+        self._do(("budget", budget.name, budget))
+
+    def set_link(self, a: str, b: str, rtt_us: int, kbps: int = MAX_QUANTITY) -> None:
+        """What was measured between two sites."""
+        self._do(("link", a, b, rtt_us, kbps))
+
+    # how events change the arrays
+
+    def _own(self, name: str) -> Any:
+        if name in self._shared:
+            self._shared.discard(name)
+            setattr(self, name, getattr(self, name).copy())
+        return getattr(self, name)
+
+    def _do(self, event: Event) -> None:
+        inverse = self._apply(event)
+        self.log.append(event)
+        if self._trials:
+            self._undo.append(inverse)
+        elif len(self.log) >= MAX_LOG:
+            del self.log[: MAX_LOG // 2]
+            self.log_base += MAX_LOG // 2
+
+    def _apply(self, event: Event) -> Event:
+        inverse: Event = getattr(self, f"_{event[0]}")(*event[1:])
+        return inverse
+
+    def _touch(self, node: int) -> None:
+        self.touched.append(node)
+        if len(self.touched) >= MAX_LOG:
+            del self.touched[: MAX_LOG // 2]
+            self.touched_base += MAX_LOG // 2
+
+    def _index(self, node: str) -> int:
+        index = self.node_index.get(node)
+        if index is None:
+            raise Invalid("node", f"{node[:40]!r} is unknown", "add it first")
+        return index
+
+    def _status(self, node: str, status: int) -> Event:
+        index = self._index(node)
+        before = int(self.status[index])
+        self._own("status")[index] = status
+        return ("status", node, before)
+
+    def _cordon(self, node: str, cordoned: bool) -> Event:
+        index = self._index(node)
+        before = bool(self.cordon[index])
+        self._own("cordon")[index] = cordoned
+        return ("cordon", node, before)
+
+    def _beat(self, node: str, now_ms: int) -> Event:
+        index = self._index(node)
+        before = int(self.beat_ms[index]), int(self.status[index])
+        self._own("beat_ms")[index] = now_ms
+        if self.status[index] == SILENT:
+            self._own("status")[index] = UP
+        return ("unbeat", node, *before)
+
+    def _unbeat(self, node: str, beat_ms: int, status: int) -> Event:
+        index = self._index(node)
+        self._own("beat_ms")[index] = beat_ms
+        self._own("status")[index] = status
+        return ()
+
+    def _budget(self, name: str, budget: Budget | None) -> Event:
+        before = self.budgets.get(name)
+        budgets = self._own("budgets")
+        if budget is None:
+            budgets.pop(name, None)
+        else:
+            budgets[name] = budget
+        return ("budget", name, before)
+
+    def _link(self, a: str, b: str, rtt_us: int, kbps: int) -> Event:
+        before = self.sites
+        self.sites = before.copy()
+        self.sites.set_link(a, b, rtt_us, kbps)
+        return ("restore", {"sites": before})
+
+    def _restore(self, fields: dict[str, Any]) -> Event:
+        version = self.attributes.version
+        for name, value in fields.items():
+            setattr(self, name, value)
+            self._shared.add(name)
+            if name == "attributes":
+                self.attributes.version = version + 1
+        if "counts" in fields:
+            self._shared.discard("counts")
+            self._shared_counts = set(range(len(self.counts)))
+        self.touched_base += len(self.touched) + 1
+        self.touched.clear()
+        return ()
+
+    def _place(self, workload: Workload, seat: Seat, now_ms: int) -> Event:
+        klass = self.klass(workload.shape)
+        if not self.vacant:
+            self._more_slots()
+        slot: int = self._own("vacant").pop()
+        self._sit(klass, workload, seat, slot, now_ms)
+        return ("release", workload.id)
+
+    def _back(self, workload: Workload, seat: Seat, slot: int, start_ms: int, ending: bool) -> Event:
+        taken = self._own("vacant").pop()
+        assert taken == slot, "the free list is a stack: undoing in order finds the slot on top"
+        self._sit(self.klass(workload.shape), workload, seat, slot, start_ms)
+        if ending:
+            self._ending(workload.id, True)
+        return ()
+
+    def _sit(self, klass: Klass, workload: Workload, seat: Seat, slot: int, now_ms: int) -> None:
+        self._hold(klass, workload, seat, 1)
+        self._own("slot_of")[workload.id] = slot
+        self._own("items")[slot] = workload
+        self._own("seats")[slot] = seat
+        self._own("w_node")[slot] = seat.node
+        self._own("w_priority")[slot] = workload.priority
+        self._own("w_class")[slot] = klass.id
+        self._own("w_start")[slot] = now_ms
+        self._own("w_ending")[slot] = False
+        self._own("w_fixed")[slot] = not workload.preemptible
+
+    def _release(self, workload: str) -> Event:
+        slot = self.slot_of[workload]
+        item, seat, start, ending = self.items[slot], self.seats[slot], int(self.w_start[slot]), bool(self.w_ending[slot])
+        assert item is not None and seat is not None
+        if ending:
+            self._ending(workload, False)
+        self._hold(self.klass(item.shape), item, seat, -1)
+        del self._own("slot_of")[workload]
+        self._own("items")[slot] = None
+        self._own("seats")[slot] = None
+        self._own("w_node")[slot] = -1
+        self._own("vacant").append(slot)
+        return ("back", item, seat, slot, start, ending)
+
+    def _ending(self, workload: str, ending: bool) -> Event:
+        slot = self.slot_of[workload]
+        item, seat = self.items[slot], self.seats[slot]
+        assert item is not None and seat is not None
+        self._own("w_ending")[slot] = ending
+        for row, change in self.klass(item.shape).spread_bumps:
+            self._count(row)[seat.node] += -change if ending else change
+        return ("ending", workload, not ending)
+
+    def _count(self, row: int) -> Ints:
+        if row in self._shared_counts:
+            self._shared_counts.discard(row)
+            self.counts[row] = self.counts[row].copy()
+        return self.counts[row]
+
+    def _hold(self, klass: Klass, workload: Workload, seat: Seat, sign: int) -> None:
+        """Take (1) or give back (-1) everything that a workload of the class holds on a seat."""
+        node, shape = seat.node, klass.shape
+        self._own("free")[klass.resources, node] -= klass.amounts[:, 0] if sign > 0 else -klass.amounts[:, 0]
+        self._own("load")[node] += sign
+        self._own("class_live")[klass.id] += sign
+        milli = 0
+        if shape.gpu is not None:
+            milli = shape.gpu.milli * shape.gpu.count
+            devices = list(seat.gpus)
+            self._own("gpu_free")[node, devices] -= sign * shape.gpu.milli
+            if shape.gpu.memory:
+                self._own("gpu_mem")[node, devices] -= sign * shape.gpu.memory
+        if seat.numa:
+            numa = self._own("numa_free")
+            for zone, cpu, memory in seat.numa:
+                numa[node, zone, 0] -= sign * cpu
+                numa[node, zone, 1] -= sign * memory
+        for row, change in klass.bumps:
+            self._count(row)[node] += sign * change
+        if any(link.min_kbps for link in shape.links):
+            self._own("sites").use(int(self.site_of[node]), shape.links, sign)
+        if workload.tenant:
+            used = self.used_by.get(workload.tenant)
+            used = np.zeros(MAX_RESOURCES + 1, np.int64) if used is None else used.copy()
+            used[klass.resources] += sign * klass.amounts[:, 0]
+            used[MAX_RESOURCES] += sign * milli
+            self._own("used_by")[workload.tenant] = used
+        self._touch(node)
+
+    def _more_slots(self) -> None:
+        old = len(self.items)
+        if old >= MAX_WORKLOADS:
+            raise Invalid("workload", f"{MAX_WORKLOADS} are placed already", "split the cluster")
+        new = min(MAX_WORKLOADS, max(1024, 2 * old))
+        self._own("items").extend([None] * (new - old))
+        self._own("seats").extend([None] * (new - old))
+        self._own("vacant").extend(range(new - 1, old - 1, -1))
+        for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
+            setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
+        self.w_node = np.pad(self.w_node, (0, new - old), constant_values=-1)
+        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node"}
+
+    # classes and rows
+
+    def _new_class(self, shape: Shape) -> Klass:
+        for name, amount in shape.requests:
+            if amount and name not in self.resource_rows:
+                raise Invalid(f"workload.requests.{name}", "no node offers this resource", f"ask for one of {', '.join(self.resource_rows)}"[:400])
+        if len(self.class_of) >= MAX_CLASSES:
+            self._sweep()
+        number = next((i for i, item in enumerate(self.classes) if item is None), len(self.classes)) if len(self.class_of) < len(self.classes) else len(self.classes)
+        if number == len(self.classes):
+            self._own("classes").append(None)
+            if number >= len(self.class_live):
+                more = max(64, number)
+                self.class_live = np.pad(self.class_live, (0, more))
+                self.class_request = np.pad(self.class_request, ((0, 0), (0, more)))
+                self._shared -= {"class_live", "class_request"}
+        klass = classes.new(number, shape, self.resource_rows)
+        self._own("class_request")[:, number] = klass.request
+        fresh = [key for key in classes.keys_of(shape) if key not in self.rows]
+        for key in fresh:
+            self._new_row(key)
+        if fresh:
+            only = frozenset(self.rows[key] for key in fresh)
+            owned = self._own("classes")
+            for at, item in enumerate(owned):
+                if item is not None:
+                    owned[at] = classes.connect(item, self.rows, self.namespaces, only)
+        klass = classes.connect(klass, self.rows, self.namespaces)
+        self._own("classes")[number] = klass
+        self._own("class_of")[shape] = number
+        return klass
+
+    def _new_row(self, key: RowKey) -> None:
+        live = self.w_node >= 0
+        if key.what == "spread":
+            live = live & ~self.w_ending
+        changes = np.zeros(len(self.class_live), np.int64)
+        for number, klass in enumerate(self.classes):
+            if klass is not None and self.class_live[number]:
+                changes[number] = classes.delta(key, klass.shape, self.namespaces)
+        count = np.zeros(self.size, np.int64)
+        if changes.any():
+            np.add.at(count, self.w_node[live], changes[self.w_class[live]])
+        self._own("rows")[key] = len(self.counts)
+        self.counts.append(count)
+
+    def _sweep(self) -> None:
+        """Forget classes that nobody uses, and rows that no class needs."""
+        for number, item in enumerate(self._own("classes")):
+            if item is not None and not self.class_live[number]:
+                self.classes[number] = None
+                del self._own("class_of")[item.shape]
+        if len(self.class_of) >= MAX_CLASSES:
+            raise Invalid("workload", f"{MAX_CLASSES} different shapes are running already", "use fewer different label sets and requests")
+        needed = [key for item in self.classes if item is not None for key in classes.keys_of(item.shape)]
+        old, self.rows, kept = self.rows, {}, []
+        for key in dict.fromkeys(needed):
+            self.rows[key] = len(kept)
+            kept.append(self.counts[old[key]].copy())
+        self.counts, self._shared_counts = kept, set()
+        self._shared.discard("rows")
+        self.classes = [None if item is None else classes.connect(item, self.rows, self.namespaces) for item in self.classes]
+
+    # nodes
+
+    def _nodes(self, nodes: tuple[Node, ...], now_ms: int) -> Event:
+        kept = ("attributes", "sites", "resource_rows", "nodes", "node_index", "cap", "free", "gpu_free", "gpu_mem", "gpu_model", "numa_free", "status", "cordon", "beat_ms",
+                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "counts")
+        before: dict[str, Any] = {name: getattr(self, name) for name in kept}
+        for name in kept:
+            setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))
+        self._shared -= set(kept)
+        for name in sorted({name for node in nodes for name, _ in node.capacity} - self.resource_rows.keys()):
+            self.resource_rows[name] = len(self.resource_rows)
+        fresh = [node for node in nodes if node.name not in self.node_index]
+        self._widen(len(fresh), max((len(node.gpus) for node in nodes), default=0), max((len(node.numa) for node in nodes), default=0))
+        for node in fresh:
+            self.node_index[node.name] = len(self.nodes)
+            self.nodes.append(node)
+        for node in nodes:
+            self._describe(self.node_index[node.name], node, now_ms)
+        self.classes = [None if item is None else replace(item, request=self.class_request[:, item.id].copy()) for item in self.classes]
+        self.touched_base += len(self.touched) + 1
+        self.touched.clear()
+        return ("restore", before)
+
+    def _widen(self, more: int, devices: int, zones: int) -> None:
+        rows = len(self.resource_rows) - len(self.cap)
+        for name in ("cap", "free"):
+            setattr(self, name, np.pad(getattr(self, name), ((0, rows), (0, more))))
+        self.class_request = np.pad(self.class_request, ((0, rows), (0, 0)))
+        wider = max(0, devices - self.gpu_free.shape[1])
+        for name, empty in (("gpu_free", -1), ("gpu_mem", -1), ("gpu_model", -1)):
+            setattr(self, name, np.pad(getattr(self, name), ((0, more), (0, wider)), constant_values=empty))
+        self.numa_free = np.pad(self.numa_free, ((0, more), (0, max(0, zones - self.numa_free.shape[1])), (0, 0)), constant_values=-1)
+        for name in ("status", "cordon", "beat_ms", "price", "tie", "load"):
+            setattr(self, name, np.pad(getattr(self, name), (0, more)))
+        self.site_of = np.pad(self.site_of, (0, more), constant_values=-1)
+        self.power = np.pad(self.power, ((0, 0), (0, more)))
+        self.counts = [np.pad(row, (0, more)) for row in self.counts] if more else self.counts
+        if more:
+            self._shared_counts = set()
+            self.attributes.grow(more)
+
+    def _describe(self, index: int, node: Node, now_ms: int) -> None:
+        new = not self.cap[:, index].any() and not self.load[index]
+        old = self.nodes[index]
+        self.nodes[index] = node
+        used = self.cap[:, index] - self.free[:, index]
+        capacity = {SLOTS: UNLIMITED_SLOTS, **dict(node.capacity)}
+        self.cap[:, index] = [capacity.get(name, 0) for name in self.resource_rows]
+        self.free[:, index] = self.cap[:, index] - used
+        self.attributes.set(index, node)
+        if new or old.gpus != node.gpus:
+            self.gpu_free[index], self.gpu_mem[index], self.gpu_model[index] = -1, -1, -1
+            for device, gpu in enumerate(node.gpus):
+                self.gpu_free[index, device], self.gpu_mem[index, device], self.gpu_model[index, device] = GPU_WHOLE, gpu.memory, self.attributes.models[gpu.model]
+        if new or old.numa != node.numa:
+            self.numa_free[index] = -1
+            for zone, numa in enumerate(node.numa):
+                self.numa_free[index, zone] = numa.cpu, numa.memory
+        self.cordon[index], self.status[index], self.beat_ms[index] = node.unschedulable, UP, now_ms
+        self.price[index] = node.price
+        self.power[:, index] = node.idle_mw, node.busy_mw
+        self.tie[index] = int.from_bytes(blake2b(f"{self.seed}/{node.name}".encode(), digest_size=8).digest(), "little")
+        site = dict(node.labels).get(SITE)
+        if site is not None:
+            self.sites.learn_place(site, node)
+            self.site_of[index] = self.sites.ids[site]
+        self._touch(index)
+
+
+def numa_share(state: State, node: int, shape: Shape) -> tuple[tuple[int, int, int], ...] | None:
+    """What a workload takes of the zones of a node: one zone where it must (the tightest that fits), else spread over the freest; None where it does not fit."""
+    zones = len(state.nodes[node].numa)
+    cpu, memory = shape.request_map.get(CPU, 0), shape.request_map.get(MEMORY, 0)
+    if not zones or not (cpu or memory):
+        return ()
+    free = state.numa_free[node, :zones]
+    if shape.numa_single:
+        fits = [zone for zone in range(zones) if free[zone, 0] >= cpu and free[zone, 1] >= memory]
+        best = min(fits, key=lambda zone: (int(free[zone, 0]), int(free[zone, 1]), zone), default=None)
+        return None if best is None else ((best, cpu, memory),)
+    shares = []
+    for zone in sorted(range(zones), key=lambda zone: (-int(free[zone, 0]), zone)):
+        share = (zone, min(cpu, max(0, int(free[zone, 0]))), min(memory, max(0, int(free[zone, 1]))))
+        cpu, memory = cpu - share[1], memory - share[2]
+        if share[1] or share[2]:
+            shares.append(share)
+    return None if cpu or memory else tuple(shares)
