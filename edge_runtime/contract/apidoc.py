@@ -13,6 +13,7 @@ from .receipts import RECEIPTS
 from .records import BATCH, RECORD_KINDS
 from .schema import Field, Message
 from .streams import STREAMS
+from .workloads import REPORT_FIELDS
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "mqtt-api.md"
 
@@ -50,6 +51,8 @@ def markdown() -> str:
         "The chain of a stream starts with 16 zero bytes; after each record it is blake2b-128 over the chain before it and the UTF-8 text",
         "`seq,boot,mono,wall,tq,kind,body`, with the body as compact JSON (ASCII escapes, keys in their order).", "",
         "## Operations", "", f"Long work, told in `operation` records. States: {', '.join(STATES)}.", "", "| field | type | required | meaning |", "|---|---|---|---|", *_rows(OPERATION_FIELDS), "",
+        "## Workloads", "", "What became of a placement, told in `workload` records. An edge answers every entry of `spec.workloads`, a `stopped` one with `stopped`.", "",
+        "| field | type | required | meaning |", "|---|---|---|---|", *_rows(REPORT_FIELDS), "",
         "## Messages", "",
     ]
     for message in MESSAGES:

@@ -42,5 +42,11 @@ MAX_MODELS = 16
 MAX_TWINS = 1024
 """Devices with desired twin state in one desired state."""
 
+MAX_WORKLOADS = 128
+"""Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node)."""
+
+MAX_WORKLOAD_BYTES = 16_384
+"""Bytes of one workload's document: sixteen of them fit a desired state at the least, and none is a disk image by mistake."""
+
 MAX_INTEGER = 2**63 - 1
 """Largest magnitude of an integer: what SQLite and PostgreSQL store exactly."""
