@@ -145,7 +145,7 @@ class Book:
         if not current or row.state == "ending":
             self.state.set_ending(row.id if current else ghost(key))
         self.tables.open[key] = placement
-        self._index(placement, add=True)
+        self.index(placement, add=True)
         return ""
 
     @staticmethod
@@ -158,7 +158,7 @@ class Book:
         self.ledger.put(self.tables.rows, row.id, row)
         self.ledger.put(self.tables.waiting, row.id, True if row.state == "pending" else None)
 
-    def _index(self, placement: PlacementRow, *, add: bool) -> None:
+    def index(self, placement: PlacementRow, *, add: bool) -> None:
         tables, key = self.tables, (placement.workload, placement.epoch)
         epochs, there = tables.epochs.get(placement.workload, ()), tables.on_node.get(placement.node, frozenset())
         self.ledger.put(tables.epochs, placement.workload, ((*epochs, placement.epoch) if add else tuple(epoch for epoch in epochs if epoch != placement.epoch)) or None)
@@ -182,7 +182,7 @@ class Book:
     def is_up(self, node: str) -> bool:
         """Whether the node is heard from."""
         index = self.state.node_index.get(node)
-        return index is not None and self.state.status[index] == UP
+        return index is not None and int(self.state.status[index]) == UP
 
     def current(self, workload: str) -> PlacementRow | None:
         row = self.tables.rows.get(workload)
@@ -195,7 +195,7 @@ class Book:
         self.state.release(placement.workload if current is not None and current.epoch == placement.epoch else ghost(key))
         self.ledger.put(self.tables.open, key, None)
         self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why=short(why)))
-        self._index(placement, add=False)
+        self.index(placement, add=False)
         self.version += 1
 
     def leave(self, placement: PlacementRow, now_ms: int, why: str) -> None:

@@ -132,7 +132,7 @@ class Planner(Book):
         placement = PlacementRow(workload, row.epoch + 1, placed.node, held, now_ms)
         self.set(replace(row, state="placed", node=placed.node, epoch=placement.epoch, reason="", changed_ms=now_ms))
         self.ledger.put(self.tables.open, (workload, placement.epoch), placement)
-        self._index(placement, add=True)
+        self.index(placement, add=True)
         if item.shape.labels:
             self.version += 1  # somebody may wait to be with it
         return ""

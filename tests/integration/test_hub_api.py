@@ -23,8 +23,12 @@ from hub.api.handlers import MAX_BODY_BYTES, HubApi
 from hub.api.openapi import OPERATIONS, Operation, document
 from hub.server import Hub, HubSettings
 from hub.store.base import StoredRecord, Transaction
+from hub.workloads.documents import read_list
 
 from .hub_side import EDGE, Background, linked_edge, served_hub, synced
+
+NODE: dict[str, Any] = {"capacity": {"cpu": 8, "memory": "16Gi"}, "region": "eu"}
+WORKLOAD: dict[str, Any] = {"id": "w-1", "kind": "vm", "labels": {"app": "w"}, "requests": {"cpu": "500m", "memory": "1Gi"}}
 
 API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
 
@@ -63,13 +67,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 await edge.append(25)
                 await synced(hub, edge)
             hub.ingest.message("gw-x", "up", b"garbage", False)
+            await hub.workloads.ask(lambda planner, now: planner.put_node("n-1", NODE, "declared", now))
+            await hub.workloads.submit(read_list([WORKLOAD, {"id": "too-big", "requests": {"cpu": 64}}]))
+            await hub.workloads.ask(lambda planner, _: planner.put_budget("b-1", {"selector": {"labels": {"app": "w"}}, "allowed": 1}))
 
         background.run(fill())
         yield Served(background, hub)
 
 
 def path_of(operation: Operation) -> str:
-    return operation.path.format(edge=EDGE, seq=3)
+    return operation.path.format(edge=EDGE, seq=3, workload="w-1", node="n-1", budget="b-1")
 
 
 def error_of(text: bytes) -> dict[str, Any]:
@@ -103,7 +110,12 @@ def test_the_described_routes_are_exactly_the_served_ones(served: Served) -> Non
     assert routed - page == described
 
 
-BODIES = {"put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}}
+BODIES: dict[str, Any] = {
+    "put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}, "submit": WORKLOAD, "what_if": {"workloads": [{**WORKLOAD, "id": "w-2"}], "lose": ["n-1"]},
+    "put_node": NODE, "put_budget": {"selector": {"labels": {"app": "w"}}, "allowed": 1},
+}
+AGAIN = {"cancel": ("POST", "/api/v1/workloads", {**WORKLOAD, "id": "w-3"}), "delete_node": ("PUT", "/api/v1/nodes/n-1", NODE), "delete_budget": ("PUT", "/api/v1/budgets/b-1", BODIES["put_budget"])}
+"""What puts back what a route took away."""
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.handler)
@@ -115,6 +127,9 @@ def test_every_route_answers_as_it_is_described(served: Served, operation: Opera
         return
     answer = served.json(path_of(operation), operation.method.upper(), body)
     jsonschema.validate(answer, operation.answer)
+    if operation.handler in AGAIN:
+        method, path, value = AGAIN[operation.handler]
+        served.json(path, method, value)
     if body is not None:
         assert operation.body is not None
         jsonschema.validate(body, operation.body)
@@ -267,7 +282,7 @@ ODD = st.one_of(
     st.binary(max_size=8).map(lambda data: data.decode("latin-1")),
 )
 READ_PATHS = [path_of(operation) for operation in OPERATIONS if operation.method == "get"]
-QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours"]), st.text(max_size=8)), ODD, max_size=4)
+QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours", "state", "node"]), st.text(max_size=8)), ODD, max_size=4)
 
 
 @settings(max_examples=250, deadline=None)
