@@ -1,8 +1,10 @@
 """What nodes are, apart from how full they are: labels, taints, kinds, GPU models, images, interned to small integers so that one filter is one pass over an array."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .model import REGION, Effect, Node, NodeKind, NodeTerm, Op, Requirement, Shape, Taint, integer
 from .reasons import Bits, Bools, Fail, Ints
@@ -104,7 +106,7 @@ class Attributes:
             self.values = np.vstack([self.values, np.full((1, self.size), -1, np.int32)])
         return self.keys[key]
 
-    def domains(self, key: str) -> "tuple[np.ndarray[tuple[int], np.dtype[np.int32]], int]":
+    def domains(self, key: str) -> tuple[npt.NDArray[np.int32], int]:
         """Domain id of each node for a topology key (-1: none) and how many ids there are."""
         row = self.keys.get(key)
         return (np.full(self.size, -1, np.int32), 0) if row is None else (self.values[row], len(self.vocabulary[row]))
@@ -116,9 +118,11 @@ class Attributes:
             return np.full(self.size, requirement.op in (Op.NOT_IN, Op.DOES_NOT_EXIST))
         values, words = self.values[row], self.vocabulary[row]
         if requirement.op is Op.EXISTS:
-            return values >= 0
+            there: Bools = values >= 0
+            return there
         if requirement.op is Op.DOES_NOT_EXIST:
-            return values < 0
+            missing: Bools = values < 0
+            return missing
         if requirement.op in (Op.GT, Op.LT):
             wanted = [code for word, code in words.items() if (number := integer(word)) is not None and _compare(requirement, number)]
         else:
@@ -174,9 +178,9 @@ def _compare(requirement: Requirement, number: int) -> bool:
     return number > bound if requirement.op is Op.GT else number < bound
 
 
-def _rows(table: "np.ndarray[tuple[int, int], np.dtype[np.generic]]", ids: "dict[object, int] | dict[str, int] | dict[Taint, int]", found: Iterable[object], size: int) -> "np.ndarray[tuple[int, int], np.dtype[np.generic]]":
+def _rows(table: Any, ids: dict[Any, int], found: Iterable[Any], size: int) -> Any:
     """`table` with a row for each thing found that had none; `ids` learns them."""
     known = len(ids)
     for item in found:
-        ids.setdefault(item, len(ids))  # type: ignore[arg-type]
+        ids.setdefault(item, len(ids))
     return np.vstack([table, np.zeros((len(ids) - known, size), table.dtype)]) if len(ids) > known else table

@@ -19,8 +19,9 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
     for index, node in enumerate(state.nodes):
         gpu[index, : len(node.gpus)] = GPU_WHOLE
         memory[index, : len(node.gpus)] = [device.memory for device in node.gpus]
-        for at, zone in enumerate(node.numa):
-            numa[index, at] = zone.cpu, zone.memory
+        for at, part in enumerate(node.numa):
+            numa[index, at] = part.cpu, part.memory
+    levels = {priority: np.zeros((len(state.cap) + 1, state.size), np.int64) for priority in state.levels}
     placed = 0
     for slot, item in enumerate(state.items):
         seat = state.seats[slot]
@@ -37,6 +38,10 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
         live[klass.id] += 1
         request = item.shape.gpu or GpuRequest(0, 0)
         assert len(set(seat.gpus)) == request.count == len(seat.gpus), f"{item.id} holds {seat.gpus} for {request.count} devices"
+        if item.preemptible:
+            for name, amount in item.shape.request_map.items():
+                levels[item.priority][state.resource_rows[name] + 1, seat.node] += amount
+            levels[item.priority][0, seat.node] += request.count * request.milli
         for device in seat.gpus:
             gpu[seat.node, device] -= request.milli
             memory[seat.node, device] -= request.memory
@@ -56,6 +61,8 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
         assert np.array_equal(ours, theirs), f"{name} differs from what the workloads hold, at {np.argwhere(ours != theirs)[:3].tolist()}"
     for key, row in state.rows.items():
         assert np.array_equal(counts[row], state.counts[row]), f"counter row {key.what} {key.terms} {key.selector} differs"
+    for priority, held in levels.items():
+        assert np.array_equal(held, state.levels[priority]), f"what priority {priority} holds differs"
     for tenant in used.keys() | state.used_by.keys():
         assert np.array_equal(used.get(tenant, np.zeros(MAX_RESOURCES + 1, np.int64)), state.used_by.get(tenant, np.zeros(MAX_RESOURCES + 1, np.int64))), f"use of {tenant} differs"
     if not overcommit:

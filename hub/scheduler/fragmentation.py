@@ -14,7 +14,7 @@ from .feasible import devices_for
 from .model import GpuRequest
 from .rank import BEST, View
 from .reasons import Ints
-from .state import State
+from .state import MAX_CLASSES, State
 from .units import CPU, GPU_WHOLE
 
 MAX_TYPES = 64
@@ -69,7 +69,7 @@ class Fragmentation:
         """[node] fragmentation in milli-GPU * ppm of `nodes`, were their free CPU and devices [node, device] these."""
         free = np.maximum(gpu, 0)
         total = free.sum(1)
-        waste = total * self._cpu_only
+        waste: Ints = total * self._cpu_only
         if not len(self._count):
             return waste
         usable = gpu[:, None, :] >= self._levels[None, :, None]
@@ -124,6 +124,8 @@ class Fragmentation:
             gain, device = self._gradients(state, klass, part)
             scores[part] = (BEST / (1.0 + np.exp(-np.clip(gain / (PPM * GPU_WHOLE), -50, 50)))).astype(np.int64)
             devices[part] = device
+        if len(mine) >= MAX_CLASSES:
+            mine.clear()
         mine[klass.shape] = (position, scores, devices, state.attributes.version)
         return scores, devices
 

@@ -301,3 +301,18 @@ class Budget:
     def covers(self, workload: Workload) -> bool:
         """Whether it protects the workload. An empty selector covers nothing (kube's rule for budgets)."""
         return workload.shape.namespace == self.namespace and bool(self.selector.requirements) and self.selector.matches(dict(workload.shape.labels)) and workload.id not in self.disrupted
+
+
+GPU_MILLI = "gpu_milli"
+"""How quotas name GPUs: milli-GPU over all devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a tenant may use. `nominal` is its own; within a `cohort` it may use up to `borrow` more of what the others leave. A resource not named is not limited."""
+
+    tenant: str
+    nominal: tuple[tuple[str, int], ...]
+    cohort: str = ""
+    borrow: tuple[tuple[str, int], ...] = ()
+    weight: int = 1

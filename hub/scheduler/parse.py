@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .model import (
+    GPU_MILLI,
     HOST,
     LABEL_VALUE,
     MAX_PRIORITY,
@@ -23,6 +24,7 @@ from .model import (
     PeerTerm,
     PreferredNode,
     PreferredPeer,
+    Quota,
     Requirement,
     Selector,
     Shape,
@@ -324,6 +326,23 @@ def budget(value: Any, field: str = "budget") -> Budget:
     return Budget(
         _text(value.get("name"), f"{field}.name"), _text(value.get("namespace", "default"), f"{field}.namespace", empty=True), selector(value.get("selector", {}), f"{field}.selector"),
         whole(value.get("allowed", 0), f"{field}.allowed", -MAX_PRIORITY), _each(value.get("disrupted", ()), f"{field}.disrupted", _text, 4096),
+    )
+
+
+def _limits(value: Any, field: str) -> tuple[tuple[str, int], ...]:
+    value = _mapping(value, field)
+    found = quantities({name: amount for name, amount in value.items() if name != GPU_MILLI}, field)
+    if GPU_MILLI in value:
+        found[GPU_MILLI] = whole(value[GPU_MILLI], f"{field}.{GPU_MILLI}")
+    return tuple(sorted(found.items()))
+
+
+def quota(value: Any, field: str = "quota") -> Quota:
+    """One tenant's quota. Raises `Invalid`."""
+    value = _mapping(value, field, ("tenant", "nominal", "cohort", "borrow", "weight"))
+    return Quota(
+        _text(value.get("tenant"), f"{field}.tenant"), _limits(value.get("nominal", {}), f"{field}.nominal"), _text(value.get("cohort", ""), f"{field}.cohort", empty=True),
+        _limits(value.get("borrow", {}), f"{field}.borrow"), whole(value.get("weight", 1), f"{field}.weight", 1, 1_000_000),
     )
 
 

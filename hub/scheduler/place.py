@@ -10,7 +10,7 @@ from .feasible import choose_devices, verdicts
 from .fragmentation import Fragmentation
 from .model import Effect, Workload
 from .rank import Ranker, View, best
-from .reasons import WORDS, Bits, Bools, Fail, Ints
+from .reasons import WORDS, Bits, Bools, Fail
 from .state import GONE, SILENT, UP, Seat, State, numa_share
 from .units import GPU_WHOLE, SLOTS, Invalid, human
 
@@ -105,7 +105,8 @@ class Scheduler:
 
     def seat_on(self, klass: Klass, node: int) -> Seat | None:
         """Devices and zones for a class on one node; None where they do not come together."""
-        shape, gpus = klass.shape, ()
+        shape = klass.shape
+        gpus: tuple[int, ...] = ()
         if shape.gpu is not None:
             policy = self.ranker.policies.get("fragmentation")
             if isinstance(policy, Fragmentation) and shape.gpu.milli < GPU_WHOLE:
@@ -114,7 +115,7 @@ class Scheduler:
                 chosen = choose_devices(self.state, node, shape.gpu)
             if chosen is None:
                 return None
-            gpus = chosen  # type: ignore[assignment]
+            gpus = chosen
         numa = numa_share(self.state, node, shape)
         return None if numa is None else Seat(node, gpus, numa)
 
@@ -287,5 +288,3 @@ def tally(bits: Bits) -> dict[str, int]:
 def _by_importance(items: Iterable[Workload]) -> list[Workload]:
     return sorted(items, key=lambda item: (-item.priority, item.id))
 
-
-__all__ = ("Decision", "Ints", "Moved", "Pending", "Placed", "Scheduler", "tally")

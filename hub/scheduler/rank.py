@@ -3,7 +3,7 @@
 Scores are whole numbers as kube's are. Coarse scores are no accident: on the openb lists finer ones place worse.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,15 +11,17 @@ import numpy as np
 
 from .classes import Facts, Klass
 from .feasible import in_domain
-from .model import HOST, Kind
+from .model import Kind
 from .reasons import Bools, Ints
 from .state import State
-from .units import CPU, MEMORY, Invalid
+from .units import BASE_RESOURCES, CPU, MEMORY, SLOTS, Invalid
 
 BEST = 100
 """The most that a policy gives."""
 
-RESOURCE_ROWS = (0, 1)
+CPU_ROW, MEMORY_ROW, SLOTS_ROW = (BASE_RESOURCES.index(name) for name in (CPU, MEMORY, SLOTS))
+
+RESOURCE_ROWS = (CPU_ROW, MEMORY_ROW)
 """CPU and memory: always among the resources that balance and packing look at."""
 
 
@@ -58,9 +60,8 @@ def stretched(raw: "np.ndarray[Any, Any]", feasible: Bools, *, reverse: bool = F
     least, most = seen.min(), seen.max()
     if most == least:
         return None
-    with np.errstate(invalid="ignore"):
-        scaled = (BEST * (most - raw if reverse else raw - least) / (most - least)).clip(0, BEST)
-    result: Ints = np.nan_to_num(scaled).astype(np.int64)
+    scaled = BEST * (most - raw if reverse else raw - least) / (most - least)
+    result: Ints = np.minimum(np.maximum(scaled, 0), BEST).astype(np.int64)
     return result
 
 
@@ -72,10 +73,6 @@ def _looked_at(view: View, weights: Mapping[str, int] | None) -> tuple[Ints, Int
         return np.array([*RESOURCE_ROWS, *wanted], np.int64), np.ones(2 + len(wanted), np.int64)
     chosen = [(rows[name], weight) for name, weight in weights.items() if name in rows and (rows[name] in RESOURCE_ROWS or rows[name] in view.klass.resources)]
     return np.array([row for row, _ in chosen], np.int64), np.array([weight for _, weight in chosen], np.int64)
-
-
-MEMORY_ROW = 1
-SLOTS_ROW = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +313,3 @@ def policies_from(entry_points: Iterable[Any]) -> dict[str, Policy]:
         found[point.name] = policy
     return found
 
-
-__all__: Sequence[str] = (
-    "BEST", "CPU", "HOST", "MEMORY", "POLICIES", "WEIGHTS", "Balance", "Cost", "Energy", "Fullness", "Given", "NodeAffinity", "Peers", "Policy", "Ranker", "SoftSpread", "TaintPreference", "View",
-    "Warm", "best", "normalised", "policies_from", "stretched",
-)

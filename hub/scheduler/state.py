@@ -14,7 +14,7 @@ import numpy as np
 from . import classes
 from .attributes import Attributes
 from .classes import Facts, Klass, RowKey
-from .model import SITE, Budget, Node, Shape, Workload
+from .model import SITE, Budget, Node, Quota, Shape, Workload
 from .reasons import Ints
 from .topology import Sites
 from .units import BASE_RESOURCES, CPU, GPU_WHOLE, MAX_QUANTITY, MEMORY, SLOTS, Invalid
@@ -30,6 +30,9 @@ MAX_CLASSES = 8_192
 
 MAX_RESOURCES = 32
 """Different resources: rows of the capacity arrays."""
+
+MAX_LEVELS = 64
+"""Different priorities among what runs at one time; each is an array of the cluster's size. kube names two, clusters add a dozen."""
 
 MAX_LOG = 1 << 20
 """Events kept for replay; the oldest half goes when it is full, and `log_base` says how many went."""
@@ -90,6 +93,8 @@ class State:
         self.items: list[Workload | None] = []
         self.seats: list[Seat | None] = []
         self.vacant: list[int] = []
+        self.slots = 0
+        """Slots ever used; `vacant` are those among them that are free again, the last one first."""
         self.w_node = np.full(0, -1, np.int32)
         self.w_priority = np.zeros(0, np.int64)
         self.w_class = np.zeros(0, np.int32)
@@ -101,7 +106,11 @@ class State:
         self.class_request = np.zeros((len(BASE_RESOURCES), 0), np.int64)
         self.used_by: dict[str, Ints] = {}
         """Tenant to [resource] in use; row `len(resource_rows)` is milli-GPU."""
+        self.levels: dict[int, Ints] = {}
+        """Priority to [1 + resource, node] held by what may be preempted; row 0 is milli-GPU."""
+        self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
+        self.quotas: dict[str, Quota] = {}
         self.log: list[Event] = []
         self.log_base = 0
         self._undo: list[Event] = []
@@ -175,6 +184,7 @@ class State:
         names = {name for name, value in vars(self).items() if isinstance(value, np.ndarray | dict | list | Attributes | Sites)} - {"log", "_undo", "touched", "counts", "caches"}
         self._shared, other._shared = set(names), set(names)
         self._shared_counts, other._shared_counts = set(range(len(self.counts))), set(range(len(self.counts)))
+        self._shared_levels, other._shared_levels = set(self.levels), set(self.levels)
         other.counts = list(self.counts)
         other.log, other._undo, other._trials, other.touched, other.touched_base = [], [], 0, [], self.touched_base + len(self.touched)
         other.caches = {}
@@ -187,16 +197,15 @@ class State:
         return self
 
     def digest(self) -> str:
-        """Of everything that decisions depend on: equal digests, equal states. Caches and the order of interning play no part."""
+        """Of everything that decisions depend on: equal digests, equal states. Caches, counter rows (the workloads give them) and the order of interning play no part."""
         hasher = blake2b(digest_size=16)
         for array in (self.cap, self.free, self.gpu_free, self.gpu_mem, self.numa_free, self.status, self.cordon, self.beat_ms, self.price, self.load, self.site_of, self.tie,
                       self.sites.rtt_us, self.sites.kbps, self.sites.used_kbps):
             hasher.update(repr(array.shape).encode())
             hasher.update(np.ascontiguousarray(array).tobytes())
         placed = [(item.id, self.seats[slot], slot, int(self.w_start[slot]), bool(self.w_ending[slot]), item) for slot, item in enumerate(self.items) if item is not None]
-        counted = sorted((repr(key), self.counts[row].tobytes()) for key, row in self.rows.items() if self.counts[row].any())
         used = sorted((tenant, amounts.tobytes()) for tenant, amounts in self.used_by.items() if amounts.any())
-        hasher.update(repr((placed, counted, used, self.nodes, sorted(self.budgets.items()), self.vacant)).encode())
+        hasher.update(repr((placed, used, self.nodes, sorted(self.budgets.items()), sorted(self.quotas.items()), self.vacant, self.slots)).encode())
         return hasher.hexdigest()
 
     # events
@@ -234,6 +243,7 @@ class State:
         """Put a workload on its seat. Raises `Invalid` where it is placed already or the seat has no room; changes nothing then."""
         if workload.id in self.slot_of:
             raise Invalid("workload.id", f"{workload.id} is placed already", "release it first")
+        self._room_for_level(workload)
         klass = self.klass(workload.shape)
         short = self.free[klass.resources, seat.node] < klass.amounts[:, 0]
         if short.any():
@@ -254,6 +264,7 @@ class State:
         """Book what a node reports as running: a fact, also where it is more than the node has."""
         if workload.id in self.slot_of:
             raise Invalid("workload.id", f"{workload.id} is placed already", "release it first")
+        self._room_for_level(workload)
         self._do(("place", workload, seat, now_ms))
 
     def release(self, workload: str) -> bool:
@@ -286,6 +297,10 @@ class State:
     def set_budget(self, budget: Budget) -> None:
         """Know a disruption budget, by its name."""
         self._do(("budget", budget.name, budget))
+
+    def set_quota(self, quota: Quota) -> None:
+        """Know what a tenant may use."""
+        self._do(("quota", quota.tenant, quota))
 
     def set_link(self, a: str, b: str, rtt_us: int, kbps: int = MAX_QUANTITY) -> None:
         """What was measured between two sites."""
@@ -359,6 +374,15 @@ class State:
             budgets[name] = budget
         return ("budget", name, before)
 
+    def _quota(self, tenant: str, quota: Quota | None) -> Event:
+        before = self.quotas.get(tenant)
+        quotas = self._own("quotas")
+        if quota is None:
+            quotas.pop(tenant, None)
+        else:
+            quotas[tenant] = quota
+        return ("quota", tenant, before)
+
     def _link(self, a: str, b: str, rtt_us: int, kbps: int) -> Event:
         before = self.sites
         self.sites = before.copy()
@@ -374,18 +398,27 @@ class State:
                 self.attributes.version = version + 1
         if "counts" in fields:
             self._shared.discard("counts")
-            self._shared_counts = set(range(len(self.counts)))
+            self._shared_counts, self._shared_levels = set(range(len(self.counts))), set(self.levels)
         self.touched_base += len(self.touched) + 1
         self.touched.clear()
         return ()
 
     def _place(self, workload: Workload, seat: Seat, now_ms: int) -> Event:
         klass = self.klass(workload.shape)
-        if not self.vacant:
+        fresh = not self.vacant
+        if fresh and self.slots == len(self.items):
             self._more_slots()
-        slot: int = self._own("vacant").pop()
+        slot: int = self.slots if fresh else self._own("vacant").pop()
+        self.slots += fresh
         self._sit(klass, workload, seat, slot, now_ms)
-        return ("release", workload.id)
+        return ("retract", workload.id, fresh)
+
+    def _retract(self, workload: str, fresh: bool) -> Event:
+        self._release(workload)
+        if fresh:
+            self.vacant.pop()
+            self.slots -= 1
+        return ()
 
     def _back(self, workload: Workload, seat: Seat, slot: int, start_ms: int, ending: bool) -> Event:
         taken = self._own("vacant").pop()
@@ -464,7 +497,27 @@ class State:
             used[klass.resources] += sign * klass.amounts[:, 0]
             used[MAX_RESOURCES] += sign * milli
             self._own("used_by")[workload.tenant] = used
+        if workload.preemptible:
+            level = self._level(workload.priority)
+            level[klass.resources + 1, node] += sign * klass.amounts[:, 0]
+            level[0, node] += sign * milli
         self._touch(node)
+
+    def _level(self, priority: int) -> Ints:
+        if priority not in self.levels:
+            if len(self.levels) >= MAX_LEVELS:
+                for empty in [known for known, held in self.levels.items() if not held.any()]:
+                    del self._own("levels")[empty]
+            self._own("levels")[priority] = np.zeros((len(self.cap) + 1, self.size), np.int64)
+            self._shared_levels.discard(priority)
+        elif priority in self._shared_levels:
+            self._shared_levels.discard(priority)
+            self._own("levels")[priority] = self.levels[priority].copy()
+        return self.levels[priority]
+
+    def _room_for_level(self, workload: Workload) -> None:
+        if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all(held.any() for held in self.levels.values()):
+            raise Invalid("workload.priority", f"{workload.priority} would be one of more than {MAX_LEVELS} priorities that are in use", "use fewer different priorities")
 
     def _more_slots(self) -> None:
         old = len(self.items)
@@ -473,7 +526,6 @@ class State:
         new = min(MAX_WORKLOADS, max(1024, 2 * old))
         self._own("items").extend([None] * (new - old))
         self._own("seats").extend([None] * (new - old))
-        self._own("vacant").extend(range(new - 1, old - 1, -1))
         for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
             setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
         self.w_node = np.pad(self.w_node, (0, new - old), constant_values=-1)
@@ -534,7 +586,8 @@ class State:
         if len(self.class_of) >= MAX_CLASSES:
             raise Invalid("workload", f"{MAX_CLASSES} different shapes are running already", "use fewer different label sets and requests")
         needed = [key for item in self.classes if item is not None for key in classes.keys_of(item.shape)]
-        old, self.rows, kept = self.rows, {}, []
+        old, kept = self.rows, list[Ints]()
+        self.rows = {}
         for key in dict.fromkeys(needed):
             self.rows[key] = len(kept)
             kept.append(self.counts[old[key]].copy())
@@ -546,11 +599,12 @@ class State:
 
     def _nodes(self, nodes: tuple[Node, ...], now_ms: int) -> Event:
         kept = ("attributes", "sites", "resource_rows", "nodes", "node_index", "cap", "free", "gpu_free", "gpu_mem", "gpu_model", "numa_free", "status", "cordon", "beat_ms",
-                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "counts")
+                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "counts", "levels")
         before: dict[str, Any] = {name: getattr(self, name) for name in kept}
         for name in kept:
             setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))
         self._shared -= set(kept)
+        self._shared_counts = set(range(len(self.counts)))
         for name in sorted({name for node in nodes for name, _ in node.capacity} - self.resource_rows.keys()):
             self.resource_rows[name] = len(self.resource_rows)
         fresh = [node for node in nodes if node.name not in self.node_index]
@@ -579,6 +633,8 @@ class State:
         self.site_of = np.pad(self.site_of, (0, more), constant_values=-1)
         self.power = np.pad(self.power, ((0, 0), (0, more)))
         self.counts = [np.pad(row, (0, more)) for row in self.counts] if more else self.counts
+        self.levels = {priority: np.pad(held, ((0, rows), (0, more))) for priority, held in self.levels.items()}
+        self._shared_levels = set()
         if more:
             self._shared_counts = set()
             self.attributes.grow(more)

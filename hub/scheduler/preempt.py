@@ -1,0 +1,321 @@
+"""Making room for a workload of higher priority with the least harm.
+
+Harm of a plan, compared in this order (kube's): disruption budgets violated, highest priority that must go, their sum, their number, how long the oldest of the
+highest has run. A victim that can be moved elsewhere is migrated, which is no harm. Works on vectors down to a few nodes, and exactly on those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from .classes import Klass
+from .feasible import devices_for, verdicts
+from .model import Workload
+from .place import Placed, Scheduler
+from .reasons import UNRESOLVABLE, Bools, Ints
+from .state import Seat, State
+from .units import GPU_WHOLE, Invalid
+
+CANDIDATES = 8
+"""Nodes on which plans are worked out victim by victim, those with the smallest shortage first; each costs about 50 us."""
+
+MAX_NODE_VICTIMS = 1024
+"""Workloads of one node that a plan looks at."""
+
+PRIORITY_OFFSET = 1 << 31
+"""Added to every priority before they are summed, so that more victims always weigh more (kube's rule)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What has to go from `node` so that the workload fits. `moves`: those among the victims that are migrated, and where to."""
+
+    workload: Workload
+    node: int
+    victims: tuple[str, ...]
+    violations: int
+    harm: tuple[int, ...] = ()
+    moves: tuple[tuple[str, Seat], ...] = field(default=())
+
+    @property
+    def evicted(self) -> tuple[str, ...]:
+        """Victims that are not migrated."""
+        moved = {name for name, _ in self.moves}
+        return tuple(name for name in self.victims if name not in moved)
+
+
+def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, everywhere: bool = False, only: "frozenset[str] | None" = None) -> Plan | None:
+    """The least harmful plan, changing nothing; None where no plan helps. `everywhere`: exact on every node, for small clusters and comparison.
+
+    `only`: no other workloads may be victims, whatever their priority (reclaiming what a tenant borrowed).
+    """
+    state = scheduler.state
+    if not workload.preempts and only is None:
+        return None
+    klass = state.klass(workload.shape)
+    bits = verdicts(state, klass)
+    open_nodes: Bools = (bits & np.uint32(UNRESOLVABLE)) == 0
+    if not open_nodes.any():
+        return None
+    if everywhere or only is not None:
+        nodes = np.flatnonzero(open_nodes) if only is None else _nodes_of(state, only, open_nodes)
+        found = [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node, only)) is not None]
+        return _with_moves(scheduler, min(found, key=lambda made: (made.harm, int(state.tie[made.node]))), now_ms) if found else None
+    best: Plan | None = None
+    available = state.free[klass.resources].copy()
+    gpu, gpu_free = workload.shape.gpu, np.maximum(state.gpu_free, 0).sum(1, dtype=np.int64) if workload.shape.gpu is not None else None
+    tried = np.zeros(state.size, np.bool_)
+    for priority in sorted(level for level in state.levels if level < workload.priority):
+        held = state.levels[priority]
+        available += held[klass.resources + 1]
+        able = open_nodes & ~tried & (available >= klass.amounts).all(0)
+        if gpu is not None and gpu_free is not None:
+            gpu_free += held[0]
+            able &= gpu_free >= gpu.count * gpu.milli
+        if not able.any():
+            continue
+        single = None if gpu is not None or _tangled(klass) else _one_victim(state, klass, able, workload.priority, priority)
+        if single is not None:
+            made = on_node(scheduler, workload, klass, single[0], frozenset((single[1],)))
+            if made is not None and (best is None or made.harm < best.harm):
+                best = made
+        else:
+            nodes = _least_short(state, klass, able)
+            tried[nodes] = True
+            for node in nodes.tolist():
+                made = on_node(scheduler, workload, klass, node, None)
+                if made is not None and (best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node]))):
+                    best = made
+        if best is not None and best.violations == 0:
+            break
+    return None if best is None else _with_moves(scheduler, best, now_ms)
+
+
+def carry_out(scheduler: Scheduler, made: Plan, now_ms: int) -> Placed | None:
+    """Migrate, evict and place, or change nothing and give None where the plan no longer holds. The evicted are `made.evicted`, for the caller to queue again."""
+    state = scheduler.state
+    items = {name: state.workload(name) for name in made.victims}
+    if any(item is None for item in items.values()) or made.workload.id in state.slot_of:
+        return None
+    mark = state.begin()
+    for name in made.victims:
+        state.release(name)
+    try:
+        klass = state.klass(made.workload.shape)
+        seat = scheduler.seat_on(klass, made.node) if not verdicts(state, klass)[made.node] else None
+        if seat is None:
+            raise Invalid("plan", "the node no longer has room", "plan again")
+        state.place(made.workload, seat, now_ms)
+        for name, target in made.moves:
+            item = items[name]
+            assert item is not None
+            state.place(item, target, now_ms)
+        for name in made.evicted:
+            item = items[name]
+            assert item is not None
+            scheduler.disrupt(item)
+    except Invalid:
+        state.undo(mark)
+        return None
+    state.keep(mark)
+    return Placed(made.workload.id, state.nodes[made.node].name, seat)
+
+
+def on_node(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, only: "frozenset[str] | None" = None) -> Plan | None:
+    """The victims on one node: all of lower priority go, then as many as possible are taken back, budget-protected ones first, then the most important."""
+    state = scheduler.state
+    slots = np.flatnonzero(state.w_node == node)[:MAX_NODE_VICTIMS].tolist()
+    lower = [slot for slot in slots if _may_go(state, slot, workload, only)]
+    if not lower:
+        return None
+    lower.sort(key=lambda slot: (-int(state.w_priority[slot]), int(state.w_start[slot])))
+    protected, free = _by_budget(state, lower)
+    order = protected + free
+    gone = _reprieve_tangled(scheduler, klass, node, order) if _tangled(klass) or workload.shape.numa_single else _reprieve(state, klass, node, order)
+    if not gone:
+        return None
+    victims = [slot for slot, out in zip(order, gone, strict=True) if out]
+    if not victims:
+        return None
+    violations = sum(gone[: len(protected)])
+    priorities = [int(state.w_priority[slot]) for slot in victims]
+    highest = max(priorities)
+    oldest = min(int(state.w_start[slot]) for slot, priority in zip(victims, priorities, strict=True) if priority == highest)
+    harm = (violations, highest, sum(priority + PRIORITY_OFFSET for priority in priorities), len(victims), -oldest)
+    return Plan(workload, node, tuple(item.id for slot in victims if (item := state.items[slot]) is not None), violations, harm)
+
+
+def _nodes_of(state: State, workloads: frozenset[str], open_nodes: Bools) -> Ints:
+    found: Ints = np.unique(np.array([seat.node for name in workloads if (seat := state.seat(name)) is not None], np.int64))
+    return found[open_nodes[found]]
+
+
+def _may_go(state: State, slot: int, workload: Workload, only: "frozenset[str] | None") -> bool:
+    item = state.items[slot]
+    if item is None or not item.preemptible:
+        return False
+    return item.priority < workload.priority if only is None else item.id in only
+
+
+def _tangled(klass: Klass) -> bool:
+    """Whether other workloads decide, apart from the room they take, if it may be on a node."""
+    return bool(klass.affinity or klass.anti or klass.excluded_by or any(item.hard for item in klass.shape.spread) or klass.shape.links)
+
+
+def _by_budget(state: State, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Those whose going would violate a budget, and the others, each in the given order."""
+    if not state.budgets:
+        return [], list(slots)
+    allowed = {name: budget.allowed for name, budget in state.budgets.items()}
+    protected: list[int] = []
+    others: list[int] = []
+    for slot in slots:
+        item = state.items[slot]
+        covering = [budget.name for budget in state.budgets.values() if item is not None and budget.covers(item)]
+        for name in covering:
+            allowed[name] -= 1
+        (protected if any(allowed[name] < 0 for name in covering) else others).append(slot)
+    return protected, others
+
+
+def _reprieve(state: State, klass: Klass, node: int, order: Sequence[int]) -> list[bool]:
+    """Which of `order` must go, by room alone; empty where not even all of them make enough."""
+    free = state.free[:, node].copy()
+    milli, memory = (state.gpu_free[node].tolist(), state.gpu_mem[node].tolist()) if klass.shape.gpu is not None else ([], [])
+    for slot in order:
+        free += _held(state, slot)
+        _devices(state, slot, milli, memory, 1)
+    need = klass.request
+    if (free < need).any() or not _devices_fit(state, klass, node, milli, memory):
+        return []
+    gone = []
+    for slot in order:
+        rest = free - _held(state, slot)
+        _devices(state, slot, milli, memory, -1)
+        stays = bool((rest >= need).all()) and _devices_fit(state, klass, node, milli, memory)
+        if stays:
+            free = rest
+        else:
+            _devices(state, slot, milli, memory, 1)
+        gone.append(not stays)
+    return gone
+
+
+def _held(state: State, slot: int) -> Ints:
+    held: Ints = state.class_request[:, state.w_class[slot]]
+    return held
+
+
+def _devices(state: State, slot: int, milli: list[int], memory: list[int], sign: int) -> None:
+    item, seat = state.items[slot], state.seats[slot]
+    if milli and item is not None and seat is not None and item.shape.gpu is not None:
+        for device in seat.gpus:
+            milli[device] += sign * item.shape.gpu.milli
+            memory[device] += sign * item.shape.gpu.memory
+
+
+def _devices_fit(state: State, klass: Klass, node: int, milli: list[int], memory: list[int]) -> bool:
+    gpu = klass.shape.gpu
+    if gpu is None:
+        return True
+    have = state.nodes[node].gpus
+    return sum(milli[at] >= gpu.milli and memory[at] >= gpu.memory and (not gpu.models or device.model in gpu.models) for at, device in enumerate(have)) >= gpu.count
+
+
+def _reprieve_tangled(scheduler: Scheduler, klass: Klass, node: int, order: Sequence[int]) -> list[bool]:
+    """As `_reprieve`, by trial on the state itself: affinity, spread, zones and links decide too."""
+    state = scheduler.state
+    held = [(slot, state.items[slot], state.seats[slot], int(state.w_start[slot]), bool(state.w_ending[slot])) for slot in order]
+    mark = state.begin()
+    try:
+        for _, item, _, _, _ in held:
+            if item is not None:
+                state.release(item.id)
+        if verdicts(state, klass)[node] or scheduler.seat_on(klass, node) is None:
+            return []
+        gone = []
+        for _, item, seat, start, ending in held:
+            assert item is not None and seat is not None
+            back = state.begin()
+            state.adopt(item, seat, start)
+            if ending:
+                state.set_ending(item.id)
+            stays = not verdicts(state, klass)[node] and scheduler.seat_on(klass, node) is not None
+            if stays:
+                state.keep(back)
+            else:
+                state.undo(back)
+            gone.append(not stays)
+        return gone
+    finally:
+        state.undo(mark)
+
+
+def _one_victim(state: State, klass: Klass, able: Bools, below: int, priority: int) -> tuple[int, str] | None:
+    """The node and workload of priority `priority` whose going alone makes room, the one that has run the shortest; None where there is none."""
+    chosen = np.flatnonzero((state.w_priority == priority) & (state.w_node >= 0) & ~state.w_fixed)
+    nodes, kinds = state.w_node[chosen], state.w_class[chosen]
+    enough = able[nodes]
+    for at, row in enumerate(klass.resources.tolist()):
+        short = int(klass.amounts[at, 0]) - state.free[row]
+        if (short > 0).any():
+            enough &= state.class_request[row][kinds] >= short[nodes]
+    if state.budgets:
+        enough &= ~_protected(state)[kinds]
+    found = chosen[enough]
+    if not found.size:
+        return None
+    youngest = found[state.w_start[found] == state.w_start[found].max()]
+    slot = int(youngest[np.argmin(state.tie[state.w_node[youngest]])])
+    item = state.items[slot]
+    assert item is not None and priority < below
+    return int(state.w_node[slot]), item.id
+
+
+def _protected(state: State) -> Bools:
+    """[class] whether a budget that allows nothing covers it."""
+    spent = [budget for budget in state.budgets.values() if budget.allowed <= 0]
+    flags = np.zeros(len(state.class_live), np.bool_)
+    for klass in state.classes if spent else ():
+        if klass is not None and state.class_live[klass.id]:
+            flags[klass.id] = any(budget.namespace == klass.shape.namespace and budget.selector.requirements and budget.selector.matches(dict(klass.shape.labels)) for budget in spent)
+    return flags
+
+
+def _least_short(state: State, klass: Klass, able: Bools) -> Ints:
+    """The nodes among `able` with the smallest shortage, as a share of what they have."""
+    nodes = np.flatnonzero(able)
+    short = np.maximum(klass.amounts - state.free[klass.resources][:, nodes], 0) / np.maximum(state.cap[klass.resources][:, nodes], 1)
+    worst = short.max(0)
+    if klass.shape.gpu is not None:
+        room = devices_for(state, klass.shape.gpu)[nodes].sum(1)
+        worst = worst + np.maximum(klass.shape.gpu.count - room, 0) / GPU_WHOLE
+    result: Ints = nodes[np.lexsort((state.tie[nodes], worst))][:CANDIDATES]
+    return result
+
+
+def _with_moves(scheduler: Scheduler, made: Plan, now_ms: int) -> Plan:
+    """Victims that can go on elsewhere without harm to anyone are migrated instead."""
+    state = scheduler.state
+    if not any(item is not None and item.migratable for item in map(state.workload, made.victims)):
+        return made
+    items = [state.workload(name) for name in made.victims]
+    mark = state.begin()
+    moves = []
+    try:
+        for name in made.victims:
+            state.release(name)
+        klass = state.klass(made.workload.shape)
+        seat = scheduler.seat_on(klass, made.node)
+        if seat is None or verdicts(state, klass)[made.node]:
+            return made
+        state.place(made.workload, seat, now_ms)
+        for item in items:
+            if item is not None and item.migratable:
+                decision = scheduler.decide(item, now_ms)
+                if decision.seat is not None and scheduler.commit(decision, now_ms) is not None:
+                    moves.append((item.id, decision.seat))
+    finally:
+        state.undo(mark)
+    return replace(made, moves=tuple(moves))
