@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_runtime.contract.workloads import RUNNING, STOPPED
 
-from ..scheduler import Invalid, Node, Scheduler, Seat, State
+from ..scheduler import Invalid, Node, Scheduler, Seat, State, Workload, parse
 from ..scheduler.state import SILENT, UP
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
 from .documents import Submitted, read_node
@@ -18,6 +18,9 @@ from .ledger import Ledger
 
 MAX_REASON = 500
 """Characters of a reason that is kept."""
+
+PREEMPTED = "preempted by "
+"""Why a placement ends that makes room; the name of the workload follows."""
 
 Key = tuple[str, int]
 
@@ -29,6 +32,7 @@ class Tables:
     rows: dict[str, WorkloadRow] = field(default_factory=dict)
     nodes: dict[str, NodeRow] = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quotas: dict[str, dict[str, Any]] = field(default_factory=dict)
     open: dict[Key, PlacementRow] = field(default_factory=dict)
     closed: dict[Key, PlacementRow] = field(default_factory=dict)
     """Placements that the plan under way ended."""
@@ -37,6 +41,8 @@ class Tables:
     epochs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Workload to the epochs of its open placements."""
     on_node: dict[str, frozenset[Key]] = field(default_factory=dict)
+    room: dict[str, tuple[Key, ...]] = field(default_factory=dict)
+    """Workload to the placements that are on their way out for it."""
     dirty: dict[str, bool] = field(default_factory=dict)
     """Nodes with an agent whose desired state may have changed."""
 
@@ -88,12 +94,13 @@ class Book:
             placements={key: tables.open.get(key) or tables.closed.get(key) for key in placements},
             nodes={key: tables.nodes.get(key) for key in touched(tables.nodes)},
             budgets={key: tables.budgets.get(key) for key in touched(tables.budgets)},
+            quotas={key: tables.quotas.get(key) for key in touched(tables.quotas)},
         )
 
     # -- from the store ------------------------------------------------------------------------------------------------------
 
     def load(self, nodes: Iterable[NodeRow], rows: Iterable[WorkloadRow], placements: Iterable[PlacementRow], budgets: Mapping[str, dict[str, Any]],
-             read: Callable[[Any], Submitted], now_ms: int) -> list[str]:
+             quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int) -> list[str]:
         """Build the state from the rows, once, at start; what no longer makes sense is set right and named in what is returned."""
         problems: list[str] = []
         self.started_ms = now_ms
@@ -126,8 +133,10 @@ class Book:
             if row.state in ("placed", "ending") and row.epoch not in self.tables.epochs.get(row.id, ()):
                 problems.append(f"workload {row.id}: it is {row.state}, but holds no place")
                 self.set(replace(row, state="pending" if row.state == "placed" else "cancelled", node="", reason="its placement was lost", changed_ms=now_ms))
-        for name, document in budgets.items():
-            self.tables.budgets[name] = document
+        self.tables.budgets.update(budgets)
+        for tenant, document in quotas.items():
+            self.tables.quotas[tenant] = document
+            self.state.set_quota(parse.quota({**document, "tenant": tenant}))
         return problems
 
     def describe(self, row: NodeRow, node: Node, now_ms: int) -> None:
@@ -140,10 +149,13 @@ class Book:
         if row is None or item is None or index is None or row.state == "failed" or any(not 0 <= gpu < len(self.state.nodes[index].gpus) for gpu in gpus):
             self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why="its node or workload is unknown"))
             return f"placement {placement.workload}/{placement.epoch} on {placement.node} fits nothing that is known: it has ended"
-        current = placement.epoch == row.epoch and row.state in ("placed", "ending")
-        self.state.adopt(item.item if current else replace(item.item, id=ghost(key)), self._seat(index, placement.seat), placement.from_ms)
-        if not current or row.state == "ending":
-            self.state.set_ending(row.id if current else ghost(key))
+        if placement.epoch == row.epoch and row.state == "placed":
+            self.state.adopt(item.item, self._seat(index, placement.seat), placement.from_ms)
+        else:
+            self._haunt(item.item, key, self._seat(index, placement.seat), placement.from_ms)
+            if placement.why.startswith(PREEMPTED):
+                other = placement.why.removeprefix(PREEMPTED)
+                self.tables.room[other] = (*self.tables.room.get(other, ()), key)
         self.tables.open[key] = placement
         self.index(placement, add=True)
         return ""
@@ -190,16 +202,15 @@ class Book:
 
     def close(self, placement: PlacementRow, now_ms: int, why: str) -> None:
         """The placement holds nothing any more."""
-        key = (placement.workload, placement.epoch)
-        current = self.current(placement.workload)
-        self.state.release(placement.workload if current is not None and current.epoch == placement.epoch else ghost(key))
+        key, row = (placement.workload, placement.epoch), self.tables.rows[placement.workload]
+        self.state.release(row.id if row.state == "placed" and row.epoch == placement.epoch else ghost(key))
         self.ledger.put(self.tables.open, key, None)
         self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why=short(why)))
         self.index(placement, add=False)
         self.version += 1
 
     def leave(self, placement: PlacementRow, now_ms: int, why: str) -> None:
-        """The current placement of a workload is given up: at once without an agent, else it holds its capacity until the agent has stopped it."""
+        """The current placement of a placed workload is given up: at once without an agent, else it holds its capacity until the agent has stopped it."""
         if not self.is_agent(placement.node):
             self.close(placement, now_ms, why)
             return
@@ -207,10 +218,14 @@ class Book:
         item, seat = self.state.workload(placement.workload), self.state.seat(placement.workload)
         assert item is not None and seat is not None
         self.state.release(placement.workload)
-        self.state.adopt(replace(item, id=ghost(key)), seat, now_ms)
-        self.state.set_ending(ghost(key))
+        self._haunt(item, key, seat, now_ms)
         self.ledger.put(self.tables.open, key, replace(placement, why=short(why)))
         self.soil(placement.node)
+
+    def _haunt(self, item: Workload, key: Key, seat: Seat, now_ms: int) -> None:
+        """What is on its way out holds its seat under a name of its own; nobody can preempt it once more."""
+        self.state.adopt(replace(item, id=ghost(key), preemptible=False), seat, now_ms)
+        self.state.set_ending(ghost(key))
 
     # -- what is wanted of nodes ---------------------------------------------------------------------------------------------
 

@@ -1,23 +1,18 @@
-"""What is asked of the placing of workloads: submit, cancel, move, nodes and what they say. Pure."""
+"""What is asked of the placing of workloads besides placing: cancel, lose, nodes, what they say, budgets and quotas. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
+from edge_runtime.contract.workloads import ENDED, RUNNING
 
-from edge_runtime.contract.limits import MAX_INTEGER
-from edge_runtime.contract.workloads import ENDED, KINDS, RUNNING
-
-from ..scheduler import Budget, Decision, Invalid, Moved, Scheduler, Shape, Workload, parse, refuse_cycles
-from ..scheduler.reasons import Bools
+from ..scheduler import Budget, Moved, Scheduler, parse
+from ..scheduler.model import Quota
 from ..scheduler.state import GONE
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadRow
-from .book import Book, ghost, short
-from .documents import Conflict, Submitted, difference, name_of, read_node
-
-MAX_LIVE = 100_000
-"""Workloads that wait or are placed: their rows and arrays take about 4 kB each."""
+from .book import ghost, short
+from .documents import Conflict, name_of, read_node
+from .placing import Placing
 
 MOVES_AT_ONCE = 64
 """Workloads moved in one go: under 100 ms of work beside which the hub takes records in."""
@@ -30,137 +25,8 @@ MAX_AVOIDED = 16
 """Nodes that one workload avoids at once, the newest."""
 
 
-class Planner(Book):
+class Planner(Placing):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
-
-    # -- placing -------------------------------------------------------------------------------------------------------------
-
-    def submit(self, entries: Sequence[Submitted], now_ms: int) -> list[str]:
-        """Take workloads in and place what can be placed; returns the ids. What is there already is left as it stands. Raises `Invalid` or `Conflict`."""
-        fresh: list[Submitted] = []
-        for entry in entries:
-            self.scheduler.ranker.check(entry.item.shape.weights)
-            known = self.tables.rows.get(entry.item.id)
-            if known is None:
-                fresh.append(entry)
-                continue
-            other = difference(known.document, entry.document)
-            if other:
-                raise Conflict(f"workload.{other}", f"{entry.item.id!r} is known with another {other}", "cancel it and use another id, or send the document that stands")
-        if len(self.tables.rows) + len(fresh) > MAX_LIVE:
-            raise Conflict("workload", f"{MAX_LIVE} are known already", "cancel some, or run another hub")
-        if len(fresh) > 1:
-            refuse_cycles([entry.item for entry in fresh], self._live_shapes(), self.state.namespaces)
-        for entry in fresh:
-            self.ledger.put(self.tables.items, entry.item.id, entry)
-            self.set(WorkloadRow(entry.item.id, entry.document, created_ms=now_ms, changed_ms=now_ms, reason="not looked at yet"))
-        # What other workloads of the request wait for by affinity may come after them in the list.
-        left = [entry.item.id for entry in fresh]
-        while left:
-            waits = [workload for workload in left if not self.attempt(workload, now_ms)]
-            if len(waits) == len(left) or not any(self.tables.items[workload].item.shape.affinity for workload in waits):
-                break
-            left = [workload for workload in waits if self.tables.rows[workload].state == "pending"]
-        return [entry.item.id for entry in entries]
-
-    def _live_shapes(self) -> list[Shape]:
-        return [klass.shape for klass in self.state.classes if klass is not None and self.state.class_live[klass.id]]
-
-    def attempt(self, workload: str, now_ms: int, among: Bools | None = None) -> bool:
-        """Place a waiting workload, or its whole gang, or keep the reason why not."""
-        item = self.tables.items[workload].item
-        if self.tables.rows[workload].state != "pending":
-            return True
-        if not item.gang:
-            reason = self._place(workload, now_ms, among)
-            if reason:
-                self._waits(workload, reason, now_ms)
-            return not reason
-        return self._try_gang(item, now_ms)
-
-    def _try_gang(self, one: Workload, now_ms: int) -> bool:
-        """All members or none; those of a gang that stands already (one was lost) come back one by one."""
-        members = [row for row in self.tables.rows.values() if (known := self.tables.items.get(row.id)) is not None and known.item.gang == one.gang and row.state not in FINAL_STATES]
-        if any(row.state == "placed" for row in members):
-            reason = self._place(one.id, now_ms)
-            if reason:
-                self._waits(one.id, reason, now_ms)
-            return not reason
-        waiting = [row.id for row in members if row.state == "pending"]
-        if len(waiting) < one.gang_size:
-            self._waits(one.id, f"gang {one.gang}: waits for {one.gang_size - len(waiting)} more of {one.gang_size} members", now_ms)
-            return False
-        self.begin()
-        for done, member in enumerate(sorted(waiting, key=self._weight)):
-            reason = self._place(member, now_ms)
-            if reason:
-                self.undo()
-                for other in waiting:
-                    self._waits(other, f"gang {one.gang}: {done} of {len(waiting)} members found a place; {member}: {reason}", now_ms)
-                return False
-        self.keep()
-        return True
-
-    def _weight(self, workload: str) -> tuple[int, int, str]:
-        """Members that need most come first: what is left for the others is then what fits most places."""
-        asked = self.tables.items[workload].item.shape.request_map
-        gpu = self.tables.items[workload].item.shape.gpu
-        return -(gpu.count * gpu.milli if gpu else 0), -asked.get("cpu", 0), workload
-
-    def _among(self, row: WorkloadRow, now_ms: int, among: Bools | None) -> Bools | None:
-        avoided = [self.state.node_index[node] for node, (until, *_) in row.avoid.items() if until > now_ms and node in self.state.node_index]
-        if not avoided:
-            return among
-        allowed = np.ones(self.state.size, np.bool_) if among is None else among.copy()
-        allowed[avoided] = False
-        return allowed
-
-    def _place(self, workload: str, now_ms: int, among: Bools | None = None) -> str:
-        """Decide and book; the reason where it did not come about."""
-        row, item = self.tables.rows[workload], self.tables.items[workload].item
-        if row.epoch >= MAX_INTEGER:
-            return "its epochs are used up; submit it under another id"
-        try:
-            decision = self.scheduler.decide(item, now_ms, self._among(row, now_ms, among))
-            placed = self.scheduler.commit(decision, now_ms)
-        except Invalid as error:
-            return f"{error.field} {error.problem}; {error.remedy}"
-        if placed is None:
-            return self._why_not(decision, row, now_ms)
-        seat = placed.seat
-        held = {"gpus": [int(gpu) for gpu in seat.gpus], "numa": [[int(part) for part in share] for share in seat.numa]}
-        placement = PlacementRow(workload, row.epoch + 1, placed.node, held, now_ms)
-        self.set(replace(row, state="placed", node=placed.node, epoch=placement.epoch, reason="", changed_ms=now_ms))
-        self.ledger.put(self.tables.open, (workload, placement.epoch), placement)
-        self.index(placement, add=True)
-        if item.shape.labels:
-            self.version += 1  # somebody may wait to be with it
-        return ""
-
-    def _why_not(self, decision: Decision, row: WorkloadRow, now_ms: int) -> str:
-        try:
-            self.scheduler.check(decision.workload)
-        except Invalid as error:
-            return f"{error.field} {error.problem}; {error.remedy}"
-        kind = decision.workload.shape.kind.value
-        reason = self.scheduler.pending(decision).reason
-        if self.tables.nodes and not any(kind in self.runs(node) for node in self.tables.nodes):
-            reason += f"; no node has a driver for {kind}"
-        for node, (until, _, why) in row.avoid.items():
-            if until > now_ms:
-                reason += f"; {node} is left alone for {(until - now_ms + 999) // 1000 // 60} min: {why}"
-        return reason
-
-    def runs(self, node: str) -> list[str]:
-        """The kinds of workload for which a node has a driver."""
-        row = self.tables.nodes.get(node)
-        found: list[str] = row.document.get("runs", list(KINDS)) if row is not None else []
-        return found
-
-    def _waits(self, workload: str, reason: str, now_ms: int) -> None:
-        row = self.tables.rows[workload]
-        if row.reason != short(reason) or row.state != "pending":
-            self.set(replace(row, state="pending", node="", reason=short(reason), changed_ms=now_ms))
 
     # -- leaving -------------------------------------------------------------------------------------------------------------
 
@@ -175,40 +41,12 @@ class Planner(Book):
             placement = self.current(workload)
             assert placement is not None
             if self.is_agent(placement.node):
-                self.state.set_ending(workload)
+                self.leave(placement, now_ms, "cancelled")
                 self.set(replace(row, state="ending", reason=f"waits for {placement.node} to stop it", changed_ms=now_ms))
-                self.soil(placement.node)
             else:
                 self.close(placement, now_ms, "cancelled")
                 self.set(replace(row, state="cancelled", node="", reason="", changed_ms=now_ms))
         return True
-
-    def move(self, workload: str, now_ms: int, why: str, to: str = "") -> bool:
-        """To `to`, or to the best other place; nothing changes where there is none."""
-        row, placement = self.tables.rows[workload], self.current(workload)
-        if placement is None or row.state != "placed":
-            return False
-        self.begin()
-        among = np.ones(self.state.size, np.bool_) if not to else np.zeros(self.state.size, np.bool_)
-        if to:
-            among[self.state.node_index[to]] = True
-        among[self.state.node_index[placement.node]] = False
-        self.leave(placement, now_ms, why)
-        self.set(replace(row, state="pending", node="", changed_ms=now_ms))
-        if self._place(workload, now_ms, among):
-            self.undo()
-            return False
-        self.keep()
-        return True
-
-    def evict(self, workload: str, now_ms: int, why: str) -> None:
-        """It must leave whether or not there is another place."""
-        row, placement = self.tables.rows[workload], self.current(workload)
-        if placement is None or row.state != "placed":
-            return
-        self.leave(placement, now_ms, why)
-        self.set(replace(row, state="pending", node="", reason=short(why), changed_ms=now_ms))
-        self.attempt(workload, now_ms)
 
     def lose(self, placement: PlacementRow, now_ms: int, why: str) -> None:
         """The node is gone with what it held."""
@@ -281,7 +119,7 @@ class Planner(Book):
         for key in self.tables.on_node.get(node, ()) if node else self.tables.open:
             row = self.tables.rows.get(key[0])
             if row is None or key[1] != row.epoch or row.state != "placed":
-                trial.release(key[0] if row is not None and key[1] == row.epoch and row.state == "ending" else ghost(key))
+                trial.release(ghost(key))
         return trial
 
     def apply(self, moves: Iterable[Moved], now_ms: int) -> None:
@@ -325,6 +163,24 @@ class Planner(Book):
             return False
         self.ledger.put(self.tables.budgets, name, None)
         self.state.set_budget(Budget(name, "", parse.selector({}, "selector"), 0))  # an empty selector covers nothing
+        self.version += 1
+        return True
+
+    def put_quota(self, tenant: str, value: Any) -> Quota:
+        """Know what a tenant may use; what it holds already stays. Raises `Invalid`."""
+        name_of(tenant, "quota")
+        limits = parse.quota({**value, "tenant": tenant}, "quota")
+        self.ledger.put(self.tables.quotas, tenant, {key: part for key, part in value.items() if key != "tenant"})
+        self.state.set_quota(limits)
+        self.version += 1
+        return limits
+
+    def remove_quota(self, tenant: str) -> bool:
+        """Let a tenant use what there is; False where it had no quota."""
+        if tenant not in self.tables.quotas:
+            return False
+        self.ledger.put(self.tables.quotas, tenant, None)
+        self.state.set_quota(Quota(tenant, ()))  # names nothing, so it limits nothing
         self.version += 1
         return True
 

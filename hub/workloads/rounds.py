@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..scheduler import Shape
+from ..scheduler import quota
 from ..scheduler.model import Effect
 from ..scheduler.state import SILENT, UP
 from .planner import Planner
@@ -19,6 +20,8 @@ BEAT_EVERY_MS = 10_000
 
 DECISIONS_PER_ROUND = 64
 """Waiting workloads tried, or lost ones placed anew, in one round: under 100 ms of work beside which the hub takes records in."""
+GANG_DECISIONS = 16
+"""What a try of a gang counts as: it may search, up to half a second."""
 
 
 @dataclass(slots=True)
@@ -93,20 +96,29 @@ class Rounds:
 
     def _retry(self, now_ms: int) -> None:
         """Try what waits, by priority, then age. Half of a round begins at the top after every change, half goes on where it was: so nobody is passed over for ever."""
-        tables, version = self._planner.tables, self._planner.version
+        version = self._planner.version
         if self._tried != version:
             self._tried = version
-            self._first = sorted(tables.waiting, key=self._turn, reverse=True)
+            self._first = self._order()
             self._again = True
         if not self._rest and self._again:
-            self._rest, self._again = sorted(tables.waiting, key=self._turn, reverse=True), False
-        failed: set[Shape] = set()
+            self._rest, self._again = self._order(), False
+        failed: set[tuple[Any, ...]] = set()
         self._attempt(self._asked_again(now_ms), DECISIONS_PER_ROUND, failed, now_ms)
         left = self._attempt(self._first, DECISIONS_PER_ROUND // 2, failed, now_ms)
         self._attempt(self._rest, DECISIONS_PER_ROUND // 2 + left, failed, now_ms)
 
-    def _turn(self, name: str) -> tuple[int, int, str]:
-        return -self._planner.tables.items[name].item.priority, self._planner.tables.rows[name].created_ms, name
+    def _order(self) -> list[str]:
+        """What waits, the next one last: by priority, then the tenant that has least of its share, then age."""
+        tables, state = self._planner.tables, self._planner.state
+        whole = quota.totals(state)
+        shares = {tenant: quota.share(state, tenant, whole) for tenant in {tables.items[name].item.tenant for name in tables.waiting}}
+
+        def turn(name: str) -> tuple[int, float, int, str]:
+            item = tables.items[name].item
+            return -item.priority, shares[item.tenant], tables.rows[name].created_ms, name
+
+        return sorted(tables.waiting, key=turn, reverse=True)
 
     def _asked_again(self, now_ms: int) -> list[str]:
         """Those that a node refused, and that have left it alone for long enough."""
@@ -117,7 +129,7 @@ class Rounds:
             self._planner.set(replace(row, avoid={node: [0 if until <= now_ms else until, *more] for node, (until, *more) in row.avoid.items()}))
         return due
 
-    def _attempt(self, queue: list[str], most: int, failed: set[Shape], now_ms: int) -> int:
+    def _attempt(self, queue: list[str], most: int, failed: set[tuple[Any, ...]], now_ms: int) -> int:
         """Take from the end of `queue`; what has the shape of one that failed just now fails too. Returns how many of `most` decisions are left."""
         tables = self._planner.tables
         while queue and most > 0:
@@ -126,9 +138,13 @@ class Rounds:
             if row is None or item is None or row.state != "pending":
                 continue
             alike = not item.item.gang and not row.avoid
-            if alike and item.item.shape in failed:
+            kin = item.item.shape, item.item.priority, item.item.tenant
+            if (alike and kin in failed) or (item.item.gang and (item.item.gang,) in failed):
                 continue
+            if item.item.gang:
+                failed.add((item.item.gang,))  # once per round: its search is the dearest of all
+                most -= GANG_DECISIONS - 1
             most -= 1
             if not self._planner.attempt(name, now_ms) and alike:
-                failed.add(item.item.shape)
+                failed.add(kin)
         return most

@@ -4,16 +4,18 @@
 time without the older being on its way out, or that two documents want running. `lost`: what was acknowledged and is in no row.
 """
 
+import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {"": 1, "m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+SUFFIXES: dict[str, Fraction | int] = {"": 1, "m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 
 def amount(text: Any) -> Fraction:
@@ -48,8 +50,6 @@ class Log:
 
 def read(path: Path) -> Log:
     """From a hub.db that nobody writes, or that is being written: one read transaction."""
-    import json
-
     log = Log()
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         db.execute("BEGIN")
@@ -67,7 +67,7 @@ def read(path: Path) -> Log:
 def asked(document: Mapping[str, Any], gpus: Iterable[int]) -> dict[str, Fraction]:
     """What one placement holds, by resource; each GPU device is a resource of its own."""
     found = {name: amount(value) for name, value in document.get("requests", {}).items()}
-    gpu = document.get("gpu")
+    gpu: dict[str, Any] = document.get("gpu") or {}
     for device in gpus if gpu else ():
         found[f"gpu {device}"] = Fraction(gpu.get("milli", 1000))
         found[f"gpu memory {device}"] = amount(gpu.get("memory", 0))
@@ -119,7 +119,7 @@ def doubles(log: Log, desired: Mapping[str, Mapping[str, Any]] | None = None) ->
         by_workload[held.workload].append(held)
     for workload, rows in by_workload.items():
         rows.sort(key=lambda held: held.epoch)
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             if before.epoch == after.epoch:
                 found.append(f"{workload}: epoch {before.epoch} stands twice")
             if before.node in log.agents:
