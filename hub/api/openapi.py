@@ -46,6 +46,10 @@ NODE = {
     },
 }
 BUDGET = {"type": "object", "properties": {"namespace": {"type": "string"}, "selector": OBJECT, "allowed": {"type": "integer", "minimum": 0}}}
+QUOTA = {
+    "type": "object",
+    "properties": {"nominal": OBJECT, "cohort": {"type": "string"}, "borrow": OBJECT, "weight": {"type": "integer", "minimum": 1, "maximum": 1_000_000}},
+}
 WHAT_IF = {
     "type": "object", "additionalProperties": False,
     "properties": {
@@ -115,12 +119,15 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/budgets", "budgets", "Disruption budgets", LIST),
     Operation("put", "/api/v1/budgets/{budget}", "put_budget", "Allow so many of the selected workloads to be moved at once", OBJECT, body=BUDGET, changes=True),
     Operation("delete", "/api/v1/budgets/{budget}", "delete_budget", "Forget a budget", OBJECT, changes=True),
+    Operation("get", "/api/v1/quotas", "quotas", "What tenants may use", LIST),
+    Operation("put", "/api/v1/quotas/{tenant}", "put_quota", "Say what a tenant may use, and borrow from its cohort", OBJECT, body=QUOTA, changes=True),
+    Operation("delete", "/api/v1/quotas/{tenant}", "delete_quota", "Let a tenant use what there is", OBJECT, changes=True),
     Operation("get", "/api/v1/scheduler", "scheduler", "Use of the cluster now and by the minute, counts, latencies", OBJECT, (
         ("hours", {"type": "number", "minimum": 0, "maximum": 168}, "how far back"),
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME}
 
 
 def document() -> dict[str, Any]:
@@ -142,7 +149,7 @@ def document() -> dict[str, Any]:
         if operation.changes:
             responses["409"] = {"description": "it contradicts what stands", **error}
             responses["503"] = {"description": "busy, or the store refused: nothing was done", **error}
-        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget")):
+        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant")):
             responses["404"] = {"description": "not known", **error}
         if operation.body is not None:
             responses["413"] = {"description": "the body is too large", **error}

@@ -186,6 +186,23 @@ class WorkloadApi:
             raise NotKnown("budget", f"{name[:64]!r} is not known", "list /api/v1/budgets")
         return answer({"budget": name, "known": False})
 
+    async def quotas(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await self._hub.workloads.look(lambda planner: [{**document, "tenant": tenant} for tenant, document in planner.tables.quotas.items()]))
+
+    async def put_quota(self, request: web.Request) -> web.Response:
+        """See the table."""
+        tenant, value = name_of(request.match_info["tenant"], "quota"), await object_of(request)
+        await self._hub.workloads.ask(lambda planner, _: planner.put_quota(tenant, value))
+        return answer({**value, "tenant": tenant})
+
+    async def delete_quota(self, request: web.Request) -> web.Response:
+        """See the table."""
+        tenant = request.match_info["tenant"]
+        if not await self._hub.workloads.ask(lambda planner, _: planner.remove_quota(tenant)):
+            raise NotKnown("quota", f"{tenant[:64]!r} has none", "list /api/v1/quotas")
+        return answer({"tenant": tenant, "known": False})
+
     async def scheduler(self, request: web.Request) -> web.Response:
         """See the table."""
         hours, service = hours_of(request, KEEP_MINUTES / 60), self._hub.workloads

@@ -377,11 +377,9 @@ class Workloads:
 
     async def _each_minute(self) -> None:
         minute = self.now_ms() // 60_000
-        if minute == self._minute:
+        if minute == self._minute or (not self.planner.tables.nodes and not self.rows):
             return
         self._minute = minute
-        if not self.planner.tables.nodes and not self.rows:
-            return
         async with self.turn:
             document = usage(self.planner)
         await self._write(lambda: self._store.put_utilisation(minute, document, KEEP_MINUTES))

@@ -85,8 +85,8 @@ def has(document: Mapping[str, Any]) -> dict[str, Fraction]:
     return found
 
 
-def overcommit(log: Log, now_ms: int) -> tuple[float, list[str]]:
-    """Node-seconds with more held than there is, and where. Placements that end and begin in the same millisecond do not overlap."""
+def overcommit(log: Log, now_ms: int, gone: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[float, list[str]]:
+    """Node-seconds with more held than there is, and where. Placements that end and begin in the same millisecond do not overlap. `gone`: nodes that were taken out."""
     steps: dict[str, list[tuple[int, int, dict[str, Fraction], str]]] = defaultdict(list)
     for held in log.placements:
         document = log.workloads[held.workload][2] if held.workload in log.workloads else {}
@@ -96,7 +96,7 @@ def overcommit(log: Log, now_ms: int) -> tuple[float, list[str]]:
             steps[held.node] += [(held.from_ms, 1, need, held.workload), (until, -1, need, held.workload)]
     seconds, found = 0.0, []
     for node, changes in steps.items():
-        capacity = has(log.nodes.get(node, {}))
+        capacity = has(log.nodes.get(node) or (gone or {}).get(node, {}))
         used: dict[str, Fraction] = defaultdict(Fraction)
         last = 0
         over: list[str] = []
