@@ -326,7 +326,7 @@ def test_nodes_are_declared_cordoned_drained_and_taken_out(served: Served) -> No
     assert [entry["node"] for entry in served.json("/api/v1/workloads/m")["placements"]] == ["m-1", "m-2", "m-1"]
     served.json("/api/v1/workloads/m", "DELETE")
     served.json("/api/v1/nodes/m-1", "DELETE")
-    clean(served.hub, gone=dict.fromkeys(("m-1", "m-2"), {"capacity": {"cpu": 2}}))
+    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2")})
 
 
 def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
