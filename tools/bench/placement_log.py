@@ -117,7 +117,8 @@ def doubles(log: Log, desired: Mapping[str, Mapping[str, Any]] | None = None) ->
     by_workload: dict[str, list[Held]] = defaultdict(list)
     for held in log.placements:
         by_workload[held.workload].append(held)
-    for workload, rows in by_workload.items():
+    for workload in {**log.workloads, **by_workload}:
+        rows = by_workload.get(workload, [])
         rows.sort(key=lambda held: held.epoch)
         for before, after in pairwise(rows):
             if before.epoch == after.epoch:

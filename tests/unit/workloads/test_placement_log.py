@@ -13,7 +13,8 @@ NODE = {"capacity": {"cpu": 2, "memory": "4Gi"}, "gpus": [{"model": "t4", "memor
 
 
 def log(*placements: Held, state: str = "placed", epoch: int = 1, agents: tuple[str, ...] = ()) -> Log:
-    return Log({"a": (state, epoch, A), "b": ("placed", 1, {**A, "id": "b"})}, list(placements), {"n": NODE, "m": NODE}, set(agents))
+    other = "placed" if any(held.workload == "b" for held in placements) else "pending"
+    return Log({"a": (state, epoch, A), "b": (other, 1, {**A, "id": "b"})}, list(placements), {"n": NODE, "m": NODE}, set(agents))
 
 
 def test_amounts_are_exact() -> None:
