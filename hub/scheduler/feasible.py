@@ -18,7 +18,7 @@ def verdicts(state: State, klass: Klass) -> Bits:
         bits[state.cordon] |= np.uint32(Fail.CORDONED)
     bits[(state.free[klass.resources] < klass.amounts).any(0)] |= np.uint32(Fail.RESOURCES)
     if shape.gpu is not None:
-        bits[gpu_room(state, shape.gpu) < shape.gpu.count] |= np.uint32(Fail.GPU)
+        bits[(gpu_room(state, shape.gpu) < shape.gpu.count) & (bits & np.uint32(Fail.GPU_MODEL) == 0)] |= np.uint32(Fail.GPU)
     if shape.numa_single and state.numa_free.shape[1]:
         bits[~numa_fits(state, shape)] |= np.uint32(Fail.NUMA)
     for link in shape.links:

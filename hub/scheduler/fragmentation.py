@@ -95,17 +95,15 @@ class Fragmentation:
         if gpu.milli == GPU_WHOLE:
             taken = fits & (np.cumsum(fits, 1) <= gpu.count)
             return before - self.of(state, nodes, after_cpu, devices - GPU_WHOLE * taken), np.zeros(len(nodes), np.int64)
-        best = np.full(len(nodes), np.iinfo(np.int64).min)
-        device = np.zeros(len(nodes), np.int64)
-        for at in range(devices.shape[1]):
-            some = np.flatnonzero(fits[:, at])
-            if some.size:
-                tried = devices[some]
-                tried[:, at] -= gpu.milli
-                gain = before[some] - self.of(state, nodes[some], after_cpu[some], tried)
-                better = gain > best[some]
-                best[some[better]], device[some[better]] = gain[better], at
-        return best, device
+        at, device = np.nonzero(fits)
+        tried = devices[at]
+        tried[np.arange(len(at)), device] -= gpu.milli
+        gain = before[at] - self.of(state, nodes[at], after_cpu[at], tried)
+        order = np.lexsort((device, -gain, at))
+        first = order[np.unique(at[order], return_index=True)[1]]
+        best, chosen = np.full(len(nodes), np.iinfo(np.int64).min), np.zeros(len(nodes), np.int64)
+        best[at[first]], chosen[at[first]] = gain[first], device[first]
+        return best, chosen
 
     def kept(self, state: State, klass: Klass) -> tuple[Ints, Ints]:
         """[node] scores and devices for a class, brought up to date."""

@@ -91,7 +91,7 @@ def _hardest_first(state: State, members: Sequence[Workload]) -> list[Workload]:
         if klass.id not in weight:
             largest = np.maximum(state.cap[klass.resources].max(1, initial=1), 1)
             weight[klass.id] = int(np.count_nonzero(verdicts(state, klass) == 0)), -float((klass.amounts[:, 0] / largest).max())
-    return sorted(members, key=lambda item: (*weight[state.klass(item.shape).id], item.id))
+    return sorted(members, key=lambda item: (*weight[state.klass(item.shape).id], state.klass(item.shape).id, item.id))
 
 
 def _room(state: State, klass: Klass) -> Ints:
@@ -170,7 +170,8 @@ class _Search:
         if not self.tangled and _bound(state, self.order[at:]) is not None:
             return False
         total = self.scheduler.ranker.total(View(state, klass, state.facts(klass), feasible, self.now_ms))
-        for node in self._distinct(np.flatnonzero(feasible)[np.argsort(-total[feasible], kind="stable")]):
+        nodes = self._distinct(np.flatnonzero(feasible).tolist())
+        for node in sorted(nodes, key=lambda node: -int(total[node])):
             if self.steps >= MAX_STEPS:
                 return False
             self.steps += 1
@@ -187,18 +188,15 @@ class _Search:
             del self.placed[item.id]
         return False
 
-    def _distinct(self, nodes: Ints) -> list[int]:
+    def _distinct(self, nodes: list[int]) -> list[int]:
+        """Of nodes that are the same in all that matters, the first; `nodes` ascend. With members in ascending order no arrangement is lost but its mirror images."""
         if self.tangled:
-            return nodes.tolist()
-        state, seen, found = self.scheduler.state, set(), []
-        for node in nodes.tolist():
-            key = (state.free[:, node].tobytes(), state.gpu_free[node].tobytes(), state.gpu_mem[node].tobytes(), state.gpu_model[node].tobytes(), state.numa_free[node].tobytes(),
-                   tuple(verdict[node] for verdict in self._static()))
-            if key not in seen:
-                seen.add(key)
-                found.append(node)
-        return found
-
-    def _static(self) -> list[Ints]:
+            return nodes
         state = self.scheduler.state
-        return [state.facts(state.klass(item.shape)).fails for item in {item.shape: item for item in self.order}.values()]  # type: ignore[misc]
+        kinds = {item.shape for item in self.order}
+        static = [state.facts(state.klass(shape)).fails for shape in kinds]
+        found: dict[tuple[object, ...], int] = {}
+        for node in nodes:
+            key = (*(array[node].tobytes() for array in (state.gpu_free, state.gpu_mem, state.gpu_model, state.numa_free)), state.free[:, node].tobytes(), *(int(bits[node]) for bits in static))
+            found.setdefault(key, node)
+        return list(found.values())

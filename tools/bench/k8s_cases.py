@@ -183,7 +183,7 @@ def shape(pod: Json, case: Json, *, defaults: bool = False, incoming: bool = Fal
 def toleration(item: Json) -> Toleration:
     """A pod's toleration."""
     exists = item.get("operator", "Equal") == "Exists"
-    key = item.get("key", "")
+    key: str = item.get("key") or ""
     return Toleration(CONSTANTS.get(key, key), None if exists else item.get("value", ""), Effect(item["effect"]) if item.get("effect") else None)
 
 
@@ -352,7 +352,8 @@ def main() -> int:
     data = json.loads(options.data.read_text(encoding="utf-8"))
     namespaces = {item["name"]: item.get("labels") or {} for item in data.get("namespaces", ())}
     counts: Counter[str] = Counter()
-    failed, documented = [], []
+    failed: list[Any] = []
+    documented: list[Any] = []
     for case in data["cases"]:
         try:
             agrees, said = judge(case, namespaces)

@@ -34,7 +34,8 @@ def amount(value: Any) -> Fraction:
 
 def requirement_holds(requirement: Mapping[str, Any], labels: Labels) -> bool:
     """One comparison."""
-    value, op, values = labels.get(requirement["key"]), requirement["op"], list(requirement.get("values", ()))
+    value, op = labels.get(requirement["key"]), requirement["op"]
+    values: list[str] = list(requirement.get("values", ()))
     if op == "In":
         return value in values
     if op == "NotIn":
@@ -42,7 +43,10 @@ def requirement_holds(requirement: Mapping[str, Any], labels: Labels) -> bool:
     if op in ("Exists", "DoesNotExist"):
         return (value is not None) == (op == "Exists")
     try:
-        return value is not None and bool(int(value) > int(values[0]) if op == "Gt" else int(value) < int(values[0]))
+        if value is None:
+            return False
+        number, bound = int(value), int(str(values[0]))
+        return number > bound if op == "Gt" else number < bound
     except ValueError:
         return False
 

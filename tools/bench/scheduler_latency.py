@@ -1,0 +1,250 @@
+"""How long one placement takes at 10,000 live workloads: a mixed stream of affinity, spread, taints, gangs, GPU fractions and preemptions on a nearly full cluster.
+
+A decision is everything from the workload to the booked seat (`reserve`, or a whole gang, or the preemption plan and its execution); what it takes per workload is
+the sample. Departures keep the number of live workloads and are not timed. An independent checker verifies every placement afterwards.
+"""
+
+import gc
+import random
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+if not __package__:
+    __import__("as_module").again(__file__)
+
+from hub.scheduler import Pending, Placed, Ranker, Scheduler, State, gang, kernels, node, preempt, workload
+from hub.scheduler.fragmentation import Fragmentation, typical_of
+from hub.scheduler.model import Workload
+
+from .harness import arguments, machine, note, percentile, report
+from .placement_check import Checker
+
+LIVE_PER_NODE = 10
+"""Live workloads per node at 1,000 nodes: 10,000."""
+
+LIMITS_US = {1_000: (1_000.0, 300.0), 10_000: (5_000.0, 5_000.0)}
+"""Nodes to p99 bars in us: numpy, numba."""
+
+APPS = 150
+"""Applications in the stream; each has one or two shapes."""
+
+MIX = (("plain", 44), ("spread", 10), ("anti_affinity", 8), ("affinity", 6), ("taint", 7), ("gpu", 11), ("soft", 8), ("gang", 3), ("preempt", 3))
+"""Parts of the stream in percent."""
+
+GANG_SIZE = 4
+WARM_UP = 500
+"""Decisions before the timed ones: every shape has been seen."""
+
+Json = dict[str, Any]
+
+
+def cluster(count: int, rng: random.Random) -> list[Json]:
+    """Nodes of five kinds in 5 zones, a tenth with GPUs, a tenth tainted."""
+    nodes = []
+    for index in range(count):
+        size = rng.choice((16, 16, 16, 16, 24))
+        made: Json = {
+            "name": f"n{index}", "capacity": {"cpu": size, "memory": f"{4 * size}Gi", "slots": 110}, "region": "eu" if index % 3 else "us", "zone": f"z{index % 5}", "rack": f"r{index % 40}",
+            "labels": {"disk": rng.choice(("ssd", "hdd"))}, "price": size * 40_000 + rng.randrange(20_000), "idle_mw": 90_000, "busy_mw": 90_000 + 6_000 * size,
+        }
+        if index % 10 == 3:
+            made["gpus"] = [{"model": rng.choice(("T4", "A100")), "memory": "16Gi", "count": rng.choice((2, 4, 8))}]
+        if index % 10 == 7:
+            made["taints"] = [{"key": "team", "value": rng.choice("xy"), "effect": "NoSchedule"}]
+        nodes.append(made)
+    return nodes
+
+
+def template(what: str, app: int, rng: random.Random) -> Json:
+    """The shape of one application of a part of the stream."""
+    name = f"{what}-{app}"
+    chosen = {"labels": {"app": name}}
+    made: Json = {
+        "kind": rng.choice(("vm", "container", "function", "batch")), "labels": {"app": name}, "priority": rng.choice((0, 0, 0, 1)), "migratable": rng.random() < 0.3,
+        "requests": {"cpu": rng.choice(("500m", "1", "2", "3")), "memory": rng.choice(("1Gi", "4Gi", "8Gi"))},
+    }
+    if what == "spread":
+        made["spread"] = [{"topology_key": rng.choice(("zone", "rack")), "selector": chosen, "max_skew": 2}]
+    elif what == "anti_affinity":
+        made["anti_affinity"] = [{"topology_key": "host", "selector": chosen}]
+    elif what == "affinity":
+        made["affinity"] = [{"topology_key": "zone", "selector": chosen}]
+    elif what == "taint":
+        made["tolerations"] = [{"key": "team"}]
+        made["node_affinity"] = {"preferred": [{"weight": 50, "term": {"labels": [{"key": "disk", "op": "In", "values": ["ssd"]}]}}]}
+    elif what == "gpu":
+        made["gpu"] = {"milli": rng.choice((100, 200, 250, 500, 1000)), "models": rng.choice(([], ["T4"]))}
+    elif what == "soft":
+        made["spread"] = [{"topology_key": "zone", "selector": chosen, "hard": False}]
+        made["preferred_peers"] = [{"weight": 10, "term": {"topology_key": "rack", "selector": chosen}}]
+    elif what == "gang":
+        made["kind"] = "batch"
+    elif what == "preempt":
+        made |= {"priority": 10, "requests": {"cpu": "8", "memory": "24Gi"}, "preemptible": False}
+    return made
+
+
+class Stream:
+    """The same seed gives the same arrivals."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.templates = {what: [template(what, app, self.rng) for app in range(max(2, APPS * share // 100))] for what, share in MIX}
+        self.made = 0
+
+    def next(self) -> tuple[str, list[Json]]:
+        """One decision: the part of the stream it belongs to and its workloads."""
+        what = self.rng.choices([name for name, _ in MIX], [share for _, share in MIX])[0]
+        shape = self.rng.choice(self.templates[what])
+        members = []
+        for _ in range(GANG_SIZE if what == "gang" else 1):
+            self.made += 1
+            members.append({**shape, "id": f"w{self.made}"})
+        if what == "gang":
+            for item in members:
+                item["gang"] = {"id": f"g{self.made}", "size": GANG_SIZE}
+        return what, members
+
+
+class Run:
+    """A cluster that is kept at a number of live workloads."""
+
+    def __init__(self, nodes: int, live: int, seed: int) -> None:
+        self.rng = random.Random(seed + 1)
+        self.specs = cluster(nodes, random.Random(seed))
+        state = State(seed)
+        state.add_nodes([node(item) for item in self.specs])
+        self.scheduler = Scheduler(state)
+        self.stream, self.target = Stream(seed + 2), live
+        self.events: list[tuple[str, Any, Any]] = []
+        self.live: list[str] = []
+        self.raw: dict[str, Json] = {}
+        self.outcomes: dict[str, int] = defaultdict(int)
+
+    def decide(self, what: str, members: list[Workload]) -> tuple[int, int, list[Placed], list[Workload]]:
+        """One timed decision: nanoseconds of wall and of processor time, what was placed, what was evicted."""
+        scheduler, state = self.scheduler, self.scheduler.state
+        worked = time.thread_time_ns()
+        begin = time.perf_counter_ns()
+        gone: list[Workload] = []
+        if what == "gang":
+            answer = gang.reserve(scheduler, members, 0)
+            placed = list(answer.placed) if isinstance(answer, gang.Gang) else []
+        else:
+            one = scheduler.reserve(members[0], 0)
+            placed = [one] if isinstance(one, Placed) else []
+            if isinstance(one, Pending) and what == "preempt":
+                plan = preempt.plan(scheduler, members[0], 0)
+                if plan is not None:
+                    gone = [item for name in plan.victims if (item := state.workload(name)) is not None]
+                    done = preempt.carry_out(scheduler, plan, 0)
+                    placed = [done] if done is not None else []
+                    self.outcomes["preemptions"] += done is not None
+        return time.perf_counter_ns() - begin, time.thread_time_ns() - worked, placed, gone
+
+    def book(self, members: list[Json], placed: list[Placed], gone: list[Workload]) -> None:
+        """Remember what happened for the checker. Victims leave first; those that moved come back on their new seats."""
+        state = self.scheduler.state
+        for item in gone:
+            self.events.append(("release", item.id, None))
+        for item in gone:
+            seat = state.seat(item.id)
+            if seat is None:
+                self.live.remove(item.id)
+        for raw, answer in zip(members, placed, strict=False):
+            self.raw[answer.workload] = raw
+            self.live.append(answer.workload)
+            self.events.append(("place", raw, answer.seat))
+        for item in gone:
+            seat = state.seat(item.id)
+            if seat is not None:
+                self.events.append(("place", self.raw[item.id], seat))
+
+    def step(self) -> tuple[str, int, int, int]:
+        """One arrival, and departures down to the target: the part, nanoseconds of wall and processor time, workloads in it."""
+        what, members = self.stream.next()
+        spent, worked, placed, gone = self.decide(what, [workload(item) for item in members])
+        self.book(members, placed, gone)
+        self.outcomes["placed" if placed else "pending"] += 1
+        while len(self.live) > self.target:
+            at = self.rng.randrange(len(self.live))
+            self.live[at], self.live[-1] = self.live[-1], self.live[at]
+            name = self.live.pop()
+            self.scheduler.release(name)
+            self.events.append(("release", name, None))
+        return what, spent, worked, len(members)
+
+    def problems(self) -> tuple[int, list[str]]:
+        """What the independent checker says about the whole run."""
+        checker = Checker(self.specs)
+        names = [item["name"] for item in self.specs]
+        for what, value, seat in self.events:
+            if what == "release":
+                checker.released(value)
+            else:
+                checker.placed(value, names[seat.node], seat.gpus)
+        return checker.placements, checker.problems
+
+
+def fill(run: Run) -> None:
+    """Bring the cluster to its live workloads, untimed; then let the fragmentation policy know what is typical, and see every shape once."""
+    tries = 0
+    while len(run.live) < run.target and tries < 4 * run.target:
+        tries += 1
+        what, members = run.stream.next()
+        if what != "preempt":
+            _, _, placed, gone = run.decide(what, [workload(item) for item in members])
+            run.book(members, placed, gone)
+    run.scheduler.ranker = Ranker({"fragmentation": Fragmentation(typical_of(run.scheduler.state))})
+    for _ in range(WARM_UP):
+        run.step()
+
+
+def main() -> int:
+    """Exit status 0 where p99 is under the bar and the checker finds nothing."""
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--nodes", type=int, default=1_000)
+    parser.add_argument("--live", type=int, default=0, help="live workloads (10 per node, at most 10,000, where 0)")
+    parser.add_argument("--decisions", type=int, default=3_000, help="timed decisions per round")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--numba", choices=("auto", "on", "off"), default="auto", help="compiled kernels: where installed, required, never")
+    options = parser.parse_args()
+    about = machine()
+    compiled = kernels.use(options.numba)
+    run = Run(options.nodes, options.live or min(10_000, LIVE_PER_NODE * options.nodes), options.seed)
+    fill(run)
+    note(options, f"{len(run.live)} live on {options.nodes} nodes")
+    bar = next((limits for size, limits in sorted(LIMITS_US.items()) if options.nodes <= size), LIMITS_US[10_000])[1 if compiled else 0]
+    rounds: list[list[float]] = []
+    busy: list[float] = []
+    by_part: dict[str, list[float]] = defaultdict(list)
+    state = run.scheduler.state
+    gc.collect()
+    gc.freeze()
+    for _ in range(options.rounds):
+        samples = []
+        for _ in range(options.decisions):
+            what, spent, worked, count = run.step()
+            samples.append(spent / count / 1000)
+            busy.append(worked / count / 1000)
+            by_part[what].append(worked / 1000)
+        rounds.append(samples)
+    used = 1 - state.free[:2].sum(1) / state.cap[:2].sum(1)
+    placements, problems = run.problems()
+    p99 = sorted(percentile(samples, 0.99) for samples in rounds)
+    every = [value for samples in rounds for value in samples]
+    value = p99[len(p99) // 2]
+    return report(
+        options, about, f"placement latency p99, {len(run.live)} live x {options.nodes} nodes, {'numba' if compiled else 'numpy'}", round(value, 1), "us", value < bar and not problems,
+        spread_={"p99_of_rounds": [round(item, 1) for item in p99], "p50": round(percentile(every, 0.5), 1), "p999": round(percentile(every, 0.999), 1), "max": round(max(every), 1),
+                 "processor_p50": round(percentile(busy, 0.5), 1), "processor_p99": round(percentile(busy, 0.99), 1)},
+        inputs={"nodes": options.nodes, "live": len(run.live), "decisions": len(every), "seed": options.seed, "bar_us": bar, "used_cpu_memory": [round(float(item), 3) for item in used]},
+        details={"processor_us_by_part": {name: {"p50": round(percentile(values, 0.5), 1), "p99": round(percentile(values, 0.99), 1), "count": len(values)} for name, values in sorted(by_part.items())},
+                 "outcomes": dict(run.outcomes), "checked_placements": placements, "checker_problems": len(problems), "problems": problems[:5]},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
