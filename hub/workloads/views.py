@@ -5,17 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from ..scheduler import Invalid, Node, Placed, Scheduler
-from ..scheduler.feasible import shortage, verdicts
-from ..scheduler.rank import View
+from ..scheduler import Invalid, Node, Placed, Scheduler, Shape
+from ..scheduler import explain as explaining
 from ..scheduler.reasons import WORDS, Fail
 from ..scheduler.state import GONE, SILENT
-from ..scheduler.units import GPU_WHOLE, SLOTS, human
+from ..scheduler.units import GPU_WHOLE, SLOTS
 from ..store.workloads import PlacementRow, WorkloadRow
 from .documents import RUNS, Submitted
 from .planner import Planner
 
-MAX_EXPLAINED = 200
+MAX_EXPLAINED = 50
 """Nodes of one explanation, those that lack least first."""
 
 MAX_WHAT_IF = 256
@@ -82,60 +81,43 @@ def placement_view(row: PlacementRow) -> dict[str, Any]:
 
 
 def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
-    """Per node why it will do or will not, as if the workload were placed now: failed filters, what is missing, scores by policy."""
-    row, submitted = planner.tables.rows[workload], planner.tables.items[workload]
-    state = planner.state.snapshot()
-    state.release(workload)
-    answer: dict[str, Any] = {"workload": workload, "state": row.state, "node": row.node, "reason": row.reason, "nodes": [], "advice": []}
-    scheduler = planner.scheduler.on(state)
-    item = submitted.item
+    """Per node why it will do or will not, as if the workload were placed now: failed filters, sentences, what would make it fit, scores by policy."""
+    row, item = planner.tables.rows[workload], planner.tables.items[workload].item
+    answer: dict[str, Any] = {"workload": workload, "state": row.state, "node": row.node, "reason": row.reason, "summary": "", "failed": {}, "nodes": [], "advice": []}
+    trial = planner.scheduler.on(planner.state.snapshot())
     try:
-        scheduler.check(item)
+        trial.check(item)
     except Invalid as error:
         answer["advice"].append(f"{error.field} {error.problem}; {error.remedy}")
     try:
-        klass = state.klass(item.shape)
-    except Invalid:
+        said = explaining.explain(trial, item, now_ms, MAX_EXPLAINED)
+    except Invalid as error:  # a resource that no node ever had
+        answer["summary"] = f"{error.problem}; {error.remedy}"
         return answer
-    bits = verdicts(state, klass)
-    missing = shortage(state, klass)
-    view = View(state, klass, state.facts(klass), bits == 0, now_ms)
-    parts = scheduler.ranker.parts(view)
-    total = scheduler.ranker.total(view)
-    names = {at: name for name, at in state.resource_rows.items()}
-    shown: list[dict[str, Any]] = []
-    for name in planner.tables.nodes:
-        index = state.node_index.get(name)
-        if index is None:
-            continue
-        failed = []
-        for flag in Fail:
-            if bits[index] & flag:
-                failed.append({"filter": (flag.name or "").lower(), "text": WORDS[flag]})
-        if item.shape.kind.value not in planner.runs(name):
-            words = {"filter": "driver", "text": f"no driver for {item.shape.kind.value} on this node"}
-            others = [entry for entry in failed if entry["filter"] != "node_affinity"] if _only_runs(planner, item.shape.node_selector, item.shape.node_terms, name) else failed
-            failed = [words, *others]
-        lacks = {names[int(at)]: int(missing[place, index]) for place, at in enumerate(klass.resources) if missing[place, index] > 0}
-        until, _, why = row.avoid.get(name, [0, 0, ""])
-        shown.append({
-            "node": name, "fits": not failed and until <= now_ms, "failed": failed, "missing": lacks, "score": int(total[index]) if not failed else None,
-            "parts": {policy: {"weight": weight, "score": int(scores[index])} for policy, weight, scores in parts} if not failed else {},
-            "avoided_until_ms": until if until > now_ms else None, "avoided_why": why if until > now_ms else "",
+    for node in said.nodes:
+        if node.node not in planner.tables.nodes:
+            continue  # it was taken out
+        failed, why, remedy = list(node.failed), list(node.why), [text for text in node.remedy if RUNS not in text]
+        if item.shape.kind.value not in planner.runs(node.node):
+            if "NODE_AFFINITY" in failed and _only_runs(planner, item.shape, node.node):
+                failed.remove("NODE_AFFINITY")
+                why.remove(WORDS[Fail.NODE_AFFINITY])
+            failed, why = ["DRIVER", *failed], [f"no driver for {item.shape.kind.value} on this node", *why]
+            remedy.insert(0, f"give the node a driver for {item.shape.kind.value}")
+        until, _, refusal = row.avoid.get(node.node, [0, 0, ""])
+        if until > now_ms:
+            failed, why = [*failed, "REFUSED"], [*why, f"left alone for {(until - now_ms) // 1000} s more: {refusal}"]
+        answer["nodes"].append({
+            "node": node.node, "fits": not failed, "failed": [name.lower() for name in failed], "why": why, "remedy": remedy, "shortage": node.shortage, "score": node.score,
+            "parts": {policy: {"weight": weight, "score": score} for policy, (weight, score) in node.parts.items()},
         })
-    shown.sort(key=lambda entry: (not entry["fits"], len(entry["failed"]), -(entry["score"] or 0), entry["node"]))
-    answer["nodes"] = shown[:MAX_EXPLAINED]
-    nearest = next((entry for entry in shown if len(entry["failed"]) == 1), None)
-    if row.state == "pending" and nearest is not None and not any(entry["fits"] for entry in shown):
-        short = ", ".join(human(resource, amount) for resource, amount in nearest["missing"].items())
-        answer["advice"].append(f"{nearest['node']} is nearest: {nearest['failed'][0]['text']}" + (f", {short} missing" if short else ""))
-    return answer
+    return {**answer, "summary": said.summary, "failed": {name.lower(): count for name, count in said.failed.items()}}
 
 
-def _only_runs(planner: Planner, selector: Sequence[tuple[str, str]], terms: Any, node: str) -> bool:
+def _only_runs(planner: Planner, shape: Shape, node: str) -> bool:
     """Whether the missing driver alone makes the node's labels not match."""
     labels = dict(planner.state.nodes[planner.state.node_index[node]].labels)
-    return terms is None and all(labels.get(key) == value for key, value in selector if not key.startswith(RUNS))
+    return shape.node_terms is None and all(labels.get(key) == value for key, value in shape.node_selector if not key.startswith(RUNS))
 
 
 def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str], add: Sequence[Node], now_ms: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_submit_list_explain_drain_cancel(novactl: Run, tmp_path: Path) -> None:
     node = listed[0]["node"]
     assert "pending" not in novactl("workload", "list", "--node", node)[1]
     status, out, _ = novactl("explain", "workload", "b")
-    assert status == 0 and "too little is free" in out and "n-1" in out and "n-2" in out
+    assert status == 0 and "99000m CPU wanted" in out and "n-1" in out and "n-2" in out
     assert json.loads(novactl("explain", "workload", "a", "--json")[1])["nodes"][0]["fits"]
     assert "*" in novactl("explain", "workload", "a")[1]
     status, out, _ = novactl("nodes")

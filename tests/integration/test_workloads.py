@@ -12,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.config import EdgeConfig
+from edge_runtime.config.schema import ApiConfig, BusConfig, DevicesConfig, HostConfig, JournalConfig, UplinkConfig, WorkloadsConfig
 from edge_runtime.contract.limits import MAX_WORKLOADS
+from edge_runtime.runtime import EdgeRuntime
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.server import Hub, HubSettings
@@ -144,6 +147,44 @@ async def test_more_than_one_desired_state_holds_is_not_placed_there(tmp_path: P
         await until(lambda: 10 < len(wanted(edge)) == sum(row.state == "placed" for row in hub.workloads.rows.values()) < 20, what="as many as fit")
         left = next(row for row in hub.workloads.rows.values() if row.state == "pending")
         await until(lambda: "cannot be told" in hub.workloads.rows[left.id].reason, what="the reason")
+        clean(hub)
+
+
+async def test_an_agent_without_drivers_says_so_and_the_hub_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped agent: it tells what it has; nothing is sent to it that it cannot run; what is sent nevertheless is refused with the reason, once, also over a restart."""
+    def agent(url: str) -> EdgeRuntime:
+        return EdgeRuntime(EdgeConfig(
+            edge_id="gw-1", site="plant", region="eu", node="gw-1", data_dir=str(tmp_path / "edge"), uplink=UplinkConfig(url=url, backoff_base_s=0.05, backoff_cap_s=0.3, protocol="3.1.1"),
+            bus=BusConfig(enabled=False), journal=JournalConfig(min_free_bytes=0, ballast_bytes=0, target_hours=0), devices=DevicesConfig(host=HostConfig(enabled=False)),
+            api=ApiConfig(enabled=False), workloads=WorkloadsConfig(enabled=True, reserve_disk_bytes=0, reserve_memory_bytes=0),
+        ))
+
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        url = f"mqtt://127.0.0.1:{hub.broker.port}"
+        edge = agent(url)
+        await edge.start()
+        try:
+            await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+            assert hub.workloads.planner.tables.nodes["gw-1"].document["region"] == "eu" and hub.workloads.planner.runs("gw-1") == []
+            assert await submit(hub, work("a", "100m")) == ["pending"] and "no node has a driver for container" in hub.workloads.rows["a"].reason
+            await hub.change_desired("gw-1", {"workloads": [{"id": "x", "epoch": 1, "wanted": "running"}, {"id": "y", "epoch": 2, "wanted": "stopped"}]})
+            await until(lambda: len(hub.store.read_events_after(("workload",), 0, 9)[0]) == 2, what="both answers")
+        finally:
+            await edge.stop()
+        edge = agent(url)
+        await edge.start()
+        try:
+            await until(lambda: hub.fleet.rows["gw-1"].state == "online" and hub.fleet.rows["gw-1"].generation == hub.desired["gw-1"]["generation"], what="the edge again")
+            monkeypatch.setattr("edge_runtime.workloads.node.drivers", lambda: ("container",))
+            edge.journal.append("event", "node.capacity", edge._workload_node().describe())
+            await until(lambda: hub.workloads.planner.runs("gw-1") == ["container"], what="a driver that is none")
+            monkeypatch.undo()
+            await until(lambda: "refused" in hub.workloads.rows["a"].reason or "left alone" in hub.workloads.rows["a"].reason, what="the refusal")
+            assert "no driver for kind container on this edge" in hub.workloads.rows["a"].reason
+        finally:
+            await edge.stop()
+        said = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload",), 0, 99)[0]]
+        assert [(one["id"], one["state"]) for one in said] == [("x", "refused"), ("y", "stopped"), ("a", "refused")], "each is answered once"
         clean(hub)
 
 
@@ -298,7 +339,7 @@ def test_submit_list_look_explain_cancel(served: Served) -> None:
     assert {item["state"] for item in served.json("/api/v1/workloads?state=pending")} == {"pending"}
     assert all(item["node"] == one["node"] for item in served.json(f"/api/v1/workloads?node={one['node']}"))
     why = served.json("/api/v1/workloads/x-2/explain")
-    assert why["advice"] and all(not node["fits"] and node["missing"]["cpu"] > 0 for node in why["nodes"]) and len(why["nodes"]) == 3
+    assert why["advice"] and all(not node["fits"] and "cpu: 99000m CPU wanted" in node["why"][0] for node in why["nodes"]) and len(why["nodes"]) == 3
     assert served.json("/api/v1/workloads/x-1", "DELETE")["state"] == "cancelled" and served.json("/api/v1/workloads/x-1", "DELETE")["state"] == "cancelled"
     assert served.json("/api/v1/workloads/x-2", "DELETE")["state"] == "cancelled"
 

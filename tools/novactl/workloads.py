@@ -99,13 +99,12 @@ def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str],
         show(said, True, None, None)
         return 0
     print(plain(f"workload {said['workload']}: {said['state']}" + (f" on {said['node']}" if said["node"] else "") + (f": {said['reason']}" if said["reason"] else "")))
+    print(plain(f"  {said['summary']}"))
     for advice in said["advice"]:
         print(plain(f"  {advice}"))
     rows = []
     for node in said["nodes"]:
-        lacks = ", ".join(f"{amount} {resource}" for resource, amount in node["missing"].items())
-        why = "; ".join(entry["text"] for entry in node["failed"]) + (f" ({lacks} missing)" if lacks else "")
         parts = ", ".join(f"{policy} {part['score']}*{part['weight']}" for policy, part in node["parts"].items())
-        rows.append([node["node"], "yes" if node["fits"] else "no", node["score"], why or node["avoided_why"] or parts])
-    show(said, False, rows, ["node", "fits", "score", "why"])
+        rows.append([node["node"], "yes" if node["fits"] else "no", node["score"], "; ".join(node["why"]) or parts, "; ".join(node["remedy"])])
+    show(said, False, rows, ["node", "fits", "score", "why", "what would help"])
     return 0

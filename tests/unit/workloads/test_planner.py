@@ -133,7 +133,7 @@ def test_a_workload_goes_only_where_there_is_a_driver_for_its_kind_and_explain_s
     desk.submit({"id": "v", "kind": "vm", "requests": {"cpu": 1}})
     assert desk.row("v").state == "pending" and "no node has a driver for vm" in desk.row("v").reason
     [said] = explain(desk.planner, "v", desk.now)["nodes"]
-    assert said["failed"] == [{"filter": "driver", "text": "no driver for vm on this node"}] and not said["fits"]
+    assert said["failed"] == ["driver"] and said["why"] == ["no driver for vm on this node"] and said["remedy"] == ["give the node a driver for vm"] and not said["fits"]
     desk.node("n-2", runs=["vm"])
     round_of(desk)
     assert desk.row("v").node == "n-2"
