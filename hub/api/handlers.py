@@ -64,7 +64,7 @@ class HubApi(WorkloadApi):
         for operation in OPERATIONS:
             app.router.add_route(operation.method.upper(), operation.path, getattr(self, operation.handler))
         app.router.add_get("/", self.page)
-        app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg)}", self.asset)
+        app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg|html)}", self.asset)
         return app
 
     def _middleware(self) -> Any:

@@ -24,6 +24,9 @@ STATES = (*LIVE_STATES, *FINAL_STATES)
 MAX_WORKLOAD_BODY_BYTES = 1_000_000
 """A list of a thousand workloads of a thousand bytes each."""
 
+MAX_POINTS = 720
+"""Points of a history: more than a screen has columns to spare; from a longer one every so-manieth is taken."""
+
 
 async def body_of(request: web.Request) -> Any:
     """The request's JSON: any value. Raises `ContractError`."""
@@ -208,10 +211,11 @@ class WorkloadApi:
         hours, service = hours_of(request, KEEP_MINUTES / 60), self._hub.workloads
         since = int(self._hub.now_ms() - hours * 3_600_000) // 60_000
         history = await self._hub.read(lambda: self._hub.store.read_utilisation(since, KEEP_MINUTES))
+        step = max(1, -(-len(history) // MAX_POINTS))
         now = await service.look(views.usage)
         waits, decisions = sorted(service.waits_ms), sorted(service.decisions_ms)
         return answer({
-            "now": now, "history": [{"minute": minute, **document} for minute, document in history], "counters": dict(service.counters),
+            "now": now, "history": [{"minute": minute, **document} for minute, document in history[::-1][::step][::-1]], "counters": dict(service.counters),
             "submit_ms": _percentiles(waits), "decision_ms": _percentiles(decisions),
         })
 
