@@ -195,8 +195,9 @@ class Workloads:
                 await asyncio.sleep(ROUND_S)
             if self._jobs.empty() and not self._news:
                 self._wake.clear()
+                idle = not self.planner.tables.nodes and not self.rows  # nothing changes by itself then: no round is due
                 try:
-                    async with asyncio.timeout(max(0.0, due - loop.time())):
+                    async with asyncio.timeout(None if idle else max(0.0, due - loop.time())):
                         await self._wake.wait()
                 except TimeoutError:
                     pass
