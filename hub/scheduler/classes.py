@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from .attributes import UNSCHEDULABLE_TAINT, Attributes
 from .model import Effect, PeerTerm, Selector, Shape
 from .parse import peer_matches
-from .reasons import Bits, Bools, Ints
+from .reasons import Bits, Bools, Fail, Ints
 
 
 class RowKey(NamedTuple):
@@ -70,12 +71,28 @@ class Facts:
     affine: Bools
     preferred: Ints
     disliked: Ints
+    any_disliked: bool
+    share: npt.NDArray[np.float64]
+    """The largest part of a resource of each node that one workload takes."""
+    cpu_share: npt.NDArray[np.float64]
+    gpu_nodes: Ints
+    """Nodes with enough devices of a wanted model."""
+    devices: Bools
+    """[gpu node, device] whether the device is of a wanted model."""
 
 
-def facts(attributes: Attributes, shape: Shape) -> Facts:
-    """Work them out: O(nodes) per requirement."""
-    affine = attributes.affine(shape)
-    return Facts(attributes.version, attributes.fails(shape, affine), affine, attributes.preferred(shape), attributes.disliked(shape))
+def facts(attributes: Attributes, klass: "Klass", cap: Ints, gpu_model: "npt.NDArray[np.int16]") -> Facts:
+    """Work them out: O(nodes) per requirement. `cap` is [resource, node], `gpu_model` [node, device]."""
+    shape = klass.shape
+    affine, disliked = attributes.affine(shape), attributes.disliked(shape)
+    share = klass.amounts / np.maximum(cap[klass.resources], 1)
+    fails, nodes, devices = attributes.fails(shape, affine), np.empty(0, np.int64), np.empty((0, gpu_model.shape[1]), np.bool_)
+    if shape.gpu is not None:
+        nodes = np.flatnonzero(fails & np.uint32(Fail.GPU_MODEL) == 0)
+        models = [attributes.models[model] for model in shape.gpu.models if model in attributes.models]
+        devices = np.isin(gpu_model[nodes], models) if shape.gpu.models else gpu_model[nodes] >= 0
+    return Facts(attributes.version, fails, affine, attributes.preferred(shape), disliked, bool(disliked.any()), share.max(0),
+                 np.minimum(klass.request[0] / np.maximum(cap[0], 1), 1.0), nodes, devices)
 
 
 def delta(key: RowKey, shape: Shape, namespaces: Mapping[str, Mapping[str, str]]) -> int:

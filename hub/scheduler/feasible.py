@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from . import kernels
 from .classes import Klass
 from .model import HOST, GpuRequest, Shape
 from .reasons import Bits, Bools, Fail, Ints
@@ -12,41 +13,49 @@ from .units import CPU, GPU_WHOLE, MEMORY
 def verdicts(state: State, klass: Klass) -> Bits:
     """[node] the filters that each node fails for a class; 0 where it will do."""
     facts, shape = state.facts(klass), klass.shape
-    bits = facts.fails.copy()
-    bits[state.status != UP] |= np.uint32(Fail.DOWN)
-    if not klass.ignores_cordon:
-        bits[state.cordon] |= np.uint32(Fail.CORDONED)
-    bits[(state.free[klass.resources] < klass.amounts).any(0)] |= np.uint32(Fail.RESOURCES)
+    if kernels.active is not None:
+        bits: Bits = kernels.active.base_bits(facts.fails, state.status, state.cordon, klass.ignores_cordon, state.free, klass.resources, klass.amounts)
+    else:
+        bits = facts.fails.copy()
+        if state.status.any():
+            _mark(bits, state.status != UP, Fail.DOWN)
+        if not klass.ignores_cordon and state.cordon.any():
+            _mark(bits, state.cordon, Fail.CORDONED)
+        short: Bools = np.logical_or.reduce(state.free[klass.resources] < klass.amounts)
+        _mark(bits, short, Fail.RESOURCES)
     if shape.gpu is not None:
-        bits[(gpu_room(state, shape.gpu) < shape.gpu.count) & (bits & np.uint32(Fail.GPU_MODEL) == 0)] |= np.uint32(Fail.GPU)
+        room = devices_for(state, klass, shape.gpu).sum(1)
+        bits[facts.gpu_nodes[room < shape.gpu.count]] |= np.uint32(Fail.GPU)
     if shape.numa_single and state.numa_free.shape[1]:
-        bits[~numa_fits(state, shape)] |= np.uint32(Fail.NUMA)
+        _mark(bits, ~numa_fits(state, shape), Fail.NUMA)
     for link in shape.links:
-        bits[~state.sites.allows(link, state.site_of)] |= np.uint32(Fail.LINK)
+        _mark(bits, ~state.sites.allows(link, state.site_of), Fail.LINK)
     if klass.affinity is not None:
-        bits[~with_peers(state, klass)] |= np.uint32(Fail.AFFINITY)
+        _mark(bits, ~with_peers(state, klass), Fail.AFFINITY)
     if klass.anti:
-        bits[occupied(state, klass.anti)] |= np.uint32(Fail.ANTI_AFFINITY)
+        _mark(bits, occupied(state, klass.anti), Fail.ANTI_AFFINITY)
     if klass.excluded_by:
-        bits[occupied(state, klass.excluded_by)] |= np.uint32(Fail.EXCLUDED)
+        _mark(bits, occupied(state, klass.excluded_by), Fail.EXCLUDED)
     if shape.spread:
         _spread(state, klass, facts.affine, bits)
     return bits
 
 
-def devices_for(state: State, gpu: GpuRequest) -> Bools:
-    """[node, device] whether a device can take its part of the request."""
-    fits: Bools = state.gpu_free >= gpu.milli
-    if gpu.memory:
-        fits = fits & (state.gpu_mem >= gpu.memory)
-    if gpu.models:
-        fits = fits & np.isin(state.gpu_model, [state.attributes.models[model] for model in gpu.models if model in state.attributes.models])
-    return fits
+def _mark(bits: Bits, mask: Bools, flag: Fail) -> None:
+    np.bitwise_or(bits, np.uint32(flag), out=bits, where=mask)
 
 
-def gpu_room(state: State, gpu: GpuRequest) -> Ints:
+def devices_for(state: State, klass: Klass, gpu: GpuRequest) -> Bools:
+    """[gpu node of the class, device] whether a device can take its part of the request."""
+    facts = state.facts(klass)
+    fits: Bools = facts.devices & (state.gpu_free[facts.gpu_nodes] >= gpu.milli)
+    return fits & (state.gpu_mem[facts.gpu_nodes] >= gpu.memory) if gpu.memory else fits
+
+
+def gpu_room(state: State, klass: Klass, gpu: GpuRequest) -> Ints:
     """[node] how many devices can take their part."""
-    room: Ints = devices_for(state, gpu).sum(1, dtype=np.int64)
+    room = np.zeros(state.size, np.int64)
+    room[state.facts(klass).gpu_nodes] = devices_for(state, klass, gpu).sum(1)
     return room
 
 
@@ -105,7 +114,7 @@ def _spread(state: State, klass: Klass, affine: Bools, bits: Bits) -> None:
     eligible = affine
     for item, _, _ in hard:
         keyed = state.attributes.domains(item.topology_key)[0] >= 0
-        bits[~keyed] |= np.uint32(Fail.SPREAD_KEY)
+        _mark(bits, ~keyed, Fail.SPREAD_KEY)
         eligible = eligible & keyed
     for item, row, own in hard:
         domain, size = state.attributes.domains(item.topology_key)
@@ -116,7 +125,7 @@ def _spread(state: State, klass: Klass, affine: Bools, bits: Bits) -> None:
         sums = np.bincount(index, weights=state.counts[row], minlength=size + 1)[:size]
         least = sums[there].min() if np.count_nonzero(there) >= item.min_domains else 0
         full = np.append(np.where(there, sums, 0) + own - least > item.max_skew, False)
-        bits[full[domain]] |= np.uint32(Fail.SPREAD)
+        _mark(bits, full[domain], Fail.SPREAD)
 
 
 def shortage(state: State, klass: Klass) -> Ints:

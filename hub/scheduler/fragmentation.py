@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from . import kernels
 from .classes import Klass
 from .feasible import devices_for
 from .model import GpuRequest
@@ -22,6 +24,9 @@ MAX_TYPES = 64
 
 PPM = 1_000_000
 """Popularities are whole millionths, so that sums are exact."""
+
+LEAST = int(np.iinfo(np.int64).min)
+"""Gain of a node that has no device for the workload."""
 
 CHUNK = 128
 """Nodes worked out in one piece: keeps the intermediate arrays in the cache."""
@@ -75,23 +80,40 @@ class Fragmentation:
         usable = gpu[:, None, :] >= self._levels[None, :, None]
         room, lost = usable.sum(2), (free[:, None, :] * ~usable).sum(2)
         capable = (cpu[:, None] >= self._cpu) & (room[:, self._level] >= self._count)
-        counts = state.attributes.model_count[:, nodes]
-        for at, models in enumerate(self._models):
-            if models:
-                rows = [state.attributes.models[model] for model in models if model in state.attributes.models]
-                capable[:, at] &= counts[rows].sum(0) > 0
+        capable &= self.allowed(state)[nodes]
         result: Ints = waste + (np.where(capable, lost[:, self._level], total[:, None]) * self._ppm).sum(1)
         return result
+
+    def allowed(self, state: State) -> "npt.NDArray[np.bool_]":
+        """[node, typical shape with GPU] whether the node has a model that the shape may use."""
+        attributes = state.attributes
+        known: tuple[int, npt.NDArray[np.bool_]] | None = state.caches.get((self, "allowed"))
+        if known is None or known[0] != attributes.version:
+            found = np.ones((state.size, len(self._models)), np.bool_)
+            for at, models in enumerate(self._models):
+                if models:
+                    found[:, at] = attributes.model_count[[attributes.models[model] for model in models if model in attributes.models]].sum(0) > 0
+            known = state.caches[(self, "allowed")] = attributes.version, found
+        return known[1]
 
     def _gradients(self, state: State, klass: Klass, nodes: Ints) -> tuple[Ints, Ints]:
         """For `nodes`: how much the fragmentation falls at best (milli * ppm), and on which device (whole devices: 0)."""
         gpu = klass.shape.gpu
         assert gpu is not None
+        if kernels.active is not None:
+            fits, own = devices_for(state, klass, gpu), state.facts(klass).gpu_nodes
+            best, chosen = kernels.active.gradients(
+                state.free[0], state.gpu_free, fits[np.searchsorted(own, nodes)], nodes, gpu.milli, gpu.count, int(klass.request[0]), self.allowed(state), self._levels, self._level, self._cpu,
+                self._count, self._ppm, self._cpu_only,
+            )
+            return best, chosen
         cpu = state.free[0, nodes]
         devices = state.gpu_free[nodes].astype(np.int64)
         before = self.of(state, nodes, cpu, devices)
         after_cpu = cpu - int(klass.request[0])
-        fits = devices_for(state, gpu)[nodes]
+        fits = np.zeros((state.size, devices.shape[1]), np.bool_)
+        fits[state.facts(klass).gpu_nodes] = devices_for(state, klass, gpu)
+        fits = fits[nodes]
         if gpu.milli == GPU_WHOLE:
             taken = fits & (np.cumsum(fits, 1) <= gpu.count)
             return before - self.of(state, nodes, after_cpu, devices - GPU_WHOLE * taken), np.zeros(len(nodes), np.int64)
@@ -101,7 +123,7 @@ class Fragmentation:
         gain = before[at] - self.of(state, nodes[at], after_cpu[at], tried)
         order = np.lexsort((device, -gain, at))
         first = order[np.unique(at[order], return_index=True)[1]]
-        best, chosen = np.full(len(nodes), np.iinfo(np.int64).min), np.zeros(len(nodes), np.int64)
+        best, chosen = np.full(len(nodes), LEAST, np.int64), np.zeros(len(nodes), np.int64)
         best[at[first]], chosen[at[first]] = gain[first], device[first]
         return best, chosen
 
@@ -110,13 +132,15 @@ class Fragmentation:
         position = state.touched_base + len(state.touched)
         mine = state.caches.setdefault(self, {})
         known = mine.get(klass.shape)
+        changed = np.zeros(state.size, np.bool_)
         if known is None or known[0] < state.touched_base or known[3] != state.attributes.version:
             scores, devices = np.zeros(state.size, np.int64), np.zeros(state.size, np.int64)
-            stale = np.flatnonzero((state.gpu_model >= 0).any(1)) if state.gpu_model.size else np.empty(0, np.int64)
+            changed[:] = True
         else:
             _, scores, devices, _ = known
-            stale = np.unique(np.array(state.touched[known[0] - state.touched_base:], np.int64))
-            stale = stale[(state.gpu_model[stale] >= 0).any(1)] if stale.size else stale
+            changed[state.touched[known[0] - state.touched_base:]] = True
+        nodes = state.facts(klass).gpu_nodes
+        stale = nodes[changed[nodes]]
         for start in range(0, len(stale), CHUNK):
             part = stale[start: start + CHUNK]
             gain, device = self._gradients(state, klass, part)

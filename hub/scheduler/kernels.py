@@ -1,5 +1,6 @@
 """The hot loops compiled with numba where it is installed and wanted; the numpy forms stand beside them in the modules that call these, and give the same results."""
 
+from importlib import import_module
 from typing import Any
 
 from .units import Invalid
@@ -15,7 +16,7 @@ def use(choice: str) -> bool:
     if choice == "off":
         return False
     try:
-        from . import compiled
+        compiled = import_module("hub.scheduler.compiled")
     except ImportError as error:
         if choice == "on":
             raise Invalid("numba", "is not installed", "pip install 'novacron[numba]', or leave it off") from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .classes import Klass
-from .feasible import devices_for, verdicts
+from .feasible import gpu_room, verdicts
 from .model import Workload
 from .place import Placed, Scheduler
 from .reasons import UNRESOLVABLE, Bools, Ints
@@ -75,19 +75,19 @@ def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, everywhere: b
             able &= gpu_free >= gpu.count * gpu.milli
         if not able.any():
             continue
-        single = None if gpu is not None or _tangled(klass) else _one_victim(state, klass, able, workload.priority, priority)
-        if single is not None:
-            made = on_node(scheduler, workload, klass, single[0], frozenset((single[1],)))
-            if made is not None and (best is None or made.harm < best.harm):
-                best = made
+        single = None if gpu is not None or _tangled(klass) or workload.shape.numa_single else _one_victim(state, klass, able, workload.priority, priority)
+        made = None if single is None else on_node(scheduler, workload, klass, single[0], frozenset((single[1],)))
+        if made is not None:
+            found = [made]
         else:
             nodes = _least_short(state, klass, able)
             tried[nodes] = True
-            for node in nodes.tolist():
-                made = on_node(scheduler, workload, klass, node, None)
-                if made is not None and (best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node]))):
-                    best = made
-        if best is not None and best.violations == 0:
+            found = [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node)) is not None]
+        for made in found:
+            if best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node])):
+                best = made
+        if best is not None and best.violations == 0 and best.harm[1] <= priority:
+            # nodes that open only at a higher level lose a workload of that level: they cannot be better
             break
     return None if best is None else _with_moves(scheduler, best, now_ms)
 
@@ -125,11 +125,15 @@ def carry_out(scheduler: Scheduler, made: Plan, now_ms: int) -> Placed | None:
 def on_node(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, only: "frozenset[str] | None" = None) -> Plan | None:
     """The victims on one node: all of lower priority go, then as many as possible are taken back, budget-protected ones first, then the most important."""
     state = scheduler.state
-    slots = np.flatnonzero(state.w_node == node)[:MAX_NODE_VICTIMS].tolist()
-    lower = [slot for slot in slots if _may_go(state, slot, workload, only)]
+    there = (state.w_node == node) & ~state.w_fixed
+    if only is None:
+        there &= state.w_priority < workload.priority
+    slots = np.flatnonzero(there)[:MAX_NODE_VICTIMS]
+    lower = slots[np.lexsort((state.w_start[slots], -state.w_priority[slots]))].tolist()
+    if only is not None:
+        lower = [slot for slot in lower if (item := state.items[slot]) is not None and item.id in only]
     if not lower:
         return None
-    lower.sort(key=lambda slot: (-int(state.w_priority[slot]), int(state.w_start[slot])))
     protected, free = _by_budget(state, lower)
     order = protected + free
     gone = _reprieve_tangled(scheduler, klass, node, order) if _tangled(klass) or workload.shape.numa_single else _reprieve(state, klass, node, order)
@@ -149,13 +153,6 @@ def on_node(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, o
 def _nodes_of(state: State, workloads: frozenset[str], open_nodes: Bools) -> Ints:
     found: Ints = np.unique(np.array([seat.node for name in workloads if (seat := state.seat(name)) is not None], np.int64))
     return found[open_nodes[found]]
-
-
-def _may_go(state: State, slot: int, workload: Workload, only: "frozenset[str] | None") -> bool:
-    item = state.items[slot]
-    if item is None or not item.preemptible:
-        return False
-    return item.priority < workload.priority if only is None else item.id in only
 
 
 def _tangled(klass: Klass) -> bool:
@@ -180,31 +177,31 @@ def _by_budget(state: State, slots: Sequence[int]) -> tuple[list[int], list[int]
 
 
 def _reprieve(state: State, klass: Klass, node: int, order: Sequence[int]) -> list[bool]:
-    """Which of `order` must go, by room alone; empty where not even all of them make enough."""
-    free = state.free[:, node].copy()
-    milli, memory = (state.gpu_free[node].tolist(), state.gpu_mem[node].tolist()) if klass.shape.gpu is not None else ([], [])
-    for slot in order:
-        free += _held(state, slot)
-        _devices(state, slot, milli, memory, 1)
-    need = klass.request
-    if (free < need).any() or not _devices_fit(state, klass, node, milli, memory):
+    """Which of `order` must go, by room alone; empty where not even all of them make enough. Plain integers: a handful of victims, two or three resources."""
+    rows = klass.resources
+    held = state.class_request[:, state.w_class[list(order)]][rows].T.tolist()
+    spare = (state.free[rows, node] - klass.amounts[:, 0]).tolist()
+    with_gpu = klass.shape.gpu is not None
+    milli, memory = (state.gpu_free[node].tolist(), state.gpu_mem[node].tolist()) if with_gpu else ([], [])
+    for slot, amounts in zip(order, held, strict=True):
+        spare = [have + amount for have, amount in zip(spare, amounts, strict=True)]
+        if with_gpu:
+            _devices(state, slot, milli, memory, 1)
+    if min(spare) < 0 or not _devices_fit(state, klass, node, milli, memory):
         return []
     gone = []
-    for slot in order:
-        rest = free - _held(state, slot)
-        _devices(state, slot, milli, memory, -1)
-        stays = bool((rest >= need).all()) and _devices_fit(state, klass, node, milli, memory)
+    for slot, amounts in zip(order, held, strict=True):
+        rest = [have - amount for have, amount in zip(spare, amounts, strict=True)]
+        stays = min(rest) >= 0
+        if stays and with_gpu:
+            _devices(state, slot, milli, memory, -1)
+            stays = _devices_fit(state, klass, node, milli, memory)
+            if not stays:
+                _devices(state, slot, milli, memory, 1)
         if stays:
-            free = rest
-        else:
-            _devices(state, slot, milli, memory, 1)
+            spare = rest
         gone.append(not stays)
     return gone
-
-
-def _held(state: State, slot: int) -> Ints:
-    held: Ints = state.class_request[:, state.w_class[slot]]
-    return held
 
 
 def _devices(state: State, slot: int, milli: list[int], memory: list[int], sign: int) -> None:
@@ -289,7 +286,7 @@ def _least_short(state: State, klass: Klass, able: Bools) -> Ints:
     short = np.maximum(klass.amounts - state.free[klass.resources][:, nodes], 0) / np.maximum(state.cap[klass.resources][:, nodes], 1)
     worst = short.max(0)
     if klass.shape.gpu is not None:
-        room = devices_for(state, klass.shape.gpu)[nodes].sum(1)
+        room = gpu_room(state, klass, klass.shape.gpu)[nodes]
         worst = worst + np.maximum(klass.shape.gpu.count - room, 0) / GPU_WHOLE
     result: Ints = nodes[np.lexsort((state.tie[nodes], worst))][:CANDIDATES]
     return result

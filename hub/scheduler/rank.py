@@ -4,11 +4,12 @@ Scores are whole numbers as kube's are. Coarse scores are no accident: on the op
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from . import kernels
 from .classes import Facts, Klass
 from .feasible import in_domain
 from .model import Kind
@@ -34,6 +35,40 @@ class View:
     facts: Facts
     feasible: Bools
     now_ms: int
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What several policies need, worked out once per view."""
+
+    def use(self, weights: tuple[tuple[str, int], ...] | None) -> "Use":
+        """Capacity and use after placement of the resources that balance and packing look at."""
+        if weights is None:
+            if "use" not in self.kept:
+                self.kept["use"] = _use(self, None)
+            found: Use = self.kept["use"]
+            return found
+        return _use(self, dict(weights))
+
+
+class Use(NamedTuple):
+    """[resource, node] of some resources: rows and weights, capacity, the same but at least 1, used after placement; whether every node has all of them."""
+
+    rows: Ints
+    weights: Ints
+    cap: Ints
+    safe: Ints
+    used: Ints
+    complete: bool
+
+
+def _use(view: "View", weights: Mapping[str, int] | None) -> Use:
+    state = view.state
+    rows, weighing = _looked_at(view, weights)
+    key = ("capacity", rows.tobytes())
+    known = state.caches.get(key)
+    if known is None or known[0] != state.attributes.version:
+        cap = state.cap[rows]
+        known = state.caches[key] = state.attributes.version, cap, np.maximum(cap, 1), bool((cap > 0).all())
+    _, cap, safe, complete = known
+    return Use(rows, weighing, cap, safe, (cap + view.klass.request[rows][:, None]) - state.free[rows], complete)
 
 
 class Policy(Protocol):
@@ -54,6 +89,9 @@ def normalised(raw: Ints, feasible: Bools, *, reverse: bool = False) -> Ints:
 
 def stretched(raw: "np.ndarray[Any, Any]", feasible: Bools, *, reverse: bool = False) -> Ints | None:
     """Raw scores so that the least is 0 and the largest 100; None where all are the same."""
+    if kernels.active is not None:
+        varied, compiled = kernels.active.stretched(raw.astype(np.float64), feasible, reverse)
+        return compiled if varied else None
     seen = raw[feasible]
     if not seen.size:
         return None
@@ -83,17 +121,20 @@ class Balance:
 
     def score(self, view: View) -> Ints | None:
         """As kube's NodeResourcesBalancedAllocation."""
-        rows, _ = _looked_at(view, None if self.weights is None else dict(self.weights))
-        cap = view.state.cap[rows]
-        there = cap > 0
-        used = cap - view.state.free[rows] + view.klass.request[rows][:, None]
-        share = np.where(there, np.minimum(used / np.maximum(cap, 1), 1.0), 0.0)
-        if len(rows) == 2:
-            spread = np.where(there.all(0), np.abs(share[0] - share[1]) / 2, 0.0)
+        use = view.use(self.weights)
+        if kernels.active is not None:
+            compiled: Ints = kernels.active.balance(use.cap, use.used)
+            return compiled
+        share = np.minimum(use.used / use.safe, 1.0)
+        if len(use.rows) == 2 and use.complete:
+            spread = np.abs(share[0] - share[1]) / 2
         else:
+            there = use.cap > 0
             count = np.maximum(there.sum(0), 1)
-            mean = share.sum(0) / count
+            mean = np.where(there, share, 0.0).sum(0) / count
             spread = np.sqrt((np.where(there, share - mean, 0.0) ** 2).sum(0) / count)
+            if len(use.rows) == 2:
+                spread = np.where(there.all(0), np.abs(share[0] - share[1]) / 2, 0.0)
         result: Ints = ((1.0 - spread) * BEST).astype(np.int64)
         return result
 
@@ -107,16 +148,20 @@ class Fullness:
 
     def score(self, view: View) -> Ints | None:
         """As kube's most and least allocated strategies."""
-        rows, weights = _looked_at(view, None if self.weights is None else dict(self.weights))
-        if not len(rows):
+        use = view.use(self.weights)
+        if not len(use.rows):
             return None
-        cap = view.state.cap[rows]
-        there = cap > 0
-        used = cap - view.state.free[rows] + view.klass.request[rows][:, None]
-        part = np.minimum(used, cap) if self.packing else np.maximum(cap - used, 0)
-        each = np.where(there, part * BEST // np.maximum(cap, 1), 0)
-        total = (there * weights[:, None]).sum(0)
-        result: Ints = (each * weights[:, None]).sum(0) // np.maximum(total, 1)
+        if kernels.active is not None:
+            compiled: Ints = kernels.active.fullness(use.cap, use.used, use.weights, self.packing)
+            return compiled
+        part = np.minimum(use.used, use.cap) if self.packing else np.maximum(use.cap - use.used, 0)
+        each = part * BEST // use.safe * use.weights[:, None]
+        if use.complete:
+            total: Any = max(int(use.weights.sum()), 1)
+        else:
+            there = use.cap > 0
+            each, total = np.where(there, each, 0), np.maximum((there * use.weights[:, None]).sum(0), 1)
+        result: Ints = each.sum(0) // total
         return result
 
 
@@ -133,7 +178,7 @@ class TaintPreference:
 
     def score(self, view: View) -> Ints | None:
         """As kube's TaintToleration."""
-        return normalised(view.facts.disliked, view.feasible, reverse=True) if view.facts.disliked.any() else None
+        return normalised(view.facts.disliked, view.feasible, reverse=True) if view.facts.any_disliked else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +221,7 @@ class SoftSpread:
         for item, row in soft:
             domain, size = state.attributes.domains(item.topology_key)
             sums = np.bincount(np.where(counted, domain, -1) + 1, weights=state.counts[row], minlength=size + 1)[1:]
-            values = len(np.unique(domain[scored & (domain >= 0)]))
+            values = np.count_nonzero(np.bincount(np.where(scored, domain, -1) + 1, minlength=size + 1)[1:])
             total += np.where(domain >= 0, np.append(sums, 0.0)[domain] * np.log(values + 2.0) + (item.max_skew - 1), 0.0)
         cost = total.astype(np.int64)
         seen = cost[scored]
@@ -192,11 +237,9 @@ class Cost:
 
     def score(self, view: View) -> Ints | None:
         """The dearest node that will do gets 0, the cheapest 100."""
-        state, klass = view.state, view.klass
-        if not state.price.any():
+        if not view.state.price.any():
             return None
-        share = (klass.amounts / np.maximum(state.cap[klass.resources], 1)).max(0)
-        return stretched(state.price * share, view.feasible, reverse=True)
+        return stretched(view.state.price * view.facts.share, view.feasible, reverse=True)
 
 
 class Energy:
@@ -208,8 +251,7 @@ class Energy:
         if not state.power.any():
             return None
         idle, busy = state.power
-        share = np.minimum(view.klass.request[0] / np.maximum(state.cap[0], 1), 1.0)
-        return stretched(np.where(state.load == 0, idle, 0) + (busy - idle) * share, view.feasible, reverse=True)
+        return stretched(np.where(state.load == 0, idle, 0) + (busy - idle) * view.facts.cpu_share, view.feasible, reverse=True)
 
 
 class Warm:
@@ -286,9 +328,8 @@ class Ranker:
         """[node] weighted sums, -1 where the node will not do."""
         total = np.zeros(view.state.size, np.int64)
         for _, weight, scores in self.parts(view):
-            total += weight * scores
-        total[~view.feasible] = -1
-        return total
+            total += scores * weight
+        return np.where(view.feasible, total, -1)
 
 
 def best(state: State, total: Ints) -> int | None:

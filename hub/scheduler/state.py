@@ -149,7 +149,7 @@ class State:
         found = self.classes[number] if number is not None else self._new_class(shape)
         assert found is not None
         if found.facts is None or found.facts.version != self.attributes.version:
-            found = replace(found, facts=classes.facts(self.attributes, shape))
+            found = replace(found, facts=classes.facts(self.attributes, found, self.cap, self.gpu_model))
             self._own("classes")[found.id] = found
         return found
 

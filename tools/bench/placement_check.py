@@ -35,17 +35,17 @@ def amount(value: Any) -> Fraction:
 def requirement_holds(requirement: Mapping[str, Any], labels: Labels) -> bool:
     """One comparison."""
     value, op = labels.get(requirement["key"]), requirement["op"]
-    values: list[str] = list(requirement.get("values", ()))
+    values = [str(item) for item in requirement.get("values", ())]
     if op == "In":
         return value in values
     if op == "NotIn":
         return value not in values
     if op in ("Exists", "DoesNotExist"):
-        return (value is not None) == (op == "Exists")
+        return bool((value is not None) == (op == "Exists"))
     try:
         if value is None:
             return False
-        number, bound = int(value), int(str(values[0]))
+        number, bound = int(value), int(values[0])
         return number > bound if op == "Gt" else number < bound
     except ValueError:
         return False

@@ -438,6 +438,16 @@ def test_quota_borrowing_and_the_cohorts_limit() -> None:
     assert sum(name.startswith("a") for name in state.slot_of) == 6, "the node has room for all: nobody is evicted for quota alone"
 
 
+def test_a_gang_is_held_against_the_quota_as_a_whole() -> None:
+    scheduler = cluster({"capacity": {"cpu": 16, "memory": "64Gi"}})
+    scheduler.state.set_quota(parse_quota({"tenant": "t", "nominal": {"cpu": 3}}))
+    before = scheduler.state.digest()
+    refused = quota.admit_gang(scheduler, members(4, tenant="t"), 0)
+    assert isinstance(refused, gang.Refused) and "4000m CPU of 3000m CPU" in refused.reason and scheduler.state.digest() == before
+    assert isinstance(quota.admit_gang(scheduler, members(3, tenant="t"), 0), gang.Gang)
+    assert isinstance(quota.admit_gang(scheduler, members(3, tenant="t"), 0), gang.Gang), "again"
+
+
 def test_the_queue_is_served_by_dominant_share() -> None:
     scheduler = cluster({"capacity": {"cpu": 12, "memory": "12Gi"}})
     heavy = [item(f"cpu{at}", tenant="cpu", requests={"cpu": 2, "memory": "1Gi"}) for at in range(9)]
