@@ -173,6 +173,8 @@ class EdgeRuntime:
             self._tasks.append(loop.create_task(task(), name=task.__name__))
         if self.config.devices.host.enabled:
             self._tasks.append(loop.create_task(self._sample_host(), name="host"))
+        if self.config.workloads.enabled:
+            self._tasks.append(loop.create_task(self._workload_node().run(), name="workloads"))
         if self.config.api.enabled:
             from .local_api.server import serve
 
@@ -274,6 +276,11 @@ class EdgeRuntime:
                 log.exception("sampling the host failed")
             due = max(due + host.interval_s, loop.time())
             await asyncio.sleep(due - loop.time())
+
+    def _workload_node(self) -> Any:
+        from .workloads.node import WorkloadNode
+
+        return WorkloadNode(self.config, self.journal, self.metrics)
 
     async def _tick_forever(self) -> None:
         while True:
@@ -478,6 +485,8 @@ class EdgeRuntime:
                     log.error("desired twin of %s was refused: %s", device, error)
             self.journal.put_state("twins_generation", desired.generation)
         self._take_commands(desired)
+        if desired.workloads or self.journal.state("workloads"):
+            self._workload_node().take(desired.workloads)
         if self.uplink is not None:
             self.uplink.announce("desired")
 

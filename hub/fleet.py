@@ -119,13 +119,13 @@ def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[s
     """A new desired state document: `change`'s parts replace the current ones, the generation grows past what anyone has seen.
 
     Args:
-        change: any of `rules`, `models`, `twins`, `commands`, `expires_ms`; `rules: null` gives the rules back to the edge.
+        change: any of `rules`, `models`, `twins`, `commands`, `workloads`, `expires_ms`; `rules: null` gives the rules back to the edge.
         edge_generation: the generation that the edge reports; higher than ours after a hub was restored from a backup.
 
     Raises:
         ContractError: a part that does not fit, naming it; nothing is changed then.
     """
-    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "expires_ms"})
+    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "workloads", "expires_ms"})
     if unknown:
         raise ContractError(unknown[0][:80] or "body", f"{unknown[0][:80]!r} is not part of desired state", "send rules, models, twins, commands or expires_ms", "field")
     spec: dict[str, Any] = dict((current or {}).get("spec", {}))

@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
 from .link import HubLink
 from .retention import Retention, RetentionSettings
-from .store.base import Store
+from .store.base import Store, StoredRecord
 from .store.sqlite import SqliteStore
+from .store.workloads import LIVE_STATES
+from .workloads.service import Workloads
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +113,13 @@ class Hub:
         self.link: HubLink
         self.ingest = Ingest(
             self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence,
-            writer=around.executor("hub-store"), pace=around.pace,
+            writer=around.executor("hub-store"), pace=around.pace, on_records=self._stored,
         )
+        self._thinker = around.executor("hub-think")
+        self.workloads = Workloads(
+            self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
+        )
+        self.workloads.load()
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
@@ -161,6 +169,7 @@ class Hub:
         )
         self.ingest.start()
         self.link.start()
+        self.workloads.start()
         self._pruning = asyncio.get_running_loop().create_task(self.retention.run(), name="retention")
 
     async def stop(self) -> None:
@@ -172,15 +181,24 @@ class Hub:
         if self._pruning is not None:
             self._pruning.cancel()
             await asyncio.gather(self._pruning, return_exceptions=True)
+        await self.workloads.stop()
         await self.ingest.stop()
         if hasattr(self, "broker"):
             await self.broker.close()
         self._reader.shutdown()
+        self._thinker.shutdown()
         self.store.close()
 
     async def read(self, job: Callable[[], Any]) -> Any:
         """Run a store read on the reader thread."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, job)
+
+    async def think(self, job: Callable[[], Any]) -> Any:
+        """Run a long thought on a thread of its own, one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._thinker, job)
+
+    def _stored(self, stored: list[StoredRecord]) -> None:
+        self.workloads.records(stored)
 
     # -- desired state -------------------------------------------------------------------------------------------------------
 
@@ -263,8 +281,11 @@ class Hub:
         lines = []
         for name, (value, text) in gauges.items():
             lines += [f"# HELP {METRIC_PREFIX}{name} {text}", f"# TYPE {METRIC_PREFIX}{name} gauge", f"{METRIC_PREFIX}{name} {value:.10g}"]
+        usage = Counter(row.state for row in self.workloads.rows.values())
+        for state in LIVE_STATES:
+            lines += [f"# HELP {METRIC_PREFIX}workloads_{state} Workloads that are {state}.", f"# TYPE {METRIC_PREFIX}workloads_{state} gauge", f"{METRIC_PREFIX}workloads_{state} {usage[state]}"]
         seen = set()
-        for key, count in sorted(self.ingest.counters.items()):
+        for key, count in sorted([*self.ingest.counters.items(), *((f"workloads_{key}", count) for key, count in self.workloads.counters.items())]):
             name, _, reason = key.partition(":")
             if name not in seen:
                 seen.add(name)

@@ -114,6 +114,20 @@ class DecisionsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkloadsConfig:
+    """What this node offers to the hub's scheduler."""
+
+    enabled: bool = key(False, "tell the hub what this node has, and take workloads")
+    kind: str = key("edge", "what the node is; edge and hybrid keep their workloads while the hub does not hear of them", choices=("edge", "hybrid", "cloud", "gpu", "storage"))
+    reserve_cpu_milli: int = key(250, "thousandths of a processor that workloads do not get", low=0, high=1_000_000)
+    reserve_memory_bytes: int = key(512 << 20, "memory that workloads do not get", low=0, high=1 << 46)
+    reserve_disk_bytes: int = key(5 << 30, "free space of the data folder's file system that workloads do not get", low=0, high=1 << 50)
+    max_workloads: int = key(110, "workloads at one time", low=0, high=128)
+    interval_s: float = key(60.0, "time between two looks at what the node has", low=1, high=86400)
+    taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")
+
+
+@dataclass(frozen=True, slots=True)
 class ApiConfig:
     """The local HTTP API."""
 
@@ -147,5 +161,6 @@ class EdgeConfig:
     devices: DevicesConfig = key(DevicesConfig, "", factory=True)
     decisions: DecisionsConfig = key(DecisionsConfig, "", factory=True)
     duties: DutiesConfig = key(DutiesConfig, "", factory=True)
+    workloads: WorkloadsConfig = key(WorkloadsConfig, "", factory=True)
     api: ApiConfig = key(ApiConfig, "", factory=True)
     logging: LoggingConfig = key(LoggingConfig, "", factory=True)

@@ -14,6 +14,7 @@ from .records import BATCH, RECORD_KINDS
 from .schema import Field, Message
 from .site_messages import CLAIM, DUTY, MEMBER, SPEC, TABLE
 from .streams import STREAMS
+from .workloads import REPORT_FIELDS
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "mqtt-api.md"
 
@@ -52,6 +53,8 @@ def markdown() -> str:
         "The chain of a stream starts with 16 zero bytes; after each record it is blake2b-128 over the chain before it and the UTF-8 text",
         "`seq,boot,mono,wall,tq,kind,body`, with the body as compact JSON (ASCII escapes, keys in their order).", "",
         "## Operations", "", f"Long work, told in `operation` records. States: {', '.join(STATES)}.", "", "| field | type | required | meaning |", "|---|---|---|---|", *_rows(OPERATION_FIELDS), "",
+        "## Workloads", "", "What became of a placement, told in `workload` records. An edge answers every entry of `spec.workloads`, a `stopped` one with `stopped`.", "",
+        "| field | type | required | meaning |", "|---|---|---|---|", *_rows(REPORT_FIELDS), "",
         "## Messages", "",
     ]
     for message in MESSAGES:

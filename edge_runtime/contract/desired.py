@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ContractError
-from .limits import MAX_COMMANDS, MAX_INTEGER, MAX_MODELS, MAX_RULES, MAX_TWINS, PROTOCOL_VERSION
+from .limits import MAX_COMMANDS, MAX_INTEGER, MAX_MODELS, MAX_RULES, MAX_TWINS, MAX_WORKLOADS, PROTOCOL_VERSION
 from .schema import ID_PATTERN, VERSION, Field, Message
 from .topics import EDGE_DESIRED
+from .workloads import WORKLOAD_FIELDS
 
 COMMAND_FIELDS = (
     Field("id", "id", "the command's name, unique; a device that sees it twice does it once"),
@@ -21,6 +22,7 @@ _SPEC_FIELDS = (
     Field("models", "array", "models: manifest and data_b64", required=False, default=[], max_items=MAX_MODELS),
     Field("twins", "object", "device to desired twin state", required=False, default={}, max_items=MAX_TWINS),
     Field("commands", "array", "commands that wait", required=False, default=[], max_items=MAX_COMMANDS, items=COMMAND_FIELDS),
+    Field("workloads", "array", "workloads that shall run here, and those that shall stop", required=False, default=[], max_items=MAX_WORKLOADS, items=WORKLOAD_FIELDS),
 )
 
 
@@ -39,6 +41,11 @@ def _check_spec(message: dict[str, Any]) -> None:
         if command["id"] in seen:
             raise ContractError(f"spec.commands[{index}].id", f"{command['id']!r} stands twice", "give each command its own id", "duplicate")
         seen.add(command["id"])
+    placed: set[tuple[str, int]] = set()
+    for index, workload in enumerate(message["spec"]["workloads"]):
+        if (workload["id"], workload["epoch"]) in placed:
+            raise ContractError(f"spec.workloads[{index}].epoch", f"{workload['id']!r} stands twice with epoch {workload['epoch']}", "list each placement once", "duplicate")
+        placed.add((workload["id"], workload["epoch"]))
 
 
 DESIRED = Message(
@@ -63,6 +70,11 @@ DESIRED = Message(
                        "then": [{"alert": {"severity": "warning", "text": "temp {temp} of {device}"}}]}],
             "models": [], "twins": {"fan-1": {"speed": 3}},
             "commands": [{"id": "c-81", "device": "fan-1", "name": "on", "args": {}, "expires_ms": 1795500060000}],
+            "workloads": [
+                {"id": "camera-7", "epoch": 3, "wanted": "running", "kind": "container", "image": "registry.example/camera:2", "requests": {"cpu": 500, "memory": 268435456},
+                 "gpus": [], "numa": [], "document": {"id": "camera-7", "image": "registry.example/camera:2", "requests": {"cpu": "500m", "memory": "256Mi"}}},
+                {"id": "old-job", "epoch": 1, "wanted": "stopped"},
+            ],
         },
     },
 )
@@ -80,12 +92,15 @@ class Desired:
     models: list[dict[str, Any]] = field(default_factory=list)
     twins: dict[str, dict[str, Any]] = field(default_factory=dict)
     commands: list[dict[str, Any]] = field(default_factory=list)
+    workloads: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The document as it travels."""
         spec: dict[str, Any] = {"models": self.models, "twins": self.twins, "commands": self.commands}
         if self.rules is not None:
             spec["rules"] = self.rules
+        if self.workloads:  # absent where there are none: an edge from before workloads gets the document it knows
+            spec["workloads"] = self.workloads
         return {
             "v": PROTOCOL_VERSION, "edge": self.edge, "generation": self.generation, "issued_ms": self.issued_ms,
             "expires_ms": self.expires_ms, "spec": spec,
@@ -99,5 +114,5 @@ def parse_desired(value: Any, edge: str) -> Desired:
         raise ContractError("edge", f"is for {data['edge']!r}, not {edge!r}", "publish on that edge's topic", "topic")
     spec = data["spec"]
     return Desired(
-        edge, data["generation"], data["issued_ms"], data["expires_ms"], spec["rules"], spec["models"], spec["twins"], spec["commands"]
+        edge, data["generation"], data["issued_ms"], data["expires_ms"], spec["rules"], spec["models"], spec["twins"], spec["commands"], spec["workloads"]
     )

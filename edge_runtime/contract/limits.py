@@ -57,5 +57,11 @@ MAX_DUTY_BYTES = 65_536
 MAX_SITE_NUMBER = 2**53 - 1
 """Largest number of a site's table: what every JSON reader holds exactly."""
 
+MAX_WORKLOADS = 128
+"""Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node)."""
+
+MAX_WORKLOAD_BYTES = 16_384
+"""Bytes of one workload's document: sixteen of them fit a desired state at the least, and none is a disk image by mistake."""
+
 MAX_INTEGER = 2**63 - 1
 """Largest magnitude of an integer: what SQLite and PostgreSQL store exactly."""

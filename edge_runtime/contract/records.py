@@ -187,6 +187,8 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "operation": ("event", "an operation's new state: see operations"),
     "lost": ("any", "nothing: this seq may have been used before a damaged journal was rebuilt"),
     "storage": ("event", "what was trimmed or refused, and why"),
+    "node.capacity": ("event", "what this node has for workloads: kind, capacity {cpu, memory, disk, ...}, gpus, numa, labels, taints, images, runs [workload kinds]"),
+    "workload": ("event", "id, epoch, state (accepted, running, refused, stopped, done, failed), reason"),
     "model": ("event", "name, sha256, outcome (activated, refused), and the reason"),
 }
 """Every record kind of this version: its stream and its body's fields. Unknown kinds are stored as they are."""

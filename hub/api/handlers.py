@@ -21,6 +21,8 @@ from ..dating import BootClock, date
 from ..hierarchy import build_tree
 from ..store.base import EdgeRow, StoredRecord
 from .openapi import OPERATIONS, document
+from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
+from .workloads import MAX_WORKLOAD_BODY_BYTES, WorkloadApi, error_answer
 
 if TYPE_CHECKING:
     from ..server import Hub
@@ -40,14 +42,6 @@ PAGE_HEADERS = {
 }
 
 
-class NotKnown(Exception):
-    """A 404 with its field and remedy."""
-
-    def __init__(self, field: str, problem: str, remedy: str) -> None:
-        super().__init__(problem)
-        self.body = {"field": field, "problem": problem, "remedy": remedy}
-
-
 def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]:
     """A record as the API shows it: `wall_ms` as the edge wrote it, `dated_ms` by the best that is known of its clock."""
     record = stored.record
@@ -58,7 +52,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi:
+class HubApi(WorkloadApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:
@@ -70,7 +64,7 @@ class HubApi:
         for operation in OPERATIONS:
             app.router.add_route(operation.method.upper(), operation.path, getattr(self, operation.handler))
         app.router.add_get("/", self.page)
-        app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg)}", self.asset)
+        app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg|html)}", self.asset)
         return app
 
     def _middleware(self) -> Any:
@@ -79,22 +73,25 @@ class HubApi:
             if request.path.startswith("/api/"):
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
                 if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()):
-                    return _json({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
+                    return answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
             try:
                 response: web.StreamResponse = await handler(request)
             except ContractError as error:
-                return _json(error.to_json(), 400)
+                return answer(error.to_json(), 400)
             except NotKnown as error:
-                return _json(error.body, 404)
+                return answer(error.body, 404)
             except web.HTTPRequestEntityTooLarge:
-                return _json({"field": "body", "problem": f"is over {MAX_BODY_BYTES} bytes", "remedy": "send less at once"}, 413)
+                return answer({"field": "body", "problem": f"is over {MAX_BODY_BYTES} bytes ({MAX_WORKLOAD_BODY_BYTES} for workloads)", "remedy": "send less at once"}, 413)
             except web.HTTPException as error:
                 if error.status >= 400 and error.content_type != "application/json":
-                    return _json({"field": "path", "problem": error.reason, "remedy": "see /openapi.json"}, error.status)
+                    return answer({"field": "path", "problem": error.reason, "remedy": "see /openapi.json"}, error.status)
                 raise
             except Exception as error:
+                said = error_answer(error)
+                if said is not None:
+                    return said
                 log.exception("%s %s failed", request.method, request.path)
-                return _json({"field": "hub", "problem": f"could not do it ({type(error).__name__})", "remedy": "see the hub's log and /healthz, then try again"}, 500)
+                return answer({"field": "hub", "problem": f"could not do it ({type(error).__name__})", "remedy": "see the hub's log and /healthz, then try again"}, 500)
             return response
 
         return guard
@@ -117,12 +114,12 @@ class HubApi:
     async def healthz(self, _request: web.Request) -> web.Response:
         """See the table."""
         problems = self._hub.problems()
-        return _json({"status": "unhealthy" if problems else "ok", "problems": problems}, 503 if problems else 200)
+        return answer({"status": "unhealthy" if problems else "ok", "problems": problems}, 503 if problems else 200)
 
     async def readyz(self, _request: web.Request) -> web.Response:
         """See the table."""
         up = self._hub.link.up
-        return _json({"ready": up, "missing": [] if up else [f"the broker: {self._hub.link.last_error or 'connecting'}"]}, 200 if up else 503)
+        return answer({"ready": up, "missing": [] if up else [f"the broker: {self._hub.link.last_error or 'connecting'}"]}, 200 if up else 503)
 
     async def metrics(self, _request: web.Request) -> web.Response:
         """See the table."""
@@ -130,7 +127,7 @@ class HubApi:
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """See the table."""
-        return _json(document())
+        return answer(document())
 
     # -- reading -------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +135,7 @@ class HubApi:
         """See the table."""
         hub = self._hub
         rows = hub.fleet.rows.values()
-        return _json({
+        return answer({
             "hub": hub.settings.name, "version": __version__, "boot": hub.boot, "time_ms": hub.now_ms(), "edges": len(hub.fleet.rows),
             "edges_online": sum(row.state == "online" for row in rows), "quarantined": sum(bool(row.quarantine) for row in rows),
             "broker": {"kind": hub.broker.kind, "host": hub.broker.host, "port": hub.broker.port, "mqtt5": hub.broker.mqtt5, "restarts": hub.broker.restarts, "up": hub.link.up},
@@ -147,15 +144,15 @@ class HubApi:
 
     async def hierarchy(self, _request: web.Request) -> web.Response:
         """See the table."""
-        return _json(build_tree(self._hub.fleet.rows.values(), self._hub.now_ms()))
+        return answer(build_tree(self._hub.fleet.rows.values(), self._hub.now_ms()))
 
     async def edges(self, _request: web.Request) -> web.Response:
         """See the table."""
-        return _json([self._edge_json(row) for row in self._hub.fleet.rows.values()])
+        return answer([self._edge_json(row) for row in self._hub.fleet.rows.values()])
 
     async def edge(self, request: web.Request) -> web.Response:
         """See the table."""
-        return _json(self._edge_json(self._row(request)))
+        return answer(self._edge_json(self._row(request)))
 
     def _row(self, request: web.Request) -> EdgeRow:
         name = request.match_info["edge"]
@@ -182,19 +179,19 @@ class HubApi:
         stream = request.query.get("stream", "decision")
         if stream not in STREAMS:
             raise ContractError("stream", f"{stream[:40]!r} is unknown", f"use {', '.join(STREAMS)}")
-        after, limit = _integer(request, "after", 0), _limit(request)
+        after, limit = integer_of(request, "after", 0), limit_of(request)
         newest = request.query.get("newest", "false").lower() in ("1", "true", "yes")
         found = await self._hub.read(lambda: self._hub.store.read_records(row.edge, stream, after=after, limit=limit, newest_first=newest))
-        return _json([self._record_json(item) for item in found])
+        return answer([self._record_json(item) for item in found])
 
     async def decision(self, request: web.Request) -> web.Response:
         """See the table."""
         row = self._row(request)
-        seq = _number(request.match_info["seq"], "seq")
+        seq = number_of(request.match_info["seq"], "seq")
         found = await self._hub.read(lambda: self._hub.store.read_records(row.edge, "decision", after=seq - 1, before=seq + 1, limit=1))
         if not found:
             raise NotKnown("seq", f"decision {seq} of {row.edge} is not here", "list /api/v1/decisions")
-        return _json(self._record_json(found[0]))
+        return answer(self._record_json(found[0]))
 
     async def decisions(self, request: web.Request) -> web.Response:
         """See the table."""
@@ -206,25 +203,19 @@ class HubApi:
         return await self._latest(request, "event", (kind,) if kind else ())
 
     async def _latest(self, request: web.Request, stream: str, kinds: tuple[str, ...]) -> web.Response:
-        limit, edge = _limit(request), request.query.get("edge")
+        limit, edge = limit_of(request), request.query.get("edge")
         found = await self._hub.read(lambda: self._hub.store.read_latest(streams=(stream,), kinds=kinds, limit=limit, edge=edge))
-        return _json([{"id": number, **self._record_json(item)} for number, item in found])
+        return answer([{"id": number, **self._record_json(item)} for number, item in found])
 
     async def outages(self, request: web.Request) -> web.Response:
         """See the table."""
-        text = request.query.get("hours", "24")
-        try:
-            hours = float(text)
-        except ValueError:
-            hours = -1.0
-        if not 0 <= hours <= 8760:
-            raise ContractError("hours", f"{text[:20]!r} is not 0 to 8760", "use hours, such as 24")
+        hours = hours_of(request, 8760)
         since = int(self._hub.now_ms() - hours * 3_600_000)
-        return _json(await self._hub.read(lambda: self._hub.store.read_outages(since)))
+        return answer(await self._hub.read(lambda: self._hub.store.read_outages(since)))
 
     async def errors(self, _request: web.Request) -> web.Response:
         """See the table."""
-        return _json(self._hub.ingest.errors[::-1])
+        return answer(self._hub.ingest.errors[::-1])
 
     async def verify(self, request: web.Request) -> web.Response:
         """See the table."""
@@ -241,7 +232,7 @@ class HubApi:
             entry["exact"] = count == entry["expected"] and said["mismatches"] == 0 and entry["rows_chain"] in (None, said["chain"])
             out["streams"][stream] = entry
         out["exact"] = all(entry["exact"] for entry in out["streams"].values())
-        return _json(out)
+        return answer(out)
 
     async def _hash_rows(self, edge: str, stream: str, first: int, last: int, chain: bytes) -> bytes:
         """The chain over the rows as they are stored now: what the book computed when they came says nothing of what became of them since."""
@@ -271,12 +262,14 @@ class HubApi:
         document_ = self._hub.desired.get(name)
         if document_ is None:
             raise NotKnown("edge", f"{name[:64]!r} has no desired state", "put one")
-        return _json(document_)
+        return answer(document_)
 
     async def put_desired(self, request: web.Request) -> web.Response:
         """See the table."""
         change = await _body(request)
-        return _json(await self._hub.change_desired(_edge_name(request), change))
+        if "workloads" in change:
+            raise ContractError("workloads", "cannot be set here", "submit workloads to /api/v1/workloads: the scheduler places them")
+        return answer(await self._hub.change_desired(_edge_name(request), change))
 
     async def command(self, request: web.Request) -> web.Response:
         """See the table."""
@@ -292,19 +285,15 @@ class HubApi:
         current = (self._hub.desired.get(edge) or {}).get("spec", {}).get("commands", [])
         known = next((item for item in current if item["id"] == command["id"]), None)
         if known is not None:
-            return _json({"command": known, "generation": self._hub.desired[edge]["generation"], "again": True})
+            return answer({"command": known, "generation": self._hub.desired[edge]["generation"], "again": True})
         document_ = await self._hub.change_desired(edge, {"commands": [*current, command]})
-        return _json({"command": command, "generation": document_["generation"], "again": False})
+        return answer({"command": command, "generation": document_["generation"], "again": False})
 
     async def release(self, request: web.Request) -> web.Response:
         """See the table."""
         row = self._row(request)
         await self._hub.release(row.edge)
-        return _json(self._edge_json(row))
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(text=json.dumps(value), content_type="application/json", status=status)
+        return answer(self._edge_json(row))
 
 
 def _book_json(book: StreamBook) -> dict[str, Any]:
@@ -327,18 +316,3 @@ async def _body(request: web.Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ContractError("body", f"is {type(value).__name__}, not an object", "send a JSON object", "type")
     return value
-
-
-def _number(text: str, field: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise ContractError(field, f"{text[:20]!r} is not a number", "use a whole number")
-    return int(text)
-
-
-def _integer(request: web.Request, name: str, default: int) -> int:
-    text = request.query.get(name)
-    return default if text is None else _number(text, name)
-
-
-def _limit(request: web.Request) -> int:
-    return max(1, min(1000, _integer(request, "limit", 100)))

@@ -29,11 +29,39 @@ COMMAND = {
         "id": NAME, "device": NAME, "name": NAME, "args": OBJECT, "expires_seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 2_592_000, "default": 300},
     },
 }
+WORKLOAD = {
+    "type": "object", "required": ["id"],
+    "properties": {
+        "id": NAME, "kind": {"enum": ["vm", "container", "function", "batch"], "default": "container"}, "image": {"type": "string"}, "requests": OBJECT, "gpu": OBJECT,
+        "priority": {"type": "integer"}, "lost_after_ms": {"type": "integer", "minimum": 1}, "spec": OBJECT,
+    },
+}
+"""The rest of it is told in docs/workloads.md: the scheduler checks it whole."""
+WORKLOADS = {"oneOf": [WORKLOAD, {"type": "array", "items": WORKLOAD, "minItems": 1, "maxItems": 1000}]}
+NODE = {
+    "type": "object",
+    "properties": {
+        "name": NAME, "kind": {"enum": ["cloud", "edge", "hybrid", "gpu", "storage"], "default": "cloud"}, "capacity": OBJECT, "gpus": LIST, "numa": LIST, "labels": OBJECT, "taints": LIST,
+        "runs": {"type": "array", "items": {"enum": ["vm", "container", "function", "batch"]}}, "unschedulable": {"type": "boolean"},
+    },
+}
+BUDGET = {"type": "object", "properties": {"namespace": {"type": "string"}, "selector": OBJECT, "allowed": {"type": "integer", "minimum": 0}}}
+QUOTA = {
+    "type": "object",
+    "properties": {"nominal": OBJECT, "cohort": {"type": "string"}, "borrow": OBJECT, "weight": {"type": "integer", "minimum": 1, "maximum": 1_000_000}},
+}
+WHAT_IF = {
+    "type": "object", "additionalProperties": False,
+    "properties": {
+        "workloads": {"type": "array", "items": WORKLOAD, "maxItems": 256}, "lose": {"type": "array", "items": NAME, "maxItems": 256},
+        "add": {"type": "array", "items": NODE, "maxItems": 256},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One row of the table; `handler` names a method of `HubApi`."""
+    """One row of the table; `handler` names a method of `HubApi`; `changes`: the placing task does it, which may be busy or find that it contradicts what stands."""
 
     method: str
     path: str
@@ -43,6 +71,7 @@ class Operation:
     query: tuple[tuple[str, dict[str, Any], str], ...] = ()
     body: dict[str, Any] | None = None
     open: bool = False
+    changes: bool = False
 
 
 _STREAM = ("stream", {"type": "string", "enum": ["decision", "event", "telemetry"]}, "the stream")
@@ -73,7 +102,32 @@ OPERATIONS: tuple[Operation, ...] = (
     )),
     Operation("get", "/api/v1/outages", "outages", "Outages, newest first", LIST, (("hours", {"type": "number", "minimum": 0, "maximum": 8760}, "how far back"),)),
     Operation("get", "/api/v1/errors", "errors", "The last refused messages", LIST),
+    Operation("post", "/api/v1/workloads", "submit", "Submit a workload or a list; the same again is answered as it stands", OBJECT, body=WORKLOADS, changes=True),
+    Operation("get", "/api/v1/workloads", "workloads", "Workloads, newest first", LIST, (
+        ("state", {"enum": ["pending", "placed", "ending", "done", "failed", "cancelled"]}, "in this state only"), ("node", NAME, "on this node only"), ("limit", LIMIT, "at most so many"),
+    )),
+    Operation("get", "/api/v1/workloads/{workload}", "workload", "One workload with its placements", OBJECT),
+    Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
+    Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
+    Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, and what would move, if; changes nothing", OBJECT, body=WHAT_IF),
+    Operation("get", "/api/v1/nodes", "nodes", "Every node: what it has and what is in use", LIST),
+    Operation("put", "/api/v1/nodes/{node}", "put_node", "Declare a node that has no agent", OBJECT, body=NODE, changes=True),
+    Operation("delete", "/api/v1/nodes/{node}", "delete_node", "Take a node out; what it held is placed anew", OBJECT, changes=True),
+    Operation("post", "/api/v1/nodes/{node}/drain", "drain", "Move away what is there; it takes nothing new", OBJECT, changes=True),
+    Operation("post", "/api/v1/nodes/{node}/cordon", "cordon", "It takes nothing new", OBJECT, changes=True),
+    Operation("post", "/api/v1/nodes/{node}/uncordon", "uncordon", "It takes workloads again", OBJECT, changes=True),
+    Operation("get", "/api/v1/budgets", "budgets", "Disruption budgets", LIST),
+    Operation("put", "/api/v1/budgets/{budget}", "put_budget", "Allow so many of the selected workloads to be moved at once", OBJECT, body=BUDGET, changes=True),
+    Operation("delete", "/api/v1/budgets/{budget}", "delete_budget", "Forget a budget", OBJECT, changes=True),
+    Operation("get", "/api/v1/quotas", "quotas", "What tenants may use", LIST),
+    Operation("put", "/api/v1/quotas/{tenant}", "put_quota", "Say what a tenant may use, and borrow from its cohort", OBJECT, body=QUOTA, changes=True),
+    Operation("delete", "/api/v1/quotas/{tenant}", "delete_quota", "Let a tenant use what there is", OBJECT, changes=True),
+    Operation("get", "/api/v1/scheduler", "scheduler", "Use of the cluster now and by the minute, counts, latencies", OBJECT, (
+        ("hours", {"type": "number", "minimum": 0, "maximum": 168}, "how far back"),
+    )),
 )
+
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME}
 
 
 def document() -> dict[str, Any]:
@@ -81,8 +135,7 @@ def document() -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
         parameters = [
-            {"name": name, "in": "path", "required": True, "schema": COUNT if name == "seq" else NAME}
-            for name in ("edge", "seq") if f"{{{name}}}" in operation.path
+            {"name": name, "in": "path", "required": True, "schema": schema} for name, schema in IN_PATH.items() if f"{{{name}}}" in operation.path
         ]
         parameters += [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in operation.query]
         kind = "text/plain" if operation.handler == "metrics" else "application/json"
@@ -93,7 +146,10 @@ def document() -> dict[str, Any]:
         if not operation.open:
             responses["401"] = {"description": "no valid token", **error}
             responses["400"] = {"description": "a field is wrong; it is named", **error}
-        if "{edge}" in operation.path:
+        if operation.changes:
+            responses["409"] = {"description": "it contradicts what stands", **error}
+            responses["503"] = {"description": "busy, or the store refused: nothing was done", **error}
+        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant")):
             responses["404"] = {"description": "not known", **error}
         if operation.body is not None:
             responses["413"] = {"description": "the body is too large", **error}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from edge_runtime.contract.records import CHAIN_START, Record
 
 from ..dating import BootClock
+from .workloads import WorkloadStore
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class StoreError(RuntimeError):
         self.remedy = remedy
 
 
-class Store(Protocol):
+class Store(WorkloadStore, Protocol):
     """Everything durable of the hub."""
 
     def close(self) -> None:

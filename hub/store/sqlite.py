@@ -13,6 +13,7 @@ from edge_runtime.contract.records import Record
 
 from ..dating import BootClock
 from .base import EdgeRow, StoredRecord, StoreError, StreamRow, Transaction
+from .sqlite_workloads import SqliteWorkloads, workload_schema
 
 DESIRED_HISTORY = 100
 """Desired state documents kept per edge, the newest."""
@@ -61,11 +62,13 @@ def _base_chain(db: sqlite_utils.Database) -> None:
     db["streams"].add_column("base_chain", bytes)
 
 
-MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (("0001_first", _first_schema), ("0002_clocks", _clocks), ("0003_base_chain", _base_chain))
+MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (
+    ("0001_first", _first_schema), ("0002_clocks", _clocks), ("0003_base_chain", _base_chain), ("0004_workloads", workload_schema),
+)
 """Applied in order, each once; a name is never reused."""
 
 
-class SqliteStore:
+class SqliteStore(SqliteWorkloads):
     """See `base.Store`.
 
     Args:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import http.client
+import json
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import aiomqtt
+import jsonschema
 import pytest
 
 from edge_runtime.clock import SystemClock
@@ -20,6 +23,7 @@ from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.metrics import Metrics
 from edge_runtime.mqtt_session import Endpoint
 from edge_runtime.uplink.link import Uplink, UplinkSettings
+from hub.api.openapi import document
 from hub.broker.mosquitto import find_mosquitto, free_port
 from hub.link import SOCKET_OPTIONS
 from hub.server import Hub, HubSettings
@@ -293,3 +297,35 @@ def served_hub(folder: Path, broker: str = "embedded") -> Iterator[tuple[Backgro
             background.run(hub.stop())
     finally:
         background.close()
+
+
+class Served:
+    """A hub with one edge's records behind it, and plain HTTP to it."""
+
+    def __init__(self, background: Background, hub: Hub) -> None:
+        self.background, self.hub = background, hub
+
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (lower case) and body; with the token unless `headers` are given."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.hub.port, timeout=20)
+        try:
+            connection.request(method, path, body, {"Authorization": f"Bearer {self.hub.token}"} if headers is None else headers)
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def json(self, path: str, method: str = "GET", body: Any = None, status: int = 200) -> Any:
+        """The decoded answer, whose status must be `status`."""
+        got, headers, text = self.ask(method, path, None if body is None else json.dumps(body).encode())
+        assert got == status, f"{method} {path}: {got} {text[:300]!r}"
+        assert headers["content-type"].startswith("application/json")
+        return json.loads(text)
+
+
+def error_of(text: bytes) -> dict[str, Any]:
+    """The body of an error: it must say field, problem and remedy."""
+    said: dict[str, Any] = json.loads(text)
+    jsonschema.validate(said, document()["components"]["schemas"]["Error"])
+    assert said["field"] and said["problem"] and said["remedy"], said
+    return said

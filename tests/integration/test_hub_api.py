@@ -1,6 +1,5 @@
 """The hub's REST API: every route against its description, errors that name field and remedy, no query or body that breaks it, the token, the metrics."""
 
-import http.client
 import json
 import os
 import re
@@ -23,34 +22,14 @@ from hub.api.handlers import MAX_BODY_BYTES, HubApi
 from hub.api.openapi import OPERATIONS, Operation, document
 from hub.server import Hub, HubSettings
 from hub.store.base import StoredRecord, Transaction
+from hub.workloads.documents import read_list
 
-from .hub_side import EDGE, Background, linked_edge, served_hub, synced
+from .hub_side import EDGE, Served, error_of, linked_edge, served_hub, synced
+
+NODE: dict[str, Any] = {"capacity": {"cpu": 8, "memory": "16Gi"}, "region": "eu"}
+WORKLOAD: dict[str, Any] = {"id": "w-1", "kind": "vm", "labels": {"app": "w"}, "requests": {"cpu": "500m", "memory": "1Gi"}}
 
 API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
-
-
-class Served:
-    """A hub with one edge's records behind it, and plain HTTP to it."""
-
-    def __init__(self, background: Background, hub: Hub) -> None:
-        self.background, self.hub = background, hub
-
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers (lower case) and body; with the token unless `headers` are given."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.hub.port, timeout=20)
-        try:
-            connection.request(method, path, body, {"Authorization": f"Bearer {self.hub.token}"} if headers is None else headers)
-            answer = connection.getresponse()
-            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-        finally:
-            connection.close()
-
-    def json(self, path: str, method: str = "GET", body: Any = None, status: int = 200) -> Any:
-        """The decoded answer, whose status must be `status`."""
-        got, headers, text = self.ask(method, path, None if body is None else json.dumps(body).encode())
-        assert got == status, f"{method} {path}: {got} {text[:300]!r}"
-        assert headers["content-type"].startswith("application/json")
-        return json.loads(text)
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +42,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 await edge.append(25)
                 await synced(hub, edge)
             hub.ingest.message("gw-x", "up", b"garbage", False)
+            await hub.workloads.ask(lambda planner, now: planner.put_node("n-1", NODE, "declared", now))
+            await hub.workloads.submit(read_list([WORKLOAD, {"id": "too-big", "requests": {"cpu": 64}}]))
+            await hub.workloads.ask(lambda planner, _: planner.put_budget("b-1", {"selector": {"labels": {"app": "w"}}, "allowed": 1}))
+            await hub.workloads.ask(lambda planner, _: planner.put_quota("t-1", {"nominal": {"cpu": 4}}))
 
         background.run(fill())
         yield Served(background, hub)
 
 
 def path_of(operation: Operation) -> str:
-    return operation.path.format(edge=EDGE, seq=3)
-
-
-def error_of(text: bytes) -> dict[str, Any]:
-    """The body of an error: it must say field, problem and remedy."""
-    said: dict[str, Any] = json.loads(text)
-    jsonschema.validate(said, document()["components"]["schemas"]["Error"])
-    assert said["field"] and said["problem"] and said["remedy"], said
-    return said
+    return operation.path.format(edge=EDGE, seq=3, workload="w-1", node="n-1", budget="b-1", tenant="t-1")
 
 
 # -- the description ---------------------------------------------------------------------------------------------------------
@@ -103,7 +78,12 @@ def test_the_described_routes_are_exactly_the_served_ones(served: Served) -> Non
     assert routed - page == described
 
 
-BODIES = {"put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}}
+BODIES: dict[str, Any] = {
+    "put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}, "submit": WORKLOAD, "what_if": {"workloads": [{**WORKLOAD, "id": "w-2"}], "lose": ["n-1"]},
+    "put_node": NODE, "put_budget": {"selector": {"labels": {"app": "w"}}, "allowed": 1}, "put_quota": {"nominal": {"cpu": 4}},
+}
+AGAIN = {"cancel": ("POST", "/api/v1/workloads", {**WORKLOAD, "id": "w-3"}), "delete_node": ("PUT", "/api/v1/nodes/n-1", NODE), "delete_quota": ("PUT", "/api/v1/quotas/t-1", {}), "delete_budget": ("PUT", "/api/v1/budgets/b-1", BODIES["put_budget"])}
+"""What puts back what a route took away."""
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.handler)
@@ -115,6 +95,9 @@ def test_every_route_answers_as_it_is_described(served: Served, operation: Opera
         return
     answer = served.json(path_of(operation), operation.method.upper(), body)
     jsonschema.validate(answer, operation.answer)
+    if operation.handler in AGAIN:
+        method, path, value = AGAIN[operation.handler]
+        served.json(path, method, value)
     if body is not None:
         assert operation.body is not None
         jsonschema.validate(body, operation.body)
@@ -267,7 +250,7 @@ ODD = st.one_of(
     st.binary(max_size=8).map(lambda data: data.decode("latin-1")),
 )
 READ_PATHS = [path_of(operation) for operation in OPERATIONS if operation.method == "get"]
-QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours"]), st.text(max_size=8)), ODD, max_size=4)
+QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours", "state", "node"]), st.text(max_size=8)), ODD, max_size=4)
 
 
 @settings(max_examples=250, deadline=None)

@@ -21,6 +21,7 @@ from hub.dating import BootClock
 from hub.store import sqlite as sqlite_module
 from hub.store.base import EdgeRow, Store, StoredRecord, StoreError, StreamRow, Transaction
 from hub.store.sqlite import DESIRED_HISTORY, SqliteStore
+from hub.store.workloads import NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
 
 IMPLEMENTATIONS: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "hub.db")}
 
@@ -424,3 +425,63 @@ def test_clocks_of_boots_are_replaced_and_the_newest_given_back(store: Store) ->
     better = BootClock("gw-1", "b1", "ntp", 7)
     store.commit(Transaction(clocks=[better]))
     assert store.clocks(3) == [made[3], made[4], better] and len(store.clocks(100)) == 5
+
+
+# -- nodes, workloads, placements: every implementation ----------------------------------------------------------------------
+
+
+def workload(name: str, state: str = "pending", **more: Any) -> WorkloadRow:
+    return WorkloadRow(name, {"id": name, "labels": {"a": "\u00e9"}}, state, **{"created_ms": 1, "changed_ms": 5, **more})
+
+
+def test_an_empty_store_has_no_workloads(store: Store) -> None:
+    assert store.nodes() == [] and store.workloads() == [] and store.open_placements() == [] and store.budgets() == {} and store.quotas() == {}
+    assert store.workload_cursor() == 0 and store.read_events_after(("workload",), 0, 10) == ([], 0) and store.read_placements("a") == [] and store.read_utilisation(0, 10) == []
+    assert store.forget_workloads(10**15, 0) == []
+
+
+def test_what_one_transaction_says_of_workloads_is_read_back_whole_and_none_deletes(opener: Opener) -> None:
+    store = opener()
+    rows = [workload("b", "placed", node="n-1", epoch=2, reason="why \u00fc", avoid={"n-2": [7, 1, "no"]}), workload("a", created_ms=2)]
+    node = NodeRow("n-1", "edge", {"capacity": {"cpu": 4}}, "drain", 7, 8, "odd")
+    places = [PlacementRow("b", 1, "n-2", {"gpus": [], "numa": []}, 1, 3, "running", "moved"), PlacementRow("b", 2, "n-1", {"gpus": [1], "numa": [[0, 1, 2]]}, 3)]
+    changes = WorkloadChanges({row.id: row for row in rows}, {(row.workload, row.epoch): row for row in places}, {"n-1": node}, {"b": {"allowed": 1}}, {"t": {"nominal": {}}}, 99)
+    assert changes and not WorkloadChanges()
+    store.commit_workloads(changes)
+    store = opener()
+    assert store.workloads() == rows and store.nodes() == [node] and store.open_placements() == [places[1]] and store.read_placements("b") == places[::-1] and store.read_placements("b", 1) == places[1:]
+    assert store.budgets() == {"b": {"allowed": 1}} and store.quotas() == {"t": {"nominal": {}}} and store.workload_cursor() == 99
+    store.commit_workloads(WorkloadChanges({"a": None}, {("b", 2): None}, {"n-1": None}, {"b": None}, {"t": None}))
+    assert store.workloads() == rows[:1] and store.nodes() == [] and store.open_placements() == [] and store.budgets() == store.quotas() == {} and store.workload_cursor() == 99
+
+
+def test_a_transaction_of_workloads_is_all_or_nothing(store: Store) -> None:
+    store.commit_workloads(WorkloadChanges({"a": workload("a")}))
+    with pytest.raises(TypeError):
+        store.commit_workloads(WorkloadChanges({"a": workload("a", "placed"), "b": workload("b")}, quotas={"t": {"x": object()}}, cursor=5))
+    assert store.workloads() == [workload("a")] and store.workload_cursor() == 0
+    store.commit_workloads(WorkloadChanges({"a": workload("a", "done")}))
+    assert store.workloads() == [workload("a", "done")]
+
+
+def test_events_are_read_on_from_a_number_and_the_answer_says_how_far(store: Store) -> None:
+    keep(store, *(stored("gw-1", "event", seq, kind="workload" if seq % 2 else "alert") for seq in range(1, 8)))
+    keep(store, stored("gw-1", "telemetry", 1), stored("gw-2", "event", 1, kind="node.capacity"), stored("gw-2", "event", 2, kind="alert"))
+    found, upto = store.read_events_after(("workload", "node.capacity"), 0, 100)
+    assert [(item.edge, item.record.seq) for _, item in found] == [("gw-1", 1), ("gw-1", 3), ("gw-1", 5), ("gw-1", 7), ("gw-2", 1)] and upto > found[-1][0]
+    assert store.read_events_after(("workload",), upto, 100) == ([], upto)
+    part, upto = store.read_events_after(("workload",), found[0][0], 2)
+    assert [item.record.seq for _, item in part] == [3, 5] and upto == part[-1][0], "cut short: go on from there"
+
+
+def test_utilisation_is_kept_by_the_minute_and_no_longer_than_asked(store: Store) -> None:
+    for minute in range(100, 110):
+        store.put_utilisation(minute, {"n": minute}, 5)
+    assert [minute for minute, _ in store.read_utilisation(0, 100)] == [105, 106, 107, 108, 109] and store.read_utilisation(107, 2) == [(108, {"n": 108}), (109, {"n": 109})]
+
+
+def test_ended_workloads_are_forgotten_by_age_and_by_number_with_their_placements(store: Store) -> None:
+    rows = [workload(f"w{n}", "done" if n % 2 else "cancelled", changed_ms=n) for n in range(6)] + [workload("live", "placed", changed_ms=0), workload("waits", changed_ms=0)]
+    store.commit_workloads(WorkloadChanges({row.id: row for row in rows}, {(row.id, 1): PlacementRow(row.id, 1, "n", {}, 0, 1) for row in rows}))
+    assert sorted(store.forget_workloads(2, 3)) == ["w0", "w1", "w2"]
+    assert {row.id for row in store.workloads()} == {"w3", "w4", "w5", "live", "waits"} and store.read_placements("w1") == [] and len(store.read_placements("w3")) == 1

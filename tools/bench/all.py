@@ -24,6 +24,7 @@ BENCHES = (
     "vbp",
     "openb",
     "scheduler_batch",
+    "scheduler_concurrency",
 )
 
 

@@ -19,6 +19,7 @@ from .journal import check as check_journal
 from .journal import show as show_journal
 from .journal import summary as journal_summary
 from .verify import verify_edge
+from .workloads import add_commands, explain_workload
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     set_.add_argument("what", choices=("rules", "twin", "command"))
     set_.add_argument("values", nargs="+")
     set_.add_argument("--expires", type=float, default=300, help="seconds until a command expires")
-    explain = command("explain", _explain, "why a decision was made: EDGE/SEQ")
-    explain.add_argument("decision", help="EDGE/SEQ, or SEQ with --edge-api")
+    explain = command("explain", _explain, "why a decision was made: EDGE/SEQ; why a workload is where it is, or waits: workload ID")
+    explain.add_argument("decision", help="EDGE/SEQ, or SEQ with --edge-api; or the word workload")
+    explain.add_argument("workload", nargs="?", default="", help="the workload's id")
+    add_commands(command, _print)
     verify = command("verify", _verify, "prove that the hub holds exactly what the edges journalled")
     verify.add_argument("edges", nargs="*", help="default: all")
     journal = command("journal", _journal, "look into a journal on disk: summary, check, show STREAM")
@@ -178,6 +181,10 @@ def _set(options: Any) -> int:
 
 
 def _explain(options: Any) -> int:
+    if options.decision == "workload":
+        return explain_workload(options, options.workload, _print, _plain)
+    if options.workload:
+        raise CommandError(f"explain: {options.workload!r} is too much; give EDGE/SEQ, or workload ID")
     edge, _, seq = options.decision.rpartition("/")
     if not seq.isdigit():
         raise CommandError(f"explain: {options.decision!r} is not EDGE/SEQ; novactl get decisions lists them")

@@ -1,0 +1,38 @@
+"""Workloads as hub and edge speak of them: what shall run (desired state), what became of it (`workload` records), what a node has (`node.capacity`)."""
+
+from .schema import Field
+
+KINDS = ("vm", "container", "function", "batch")
+"""What a workload can be."""
+
+RUNNING, STOPPED = "running", "stopped"
+
+REPORTED = ("accepted", "running", "refused", "stopped", "done", "failed")
+"""What an edge says of a placement. The last four end it."""
+
+ENDED = frozenset(("refused", "stopped", "done", "failed"))
+"""After one of these the edge holds nothing of that placement any more."""
+
+NODE_KINDS = ("edge", "hybrid", "cloud", "gpu", "storage")
+"""What a node can be; edges and hybrids keep what they run while nobody hears of them."""
+
+WORKLOAD_FIELDS = (
+    Field("id", "id", "the workload's name"),
+    Field("epoch", "integer", "the fencing epoch: grows with every placement; an older one must not run", minimum=1),
+    Field("wanted", "enum", "whether it shall run here; what is not listed shall not run either", choices=(RUNNING, STOPPED)),
+    Field("kind", "enum", "what it is", required=False, default="container", choices=KINDS),
+    Field("image", "string", "what to run", required=False, default=""),
+    Field("requests", "object", "resources that are set aside: cpu in milli-CPU, memory and disk in bytes, network in kbit/s", required=False, default={}, max_items=64),
+    Field("gpus", "array", "GPU devices that are set aside, by their place in the node's `gpus`", required=False, default=[], max_items=16),
+    Field("numa", "array", "shares of NUMA zones: [zone, milli-CPU, bytes]", required=False, default=[], max_items=8),
+    Field("document", "object", "the workload as it was submitted", required=False, default={}, max_items=64),
+)
+"""One entry of `spec.workloads`. A `stopped` one has only the first three; the edge answers it with a `stopped` record, also where it never ran."""
+
+REPORT_FIELDS = (
+    Field("id", "id", "the workload's name"),
+    Field("epoch", "integer", "the epoch of the placement it speaks of", minimum=1),
+    Field("state", "enum", "what became of it", choices=REPORTED),
+    Field("reason", "string", "why", required=False, default=""),
+)
+"""The body of a `workload` record."""

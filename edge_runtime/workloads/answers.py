@@ -1,0 +1,29 @@
+"""What the agent answers to the workloads of desired state while it has no driver for them. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..contract.workloads import STOPPED
+
+
+def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs: Sequence[str], enabled: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Bodies of `workload` records, one for each entry that was not answered before; and which entries are answered now.
+
+    An entry that shall stop is answered `stopped`: nothing of it runs. One that shall run is refused with the reason, so that the hub places it elsewhere.
+    """
+    before, now, reports = set(answered), [], []
+    for entry in entries:
+        key = f"{entry['id']}/{entry['epoch']}/{entry['wanted']}"
+        now.append(key)
+        if key in before:
+            continue
+        if entry["wanted"] == STOPPED:
+            state, reason = "stopped", ""
+        elif not enabled:
+            state, reason = "refused", "workloads are not enabled on this edge"
+        elif entry["kind"] not in runs:
+            state, reason = "refused", f"no driver for kind {entry['kind']} on this edge"
+        else:
+            continue  # its driver answers
+        reports.append({"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason})
+    return reports, now

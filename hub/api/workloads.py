@@ -1,0 +1,235 @@
+"""Handlers of workloads, nodes and the scheduler."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.errors import ContractError
+
+from ..scheduler import Invalid
+from ..store.workloads import FINAL_STATES, LIVE_STATES
+from ..workloads import views
+from ..workloads.documents import name_of, read_list, read_node
+from ..workloads.planner import Planner
+from ..workloads.service import KEEP_MINUTES, Busy
+from .reading import NotKnown, answer, hours_of, limit_of
+
+if TYPE_CHECKING:
+    from ..server import Hub
+
+STATES = (*LIVE_STATES, *FINAL_STATES)
+
+MAX_WORKLOAD_BODY_BYTES = 1_000_000
+"""A list of a thousand workloads of a thousand bytes each."""
+
+MAX_POINTS = 720
+"""Points of a history: more than a screen has columns to spare; from a longer one every so-manieth is taken."""
+
+
+async def body_of(request: web.Request) -> Any:
+    """The request's JSON: any value. Raises `ContractError`."""
+    return jsoncodec.decode(await request.clone(client_max_size=MAX_WORKLOAD_BODY_BYTES).read(), MAX_WORKLOAD_BODY_BYTES)
+
+
+async def object_of(request: web.Request) -> dict[str, Any]:
+    """The request's JSON object; an empty body is an empty one. Raises `ContractError`."""
+    raw = await request.read()
+    value = jsoncodec.decode(raw) if raw else {}
+    if not isinstance(value, dict):
+        raise ContractError("body", f"is {type(value).__name__}, not an object", "send a JSON object", "type")
+    return value
+
+
+class WorkloadApi:
+    """Mixed into `HubApi`."""
+
+    _hub: "Hub"
+
+    # -- workloads -----------------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: web.Request) -> web.Response:
+        """See the table."""
+        rows = await self._hub.workloads.submit(read_list(await body_of(request)))
+        return answer({"workloads": await self._hub.workloads.look(lambda planner: [views.workload_view(planner, row) for row in rows])})
+
+    async def workloads(self, request: web.Request) -> web.Response:
+        """See the table."""
+        state, node, limit = request.query.get("state"), request.query.get("node"), limit_of(request)
+        if state is not None and state not in STATES:
+            raise ContractError("state", f"{state[:40]!r} is unknown", f"use {', '.join(STATES)}")
+        found = []
+        for row in reversed(self._hub.workloads.rows.values()):
+            if (state is None or row.state == state) and (node is None or row.node == node):
+                found.append(row)
+                if len(found) == limit:
+                    break
+        return answer(await self._hub.workloads.look(lambda planner: [views.workload_view(planner, row) for row in found]))
+
+    def _workload(self, request: web.Request) -> str:
+        name = request.match_info["workload"]
+        if name not in self._hub.workloads.rows:
+            raise NotKnown("workload", f"{name[:64]!r} is not known", "list /api/v1/workloads")
+        return name
+
+    async def workload(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name = self._workload(request)
+        past = await self._hub.read(lambda: self._hub.store.read_placements(name))
+        row = self._hub.workloads.rows.get(name)
+        if row is None:
+            raise NotKnown("workload", f"{name!r} was forgotten just now", "list /api/v1/workloads")
+        shown = await self._hub.workloads.look(lambda planner: views.workload_view(planner, row))
+        return answer({**shown, "placements": [views.placement_view(placement) for placement in past]})
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name = self._workload(request)
+        await self._hub.workloads.ask(lambda planner, now: planner.cancel(name, now))
+        row = self._hub.workloads.rows[name]
+        return answer(await self._hub.workloads.look(lambda planner: views.workload_view(planner, row)))
+
+    async def explain_workload(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name = self._workload(request)
+
+        def explained(planner: Planner) -> dict[str, Any] | None:
+            return views.explain(planner, name, self._hub.workloads.now_ms()) if name in planner.tables.items else None
+
+        said = await self._hub.workloads.look(explained)
+        if said is None:
+            raise NotKnown("workload", f"the document of {name!r} cannot be read any more", "see its reason")
+        return answer(said)
+
+    async def what_if(self, request: web.Request) -> web.Response:
+        """See the table."""
+        value = await body_of(request)
+        if not isinstance(value, dict):
+            raise Invalid("body", f"is {type(value).__name__}, not an object", "send workloads, lose or add")
+        unknown = sorted(set(value) - {"workloads", "lose", "add"})
+        if unknown:
+            raise Invalid(unknown[0][:80], "is not known here", "send workloads, lose or add")
+        parts = {key: value.get(key, []) for key in ("workloads", "lose", "add")}
+        for key, part in parts.items():
+            if not isinstance(part, list) or len(part) > views.MAX_WHAT_IF:
+                raise Invalid(key, "is not a list, or too long", f"send a list of at most {views.MAX_WHAT_IF}")
+        entries = read_list(parts["workloads"]) if parts["workloads"] else []
+        lose = [name_of(name, f"lose[{index}]") for index, name in enumerate(parts["lose"])]
+        add = []
+        for index, node in enumerate(parts["add"]):
+            name = name_of(node.get("name") if isinstance(node, dict) else None, f"add[{index}].name")
+            add.append(read_node(node, name)[1])
+        now = self._hub.workloads.now_ms()
+        trial = await self._hub.workloads.look(lambda planner: planner.scheduler.on(planner.state.snapshot()))
+        return answer(await self._hub.think(lambda: views.what_if(trial, entries, lose, add, now)))
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------------
+
+    def _node(self, request: web.Request) -> str:
+        name = request.match_info["node"]
+        if name not in self._hub.workloads.planner.tables.nodes:
+            raise NotKnown("node", f"{name[:64]!r} is not known", "list /api/v1/nodes")
+        return name
+
+    async def nodes(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await self._hub.workloads.look(lambda planner: [views.node_view(planner, name) for name in planner.tables.nodes]))
+
+    async def _shown(self, name: str) -> web.Response:
+        return answer(await self._hub.workloads.look(lambda planner: views.node_view(planner, name) if name in planner.tables.nodes else {"node": name, "status": "gone"}))
+
+    async def put_node(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name, value = name_of(request.match_info["node"], "node"), await object_of(request)
+        read_node(value, name)
+        await self._hub.workloads.ask(lambda planner, now: planner.put_node(name, value, "declared", now))
+        return await self._shown(name)
+
+    async def delete_node(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name = self._node(request)
+        row = self._hub.fleet.rows.get(name)
+        await self._hub.workloads.ask(lambda planner, now: planner.remove_node(name, row is not None and row.state == "online", now))
+        return answer({"node": name, "status": "gone"})
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """See the table."""
+        return await self._cordon(request, "drain")
+
+    async def cordon(self, request: web.Request) -> web.Response:
+        """See the table."""
+        return await self._cordon(request, "cordon")
+
+    async def uncordon(self, request: web.Request) -> web.Response:
+        """See the table."""
+        return await self._cordon(request, "")
+
+    async def _cordon(self, request: web.Request, how: str) -> web.Response:
+        name = self._node(request)
+        await self._hub.workloads.ask(lambda planner, now: planner.cordon(name, how, now))
+        return await self._shown(name)
+
+    # -- budgets and the whole -----------------------------------------------------------------------------------------------
+
+    async def budgets(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await self._hub.workloads.look(lambda planner: [{**document, "name": name} for name, document in planner.tables.budgets.items()]))
+
+    async def put_budget(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name, value = name_of(request.match_info["budget"], "budget"), await object_of(request)
+        await self._hub.workloads.ask(lambda planner, _: planner.put_budget(name, value))
+        return answer({**value, "name": name})
+
+    async def delete_budget(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name = request.match_info["budget"]
+        if not await self._hub.workloads.ask(lambda planner, _: planner.remove_budget(name)):
+            raise NotKnown("budget", f"{name[:64]!r} is not known", "list /api/v1/budgets")
+        return answer({"budget": name, "known": False})
+
+    async def quotas(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await self._hub.workloads.look(lambda planner: [{**document, "tenant": tenant} for tenant, document in planner.tables.quotas.items()]))
+
+    async def put_quota(self, request: web.Request) -> web.Response:
+        """See the table."""
+        tenant, value = name_of(request.match_info["tenant"], "quota"), await object_of(request)
+        await self._hub.workloads.ask(lambda planner, _: planner.put_quota(tenant, value))
+        return answer({**value, "tenant": tenant})
+
+    async def delete_quota(self, request: web.Request) -> web.Response:
+        """See the table."""
+        tenant = request.match_info["tenant"]
+        if not await self._hub.workloads.ask(lambda planner, _: planner.remove_quota(tenant)):
+            raise NotKnown("quota", f"{tenant[:64]!r} has none", "list /api/v1/quotas")
+        return answer({"tenant": tenant, "known": False})
+
+    async def scheduler(self, request: web.Request) -> web.Response:
+        """See the table."""
+        hours, service = hours_of(request, KEEP_MINUTES / 60), self._hub.workloads
+        since = int(self._hub.now_ms() - hours * 3_600_000) // 60_000
+        history = await self._hub.read(lambda: self._hub.store.read_utilisation(since, KEEP_MINUTES))
+        step = max(1, -(-len(history) // MAX_POINTS))
+        now = await service.look(views.usage)
+        waits, decisions = sorted(service.waits_ms), sorted(service.decisions_ms)
+        return answer({
+            "now": now, "history": [{"minute": minute, **document} for minute, document in history[::-1][::step][::-1]], "counters": dict(service.counters),
+            "submit_ms": _percentiles(waits), "decision_ms": _percentiles(decisions),
+        })
+
+
+def _percentiles(values: list[float]) -> dict[str, Any]:
+    """Of sorted milliseconds; null where nothing was measured yet."""
+    return {name: round(values[min(len(values) - 1, int(share * len(values)))], 3) if values else None for name, share in (("p50", 0.5), ("p99", 0.99))} | {"count": len(values)}
+
+
+def error_answer(error: Exception) -> web.Response | None:
+    """What the scheduler's errors are to a caller; None for others."""
+    from ..workloads.documents import Conflict
+
+    if not isinstance(error, Invalid | Conflict | Busy):
+        return None
+    status = 400 if isinstance(error, Invalid) else 409 if isinstance(error, Conflict) else 503
+    return web.Response(text=json.dumps({"field": error.field or "body", "problem": error.problem, "remedy": error.remedy}), content_type="application/json", status=status)

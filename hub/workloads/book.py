@@ -1,0 +1,264 @@
+"""The book of placements: rows and the scheduler's state changed together, all of it or nothing. Pure: no clock, no store, no network.
+
+A *placement* is capacity that a workload holds on a node, from a time to a time, under an epoch of its own. A workload that moves off a node with an agent holds two: the
+old one until the agent says that it has stopped, and the new one, of which its node is told only then. So at no time are two copies wanted.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edge_runtime.contract.workloads import RUNNING, STOPPED
+
+from ..scheduler import Invalid, Node, Scheduler, Seat, State, Workload, parse
+from ..scheduler.state import SILENT, UP
+from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
+from .documents import Submitted, read_node
+from .ledger import Ledger
+
+MAX_REASON = 500
+"""Characters of a reason that is kept."""
+
+PREEMPTED = "preempted by "
+"""Why a placement ends that makes room; the name of the workload follows."""
+
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Tables:
+    """What is kept, and indices over it."""
+
+    rows: dict[str, WorkloadRow] = field(default_factory=dict)
+    nodes: dict[str, NodeRow] = field(default_factory=dict)
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quotas: dict[str, dict[str, Any]] = field(default_factory=dict)
+    open: dict[Key, PlacementRow] = field(default_factory=dict)
+    closed: dict[Key, PlacementRow] = field(default_factory=dict)
+    """Placements that the plan under way ended."""
+    items: dict[str, Submitted] = field(default_factory=dict)
+    waiting: dict[str, bool] = field(default_factory=dict)
+    epochs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Workload to the epochs of its open placements."""
+    on_node: dict[str, frozenset[Key]] = field(default_factory=dict)
+    room: dict[str, tuple[Key, ...]] = field(default_factory=dict)
+    """Workload to the placements that are on their way out for it."""
+    dirty: dict[str, bool] = field(default_factory=dict)
+    """Nodes with an agent whose desired state may have changed."""
+
+
+class Book:
+    """One caller at a time. Changes are made between `begin` and `undo` or `keep`."""
+
+    def __init__(self, seed: int = 0, scheduler: Callable[[State], Scheduler] = Scheduler) -> None:
+        self.scheduler = scheduler(State(seed))
+        self.tables = Tables()
+        self.ledger = Ledger()
+        self._marks: list[tuple[int, int]] = []
+        self.started_ms = 0
+        self.version = 0
+        """Grows when capacity may have come free: what waits is tried again then."""
+
+    @property
+    def state(self) -> State:
+        """The scheduler's."""
+        return self.scheduler.state
+
+    # -- plans ---------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start a plan, or a part of one."""
+        self._marks.append((self.ledger.mark(), self.state.begin()))
+
+    def undo(self) -> None:
+        """Take back everything since the last `begin`."""
+        ledger, state = self._marks.pop()
+        self.ledger.undo(ledger)
+        self.state.undo(state)
+        self.version += 1
+
+    def keep(self) -> None:
+        """Let everything since the last `begin` stand."""
+        _, state = self._marks.pop()
+        self.state.keep(state)
+        if not self._marks:
+            self.ledger.forget()
+            self.tables.closed.clear()
+
+    def changes(self) -> WorkloadChanges:
+        """What the plan under way would write."""
+        tables, touched = self.tables, self.ledger.touched
+        placements = dict.fromkeys([*touched(tables.open), *touched(tables.closed)])
+        return WorkloadChanges(
+            workloads={key: tables.rows.get(key) for key in touched(tables.rows)},
+            placements={key: tables.open.get(key) or tables.closed.get(key) for key in placements},
+            nodes={key: tables.nodes.get(key) for key in touched(tables.nodes)},
+            budgets={key: tables.budgets.get(key) for key in touched(tables.budgets)},
+            quotas={key: tables.quotas.get(key) for key in touched(tables.quotas)},
+        )
+
+    # -- from the store ------------------------------------------------------------------------------------------------------
+
+    def load(self, nodes: Iterable[NodeRow], rows: Iterable[WorkloadRow], placements: Iterable[PlacementRow], budgets: Mapping[str, dict[str, Any]],
+             quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int) -> list[str]:
+        """Build the state from the rows, once, at start; what no longer makes sense is set right and named in what is returned."""
+        problems: list[str] = []
+        self.started_ms = now_ms
+        self.begin()
+        for node in nodes:
+            self.tables.nodes[node.name] = node
+            try:
+                self.describe(node, read_node(node.document, node.name, agent=node.origin == "edge")[1], now_ms)
+            except Invalid as error:
+                problems.append(f"node {node.name}: {error}")
+            if node.origin == "edge" and node.name in self.state.node_index:
+                self.state.set_status(node.name, SILENT)
+                self.tables.dirty[node.name] = True
+        for row in rows:
+            self.tables.rows[row.id] = row
+            try:
+                self.tables.items[row.id] = read(row.document)
+            except Invalid as error:
+                problems.append(f"workload {row.id}: {error}")
+                if row.state not in FINAL_STATES:
+                    self.set(replace(row, state="failed", node="", reason=short(str(error)), changed_ms=now_ms))
+                continue
+            if row.state == "pending":
+                self.tables.waiting[row.id] = True
+        for placement in placements:
+            problem = self._adopt(placement, now_ms)
+            if problem:
+                problems.append(problem)
+        for row in list(self.tables.rows.values()):  # placed, and no placement: the store was damaged, or edited
+            if row.state in ("placed", "ending") and row.epoch not in self.tables.epochs.get(row.id, ()):
+                problems.append(f"workload {row.id}: it is {row.state}, but holds no place")
+                self.set(replace(row, state="pending" if row.state == "placed" else "cancelled", node="", reason="its placement was lost", changed_ms=now_ms))
+        self.tables.budgets.update(budgets)
+        for tenant, document in quotas.items():
+            self.tables.quotas[tenant] = document
+            self.state.set_quota(parse.quota({**document, "tenant": tenant}))
+        return problems
+
+    def describe(self, row: NodeRow, node: Node, now_ms: int) -> None:
+        self.state.add_nodes([replace(node, unschedulable=node.unschedulable or bool(row.cordon))], now_ms)
+
+    def _adopt(self, placement: PlacementRow, now_ms: int) -> str:
+        row, item, index = self.tables.rows.get(placement.workload), self.tables.items.get(placement.workload), self.state.node_index.get(placement.node)
+        key = (placement.workload, placement.epoch)
+        gpus = placement.seat.get("gpus", [])
+        if row is None or item is None or index is None or row.state == "failed" or any(not 0 <= gpu < len(self.state.nodes[index].gpus) for gpu in gpus):
+            self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why="its node or workload is unknown"))
+            return f"placement {placement.workload}/{placement.epoch} on {placement.node} fits nothing that is known: it has ended"
+        if placement.epoch == row.epoch and row.state == "placed":
+            self.state.adopt(item.item, self._seat(index, placement.seat), placement.from_ms)
+        else:
+            self._haunt(item.item, key, self._seat(index, placement.seat), placement.from_ms)
+            if placement.why.startswith(PREEMPTED):
+                other = placement.why.removeprefix(PREEMPTED)
+                self.tables.room[other] = (*self.tables.room.get(other, ()), key)
+        self.tables.open[key] = placement
+        self.index(placement, add=True)
+        return ""
+
+    @staticmethod
+    def _seat(index: int, seat: Mapping[str, Any]) -> Seat:
+        return Seat(index, tuple(seat.get("gpus", ())), tuple((zone, cpu, memory) for zone, cpu, memory in seat.get("numa", ())))
+
+    # -- rows ----------------------------------------------------------------------------------------------------------------
+
+    def set(self, row: WorkloadRow) -> None:
+        self.ledger.put(self.tables.rows, row.id, row)
+        self.ledger.put(self.tables.waiting, row.id, True if row.state == "pending" else None)
+
+    def index(self, placement: PlacementRow, *, add: bool) -> None:
+        tables, key = self.tables, (placement.workload, placement.epoch)
+        epochs, there = tables.epochs.get(placement.workload, ()), tables.on_node.get(placement.node, frozenset())
+        self.ledger.put(tables.epochs, placement.workload, ((*epochs, placement.epoch) if add else tuple(epoch for epoch in epochs if epoch != placement.epoch)) or None)
+        self.ledger.put(tables.on_node, placement.node, (there | {key} if add else there - {key}) or None)
+        self.soil(placement.node)
+        # Another placement of it may have waited for this one to end.
+        for epoch in tables.epochs.get(placement.workload, ()):
+            other = tables.open.get((placement.workload, epoch))
+            if other is not None:
+                self.soil(other.node)
+
+    def soil(self, node: str) -> None:
+        if self.is_agent(node):
+            self.ledger.put(self.tables.dirty, node, True)
+
+    def is_agent(self, node: str) -> bool:
+        """Whether an agent runs there, which has to be told and has to answer."""
+        row = self.tables.nodes.get(node)
+        return row is not None and row.origin == "edge"
+
+    def is_up(self, node: str) -> bool:
+        """Whether the node is heard from."""
+        index = self.state.node_index.get(node)
+        return index is not None and int(self.state.status[index]) == UP
+
+    def current(self, workload: str) -> PlacementRow | None:
+        row = self.tables.rows.get(workload)
+        return None if row is None or row.state not in ("placed", "ending") else self.tables.open.get((workload, row.epoch))
+
+    def close(self, placement: PlacementRow, now_ms: int, why: str) -> None:
+        """The placement holds nothing any more."""
+        key, row = (placement.workload, placement.epoch), self.tables.rows[placement.workload]
+        self.state.release(row.id if row.state == "placed" and row.epoch == placement.epoch else ghost(key))
+        self.ledger.put(self.tables.open, key, None)
+        self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why=short(why)))
+        self.index(placement, add=False)
+        self.version += 1
+
+    def leave(self, placement: PlacementRow, now_ms: int, why: str) -> None:
+        """The current placement of a placed workload is given up: at once without an agent, else it holds its capacity until the agent has stopped it."""
+        if not self.is_agent(placement.node):
+            self.close(placement, now_ms, why)
+            return
+        key = (placement.workload, placement.epoch)
+        item, seat = self.state.workload(placement.workload), self.state.seat(placement.workload)
+        assert item is not None and seat is not None
+        self.state.release(placement.workload)
+        self._haunt(item, key, seat, now_ms)
+        self.ledger.put(self.tables.open, key, replace(placement, why=short(why)))
+        self.soil(placement.node)
+
+    def _haunt(self, item: Workload, key: Key, seat: Seat, now_ms: int) -> None:
+        """What is on its way out holds its seat under a name of its own; nobody can preempt it once more."""
+        self.state.adopt(replace(item, id=ghost(key), preemptible=False), seat, now_ms)
+        self.state.set_ending(ghost(key))
+
+    # -- what is wanted of nodes ---------------------------------------------------------------------------------------------
+
+    def wanted(self, node: str) -> list[dict[str, Any]]:
+        """`spec.workloads` of a node with an agent: what shall run there and what shall stop. A placement is told when the one before has ended."""
+        out = []
+        for key in sorted(self.tables.on_node.get(node, ())):
+            placement, row = self.tables.open[key], self.tables.rows[key[0]]
+            if placement.epoch != row.epoch or row.state != "placed":
+                out.append({"id": row.id, "epoch": placement.epoch, "wanted": STOPPED})
+            elif len(self.tables.epochs[row.id]) == 1:
+                shape = self.tables.items[row.id].item.shape
+                out.append({
+                    "id": row.id, "epoch": placement.epoch, "wanted": RUNNING, "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests),
+                    "gpus": placement.seat.get("gpus", []), "numa": placement.seat.get("numa", []), "document": row.document,
+                })
+        return out
+
+    def clean(self, node: str) -> None:
+        """The node was told; outside of plans."""
+        self.tables.dirty.pop(node, None)
+
+    def forget(self, workloads: Iterable[str]) -> None:
+        """Rows that the store no longer has; outside of plans."""
+        for name in workloads:
+            self.tables.rows.pop(name, None)
+            self.tables.items.pop(name, None)
+
+
+def ghost(key: Key) -> str:
+    """What the state calls a placement that is on its way out; no id has a NUL."""
+    return f"{key[0]}\0{key[1]}"
+
+
+def short(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()[:MAX_REASON]

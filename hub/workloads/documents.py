@@ -1,0 +1,132 @@
+"""Documents as they are submitted, checked and read as the scheduler's model. Pure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.limits import MAX_WORKLOAD_BYTES, MAX_WORKLOADS
+from edge_runtime.contract.schema import ID_PATTERN
+from edge_runtime.contract.workloads import KINDS
+
+from ..scheduler import Invalid, Node, Workload, parse
+from ..scheduler.parse import MAX_TIME_MS
+from ..scheduler.units import SLOTS, whole
+
+MAX_LIST = 1_000
+"""Workloads of one request: it is one transaction, and its decisions are under a second."""
+
+MAX_DOCUMENT_DEPTH = 10
+"""Levels of one document: with those of desired state around it within what a message may have."""
+
+RUNS = "novacron.runs/"
+"""Prefix of the node labels that say which kinds of workload a node has a driver for; set by the hub alone."""
+
+HUB_KEYS = ("lost_after_ms", "spec")
+"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, and what the driver wants to know."""
+
+
+class Conflict(ValueError):
+    """What is asked contradicts what stands: field, problem, remedy."""
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field}: {problem}; {remedy}")
+        self.field, self.problem, self.remedy = field, problem, remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """One workload: the document, what the scheduler sees of it, and after how long of silence of its node it moves (ms; None: as the node's kind says)."""
+
+    document: dict[str, Any]
+    item: Workload
+    lost_after_ms: int | None = None
+
+
+def checked(value: Any, field: str) -> dict[str, Any]:
+    """A document as the hub can keep and send it. Raises `Invalid`."""
+    if not isinstance(value, dict):
+        raise Invalid(field, f"is {type(value).__name__}, not an object", "send a JSON object")
+    try:
+        jsoncodec.check_tree(value, field, MAX_DOCUMENT_DEPTH)
+        size = len(jsoncodec.encode(value))
+        json.dumps(value, ensure_ascii=False).encode()
+    except ContractError as error:
+        raise Invalid(field, error.problem, error.remedy) from None
+    except UnicodeEncodeError:
+        raise Invalid(field, "holds half of a surrogate pair", "send whole characters") from None
+    if size > MAX_WORKLOAD_BYTES:
+        raise Invalid(field, f"{size} bytes are over {MAX_WORKLOAD_BYTES}", "keep what is large in the image")
+    return value
+
+
+def name_of(value: Any, field: str) -> str:
+    """A name that may travel to edges. Raises `Invalid`."""
+    if not isinstance(value, str) or not ID_PATTERN.match(value):
+        raise Invalid(field, f"{str(value)[:80]!r} is not a name", "use 1 to 64 letters, digits, _ . : -, a letter or digit first")
+    return value
+
+
+def read_workload(value: Any, field: str = "workload") -> Submitted:
+    """One workload. Raises `Invalid`."""
+    document = checked(value, field)
+    name_of(document.get("id"), f"{field}.id")
+    lost = document.get("lost_after_ms")
+    if not isinstance(document.get("spec", {}), dict):
+        raise Invalid(f"{field}.spec", f"is {type(document['spec']).__name__}, not an object", "send what the driver wants to know as an object")
+    item = parse.workload({key: part for key, part in document.items() if key not in HUB_KEYS}, field)
+    for key, _ in item.shape.node_selector:
+        if key.startswith(RUNS):
+            raise Invalid(f"{field}.node_selector.{key}", "is the hub's own", "leave it out: the kind of the workload asks for it")
+    shape = replace(item.shape, node_selector=tuple(sorted((*item.shape.node_selector, (RUNS + item.shape.kind.value, "true")))))
+    return Submitted(document, replace(item, shape=shape), None if lost is None else whole(lost, f"{field}.lost_after_ms", 1, MAX_TIME_MS))
+
+
+def read_list(value: Any) -> list[Submitted]:
+    """What a request submits: one workload, or a list of them. Raises `Invalid`; nothing of a list counts where one is wrong."""
+    several = isinstance(value, list)
+    values: Sequence[Any] = value if several else [value]
+    if not values or len(values) > MAX_LIST:
+        raise Invalid("body", f"has {len(values)} workloads", f"send 1 to {MAX_LIST}")
+    found = [read_workload(entry, f"workloads[{index}]" if several else "workload") for index, entry in enumerate(values)]
+    seen: set[str] = set()
+    for index, entry in enumerate(found):
+        if entry.item.id in seen:
+            raise Invalid(f"workloads[{index}].id", f"{entry.item.id!r} stands twice", "give each workload its own id")
+        seen.add(entry.item.id)
+    return found
+
+
+def read_node(value: Any, name: str, *, agent: bool = False) -> tuple[dict[str, Any], Node]:
+    """A node's document, and the node; `runs` (all kinds where it is missing) become labels. Raises `Invalid`.
+
+    Args:
+        agent: an agent told it: it watches no more workloads than one desired state holds.
+    """
+    document = {**checked(value, "node"), "name": name}
+    if value.get("name", name) != name:
+        raise Invalid("node.name", f"{str(value['name'])[:64]!r} is not {name!r}", "leave it out")
+    runs = document.get("runs", list(KINDS))
+    if not isinstance(runs, list) or any(kind not in KINDS for kind in runs):
+        raise Invalid("node.runs", f"{str(runs)[:80]} is not a list of workload kinds", f"use some of {', '.join(KINDS)}")
+    node = parse.node({key: part for key, part in document.items() if key != "runs"})
+    for key, _ in node.labels:
+        if key.startswith(RUNS):
+            raise Invalid(f"node.labels.{key}", "is the hub's own", "list the kind in `runs`")
+    labels = tuple(sorted((*node.labels, *((RUNS + kind, "true") for kind in set(runs)))))
+    capacity = dict(node.capacity)
+    if agent:
+        capacity[SLOTS] = min(MAX_WORKLOADS, capacity.get(SLOTS, MAX_WORKLOADS))
+    return document, replace(node, labels=labels, capacity=tuple(sorted(capacity.items())))
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first key in which two documents differ; empty where they are the same."""
+    # As text, since to Python 1, 1.0 and true are equal.
+    return next((key for key in sorted({*old, *new}) if (key in old) != (key in new) or _text(old[key]) != _text(new[key])), "")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

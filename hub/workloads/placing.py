@@ -1,0 +1,257 @@
+"""Placing: one workload, a gang, with room made by moving others where priority or a quota gives the right to it. Pure."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from edge_runtime.contract.limits import MAX_INTEGER
+from edge_runtime.contract.workloads import KINDS
+
+from ..scheduler import Decision, Invalid, Placed, Shape, Workload, preempt, quota, refuse_cycles
+from ..scheduler import gang as gangs
+from ..scheduler.model import GpuRequest
+from ..scheduler.reasons import Bools
+from ..store.workloads import FINAL_STATES, PlacementRow, WorkloadRow
+from .book import PREEMPTED, Book, short
+from .documents import Conflict, Submitted, difference
+
+MAX_LIVE = 100_000
+"""Workloads that wait or are placed: their rows and arrays take about 4 kB each."""
+
+
+class Placing(Book):
+    """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
+
+    def submit(self, entries: Sequence[Submitted], now_ms: int) -> list[str]:
+        """Take workloads in and place what can be placed; returns the ids. What is there already is left as it stands. Raises `Invalid` or `Conflict`."""
+        fresh: list[Submitted] = []
+        for entry in entries:
+            self.scheduler.ranker.check(entry.item.shape.weights)
+            known = self.tables.rows.get(entry.item.id)
+            if known is None:
+                fresh.append(entry)
+                continue
+            other = difference(known.document, entry.document)
+            if other:
+                raise Conflict(f"workload.{other}", f"{entry.item.id!r} is known with another {other}", "cancel it and use another id, or send the document that stands")
+        if len(self.tables.rows) + len(fresh) > MAX_LIVE:
+            raise Conflict("workload", f"{MAX_LIVE} are known already", "cancel some, or run another hub")
+        if len(fresh) > 1:
+            refuse_cycles([entry.item for entry in fresh], self._live_shapes(), self.state.namespaces)
+        for entry in fresh:
+            self.ledger.put(self.tables.items, entry.item.id, entry)
+            self.set(WorkloadRow(entry.item.id, entry.document, created_ms=now_ms, changed_ms=now_ms, reason="not looked at yet"))
+        # What other workloads of the request wait for by affinity may come after them in the list.
+        left = [entry.item.id for entry in fresh]
+        while left:
+            waits = [workload for workload in left if not self.attempt(workload, now_ms)]
+            if len(waits) == len(left) or not any(self.tables.items[workload].item.shape.affinity for workload in waits):
+                break
+            left = [workload for workload in waits if self.tables.rows[workload].state == "pending"]
+        return [entry.item.id for entry in entries]
+
+    def _live_shapes(self) -> list[Shape]:
+        return [klass.shape for klass in self.state.classes if klass is not None and self.state.class_live[klass.id]]
+
+    def attempt(self, workload: str, now_ms: int) -> bool:
+        """Place a waiting workload, or its whole gang, or keep the reason why not."""
+        item = self.tables.items[workload].item
+        if self.tables.rows[workload].state != "pending":
+            return True
+        if item.gang:
+            return self._attempt_gang(item, now_ms)
+        reason = self._place(workload, now_ms)
+        if reason:
+            self._waits(workload, reason, now_ms)
+        return not reason
+
+    def _attempt_gang(self, one: Workload, now_ms: int) -> bool:
+        """All members or none; those of a gang that stands already (one was lost) come back one by one."""
+        members = [row for row in self.tables.rows.values() if (known := self.tables.items.get(row.id)) is not None and known.item.gang == one.gang and row.state not in FINAL_STATES]
+        if any(row.state == "placed" for row in members):
+            reason = self._place(one.id, now_ms)
+            if reason:
+                self._waits(one.id, reason, now_ms)
+            return not reason
+        waiting = [row for row in members if row.state == "pending"]
+        if len(waiting) < one.gang_size:
+            self._waits(one.id, f"gang {one.gang}: waits for {one.gang_size - len(waiting)} more of {one.gang_size} members", now_ms)
+            return False
+        reason = self._place_gang([self.tables.items[row.id].item for row in waiting], waiting, now_ms)
+        for row in waiting if reason else ():
+            self._waits(row.id, f"gang {one.gang}: {reason}", now_ms)
+        return not reason
+
+    def _place_gang(self, items: Sequence[Workload], rows: Sequence[WorkloadRow], now_ms: int) -> str:
+        for tenant in {item.tenant for item in items}:
+            refusal = quota.refusal(self.state, _together([item for item in items if item.tenant == tenant]))
+            if refusal:
+                return refusal
+        # The search knows no nodes to avoid but those that take nothing new.
+        avoided = {self.state.nodes[node].name for row in rows for node in self._avoided(row, now_ms)}
+        self.begin()
+        held_back = [node for node in avoided if not self.state.cordon[self.state.node_index[node]]]
+        for node in held_back:
+            self.state.set_cordon(node, True)
+        try:
+            found = gangs.reserve(self.scheduler, items, now_ms)
+        except Invalid as error:
+            self.undo()
+            return f"{error.field} {error.problem}; {error.remedy}"
+        if isinstance(found, gangs.Refused):
+            self.undo()
+            return found.reason
+        for node in held_back:
+            self.state.set_cordon(node, False)
+        for placed in found.placed:
+            self._book(self.tables.rows[placed.workload], placed, now_ms)
+        self.keep()
+        return ""
+
+    def _avoided(self, row: WorkloadRow, now_ms: int) -> list[int]:
+        return [self.state.node_index[node] for node, (until, *_) in row.avoid.items() if until > now_ms and node in self.state.node_index]
+
+    def _among(self, row: WorkloadRow, now_ms: int, among: Bools | None) -> Bools | None:
+        avoided = self._avoided(row, now_ms)
+        if not avoided:
+            return among
+        allowed = np.ones(self.state.size, np.bool_) if among is None else among.copy()
+        allowed[avoided] = False
+        return allowed
+
+    def _place(self, workload: str, now_ms: int, among: Bools | None = None, *, moving: bool = False) -> str:
+        """Decide and book; the reason where it did not come about.
+
+        Args:
+            moving: it holds its place already: quotas have nothing to say, and nobody goes for it.
+        """
+        row, item = self.tables.rows[workload], self.tables.items[workload].item
+        if row.epoch >= MAX_INTEGER:
+            return "its epochs are used up; submit it under another id"
+        try:
+            refusal = None if moving else quota.refusal(self.state, item)
+            if refusal is None:
+                decision = self.scheduler.decide(item, now_ms, self._among(row, now_ms, among))
+                placed = self.scheduler.commit(decision, now_ms)
+                if placed is not None:
+                    self._book(row, placed, now_ms)
+                    return ""
+                if moving:
+                    return "no other node will do"
+            why_not = refusal if refusal is not None else self._why_not(decision, row, now_ms)
+            return self._make_room(row, item, refusal is not None, why_not, now_ms)
+        except Invalid as error:
+            return f"{error.field} {error.problem}; {error.remedy}"
+
+    def _book(self, row: WorkloadRow, placed: Placed, now_ms: int) -> None:
+        seat = placed.seat
+        held = {"gpus": [int(gpu) for gpu in seat.gpus], "numa": [[int(part) for part in share] for share in seat.numa]}
+        placement = PlacementRow(row.id, row.epoch + 1, placed.node, held, now_ms)
+        self.set(replace(row, state="placed", node=placed.node, epoch=placement.epoch, reason="", changed_ms=now_ms))
+        self.ledger.put(self.tables.open, (row.id, placement.epoch), placement)
+        self.index(placement, add=True)
+        if self.tables.items[row.id].item.shape.labels:
+            self.version += 1  # somebody may wait to be with it
+
+    def _make_room(self, row: WorkloadRow, item: Workload, over_quota: bool, why_not: str, now_ms: int) -> str:
+        """Others go for it, with the least harm: of lower priority, or that borrowed what is its tenant's own. The reason where that does not help, or not yet."""
+        leaving = [key for key in self.tables.room.get(item.id, ()) if key in self.tables.open]
+        if leaving:
+            return f"waits for {len(leaving)} workloads to leave {self.tables.open[leaving[0]].node}"
+        plan = None if over_quota else preempt.plan(self.scheduler, item, now_ms)
+        limits = self.state.quotas.get(item.tenant)
+        if plan is None and limits is not None and limits.cohort and quota.within_nominal(self.state, item):
+            plan = preempt.plan(self.scheduler, item, now_ms, only=quota.borrowers(self.state, limits.cohort, limits.tenant))
+        if plan is None or plan.node in self._avoided(row, now_ms) or any(name not in self.tables.rows for name in plan.victims):
+            return why_not
+        node, why, targets = self.state.nodes[plan.node].name, PREEMPTED + item.id, dict(plan.moves)
+        self.begin()
+        keys = tuple((name, self.tables.rows[name].epoch) for name in plan.victims)
+        for name in plan.victims:
+            if name not in targets or not self.move(name, now_ms, why, self.state.nodes[targets[name].node].name):
+                self.push_out(name, now_ms, why)
+        self.version += 1
+        if self.is_agent(node):
+            self.ledger.put(self.tables.room, item.id, keys)
+            self.keep()
+            return f"waits for {len(keys)} workloads to leave {node}"
+        only = np.zeros(self.state.size, np.bool_)
+        only[plan.node] = True
+        placed = self.scheduler.commit(self.scheduler.decide(item, now_ms, only), now_ms)
+        if placed is None:
+            self.undo()
+            return why_not
+        self._book(row, placed, now_ms)
+        self.keep()
+        return ""
+
+    def _why_not(self, decision: Decision, row: WorkloadRow, now_ms: int) -> str:
+        try:
+            self.scheduler.check(decision.workload)
+        except Invalid as error:
+            return f"{error.field} {error.problem}; {error.remedy}"
+        kind = decision.workload.shape.kind.value
+        reason = self.scheduler.pending(decision).reason
+        if self.tables.nodes and not any(kind in self.runs(node) for node in self.tables.nodes):
+            reason += f"; no node has a driver for {kind}"
+        for node, (until, _, why) in row.avoid.items():
+            if until > now_ms:
+                reason += f"; {node} is left alone for {(until - now_ms + 999) // 1000 // 60} min: {why}"
+        return reason
+
+    def runs(self, node: str) -> list[str]:
+        """The kinds of workload for which a node has a driver."""
+        row = self.tables.nodes.get(node)
+        found: list[str] = row.document.get("runs", list(KINDS)) if row is not None else []
+        return found
+
+    def _waits(self, workload: str, reason: str, now_ms: int) -> None:
+        row = self.tables.rows[workload]
+        if row.reason != short(reason) or row.state != "pending":
+            self.set(replace(row, state="pending", node="", reason=short(reason), changed_ms=now_ms))
+
+    # -- moving --------------------------------------------------------------------------------------------------------------
+
+    def move(self, workload: str, now_ms: int, why: str, to: str = "") -> bool:
+        """To `to`, or to the best other place; nothing changes where there is none."""
+        row, placement = self.tables.rows[workload], self.current(workload)
+        if placement is None or row.state != "placed":
+            return False
+        self.begin()
+        among = np.ones(self.state.size, np.bool_) if not to else np.zeros(self.state.size, np.bool_)
+        if to:
+            among[self.state.node_index[to]] = True
+        among[self.state.node_index[placement.node]] = False
+        self.leave(placement, now_ms, why)
+        self.set(replace(row, state="pending", node="", changed_ms=now_ms))
+        if self._place(workload, now_ms, among, moving=True):
+            self.undo()
+            return False
+        self.keep()
+        return True
+
+    def push_out(self, workload: str, now_ms: int, why: str) -> None:
+        """It gives up its place and waits."""
+        row, placement = self.tables.rows[workload], self.current(workload)
+        if placement is not None and row.state == "placed":
+            self.leave(placement, now_ms, why)
+            self.set(replace(row, state="pending", node="", reason=short(why), changed_ms=now_ms))
+
+    def evict(self, workload: str, now_ms: int, why: str) -> None:
+        """It must leave whether or not there is another place."""
+        self.push_out(workload, now_ms, why)
+        self.attempt(workload, now_ms)
+
+
+def _together(items: Iterable[Workload]) -> Workload:
+    """One workload that asks for what all of them ask, for quotas."""
+    total: dict[str, int] = {}
+    gpu, first = 0, None
+    for item in items:
+        first = first or item
+        for name, amount in item.shape.requests:
+            total[name] = total.get(name, 0) + amount
+        gpu += item.shape.gpu.count * item.shape.gpu.milli if item.shape.gpu is not None else 0
+    assert first is not None
+    return replace(first, shape=replace(first.shape, requests=tuple(sorted(total.items())), gpu=GpuRequest(1, gpu) if gpu else None))

@@ -1,0 +1,241 @@
+"""What is asked of the placing of workloads besides placing: cancel, lose, nodes, what they say, budgets and quotas. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from edge_runtime.contract.workloads import ENDED, RUNNING
+
+from ..scheduler import Budget, Moved, Scheduler, parse
+from ..scheduler.model import Quota
+from ..scheduler.state import GONE
+from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadRow
+from .book import ghost, short
+from .documents import Conflict, name_of, read_node
+from .placing import Placing
+
+MOVES_AT_ONCE = 64
+"""Workloads moved in one go: under 100 ms of work beside which the hub takes records in."""
+
+AVOID_FIRST_MS = 30_000
+AVOID_CAP_MS = 3_600_000
+"""A node that refused a workload is not asked again for so long, doubled with each refusal up to the cap."""
+
+MAX_AVOIDED = 16
+"""Nodes that one workload avoids at once, the newest."""
+
+
+class Planner(Placing):
+    """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
+
+    # -- leaving -------------------------------------------------------------------------------------------------------------
+
+    def cancel(self, workload: str, now_ms: int) -> bool:
+        """Nobody wants it any more: at once where it waits or has no agent, else when its edge says that it stopped. False where it is not known."""
+        row = self.tables.rows.get(workload)
+        if row is None:
+            return False
+        if row.state == "pending":
+            self.set(replace(row, state="cancelled", reason="", changed_ms=now_ms))
+        elif row.state == "placed":
+            placement = self.current(workload)
+            assert placement is not None
+            if self.is_agent(placement.node):
+                self.leave(placement, now_ms, "cancelled")
+                self.set(replace(row, state="ending", reason=f"waits for {placement.node} to stop it", changed_ms=now_ms))
+            else:
+                self.close(placement, now_ms, "cancelled")
+                self.set(replace(row, state="cancelled", node="", reason="", changed_ms=now_ms))
+        return True
+
+    def lose(self, placement: PlacementRow, now_ms: int, why: str) -> None:
+        """The node is gone with what it held."""
+        row = self.tables.rows.get(placement.workload)
+        current = self.current(placement.workload)
+        self.close(placement, now_ms, why)
+        if row is None or current is None or current.epoch != placement.epoch:
+            return
+        if row.state == "ending":
+            self.set(replace(row, state="cancelled", node="", reason="", changed_ms=now_ms))
+        else:
+            self.set(replace(row, state="pending", node="", reason=short(why), changed_ms=now_ms))
+            self.attempt(row.id, now_ms)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------------
+
+    def put_node(self, name: str, value: Any, origin: str, now_ms: int, seq: int = 0) -> NodeRow:
+        """A new node, or a new description of a known one. Raises `Invalid` or `Conflict`."""
+        name_of(name, "node")
+        known = self.tables.nodes.get(name)
+        if known is not None and known.origin == "edge" and origin == "declared":
+            raise Conflict("node", f"{name!r} is an edge that tells by itself what it has", "change the edge's configuration")
+        document, node = read_node(value, name, agent=origin == "edge")
+        row = NodeRow(name, origin, document, known.cordon if known else "", seq, now_ms)
+        self.ledger.put(self.tables.nodes, name, row)
+        self.describe(row, node, now_ms)
+        if known is not None and known.origin != origin:
+            for key in self.tables.on_node.get(name, ()):  # from now on an agent must be told
+                self.soil(self.tables.open[key].node)
+        self.version += 1
+        return row
+
+    def remove_node(self, name: str, online: bool, now_ms: int) -> bool:
+        """The node is gone; what it held is placed anew. False where it is not known; raises `Conflict` for an agent that is there."""
+        row = self.tables.nodes.get(name)
+        if row is None:
+            return False
+        if row.origin == "edge" and online:
+            raise Conflict("node", f"{name!r} is online and would come back", "drain it, and stop its agent first")
+        self.state.set_status(name, GONE)
+        for key in sorted(self.tables.on_node.get(name, ())):
+            self.lose(self.tables.open[key], now_ms, f"{name} was taken out")
+        self.ledger.put(self.tables.nodes, name, None)
+        return True
+
+    def cordon(self, name: str, how: str, now_ms: int) -> bool:
+        """`cordon`, `drain` or empty (takes workloads again). False where the node is not known."""
+        row = self.tables.nodes.get(name)
+        if row is None:
+            return False
+        if row.cordon != how:
+            self.ledger.put(self.tables.nodes, name, replace(row, cordon=how, changed_ms=now_ms))
+        if name in self.state.node_index:
+            self.state.set_cordon(name, bool(how) or bool(row.document.get("unschedulable", False)))
+        self.version += 1
+        if how == "drain":
+            self.drain(name, now_ms)
+        return True
+
+    def drain(self, name: str, now_ms: int) -> list[Moved]:
+        """Move what is on the node, as the scheduler's drain says; what cannot move keeps its place, with the reason."""
+        trial = self.trial(name)
+        moves = trial.drain(name, now_ms)[:MOVES_AT_ONCE]
+        self.apply(moves, now_ms)
+        return moves
+
+    def trial(self, node: str = "") -> Scheduler:
+        """The scheduler on a snapshot without what is on its way out of `node` (or of any)."""
+        trial = self.scheduler.on(self.state.snapshot())
+        for key in self.tables.on_node.get(node, ()) if node else self.tables.open:
+            row = self.tables.rows.get(key[0])
+            if row is None or key[1] != row.epoch or row.state != "placed":
+                trial.release(ghost(key))
+        return trial
+
+    def apply(self, moves: Iterable[Moved], now_ms: int) -> None:
+        for moved in moves:
+            row = self.tables.rows.get(moved.workload)
+            if row is None or row.state != "placed":
+                continue
+            why = moved.reason or f"{moved.source} is left"
+            if moved.to is not None and (self.move(row.id, now_ms, why, moved.to) or self.move(row.id, now_ms, why)):
+                continue
+            if moved.held or moved.to is not None:
+                if row.reason != short(why):
+                    self.set(replace(row, reason=short(f"must leave {moved.source}: {why}"), changed_ms=now_ms))
+            else:
+                self.evict(row.id, now_ms, why)
+
+    def budgets(self) -> None:
+        """A budget allows so many of its workloads to be without a running copy at once; those that are now count."""
+        for name, document in self.tables.budgets.items():
+            budget = parse.budget({**document, "name": name})
+            out = 0
+            for workload in [*self.tables.waiting, *(key for key, epochs in self.tables.epochs.items() if len(epochs) > 1)]:
+                row, item = self.tables.rows.get(workload), self.tables.items.get(workload)
+                out += row is not None and item is not None and row.epoch > 0 and budget.covers(item.item)
+            wanted = replace(budget, allowed=budget.allowed - out)
+            if self.state.budgets.get(name) != wanted:
+                self.state.set_budget(wanted)
+                self.version += 1
+
+    def put_budget(self, name: str, value: Any) -> Budget:
+        """Know a disruption budget. Raises `Invalid`."""
+        name_of(name, "budget")
+        budget = parse.budget({**value, "name": name}, "budget")
+        self.ledger.put(self.tables.budgets, name, {key: part for key, part in value.items() if key != "name"})
+        self.budgets()
+        return budget
+
+    def remove_budget(self, name: str) -> bool:
+        """Forget a budget; False where it is not known."""
+        if name not in self.tables.budgets:
+            return False
+        self.ledger.put(self.tables.budgets, name, None)
+        self.state.set_budget(Budget(name, "", parse.selector({}, "selector"), 0))  # an empty selector covers nothing
+        self.version += 1
+        return True
+
+    def put_quota(self, tenant: str, value: Any) -> Quota:
+        """Know what a tenant may use; what it holds already stays. Raises `Invalid`."""
+        name_of(tenant, "quota")
+        limits = parse.quota({**value, "tenant": tenant}, "quota")
+        self.ledger.put(self.tables.quotas, tenant, {key: part for key, part in value.items() if key != "tenant"})
+        self.state.set_quota(limits)
+        self.version += 1
+        return limits
+
+    def remove_quota(self, tenant: str) -> bool:
+        """Let a tenant use what there is; False where it had no quota."""
+        if tenant not in self.tables.quotas:
+            return False
+        self.ledger.put(self.tables.quotas, tenant, None)
+        self.state.set_quota(Quota(tenant, ()))  # names nothing, so it limits nothing
+        self.version += 1
+        return True
+
+    # -- what edges say ------------------------------------------------------------------------------------------------------
+
+    def capacity(self, edge: str, seq: int, body: Any, now_ms: int) -> None:
+        """A `node.capacity` record. Raises `Invalid`; what the node was stands then."""
+        known = self.tables.nodes.get(edge)
+        if known is not None and known.origin == "edge" and seq <= known.seq:
+            return
+        self.put_node(edge, body, "edge", now_ms, seq)
+
+    def refuse_capacity(self, edge: str, seq: int, problem: str, now_ms: int) -> None:
+        """Keep why a description does not count."""
+        known = self.tables.nodes.get(edge)
+        if known is not None and known.origin == "edge" and seq > known.seq:
+            self.ledger.put(self.tables.nodes, edge, replace(known, seq=seq, problem=short(problem), changed_ms=now_ms))
+
+    def said(self, edge: str, body: Mapping[str, Any], now_ms: int) -> None:
+        """A `workload` record of an edge: body as `REPORT_FIELDS`. What speaks of no open placement there is old news."""
+        key = (body["id"], body["epoch"])
+        placement, row = self.tables.open.get(key), self.tables.rows.get(body["id"])
+        if placement is None or row is None or placement.node != edge:
+            return
+        what, why = body["state"], body["reason"]
+        if what not in ENDED:
+            if placement.said != what:
+                self.ledger.put(self.tables.open, key, replace(placement, said=what))
+            if what == RUNNING and edge in row.avoid:
+                self.set(replace(row, avoid={node: entry for node, entry in row.avoid.items() if node != edge}))
+            return
+        current = self.current(row.id)
+        self.close(replace(placement, said=what), now_ms, why or what)
+        if current is None or current.epoch != placement.epoch:
+            return
+        if row.state == "ending":
+            self.set(replace(row, state="cancelled", node="", reason="", changed_ms=now_ms))
+        elif what in FINAL_STATES:
+            self.set(replace(row, state=what, node="", reason=short(why), changed_ms=now_ms))
+        else:
+            self.refused(replace(row, state="pending", node=""), edge, f"{edge} {what} it: {why or 'no reason given'}", now_ms)
+
+    def refused(self, row: WorkloadRow, node: str, reason: str, now_ms: int) -> None:
+        """It waits again, and leaves the node alone for a while."""
+        count = row.avoid.get(node, [0, 0, ""])[1] + 1
+        until = now_ms + min(AVOID_CAP_MS, AVOID_FIRST_MS << min(count - 1, 20))
+        avoid = {**{name: entry for name, entry in row.avoid.items() if name != node}, node: [until, count, short(reason)]}
+        self.set(replace(row, reason=short(reason), changed_ms=now_ms, avoid=dict(list(avoid.items())[-MAX_AVOIDED:])))
+
+    def untellable(self, node: str, reason: str, now_ms: int) -> bool:
+        """The node's desired state cannot be written: the newest placement there is taken back. False where there is none."""
+        newest = max((self.tables.open[key] for key in self.tables.on_node.get(node, ()) if self.current(key[0]) is self.tables.open[key] and self.tables.rows[key[0]].state == "placed"),
+                     key=lambda placement: (placement.from_ms, placement.workload), default=None)
+        if newest is None:
+            return False
+        self.close(newest, now_ms, reason)
+        self.refused(replace(self.tables.rows[newest.workload], state="pending", node=""), node, f"{node} cannot be told: {reason}", now_ms)
+        return True

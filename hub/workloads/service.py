@@ -1,0 +1,402 @@
+"""The one task that places: takes what waits, decides in memory, writes it in one transaction, only then answers and publishes.
+
+    API, edges' records, the clock -> jobs (bounded) -> planner -> commit (writer thread) -> answers -> desired state
+"""
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.schema import check_fields
+from edge_runtime.contract.workloads import REPORT_FIELDS
+
+from ..fleet import Fleet
+from ..scheduler import Invalid
+from ..store.base import Store, StoredRecord
+from ..store.workloads import WorkloadRow
+from .documents import Conflict, Submitted, read_workload
+from .planner import Planner
+from .rounds import Heard, Rounds
+from .views import usage
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 1_024
+"""Requests that wait for the placing task: sixteen for each of 64 callers at once; past it a caller is told to come again."""
+
+BATCH_MAX = 256
+"""Workloads of one transaction, but for a longer list that came as one: at about 0.3 ms each the others wait under 100 ms."""
+
+YIELD_EVERY = 16
+"""Decisions between two looks at what else the hub has to do."""
+
+ROUND_S = 1.0
+"""Between two rounds: who is silent, what must move, what can be placed now."""
+
+EVENTS_MAX = 500
+"""Records of edges acted upon in one transaction."""
+
+KINDS = ("node.capacity", "workload")
+"""Records that say something of nodes and workloads."""
+
+KEEP_ENDED_MS = 7 * 86_400_000
+KEEP_ENDED = 10_000
+"""Ended workloads are remembered so long, and so many of them, so that a request that is repeated late finds what became of it."""
+
+KEEP_MINUTES = 7 * 1_440
+"""Utilisation is kept by the minute for a week."""
+
+LATENCIES = 2_048
+"""Newest waits of submissions that are remembered, for the percentiles."""
+
+TELL_AGAIN_S = 30.0
+"""An edge whose desired state could not be written is tried again after so long."""
+
+
+class Busy(RuntimeError):
+    """The queue is full, or the store refused: nothing was done; come again."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem)
+        self.field, self.problem, self.remedy = "hub", problem, remedy
+
+
+@dataclass(slots=True)
+class _Job:
+    work: Callable[[Planner, int], Any]
+    size: int
+    answer: "asyncio.Future[Any]"
+
+
+class Workloads:
+    """Nodes, workloads and their placing.
+
+    Args:
+        write, read: run a job on the store's writing thread, on its reading thread.
+        tell: changes parts of an edge's desired state; raises `ContractError`.
+        desired: every edge's desired state document.
+        now_ms: the hub's wall milliseconds.
+    """
+
+    def __init__(
+        self, store: Store, fleet: Fleet, *, write: Callable[[Callable[[], Any]], Awaitable[Any]], read: Callable[[Callable[[], Any]], Awaitable[Any]],
+        tell: Callable[[str, dict[str, Any]], Awaitable[Any]], desired: Mapping[str, dict[str, Any]], now_ms: Callable[[], int],
+    ) -> None:
+        self._store, self._fleet = store, fleet
+        self._write, self._read, self._tell, self._desired, self._clock = write, read, tell, desired, now_ms
+        self.planner = Planner()
+        self._rounds = Rounds(self.planner)
+        self.turn = asyncio.Lock()
+        """Held while the planner may know more than the store: whoever reads the planner takes it."""
+        self.rows: dict[str, WorkloadRow] = {}
+        """What is committed."""
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue(QUEUE_MAX)
+        self._wake = asyncio.Event()
+        self._news = True
+        self._cursor = 0
+        self._now = 0
+        self._task: asyncio.Task[None] | None = None
+        self._minute = 0
+        self._tell_after: dict[str, float] = {}
+        self.counters: Counter[str] = Counter()
+        self.waits_ms: deque[float] = deque(maxlen=LATENCIES)
+        self.decisions_ms: deque[float] = deque(maxlen=LATENCIES)
+
+    def now_ms(self) -> int:
+        """The hub's time, never going back: placements follow each other."""
+        self._now = max(self._now, self._clock())
+        return self._now
+
+    # -- life ----------------------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Build the state from the store; on the thread that owns it, before anything is asked. Raises what the store raises."""
+        planner, store = self.planner, self._store
+        self._cursor = store.workload_cursor()
+        rows, placements = store.workloads(), store.open_placements()
+        self._now = max([self._clock(), *(placement.from_ms for placement in placements), *(row.changed_ms for row in rows)])
+        problems = planner.load(store.nodes(), rows, placements, store.budgets(), store.quotas(), read_workload, self._now)
+        for problem in problems[:100]:
+            log.error("set right at the start: %s", problem)
+        changes = planner.changes()
+        if changes:
+            store.commit_workloads(changes)
+        planner.keep()
+        self.rows = dict(planner.tables.rows)
+
+    def start(self) -> None:
+        """Begin; call inside the running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="workloads")
+
+    async def stop(self) -> None:
+        """End; who still waits for an answer is told to come again."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        while not self._jobs.empty():
+            _fail(self._jobs.get_nowait(), Busy("the hub stops", "ask again when it is back"))
+
+    def records(self, stored: list[StoredRecord]) -> None:
+        """Records that were committed just now."""
+        if any(item.record.kind in KINDS for item in stored):
+            self._news = True
+            self._wake.set()
+
+    # -- asking --------------------------------------------------------------------------------------------------------------
+
+    async def ask(self, work: Callable[[Planner, int], Any], size: int = 1) -> Any:
+        """Have the placing task do `work(planner, now)` and wait until its outcome is kept. Raises what it raises (`Invalid`, `Conflict`), or `Busy`."""
+        job = _Job(work, size, asyncio.get_running_loop().create_future())
+        try:
+            self._jobs.put_nowait(job)
+        except asyncio.QueueFull:
+            self.counters["refused_requests_total"] += 1
+            raise Busy(f"{QUEUE_MAX} requests wait already", "ask again in a second") from None
+        self._wake.set()
+        return await job.answer
+
+    async def submit(self, entries: list[Submitted]) -> list[WorkloadRow]:
+        """Take workloads in; what became of each, kept by the store when this returns."""
+        began = perf_counter()
+        ids: list[str] = await self.ask(lambda planner, now: planner.submit(entries, now), len(entries))
+        self.waits_ms.append((perf_counter() - began) * 1000)
+        return [row for name in ids if (row := self.rows.get(name)) is not None]
+
+    # -- the task ------------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            try:
+                async with self.turn:
+                    if self._news:
+                        await self._events()
+                    while not self._jobs.empty():
+                        await self._batch()
+                        if loop.time() >= due:
+                            break
+                    if loop.time() >= due:
+                        due = loop.time() + ROUND_S
+                        await self._round()
+                await self._publish()
+                await self._each_minute()
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                self.counters["failed_rounds_total"] += 1
+                log.exception("a round of placing failed; trying again in %.0f s", ROUND_S)
+                await asyncio.sleep(ROUND_S)
+            if self._jobs.empty() and not self._news:
+                self._wake.clear()
+                idle = not self.planner.tables.nodes and not self.rows  # nothing changes by itself then: no round is due
+                try:
+                    async with asyncio.timeout(None if idle else max(0.0, due - loop.time())):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+
+    async def _commit(self, cursor: int | None = None) -> None:
+        """Write the plan under way, then let it stand; raises `Busy` with everything of it taken back."""
+        changes = self.planner.changes()
+        changes.cursor = cursor
+        if changes:
+            try:
+                await self._write(lambda: self._store.commit_workloads(changes))
+            except BaseException as error:
+                self.planner.undo()
+                if not isinstance(error, Exception):
+                    raise  # cancelled: whether it was written is for the next start to see
+                self.counters["failed_commits_total"] += 1
+                log.error("the store refused placements: %s; nothing of them was kept", error)
+                raise Busy("the store refused to keep it, nothing was done", "see the hub's log and /healthz, then ask again") from None
+        self.planner.keep()
+        self.counters["placements_total"] += sum(row is not None and row.to_ms is None for row in changes.placements.values())
+        for name, row in changes.workloads.items():
+            if row is None:
+                self.rows.pop(name, None)
+            else:
+                self.rows[name] = row
+
+    async def _batch(self) -> None:
+        planner, now = self.planner, self.now_ms()
+        jobs: list[_Job] = []
+        size = 0
+        while not self._jobs.empty() and size < BATCH_MAX:
+            job = self._jobs.get_nowait()
+            if job.answer.done():
+                continue  # who asked is gone, and nothing has been done yet
+            jobs.append(job)
+            size += job.size
+        done: list[tuple[_Job, Any]] = []
+        planner.begin()
+        try:
+            for number, job in enumerate(jobs):
+                began = perf_counter()
+                planner.begin()
+                try:
+                    result = job.work(planner, now)
+                except Exception as error:
+                    planner.undo()
+                    if not isinstance(error, Invalid | Conflict):
+                        log.exception("a request to the placing task failed")
+                    _fail(job, error)
+                    continue
+                planner.keep()
+                done.append((job, result))
+                self.decisions_ms.append((perf_counter() - began) * 1000 / job.size)
+                if number % YIELD_EVERY == YIELD_EVERY - 1:
+                    await asyncio.sleep(0)
+        except BaseException:
+            planner.undo()
+            for job in jobs:
+                _fail(job, Busy("the hub stops", "ask again when it is back"))
+            raise
+        try:
+            await self._commit()
+        except BaseException as error:
+            refusal = error if isinstance(error, Busy) else Busy("the hub stops", "ask again when it is back")
+            for job, _ in done:
+                _fail(job, refusal)
+            if not isinstance(error, Busy):
+                raise
+            return
+        for job, result in done:
+            if not job.answer.done():
+                job.answer.set_result(result)
+
+    async def _plan(self, work: Callable[[Planner, int], None], cursor: int | None = None) -> None:
+        """Work that nobody waits for, in a transaction of its own."""
+        self.planner.begin()
+        try:
+            work(self.planner, self.now_ms())
+        except BaseException:
+            self.planner.undo()
+            raise
+        await self._commit(cursor)
+
+    async def _events(self) -> None:
+        """Act on what edges said, in the order in which it came, each once: the mark moves in the same transaction."""
+        self._news = False
+        found, upto = await self._read(lambda: self._store.read_events_after(KINDS, self._cursor, EVENTS_MAX))
+        if upto < self._cursor:
+            log.warning("the records begin anew at %d: what edges said of nodes and workloads is read again", upto)
+            self._cursor, self._news = 0, True
+            return
+
+        def act(planner: Planner, now: int) -> None:
+            for _, stored in found:
+                self._act(planner, stored, now)
+            self._rounds.beats(self._heard(), now)
+
+        if found:
+            try:
+                await self._plan(act, upto)
+            except Busy:
+                self._news = True
+                raise
+        self._cursor = upto
+        if len(found) == EVENTS_MAX:
+            self._news = True
+
+    def _act(self, planner: Planner, stored: StoredRecord, now: int) -> None:
+        record = stored.record
+        planner.begin()
+        try:
+            body = jsoncodec.decode(record.body.encode())
+            if record.kind == "workload":
+                planner.said(stored.edge, check_fields(REPORT_FIELDS, body, "payload"), now)
+            else:
+                planner.capacity(stored.edge, record.seq, body, now)
+        except (Invalid, Conflict, ContractError) as error:
+            planner.undo()
+            self.counters["refused_records_total"] += 1
+            log.warning("what edge %s says of its %s does not count: %s", stored.edge, "node" if record.kind == "node.capacity" else "workloads", error)
+            if record.kind == "node.capacity":
+                planner.refuse_capacity(stored.edge, record.seq, str(error), now)
+        except Exception:  # one edge's oddity must not stop the placing
+            planner.undo()
+            self.counters["refused_records_total"] += 1
+            log.exception("what edge %s says could not be taken in", stored.edge)
+        else:
+            planner.keep()
+
+    def _heard(self) -> dict[str, Heard]:
+        return {
+            name: Heard(row.state == "online" and not row.quarantine, row.last_seen_ms) for name in self.planner.tables.nodes if (row := self._fleet.rows.get(name)) is not None
+        }
+
+    async def _round(self) -> None:
+        try:
+            await self._plan(lambda _, now: self._rounds.reconcile(self._heard(), now))
+        except Busy:
+            pass  # said already; the next round tries again
+
+    # -- telling -------------------------------------------------------------------------------------------------------------
+
+    async def _publish(self) -> None:
+        """Tell the nodes whose part of desired state has changed; what is told follows from rows that are kept."""
+        loop = asyncio.get_running_loop()
+        for node in list(self.planner.tables.dirty):
+            if self._tell_after.get(node, 0.0) > loop.time():
+                continue
+            self._tell_after.pop(node, None)
+            self.planner.clean(node)
+            wanted = self.planner.wanted(node)
+            document = self._desired.get(node)
+            if wanted == ((document or {}).get("spec", {}).get("workloads") or []):
+                continue
+            try:
+                await self._tell(node, {"workloads": wanted})
+                self.counters["told_total"] += 1
+            except ContractError as error:
+                await self._untellable(node, str(error))
+            except Exception as error:
+                log.error("the desired state of %s could not be written: %s; trying again in %.0f s", node, error, TELL_AGAIN_S)
+                self._tell_after[node] = loop.time() + TELL_AGAIN_S
+                self.planner.tables.dirty[node] = True
+
+    async def _untellable(self, node: str, problem: str) -> None:
+        log.warning("what %s shall run does not fit its desired state: %s", node, problem)
+        async with self.turn:
+            try:
+                await self._plan(lambda planner, now: self._take_back(planner, node, problem, now))
+            except Busy:
+                self.planner.tables.dirty[node] = True
+                self._tell_after[node] = asyncio.get_running_loop().time() + TELL_AGAIN_S
+
+    def _take_back(self, planner: Planner, node: str, problem: str, now: int) -> None:
+        if not planner.untellable(node, problem, now):
+            self._tell_after[node] = asyncio.get_running_loop().time() + TELL_AGAIN_S
+            planner.soil(node)
+
+    async def _each_minute(self) -> None:
+        minute = self.now_ms() // 60_000
+        if minute == self._minute or (not self.planner.tables.nodes and not self.rows):
+            return
+        self._minute = minute
+        async with self.turn:
+            document = usage(self.planner)
+        await self._write(lambda: self._store.put_utilisation(minute, document, KEEP_MINUTES))
+        gone = await self._write(lambda: self._store.forget_workloads(self._now - KEEP_ENDED_MS, KEEP_ENDED))
+        self.planner.forget(gone)
+        for name in gone:
+            self.rows.pop(name, None)
+
+    # -- reading -------------------------------------------------------------------------------------------------------------
+
+    async def look(self, view: Callable[[Planner], Any]) -> Any:
+        """`view(planner)` while the planner knows nothing that is not kept."""
+        async with self.turn:
+            return view(self.planner)
+
+
+def _fail(job: _Job, error: BaseException) -> None:
+    if not job.answer.done():
+        job.answer.set_exception(error)

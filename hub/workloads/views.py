@@ -1,0 +1,152 @@
+"""What the planner knows, as the API shows it; and what would be, if. Pure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..scheduler import Invalid, Node, Placed, Scheduler, Shape
+from ..scheduler import explain as explaining
+from ..scheduler.reasons import WORDS, Fail
+from ..scheduler.state import GONE, SILENT
+from ..scheduler.units import GPU_WHOLE, SLOTS
+from ..store.workloads import PlacementRow, WorkloadRow
+from .documents import RUNS, Submitted
+from .planner import Planner
+
+MAX_EXPLAINED = 50
+"""Nodes of one explanation, those that lack least first."""
+
+MAX_WHAT_IF = 256
+"""Workloads, and nodes, of one question."""
+
+STATUS = {0: "up", SILENT: "silent", GONE: "gone"}
+
+
+def usage(planner: Planner) -> dict[str, Any]:
+    """What is in use and what there is: `resources` {name: [used, capacity]}, `gpu_milli` likewise, counts of nodes and workloads. Nodes that are silent have nothing to give."""
+    state = planner.state
+    up = state.status == 0
+    resources = {}
+    for name, row in state.resource_rows.items():
+        capacity = int(state.cap[row][up].sum())
+        if name != SLOTS and capacity:
+            resources[name] = [capacity - int(state.free[row][up].sum()), capacity]
+    devices = state.gpu_free[up] if state.gpu_free.size else np.zeros((0, 0), np.int32)
+    there = devices >= 0
+    gpus = int(there.sum()) * GPU_WHOLE
+    states = [row.state for row in planner.tables.rows.values()]
+    return {
+        "nodes": {
+            "up": sum(planner.is_up(name) for name in planner.tables.nodes), "silent": sum(not planner.is_up(name) for name in planner.tables.nodes),
+            "cordoned": sum(bool(node.cordon) for node in planner.tables.nodes.values()),
+        },
+        "workloads": {name: states.count(name) for name in ("pending", "placed", "ending", "done", "failed", "cancelled")},
+        "resources": resources, "gpu_milli": [gpus - int(devices[there].sum()), gpus],
+    }
+
+
+def node_view(planner: Planner, name: str) -> dict[str, Any]:
+    """One node: `resources` {name: [used, capacity]}, free milli of each GPU, what it holds."""
+    row, state = planner.tables.nodes[name], planner.state
+    index = state.node_index.get(name)
+    shown: dict[str, Any] = {
+        "node": name, "origin": row.origin, "cordon": row.cordon, "problem": row.problem, "changed_ms": row.changed_ms, "document": row.document, "runs": planner.runs(name),
+        "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())),
+    }
+    if index is None:
+        return {**shown, "status": "unusable", "resources": {}, "gpus": []}
+    resources = {
+        resource: [int(state.cap[at, index] - state.free[at, index]), int(state.cap[at, index])] for resource, at in state.resource_rows.items()
+        if state.cap[at, index] and (resource != SLOTS or state.cap[at, index] < 1 << 31)
+    }
+    gpus = [{"model": device.model, "memory": device.memory, "free_milli": int(state.gpu_free[index, at])} for at, device in enumerate(state.nodes[index].gpus)]
+    return {**shown, "status": STATUS[int(state.status[index])], "resources": resources, "gpus": gpus}
+
+
+def workload_view(planner: Planner, row: WorkloadRow) -> dict[str, Any]:
+    """One workload; `seat` and `said` (the edge's last word) of its current placement, `waits_for` where another node has to stop it first."""
+    current = planner.tables.open.get((row.id, row.epoch)) if row.state in ("placed", "ending") else None
+    others = [planner.tables.open[row.id, epoch].node for epoch in planner.tables.epochs.get(row.id, ()) if epoch != row.epoch or current is None]
+    return {
+        "workload": row.id, "state": row.state, "node": row.node, "epoch": row.epoch, "reason": row.reason, "created_ms": row.created_ms, "changed_ms": row.changed_ms,
+        "seat": current.seat if current else None, "said": current.said if current else "", "since_ms": current.from_ms if current else None, "waits_for": others,
+        "document": row.document,
+    }
+
+
+def placement_view(row: PlacementRow) -> dict[str, Any]:
+    """One placement, standing or past."""
+    return {"epoch": row.epoch, "node": row.node, "seat": row.seat, "from_ms": row.from_ms, "to_ms": row.to_ms, "said": row.said, "why": row.why}
+
+
+def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
+    """Per node why it will do or will not, as if the workload were placed now: failed filters, sentences, what would make it fit, scores by policy."""
+    row, item = planner.tables.rows[workload], planner.tables.items[workload].item
+    answer: dict[str, Any] = {"workload": workload, "state": row.state, "node": row.node, "reason": row.reason, "summary": "", "failed": {}, "nodes": [], "advice": []}
+    trial = planner.scheduler.on(planner.state.snapshot())
+    try:
+        trial.check(item)
+    except Invalid as error:
+        answer["advice"].append(f"{error.field} {error.problem}; {error.remedy}")
+    try:
+        said = explaining.explain(trial, item, now_ms, MAX_EXPLAINED)
+    except Invalid as error:  # a resource that no node ever had
+        answer["summary"] = f"{error.problem}; {error.remedy}"
+        return answer
+    for node in said.nodes:
+        if node.node not in planner.tables.nodes:
+            continue  # it was taken out
+        failed, why, remedy = list(node.failed), list(node.why), [text for text in node.remedy if RUNS not in text]
+        if item.shape.kind.value not in planner.runs(node.node):
+            if "NODE_AFFINITY" in failed and _only_runs(planner, item.shape, node.node):
+                failed.remove("NODE_AFFINITY")
+                why.remove(WORDS[Fail.NODE_AFFINITY])
+            failed, why = ["DRIVER", *failed], [f"no driver for {item.shape.kind.value} on this node", *why]
+            remedy.insert(0, f"give the node a driver for {item.shape.kind.value}")
+        until, _, refusal = row.avoid.get(node.node, [0, 0, ""])
+        if until > now_ms:
+            failed, why = [*failed, "REFUSED"], [*why, f"left alone for {(until - now_ms) // 1000} s more: {refusal}"]
+        answer["nodes"].append({
+            "node": node.node, "fits": not failed, "failed": [name.lower() for name in failed], "why": why, "remedy": remedy, "shortage": node.shortage, "score": node.score,
+            "parts": {policy: {"weight": weight, "score": score} for policy, (weight, score) in node.parts.items()},
+        })
+    return {**answer, "summary": said.summary, "failed": {name.lower(): count for name, count in said.failed.items()}}
+
+
+def _only_runs(planner: Planner, shape: Shape, node: str) -> bool:
+    """Whether the missing driver alone makes the node's labels not match."""
+    labels = dict(planner.state.nodes[planner.state.node_index[node]].labels)
+    return shape.node_terms is None and all(labels.get(key) == value for key, value in shape.node_selector if not key.startswith(RUNS))
+
+
+def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str], add: Sequence[Node], now_ms: int) -> dict[str, Any]:
+    """What would become of it, on a snapshot: nodes added, then lost, then workloads added. Raises `Invalid`."""
+    state = trial.state
+    for name in lose:
+        if name not in state.node_index or state.status[state.node_index[name]] == GONE:
+            raise Invalid("lose", f"{name[:64]!r} is no node", "list /api/v1/nodes")
+    for node in add:
+        if node.name in state.node_index and state.status[state.node_index[node.name]] != GONE:
+            raise Invalid("add", f"{node.name!r} is a node already", "give it another name")
+    if add:
+        state.add_nodes(add, now_ms)
+    moved, waiting, placed = [], [], []
+    for name in lose:
+        for item in trial.vanish(name, now_ms):
+            if item.to is not None:
+                moved.append({"workload": item.workload, "from": item.source, "to": item.to, "how": item.how})
+            else:
+                waiting.append({"workload": item.workload, "from": item.source, "reason": item.reason})
+    for entry in entries:
+        try:
+            outcome = trial.reserve(entry.item, now_ms)
+        except Invalid as error:
+            waiting.append({"workload": entry.item.id, "from": "", "reason": f"{error.field} {error.problem}; {error.remedy}"})
+            continue
+        if isinstance(outcome, Placed):
+            placed.append({"workload": entry.item.id, "node": outcome.node, "gpus": [int(gpu) for gpu in outcome.seat.gpus]})
+        else:
+            waiting.append({"workload": entry.item.id, "from": "", "reason": outcome.reason})
+    return {"placed": placed, "waiting": waiting, "moved": moved}
+

@@ -1,0 +1,74 @@
+"""novactl on workloads and nodes against a real hub: every command, with --json and without, errors in one line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub.server import Hub
+from tools.novactl.cli import main
+
+from .hub_side import served_hub
+
+Run = Any
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with served_hub(tmp_path_factory.mktemp("novactl-workloads") / "hub") as (background, hub):
+        async def fill() -> None:
+            for name in ("n-1", "n-2"):
+                await hub.workloads.ask(lambda planner, now, name=name: planner.put_node(name, {"capacity": {"cpu": 4, "memory": "8Gi"}, "gpus": [{"model": "t4"}]}, "declared", now))
+
+        background.run(fill())
+        yield hub
+
+
+@pytest.fixture
+def novactl(hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("NOVACRON_HUB_URL", f"http://127.0.0.1:{hub.port}")
+    monkeypatch.setenv("NOVACRON_TOKEN", hub.token)
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(list(arguments))
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def test_submit_list_explain_drain_cancel(novactl: Run, tmp_path: Path) -> None:
+    file = tmp_path / "w.json"
+    file.write_text(json.dumps([{"id": "a", "requests": {"cpu": 1}}, {"id": "b", "requests": {"cpu": 99}}]))
+    status, out, _ = novactl("workload", "submit", str(file))
+    assert status == 0 and "placed" in out and "pending" in out and "more than any node has" in out
+    assert [one["state"] for one in json.loads(novactl("workload", "submit", str(file), "--json")[1])["workloads"]] == ["placed", "pending"]
+    listed = json.loads(novactl("workload", "list", "--state", "placed", "--json")[1])
+    assert [one["workload"] for one in listed] == ["a"]
+    node = listed[0]["node"]
+    assert "pending" not in novactl("workload", "list", "--node", node)[1]
+    status, out, _ = novactl("explain", "workload", "b")
+    assert status == 0 and "99000m CPU wanted" in out and "n-1" in out and "n-2" in out
+    assert json.loads(novactl("explain", "workload", "a", "--json")[1])["nodes"][0]["fits"]
+    assert "*" in novactl("explain", "workload", "a")[1]
+    status, out, _ = novactl("nodes")
+    assert status == 0 and "1.0 of 4.0" in out and "0.0 of 1" in out
+    assert len(json.loads(novactl("nodes", "--json")[1])) == 2
+    assert "drain" in novactl("node", "drain", node)[1]
+    assert json.loads(novactl("workload", "list", "--state", "placed", "--json")[1])[0]["node"] != node
+    assert json.loads(novactl("node", "uncordon", node, "--json")[1])["cordon"] == ""
+    assert "cancelled" in novactl("workload", "cancel", "a")[1]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("workload", "submit"), "file is missing"), (("workload", "submit", "/nowhere"), "cannot be read"), (("workload", "cancel"), "id is missing"), (("workload", "cancel", "none"), "not known"),
+    (("explain", "workload"), "id is missing"), (("explain", "workload", "none"), "not known"), (("explain", "gw/1", "more"), "too much"), (("node", "drain", "none"), "not known"),
+    (("workload", "list", "--state", "odd"), "unknown"),
+])
+def test_what_is_wrong_is_said_in_one_line(novactl: Run, arguments: tuple[str, ...], words: str) -> None:
+    status, out, err = novactl(*arguments)
+    assert status == 1 and out == "" and err.startswith("novactl: ") and err.count("\n") == 1 and words in err

@@ -1,0 +1,421 @@
+"""Workloads through a whole hub: edges that tell and are told, many callers at once, a store that refuses, a hub that is killed, bad input of every kind."""
+
+import asyncio
+import json
+import random
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.config import EdgeConfig
+from edge_runtime.config.schema import ApiConfig, BusConfig, DevicesConfig, HostConfig, JournalConfig, UplinkConfig, WorkloadsConfig
+from edge_runtime.contract.limits import MAX_WORKLOADS
+from edge_runtime.runtime import EdgeRuntime
+from hub.scheduler import Invalid
+from hub.scheduler.audit import check_invariants
+from hub.server import Hub, HubSettings
+from hub.store.sqlite import SqliteStore
+from hub.workloads import service as service_module
+from hub.workloads.documents import Conflict, read_list
+from hub.workloads.planner import Planner
+from hub.workloads.service import Busy, Workloads
+from tools.bench import placement_log
+
+from .hub_side import LinkedEdge, Served, error_of, linked_edge, running_hub, served_hub
+from .waiting import until
+
+Json = dict[str, Any]
+CAPACITY: Json = {"kind": "edge", "capacity": {"cpu": 4, "memory": "8Gi"}, "region": "eu", "site": "plant", "runs": ["container"]}
+
+
+def work(name: str, cpu: Any = 1, **more: Any) -> Json:
+    return {"id": name, "kind": "container", "requests": {"cpu": cpu}, **more}
+
+
+async def declare(hub: Hub, name: str, **more: Any) -> None:
+    await hub.workloads.ask(lambda planner, now: planner.put_node(name, {"capacity": {"cpu": 4, "memory": "8Gi"}, **more}, "declared", now))
+
+
+async def submit(hub: Hub, *documents: Json) -> list[str]:
+    return [row.state for row in await hub.workloads.submit(read_list(list(documents)))]
+
+
+def wanted(edge: LinkedEdge) -> list[tuple[str, int, str]]:
+    return [] if edge.desired is None else [(entry["id"], entry["epoch"], entry["wanted"]) for entry in edge.desired.workloads]
+
+
+def clean(hub: Hub, acknowledged: dict[str, Json] | None = None, gone: dict[str, Json] | None = None) -> None:
+    """The independent checker on the file and on what was published."""
+    log = placement_log.read(hub.settings.data_dir / "hub.db")
+    assert placement_log.overcommit(log, hub.now_ms(), gone) == (0.0, [])
+    assert placement_log.doubles(log, hub.desired) == []
+    assert placement_log.lost(log, acknowledged or {}) == []
+    check_invariants(hub.workloads.planner.state)
+
+
+# -- edges -------------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_edge_tells_what_it_has_is_told_what_to_run_and_what_it_says_counts(tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub, linked_edge(tmp_path / "edge", hub.broker.port) as edge:
+        edge.journal.append("event", "node.capacity", CAPACITY)
+        await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+        assert await submit(hub, work("a", 2), work("b", 1)) == ["placed", "placed"]
+        await until(lambda: wanted(edge) == [("a", 1, "running"), ("b", 1, "running")], what="desired state")
+        assert edge.desired is not None and edge.desired.workloads[0]["document"] == work("a", 2)
+        edge.journal.append("event", "workload", {"id": "a", "epoch": 1, "state": "running"})
+        edge.journal.append("event", "workload", {"id": "b", "epoch": 1, "state": "refused", "reason": "no driver for kind container on this edge"})
+        await until(lambda: wanted(edge) == [("a", 1, "running")], what="the refused one gone")
+        assert hub.workloads.rows["b"].state == "pending"
+        await until(lambda: "no driver for kind container" in hub.workloads.rows["b"].reason, what="the reason")
+        await hub.workloads.ask(lambda planner, now: planner.cancel("a", now))
+        await until(lambda: wanted(edge) == [("a", 1, "stopped")], what="the order to stop")
+        assert hub.workloads.rows["a"].state == "ending"
+        edge.journal.append("event", "workload", {"id": "a", "epoch": 1, "state": "stopped"})
+        await until(lambda: wanted(edge) == [] and hub.workloads.rows["a"].state == "cancelled", what="its end")
+        clean(hub, {"a": work("a", 2), "b": work("b", 1)})
+
+
+async def test_what_an_edge_said_while_the_hub_was_killed_counts_once_when_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records were committed, the hub ended before it acted: the mark in the same transaction brings it to them again."""
+    async with running_hub(tmp_path / "hub", "embedded") as hub, linked_edge(tmp_path / "edge", hub.broker.port) as edge:
+        edge.journal.append("event", "node.capacity", CAPACITY)
+        await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+        await submit(hub, work("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Workloads, "records", lambda *_: None)
+            edge.journal.append("event", "workload", {"id": "a", "epoch": 1, "state": "done"})
+            await until(lambda: len(hub.store.read_events_after(("workload",), 0, 10)[0]) == 1, what="the record")
+            assert hub.workloads.rows["a"].state == "placed"
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await until(lambda: hub.workloads.rows["a"].state == "done", what="the late word")
+        await until(lambda: hub.desired["gw-1"]["spec"].get("workloads", []) == [], what="nothing wanted any more")
+        assert hub.store.workload_cursor() > 0
+        clean(hub)
+
+
+async def test_odd_words_of_edges_are_counted_and_change_nothing(tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub, linked_edge(tmp_path / "edge", hub.broker.port) as edge:
+        edge.journal.append("event", "node.capacity", CAPACITY)
+        await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+        await submit(hub, work("a"))
+        for kind, body in (
+            ("node.capacity", {"capacity": {"cpu": -4}}), ("node.capacity", {"capacity": 5}), ("node.capacity", {"taints": [{"key": "\ud800"}]}), ("workload", {}), ("workload", {"id": "a", "epoch": 1, "state": "flown"}),
+            ("workload", {"id": 5, "epoch": "x", "state": "done"}), ("workload", {"id": "zz", "epoch": 1, "state": "done"}), ("workload", {"id": "a", "epoch": 9, "state": "done"}),
+        ):
+            edge.journal.append("event", kind, body)
+        await until(lambda: hub.workloads.counters["refused_records_total"] == 6, what="the refusals")
+        assert hub.workloads.rows["a"].state == "placed" and "is negative" not in hub.workloads.planner.tables.nodes["gw-1"].document
+        assert hub.workloads.planner.tables.nodes["gw-1"].problem
+        edge.journal.append("event", "node.capacity", {**CAPACITY, "capacity": {"cpu": 8}})
+        await until(lambda: hub.workloads.planner.tables.nodes["gw-1"].problem == "", what="a good description")
+        clean(hub)
+
+
+async def test_an_edge_away_takes_nothing_new_and_keeps_what_it_has(tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        async with linked_edge(tmp_path / "edge", hub.broker.port) as edge:
+            edge.journal.append("event", "node.capacity", CAPACITY)
+            await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+            await submit(hub, work("a"))
+        await until(lambda: not hub.workloads.planner.is_up("gw-1"), what="its silence")
+        assert await submit(hub, work("b")) == ["pending"] and hub.workloads.rows["a"].state == "placed"
+        assert "not heard from" in hub.workloads.rows["b"].reason
+        async with linked_edge(tmp_path / "edge", hub.broker.port) as edge:
+            await until(lambda: hub.workloads.rows["b"].state == "placed" and len(wanted(edge)) == 2, what="both")
+        clean(hub)
+
+
+async def test_more_than_one_desired_state_holds_is_not_placed_there(tmp_path: Path) -> None:
+    """Two limits: the number of workloads (slots of the node) and the bytes of the document (what cannot be told is taken back)."""
+    async with running_hub(tmp_path / "hub", "embedded") as hub, linked_edge(tmp_path / "edge", hub.broker.port) as edge:
+        edge.journal.append("event", "node.capacity", {**CAPACITY, "capacity": {"cpu": 900}})
+        await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+        states = await submit(hub, *(work(f"w{n:03}", "1m") for n in range(MAX_WORKLOADS + 5)))
+        assert states.count("placed") == MAX_WORKLOADS and states.count("pending") == 5
+        await until(lambda: len(wanted(edge)) == MAX_WORKLOADS, what="all told")
+    async with running_hub(tmp_path / "other", "embedded") as hub, linked_edge(tmp_path / "edge2", hub.broker.port) as edge:
+        edge.journal.append("event", "node.capacity", {**CAPACITY, "capacity": {"cpu": 900}})
+        await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+        for number in range(20):
+            await submit(hub, work(f"big{number:02}", "1m", spec={"text": "x" * 15_000}))
+        await until(lambda: 10 < len(wanted(edge)) == sum(row.state == "placed" for row in hub.workloads.rows.values()) < 20, what="as many as fit")
+        left = next(row for row in hub.workloads.rows.values() if row.state == "pending")
+        await until(lambda: "cannot be told" in hub.workloads.rows[left.id].reason, what="the reason")
+        clean(hub)
+
+
+async def test_an_agent_without_drivers_says_so_and_the_hub_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped agent: it tells what it has; nothing is sent to it that it cannot run; what is sent nevertheless is refused with the reason, once, also over a restart."""
+    def agent(url: str) -> EdgeRuntime:
+        return EdgeRuntime(EdgeConfig(
+            edge_id="gw-1", site="plant", region="eu", node="gw-1", data_dir=str(tmp_path / "edge"), uplink=UplinkConfig(url=url, backoff_base_s=0.05, backoff_cap_s=0.3, protocol="3.1.1"),
+            bus=BusConfig(enabled=False), journal=JournalConfig(min_free_bytes=0, ballast_bytes=0, target_hours=0), devices=DevicesConfig(host=HostConfig(enabled=False)),
+            api=ApiConfig(enabled=False), workloads=WorkloadsConfig(enabled=True, reserve_disk_bytes=0, reserve_memory_bytes=0),
+        ))
+
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        url = f"mqtt://127.0.0.1:{hub.broker.port}"
+        edge = agent(url)
+        await edge.start()
+        try:
+            await until(lambda: "gw-1" in hub.workloads.planner.tables.nodes, what="the node")
+            assert hub.workloads.planner.tables.nodes["gw-1"].document["region"] == "eu" and hub.workloads.planner.runs("gw-1") == []
+            assert await submit(hub, work("a", "100m")) == ["pending"] and "no node has a driver for container" in hub.workloads.rows["a"].reason
+            await hub.change_desired("gw-1", {"workloads": [{"id": "x", "epoch": 1, "wanted": "running"}, {"id": "y", "epoch": 2, "wanted": "stopped"}]})
+            await until(lambda: len(hub.store.read_events_after(("workload",), 0, 9)[0]) == 2, what="both answers")
+        finally:
+            await edge.stop()
+        edge = agent(url)
+        await edge.start()
+        try:
+            await until(lambda: hub.fleet.rows["gw-1"].state == "online" and hub.fleet.rows["gw-1"].generation == hub.desired["gw-1"]["generation"], what="the edge again")
+            monkeypatch.setattr("edge_runtime.workloads.node.drivers", lambda: ("container",))
+            edge.journal.append("event", "node.capacity", edge._workload_node().describe())
+            await until(lambda: hub.workloads.planner.runs("gw-1") == ["container"], what="a driver that is none")
+            monkeypatch.undo()
+            await until(lambda: "refused" in hub.workloads.rows["a"].reason or "left alone" in hub.workloads.rows["a"].reason, what="the refusal")
+            assert "no driver for kind container on this edge" in hub.workloads.rows["a"].reason
+        finally:
+            await edge.stop()
+        said = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload",), 0, 99)[0]]
+        assert [(one["id"], one["state"]) for one in said] == [("x", "refused"), ("y", "stopped"), ("a", "refused")], "each is answered once"
+        clean(hub)
+
+
+# -- many at once, refusals, kills -------------------------------------------------------------------------------------------
+
+
+async def caller(hub: Hub, number: int, acknowledged: dict[str, Json]) -> None:
+    draw = random.Random(number)
+    for _ in range(12):
+        name = f"w{draw.randrange(60)}"
+        document = work(name, draw.choice(["250m", 1, 2]), priority=draw.randrange(2))
+        try:
+            if draw.random() < 0.7:
+                await submit(hub, document)
+                acknowledged[name] = hub.workloads.rows[name].document
+            elif draw.random() < 0.7:
+                await hub.workloads.ask(lambda planner, now, name=name: planner.cancel(name, now))
+            else:
+                node, how = f"n-{draw.randrange(4)}", draw.choice(["drain", "", ""])
+                await hub.workloads.ask(lambda planner, now, node=node, how=how: planner.cordon(node, how, now))
+        except (Conflict, Busy):
+            pass
+
+
+async def test_sixty_four_callers_at_once(tmp_path: Path) -> None:
+    acknowledged: dict[str, Json] = {}
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        for number in range(4):
+            await declare(hub, f"n-{number}")
+        await asyncio.gather(*(caller(hub, number, acknowledged) for number in range(64)))
+        clean(hub, acknowledged)
+        assert hub.workloads.counters["placements_total"] > 20 and len(acknowledged) > 30
+        held = hub.workloads.planner.state.free.copy()
+    hub = Hub(HubSettings(tmp_path / "hub"))
+    assert (hub.workloads.planner.state.free == held).all(), "the rows alone bring everything back"
+    clean(hub, acknowledged)
+    await hub.stop()
+
+
+def refuse(*_: Any) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+async def test_a_store_that_refuses_undoes_everything_of_the_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await declare(hub, "n-1")
+        await submit(hub, work("stays"))
+        planner = hub.workloads.planner
+        before, rows = planner.state.digest(), dict(planner.tables.rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(hub.store, "commit_workloads", refuse)
+            asked = [submit(hub, work(f"w{n}")) for n in range(3)] + [hub.workloads.ask(lambda planner, now: planner.cancel("stays", now))]
+            outcomes = await asyncio.gather(*asked, return_exceptions=True)
+            assert all(isinstance(outcome, Busy) for outcome in outcomes), outcomes
+            await until(lambda: not planner._marks, what="the round's end")
+            assert planner.tables.rows == rows and planner.state.digest() == before and hub.workloads.rows == rows
+        assert await submit(hub, work("w0")) == ["placed"]
+        clean(hub, {"stays": work("stays"), "w0": work("w0")})
+
+
+async def test_one_bad_request_of_a_batch_is_no_trouble_of_the_others(tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await declare(hub, "n-1")
+        def stumble(planner: Planner, now: int) -> None:
+            planner.submit(read_list(work("half")), now)
+            raise RuntimeError("planted")
+        async with hub.workloads.turn:  # all of them wait, and come in one transaction
+            tasks = [asyncio.ensure_future(one) for one in (
+                submit(hub, work("a")), hub.workloads.ask(stumble), submit(hub, work("b"), work("c", weights={"luck": 1})), submit(hub, work("d")))]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert outcomes[0] == outcomes[3] == ["placed"] and isinstance(outcomes[1], RuntimeError) and isinstance(outcomes[2], Invalid)
+        assert set(hub.workloads.rows) == {"a", "d"}
+        clean(hub, {"a": work("a"), "d": work("d")})
+
+
+async def test_past_the_queue_a_caller_is_told_to_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "QUEUE_MAX", 3)
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await declare(hub, "n-1")
+        async with hub.workloads.turn:
+            tasks = [asyncio.ensure_future(submit(hub, work(f"w{n}"))) for n in range(5)]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            assert all(isinstance(task.exception(), Busy) for task in done)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(outcome == ["placed"] for outcome in outcomes) >= 3 and all(outcome == ["placed"] or isinstance(outcome, Busy) for outcome in outcomes)
+
+
+async def test_the_checker_catches_an_answer_before_the_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: a hub that answers before the store has it, and then ends, has lost what it acknowledged."""
+    acknowledged: dict[str, Json] = {}
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await declare(hub, "n-1")
+
+        async def early(self: Workloads, cursor: int | None = None) -> None:
+            changes = self.planner.changes()
+            self.planner.keep()
+            self.rows.update({name: row for name, row in changes.workloads.items() if row is not None})  # and the write never comes: the kill
+
+        monkeypatch.setattr(Workloads, "_commit", early)
+        await submit(hub, work("a"))
+        acknowledged["a"] = work("a")
+        log = placement_log.read(hub.settings.data_dir / "hub.db")
+        assert placement_log.lost(log, acknowledged) == ["a: acknowledged, and in no row"]
+
+
+async def test_a_store_that_was_edited_is_set_right_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await declare(hub, "n-1")
+        await submit(hub, work("a"), work("b"), work("c"))
+    with sqlite3.connect(tmp_path / "hub" / "hub.db") as db:
+        db.execute("DELETE FROM placements WHERE workload='a'")
+        db.execute("UPDATE placements SET node='nowhere' WHERE workload='b'")
+        db.execute("UPDATE workloads SET document='{\"id\": \"c\", \"kind\": \"dream\"}' WHERE id='c'")
+    db.close()
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await until(lambda: hub.workloads.rows["a"].state == hub.workloads.rows["b"].state == "placed", what="both again")
+        assert hub.workloads.rows["c"].state == "failed" and "dream" in hub.workloads.rows["c"].reason
+        assert "nowhere" in caplog.text and placement_log.doubles(placement_log.read(tmp_path / "hub" / "hub.db"), hub.desired) == []
+        check_invariants(hub.workloads.planner.state)
+
+
+async def test_a_hub_of_before_workloads_is_migrated(tmp_path: Path) -> None:
+    hub = Hub(HubSettings(tmp_path))
+    assert isinstance(hub.store, SqliteStore) and hub.workloads.rows == {}
+    await hub.stop()
+
+
+# -- the API -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served_hub(tmp_path_factory.mktemp("workloads") / "hub") as (background, hub):
+        async def fill() -> None:
+            for number in range(3):
+                await declare(hub, f"n-{number}", region=f"r{number}")
+            await submit(hub, work("w-1"), work("w-2", 64))
+
+        background.run(fill())
+        yield Served(background, hub)
+
+
+def test_submit_list_look_explain_cancel(served: Served) -> None:
+    said = served.json("/api/v1/workloads", "POST", [work("x-1"), work("x-2", 99)])["workloads"]
+    assert [(one["workload"], one["state"]) for one in said] == [("x-1", "placed"), ("x-2", "pending")]
+    assert served.json("/api/v1/workloads", "POST", work("x-1"))["workloads"][0]["epoch"] == 1
+    assert error_of(served.ask("POST", "/api/v1/workloads", json.dumps(work("x-1", 2)).encode())[2])["field"] == "workload.requests"
+    one = served.json("/api/v1/workloads/x-1")
+    assert one["placements"][0]["to_ms"] is None and one["node"] == one["placements"][0]["node"]
+    assert [item["workload"] for item in served.json("/api/v1/workloads?limit=1")] == ["x-2"]
+    assert {item["state"] for item in served.json("/api/v1/workloads?state=pending")} == {"pending"}
+    assert all(item["node"] == one["node"] for item in served.json(f"/api/v1/workloads?node={one['node']}"))
+    why = served.json("/api/v1/workloads/x-2/explain")
+    assert why["advice"] and all(not node["fits"] and "cpu: 99000m CPU wanted" in node["why"][0] for node in why["nodes"]) and len(why["nodes"]) == 3
+    assert served.json("/api/v1/workloads/x-1", "DELETE")["state"] == "cancelled" and served.json("/api/v1/workloads/x-1", "DELETE")["state"] == "cancelled"
+    assert served.json("/api/v1/workloads/x-2", "DELETE")["state"] == "cancelled"
+
+
+def test_what_if_tells_and_changes_nothing(served: Served) -> None:
+    before = served.json("/api/v1/workloads"), served.json("/api/v1/nodes")
+    question = {"workloads": [work("q-1", 3), work("q-2", 64)], "lose": [served.json("/api/v1/workloads/w-1")["node"]], "add": [{"name": "new", "capacity": {"cpu": 3}}]}
+    said = served.json("/api/v1/what-if", "POST", question)
+    assert [one["workload"] for one in said["placed"]] == ["q-1"] and [one["workload"] for one in said["waiting"]] == ["q-2"] and "than any node has" not in str(said["moved"])
+    assert said["moved"][0]["workload"] == "w-1" and said["moved"][0]["to"] != question["lose"][0]  # type: ignore[index]
+    assert (served.json("/api/v1/workloads"), served.json("/api/v1/nodes")) == before
+
+
+def test_nodes_are_declared_cordoned_drained_and_taken_out(served: Served) -> None:
+    shown = served.json("/api/v1/nodes/m-1", "PUT", {"capacity": {"cpu": 2}, "gpus": [{"model": "t4", "memory": "16Gi"}], "labels": {"m": "1"}})
+    assert shown["status"] == "up" and shown["resources"]["cpu"] == [0, 2000] and shown["gpus"][0]["free_milli"] == 1000
+    assert served.json("/api/v1/workloads", "POST", work("m", node_selector={"m": "1"}))["workloads"][0]["node"] == "m-1"
+    assert served.json("/api/v1/nodes/m-1/cordon", "POST")["cordon"] == "cordon"
+    served.json("/api/v1/nodes/m-2", "PUT", {"capacity": {"cpu": 2}, "labels": {"m": "1"}})
+    assert served.json("/api/v1/nodes/m-1/drain", "POST")["workloads"] == 0
+    assert served.json("/api/v1/workloads/m")["node"] == "m-2"
+    assert served.json("/api/v1/nodes/m-1/uncordon", "POST")["cordon"] == ""
+    assert served.json("/api/v1/nodes/m-2", "DELETE")["status"] == "gone"
+    assert served.json("/api/v1/workloads/m")["node"] == "m-1"
+    assert [entry["node"] for entry in served.json("/api/v1/workloads/m")["placements"]] == ["m-1", "m-2", "m-1"]
+    served.json("/api/v1/workloads/m", "DELETE")
+    served.json("/api/v1/nodes/m-1", "DELETE")
+    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2")})
+
+
+def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
+    said = served.json("/api/v1/scheduler?hours=1")
+    assert said["now"]["resources"]["cpu"][1] >= 12_000 and said["submit_ms"]["count"] > 0 and said["submit_ms"]["p99"] > 0
+    assert said["history"] and said["history"][-1]["nodes"]["up"] >= 1
+    metrics = served.ask("GET", "/metrics")[2].decode()
+    assert "novacron_hub_workloads_placed 1" in metrics and "novacron_hub_workloads_placements_total" in metrics
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "field"), [
+    ("POST", "/api/v1/workloads", b"", 400, "payload"), ("POST", "/api/v1/workloads", b"[]", 400, "body"), ("POST", "/api/v1/workloads", b"7", 400, "workload"),
+    ("POST", "/api/v1/workloads", b'{"id":"q","requests":{"cpu":-1}}', 400, "workload.requests.cpu"), ("POST", "/api/v1/workloads", b'{"id":"q","requests":{"cpu":1e300}}', 400, "workload.requests.cpu"),
+    ("POST", "/api/v1/workloads", b'[{"id":"q"},{"id":"r","requests":{"x":1}}]', 400, "workloads[1].requests.x"), ("POST", "/api/v1/workloads", b'{"id":"w-1"}', 409, "workload."),
+    ("POST", "/api/v1/workloads", b'{"id":"q","spec":{"a":"' + b"x" * 1_100_000 + b'"}}', 413, "body"), ("POST", "/api/v1/workloads", b'{"id":"q","spec":{"a":"' + b"x" * 300_000 + b'"}}', 400, "workload"),
+    ("GET", "/api/v1/workloads?state=odd", None, 400, "state"), ("GET", "/api/v1/workloads/none", None, 404, "workload"), ("DELETE", "/api/v1/workloads/none", None, 404, "workload"),
+    ("GET", "/api/v1/workloads/none/explain", None, 404, "workload"), ("POST", "/api/v1/what-if", b"[]", 400, "body"), ("POST", "/api/v1/what-if", b'{"lose":["none"]}', 400, "lose"),
+    ("POST", "/api/v1/what-if", b'{"add":[{"name":"n-1"}]}', 400, "add"), ("POST", "/api/v1/what-if", b'{"add":[5]}', 400, "add[0]"), ("POST", "/api/v1/what-if", b'{"lose":5}', 400, "lose"),
+    ("POST", "/api/v1/what-if", b'{"x":5}', 400, "x"), ("PUT", "/api/v1/nodes/a%20b", b"{}", 400, "node"), ("PUT", "/api/v1/nodes/q", b'{"capacity":{"cpu":"many"}}', 400, "node.capacity.cpu"),
+    ("PUT", "/api/v1/nodes/q", b'{"name":"other"}', 400, "node.name"), ("PUT", "/api/v1/nodes/q", b"[]", 400, "body"), ("DELETE", "/api/v1/nodes/none", None, 404, "node"), ("POST", "/api/v1/nodes/none/drain", None, 404, "node"),
+    ("PUT", "/api/v1/budgets/b", b'{"allowed":-1e99}', 400, "budget"), ("PUT", "/api/v1/budgets/b", b'{"selector":[]}', 400, "budget.selector"), ("DELETE", "/api/v1/budgets/none", None, 404, "budget"),
+    ("PUT", "/api/v1/quotas/t", b'{"nominal":{"cpu":"x"}}', 400, "quota.nominal.cpu"), ("DELETE", "/api/v1/quotas/none", None, 404, "quota"),
+    ("GET", "/api/v1/scheduler?hours=999", None, 400, "hours"), ("PUT", "/api/v1/edges/gw-1/desired", b'{"workloads":[]}', 400, "workloads"),
+])
+def test_an_error_names_the_field_and_changes_nothing(served: Served, method: str, path: str, body: bytes | None, status: int, field: str) -> None:
+    before = served.hub.workloads.planner.state.digest(), dict(served.hub.workloads.rows)
+    got, _, text = served.ask(method, path, body)
+    said = error_of(text)
+    assert got == status and said["field"].startswith(field), said
+    assert (served.hub.workloads.planner.state.digest(), dict(served.hub.workloads.rows)) == before
+
+
+ODD = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=6), st.sampled_from(["\ud800", "4Gi", "-1", "host", "app", "In", "w-1", "n-1", "NoExecute"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.text(max_size=5), st.sampled_from(["selector", "labels", "topology_key", "key", "op", "values", "effect", "cpu"])), inner, max_size=3)), max_leaves=8,
+)
+KEYS = ["id", "name", "kind", "requests", "capacity", "gpu", "gpus", "numa", "labels", "taints", "tolerations", "affinity", "anti_affinity", "spread", "node_affinity", "weights", "gang", "priority", "links", "spec",
+        "lost_after_ms", "runs", "selector", "allowed", "nominal", "borrow", "cohort", "workloads", "lose", "add", "tenant", "duration_ms", "images", "location", "preferred_peers"]
+BODY = st.one_of(st.binary(max_size=30), st.one_of(ODD, st.dictionaries(st.sampled_from(KEYS), ODD, max_size=5), st.dictionaries(st.sampled_from(KEYS), ODD, max_size=3).map(lambda value: {**value, "id": "fuzz"}))
+                 .map(lambda value: json.dumps(value).encode()))
+ROUTES = [("POST", "/api/v1/workloads"), ("POST", "/api/v1/what-if"), ("PUT", "/api/v1/nodes/fuzz"), ("PUT", "/api/v1/budgets/fuzz"), ("PUT", "/api/v1/quotas/fuzz"), ("POST", "/api/v1/nodes/n-1/cordon")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(route=st.sampled_from(ROUTES), body=BODY)
+def test_nothing_that_is_sent_breaks_the_api(served: Served, route: tuple[str, str], body: bytes) -> None:
+    status, _, text = served.ask(*route, body)
+    assert status in (200, 400, 409, 413), (status, text[:300])
+    if status != 200:
+        error_of(text)
+    check_invariants(served.hub.workloads.planner.state)

@@ -1,0 +1,85 @@
+"""A store in memory for planners: what was written, and nothing else, survives."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hub.store.workloads import NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
+from hub.workloads.documents import read_list, read_workload
+from hub.workloads.planner import Planner
+from tools.bench.placement_log import Held, Log
+
+NOW = 1_795_500_000_000
+
+
+class Kept:
+    """Applies changes as a store does."""
+
+    def __init__(self) -> None:
+        self.workloads: dict[str, WorkloadRow] = {}
+        self.placements: dict[tuple[str, int], PlacementRow] = {}
+        self.nodes: dict[str, NodeRow] = {}
+        self.budgets: dict[str, dict[str, Any]] = {}
+        self.quotas: dict[str, dict[str, Any]] = {}
+        self.ever: dict[str, NodeRow] = {}
+        """Nodes that are gone too: the log speaks of them."""
+
+    def apply(self, changes: WorkloadChanges) -> None:
+        for mine, theirs in ((self.workloads, changes.workloads), (self.placements, changes.placements), (self.nodes, changes.nodes), (self.budgets, changes.budgets), (self.quotas, changes.quotas)):
+            for key, row in theirs.items():
+                if row is None:
+                    mine.pop(key, None)  # type: ignore[attr-defined]
+                else:
+                    mine[key] = row  # type: ignore[index]
+        self.ever |= self.nodes
+
+    def planner(self, now_ms: int) -> tuple[Planner, list[str]]:
+        """A planner as a hub that starts would build it."""
+        planner = Planner()
+        rows = sorted((row for row in self.placements.values() if row.to_ms is None), key=lambda row: (row.from_ms, row.workload, row.epoch))
+        problems = planner.load(self.nodes.values(), self.workloads.values(), rows, self.budgets, self.quotas, read_workload, now_ms)
+        self.apply(planner.changes())
+        planner.keep()
+        return planner, problems
+
+    def log(self) -> Log:
+        """For the independent checker."""
+        placements = [Held(row.workload, row.epoch, row.node, tuple(row.seat["gpus"]), row.from_ms, row.to_ms) for row in self.placements.values()]
+        return Log(
+            {row.id: (row.state, row.epoch, row.document) for row in self.workloads.values()}, placements, {row.name: row.document for row in self.ever.values()},
+            {row.name for row in self.ever.values() if row.origin == "edge"},
+        )
+
+
+class Desk:
+    """A planner with its store and clock: each call is one plan that is kept."""
+
+    def __init__(self) -> None:
+        self.kept, self.now = Kept(), NOW
+        self.planner, _ = self.kept.planner(self.now)
+
+    def do(self, work: Callable[[Planner, int], Any], after_ms: int = 1) -> Any:
+        self.now += after_ms
+        self.planner.begin()
+        try:
+            result = work(self.planner, self.now)
+        except BaseException:
+            self.planner.undo()
+            raise
+        self.kept.apply(self.planner.changes())
+        self.planner.keep()
+        return result
+
+    def node(self, name: str, origin: str = "declared", **document: Any) -> None:
+        self.do(lambda planner, now: planner.put_node(name, {"capacity": {"cpu": 4, "memory": "8Gi"}, **document}, origin, now, seq=1))
+
+    def submit(self, *documents: dict[str, Any]) -> list[str]:
+        entries = read_list(list(documents))
+        result: list[str] = self.do(lambda planner, now: planner.submit(entries, now))
+        return result
+
+    def row(self, workload: str) -> WorkloadRow:
+        return self.kept.workloads[workload]
+
+    def restart(self) -> list[str]:
+        self.planner, problems = self.kept.planner(self.now)
+        return problems

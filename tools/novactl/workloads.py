@@ -1,0 +1,110 @@
+"""novactl's commands on workloads and nodes."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from .client import Api, CommandError, hub_api
+
+Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
+
+GIB = 1 << 30
+
+
+def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.ArgumentParser], show: Show) -> None:
+    """Add `workload`, `nodes` and `node` to the parser; `show(value, as_json, rows, head)` prints."""
+
+    def workload(options: Any) -> int:
+        hub = hub_api(options.hub, options.token)
+        if options.what == "submit":
+            return _submit(hub, options, show)
+        if options.what == "cancel":
+            answer = hub.call("DELETE", _path(options.name))
+            show(answer, options.json, [_row(answer)], HEAD)
+            return 0
+        asked = "&".join(f"{key}={quote(value, safe='')}" for key, value in (("state", options.state), ("node", options.node), ("limit", str(options.limit))) if value)
+        found = hub.get(f"/api/v1/workloads?{asked}")
+        show(found, options.json, [_row(one) for one in found], HEAD)
+        return 0
+
+    def nodes(options: Any) -> int:
+        found = hub_api(options.hub, options.token).get("/api/v1/nodes")
+        show(found, options.json, [_node_row(one) for one in found], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
+        return 0
+
+    def node(options: Any) -> int:
+        answer = hub_api(options.hub, options.token).call("POST", f"/api/v1/nodes/{quote(options.name, safe='')}/{options.what}")
+        show(answer, options.json, [_node_row(answer)], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
+        return 0
+
+    parser = command("workload", workload, "workloads: submit FILE (- for standard input), list, cancel ID")
+    parser.add_argument("what", choices=("submit", "list", "cancel"))
+    parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
+    parser.add_argument("--state", default="", help="list: in this state only")
+    parser.add_argument("--node", default="", help="list: on this node only")
+    parser.add_argument("--limit", type=int, default=100, help="list: at most so many")
+    command("nodes", nodes, "every node: what it has and what is in use")
+    parser = command("node", node, "one node: drain NAME, cordon NAME, uncordon NAME")
+    parser.add_argument("what", choices=("drain", "cordon", "uncordon"))
+    parser.add_argument("name")
+
+
+HEAD = ["workload", "kind", "state", "node", "said", "reason"]
+
+
+def _row(one: dict[str, Any]) -> list[Any]:
+    return [one["workload"], one["document"].get("kind", "container"), one["state"], one["node"], one["said"], one["reason"]]
+
+
+def _node_row(one: dict[str, Any]) -> list[Any]:
+    resources = one["resources"]
+
+    def used(name: str, unit: float) -> str:
+        held, there = resources.get(name, (0, 0))
+        return f"{held / unit:.1f} of {there / unit:.1f}"
+
+    gpus = one["gpus"]
+    return [
+        one["node"], one["kind"], one["origin"], one["cordon"] or one["status"], used("cpu", 1000), used("memory", GIB), f"{sum(1000 - gpu['free_milli'] for gpu in gpus) / 1000:.1f} of {len(gpus)}" if gpus else "",
+        one["workloads"], ",".join(one["runs"]), one["problem"],
+    ]
+
+
+def _path(name: str) -> str:
+    if not name:
+        raise CommandError("workload: the id is missing; novactl workload list lists them")
+    return f"/api/v1/workloads/{quote(name, safe='')}"
+
+
+def _submit(hub: Api, options: Any, show: Show) -> int:
+    if not options.name:
+        raise CommandError("workload submit: the file is missing; give a JSON file with a workload or a list of them, or -")
+    try:
+        documents = json.loads(Path(options.name).read_text() if options.name != "-" else sys.stdin.read())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"workload submit: {options.name} cannot be read ({error}); give a JSON file with a workload or a list of them") from None
+    answer = hub.call("POST", "/api/v1/workloads", documents)
+    show(answer, options.json, [_row(one) for one in answer["workloads"]], HEAD)
+    return 0
+
+
+def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:
+    """`explain workload ID`: per node why it will do or will not."""
+    said = hub_api(options.hub, options.token).get(_path(name) + "/explain")
+    if options.json:
+        show(said, True, None, None)
+        return 0
+    print(plain(f"workload {said['workload']}: {said['state']}" + (f" on {said['node']}" if said["node"] else "") + (f": {said['reason']}" if said["reason"] else "")))
+    print(plain(f"  {said['summary']}"))
+    for advice in said["advice"]:
+        print(plain(f"  {advice}"))
+    rows = []
+    for node in said["nodes"]:
+        parts = ", ".join(f"{policy} {part['score']}*{part['weight']}" for policy, part in node["parts"].items())
+        rows.append([node["node"], "yes" if node["fits"] else "no", node["score"], "; ".join(node["why"]) or parts, "; ".join(node["remedy"])])
+    show(said, False, rows, ["node", "fits", "score", "why", "what would help"])
+    return 0
