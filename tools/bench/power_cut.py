@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -165,6 +166,7 @@ def main() -> int:
         print(f"power cuts cannot be made here: {reason}", file=sys.stderr)
         return NO_VERDICT
     own_namespace()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started and made here goes with us
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         recorded = record(options, home)
