@@ -117,6 +117,7 @@ class EdgeRuntime:
         self._api: Any = None
         self.api_port = 0
         self._commands: dict[str, str] = self.journal.state("commands") or {}
+        self._commands_written_soon: set[str] = set()
         self.site: SharedDuties | None = None
         if config.duties.enabled:
             from . import site_wiring
@@ -494,8 +495,8 @@ class EdgeRuntime:
         stamp = self.clock.stamp()
         for command in desired.commands:
             state = self._commands.get(command["id"])
-            if state is not None and state != "running":
-                continue
+            if (state is not None and state != "running") or command["id"] in self._commands_written_soon:
+                continue  # done, or it is sent when its record is durable: two desired states may become durable in one commit
             if stamp.wall_ms > command["expires_ms"] and stamp.quality != "unsynced":
                 if state is None:
                     self._commands[command["id"]] = "expired"
@@ -505,11 +506,13 @@ class EdgeRuntime:
             self._commands[command["id"]] = "running"
 
             def durable(_record: Record | None, command: dict[str, Any] = command, again: bool = again) -> None:
+                self._commands_written_soon.discard(command["id"])
                 self.pipeline.order(command["id"], command["device"], command["name"], command["args"], command["expires_ms"], again)
 
             if again:
                 durable(None)
             else:
+                self._commands_written_soon.add(command["id"])
                 self._operation(command, "running", "", durable)
         wanted = {command["id"] for command in desired.commands}
         for known in [key for key in self._commands if key not in wanted][: max(0, len(self._commands) - COMMANDS_REMEMBERED)]:

@@ -1,8 +1,10 @@
 """Desired state at the edge: applied whole or refused whole with the field named, once, never backwards; commands done once."""
 
 import base64
+import contextlib
 import hashlib
 import json
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,22 @@ async def test_two_models_of_one_name_are_refused(edges: Edges) -> None:
     edge.desire(2, models=[model(2), model(3)])
     assert edge.runtime.last_desired_error is not None and edge.runtime.last_desired_error["field"] == "spec.models[1].manifest.name"
     assert edge.runtime.desired is None
+
+
+async def test_a_command_that_stands_in_two_desired_states_of_one_commit_waits_for_its_record(broker: LocalBroker, edges: Edges) -> None:
+    edge = await edges.start(port=broker.port)
+    command = {"id": "c-1", "device": "fan-1", "name": "on", "expires_ms": edge.now_ms() + 600_000}
+    recorded: list[int] = []
+    real = edge.runtime.pipeline.order
+
+    def order(command_id: str, *more: Any) -> None:
+        with contextlib.closing(sqlite3.connect(Path(edge.config.data_dir) / "journal" / "journal.db")) as other:
+            recorded.append(other.execute("SELECT count(*) FROM records_event WHERE kind='operation' AND body LIKE '%c-1%running%'").fetchone()[0])
+        real(command_id, *more)
+
+    edge.runtime.pipeline.order = order  # type: ignore[method-assign]
+    edge.desire(7, commands=[command])
+    edge.desire(8, commands=[command])
+    await until(lambda: recorded and edge.runtime.desired is not None and edge.runtime.desired.generation == 8, what="the command")
+    await edge.runtime.journal.flush()
+    assert recorded == [1]

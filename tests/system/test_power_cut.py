@@ -40,7 +40,7 @@ def test_a_power_cut_at_the_writes_of_a_run_loses_and_doubles_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bug", "words", "writes", "cuts"), [("sync-off", "lost: ", "60", "12"), ("early-ack", "was sent, its decision is", "160", "24"), ("side-unsynced", "marks.json", "160", "24")],
+    ("bug", "words", "writes", "cuts"), [("sync-off", "lost: ", "60", "12"), ("early-ack", "lost: ", "160", "24"), ("side-unsynced", "marks.json", "160", "24")],
 )
 def test_a_planted_bug_is_caught(bug: str, words: str, writes: str, cuts: str) -> None:
     status, found = run("--writes", writes, "--cuts", cuts, "--control", bug)

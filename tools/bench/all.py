@@ -25,6 +25,8 @@ BENCHES = (
     "openb",
     "scheduler_batch",
     "scheduler_concurrency",
+    "power_cut",
+    "soak",
 )
 
 

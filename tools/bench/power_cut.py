@@ -12,7 +12,9 @@ import asyncio
 import gc
 import multiprocessing
 import os
+import pickle
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -129,7 +131,7 @@ def cut(recorded: Recorded, folder: Path, options: argparse.Namespace) -> Tried:
     total, done = Tried(), 0
     try:
         with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-            futures = [pool.submit(_try_cuts, chunk) for chunk in chosen(recorded.log.cuts(), options.cuts)]
+            futures = [pool.submit(_try_cuts, chunk) for chunk in chosen([options.only] if options.only else recorded.log.cuts(), options.cuts)]
             for future in as_completed(futures):
                 total.add(future.result())
                 done += 1
@@ -155,6 +157,9 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=0, help="try only so many of the writes, evenly spread; 0: every one")
     parser.add_argument("--seed", type=int, default=0, help="what is lost and torn; 0: another one each time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that boot")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="leave the recording in this file, to be tried again with --again")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="try a recording that --keep left (a pickle: only your own)")
+    parser.add_argument("--only", type=int, default=0, metavar="POSITION", help="only the cut at this position of the log")
     parser.add_argument("--control", choices=sorted(CONTROLS), default="", metavar="NAME", help=f"plant this bug: {', '.join(sorted(CONTROLS))}")
     options = parser.parse_args()
     if options.writes < 50 or options.cuts < 0 or options.jobs < 1:
@@ -165,9 +170,12 @@ def main() -> int:
         print(f"power cuts cannot be made here: {reason}", file=sys.stderr)
         return NO_VERDICT
     own_namespace()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started and made here goes with us
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        recorded = record(options, home)
+        recorded = pickle.loads(options.again.read_bytes()) if options.again else record(options, home)
+        if options.keep:
+            options.keep.write_bytes(pickle.dumps(recorded))
         note(options, f"{recorded.log.writes} writes, {recorded.log.flushes} flushes, {len(recorded.claims)} effects in {recorded.seconds:.0f} s; lives ended by {', '.join(recorded.ends)}")
         began = time.monotonic()
         tried = cut(recorded, home, options)

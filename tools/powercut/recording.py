@@ -17,8 +17,8 @@ import aiomqtt
 
 from hub.link import SOCKET_OPTIONS
 from tools.bench.agent import Agent
-from tools.bench.harness import ROOT, free_port
-from tools.demo import ask, start_program, until
+from tools.bench.harness import ROOT, die_with_parent, free_port
+from tools.demo import ask, until
 from tools.novactl.client import Api, CommandError
 
 from .block_log import BlockLog
@@ -134,11 +134,11 @@ class Recorder:
             self._bus_port, lambda topic, payload: claims.edge_published(log.position, topic, payload), lambda topic, payload: claims.edge_acknowledged(log.position, topic, payload), nothing
         )
         uplink = Wiretap(broker_port, lambda topic, payload: claims.edge_published(log.position, topic, payload), nothing, lambda topic, payload: claims.hub_said(log.position, topic, payload))
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        hub = await start_program(
-            [sys.executable, "-m", "hub", "--data-dir", str(self._home / "hub"), "--listen", f"127.0.0.1:{hub_port}", "--broker", "mosquitto", "--broker-listen", f"127.0.0.1:{broker_port}"],
-            self._home / "hub.log", env,
-        )
+        with open(self._home / "hub.log", "ab") as words:
+            hub = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "hub", "--data-dir", str(self._home / "hub"), "--listen", f"127.0.0.1:{hub_port}", "--broker", "mosquitto", "--broker-listen", f"127.0.0.1:{broker_port}",
+                stdout=words, stderr=words, stdin=asyncio.subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=die_with_parent,
+            )
         tasks: list[asyncio.Task[None]] = []
         try:
             await until(lambda: ask(Api(f"http://127.0.0.1:{hub_port}"), "/readyz"), 60, "the hub's start", hub, self._home / "hub.log")

@@ -69,6 +69,8 @@ if [ "$kind" = dev ]; then
   command -v chromium >/dev/null 2>&1 || packages+=(chromium chromium-driver)
   [ -n "$(find /usr/lib -path "*faketime/libfaketime.so.1" -print -quit 2>/dev/null)" ] || packages+=(libfaketime)
   command -v openssl >/dev/null 2>&1 || packages+=(openssl)
+  command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /usr/sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
+  command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
     apt_install "${packages[@]}" || for package in "${packages[@]}"; do
