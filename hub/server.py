@@ -206,7 +206,7 @@ class Hub:
     def _another(row: EdgeRow, document: dict[str, Any]) -> bool:
         """The edge has applied another document of the same generation: a restored hub gave the number again before it heard from the edge."""
         applied_ms = row.presence.get("desired_ms", 0)
-        return applied_ms > 0 and row.generation == document["generation"] and applied_ms != document["issued_ms"]
+        return bool(applied_ms > 0 and row.generation == document["generation"] and applied_ms != document["issued_ms"])
 
     def _presence(self, change: Change) -> None:
         document = self.desired.get(change.row.edge)
