@@ -570,7 +570,8 @@ class EdgeRuntime:
             shared["serves"] = dict(list(serves.items())[:256])
         return {
             **shared,
-            "generation": self.desired.generation if self.desired else 0, "agent": __version__, "region": config.region, "site": config.site,
+            "generation": self.desired.generation if self.desired else 0, "desired_ms": self.desired.issued_ms if self.desired else 0,
+            "agent": __version__, "region": config.region, "site": config.site,
             "node": config.node, "labels": dict(config.labels), "devices": devices[:256],
             "outage_hours": round(self.journal.storage_plan.outage_hours, 1), "health": "; ".join(self.health()) or "ok",
         }

@@ -23,7 +23,7 @@ from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
 from .link import HubLink
 from .retention import Retention, RetentionSettings
-from .store.base import Store, StoredRecord
+from .store.base import EdgeRow, Store, StoredRecord
 from .store.sqlite import SqliteStore
 from .store.workloads import LIVE_STATES
 from .workloads.service import Workloads
@@ -229,6 +229,12 @@ class Hub:
         _, at, patience = self._told.get(edge, (0, 0, 0))
         return not 0 <= self.now_ms() - at < patience
 
+    @staticmethod
+    def _another(row: EdgeRow, document: dict[str, Any]) -> bool:
+        """The edge has applied another document of the same generation: a restored hub gave the number again before it heard from the edge."""
+        applied_ms = row.presence.get("desired_ms", 0)
+        return bool(applied_ms > 0 and row.generation == document["generation"] and applied_ms != document["issued_ms"])
+
     def _presence(self, change: Change) -> None:
         document = self.desired.get(change.row.edge)
         if document is None or change.row.state != "online":
@@ -236,7 +242,7 @@ class Hub:
         if change.row.generation < document["generation"]:
             if change.came or self._overdue(change.row.edge):  # the broker may have lost its retained messages, or this one
                 self._publish_desired(change.row.edge)
-        elif change.row.generation > document["generation"] and change.row.edge not in self._raising:
+        elif (change.row.generation > document["generation"] or self._another(change.row, document)) and change.row.edge not in self._raising:
             # This hub was restored from a backup: what it wants now goes above what the edge has seen.
             edge = change.row.edge
             self._raising.add(edge)

@@ -172,6 +172,9 @@ def seeds(options: argparse.Namespace, jobs: list[Job], about: dict[str, Any]) -
     if options.json:
         return report(options, about, promise, len(failures), f"violations in {len(times)} seeds x {jobs[0].hours:g} h", ok, spread_=spread(times), details=details)
     print(f"{len(times)} runs, {len(failures)} violations, {details['seconds_per_seed']} s of CPU each")
+    if len(jobs) > 1:
+        for name in ("faults", "effects", "checked"):
+            print(f"{name}: {details[name]}")
     if missing and len(jobs) > 1:
         print(f"{'never came' if covered else 'NEVER CAME, in a run that must meet all'}: {', '.join(missing)}")
     if len(times) < len(jobs):

@@ -22,6 +22,7 @@ EDGE_PRESENCE = Message(
         Field("time_ms", "integer", "the edge's wall time, milliseconds since 1970 UTC", required=False, default=0, minimum=0),
         Field("tq", "string", "the quality of that time", required=False, default="unsynced"),
         Field("generation", "integer", "the desired state the edge has applied, 0 for none", required=False, default=0, minimum=0),
+        Field("desired_ms", "integer", "the issued_ms of that desired state: a hub restored from a backup may give a number twice", required=False, default=0, minimum=0),
         Field("agent", "string", "the agent's version", required=False, default=""),
         Field("speaks", "array", "the contract versions that the edge speaks", required=False, default=[PROTOCOL_VERSION], max_items=16),
         Field("region", "string", "where the edge stands", required=False, default=""),
@@ -35,7 +36,7 @@ EDGE_PRESENCE = Message(
     ),
     example={
         "v": 1, "edge": "gw-1", "boot": "6f1c0a9e2b7d4c55", "boot_n": 12, "state": "online", "reason": "reconnect",
-        "time_ms": 1795500000000, "tq": "ntp", "generation": 7, "agent": "0.1.0", "speaks": [1], "region": "eu", "site": "plant-a",
+        "time_ms": 1795500000000, "tq": "ntp", "generation": 7, "desired_ms": 1795500000000, "agent": "0.1.0", "speaks": [1], "region": "eu", "site": "plant-a",
         "node": "gw-1", "labels": {}, "devices": ["host", "boiler-1"], "outage_hours": 210.5, "health": "ok",
     },
 )

@@ -488,7 +488,7 @@ class Oracle:
             document = hub.desired.get(machine.edge)
             if document is not None and not self.world.refuses(document):
                 applied = runtime.desired
-                if applied is None or applied.generation != document["generation"]:
+                if applied is None or (applied.generation, applied.issued_ms) != (document["generation"], document["issued_ms"]):
                     return f"{machine.edge} has generation {applied.generation if applied else 0}, the hub wants {document['generation']}"
         return ""
 

@@ -12,8 +12,10 @@ import pytest
 
 pytest.importorskip("apsw", reason="the simulated disk needs apsw (the dev extra)")
 
+from hub.server import Hub
 from tests.simulation.controls import CONTROLS
 from tests.simulation.coverage import CHECKS, EFFECTS, never
+from tests.simulation.reading import parse
 from tests.simulation.scenario import FAULTS, draw
 from tests.simulation.world import simulate
 from tools.simulate import Job, main, run_control, run_job
@@ -94,6 +96,20 @@ def test_what_there_was_no_time_for_is_said_and_fails(monkeypatch: pytest.Monkey
     assert main() == 1
     out = json.loads(capsys.readouterr().out)
     assert (out["details"]["runs"], out["details"]["not_run"], out["ok"]) == (1, 4, False)
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_generation_that_a_restored_hub_gives_again_is_told_apart(mended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The edge has generation 2, the hub goes back to 1 and, while the edge is cut off, to another 2. Seed 402 of 72 hours met it."""
+    faults = [(650, "desired", 0, 1), (700, "backup", 0, 0), (800, "desired", 0, 1), (900, "partition", 600, 0), (950, "hub_restore", 5, 0), (1000, "desired", 0, 0)]
+    text = json.dumps({
+        "seed": 1, "hours": 1, "edges": 1, "devices": 1, "faults": [{"at": at, "kind": kind, "for": lasts, "value": value} for at, kind, lasts, value in faults],
+    })
+    if not mended:
+        monkeypatch.setattr(Hub, "_another", staticmethod(lambda _row, _document: False))
+    outcome = simulate(parse(text, "test"), settle_s=900.0)
+    assert (outcome.failure is None) == mended, outcome.failure
+    assert mended or "converge" in str(outcome.failure)
 
 
 def test_hundreds_of_edges_in_one_process() -> None:
