@@ -68,7 +68,6 @@ class Fragmentation:
         self._count = np.array([item.count for item in with_gpu], np.int64)
         self._ppm = np.array([item.ppm for item in with_gpu], np.int64)
         self._models = [item.models for item in with_gpu]
-        self._allowed: tuple[int, npt.NDArray[np.bool_]] = -1, np.empty((0, 0), np.bool_)
         self._cpu_only = sum(item.ppm for item in self.typical if not item.count)
 
     def of(self, state: State, nodes: Ints, cpu: Ints, gpu: "np.ndarray[tuple[int, int], np.dtype[np.int64]]") -> Ints:
@@ -88,13 +87,14 @@ class Fragmentation:
     def allowed(self, state: State) -> "npt.NDArray[np.bool_]":
         """[node, typical shape with GPU] whether the node has a model that the shape may use."""
         attributes = state.attributes
-        if self._allowed[0] != attributes.version or len(self._allowed[1]) != state.size:
+        known: tuple[int, npt.NDArray[np.bool_]] | None = state.caches.get((self, "allowed"))
+        if known is None or known[0] != attributes.version:
             found = np.ones((state.size, len(self._models)), np.bool_)
             for at, models in enumerate(self._models):
                 if models:
                     found[:, at] = attributes.model_count[[attributes.models[model] for model in models if model in attributes.models]].sum(0) > 0
-            self._allowed = attributes.version, found
-        return self._allowed[1]
+            known = state.caches[(self, "allowed")] = attributes.version, found
+        return known[1]
 
     def _gradients(self, state: State, klass: Klass, nodes: Ints) -> tuple[Ints, Ints]:
         """For `nodes`: how much the fragmentation falls at best (milli * ppm), and on which device (whole devices: 0)."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from .classes import Klass
 from .feasible import devices_for, verdicts
-from .model import Workload
+from .model import Shape, Workload
 from .place import Pending, Placed, Scheduler
 from .rank import View
 from .reasons import Ints
@@ -85,13 +85,13 @@ def reserve(scheduler: Scheduler, members: Sequence[Workload], now_ms: int, solv
 
 def _hardest_first(state: State, members: Sequence[Workload]) -> list[Workload]:
     """Fewest nodes first, then the largest share of a node."""
-    weight: dict[int, tuple[int, float]] = {}
+    weight: dict[Shape, tuple[int, float, int]] = {}
     for item in members:
-        klass = state.klass(item.shape)
-        if klass.id not in weight:
+        if item.shape not in weight:
+            klass = state.klass(item.shape)
             largest = np.maximum(state.cap[klass.resources].max(1, initial=1), 1)
-            weight[klass.id] = int(np.count_nonzero(verdicts(state, klass) == 0)), -float((klass.amounts[:, 0] / largest).max())
-    return sorted(members, key=lambda item: (*weight[state.klass(item.shape).id], state.klass(item.shape).id, item.id))
+            weight[item.shape] = int(np.count_nonzero(verdicts(state, klass) == 0)), -float((klass.amounts[:, 0] / largest).max()), len(weight)
+    return sorted(members, key=lambda item: (*weight[item.shape], item.id))
 
 
 def _room(state: State, klass: Klass) -> Ints:
@@ -108,9 +108,9 @@ def _room(state: State, klass: Klass) -> Ints:
 
 def _bound(state: State, members: Sequence[Workload]) -> tuple[str, str] | None:
     """Members of one shape of which too few fit even if they had the cluster's room to themselves: the member and the reason."""
-    counts: dict[int, list[Workload]] = {}
+    counts: dict[Shape, list[Workload]] = {}
     for item in members:
-        counts.setdefault(state.klass(item.shape).id, []).append(item)
+        counts.setdefault(item.shape, []).append(item)
     for items in counts.values():
         klass = state.klass(items[0].shape)
         shape = klass.shape

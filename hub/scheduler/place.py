@@ -84,19 +84,17 @@ class Scheduler:
         bits = verdicts(self.state, klass)
         feasible: Bools = bits == 0
         if among is not None:
-            feasible = feasible & among
+            feasible &= among
         position = self.position
-        if not feasible.any():
-            return Decision(workload, None, -1, bits, position)
-        total = self.ranker.total(View(self.state, klass, self.state.facts(klass), feasible, now_ms))
-        node = best(self.state, total)
-        assert node is not None
-        seat = self.seat_on(klass, node)
-        if seat is None:
-            among = np.ones(self.state.size, np.bool_) if among is None else among.copy()
-            among[node] = False
-            return self.decide(workload, now_ms, among)
-        return Decision(workload, seat, int(total[node]), bits, position)
+        while feasible.any():
+            total = self.ranker.total(View(self.state, klass, self.state.facts(klass), feasible, now_ms))
+            node = best(self.state, total)
+            assert node is not None
+            seat = self.seat_on(klass, node)
+            if seat is not None:
+                return Decision(workload, seat, int(total[node]), bits, position)
+            feasible[node] = False
+        return Decision(workload, None, -1, bits, position)
 
     @property
     def position(self) -> int:

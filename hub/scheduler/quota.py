@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import preempt
+from . import gang, preempt
 from .model import GPU_MILLI, Quota, Workload
 from .place import Pending, Placed, Scheduler
 from .state import GONE, MAX_RESOURCES, State
@@ -46,21 +46,41 @@ def used(state: State, tenant: str) -> Amounts:
 
 def refusal(state: State, workload: Workload) -> str | None:
     """Why quota forbids a workload now, None where it does not."""
-    quota = state.quotas.get(workload.tenant)
+    return _refusal(state, workload.tenant, asks(workload))
+
+
+def _refusal(state: State, tenant: str, wanted: Amounts) -> str | None:
+    """Why the tenant may not have `wanted` beside what it holds; only resources that are wanted count."""
+    quota = state.quotas.get(tenant)
     if quota is None:
         return None
-    held, wanted, borrow = used(state, quota.tenant), asks(workload), dict(quota.borrow)
+    held, borrow = used(state, tenant), dict(quota.borrow)
     for name, nominal in quota.nominal:
         total = held.get(name, 0) + wanted.get(name, 0)
         if not wanted.get(name) or total <= nominal:
             continue
         most = nominal + (borrow.get(name, 0) if quota.cohort else 0)
         if total > most:
-            return f"tenant {quota.tenant} would use {human(name, total)} of {human(name, most)}"
+            return f"tenant {tenant} would use {human(name, total)} of {human(name, most)}"
         left = _unused(state, quota.cohort, name) - wanted[name]
         if left < 0:
-            return f"tenant {quota.tenant} would borrow {human(name, total - nominal)}, and cohort {quota.cohort} has {human(name, -left)} too little to lend"
+            return f"tenant {tenant} would borrow {human(name, total - nominal)}, and cohort {quota.cohort} has {human(name, -left)} too little to lend"
     return None
+
+
+def admit_gang(scheduler: Scheduler, members: Sequence[Workload], now_ms: int) -> gang.Gang | gang.Refused:
+    """Quota and places for all members, or nothing."""
+    wanted: dict[str, Amounts] = {}
+    for item in members:
+        if item.id not in scheduler.state.slot_of:
+            mine = wanted.setdefault(item.tenant, {})
+            for name, amount in asks(item).items():
+                mine[name] = mine.get(name, 0) + amount
+    for tenant, amounts in wanted.items():
+        reason = _refusal(scheduler.state, tenant, amounts)
+        if reason is not None:
+            return gang.Refused(members[0].gang, f"quota: {reason}", True)
+    return gang.reserve(scheduler, members, now_ms)
 
 
 def within_nominal(state: State, workload: Workload) -> bool:

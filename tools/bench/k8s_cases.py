@@ -349,6 +349,8 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="the file of cases")
     options = parser.parse_args()
+    if not options.data.is_file():
+        parser.error(f"no cases at {options.data}; give their file with --data")
     data = json.loads(options.data.read_text(encoding="utf-8"))
     namespaces = {item["name"]: item.get("labels") or {} for item in data.get("namespaces", ())}
     counts: Counter[str] = Counter()

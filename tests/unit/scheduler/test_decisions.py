@@ -400,6 +400,26 @@ def test_a_plan_that_was_overtaken_changes_nothing() -> None:
 
 
 @settings(max_examples=25)
+@given(streams.node_list(), streams.stream())
+def test_reserve_with_preemption_keeps_the_books_and_gives_back_who_had_to_go(nodes: list[Json], events: list[tuple[str, Any]]) -> None:
+    state = State(seed=5)
+    state.add_nodes([node(entry) for entry in nodes])
+    scheduler = Scheduler(state)
+    there: set[str] = set()
+    for what, value in events:
+        if what != "reserve":
+            continue
+        answer = preempt.reserve(scheduler, workload(value), 0)
+        if isinstance(answer, preempt.Made):
+            assert all(gone.priority < value["priority"] for gone in answer.evicted)
+            there -= {gone.id for gone in answer.evicted}
+        if not isinstance(answer, Pending):
+            there.add(value["id"])
+        assert set(state.slot_of) == there
+        check_invariants(state)
+
+
+@settings(max_examples=25)
 @given(streams.node_list(), streams.stream(), streams.workload("high"))
 def test_preemption_keeps_the_books_and_hurts_no_more_than_on_every_node(nodes: list[Json], events: list[tuple[str, Any]], high: Json) -> None:
     state = State(seed=5)
@@ -436,6 +456,16 @@ def test_quota_borrowing_and_the_cohorts_limit() -> None:
     assert refusal is not None and "7000m CPU of 6000m CPU" in refusal
     assert [isinstance(quota.admit_one(scheduler, item(f"b{at}", tenant="b"), 0)[0], Placed) for at in range(5)] == [True] * 4 + [False]
     assert sum(name.startswith("a") for name in state.slot_of) == 6, "the node has room for all: nobody is evicted for quota alone"
+
+
+def test_a_gang_is_held_against_the_quota_as_a_whole() -> None:
+    scheduler = cluster({"capacity": {"cpu": 16, "memory": "64Gi"}})
+    scheduler.state.set_quota(parse_quota({"tenant": "t", "nominal": {"cpu": 3}}))
+    before = scheduler.state.digest()
+    refused = quota.admit_gang(scheduler, members(4, tenant="t"), 0)
+    assert isinstance(refused, gang.Refused) and "4000m CPU of 3000m CPU" in refused.reason and scheduler.state.digest() == before
+    assert isinstance(quota.admit_gang(scheduler, members(3, tenant="t"), 0), gang.Gang)
+    assert isinstance(quota.admit_gang(scheduler, members(3, tenant="t"), 0), gang.Gang), "again"
 
 
 def test_the_queue_is_served_by_dominant_share() -> None:

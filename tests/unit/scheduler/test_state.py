@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub.scheduler import Invalid, Pending, Placed, Scheduler, Seat, State, node, workload
+from hub.scheduler import state as state_module
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.state import GONE, UP
 from tests.unit.scheduler import streams
@@ -147,6 +148,23 @@ def test_reserve_is_idempotent(nodes: list[streams.Json], events: list[tuple[str
             with pytest.raises(Invalid, match="another workload"):
                 scheduler.reserve(workload({**value, "priority": value["priority"] + 1}), 99)
     assert scheduler.state.digest() == before
+
+
+@settings(max_examples=EXAMPLES)
+@given(streams.node_list(), streams.stream())
+def test_books_hold_when_classes_are_swept(nodes: list[streams.Json], events: list[tuple[str, Any]]) -> None:
+    """With room for few shapes, unused ones are forgotten all the time; more live shapes than that are one clear error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_module, "MAX_CLASSES", 3)
+        scheduler, checker = cluster(nodes), Checker(nodes)
+        for at, event in enumerate(events):
+            try:
+                if event[0] in ("reserve", "release"):
+                    apply(scheduler, event, at, checker)
+            except Invalid as error:
+                assert "different shapes" in error.problem
+            check_invariants(scheduler.state)
+        assert not checker.problems and len(scheduler.state.class_of) <= 3
 
 
 def small() -> Scheduler:
