@@ -363,3 +363,19 @@ def test_the_stream_sees_a_plan_made_anew_at_an_early_end(monkeypatch: pytest.Mo
     monkeypatch.setattr(Timetable, "_move_up", anew)
     with pytest.raises(AssertionError, match="a reservation got later"):
         follow(table((4, 9)), stream, calm=True)
+
+
+def test_the_simulation_sees_a_verdict_that_is_too_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: where no hole is early enough, the job is admitted into a late one."""
+    def kind(self: Timetable, job: Job, now_ms: int) -> tuple[Profile, dict[str, Hold]]:
+        profile, found = self.profile.copy(), self._find(self.profile, job, now_ms)
+        assert found is not None
+        self._hold(profile, found)
+        return profile, {**self.reserved, job.id: found}
+
+    check_one = test_the_verdict_agrees_with_a_simulation_of_every_millisecond.hypothesis.inner_test  # type: ignore[attr-defined]
+    twice = [(1, 0, 5, 5, 1), (1, 0, 5, 5, 1)]
+    check_one([(1, 1)], twice)
+    monkeypatch.setattr(Timetable, "_reorder", kind)
+    with pytest.raises(AssertionError, match="no order of the jobs makes it"):
+        check_one([(1, 1)], twice)

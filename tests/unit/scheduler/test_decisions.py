@@ -400,6 +400,26 @@ def test_a_plan_that_was_overtaken_changes_nothing() -> None:
 
 
 @settings(max_examples=25)
+@given(streams.node_list(), streams.stream())
+def test_reserve_with_preemption_keeps_the_books_and_gives_back_who_had_to_go(nodes: list[Json], events: list[tuple[str, Any]]) -> None:
+    state = State(seed=5)
+    state.add_nodes([node(entry) for entry in nodes])
+    scheduler = Scheduler(state)
+    there: set[str] = set()
+    for what, value in events:
+        if what != "reserve":
+            continue
+        answer = preempt.reserve(scheduler, workload(value), 0)
+        if isinstance(answer, preempt.Made):
+            assert all(gone.priority < value["priority"] for gone in answer.evicted)
+            there -= {gone.id for gone in answer.evicted}
+        if not isinstance(answer, Pending):
+            there.add(value["id"])
+        assert set(state.slot_of) == there
+        check_invariants(state)
+
+
+@settings(max_examples=25)
 @given(streams.node_list(), streams.stream(), streams.workload("high"))
 def test_preemption_keeps_the_books_and_hurts_no_more_than_on_every_node(nodes: list[Json], events: list[tuple[str, Any]], high: Json) -> None:
     state = State(seed=5)

@@ -13,6 +13,7 @@ from hub.scheduler import node as parse_node
 from hub.scheduler import workload as parse_workload
 from hub.scheduler.functions import MINUTE_MS, ExpectedValue, FixedKeepAlive, Function, HybridHistogram, Policy, WarmFirst, WarmPool, best_windows, cold_ms_of
 from tests.unit.scheduler.fleet_builder import Fleet, node
+from tools.bench import functions_warm
 
 F = Function("f", 100_000_000, 1_000)
 HOUR = 60 * MINUTE_MS
@@ -222,3 +223,23 @@ def test_a_policy_that_forgets_the_cost_of_memory_is_seen() -> None:
     edges, chances, about = module._EDGES, ExpectedValue(1e9).chances(("f", 0)), F
     good, planted = best_windows(chances, about, 1e9), best_windows(chances, Function("f", 1, F.cold_ms), 1e9)
     assert value(planted, chances, edges, about, 1e9) < value(good, chances, edges, about, 1e9)
+
+
+# the benchmark
+
+
+def test_the_trace_is_the_same_every_time_and_as_described() -> None:
+    trace = functions_warm.generate(60, 2, 5, [[100.0, 300.0], [50.0]])
+    assert trace == functions_warm.generate(60, 2, 5, [[100.0, 300.0], [50.0]]) != functions_warm.generate(60, 2, 6)
+    assert trace.times == sorted(trace.times) and {each.cold_ms for each in trace.functions} == {50, 200}, "load times that are given are used"
+    per_hour = np.bincount(trace.which, minlength=60) / 48
+    assert 0.3 < (per_hour < 1).mean() < 0.6
+
+
+def test_all_policies_see_the_same_calls_and_the_knob_holds_what_it_is_set_to() -> None:
+    trace = functions_warm.generate(6, 1, 5)
+    fixed = functions_warm.simulate(trace, FixedKeepAlive())
+    knob = functions_warm.knob_for(trace, fixed[0].idle_gb_s)
+    ours = functions_warm.simulate(trace, ExpectedValue(knob))
+    assert [part.calls for part in ours] == [part.calls for part in fixed] and sum(part.calls for part in fixed) == len(trace.times)
+    assert 0 < ours[0].idle_gb_s <= fixed[0].idle_gb_s
