@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from . import kernels
+from .arrays import Seat
 from .classes import Klass
 from .feasible import gpu_room, verdicts
 from .model import Workload
 from .place import Pending, Placed, Scheduler
 from .reasons import UNRESOLVABLE, Bits, Bools, Ints
-from .state import Seat, State
+from .state import State
 from .units import GPU_WHOLE
 
 CANDIDATES = 8
