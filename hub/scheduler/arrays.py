@@ -114,6 +114,8 @@ class Arrays:
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
+        self.changes = 0
+        """Grows with every event and every one taken back: equal means nothing happened in between."""
         self.log: list[Event] = []
         self.log_base = 0
         self._undo: list[Event] = []

@@ -34,6 +34,7 @@ class State(Arrays):
         while len(self._undo) > mark:
             self._apply(self._undo.pop())
             self.log.pop()
+            self.changes += 1
         self._trials -= 1
 
     def keep(self, mark: int) -> None:
@@ -163,6 +164,7 @@ class State(Arrays):
     def _do(self, event: Event) -> None:
         inverse = self._apply(event)
         self.log.append(event)
+        self.changes += 1
         if self._trials:
             self._undo.append(inverse)
         elif len(self.log) >= MAX_LOG:
