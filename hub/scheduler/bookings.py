@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from .arrays import UP
 from .batch import MARGIN_PERMILLE, Hold, Job
 from .deadline import Timetable
 from .model import Kind, Workload
 from .moves import LEAVING
 from .reasons import Ints
-from .state import UP, State
+from .state import State
 from .units import Invalid, human
 
 GPU_COLUMN = "milli-GPU"

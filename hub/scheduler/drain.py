@@ -6,12 +6,13 @@ from itertools import islice
 
 import numpy as np
 
+from .arrays import UP
 from .feasible import shortage, verdicts
 from .model import Workload
 from .moves import LEAVING, Course, Limits, Plan, Refused, carry_out, order
 from .place import Decision, Scheduler
 from .reasons import Bools, Fail, Ints
-from .state import UP, State
+from .state import State
 from .units import human
 
 ROOM_NODES = 32

@@ -17,13 +17,13 @@ from random import Random
 import numpy as np
 
 from . import quota
+from .arrays import Seat
 from .classes import Klass
 from .feasible import verdicts
 from .model import Spread, Workload
 from .parse import peer_matches
 from .place import Pending, Placed, Scheduler
 from .reasons import Ints
-from .state import Seat
 from .units import CPU, MEMORY, Invalid
 
 MAX_BACKLOG = 256

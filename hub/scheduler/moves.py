@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .arrays import GONE, Seat
 from .feasible import shortage, verdicts
 from .model import HOST, Spread, Workload
 from .place import Scheduler
 from .reasons import WORDS, Bools, Fail
-from .state import GONE, Seat, State
+from .state import State
 from .units import Invalid, human
 
 LEAVING = "\0leaving"

@@ -11,12 +11,13 @@ from functools import partial
 
 import numpy as np
 
+from .arrays import GONE
 from .feasible import verdicts
 from .model import Kind, Workload
 from .moves import LEAVING, Course, Limits, Plan, Refused, carry_out, order, skew
 from .place import Scheduler
 from .reasons import Bools, Ints
-from .state import GONE, State
+from .state import State
 
 HOUR_MS = 3_600_000
 

@@ -7,12 +7,11 @@ is empty is prolonged least (`hub.scheduler.lifetime.stretch`), then best fit. A
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hub.scheduler.lifetime import STRETCH_S, Exits, Floats, expected_left_s, stretch
+from hub.scheduler.lifetime import Exits, Floats, expected_left_s, stretch
 
 from .azure_trace import NEVER, Vm
 

@@ -4,9 +4,9 @@ import pytest
 
 from hub.scheduler import Invalid, Placed
 from hub.scheduler import workload as parse_workload
+from hub.scheduler.arrays import GONE, Seat
 from hub.scheduler.bookings import job, timetable
 from hub.scheduler.moves import begin_move
-from hub.scheduler.state import GONE, Seat
 from tests.unit.scheduler.fleet_builder import GB, Fleet, item, node
 
 

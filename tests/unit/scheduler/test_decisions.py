@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub.scheduler import Fail, Invalid, Kind, Pending, Placed, Ranker, Scheduler, Seat, State, View, gang, node, preempt, quota, refuse_cycles, workload
+from hub.scheduler.arrays import SILENT
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.explain import explain
 from hub.scheduler.feasible import verdicts
@@ -16,7 +17,6 @@ from hub.scheduler.fragmentation import Fragmentation, Typical, typical_of
 from hub.scheduler.parse import budget as parse_budget
 from hub.scheduler.parse import quota as parse_quota
 from hub.scheduler.rank import Given, policies_from
-from hub.scheduler.state import SILENT
 from tests.unit.scheduler import streams
 
 Json = dict[str, Any]

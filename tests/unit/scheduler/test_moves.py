@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hub.scheduler import Invalid, Placed
 from hub.scheduler import budget as parse_budget
 from hub.scheduler import workload as parse_workload
+from hub.scheduler.arrays import Seat
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.moves import Course, Limits, Move, Plan, begin_move, cancel_move, carry_out, end_move, order, under_way
-from hub.scheduler.state import Seat
 from tests.unit.scheduler.fleet_builder import GB, Fleet, item, node
 from tests.unit.scheduler.plan_checker import Broken, follow
 

@@ -10,13 +10,13 @@ from hub.scheduler import Scheduler, State
 from hub.scheduler import budget as parse_budget
 from hub.scheduler import node as parse_node
 from hub.scheduler import workload as parse_workload
+from hub.scheduler.arrays import Seat
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.drain import drain, maintenance, room_for
 from hub.scheduler.feasible import verdicts
 from hub.scheduler.moves import Limits, Plan, carry_out
 from hub.scheduler.reasons import Fail
 from hub.scheduler.rebalance import Worth, layout_cost, rebalance
-from hub.scheduler.state import Seat
 from tests.unit.scheduler import streams
 from tests.unit.scheduler.fleet_builder import Fleet, item, node, to_workload
 from tests.unit.scheduler.plan_checker import follow, uneven

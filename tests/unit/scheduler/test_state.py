@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import Invalid, Pending, Placed, Scheduler, Seat, State, node, workload
-from hub.scheduler import state as state_module
+from hub.scheduler import Invalid, Pending, Placed, Scheduler, Seat, State, arrays, node, workload
+from hub.scheduler.arrays import GONE, UP
 from hub.scheduler.audit import check_invariants
-from hub.scheduler.state import GONE, UP
 from tests.unit.scheduler import streams
 from tools.bench.placement_check import Checker
 
@@ -155,7 +154,7 @@ def test_reserve_is_idempotent(nodes: list[streams.Json], events: list[tuple[str
 def test_books_hold_when_classes_are_swept(nodes: list[streams.Json], events: list[tuple[str, Any]]) -> None:
     """With room for few shapes, unused ones are forgotten all the time; more live shapes than that are one clear error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_module, "MAX_CLASSES", 3)
+        patch.setattr(arrays, "MAX_CLASSES", 3)
         scheduler, checker = cluster(nodes), Checker(nodes)
         for at, event in enumerate(events):
             try:
@@ -191,6 +190,18 @@ def test_a_decision_overtaken_by_another_is_checked_again() -> None:
     assert scheduler.commit(first, 0) is not None
     assert scheduler.commit(second, 0) is None
     check_invariants(scheduler.state)
+
+
+def test_a_decision_made_inside_a_trial_that_was_taken_back_is_checked_again() -> None:
+    """As many events later, but not the same ones: the anti-affinity that came instead is honoured."""
+    scheduler = cluster([{"name": "n0", "capacity": {"cpu": 4, "memory": "4Gi"}}])
+    lonely = {"anti_affinity": [{"topology_key": "host", "selector": {"labels": {"app": "a"}}}]}
+    mark = scheduler.state.begin()
+    scheduler.reserve(workload({"id": "x"}), 0)
+    decision = scheduler.decide(workload({"id": "w", "labels": {"app": "a"}}), 0)
+    scheduler.state.undo(mark)
+    scheduler.reserve(workload({"id": "y", **lonely}), 0)
+    assert scheduler.commit(decision, 0) is None
 
 
 def test_a_refused_placement_changes_nothing() -> None:
