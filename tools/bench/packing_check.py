@@ -85,3 +85,42 @@ def check_gpus(nodes: Sequence[dict[str, Any]], pods: Sequence[dict[str, Any]], 
                 raise Wrong(f"{name}: device {d} is {-device[at][d]} milli-GPU over")
             allocated += milli
     return allocated
+
+
+def check_stream(vms: Sequence[Sequence[int]], capacity: Sequence[int], host: Sequence[int], moves: Sequence[Sequence[int]], samples: Sequence[int]) -> list[int]:
+    """`vms`: (arrives, departs, cores, memory), `moves`: (second, VM, to host) in order. At each of `samples`: departures, then arrivals, then moves; the hosts in use then. Raises `Wrong`."""
+    where = list(host)
+    leaving = sorted(range(len(vms)), key=lambda vm: vms[vm][1])
+    loads: dict[int, list[int]] = {}
+    in_use, gone, come, moved = [], 0, 0, 0
+
+    def add(vm: int, sign: int) -> None:
+        load = loads.setdefault(where[vm], [0, 0, 0])
+        for at, size in enumerate((vms[vm][2], vms[vm][3], 1)):
+            load[at] += sign * size
+        if load[2] == 0:
+            del loads[where[vm]]
+        elif load[0] > capacity[0] or load[1] > capacity[1]:
+            raise Wrong(f"host {where[vm]} holds {load[:2]} of {list(capacity)} once VM {vm} is on it")
+
+    for now in samples:
+        while gone < len(leaving) and vms[leaving[gone]][1] <= now:
+            add(leaving[gone], -1)
+            gone += 1
+        while come < len(vms) and vms[come][0] <= now:
+            if where[come] < 0:
+                raise Wrong(f"VM {come} has no host")
+            add(come, 1)
+            come += 1
+        while moved < len(moves) and moves[moved][0] == now:
+            _, vm, to = moves[moved]
+            if not vms[vm][0] <= now < vms[vm][1]:
+                raise Wrong(f"VM {vm} is moved at {now}, when it is not there")
+            add(vm, -1)
+            where[vm] = to
+            add(vm, 1)
+            moved += 1
+        in_use.append(len(loads))
+    if moved < len(moves):
+        raise Wrong(f"move {moved} is at no sample time, or out of order")
+    return in_use
