@@ -404,7 +404,7 @@ class Knowledge:
 def learn(nodes: Nodes, of: Kinds, counts: Ints) -> Knowledge:
     """From how often each kind occurs (`counts [C]`), nothing else."""
     first = np.unique(of.accepts, return_index=True)[1]
-    return Knowledge(typical(of, counts), cpu_per_gpu(of, counts), limits(nodes, of, counts), of.access[first].sum(axis=1).astype(np.int64))
+    return Knowledge(typical(of, counts), cpu_per_gpu(nodes, of, counts), limits(nodes, of, counts), of.access[first].sum(axis=1).astype(np.int64))
 
 
 def place(nodes: Nodes, of: Kinds, arrivals: Ints, order: Ints, knowledge: Knowledge, policy: int = OURS, *, migrate: bool = False) -> Run:
