@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """`bound`: value no placement exceeds; `gpu [C, G]`: pods of each kind per group; `price [C]`: worth of one more pod; `device, cpu, memory [G]`: worth of one more device, core, 1000 MiB."""
+    """`bound`: value no placement exceeds; `share [C, G]`: pods of each kind per group; `price [C]`: worth of one more pod; `device, cpu, memory [G]`: worth of one more device, core, 1000 MiB."""
 
     bound: float
     share: Floats

@@ -16,6 +16,9 @@ WHOLE = 1000
 TYPICAL_SHARE = 0.95
 """The typical pods are the most frequent kinds that make up this share of all (Weng et al., ATC'23)."""
 
+CPU_SCARCE_FROM = 0.9
+"""Share of the nodes' CPU per GPU that the mix may ask for before its pods without GPU count towards `cpu_per_gpu`; nodes never fill to the last core."""
+
 Ints = NDArray[np.int64]
 
 
@@ -101,8 +104,16 @@ def typical(of: Kinds, counts: Ints) -> Mix:
     return Mix(weight, of.cpu[at], of.milli[at], of.num[at], np.ascontiguousarray(of.access[at]))
 
 
-def cpu_per_gpu(of: Kinds, counts: Ints) -> float:
-    """Milli-CPU that the pods with GPUs ask for per milli-GPU, over the whole mix; 0 where none asks for a GPU."""
-    asks = counts * of.num * of.milli
-    total = int(asks.sum())
-    return float((counts * of.cpu * (of.num > 0)).sum() / total) if total else 0.0
+def cpu_per_gpu(nodes: Nodes, of: Kinds, counts: Ints) -> float:
+    """Milli-CPU per milli-GPU at which a node's free GPU can be put to use; 0 where no pod asks for a GPU.
+
+    It is what the pods with GPUs ask for, over the whole mix. Where the mix as a whole asks for about as much CPU per GPU as the nodes have (`CPU_SCARCE_FROM` .. 1 of it),
+    the pods without GPU count as well: they take the CPU that the GPUs would need.
+    """
+    asks = int((counts * of.num * of.milli).sum())
+    if not asks:
+        return 0.0
+    own, all_ = float((counts * of.cpu * (of.num > 0)).sum() / asks), float((counts * of.cpu).sum() / asks)
+    there = float(nodes.cpu.sum() / max(int(nodes.gpus.sum()) * WHOLE, 1))
+    scarcity = min(max((all_ / there - CPU_SCARCE_FROM) / (1.0 - CPU_SCARCE_FROM), 0.0), 1.0) if there > 0 else 1.0
+    return own + scarcity * (all_ - own)

@@ -119,6 +119,16 @@ def test_typical_pods_are_the_most_frequent() -> None:
     assert mix.weight.sum() == pytest.approx(1)
 
 
+def test_pods_without_gpu_count_where_cpu_is_scarce() -> None:
+    """Two GPUs. The GPU pods ask for 4 milli-CPU per milli-GPU, all together for 8; with 20 on the nodes there is plenty, with 8 there is not."""
+    kinds = gpus.kinds([4000, 4000], [1, 1], [1, 0], [1000, 0], [[True], [True]])
+    counts = np.array([5, 5])
+    assert gpus.cpu_per_gpu(gpus.nodes([40_000], [10], [2], [0]), kinds, counts) == pytest.approx(4)
+    assert gpus.cpu_per_gpu(gpus.nodes([16_000], [10], [2], [0]), kinds, counts) == pytest.approx(8)
+    assert gpus.cpu_per_gpu(gpus.nodes([0], [10], [2], [0]), kinds, counts) == pytest.approx(8)
+    assert gpus.cpu_per_gpu(gpus.nodes([40_000], [10], [2], [0]), kinds, np.array([0, 5])) == 0
+
+
 def test_migration_makes_room() -> None:
     """Two half pods on two GPUs; a whole one comes. Best fit of the halves would have put them together: so they are kept apart by CPU."""
     nodes = gpus.nodes([4000, 9000], [10, 10], [1, 1], [0, 0])
