@@ -23,6 +23,12 @@ QUARANTINE_KEEP = 2
 CHECK_ALWAYS_BYTES = 64 * 1024 * 1024
 """Files up to this size are checked at every boot; larger telemetry only after an unclean stop (quick_check reads it all)."""
 
+OPEN_TRIES = 2
+"""A disk that was away for a moment must not have a whole file set aside; one that fails twice and takes writes meanwhile has a bad file."""
+
+TROUBLE = ("disk I/O error", "unable to open", "readonly", "read-only", "out of memory", "locking protocol")
+"""SQLite's words for what is wrong around a file and not in it."""
+
 SALVAGE_MAX = 5_000_000
 """Records copied out of a damaged file at most: bounds the time of a boot."""
 
@@ -74,9 +80,11 @@ class Recovery:
 def open_checked(
     path: Path, streams: tuple[str, ...], side: SideFile, *, unclean: bool, stamp: tuple[int, int, str], boot: str, wal_bytes: int = WAL_GROWN_BYTES
 ) -> tuple[JournalDatabase, Recovery]:
-    """Open `path`, rebuilding it where it is damaged.
+    """Open `path`, rebuilding it where it is damaged, or where it is gone and numbers of its streams were reserved.
 
-    Raises `sqlite3.OperationalError` where the disk is full or another process holds the file for too long.
+    A rebuild is made beside the damaged file and takes its place when it is whole: a power cut at any moment leaves one of the two.
+
+    Raises `sqlite3.OperationalError` or OSError where the disk is full or takes nothing at all, or another process holds the file for too long.
 
     Args:
         side: reserved sequence numbers; updated. Its storage holds the database too.
@@ -86,31 +94,79 @@ def open_checked(
     """
     recovery = Recovery(path.stem)
     storage = side.storage
-    database = JournalDatabase(path, streams, storage=storage, wal_bytes=wal_bytes)
+    if storage.exists(_rebuilt(path)):
+        recovery.damage = "an earlier rebuild was cut short; it is finished now"
+        recovery.quarantined = _take_place(storage, path, stamp[1])
+    existed = storage.exists(path) and storage.size(path) > 0
+    damage = "" if existed or not any(side.reserved.get(stream) for stream in streams) else "the file is missing"
+    for attempt in range(OPEN_TRIES):
+        if damage:
+            break
+        database = JournalDatabase(path, streams, storage=storage, wal_bytes=wal_bytes)
+        try:
+            database.open()
+            thorough = existed and (unclean or storage.size(path) <= CHECK_ALWAYS_BYTES)
+            if thorough:
+                result = database.writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if result != "ok":
+                    raise sqlite3.DatabaseError(f"quick_check: {result}")
+            _check_marks(database, thorough)
+            return database, recovery
+        except sqlite3.Error as error:
+            database.close()
+            if is_full(error) or "locked" in str(error):
+                raise  # nothing is wrong with the file: it must not be set aside
+            if any(text in str(error) for text in TROUBLE) and attempt + 1 < OPEN_TRIES:
+                _prove_writable(storage, path)
+                continue
+            damage = str(error)
+    recovery.damage = damage
+    salvaged, marks, state = _salvage(storage, path, streams) if existed else ({}, {}, {})
+    building = path.with_name(path.name + ".building")
+    _remove(storage, building)
+    database = JournalDatabase(building, streams, storage=storage, wal_bytes=wal_bytes)
+    database.open()
     try:
-        existed = storage.exists(path) and storage.size(path) > 0
-        database.open()
-        thorough = existed and (unclean or storage.size(path) <= CHECK_ALWAYS_BYTES)
-        if thorough:
-            result = database.writer.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if result != "ok":
-                raise sqlite3.DatabaseError(f"quick_check: {result}")
-        _check_marks(database, thorough)
-        return database, recovery
-    except sqlite3.Error as error:
+        for stream in streams:
+            _rebuild(database, stream, salvaged.get(stream, []), marks.get(stream), side, stamp, boot, recovery)
+        if state:
+            database.commit(Group(state=dict(state)))
+        database.checkpoint("TRUNCATE")
+    finally:
         database.close()
-        if is_full(error) or "locked" in str(error):
-            raise  # nothing is wrong with the file: it must not be set aside
-        recovery.damage = str(error)
-    salvaged, marks, state = _salvage(storage, path, streams)
-    recovery.quarantined = _quarantine(storage, path, stamp[1])
+    storage.sync_directory(path.parent)
+    storage.replace(building, _rebuilt(path))
+    storage.sync_directory(path.parent)
+    recovery.quarantined = _take_place(storage, path, stamp[1])
     database = JournalDatabase(path, streams, storage=storage, wal_bytes=wal_bytes)
     database.open()
-    for stream in streams:
-        _rebuild(database, stream, salvaged.get(stream, []), marks.get(stream), side, stamp, boot, recovery)
-    if state:
-        database.commit(Group(state=dict(state)))
     return database, recovery
+
+
+def _rebuilt(path: Path) -> Path:
+    """A rebuild that is whole and has not taken its place yet."""
+    return path.with_name(path.name + ".rebuilt")
+
+
+def _take_place(storage: Storage, path: Path, wall_ms: int) -> str:
+    """Set what is at `path` aside and put the rebuild there; each step is durable before the next, and may be done again."""
+    name = _quarantine(storage, path, wall_ms)
+    storage.sync_directory(path.parent)
+    storage.replace(_rebuilt(path), path)
+    storage.sync_directory(path.parent)
+    return name
+
+
+def _prove_writable(storage: Storage, path: Path) -> None:
+    """Raises OSError where the disk takes nothing: then it is the disk that is ill, and the file may be whole."""
+    probe = path.with_name("probe")
+    write_durably(storage, probe, b"")
+    storage.remove(probe)
+
+
+def _remove(storage: Storage, path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        storage.remove(Path(f"{path}{suffix}"))
 
 
 def _check_marks(database: JournalDatabase, thorough: bool) -> None:
@@ -226,6 +282,5 @@ def _quarantine(storage: Storage, path: Path, wall_ms: int) -> str:
             storage.replace(source, Path(f"{target}{suffix}"))
     kept = [name for name in storage.names(path.parent, f"{path.name}.damaged-*") if not name.endswith(("-wal", "-shm"))]
     for old in kept[:-QUARANTINE_KEEP]:
-        for suffix in ("", "-wal", "-shm"):
-            storage.remove(path.with_name(f"{old}{suffix}"))
-    return target.name
+        _remove(storage, path.with_name(old))
+    return target.name if target.name in kept else ""
