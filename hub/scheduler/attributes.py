@@ -160,10 +160,10 @@ class Attributes:
         return bits
 
     def preferred(self, shape: Shape) -> Ints:
-        """Sum of the weights of the preferred terms that each node matches. An empty term matches all (kube's rule for preferences)."""
+        """Sum of the weights of the preferred terms that each node matches; an empty term says nothing (kube's rule)."""
         total = np.zeros(self.size, np.int64)
         for item in shape.preferred_nodes:
-            total += item.weight * (self.term(item.term) if item.term.labels or item.term.names else np.ones(self.size, np.bool_))
+            total += item.weight * self.term(item.term)
         return total
 
     def disliked(self, shape: Shape) -> Ints:

@@ -3,8 +3,9 @@
 import numpy as np
 
 from . import classes
+from .arrays import MAX_RESOURCES
 from .model import GpuRequest
-from .state import MAX_RESOURCES, State
+from .state import State
 from .units import GPU_WHOLE
 
 

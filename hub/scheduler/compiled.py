@@ -145,3 +145,24 @@ def gradients(
                         chosen[at] = device
             gain[at] = best
     return gain, chosen
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def reprieve(free: Any, need: Any, held: Any) -> Any:
+    """[victim] whether it must go, taken back in order; empty where all together do not make enough room. `held` is [resource, victim]."""
+    rows, count = held.shape
+    spare = free - need
+    for row in range(rows):
+        for victim in range(count):
+            spare[row] += held[row, victim]
+        if spare[row] < 0:
+            return np.empty(0, np.bool_)
+    gone = np.zeros(count, np.bool_)
+    for victim in range(count):
+        for row in range(rows):
+            if spare[row] < held[row, victim]:
+                gone[victim] = True
+        if not gone[victim]:
+            for row in range(rows):
+                spare[row] -= held[row, victim]
+    return gone

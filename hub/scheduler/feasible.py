@@ -3,10 +3,11 @@
 import numpy as np
 
 from . import kernels
+from .arrays import UP
 from .classes import Klass
 from .model import HOST, GpuRequest, Shape
 from .reasons import Bits, Bools, Fail, Ints
-from .state import UP, State
+from .state import State
 from .units import CPU, GPU_WHOLE, MEMORY
 
 
@@ -143,3 +144,23 @@ def choose_devices(state: State, node: int, gpu: GpuRequest) -> tuple[int, ...] 
     if gpu.milli == GPU_WHOLE:
         return tuple(fits[: gpu.count])
     return (min(fits, key=lambda device: (int(state.gpu_free[node, device]), device)),)
+
+
+def numa_share(state: State, node: int, shape: Shape) -> tuple[tuple[int, int, int], ...] | None:
+    """What a workload takes of the zones of a node: one zone where it must (the tightest that fits), else spread over the freest; None where it does not fit."""
+    zones = len(state.nodes[node].numa)
+    cpu, memory = shape.request_map.get(CPU, 0), shape.request_map.get(MEMORY, 0)
+    if not zones or not (cpu or memory):
+        return ()
+    free = state.numa_free[node, :zones]
+    if shape.numa_single:
+        fits = [zone for zone in range(zones) if free[zone, 0] >= cpu and free[zone, 1] >= memory]
+        best = min(fits, key=lambda zone: (int(free[zone, 0]), int(free[zone, 1]), zone), default=None)
+        return None if best is None else ((best, cpu, memory),)
+    shares = []
+    for zone in sorted(range(zones), key=lambda zone: (-int(free[zone, 0]), zone)):
+        share = (zone, min(cpu, max(0, int(free[zone, 0]))), min(memory, max(0, int(free[zone, 1]))))
+        cpu, memory = cpu - share[1], memory - share[2]
+        if share[1] or share[2]:
+            shares.append(share)
+    return None if cpu or memory else tuple(shares)

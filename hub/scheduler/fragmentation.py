@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import kernels
+from .arrays import MAX_CLASSES
 from .classes import Klass
 from .feasible import devices_for
 from .model import GpuRequest
 from .rank import BEST, View
 from .reasons import Ints
-from .state import MAX_CLASSES, State
+from .state import State
 from .units import CPU, GPU_WHOLE
 
 MAX_TYPES = 64

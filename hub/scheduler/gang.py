@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arrays import Seat
 from .classes import Klass
 from .feasible import devices_for, verdicts
 from .model import Shape, Workload
 from .place import Pending, Placed, Scheduler
 from .rank import View
 from .reasons import Ints
-from .state import Seat, State
+from .state import State
 from .units import GPU_WHOLE, Invalid
 
 MAX_EXACT = 64

@@ -113,7 +113,7 @@ class NodeTerm:
 
 @dataclass(frozen=True, slots=True)
 class PreferredNode:
-    """Weight 1 to 100 for nodes that the term matches; a term without requirements gives it to every node."""
+    """Weight 1 to 100 for nodes that the term matches; a term without requirements says nothing."""
 
     weight: int
     term: NodeTerm

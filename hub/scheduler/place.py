@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .arrays import GONE, SILENT, UP, Seat
 from .classes import Klass
-from .feasible import choose_devices, verdicts
+from .feasible import choose_devices, numa_share, verdicts
 from .fragmentation import Fragmentation
 from .model import Effect, Workload
 from .rank import Ranker, View, best
 from .reasons import WORDS, Bits, Bools, Fail
-from .state import GONE, SILENT, UP, Seat, State, numa_share
+from .state import State
 from .units import GPU_WHOLE, SLOTS, Invalid, human
 
 MAX_RETRIES = 8

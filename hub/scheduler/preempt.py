@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from . import kernels
+from .arrays import Seat
 from .classes import Klass
 from .feasible import gpu_room, verdicts
 from .model import Workload
-from .place import Placed, Scheduler
-from .reasons import UNRESOLVABLE, Bools, Ints
-from .state import Seat, State
-from .units import GPU_WHOLE, Invalid
+from .place import Pending, Placed, Scheduler
+from .reasons import UNRESOLVABLE, Bits, Bools, Ints
+from .state import State
+from .units import GPU_WHOLE
 
 CANDIDATES = 8
 """Nodes on which plans are worked out victim by victim, those with the smallest shortage first; each costs about 50 us."""
@@ -45,23 +47,64 @@ class Plan:
         return tuple(name for name in self.victims if name not in moved)
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Room that was made: where the workload is now, what was evicted (to queue again) and what was migrated."""
+
+    placed: Placed
+    plan: Plan
+    evicted: tuple[Workload, ...]
+
+
+def reserve(scheduler: Scheduler, workload: Workload, now_ms: int) -> Placed | Pending | Made:
+    """`Scheduler.reserve`, and where that finds nothing the least harmful plan at once, as one step."""
+    known = scheduler.standing(workload)
+    if known is not None:
+        return known
+    decision = scheduler.decide(workload, now_ms)
+    placed = scheduler.commit(decision, now_ms)
+    if placed is not None:
+        return placed
+    chosen = _choose(scheduler, workload, decision.bits) if workload.preempts else None
+    if chosen is None:
+        return scheduler.pending(decision)
+    victims = {name: item for name in chosen.victims if (item := scheduler.state.workload(name)) is not None}
+    mark = scheduler.state.begin()
+    done = _execute(scheduler, chosen, now_ms)
+    if done is None:
+        scheduler.state.undo(mark)
+        return scheduler.pending(decision)
+    scheduler.state.keep(mark)
+    made = replace(chosen, moves=done[1])
+    return Made(done[0], made, tuple(victims[name] for name in made.evicted))
+
+
 def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, everywhere: bool = False, only: "frozenset[str] | None" = None) -> Plan | None:
     """The least harmful plan, changing nothing; None where no plan helps. `everywhere`: exact on every node, for small clusters and comparison.
 
     `only`: no other workloads may be victims, whatever their priority (reclaiming what a tenant borrowed).
     """
-    state = scheduler.state
     if not workload.preempts and only is None:
         return None
+    chosen = _choose(scheduler, workload, verdicts(scheduler.state, scheduler.state.klass(workload.shape)), everywhere=everywhere, only=only)
+    if chosen is None:
+        return None
+    mark = scheduler.state.begin()
+    done = _execute(scheduler, chosen, now_ms)
+    scheduler.state.undo(mark)
+    return None if done is None else replace(chosen, moves=done[1])
+
+
+def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, *, everywhere: bool = False, only: "frozenset[str] | None" = None) -> Plan | None:
+    """Whose going does the least harm, before anybody is migrated."""
+    state = scheduler.state
     klass = state.klass(workload.shape)
-    bits = verdicts(state, klass)
     open_nodes: Bools = (bits & np.uint32(UNRESOLVABLE)) == 0
     if not open_nodes.any():
         return None
     if everywhere or only is not None:
         nodes = np.flatnonzero(open_nodes) if only is None else _nodes_of(state, only, open_nodes)
-        found = [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node, only)) is not None]
-        return _with_moves(scheduler, min(found, key=lambda made: (made.harm, int(state.tie[made.node]))), now_ms) if found else None
+        return min(_on_nodes(scheduler, workload, klass, nodes, only), key=lambda made: (made.harm, int(state.tie[made.node])), default=None)
     best: Plan | None = None
     available = state.free[klass.resources].copy()
     gpu, gpu_free = workload.shape.gpu, np.maximum(state.gpu_free, 0).sum(1, dtype=np.int64) if workload.shape.gpu is not None else None
@@ -82,44 +125,53 @@ def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, everywhere: b
         else:
             nodes = _least_short(state, klass, able)
             tried[nodes] = True
-            found = [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node)) is not None]
+            found = _on_nodes(scheduler, workload, klass, nodes)
         for made in found:
             if best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node])):
                 best = made
         if best is not None and best.violations == 0 and best.harm[1] <= priority:
             # nodes that open only at a higher level lose a workload of that level: they cannot be better
             break
-    return None if best is None else _with_moves(scheduler, best, now_ms)
+    return best
 
 
 def carry_out(scheduler: Scheduler, made: Plan, now_ms: int) -> Placed | None:
     """Migrate, evict and place, or change nothing and give None where the plan no longer holds. The evicted are `made.evicted`, for the caller to queue again."""
     state = scheduler.state
-    items = {name: state.workload(name) for name in made.victims}
-    if any(item is None for item in items.values()) or made.workload.id in state.slot_of:
+    if any(name not in state.slot_of for name in made.victims) or made.workload.id in state.slot_of:
         return None
     mark = state.begin()
-    for name in made.victims:
-        state.release(name)
-    try:
-        klass = state.klass(made.workload.shape)
-        seat = scheduler.seat_on(klass, made.node) if not verdicts(state, klass)[made.node] else None
-        if seat is None:
-            raise Invalid("plan", "the node no longer has room", "plan again")
-        state.place(made.workload, seat, now_ms)
-        for name, target in made.moves:
-            item = items[name]
-            assert item is not None
-            state.place(item, target, now_ms)
-        for name in made.evicted:
-            item = items[name]
-            assert item is not None
-            scheduler.disrupt(item)
-    except Invalid:
+    done = _execute(scheduler, made, now_ms)
+    if done is None or {name for name, _ in done[1]} != {name for name, _ in made.moves}:
         state.undo(mark)
         return None
     state.keep(mark)
-    return Placed(made.workload.id, state.nodes[made.node].name, seat)
+    return done[0]
+
+
+def _execute(scheduler: Scheduler, made: Plan, now_ms: int) -> tuple[Placed, tuple[tuple[str, Seat], ...]] | None:
+    """Take the victims off, place the workload, find a new seat for every victim that can be migrated; the caller keeps or undoes it. None where it does not work."""
+    state = scheduler.state
+    items = [item for name in made.victims if (item := state.workload(name)) is not None]
+    for item in items:
+        state.release(item.id)
+    klass = state.klass(made.workload.shape)
+    seat = None if verdicts(state, klass)[made.node] else scheduler.seat_on(klass, made.node)
+    if seat is None:
+        return None
+    state.place(made.workload, seat, now_ms)
+    moves = []
+    for item in items:
+        decision = scheduler.decide(item, now_ms) if item.migratable else None
+        if decision is not None and decision.seat is not None and scheduler.commit(decision, now_ms) is not None:
+            moves.append((item.id, decision.seat))
+        else:
+            scheduler.disrupt(item)
+    return Placed(made.workload.id, state.nodes[made.node].name, seat), tuple(moves)
+
+
+def _on_nodes(scheduler: Scheduler, workload: Workload, klass: Klass, nodes: Ints, only: "frozenset[str] | None" = None) -> list[Plan]:
+    return [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node, only)) is not None]
 
 
 def on_node(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, only: "frozenset[str] | None" = None) -> Plan | None:
@@ -179,7 +231,11 @@ def _by_budget(state: State, slots: Sequence[int]) -> tuple[list[int], list[int]
 def _reprieve(state: State, klass: Klass, node: int, order: Sequence[int]) -> list[bool]:
     """Which of `order` must go, by room alone; empty where not even all of them make enough. Plain integers: a handful of victims, two or three resources."""
     rows = klass.resources
-    held = state.class_request[:, state.w_class[list(order)]][rows].T.tolist()
+    amounts_held = state.class_request[rows[:, None], state.w_class[list(order)]]
+    if kernels.active is not None and klass.shape.gpu is None:
+        compiled: list[bool] = kernels.active.reprieve(state.free[rows, node], klass.amounts[:, 0], amounts_held).tolist()
+        return compiled
+    held = amounts_held.T.tolist()
     spare = (state.free[rows, node] - klass.amounts[:, 0]).tolist()
     with_gpu = klass.shape.gpu is not None
     milli, memory = (state.gpu_free[node].tolist(), state.gpu_mem[node].tolist()) if with_gpu else ([], [])
@@ -290,29 +346,3 @@ def _least_short(state: State, klass: Klass, able: Bools) -> Ints:
         worst = worst + np.maximum(klass.shape.gpu.count - room, 0) / GPU_WHOLE
     result: Ints = nodes[np.lexsort((state.tie[nodes], worst))][:CANDIDATES]
     return result
-
-
-def _with_moves(scheduler: Scheduler, made: Plan, now_ms: int) -> Plan:
-    """Victims that can go on elsewhere without harm to anyone are migrated instead."""
-    state = scheduler.state
-    if not any(item is not None and item.migratable for item in map(state.workload, made.victims)):
-        return made
-    items = [state.workload(name) for name in made.victims]
-    mark = state.begin()
-    moves = []
-    try:
-        for name in made.victims:
-            state.release(name)
-        klass = state.klass(made.workload.shape)
-        seat = scheduler.seat_on(klass, made.node)
-        if seat is None or verdicts(state, klass)[made.node]:
-            return made
-        state.place(made.workload, seat, now_ms)
-        for item in items:
-            if item is not None and item.migratable:
-                decision = scheduler.decide(item, now_ms)
-                if decision.seat is not None and scheduler.commit(decision, now_ms) is not None:
-                    moves.append((item.id, decision.seat))
-    finally:
-        state.undo(mark)
-    return replace(made, moves=tuple(moves))

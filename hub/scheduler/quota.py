@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import gang, preempt
+from .arrays import GONE, MAX_RESOURCES
 from .model import GPU_MILLI, Quota, Workload
 from .place import Pending, Placed, Scheduler
-from .state import GONE, MAX_RESOURCES, State
+from .state import State
 from .units import human
 
 Amounts = dict[str, int]

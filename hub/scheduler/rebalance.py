@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arrays import UP, Seat
 from .classes import Klass
 from .model import Spread, Workload
 from .place import Scheduler
 from .reasons import Bools, Ints
-from .state import UP, Seat, State
+from .state import State
 from .units import Invalid
 
 GIB = 1 << 30

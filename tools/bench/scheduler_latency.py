@@ -17,7 +17,7 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
-from hub.scheduler import Pending, Placed, Ranker, Scheduler, State, gang, kernels, node, preempt, workload
+from hub.scheduler import Placed, Ranker, Scheduler, State, gang, kernels, node, preempt, workload
 from hub.scheduler.fragmentation import Fragmentation, typical_of
 from hub.scheduler.model import Workload
 
@@ -126,44 +126,41 @@ class Run:
         self.raw: dict[str, Json] = {}
         self.outcomes: dict[str, int] = defaultdict(int)
 
-    def decide(self, what: str, members: list[Workload]) -> tuple[int, int, list[Placed], list[Workload]]:
-        """One timed decision: nanoseconds of wall and of processor time, what was placed, what was evicted."""
-        scheduler, state = self.scheduler, self.scheduler.state
+    def decide(self, what: str, members: list[Workload]) -> tuple[int, int, list[Placed], tuple[str, ...]]:
+        """One timed decision: nanoseconds of wall and of processor time, what was placed, who had to go or move."""
+        scheduler = self.scheduler
         worked = time.thread_time_ns()
         begin = time.perf_counter_ns()
-        gone: list[Workload] = []
+        preempted: tuple[str, ...] = ()
         if what == "gang":
             answer = gang.reserve(scheduler, members, 0)
             placed = list(answer.placed) if isinstance(answer, gang.Gang) else []
+        elif what == "preempt":
+            made = preempt.reserve(scheduler, members[0], 0)
+            placed = [made.placed] if isinstance(made, preempt.Made) else [made] if isinstance(made, Placed) else []
+            preempted = made.plan.victims if isinstance(made, preempt.Made) else ()
         else:
             one = scheduler.reserve(members[0], 0)
             placed = [one] if isinstance(one, Placed) else []
-            if isinstance(one, Pending) and what == "preempt":
-                plan = preempt.plan(scheduler, members[0], 0)
-                if plan is not None:
-                    gone = [item for name in plan.victims if (item := state.workload(name)) is not None]
-                    done = preempt.carry_out(scheduler, plan, 0)
-                    placed = [done] if done is not None else []
-                    self.outcomes["preemptions"] += done is not None
-        return time.perf_counter_ns() - begin, time.thread_time_ns() - worked, placed, gone
+        spent, busy = time.perf_counter_ns() - begin, time.thread_time_ns() - worked
+        self.outcomes["preemptions"] += bool(preempted)
+        return spent, busy, placed, preempted
 
-    def book(self, members: list[Json], placed: list[Placed], gone: list[Workload]) -> None:
+    def book(self, members: list[Json], placed: list[Placed], gone: tuple[str, ...]) -> None:
         """Remember what happened for the checker. Victims leave first; those that moved come back on their new seats."""
         state = self.scheduler.state
-        for item in gone:
-            self.events.append(("release", item.id, None))
-        for item in gone:
-            seat = state.seat(item.id)
-            if seat is None:
-                self.live.remove(item.id)
+        for name in gone:
+            self.events.append(("release", name, None))
+            if state.seat(name) is None:
+                self.live.remove(name)
         for raw, answer in zip(members, placed, strict=False):
             self.raw[answer.workload] = raw
             self.live.append(answer.workload)
             self.events.append(("place", raw, answer.seat))
-        for item in gone:
-            seat = state.seat(item.id)
+        for name in gone:
+            seat = state.seat(name)
             if seat is not None:
-                self.events.append(("place", self.raw[item.id], seat))
+                self.events.append(("place", self.raw[name], seat))
 
     def step(self) -> tuple[str, int, int, int]:
         """One arrival, and departures down to the target: the part, nanoseconds of wall and processor time, workloads in it."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub.scheduler import Fail, Invalid, Kind, Pending, Placed, Ranker, Scheduler, Seat, State, View, gang, node, preempt, quota, refuse_cycles, workload
+from hub.scheduler.arrays import SILENT
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.explain import explain
 from hub.scheduler.feasible import verdicts
@@ -16,7 +17,6 @@ from hub.scheduler.fragmentation import Fragmentation, Typical, typical_of
 from hub.scheduler.parse import budget as parse_budget
 from hub.scheduler.parse import quota as parse_quota
 from hub.scheduler.rank import Given, policies_from
-from hub.scheduler.state import SILENT
 from tests.unit.scheduler import streams
 
 Json = dict[str, Any]
@@ -397,6 +397,26 @@ def test_a_plan_that_was_overtaken_changes_nothing() -> None:
     before = scheduler.state.digest()
     assert preempt.carry_out(scheduler, made, 0) is None
     assert scheduler.state.digest() == before
+
+
+@settings(max_examples=25)
+@given(streams.node_list(), streams.stream())
+def test_reserve_with_preemption_keeps_the_books_and_gives_back_who_had_to_go(nodes: list[Json], events: list[tuple[str, Any]]) -> None:
+    state = State(seed=5)
+    state.add_nodes([node(entry) for entry in nodes])
+    scheduler = Scheduler(state)
+    there: set[str] = set()
+    for what, value in events:
+        if what != "reserve":
+            continue
+        answer = preempt.reserve(scheduler, workload(value), 0)
+        if isinstance(answer, preempt.Made):
+            assert all(gone.priority < value["priority"] for gone in answer.evicted)
+            there -= {gone.id for gone in answer.evicted}
+        if not isinstance(answer, Pending):
+            there.add(value["id"])
+        assert set(state.slot_of) == there
+        check_invariants(state)
 
 
 @settings(max_examples=25)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from hub.scheduler import Invalid, Placed, Ranker, Scheduler, State, kernels, node, workload
+from hub.scheduler import Invalid, Placed, Ranker, Scheduler, State, kernels, node, preempt, workload
 from hub.scheduler.fragmentation import Fragmentation, Typical
 from tests.unit.scheduler import streams
 
@@ -29,8 +29,9 @@ def run(nodes: list[streams.Json], events: list[tuple[str, Any]], choice: str) -
         if what == "reserve":
             item = workload(value)
             decision = scheduler.decide(item, 0)
-            answer = scheduler.reserve(item, 0)
-            placed.append((answer.node, decision.score) if isinstance(answer, Placed) else None)
+            answer = preempt.reserve(scheduler, item, 0)
+            done = answer.placed if isinstance(answer, preempt.Made) else answer
+            placed.append((done.node, decision.score) if isinstance(done, Placed) else None)
         elif what == "release" and state.slot_of:
             scheduler.release(sorted(state.slot_of)[value % len(state.slot_of)])
     return state.digest(), placed

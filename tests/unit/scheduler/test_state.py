@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import Invalid, Pending, Placed, Scheduler, Seat, State, node, workload
-from hub.scheduler import state as state_module
+from hub.scheduler import Invalid, Pending, Placed, Scheduler, Seat, State, arrays, node, workload
+from hub.scheduler.arrays import GONE, UP
 from hub.scheduler.audit import check_invariants
-from hub.scheduler.state import GONE, UP
 from tests.unit.scheduler import streams
 from tools.bench.placement_check import Checker
 
@@ -155,7 +154,7 @@ def test_reserve_is_idempotent(nodes: list[streams.Json], events: list[tuple[str
 def test_books_hold_when_classes_are_swept(nodes: list[streams.Json], events: list[tuple[str, Any]]) -> None:
     """With room for few shapes, unused ones are forgotten all the time; more live shapes than that are one clear error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_module, "MAX_CLASSES", 3)
+        patch.setattr(arrays, "MAX_CLASSES", 3)
         scheduler, checker = cluster(nodes), Checker(nodes)
         for at, event in enumerate(events):
             try:

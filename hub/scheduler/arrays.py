@@ -1,0 +1,276 @@
+"""The columns of the cluster: struct of arrays with exact integers, equivalence classes and counter rows; what reads them and makes room in them.
+
+Nothing here changes what is placed where: that is `state.py`. An array that a snapshot shares is copied before it is written (`_own`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from . import classes
+from .attributes import Attributes
+from .classes import Facts, Klass, RowKey
+from .model import Budget, Node, Quota, Shape, Workload
+from .reasons import Ints
+from .topology import Sites
+from .units import BASE_RESOURCES, Invalid
+
+MAX_NODES = 65_536
+"""Nodes of one state, those gone included until their names come back; sums of capacities then fit int64."""
+
+MAX_WORKLOADS = 1_000_000
+"""Placed at one time."""
+
+MAX_CLASSES = 8_192
+"""Different shapes known at one time; those without a workload are swept when it is full."""
+
+MAX_RESOURCES = 32
+"""Different resources: rows of the capacity arrays."""
+
+MAX_LEVELS = 64
+"""Different priorities among what runs at one time; each is an array of the cluster's size. kube names two, clusters add a dozen."""
+
+MAX_LOG = 1 << 20
+"""Events kept for replay; the oldest half goes when it is full, and `log_base` says how many went."""
+
+UNLIMITED_SLOTS = 1 << 31
+"""Of a node that does not say how many workloads it holds."""
+
+UP, SILENT, GONE = 0, 1, 2
+"""Status of a node: heard from; not heard from in time; taken out of the cluster."""
+
+Gpus = tuple[int, ...]
+Event = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a workload is: node index, GPU devices, and (zone, cpu, memory) shares of its NUMA zones."""
+
+    node: int
+    gpus: Gpus = ()
+    numa: tuple[tuple[int, int, int], ...] = ()
+
+
+class Arrays:
+    """The columns and what can be read from them. `seed` orders nodes that score the same; `namespaces` are the labels of each."""
+
+    def __init__(self, seed: int = 0, namespaces: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        self.seed = seed
+        self.namespaces = {name: dict(labels) for name, labels in (namespaces or {}).items()}
+        self.resource_rows = {name: row for row, name in enumerate(BASE_RESOURCES)}
+        self.nodes: list[Node] = []
+        self.node_index: dict[str, int] = {}
+        self.attributes = Attributes()
+        self.sites = Sites()
+        self.cap = np.zeros((len(BASE_RESOURCES), 0), np.int64)
+        self.free = np.zeros((len(BASE_RESOURCES), 0), np.int64)
+        self.gpu_free = np.zeros((0, 0), np.int32)
+        """[node, device]: free milli-GPU; -1 where there is no device."""
+        self.gpu_mem = np.zeros((0, 0), np.int64)
+        self.gpu_model = np.zeros((0, 0), np.int16)
+        self.numa_free = np.zeros((0, 0, 2), np.int64)
+        """[node, zone, (cpu, memory)]."""
+        self.status = np.zeros(0, np.int8)
+        self.cordon = np.zeros(0, np.bool_)
+        self.beat_ms = np.zeros(0, np.int64)
+        self.price = np.zeros(0, np.int64)
+        self.power = np.zeros((2, 0), np.int64)
+        self.tie = np.zeros(0, np.uint64)
+        self.site_of = np.zeros(0, np.int64)
+        self.load = np.zeros(0, np.int64)
+        """Workloads on each node."""
+        self.classes: list[Klass | None] = []
+        self.class_of: dict[Shape, int] = {}
+        self.rows: dict[RowKey, int] = {}
+        self.counts: list[Ints] = []
+        self._shared_counts: set[int] = set()
+        self.slot_of: dict[str, int] = {}
+        self.items: list[Workload | None] = []
+        self.seats: list[Seat | None] = []
+        self.vacant: list[int] = []
+        self.slots = 0
+        """Slots ever used; `vacant` are those among them that are free again, the last one first."""
+        self.w_node = np.full(0, -1, np.int32)
+        self.w_priority = np.zeros(0, np.int64)
+        self.w_class = np.zeros(0, np.int32)
+        self.w_start = np.zeros(0, np.int64)
+        self.w_ending = np.zeros(0, np.bool_)
+        self.w_fixed = np.zeros(0, np.bool_)
+        """Not preemptible."""
+        self.class_live = np.zeros(0, np.int64)
+        self.class_request = np.zeros((len(BASE_RESOURCES), 0), np.int64)
+        self.used_by: dict[str, Ints] = {}
+        """Tenant to [resource] in use; row `len(resource_rows)` is milli-GPU."""
+        self.levels: dict[int, Ints] = {}
+        """Priority to [1 + resource, node] held by what may be preempted; row 0 is milli-GPU."""
+        self._shared_levels: set[int] = set()
+        self.budgets: dict[str, Budget] = {}
+        self.quotas: dict[str, Quota] = {}
+        self.log: list[Event] = []
+        self.log_base = 0
+        self._undo: list[Event] = []
+        self._trials = 0
+        self._shared: set[str] = set()
+        self.touched: list[int] = []
+        """Nodes whose free capacity changed, in order, for those who keep something per node; `touched_base` counts what was dropped."""
+        self.touched_base = 0
+        self.caches: dict[Any, Any] = {}
+        """What policies keep about this state; never part of it."""
+
+    # reading
+
+    @property
+    def size(self) -> int:
+        """Columns of the arrays: nodes, gone ones included."""
+        return len(self.nodes)
+
+    def seat(self, workload: str) -> Seat | None:
+        """Where a workload is."""
+        slot = self.slot_of.get(workload)
+        return None if slot is None else self.seats[slot]
+
+    def workload(self, workload: str) -> Workload | None:
+        """The workload of that id where it is placed."""
+        slot = self.slot_of.get(workload)
+        return None if slot is None else self.items[slot]
+
+    def on_node(self, node: int) -> list[Workload]:
+        """What is on a node, oldest slot first. O(workloads) in one pass."""
+        return [item for slot in np.flatnonzero(self.w_node == node) if (item := self.items[slot]) is not None]
+
+    def klass(self, shape: Shape) -> Klass:
+        """The class of a shape, made where it is new, with facts that are up to date. Raises `Invalid` for a resource that no node ever had."""
+        number = self.class_of.get(shape)
+        found = self.classes[number] if number is not None else self._new_class(shape)
+        assert found is not None
+        if found.facts is None or found.facts.version != self.attributes.version:
+            found = replace(found, facts=classes.facts(self.attributes, found, self.cap, self.gpu_model))
+            self._own("classes")[found.id] = found
+        return found
+
+    def facts(self, klass: Klass) -> Facts:
+        """The facts of a class that came from `klass()`."""
+        assert klass.facts is not None
+        return klass.facts
+
+    # columns that are written
+
+    def _own(self, name: str) -> Any:
+        if name in self._shared:
+            self._shared.discard(name)
+            setattr(self, name, getattr(self, name).copy())
+        return getattr(self, name)
+
+    def _count(self, row: int) -> Ints:
+        if row in self._shared_counts:
+            self._shared_counts.discard(row)
+            self.counts[row] = self.counts[row].copy()
+        return self.counts[row]
+
+    def _level(self, priority: int) -> Ints:
+        if priority not in self.levels:
+            if len(self.levels) >= MAX_LEVELS:
+                for empty in [known for known, held in self.levels.items() if not held.any()]:
+                    del self._own("levels")[empty]
+            self._own("levels")[priority] = np.zeros((len(self.cap) + 1, self.size), np.int64)
+            self._shared_levels.discard(priority)
+        elif priority in self._shared_levels:
+            self._shared_levels.discard(priority)
+            self._own("levels")[priority] = self.levels[priority].copy()
+        return self.levels[priority]
+
+    def _room_for_level(self, workload: Workload) -> None:
+        if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all(held.any() for held in self.levels.values()):
+            raise Invalid("workload.priority", f"{workload.priority} would be one of more than {MAX_LEVELS} priorities that are in use", "use fewer different priorities")
+
+    def _more_slots(self) -> None:
+        old = len(self.items)
+        if old >= MAX_WORKLOADS:
+            raise Invalid("workload", f"{MAX_WORKLOADS} are placed already", "split the cluster")
+        new = min(MAX_WORKLOADS, max(1024, 2 * old))
+        self._own("items").extend([None] * (new - old))
+        self._own("seats").extend([None] * (new - old))
+        for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
+            setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
+        self.w_node = np.pad(self.w_node, (0, new - old), constant_values=-1)
+        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node"}
+
+    def digest(self) -> str:
+        """Of everything that decisions depend on: equal digests, equal states. Caches, counter rows (the workloads give them) and the order of interning play no part."""
+        hasher = blake2b(digest_size=16)
+        for array in (self.cap, self.free, self.gpu_free, self.gpu_mem, self.numa_free, self.status, self.cordon, self.beat_ms, self.price, self.load, self.site_of, self.tie,
+                      self.sites.rtt_us, self.sites.kbps, self.sites.used_kbps):
+            hasher.update(repr(array.shape).encode())
+            hasher.update(np.ascontiguousarray(array).tobytes())
+        placed = [(item.id, self.seats[slot], slot, int(self.w_start[slot]), bool(self.w_ending[slot]), item) for slot, item in enumerate(self.items) if item is not None]
+        used = sorted((tenant, amounts.tobytes()) for tenant, amounts in self.used_by.items() if amounts.any())
+        hasher.update(repr((placed, used, self.nodes, sorted(self.budgets.items()), sorted(self.quotas.items()), self.vacant, self.slots)).encode())
+        return hasher.hexdigest()
+
+    # classes and rows
+
+    def _new_class(self, shape: Shape) -> Klass:
+        for name, amount in shape.requests:
+            if amount and name not in self.resource_rows:
+                raise Invalid(f"workload.requests.{name}", "no node offers this resource", f"ask for one of {', '.join(self.resource_rows)}"[:400])
+        if len(self.class_of) >= MAX_CLASSES:
+            self._sweep()
+        number = next((i for i, item in enumerate(self.classes) if item is None), len(self.classes)) if len(self.class_of) < len(self.classes) else len(self.classes)
+        if number == len(self.classes):
+            self._own("classes").append(None)
+            if number >= len(self.class_live):
+                more = max(64, number)
+                self.class_live = np.pad(self.class_live, (0, more))
+                self.class_request = np.pad(self.class_request, ((0, 0), (0, more)))
+                self._shared -= {"class_live", "class_request"}
+        klass = classes.new(number, shape, self.resource_rows)
+        self._own("class_request")[:, number] = klass.request
+        fresh = [key for key in classes.keys_of(shape) if key not in self.rows]
+        for key in fresh:
+            self._new_row(key)
+        if fresh:
+            only = frozenset(self.rows[key] for key in fresh)
+            owned = self._own("classes")
+            for at, item in enumerate(owned):
+                if item is not None:
+                    owned[at] = classes.connect(item, self.rows, self.namespaces, only)
+        klass = classes.connect(klass, self.rows, self.namespaces)
+        self._own("classes")[number] = klass
+        self._own("class_of")[shape] = number
+        return klass
+
+    def _new_row(self, key: RowKey) -> None:
+        live = self.w_node >= 0
+        if key.what == "spread":
+            live = live & ~self.w_ending
+        changes = np.zeros(len(self.class_live), np.int64)
+        for number, klass in enumerate(self.classes):
+            if klass is not None and self.class_live[number]:
+                changes[number] = classes.delta(key, klass.shape, self.namespaces)
+        count = np.zeros(self.size, np.int64)
+        if changes.any():
+            np.add.at(count, self.w_node[live], changes[self.w_class[live]])
+        self._own("rows")[key] = len(self.counts)
+        self.counts.append(count)
+
+    def _sweep(self) -> None:
+        """Forget classes that nobody uses, and rows that no class needs."""
+        for number, item in enumerate(self._own("classes")):
+            if item is not None and not self.class_live[number]:
+                self.classes[number] = None
+                del self._own("class_of")[item.shape]
+        if len(self.class_of) >= MAX_CLASSES:
+            raise Invalid("workload", f"{MAX_CLASSES} different shapes are running already", "use fewer different label sets and requests")
+        needed = [key for item in self.classes if item is not None for key in classes.keys_of(item.shape)]
+        old, kept = self.rows, list[Ints]()
+        self.rows = {}
+        for key in dict.fromkeys(needed):
+            self.rows[key] = len(kept)
+            kept.append(self.counts[old[key]].copy())
+        self.counts, self._shared_counts = kept, set()
+        self._shared.discard("rows")
+        self.classes = [None if item is None else classes.connect(item, self.rows, self.namespaces) for item in self.classes]
