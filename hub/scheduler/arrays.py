@@ -86,6 +86,10 @@ class Arrays:
         self.classes: list[Klass | None] = []
         self.class_of: dict[Shape, int] = {}
         self.rows: dict[RowKey, int] = {}
+        self.rows_by_label: dict[tuple[str, str], tuple[RowKey, ...]] = {}
+        self.rows_anywhere: list[RowKey] = []
+        """Rows by a label that a shape must have to be selected, and those that may select any: a new shape looks at few of all rows."""
+        self.classes_by_label: dict[tuple[str, str], tuple[int, ...]] = {}
         self.counts: list[Ints] = []
         self._shared_counts: set[int] = set()
         self.slot_of: dict[str, int] = {}
@@ -110,6 +114,8 @@ class Arrays:
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
+        self.changes = 0
+        """Grows with every event and every one taken back: equal means nothing happened in between."""
         self.log: list[Event] = []
         self.log_base = 0
         self._undo: list[Event] = []
@@ -232,23 +238,40 @@ class Arrays:
         fresh = [key for key in classes.keys_of(shape) if key not in self.rows]
         for key in fresh:
             self._new_row(key)
-        if fresh:
-            only = frozenset(self.rows[key] for key in fresh)
-            owned = self._own("classes")
-            for at, item in enumerate(owned):
-                if item is not None:
-                    owned[at] = classes.connect(item, self.rows, self.namespaces, only)
-        klass = classes.connect(klass, self.rows, self.namespaces)
+        for at in sorted({at for key in fresh for at in self._selectable(key)}):
+            item = self.classes[at]
+            if item is not None:
+                self._own("classes")[at] = classes.connect(item, self.rows, fresh, self.namespaces, anew=False)
+        klass = classes.connect(klass, self.rows, self._rows_for(shape), self.namespaces, anew=True)
         self._own("classes")[number] = klass
         self._own("class_of")[shape] = number
+        for label in shape.labels:
+            self._own("classes_by_label")[label] = (*self.classes_by_label.get(label, ()), number)
         return klass
+
+    def _selectable(self, key: RowKey) -> list[int]:
+        """Classes that the row may select."""
+        labels = classes.hook(key)
+        return list(range(len(self.classes))) if labels is None else [number for label in labels for number in self.classes_by_label.get(label, ())]
+
+    def _rows_for(self, shape: Shape) -> list[RowKey]:
+        """Rows that may select the shape, and its own."""
+        return list(dict.fromkeys([*classes.keys_of(shape), *self.rows_anywhere, *(key for label in shape.labels for key in self.rows_by_label.get(label, ()))]))
+
+    def _file_row(self, key: RowKey) -> None:
+        labels = classes.hook(key)
+        if labels is None:
+            self._own("rows_anywhere").append(key)
+        for label in labels or ():
+            self._own("rows_by_label")[label] = (*self.rows_by_label.get(label, ()), key)
 
     def _new_row(self, key: RowKey) -> None:
         live = self.w_node >= 0
         if key.what == "spread":
             live = live & ~self.w_ending
         changes = np.zeros(len(self.class_live), np.int64)
-        for number, klass in enumerate(self.classes):
+        for number in self._selectable(key):
+            klass = self.classes[number]
             if klass is not None and self.class_live[number]:
                 changes[number] = classes.delta(key, klass.shape, self.namespaces)
         count = np.zeros(self.size, np.int64)
@@ -256,6 +279,7 @@ class Arrays:
             np.add.at(count, self.w_node[live], changes[self.w_class[live]])
         self._own("rows")[key] = len(self.counts)
         self.counts.append(count)
+        self._file_row(key)
 
     def _sweep(self) -> None:
         """Forget classes that nobody uses, and rows that no class needs."""
@@ -272,5 +296,12 @@ class Arrays:
             self.rows[key] = len(kept)
             kept.append(self.counts[old[key]].copy())
         self.counts, self._shared_counts = kept, set()
-        self._shared.discard("rows")
-        self.classes = [None if item is None else classes.connect(item, self.rows, self.namespaces) for item in self.classes]
+        self.rows_by_label, self.rows_anywhere, self.classes_by_label = {}, [], {}
+        self._shared -= {"rows", "rows_by_label", "rows_anywhere", "classes_by_label"}
+        for key in self.rows:
+            self._file_row(key)
+        for number, item in enumerate(self.classes):
+            if item is not None:
+                self.classes[number] = classes.connect(item, self.rows, self._rows_for(item.shape), self.namespaces, anew=True)
+                for label in item.shape.labels:
+                    self.classes_by_label[label] = (*self.classes_by_label.get(label, ()), number)

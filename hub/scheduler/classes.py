@@ -4,7 +4,7 @@ Affinity, anti-affinity and spread are answered from *counter rows*: per row an 
 of the class that is being placed. No decision ever looks at the single workloads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .attributes import UNSCHEDULABLE_TAINT, Attributes
-from .model import Effect, PeerTerm, Selector, Shape
+from .model import Effect, Op, PeerTerm, Selector, Shape
 from .parse import peer_matches
 from .reasons import Bits, Bools, Fail, Ints
 
@@ -127,17 +127,24 @@ def spread_key(shape: Shape, selector: Selector | None) -> RowKey:
     return RowKey("spread", (), shape.namespace, selector)
 
 
-def connect(klass: Klass, rows: Mapping[RowKey, int], namespaces: Mapping[str, Mapping[str, str]], only: frozenset[int] | None = None) -> Klass:
-    """The class wired to the rows; with `only`, to these rows in addition to those it knows."""
+def hook(key: RowKey) -> tuple[tuple[str, str], ...] | None:
+    """Labels of which a shape must have one to be selected by the row; None where its selector asks for no particular value."""
+    selector = key.terms[0].selector if key.terms else key.selector
+    if selector is None:
+        return ()
+    return next((tuple((item.key, value) for value in item.values) for item in selector.requirements if item.op is Op.IN), None)
+
+
+def connect(klass: Klass, rows: Mapping[RowKey, int], among: Iterable[RowKey], namespaces: Mapping[str, Mapping[str, str]], *, anew: bool) -> Klass:
+    """The class wired to the rows `among`: to these alone (`anew`), or to these beside those that it knows."""
     shape = klass.shape
     bumps, spread_bumps = list(klass.bumps), list(klass.spread_bumps)
     excluded, needed, liked = list(klass.excluded_by), list(klass.needed_by), list(klass.liked_by)
-    if only is None:
+    if anew:
         for kept in (bumps, spread_bumps, excluded, needed, liked):
             kept.clear()
-    for key, row in rows.items():
-        if only is not None and row not in only:
-            continue
+    for key in among:
+        row = rows[key]
         change = delta(key, shape, namespaces)
         if change:
             bumps.append((row, change))
@@ -145,7 +152,7 @@ def connect(klass: Klass, rows: Mapping[RowKey, int], namespaces: Mapping[str, M
                 spread_bumps.append((row, change))
         if key.what in ("anti", "need", "like") and peer_matches(key.terms[0], shape, namespaces):
             {"anti": excluded, "need": needed, "like": liked}[key.what].append((row, key.terms[0].topology_key))
-    if only is not None and len(bumps) == len(klass.bumps) and (len(excluded), len(needed), len(liked)) == (len(klass.excluded_by), len(klass.needed_by), len(klass.liked_by)):
+    if not anew and len(bumps) == len(klass.bumps) and (len(excluded), len(needed), len(liked)) == (len(klass.excluded_by), len(klass.needed_by), len(klass.liked_by)):
         return klass
     return replace(
         klass, bumps=tuple(bumps), spread_bumps=tuple(spread_bumps), excluded_by=tuple(excluded), needed_by=tuple(needed), liked_by=tuple(liked),

@@ -21,7 +21,7 @@ MAX_RETRIES = 8
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a workload should go, as of `position` in the event log; `seat` None: nowhere, `bits` say why. Nothing has changed yet."""
+    """Where a workload should go, as of `position` of the state; `seat` None: nowhere, `bits` say why. Nothing has changed yet."""
 
     workload: Workload
     seat: Seat | None
@@ -99,8 +99,8 @@ class Scheduler:
 
     @property
     def position(self) -> int:
-        """How many events the state has seen."""
-        return self.state.log_base + len(self.state.log)
+        """Where the state is: a decision of another position is checked again before it becomes true."""
+        return self.state.changes
 
     def seat_on(self, klass: Klass, node: int) -> Seat | None:
         """Devices and zones for a class on one node; None where they do not come together."""

@@ -171,34 +171,51 @@ def _execute(scheduler: Scheduler, made: Plan, now_ms: int) -> tuple[Placed, tup
 
 
 def _on_nodes(scheduler: Scheduler, workload: Workload, klass: Klass, nodes: Ints, only: "frozenset[str] | None" = None) -> list[Plan]:
-    return [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node, only)) is not None]
+    """The plans of several nodes, those that have one."""
+    found = []
+    for node, slots in zip(nodes.tolist(), _lower(scheduler.state, workload, nodes, only), strict=True):
+        made = _plan_of(scheduler, workload, klass, node, slots)
+        if made is not None:
+            found.append(made)
+    return found
 
 
 def on_node(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, only: "frozenset[str] | None" = None) -> Plan | None:
-    """The victims on one node: all of lower priority go, then as many as possible are taken back, budget-protected ones first, then the most important."""
-    state = scheduler.state
-    there = (state.w_node == node) & ~state.w_fixed
+    """The plan of one node; None where it has none."""
+    return _plan_of(scheduler, workload, klass, node, _lower(scheduler.state, workload, np.array([node]), only)[0])
+
+
+def _lower(state: State, workload: Workload, nodes: Ints, only: "frozenset[str] | None") -> list[list[int]]:
+    """Per node the slots of those that may have to go, the most important first: higher priority, then longer running."""
+    marked = np.zeros(state.size + 1, np.bool_)
+    marked[nodes] = True
+    there = marked[state.w_node] & ~state.w_fixed
     if only is None:
         there &= state.w_priority < workload.priority
-    slots = np.flatnonzero(there)[:MAX_NODE_VICTIMS]
-    lower = slots[np.lexsort((state.w_start[slots], -state.w_priority[slots]))].tolist()
-    if only is not None:
-        lower = [slot for slot in lower if (item := state.items[slot]) is not None and item.id in only]
+    slots = np.flatnonzero(there)
+    slots = slots[np.lexsort((state.w_start[slots], -state.w_priority[slots], state.w_node[slots]))]
+    at = state.w_node[slots]
+    ends = zip(np.searchsorted(at, nodes).tolist(), np.searchsorted(at, nodes, "right").tolist(), strict=True)
+    found = [slots[start:end][:MAX_NODE_VICTIMS].tolist() for start, end in ends]
+    return found if only is None else [[slot for slot in mine if (item := state.items[slot]) is not None and item.id in only] for mine in found]
+
+
+def _plan_of(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, lower: list[int]) -> Plan | None:
+    """The victims on one node: all of `lower` go, then as many as possible are taken back, budget-protected ones first, then the most important."""
+    state = scheduler.state
     if not lower:
         return None
     protected, free = _by_budget(state, lower)
     order = protected + free
     gone = _reprieve_tangled(scheduler, klass, node, order) if _tangled(klass) or workload.shape.numa_single else _reprieve(state, klass, node, order)
-    if not gone:
-        return None
-    victims = [slot for slot, out in zip(order, gone, strict=True) if out]
+    victims = [slot for slot, out in zip(order, gone, strict=True) if out] if gone else []
     if not victims:
         return None
     violations = sum(gone[: len(protected)])
-    priorities = [int(state.w_priority[slot]) for slot in victims]
+    priorities, started = state.w_priority[victims].tolist(), state.w_start[victims].tolist()
     highest = max(priorities)
-    oldest = min(int(state.w_start[slot]) for slot, priority in zip(victims, priorities, strict=True) if priority == highest)
-    harm = (violations, highest, sum(priority + PRIORITY_OFFSET for priority in priorities), len(victims), -oldest)
+    oldest = min(start for start, priority in zip(started, priorities, strict=True) if priority == highest)
+    harm = (violations, highest, sum(priorities) + PRIORITY_OFFSET * len(victims), len(victims), -oldest)
     return Plan(workload, node, tuple(item.id for slot in victims if (item := state.items[slot]) is not None), violations, harm)
 
 

@@ -34,6 +34,7 @@ class State(Arrays):
         while len(self._undo) > mark:
             self._apply(self._undo.pop())
             self.log.pop()
+            self.changes += 1
         self._trials -= 1
 
     def keep(self, mark: int) -> None:
@@ -163,6 +164,7 @@ class State(Arrays):
     def _do(self, event: Event) -> None:
         inverse = self._apply(event)
         self.log.append(event)
+        self.changes += 1
         if self._trials:
             self._undo.append(inverse)
         elif len(self.log) >= MAX_LOG:
@@ -347,7 +349,7 @@ class State(Arrays):
 
     def _nodes(self, nodes: tuple[Node, ...], now_ms: int) -> Event:
         kept = ("attributes", "sites", "resource_rows", "nodes", "node_index", "cap", "free", "gpu_free", "gpu_mem", "gpu_model", "numa_free", "status", "cordon", "beat_ms",
-                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "counts", "levels")
+                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts", "levels")
         before: dict[str, Any] = {name: getattr(self, name) for name in kept}
         for name in kept:
             setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))

@@ -192,6 +192,18 @@ def test_a_decision_overtaken_by_another_is_checked_again() -> None:
     check_invariants(scheduler.state)
 
 
+def test_a_decision_made_inside_a_trial_that_was_taken_back_is_checked_again() -> None:
+    """As many events later, but not the same ones: the anti-affinity that came instead is honoured."""
+    scheduler = cluster([{"name": "n0", "capacity": {"cpu": 4, "memory": "4Gi"}}])
+    lonely = {"anti_affinity": [{"topology_key": "host", "selector": {"labels": {"app": "a"}}}]}
+    mark = scheduler.state.begin()
+    scheduler.reserve(workload({"id": "x"}), 0)
+    decision = scheduler.decide(workload({"id": "w", "labels": {"app": "a"}}), 0)
+    scheduler.state.undo(mark)
+    scheduler.reserve(workload({"id": "y", **lonely}), 0)
+    assert scheduler.commit(decision, 0) is None
+
+
 def test_a_refused_placement_changes_nothing() -> None:
     scheduler = small()
     before = scheduler.state.digest()
