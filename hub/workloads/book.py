@@ -11,7 +11,7 @@ from typing import Any
 from edge_runtime.contract.workloads import RUNNING, STOPPED
 
 from ..scheduler import Invalid, Node, Scheduler, Seat, State, Workload, parse
-from ..scheduler.state import SILENT, UP
+from ..scheduler.arrays import SILENT, UP
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
 from .documents import Submitted, read_node
 from .ledger import Ledger

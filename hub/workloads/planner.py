@@ -7,8 +7,8 @@ from typing import Any
 from edge_runtime.contract.workloads import ENDED, RUNNING
 
 from ..scheduler import Budget, Moved, Scheduler, parse
+from ..scheduler.arrays import GONE
 from ..scheduler.model import Quota
-from ..scheduler.state import GONE
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadRow
 from .book import ghost, short
 from .documents import Conflict, name_of, read_node

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..scheduler import quota
+from ..scheduler.arrays import SILENT, UP
 from ..scheduler.model import Effect
-from ..scheduler.state import SILENT, UP
 from .planner import Planner
 
 LOST_AFTER_MS = 300_000

@@ -14,7 +14,7 @@ from typing import Any
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.schema import check_fields
-from edge_runtime.contract.workloads import REPORT_FIELDS
+from edge_runtime.contract.workloads import REPORT_FIELDS, RUNNING
 
 from ..fleet import Fleet
 from ..scheduler import Invalid
@@ -101,7 +101,10 @@ class Workloads:
         self._news = True
         self._cursor = 0
         self._now = 0
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._untold = asyncio.Event()
+        self._listed: dict[str, str] = {}
+        """Workload to the node whose document wants it running."""
         self._minute = 0
         self._tell_after: dict[str, float] = {}
         self.counters: Counter[str] = Counter()
@@ -129,16 +132,20 @@ class Workloads:
             store.commit_workloads(changes)
         planner.keep()
         self.rows = dict(planner.tables.rows)
+        self._listed = {name: node for node in self._desired for name in _running(self._told(node))}
+        planner.tables.dirty |= {node: True for node in self._desired if self._told(node)}  # nodes that are gone too
 
     def start(self) -> None:
         """Begin; call inside the running loop."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="workloads")
+        loop = asyncio.get_running_loop()
+        self._untold.set()
+        self._tasks = [loop.create_task(self._run(), name="workloads"), loop.create_task(self._tell_forever(), name="workloads, telling")]
 
     async def stop(self) -> None:
         """End; who still waits for an answer is told to come again."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         while not self._jobs.empty():
             _fail(self._jobs.get_nowait(), Busy("the hub stops", "ask again when it is back"))
 
@@ -185,7 +192,6 @@ class Workloads:
                     if loop.time() >= due:
                         due = loop.time() + ROUND_S
                         await self._round()
-                await self._publish()
                 await self._each_minute()
             except asyncio.CancelledError:
                 raise
@@ -217,6 +223,8 @@ class Workloads:
                 log.error("the store refused placements: %s; nothing of them was kept", error)
                 raise Busy("the store refused to keep it, nothing was done", "see the hub's log and /healthz, then ask again") from None
         self.planner.keep()
+        if self.planner.tables.dirty:
+            self._untold.set()
         self.counters["placements_total"] += sum(row is not None and row.to_ms is None for row in changes.placements.values())
         for name, row in changes.workloads.items():
             if row is None:
@@ -340,41 +348,70 @@ class Workloads:
 
     # -- telling -------------------------------------------------------------------------------------------------------------
 
-    async def _publish(self) -> None:
-        """Tell the nodes whose part of desired state has changed; what is told follows from rows that are kept."""
-        loop = asyncio.get_running_loop()
-        for node in list(self.planner.tables.dirty):
-            if self._tell_after.get(node, 0.0) > loop.time():
-                continue
-            self._tell_after.pop(node, None)
+    async def _tell_forever(self) -> None:
+        """Tell the nodes whose part of desired state has changed: a task of its own, as each is a transaction and placing must not wait for a thousand of them."""
+        while True:
+            self._untold.clear()
+            for node in list(self.planner.tables.dirty):
+                try:
+                    await self._tell_node(node)
+                except Exception as error:
+                    log.error("the desired state of %s could not be written: %s; trying again in %.0f s", node, error, TELL_AGAIN_S)
+                    self._later(node)
+            try:
+                async with asyncio.timeout(TELL_AGAIN_S if self._tell_after else None):
+                    await self._untold.wait()
+            except TimeoutError:
+                pass
+
+    def _later(self, node: str) -> None:
+        self.planner.tables.dirty[node] = True
+        self._tell_after[node] = asyncio.get_running_loop().time() + TELL_AGAIN_S
+
+    async def _tell_node(self, node: str) -> None:
+        if self._tell_after.get(node, 0.0) > asyncio.get_running_loop().time():
+            return
+        self._tell_after.pop(node, None)
+        async with self.turn:  # only what is kept may be told
             self.planner.clean(node)
             wanted = self.planner.wanted(node)
-            document = self._desired.get(node)
-            if wanted == ((document or {}).get("spec", {}).get("workloads") or []):
-                continue
-            try:
-                await self._tell(node, {"workloads": wanted})
-                self.counters["told_total"] += 1
-            except ContractError as error:
-                await self._untellable(node, str(error))
-            except Exception as error:
-                log.error("the desired state of %s could not be written: %s; trying again in %.0f s", node, error, TELL_AGAIN_S)
-                self._tell_after[node] = loop.time() + TELL_AGAIN_S
-                self.planner.tables.dirty[node] = True
+        if wanted == self._told(node):
+            return
+        # At no moment do two documents want one workload running: the older one is changed first.
+        for name in _running(wanted):
+            other = self._listed.get(name, node)
+            if other != node:
+                await self._write_workloads(other, [entry for entry in self._told(other) if entry["id"] != name])
+                self.planner.tables.dirty[other] = True
+        try:
+            await self._write_workloads(node, wanted)
+        except ContractError as error:
+            await self._untellable(node, str(error))
+
+    def _told(self, node: str) -> list[dict[str, Any]]:
+        return (self._desired.get(node) or {}).get("spec", {}).get("workloads") or []
+
+    async def _write_workloads(self, node: str, entries: list[dict[str, Any]]) -> None:
+        before = _running(self._told(node))
+        await self._tell(node, {"workloads": entries})
+        self.counters["told_total"] += 1
+        for name in before:
+            self._listed.pop(name, None)
+        self._listed |= dict.fromkeys(_running(entries), node)
 
     async def _untellable(self, node: str, problem: str) -> None:
+        """Take the newest placement back, until what is left fits the document."""
         log.warning("what %s shall run does not fit its desired state: %s", node, problem)
-        async with self.turn:
-            try:
-                await self._plan(lambda planner, now: self._take_back(planner, node, problem, now))
-            except Busy:
-                self.planner.tables.dirty[node] = True
-                self._tell_after[node] = asyncio.get_running_loop().time() + TELL_AGAIN_S
+        found = False
 
-    def _take_back(self, planner: Planner, node: str, problem: str, now: int) -> None:
-        if not planner.untellable(node, problem, now):
-            self._tell_after[node] = asyncio.get_running_loop().time() + TELL_AGAIN_S
-            planner.soil(node)
+        def take_back(planner: Planner, now: int) -> None:
+            nonlocal found
+            found = planner.untellable(node, problem, now)
+
+        async with self.turn:
+            await self._plan(take_back)
+            if not found:
+                self._later(node)
 
     async def _each_minute(self) -> None:
         minute = self.now_ms() // 60_000
@@ -400,3 +437,7 @@ class Workloads:
 def _fail(job: _Job, error: BaseException) -> None:
     if not job.answer.done():
         job.answer.set_exception(error)
+
+
+def _running(entries: list[dict[str, Any]]) -> list[str]:
+    return [entry["id"] for entry in entries if entry["wanted"] == RUNNING]

@@ -7,8 +7,8 @@ import numpy as np
 
 from ..scheduler import Invalid, Node, Placed, Scheduler, Shape
 from ..scheduler import explain as explaining
+from ..scheduler.arrays import GONE, SILENT
 from ..scheduler.reasons import WORDS, Fail
-from ..scheduler.state import GONE, SILENT
 from ..scheduler.units import GPU_WHOLE, SLOTS
 from ..store.workloads import PlacementRow, WorkloadRow
 from .documents import RUNS, Submitted

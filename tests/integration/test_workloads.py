@@ -19,6 +19,7 @@ from edge_runtime.runtime import EdgeRuntime
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.server import Hub, HubSettings
+from hub.store.base import EdgeRow
 from hub.store.sqlite import SqliteStore
 from hub.workloads import service as service_module
 from hub.workloads.documents import Conflict, read_list
@@ -222,6 +223,78 @@ async def test_sixty_four_callers_at_once(tmp_path: Path) -> None:
     assert (hub.workloads.planner.state.free == held).all(), "the rows alone bring everything back"
     clean(hub, acknowledged)
     await hub.stop()
+
+
+class Blind(dict[str, str]):
+    """Knows of no document: the planted bug."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return default
+
+
+@pytest.mark.parametrize("planted", [False, True])
+async def test_the_older_document_is_changed_first(tmp_path: Path, planted: bool) -> None:
+    double: list[list[str]] = []
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        tell = hub.workloads._tell
+
+        async def observed(node: str, change: Json) -> Any:
+            done = await tell(node, change)
+            double.append([name for name, document in hub.desired.items() if any(entry["wanted"] == "running" for entry in document["spec"].get("workloads", []))])
+            return done
+
+        hub.workloads._tell = observed
+        for name in ("gw-1", "gw-2"):
+            hub.fleet.rows[name] = EdgeRow(name, "online", last_seen_ms=hub.now_ms())
+        await hub.workloads.ask(lambda planner, now: planner.put_node("gw-1", {"capacity": {"cpu": 9}}, "edge", now))
+        await submit(hub, work("a"))
+        await until(lambda: double == [["gw-1"]], what="the first document")
+        await hub.workloads.ask(lambda planner, now: planner.put_node("gw-2", {"capacity": {"cpu": 9}}, "edge", now))
+        if planted:
+            hub.workloads._listed = Blind()
+
+        def moves(planner: Planner, now: int) -> None:
+            planner.soil("gw-2")  # so that the new node would be told first
+            planner.said("gw-1", {"id": "a", "epoch": 1, "state": "refused", "reason": "lot"}, now)
+            assert planner.attempt("a", now)
+
+        await hub.workloads.ask(moves)
+        await until(lambda: double[-1] == ["gw-2"], what="the second document")
+        assert (["gw-1", "gw-2"] in double) is planted, double
+
+
+async def test_at_no_moment_do_two_documents_want_one_workload(tmp_path: Path) -> None:
+    """Edges that refuse, end and stop by lot, while their nodes are drained: after every document that is written all of them are looked at."""
+    draw, seen, double = random.Random(5), set[tuple[str, str, int, str]](), list[str]()
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        tell = hub.workloads._tell
+
+        async def observed(node: str, change: Json) -> Any:
+            done = await tell(node, change)
+            running = [(entry["id"], name) for name, document in hub.desired.items() for entry in document["spec"].get("workloads", []) if entry["wanted"] == "running"]
+            double.extend(f"{one}" for one in running if sum(one[0] == other[0] for other in running) > 1)
+            for entry in done["spec"].get("workloads", []):
+                key = (node, entry["id"], entry["epoch"], entry["wanted"])
+                if key not in seen:
+                    seen.add(key)
+                    state = "stopped" if entry["wanted"] == "stopped" else draw.choice(["running", "running", "refused", "stopped"])
+                    body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": "lot"}
+                    answers.append(asyncio.ensure_future(hub.workloads.ask(lambda planner, now, body=body: planner.said(node, body, now))))
+            return done
+
+        answers: list[asyncio.Future[Any]] = []
+        hub.workloads._tell = observed
+        for name in ("gw-1", "gw-2", "gw-3"):
+            hub.fleet.rows[name] = EdgeRow(name, "online", last_seen_ms=hub.now_ms())
+            await hub.workloads.ask(lambda planner, now, name=name: planner.put_node(name, {"capacity": {"cpu": 9}}, "edge", now))
+        await submit(hub, *(work(f"w{n}") for n in range(18)))
+        for turn in range(30):
+            node, how = f"gw-{turn % 3 + 1}", draw.choice(["drain", ""])
+            await hub.workloads.ask(lambda planner, now, node=node, how=how: planner.cordon(node, how, now))
+            hub.fleet.rows[node].last_seen_ms = hub.now_ms()
+        await until(lambda: not hub.workloads.planner.tables.dirty and all(answer.done() for answer in answers), what="rest")
+        assert double == [] and len(seen) > 40
+        clean(hub)
 
 
 def refuse(*_: Any) -> None:

@@ -93,10 +93,10 @@ def test_every_key_can_be_set_by_file_and_environment_and_the_environment_wins(t
 
 def test_the_other_keys_can_be_set_by_file(tmp_path: Path) -> None:
     rest = {".".join(path) for path, kind, _ in keys() if kind not in (bool, int, float, str)}
-    assert rest == {"labels", "decisions.rules", "decisions.models", "duties.home"}
-    config = load(tmp_path, "labels: {line: 4, hot: true}\ndecisions:\n  rules: [{id: r}]\n  models: [shipped:host-anomaly/portable, {manifest: m.json, name: n, data: d}]\nduties: {home: ['boiler-*', pump-1]}\n").config
+    assert rest == {"labels", "decisions.rules", "decisions.models", "duties.home", "workloads.taints"}
+    config = load(tmp_path, "labels: {line: 4, hot: true}\ndecisions:\n  rules: [{id: r}]\n  models: [shipped:host-anomaly/portable, {manifest: m.json, name: n, data: d}]\nduties: {home: ['boiler-*', pump-1]}\nworkloads: {taints: [{key: k, effect: NoSchedule}]}\n").config
     assert config.duties.home == ("boiler-*", "pump-1")
-    assert config.labels == {"line": "4", "hot": "True"} and config.decisions.rules == ({"id": "r"},)
+    assert config.labels == {"line": "4", "hot": "True"} and config.decisions.rules == ({"id": "r"},) and config.workloads.taints == ({"key": "k", "effect": "NoSchedule"},)
     assert [(item.manifest, item.name, item.data) for item in config.decisions.models] == [("shipped:host-anomaly/portable", "", ""), ("m.json", "n", "d")]
 
 
@@ -269,7 +269,7 @@ def test_the_command_itself_ends_with_these_statuses(tmp_path: Path) -> None:
     good = tmp_path / "edge.yaml"
     good.write_text("site: a\n")
     assert status("check", "--config", str(good))[0] == 0
-    assert status("check", NOVACRON_EDGE__UPLNK="x") == (2, "the configuration cannot be used:\nenvironment: NOVACRON_EDGE__UPLNK: names no key; known here are api, bus, data_dir, decisions, devices, duties, edge_id, journal, labels, logging, node, region, site, uplink\n")
+    assert status("check", NOVACRON_EDGE__UPLNK="x") == (2, "the configuration cannot be used:\nenvironment: NOVACRON_EDGE__UPLNK: names no key; known here are api, bus, data_dir, decisions, devices, duties, edge_id, journal, labels, logging, node, region, site, uplink, workloads\n")
     assert status("run", "--config", str(tmp_path / "none"))[0] == 2
     code, told = status("run", "--config", str(good), NOVACRON_EDGE__DATA_DIR=str(tmp_path / "d"), NOVACRON_EDGE__UPLINK__URL="http://x", NOVACRON_EDGE__API__ENABLED="false")
     assert code == 2 and "mqtt://host:port" in told and "Traceback" not in told

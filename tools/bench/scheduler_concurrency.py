@@ -35,8 +35,12 @@ from .harness import ROOT, arguments, die_with_parent, free_port, machine, note,
 NODES, EDGES = 12, 6
 """Declared nodes, and edges that answer."""
 
-NAMES = 600
-"""Different workloads: fewer than requests, so that the same is often submitted again and cancelled while it is placed."""
+NAMES, REQUESTS_PER_NAME = 80, 6
+"""The names in use at one time, and after how many requests the oldest of them gives way to a new one: the same workload is often submitted again, and cancelled while it
+is placed; a cancelled one does not come back, so new ones must."""
+
+SAMPLE = 300
+"""Workloads of the file that are asked for by name at the end."""
 
 CAPACITY: dict[str, Any] = {"capacity": {"cpu": 8, "memory": "16Gi"}, "gpus": [{"model": "t4", "memory": "16Gi", "count": 2}]}
 
@@ -45,6 +49,24 @@ RESEND_S = 0.2
 
 RETRY_S = 0.3
 """A caller without an answer asks again after so long: sooner, 64 of them keep a hub that starts from its work."""
+
+PLANTED = """
+import asyncio, sys
+from hub.cli import main
+from hub.workloads.service import Workloads
+
+async def early(self, cursor=None):
+    changes = self.planner.changes()
+    changes.cursor = cursor
+    self.planner.keep()
+    self.rows.update({name: row for name, row in changes.workloads.items() if row is not None})
+    if changes:
+        asyncio.get_running_loop().call_later(1.0, lambda: self._write(lambda: self._store.commit_workloads(changes)))
+
+Workloads._commit = early
+sys.exit(main(sys.argv[1:]))
+"""
+"""The negative control (`--planted`): a hub that answers a second before it writes. The bench must find that it loses what it acknowledged."""
 
 QUIET_S = 3.0
 """After the last request: edges answer, the hub comes to rest."""
@@ -161,6 +183,7 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
         self.acknowledged: dict[str, dict[str, Any]] = {}
         self.counts: Counter[str] = Counter()
+        self.issued = 0
         self.submit_ms: list[float] = []
         self.back_s: list[float] = []
         self.found: list[str] = []
@@ -172,7 +195,7 @@ class Run:
     async def start_hub(self) -> None:
         """The process, until it takes requests."""
         command = [
-            sys.executable, "-m", "hub", "--data-dir", str(self.home), "--listen", f"127.0.0.1:{self.port}", "--broker", "embedded", "--broker-listen", f"127.0.0.1:{self.broker_port}",
+            sys.executable, *(("-c", PLANTED) if self.options.planted else ("-m", "hub")), "--data-dir", str(self.home), "--listen", f"127.0.0.1:{self.port}", "--broker", "embedded", "--broker-listen", f"127.0.0.1:{self.broker_port}",
             "--log-level", "error", "--token-file", str(self.home / "chosen"),
         ]
         began = time.monotonic()
@@ -205,19 +228,24 @@ class Run:
                 self.counts["answers that never came"] += 1
             await asyncio.sleep(RETRY_S)
 
+    def name(self, draw: random.Random) -> int:
+        """One of the names in use."""
+        self.issued += 1
+        return self.issued // REQUESTS_PER_NAME + draw.randrange(NAMES)
+
     async def caller(self, number: int) -> None:
         """One of the callers, until the end."""
         draw = random.Random(f"{self.options.seed}/{number}")
         while not self.ended.is_set():
-            what, name = draw.random(), draw.randrange(NAMES)
-            if what < 0.55:
+            what, name = draw.random(), self.name(draw)
+            if what < 0.6:
                 began = time.monotonic()
                 status, _ = await self.ask("POST", "/api/v1/workloads", document(name))
                 if status == 200:
                     self.submit_ms.append((time.monotonic() - began) * 1000)
                     self.acknowledged[f"w{name}"] = document(name)
-            elif what < 0.65:
-                names = [draw.randrange(NAMES) for _ in range(4)]
+            elif what < 0.75:
+                names = [self.name(draw) for _ in range(4)]
                 status, _ = await self.ask("POST", "/api/v1/workloads", [document(one) for one in sorted(set(names))])
                 if status == 200:
                     self.acknowledged |= {f"w{one}": document(one) for one in names}
@@ -259,21 +287,21 @@ class Run:
             await asyncio.gather(*callers)
             await asyncio.sleep(QUIET_S)
             desired = {edge.name: said for edge in self.edges for status, said in [await self.ask("GET", f"/api/v1/edges/{edge.name}/desired")] if status == 200}
-            listed = {one["workload"]: one for one in (await self.ask("GET", "/api/v1/workloads?limit=1000"))[1]}
+            sample = random.Random(options.seed).sample(sorted(self.acknowledged), min(SAMPLE, len(self.acknowledged)))
+            unknown = [f"{name}: acknowledged, and not known to the API" for name in sample if (await self.ask("GET", f"/api/v1/workloads/{name}"))[0] != 200]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         assert self.process is not None
         stop(self.process)
-        return self.judge(desired, listed)
+        return self.judge(desired, unknown)
 
-    def judge(self, desired: dict[str, Any], listed: dict[str, Any]) -> dict[str, Any]:
+    def judge(self, desired: dict[str, Any], unknown: list[str]) -> dict[str, Any]:
         """The independent checker on the file, the documents, and what the edges saw."""
         log = placement_log.read(self.home / "hub.db")
         over, where = placement_log.overcommit(log, int(time.time() * 1000))
         doubles = placement_log.doubles(log, desired) + self.found
-        lost = placement_log.lost(log, self.acknowledged)
-        lost += [f"{name}: kept, and not listed" for name in log.workloads if name not in listed]
+        lost = placement_log.lost(log, self.acknowledged) + unknown
         with contextlib.closing(sqlite3.connect(self.home / "hub.db")) as db:
             sound = db.execute("PRAGMA integrity_check").fetchone()[0]
         states = Counter(state for state, _, _ in log.workloads.values())
@@ -291,13 +319,14 @@ def main() -> int:
     parser.add_argument("--callers", type=int, default=64)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--planted", action="store_true", help="negative control: a hub with a planted bug, which must be found (exit status 1)")
     options = parser.parse_args()
     about = machine()
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(Run(options, Path(folder)).run())
     bad = found["overcommitted_node_seconds"] + found["lost"] + found["double"]
     ok = bad == 0 and found["integrity"] == "ok" and found["requests"].get("kills", 0) == options.kills and found["placements"] > 0
-    inputs = {"callers": options.callers, "kills": options.kills, "seconds": options.seconds, "nodes": NODES, "edges": EDGES, "names": NAMES, "seed": options.seed}
+    inputs = {"callers": options.callers, "kills": options.kills, "seconds": options.seconds, "nodes": NODES, "edges": EDGES, "names_at_once": NAMES, "seed": options.seed}
     return report(options, about, "0 overcommitted node-seconds, 0 lost, 0 double placements under 64 callers and SIGKILL", bad, "violations", ok, inputs=inputs, details=found)
 
 

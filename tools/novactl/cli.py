@@ -299,7 +299,7 @@ def _check(options: Any) -> int:
 def _diag(options: Any) -> int:
     hub, local = _hub(options), edge_api(options.edge_api)
     wanted: list[tuple[str, Api, str]] = [
-        (f"hub/{name}.json", hub, f"/api/v1/{name}") for name in ("status", "hierarchy", "edges", "decisions", "events", "outages", "errors")
+        (f"hub/{name}.json", hub, f"/api/v1/{name}") for name in ("status", "hierarchy", "edges", "decisions", "events", "outages", "errors", "nodes", "scheduler")
     ] + [(f"edge/{name}.json", local, f"/api/v1/{name}") for name in ("status", "journal", "devices", "config", "errors", "decisions")]
     missing = []
     with tarfile.open(options.out, "w:gz") as archive:

@@ -135,7 +135,7 @@ def compare(seed: int) -> int:
     return compared
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32))
 def test_what_fits_on_a_cut_off_site_is_what_fits_at_the_hub(seed: int) -> None:
     compare(seed)
