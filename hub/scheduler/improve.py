@@ -9,7 +9,6 @@ miss, where the nodes that would do in an empty cluster set the scale (`points`)
 Work is bounded by steps, not by time: the same backlog, state and seed give the same placements.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -34,12 +33,6 @@ STEPS_PER_WORKLOAD = 60
 
 MAX_REMOVED = 16
 """Workloads that one step takes out at most, with those that depend on them."""
-
-HOT = 60.0
-"""Points that a step may lose at first, by one chance in e: about what moving one workload to its second best node misses. It cools to nothing."""
-
-POINTS_LOST, LOST = 1_000, 3
-"""What a workload of the lowest priority counts against points while cooling, and the factor from priority to priority. The best that was seen is judged lexicographically."""
 
 BEST = 100
 SKEW_POINTS = 100
@@ -150,7 +143,7 @@ class Backlog:
         self.levels = sorted(levels, reverse=True)
         self.softs = {(row, item.topology_key, item.max_skew): at.klass for at in self.items for item, row in at.soft}
         self.best: tuple[int, ...] = ()
-        """The best value that `improve` saw."""
+        """The value after `improve`."""
         self.hopeful = [index for index in range(len(self.units)) if self._choice(index)]
         """Units for which nodes would do at least in an empty cluster."""
         self._connect()
@@ -169,8 +162,8 @@ class Backlog:
                     spread.hard and spread.selector is not None and target.namespace == shape.namespace and spread.selector.matches(dict(target.labels)) for spread in shape.spread
                 )
                 if needs or shares:
-                    for unit in units_of[other]:
-                        self.units[unit].with_it |= units_of[mine]
+                    for index in units_of[other]:
+                        self.units[index].with_it |= units_of[mine]
         for index, unit in enumerate(self.units):
             unit.with_it.discard(index)
 
@@ -265,29 +258,18 @@ class Backlog:
         return min(len(self.items[member].would_do) for member in self.units[index].members)
 
     def improve(self, steps: int) -> dict[str, Seat]:
-        """That many steps of cooling; the best places that were seen."""
+        """That many steps; the places in the end."""
         value = self.value()
-        self.best, seats = value, self._seats()
-        for at in range(steps):
-            heat = HOT * (1 - at / steps) ** 2
-            value = self.step(value, heat)
-            if value > self.best:
-                self.best, seats = value, self._seats()
-        return seats
+        for _ in range(steps):
+            value = self.step(value)
+        self.best = value
+        return self._seats()
 
     def _seats(self) -> dict[str, Seat]:
         return {item.workload.id: seat for item in self.items if (seat := self.state.seat(item.workload.id)) is not None}
 
-    def _loss(self, before: tuple[int, ...], after: tuple[int, ...]) -> int:
-        """How much worse, in points; a workload of each priority counts LOST times as much as one of the priority below."""
-        total, unit = before[-1] - after[-1], POINTS_LOST
-        for one, other in zip(reversed(before[:-1]), reversed(after[:-1]), strict=True):
-            total += unit * (one - other)
-            unit *= LOST
-        return total
-
-    def step(self, before: tuple[int, ...], heat: float) -> tuple[int, ...]:
-        """One move in a trial, which stands where it made nothing worse, or not much at this heat. Gives the value after it."""
+    def step(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """One move in a trial, which stands where it made nothing worse. Gives the value after it."""
         mark = self.state.begin()
         removed, first, node = self._destroy()
         if not removed and first is None:
@@ -302,7 +284,7 @@ class Backlog:
             rest.sort(key=lambda index: -self.units[index].priority)
         self.fill(rest, noise)
         after = self.value()
-        if after >= before or (heat > 0 and self.rng.random() < math.exp(-max(0, self._loss(before, after)) / heat)):
+        if after >= before:
             self.state.keep(mark)
             return after
         self.state.undo(mark)

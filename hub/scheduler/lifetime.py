@@ -44,7 +44,8 @@ def chances(hazards: Floats) -> Floats:
     """[n, classes - 1] hazards to [n, classes] probabilities of each class."""
     clipped = np.clip(hazards, 0.0, 1.0)
     alive = np.concatenate([np.ones((len(clipped), 1)), np.cumprod(1.0 - clipped, axis=1)], axis=1)
-    return alive * np.concatenate([clipped, np.ones((len(clipped), 1))], axis=1)
+    result: Floats = alive * np.concatenate([clipped, np.ones((len(clipped), 1))], axis=1)
+    return result
 
 
 def expected_left_s(chance: Floats, age_s: Floats) -> Floats:

@@ -7,12 +7,11 @@ is empty is prolonged least (`hub.scheduler.lifetime.stretch`), then best fit. A
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hub.scheduler.lifetime import STRETCH_S, Exits, Floats, expected_left_s, stretch
+from hub.scheduler.lifetime import Exits, Floats, expected_left_s, stretch
 
 from .azure_trace import NEVER, Vm
 
@@ -227,7 +226,7 @@ def check(vms: Sequence[Vm], host: Host, hosts: int, out: Outcome) -> list[str]:
     for before, vm, source, target in out.moved:
         moved.setdefault(before, []).append((vm, source, target))
     first: dict[int, int] = {vm.id: int(out.host_of[vm.id]) for vm in vms}
-    for before, vm, source, _ in reversed(out.moved):
+    for _, vm, source, _ in reversed(out.moved):
         first[vm] = source
     used: dict[int, list[float]] = {}
     where: dict[int, int] = {}

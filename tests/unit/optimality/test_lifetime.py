@@ -94,7 +94,7 @@ def test_the_checker_catches_planted_faults() -> None:
     out.host_of[:] = (0, 0, 5)
     assert any("host 5 of 2" in fault for fault in check(vms, HOST, 2, out))
     out.host_of[:] = (0, 0, 1)
-    out.moved.append((2, 0, 1, 1))
+    out.moved += [(1, 0, 1, 0), (2, 0, 1, 0)]
     assert any("is moved from" in fault for fault in check(vms, HOST, 2, out))
 
 
