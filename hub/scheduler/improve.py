@@ -76,6 +76,8 @@ class _Unit:
     members: list[int]
     priority: int
     size: float
+    helped: bool = False
+    """Has affinity or a hard spread: what others do can open a place to it."""
     with_it: set[int] = field(default_factory=set)
     """Units that must leave when this one does: they stand on its presence, or share a hard spread with it."""
 
@@ -138,6 +140,7 @@ class Backlog:
             unit.size += float((klass.amounts[:, 0] / np.maximum(total, 1)).max())
             unit.priority = max(unit.priority, workload.priority)
             unit.members.append(len(self.items))
+            unit.helped |= bool(workload.shape.affinity) or any(spread.hard for spread in workload.shape.spread)
             soft = tuple((item, row) for item, row in zip(workload.shape.spread, klass.spread_rows, strict=True) if not item.hard)
             self.items.append(_Item(workload, klass, missed, nodes, self.units.index(unit), soft))
         self.levels = sorted(levels, reverse=True)
@@ -240,13 +243,13 @@ class Backlog:
         return self.state.seat(self.items[self.units[index].members[0]].workload.id) is not None
 
     def fill(self, order: Sequence[int], noise: int) -> None:
-        """Insert units in this order, again while any succeeds: some wait for the company of others."""
+        """Insert units in this order; those that others can help to a place (company, a level spread) again while any succeeds. For the rest it only gets fuller."""
         waiting = list(order)
         while waiting:
             later = [index for index in waiting if not self.insert(index, noise)]
             if len(later) == len(waiting):
                 return
-            waiting = later
+            waiting = [index for index in later if self.units[index].helped]
 
     # destroy and repair
 

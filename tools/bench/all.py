@@ -10,7 +10,7 @@ if not __package__:
 
 from .harness import ROOT
 
-BENCHES = ("edge_footprint", "decision_latency", "decision_rate", "peer_node_red", "journal", "outage", "nab")
+BENCHES = ("edge_footprint", "decision_latency", "decision_rate", "peer_node_red", "journal", "outage", "nab", "scheduler_optimality", "azure_v1")
 
 
 def main() -> int:
