@@ -78,6 +78,8 @@ class _Unit:
     size: float
     helped: bool = False
     """Has affinity or a hard spread: what others do can open a place to it."""
+    needs: set[int] = field(default_factory=set)
+    """Units whose company it needs, some of them."""
     with_it: set[int] = field(default_factory=set)
     """Units that must leave when this one does: they stand on its presence, or share a hard spread with it."""
 
@@ -167,6 +169,9 @@ class Backlog:
                 if needs or shares:
                     for index in units_of[other]:
                         self.units[index].with_it |= units_of[mine]
+                if needs:
+                    for index in units_of[mine]:
+                        self.units[index].needs |= units_of[other]
         for index, unit in enumerate(self.units):
             unit.with_it.discard(index)
 
@@ -311,13 +316,24 @@ class Backlog:
         wanted = [int(n) for n in item.would_do if seat is None or item.points[n] <= item.points[seat.node]] or item.would_do.tolist()
         node = int(rng.choice(wanted))
         there = [index for index in standing if index != first and any(self._node(member) == node for member in self.units[index].members)]
+        if item.workload.shape.gpu is not None and rng.random() < 0.7:
+            # Room on a device comes from those that hold devices, often from putting them together another way.
+            there = [index for index in there if any(self.items[member].workload.shape.gpu is not None for member in self.units[index].members)]
         out = set(rng.sample(there, min(len(there), rng.randint(1, 4))))
+        needs = sorted(index for index in self.units[first].needs if self.placed(index))
+        if needs and rng.random() < 0.4:
+            # The company that it needs may have to come along.
+            out |= set(rng.sample(needs, min(len(needs), 3)))
         tenant = item.workload.tenant
         if seat is None and tenant in self.state.quotas and rng.random() < 0.5:
             same = [index for index in standing if self.items[self.units[index].members[0]].workload.tenant == tenant]
             out |= set(rng.sample(same, min(len(same), rng.randint(1, 3))))
         if rng.random() < 0.3 and standing:
             out |= set(rng.sample(standing, min(len(standing), 2)))
+        if rng.random() < 0.2:
+            # Alike stand together (company, a spread): only all of them can go elsewhere.
+            alike = [index for index in standing if self.items[self.units[index].members[0]].klass is item.klass]
+            out |= set(alike[:MAX_REMOVED])
         if seat is not None:
             out.add(first)
         out = self._closure(out)
