@@ -7,11 +7,13 @@ The rule (after NILAS and LAVA, arXiv 2412.09840): put a workload where it does 
 predicted again as workloads outlive their predictions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .rank import Given, View
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -44,7 +46,8 @@ def chances(hazards: Floats) -> Floats:
     """[n, classes - 1] hazards to [n, classes] probabilities of each class."""
     clipped = np.clip(hazards, 0.0, 1.0)
     alive = np.concatenate([np.ones((len(clipped), 1)), np.cumprod(1.0 - clipped, axis=1)], axis=1)
-    return alive * np.concatenate([clipped, np.ones((len(clipped), 1))], axis=1)
+    result: Floats = alive * np.concatenate([clipped, np.ones((len(clipped), 1))], axis=1)
+    return result
 
 
 def expected_left_s(chance: Floats, age_s: Floats) -> Floats:
@@ -119,3 +122,16 @@ class Exits:
     def outlived(self, now_s: float) -> list[tuple[int, Any]]:
         """(node, workload) of all whose predicted exit has passed."""
         return [(node, workload) for node, here in enumerate(self._on) for workload, exit_s in here.items() if exit_s <= now_s]
+
+
+def policy(exits: Exits, exit_s: Callable[[View], float | None]) -> Given:
+    """The rule as a policy of the ranker, by a name and weight of the caller's choice: nodes that a workload prolongs least are best.
+
+    `exits` is by node index; `exit_s` predicts the end (seconds on the clock of `View.now_ms`) of what is being placed, None: no opinion.
+    """
+
+    def steps(view: View) -> Ints | None:
+        end = exit_s(view)
+        return None if end is None else stretch(end, np.maximum(exits.of_node, view.now_ms / 1000))
+
+    return Given(steps)

@@ -27,6 +27,8 @@ BENCHES = (
     "scheduler_concurrency",
     "power_cut",
     "soak",
+    "scheduler_optimality",
+    "azure_v1",
 )
 
 

@@ -76,6 +76,10 @@ class Replay:
         self.vms, self.host, self.count, self.moves, self.since_s = vms, host, hosts, moves, since_s
         self.cores = np.full(hosts, host.cores * UNIT, np.int64)
         self.gib = np.full(hosts, host.gib * UNIT, np.int64)
+        self.left = self.cores * host.gib + self.gib * host.cores
+        """What is free, cores and memory weighed as shares of a host."""
+        self.step = 4 * UNIT * host.cores * host.gib
+        """More than any difference of `left`."""
         self.on: list[set[int]] = [set() for _ in range(hosts)]
         self.exits = Exits(hosts) if predict else None
         self.predict, self.predict_from_s = predict, predict_from_s
@@ -106,16 +110,16 @@ class Replay:
 
     def _best(self, vm: int, now: int, without: int = -1) -> int:
         cores, gib = self.need[vm]
-        left = self.cores * self.host.gib + self.gib * self.host.cores
-        if self.exits is not None and now >= self.predict_from_s:
-            ahead = np.maximum(self.exits.of_node, now)
-            ahead[np.isneginf(self.exits.of_node)] = now
-            left = left + stretch(self._exit(vm, now), ahead) * (4 * UNIT * self.host.cores * self.host.gib)
-        left = np.where((self.cores >= cores) & (self.gib >= gib), left, np.iinfo(np.int64).max)
+        fit = np.flatnonzero((self.cores >= cores) & (self.gib >= gib))
         if without >= 0:
-            left[without] = np.iinfo(np.int64).max
-        place = int(left.argmin())
-        return place if left[place] != np.iinfo(np.int64).max else -1
+            fit = fit[fit != without]
+        if not fit.size:
+            return -1
+        left = self.left[fit]
+        if self.exits is not None and now >= self.predict_from_s:
+            # A prediction that has passed, and an empty host, count as free from now on.
+            left = left + stretch(self._exit(vm, now), np.maximum(self.exits.of_node[fit], now)) * self.step
+        return int(fit[left.argmin()])
 
     def _exit(self, vm: int, now: int) -> float:
         age = now - self.vms[vm].at_s
@@ -128,6 +132,7 @@ class Replay:
         cores, gib = self.need[vm]
         self.cores[place] -= cores
         self.gib[place] -= gib
+        self.left[place] -= cores * self.host.gib + gib * self.host.cores
         self.on[place].add(vm)
         self.out.host_of[vm] = place
         if self.exits is not None:
@@ -138,6 +143,7 @@ class Replay:
         cores, gib = self.need[vm]
         self.cores[place] += cores
         self.gib[place] += gib
+        self.left[place] += cores * self.host.gib + gib * self.host.cores
         self.on[place].discard(vm)
         if self.exits is not None:
             self.exits.forget(place, vm)
@@ -226,7 +232,7 @@ def check(vms: Sequence[Vm], host: Host, hosts: int, out: Outcome) -> list[str]:
     for before, vm, source, target in out.moved:
         moved.setdefault(before, []).append((vm, source, target))
     first: dict[int, int] = {vm.id: int(out.host_of[vm.id]) for vm in vms}
-    for before, vm, source, _ in reversed(out.moved):
+    for _, vm, source, _ in reversed(out.moved):
         first[vm] = source
     used: dict[int, list[float]] = {}
     where: dict[int, int] = {}

@@ -1,14 +1,20 @@
 """A backlog placed together: allowed, repeatable, never worse than greedy, what runs stays."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import Scheduler, State, node, workload
+from hub.scheduler import Scheduler, Seat, State, node, workload
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.improve import place_together
 from hub.scheduler.parse import quota
+
+pytest.importorskip("ortools", reason="the judge needs ortools (extra bench)")
+
 from tools.bench.optimality_instances import draw
+from tools.bench.optimality_judge import Broken
 from tools.bench.optimality_objective import faults, value
 from tools.bench.optimality_scheduler import check_log, placement_of, prepared
 
@@ -83,20 +89,13 @@ def test_an_empty_backlog_and_an_empty_cluster() -> None:
 
 @pytest.mark.parametrize("planted", ["overfull", "gang"])
 def test_the_log_checker_catches_planted_placements(planted: str) -> None:
-    from tools.bench.optimality_judge import Broken
-
     instance = draw(3)
     scheduler, workloads, raw = prepared(instance)
     if planted == "overfull":
         largest = max(workloads, key=lambda item: item.shape.request_map["cpu"])
-        from hub.scheduler import Seat
-
         node_index = min(range(scheduler.state.size), key=lambda index: int(scheduler.state.cap[0, index]))
         for count in range(20):
-            from dataclasses import replace
-
-            item = replace(largest, id=f"w{count:02d}")
-            scheduler.state.adopt(item, Seat(node_index), 0)
+            scheduler.state.adopt(replace(largest, id=f"w{count:02d}"), Seat(node_index), 0)
         with pytest.raises(Broken):
             check_log(scheduler, raw)
     else:
