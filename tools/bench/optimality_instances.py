@@ -171,7 +171,7 @@ def _single(rng: Random, app: str, scale: float) -> Workload:
     size = rng.choice((0.3, 0.6, 1.0, 1.0, 2.0, 3.0)) * scale
     cpu = max(100, round(3000 * size / 100) * 100)
     w = Workload("", kind, app, cpu, max(64, round(cpu * rng.choice((1, 2, 3, 6)) * 1.024 / 64) * 64), rng.choice(PRIORITIES), rng.choice(("t0", "t1", "t2")))
-    for chance, mark in (
+    draws: tuple[tuple[float, Callable[[], object]], ...] = (
         (0.12, lambda: w.selector.update(rng.choice(({"disk": "ssd"}, {"disk": "hdd"}, {"arch": "amd64"}, {"region": "eu"})))),
         (0.12, lambda: setattr(w, "required", (rng.choice((("zone", "In", ("eu-a", "us-a")), ("arch", "NotIn", ("arm64",)), ("gen", "Gt", ("1",)), ("site", "In", ("s0", "s1", "s2")))),))),
         (0.3, lambda: setattr(w, "preferred", ((rng.choice((20, 50, 100)), "disk", ("ssd",)), (rng.choice((20, 50, 100)), "zone", (rng.choice(("eu-a", "eu-b", "us-a")),))))),
@@ -180,7 +180,8 @@ def _single(rng: Random, app: str, scale: float) -> Workload:
         (0.1, lambda: setattr(w, "residency", (rng.choice(("eu", "us")),))),
         (0.1, lambda: setattr(w, "links", ((rng.choice(SITES), rng.choice((5_000, 83_000)), 0),))),
         (0.08, lambda: setattr(w, "links", ((rng.choice(SITES), 0, rng.choice((700_000, 4_000_000))),))),
-    ):
+    )
+    for chance, mark in draws:
         if rng.random() < chance:
             mark()
     return w
