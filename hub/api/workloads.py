@@ -121,7 +121,7 @@ class WorkloadApi:
             name = name_of(node.get("name") if isinstance(node, dict) else None, f"add[{index}].name")
             add.append(read_node(node, name)[1])
         now = self._hub.workloads.now_ms()
-        trial = await self._hub.workloads.look(lambda planner: planner.scheduler.on(planner.state.snapshot()))
+        trial = await self._hub.workloads.look(lambda planner: planner.trial())
         return answer(await self._hub.think(lambda: views.what_if(trial, entries, lose, add, now)))
 
     # -- nodes ---------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..scheduler import Invalid, Node, Placed, Scheduler, Shape
+from ..scheduler import Invalid, Node, Pending, Placed, Scheduler, Shape, Workload, preempt, quota
 from ..scheduler import explain as explaining
+from ..scheduler import gang as gangs
 from ..scheduler.arrays import GONE, SILENT
 from ..scheduler.reasons import WORDS, Fail
 from ..scheduler.units import GPU_WHOLE, SLOTS
@@ -131,7 +132,9 @@ def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str],
             raise Invalid("add", f"{node.name!r} is a node already", "give it another name")
     if add:
         state.add_nodes(add, now_ms)
-    moved, waiting, placed = [], [], []
+    moved: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    placed: list[dict[str, Any]] = []
     for name in lose:
         for item in trial.vanish(name, now_ms):
             if item.to is not None:
@@ -139,14 +142,40 @@ def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str],
             else:
                 waiting.append({"workload": item.workload, "from": item.source, "reason": item.reason})
     for entry in entries:
-        try:
-            outcome = trial.reserve(entry.item, now_ms)
-        except Invalid as error:
-            waiting.append({"workload": entry.item.id, "from": "", "reason": f"{error.field} {error.problem}; {error.remedy}"})
-            continue
-        if isinstance(outcome, Placed):
-            placed.append({"workload": entry.item.id, "node": outcome.node, "gpus": [int(gpu) for gpu in outcome.seat.gpus]})
-        else:
-            waiting.append({"workload": entry.item.id, "from": "", "reason": outcome.reason})
+        if not entry.item.gang:
+            _suppose(trial, entry.item, now_ms, placed, waiting, moved)
+    for name in dict.fromkeys(entry.item.gang for entry in entries if entry.item.gang):
+        _suppose_gang(trial, [entry.item for entry in entries if entry.item.gang == name], now_ms, placed, waiting)
     return {"placed": placed, "waiting": waiting, "moved": moved}
 
+
+def _suppose(trial: Scheduler, item: Workload, now_ms: int, placed: list[Any], waiting: list[Any], moved: list[Any]) -> None:
+    try:
+        refusal = quota.refusal(trial.state, item)
+        outcome = Pending(item.id, refusal) if refusal is not None else preempt.reserve(trial, item, now_ms)
+    except Invalid as error:
+        outcome = Pending(item.id, f"{error.field} {error.problem}; {error.remedy}")
+    if isinstance(outcome, Pending):
+        waiting.append({"workload": item.id, "from": "", "reason": outcome.reason})
+        return
+    if isinstance(outcome, preempt.Made):
+        source = trial.state.nodes[outcome.plan.node].name
+        moved += [{"workload": name, "from": source, "to": trial.state.nodes[seat.node].name, "how": "migrate"} for name, seat in outcome.plan.moves]
+        waiting += [{"workload": other.id, "from": source, "reason": f"preempted by {item.id}"} for other in outcome.evicted]
+        outcome = outcome.placed
+    placed.append(_seated(outcome))
+
+
+def _suppose_gang(trial: Scheduler, items: list[Workload], now_ms: int, placed: list[Any], waiting: list[Any]) -> None:
+    try:
+        found = gangs.reserve(trial, items, now_ms)
+    except Invalid as error:
+        found = gangs.Refused(items[0].gang, f"{error.field} {error.problem}; {error.remedy}", True)
+    if isinstance(found, gangs.Refused):
+        waiting += [{"workload": item.id, "from": "", "reason": f"gang {item.gang}: {found.reason}"} for item in items]
+    else:
+        placed += [_seated(one) for one in found.placed]
+
+
+def _seated(outcome: Placed) -> dict[str, Any]:
+    return {"workload": outcome.workload, "node": outcome.node, "gpus": [int(gpu) for gpu in outcome.seat.gpus]}
