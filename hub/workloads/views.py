@@ -8,7 +8,7 @@ import numpy as np
 from ..scheduler import Invalid, Node, Pending, Placed, Scheduler, Shape, Workload, preempt, quota
 from ..scheduler import explain as explaining
 from ..scheduler import gang as gangs
-from ..scheduler.arrays import GONE, SILENT
+from ..scheduler.arrays import GONE, SILENT, UNLIMITED_SLOTS
 from ..scheduler.reasons import WORDS, Fail
 from ..scheduler.units import GPU_WHOLE, SLOTS
 from ..store.workloads import PlacementRow, WorkloadRow
@@ -47,22 +47,25 @@ def usage(planner: Planner) -> dict[str, Any]:
     }
 
 
-def node_view(planner: Planner, name: str) -> dict[str, Any]:
-    """One node: `resources` {name: [used, capacity]}, free milli of each GPU, what it holds."""
-    row, state = planner.tables.nodes[name], planner.state
-    index = state.node_index.get(name)
-    shown: dict[str, Any] = {
-        "node": name, "origin": row.origin, "cordon": row.cordon, "problem": row.problem, "changed_ms": row.changed_ms, "document": row.document, "runs": planner.runs(name),
-        "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())),
-    }
-    if index is None:
-        return {**shown, "status": "unusable", "resources": {}, "gpus": []}
-    resources = {
-        resource: [int(state.cap[at, index] - state.free[at, index]), int(state.cap[at, index])] for resource, at in state.resource_rows.items()
-        if state.cap[at, index] and (resource != SLOTS or state.cap[at, index] < 1 << 31)
-    }
-    gpus = [{"model": device.model, "memory": device.memory, "free_milli": int(state.gpu_free[index, at])} for at, device in enumerate(state.nodes[index].gpus)]
-    return {**shown, "status": STATUS[int(state.status[index])], "resources": resources, "gpus": gpus}
+def nodes_view(planner: Planner, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Nodes: `resources` {name: [used, capacity]}, free milli of each GPU, what each holds."""
+    state = planner.state
+    capacity, used, gpu_free = state.cap.T.tolist(), (state.cap - state.free).T.tolist(), state.gpu_free.tolist()  # a list is read a hundred times faster than an array
+    shown = []
+    for name in names:
+        row, index = planner.tables.nodes[name], state.node_index.get(name)
+        one: dict[str, Any] = {
+            "node": name, "origin": row.origin, "cordon": row.cordon, "problem": row.problem, "changed_ms": row.changed_ms, "document": row.document, "runs": planner.runs(name),
+            "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())), "status": "unusable", "resources": {}, "gpus": [],
+        }
+        if index is not None:
+            one["status"] = STATUS[int(state.status[index])]
+            one["resources"] = {
+                resource: [used[index][at], there] for resource, at in state.resource_rows.items() if (there := capacity[index][at]) and (resource != SLOTS or there < UNLIMITED_SLOTS)
+            }
+            one["gpus"] = [{"model": device.model, "memory": device.memory, "free_milli": gpu_free[index][at]} for at, device in enumerate(state.nodes[index].gpus)]
+        shown.append(one)
+    return shown
 
 
 def workload_view(planner: Planner, row: WorkloadRow) -> dict[str, Any]:
