@@ -154,7 +154,7 @@ class Arrays:
         found = self.classes[number] if number is not None else self._new_class(shape)
         assert found is not None
         if found.facts is None or found.facts.version != self.attributes.version:
-            found = replace(found, facts=classes.facts(self.attributes, found, self.cap, self.gpu_model))
+            found = replace(found, facts=classes.facts(self.attributes, found, self.cap, self.gpu_model, self.price, self.power))
             self._own("classes")[found.id] = found
         return found
 

@@ -75,13 +75,15 @@ class Facts:
     share: npt.NDArray[np.float64]
     """The largest part of a resource of each node that one workload takes."""
     cpu_share: npt.NDArray[np.float64]
+    any_price: bool
+    any_power: bool
     gpu_nodes: Ints
     """Nodes with enough devices of a wanted model."""
     devices: Bools
     """[gpu node, device] whether the device is of a wanted model."""
 
 
-def facts(attributes: Attributes, klass: "Klass", cap: Ints, gpu_model: "npt.NDArray[np.int16]") -> Facts:
+def facts(attributes: Attributes, klass: "Klass", cap: Ints, gpu_model: "npt.NDArray[np.int16]", price: Ints, power: Ints) -> Facts:
     """Work them out: O(nodes) per requirement. `cap` is [resource, node], `gpu_model` [node, device]."""
     shape = klass.shape
     affine, disliked = attributes.affine(shape), attributes.disliked(shape)
@@ -92,7 +94,7 @@ def facts(attributes: Attributes, klass: "Klass", cap: Ints, gpu_model: "npt.NDA
         models = [attributes.models[model] for model in shape.gpu.models if model in attributes.models]
         devices = np.isin(gpu_model[nodes], models) if shape.gpu.models else gpu_model[nodes] >= 0
     return Facts(attributes.version, fails, affine, attributes.preferred(shape), disliked, bool(disliked.any()), share.max(0),
-                 np.minimum(klass.request[0] / np.maximum(cap[0], 1), 1.0), nodes, devices)
+                 np.minimum(klass.request[0] / np.maximum(cap[0], 1), 1.0), bool(price.any()), bool(power.any()), nodes, devices)
 
 
 def delta(key: RowKey, shape: Shape, namespaces: Mapping[str, Mapping[str, str]]) -> int:

@@ -166,3 +166,23 @@ def reprieve(free: Any, need: Any, held: Any) -> Any:
             for row in range(rows):
                 spare[row] -= held[row, victim]
     return gone
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def single_victims(priorities: Any, fixed: Any, nodes: Any, kinds: Any, able: Any, free: Any, request: Any, rows: Any, amounts: Any, protected: Any, priority: Any) -> Any:
+    """Slots of one priority on able nodes whose going alone makes room, ascending."""
+    found = np.empty(len(nodes), np.int64)
+    count = 0
+    for slot in range(len(nodes)):
+        node = nodes[slot]
+        if node < 0 or priorities[slot] != priority or fixed[slot] or not able[node] or protected[kinds[slot]]:
+            continue
+        enough = True
+        for at in range(len(rows)):
+            if free[rows[at], node] + request[rows[at], kinds[slot]] < amounts[at, 0]:
+                enough = False
+                break
+        if enough:
+            found[count] = slot
+            count += 1
+    return found[:count]

@@ -324,16 +324,21 @@ def _reprieve_tangled(scheduler: Scheduler, klass: Klass, node: int, order: Sequ
 
 def _one_victim(state: State, klass: Klass, able: Bools, below: int, priority: int) -> tuple[int, str] | None:
     """The node and workload of priority `priority` whose going alone makes room, the one that has run the shortest; None where there is none."""
-    chosen = np.flatnonzero((state.w_priority == priority) & (state.w_node >= 0) & ~state.w_fixed)
-    nodes, kinds = state.w_node[chosen], state.w_class[chosen]
-    enough = able[nodes]
-    for at, row in enumerate(klass.resources.tolist()):
-        short = int(klass.amounts[at, 0]) - state.free[row]
-        if (short > 0).any():
-            enough &= state.class_request[row][kinds] >= short[nodes]
-    if state.budgets:
-        enough &= ~_protected(state)[kinds]
-    found = chosen[enough]
+    protected = _protected(state)
+    if kernels.active is not None:
+        found: Ints = kernels.active.single_victims(
+            state.w_priority, state.w_fixed, state.w_node, state.w_class, able, state.free, state.class_request, klass.resources, klass.amounts, protected, priority)
+    else:
+        there = state.w_priority == priority
+        there &= ~state.w_fixed
+        there &= np.append(able, False)[state.w_node]
+        chosen = np.flatnonzero(there)
+        nodes, kinds = state.w_node[chosen], state.w_class[chosen]
+        enough = ~protected[kinds]
+        for at, row in enumerate(klass.resources.tolist()):
+            if (state.free[row] < klass.amounts[at, 0]).any():
+                enough &= state.class_request[row][kinds] + state.free[row][nodes] >= klass.amounts[at, 0]
+        found = chosen[enough]
     if not found.size:
         return None
     youngest = found[state.w_start[found] == state.w_start[found].max()]
@@ -356,10 +361,13 @@ def _protected(state: State) -> Bools:
 def _least_short(state: State, klass: Klass, able: Bools) -> Ints:
     """The nodes among `able` with the smallest shortage, as a share of what they have."""
     nodes = np.flatnonzero(able)
-    short = np.maximum(klass.amounts - state.free[klass.resources][:, nodes], 0) / np.maximum(state.cap[klass.resources][:, nodes], 1)
-    worst = short.max(0)
+    rows = klass.resources[:, None]
+    worst = (np.maximum(klass.amounts - state.free[rows, nodes], 0) / np.maximum(state.cap[rows, nodes], 1)).max(0)
     if klass.shape.gpu is not None:
         room = gpu_room(state, klass, klass.shape.gpu)[nodes]
         worst = worst + np.maximum(klass.shape.gpu.count - room, 0) / GPU_WHOLE
+    if len(nodes) > CANDIDATES:
+        near = worst <= np.partition(worst, CANDIDATES - 1)[CANDIDATES - 1]
+        nodes, worst = nodes[near], worst[near]
     result: Ints = nodes[np.lexsort((state.tie[nodes], worst))][:CANDIDATES]
     return result

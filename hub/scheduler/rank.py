@@ -237,7 +237,7 @@ class Cost:
 
     def score(self, view: View) -> Ints | None:
         """The dearest node that will do gets 0, the cheapest 100."""
-        if not view.state.price.any():
+        if not view.facts.any_price:
             return None
         return stretched(view.state.price * view.facts.share, view.feasible, reverse=True)
 
@@ -248,7 +248,7 @@ class Energy:
     def score(self, view: View) -> Ints | None:
         """The node that adds most gets 0, the one that adds least 100."""
         state = view.state
-        if not state.power.any():
+        if not view.facts.any_power:
             return None
         idle, busy = state.power
         return stretched(np.where(state.load == 0, idle, 0) + (busy - idle) * view.facts.cpu_share, view.feasible, reverse=True)
