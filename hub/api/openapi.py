@@ -110,7 +110,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
     Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
     Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, and what would move, if; changes nothing", OBJECT, body=WHAT_IF),
-    Operation("get", "/api/v1/nodes", "nodes", "Every node: what it has and what is in use", LIST),
+    Operation("get", "/api/v1/nodes", "nodes", "Nodes by name: what each has and what is in use", LIST, (("limit", {"type": "integer", "minimum": 1, "default": 10_000}, "at most so many"),)),
     Operation("put", "/api/v1/nodes/{node}", "put_node", "Declare a node that has no agent", OBJECT, body=NODE, changes=True),
     Operation("delete", "/api/v1/nodes/{node}", "delete_node", "Take a node out; what it held is placed anew", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/drain", "drain", "Move away what is there; it takes nothing new", OBJECT, changes=True),

@@ -14,7 +14,7 @@ from ..workloads import views
 from ..workloads.documents import name_of, read_list, read_node
 from ..workloads.planner import Planner
 from ..workloads.service import KEEP_MINUTES, Busy
-from .reading import NotKnown, answer, hours_of, limit_of
+from .reading import NotKnown, answer, hours_of, integer_of, limit_of
 
 if TYPE_CHECKING:
     from ..server import Hub
@@ -23,6 +23,9 @@ STATES = (*LIVE_STATES, *FINAL_STATES)
 
 MAX_WORKLOAD_BODY_BYTES = 1_000_000
 """A list of a thousand workloads of a thousand bytes each."""
+
+MAX_NODES_SHOWN = 10_000
+"""Nodes of one answer where nothing less is asked for: as many as a hub has edges."""
 
 MAX_POINTS = 720
 """Points of a history: more than a screen has columns to spare; from a longer one every so-manieth is taken."""
@@ -121,7 +124,7 @@ class WorkloadApi:
             name = name_of(node.get("name") if isinstance(node, dict) else None, f"add[{index}].name")
             add.append(read_node(node, name)[1])
         now = self._hub.workloads.now_ms()
-        trial = await self._hub.workloads.look(lambda planner: planner.scheduler.on(planner.state.snapshot()))
+        trial = await self._hub.workloads.look(lambda planner: planner.trial())
         return answer(await self._hub.think(lambda: views.what_if(trial, entries, lose, add, now)))
 
     # -- nodes ---------------------------------------------------------------------------------------------------------------
@@ -132,12 +135,13 @@ class WorkloadApi:
             raise NotKnown("node", f"{name[:64]!r} is not known", "list /api/v1/nodes")
         return name
 
-    async def nodes(self, _request: web.Request) -> web.Response:
+    async def nodes(self, request: web.Request) -> web.Response:
         """See the table."""
-        return answer(await self._hub.workloads.look(lambda planner: [views.node_view(planner, name) for name in planner.tables.nodes]))
+        most = max(1, integer_of(request, "limit", MAX_NODES_SHOWN))
+        return answer(await self._hub.workloads.look(lambda planner: views.nodes_view(planner, sorted(planner.tables.nodes)[:most])))
 
     async def _shown(self, name: str) -> web.Response:
-        return answer(await self._hub.workloads.look(lambda planner: views.node_view(planner, name) if name in planner.tables.nodes else {"node": name, "status": "gone"}))
+        return answer(await self._hub.workloads.look(lambda planner: views.nodes_view(planner, [name])[0] if name in planner.tables.nodes else {"node": name, "status": "gone"}))
 
     async def put_node(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -224,7 +224,7 @@ class Book:
 
     def _haunt(self, item: Workload, key: Key, seat: Seat, now_ms: int) -> None:
         """What is on its way out holds its seat under a name of its own; nobody can preempt it once more."""
-        self.state.adopt(replace(item, id=ghost(key), preemptible=False), seat, now_ms)
+        self.state.adopt(replace(item, id=ghost(key), preemptible=False, migratable=False), seat, now_ms)
         self.state.set_ending(ghost(key))
 
     # -- what is wanted of nodes ---------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ..scheduler import Invalid, Node, Placed, Scheduler, Shape
+from ..scheduler import Invalid, Node, Pending, Placed, Scheduler, Shape, Workload, preempt, quota
 from ..scheduler import explain as explaining
-from ..scheduler.arrays import GONE, SILENT
+from ..scheduler import gang as gangs
+from ..scheduler.arrays import GONE, SILENT, UNLIMITED_SLOTS
 from ..scheduler.reasons import WORDS, Fail
 from ..scheduler.units import GPU_WHOLE, SLOTS
 from ..store.workloads import PlacementRow, WorkloadRow
@@ -46,22 +47,25 @@ def usage(planner: Planner) -> dict[str, Any]:
     }
 
 
-def node_view(planner: Planner, name: str) -> dict[str, Any]:
-    """One node: `resources` {name: [used, capacity]}, free milli of each GPU, what it holds."""
-    row, state = planner.tables.nodes[name], planner.state
-    index = state.node_index.get(name)
-    shown: dict[str, Any] = {
-        "node": name, "origin": row.origin, "cordon": row.cordon, "problem": row.problem, "changed_ms": row.changed_ms, "document": row.document, "runs": planner.runs(name),
-        "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())),
-    }
-    if index is None:
-        return {**shown, "status": "unusable", "resources": {}, "gpus": []}
-    resources = {
-        resource: [int(state.cap[at, index] - state.free[at, index]), int(state.cap[at, index])] for resource, at in state.resource_rows.items()
-        if state.cap[at, index] and (resource != SLOTS or state.cap[at, index] < 1 << 31)
-    }
-    gpus = [{"model": device.model, "memory": device.memory, "free_milli": int(state.gpu_free[index, at])} for at, device in enumerate(state.nodes[index].gpus)]
-    return {**shown, "status": STATUS[int(state.status[index])], "resources": resources, "gpus": gpus}
+def nodes_view(planner: Planner, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Nodes: `resources` {name: [used, capacity]}, free milli of each GPU, what each holds."""
+    state = planner.state
+    capacity, used, gpu_free = state.cap.T.tolist(), (state.cap - state.free).T.tolist(), state.gpu_free.tolist()  # a list is read a hundred times faster than an array
+    shown = []
+    for name in names:
+        row, index = planner.tables.nodes[name], state.node_index.get(name)
+        one: dict[str, Any] = {
+            "node": name, "origin": row.origin, "cordon": row.cordon, "problem": row.problem, "changed_ms": row.changed_ms, "document": row.document, "runs": planner.runs(name),
+            "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())), "status": "unusable", "resources": {}, "gpus": [],
+        }
+        if index is not None:
+            one["status"] = STATUS[int(state.status[index])]
+            one["resources"] = {
+                resource: [used[index][at], there] for resource, at in state.resource_rows.items() if (there := capacity[index][at]) and (resource != SLOTS or there < UNLIMITED_SLOTS)
+            }
+            one["gpus"] = [{"model": device.model, "memory": device.memory, "free_milli": gpu_free[index][at]} for at, device in enumerate(state.nodes[index].gpus)]
+        shown.append(one)
+    return shown
 
 
 def workload_view(planner: Planner, row: WorkloadRow) -> dict[str, Any]:
@@ -131,7 +135,9 @@ def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str],
             raise Invalid("add", f"{node.name!r} is a node already", "give it another name")
     if add:
         state.add_nodes(add, now_ms)
-    moved, waiting, placed = [], [], []
+    moved: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    placed: list[dict[str, Any]] = []
     for name in lose:
         for item in trial.vanish(name, now_ms):
             if item.to is not None:
@@ -139,14 +145,40 @@ def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str],
             else:
                 waiting.append({"workload": item.workload, "from": item.source, "reason": item.reason})
     for entry in entries:
-        try:
-            outcome = trial.reserve(entry.item, now_ms)
-        except Invalid as error:
-            waiting.append({"workload": entry.item.id, "from": "", "reason": f"{error.field} {error.problem}; {error.remedy}"})
-            continue
-        if isinstance(outcome, Placed):
-            placed.append({"workload": entry.item.id, "node": outcome.node, "gpus": [int(gpu) for gpu in outcome.seat.gpus]})
-        else:
-            waiting.append({"workload": entry.item.id, "from": "", "reason": outcome.reason})
+        if not entry.item.gang:
+            _suppose(trial, entry.item, now_ms, placed, waiting, moved)
+    for name in dict.fromkeys(entry.item.gang for entry in entries if entry.item.gang):
+        _suppose_gang(trial, [entry.item for entry in entries if entry.item.gang == name], now_ms, placed, waiting)
     return {"placed": placed, "waiting": waiting, "moved": moved}
 
+
+def _suppose(trial: Scheduler, item: Workload, now_ms: int, placed: list[Any], waiting: list[Any], moved: list[Any]) -> None:
+    try:
+        refusal = quota.refusal(trial.state, item)
+        outcome = Pending(item.id, refusal) if refusal is not None else preempt.reserve(trial, item, now_ms)
+    except Invalid as error:
+        outcome = Pending(item.id, f"{error.field} {error.problem}; {error.remedy}")
+    if isinstance(outcome, Pending):
+        waiting.append({"workload": item.id, "from": "", "reason": outcome.reason})
+        return
+    if isinstance(outcome, preempt.Made):
+        source = trial.state.nodes[outcome.plan.node].name
+        moved += [{"workload": name, "from": source, "to": trial.state.nodes[seat.node].name, "how": "migrate"} for name, seat in outcome.plan.moves]
+        waiting += [{"workload": other.id, "from": source, "reason": f"preempted by {item.id}"} for other in outcome.evicted]
+        outcome = outcome.placed
+    placed.append(_seated(outcome))
+
+
+def _suppose_gang(trial: Scheduler, items: list[Workload], now_ms: int, placed: list[Any], waiting: list[Any]) -> None:
+    try:
+        found = gangs.reserve(trial, items, now_ms)
+    except Invalid as error:
+        found = gangs.Refused(items[0].gang, f"{error.field} {error.problem}; {error.remedy}", True)
+    if isinstance(found, gangs.Refused):
+        waiting += [{"workload": item.id, "from": "", "reason": f"gang {item.gang}: {found.reason}"} for item in items]
+    else:
+        placed += [_seated(one) for one in found.placed]
+
+
+def _seated(outcome: Placed) -> dict[str, Any]:
+    return {"workload": outcome.workload, "node": outcome.node, "gpus": [int(gpu) for gpu in outcome.seat.gpus]}

@@ -334,6 +334,19 @@ async def test_one_bad_request_of_a_batch_is_no_trouble_of_the_others(tmp_path: 
         clean(hub, {"a": work("a"), "d": work("d")})
 
 
+async def test_a_node_that_vanishes_amid_decisions_leaves_nothing_half_done(tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await declare(hub, "n-1")
+        async with hub.workloads.turn:  # one transaction: placed, the node gone, placed again, the node back
+            tasks = [asyncio.ensure_future(one) for one in (
+                submit(hub, work("a")), hub.workloads.ask(lambda planner, now: planner.remove_node("n-1", False, now)), submit(hub, work("b")), declare(hub, "n-1"), submit(hub, work("c")))]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*tasks)
+        assert outcomes[0] == ["pending"] and outcomes[2] == ["pending"] and outcomes[4] == ["placed"], "what is answered is what stands after the transaction"
+        await until(lambda: {row.state for row in hub.workloads.rows.values()} == {"placed"}, what="the others again")
+        clean(hub, {name: work(name) for name in "abc"})
+
+
 async def test_past_the_queue_a_caller_is_told_to_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "QUEUE_MAX", 3)
     async with running_hub(tmp_path / "hub", "embedded") as hub:
@@ -426,6 +439,23 @@ def test_what_if_tells_and_changes_nothing(served: Served) -> None:
     assert (served.json("/api/v1/workloads"), served.json("/api/v1/nodes")) == before
 
 
+def test_what_if_knows_gangs_priority_and_quotas(served: Served) -> None:
+    served.json("/api/v1/nodes/p-1", "PUT", {"capacity": {"cpu": 2}, "labels": {"p": "1"}})
+    served.json("/api/v1/quotas/poor", "PUT", {"nominal": {"cpu": 1}})
+    here = {"node_selector": {"p": "1"}}
+    served.json("/api/v1/workloads", "POST", work("p-low", 2, **here))
+    said = served.json("/api/v1/what-if", "POST", {"workloads": [
+        work("p-high", 1, priority=9, **here), work("p-poor", 2, tenant="poor"), *(work(f"g{n}", "100m", gang={"id": "g", "size": 2}) for n in range(2)), work("h0", gang={"id": "h", "size": 2}),
+    ]})
+    assert {one["workload"] for one in said["placed"]} == {"p-high", "g0", "g1"}
+    waiting = {one["workload"]: one["reason"] for one in said["waiting"]}
+    assert waiting["p-low"] == "preempted by p-high" and "tenant poor" in waiting["p-poor"] and "1 members" in waiting["h0"]
+    assert served.json("/api/v1/workloads/p-low")["state"] == "placed"
+    served.json("/api/v1/workloads/p-low", "DELETE")
+    served.json("/api/v1/nodes/p-1", "DELETE")
+    served.json("/api/v1/quotas/poor", "DELETE")
+
+
 def test_nodes_are_declared_cordoned_drained_and_taken_out(served: Served) -> None:
     shown = served.json("/api/v1/nodes/m-1", "PUT", {"capacity": {"cpu": 2}, "gpus": [{"model": "t4", "memory": "16Gi"}], "labels": {"m": "1"}})
     assert shown["status"] == "up" and shown["resources"]["cpu"] == [0, 2000] and shown["gpus"][0]["free_milli"] == 1000
@@ -440,7 +470,7 @@ def test_nodes_are_declared_cordoned_drained_and_taken_out(served: Served) -> No
     assert [entry["node"] for entry in served.json("/api/v1/workloads/m")["placements"]] == ["m-1", "m-2", "m-1"]
     served.json("/api/v1/workloads/m", "DELETE")
     served.json("/api/v1/nodes/m-1", "DELETE")
-    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2")})
+    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2", "p-1")})
 
 
 def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
