@@ -12,10 +12,9 @@ from .arrays import UP
 from .batch import MARGIN_PERMILLE, Hold, Job
 from .deadline import Timetable
 from .model import Kind, Workload
-from .moves import LEAVING
 from .reasons import Ints
 from .state import State
-from .units import Invalid, human
+from .units import LEAVING, Invalid, human
 
 GPU_COLUMN = "milli-GPU"
 

@@ -9,11 +9,11 @@ import numpy as np
 from .arrays import UP
 from .feasible import shortage, verdicts
 from .model import Workload
-from .moves import LEAVING, Course, Limits, Plan, Refused, carry_out, order
+from .moves import Course, Limits, Plan, Refused, carry_out, order
 from .place import Decision, Scheduler
 from .reasons import Bools, Fail, Ints
 from .state import State
-from .units import human
+from .units import LEAVING, human
 
 ROOM_NODES = 32
 """Nodes on which room is looked for, those that lack the least first."""

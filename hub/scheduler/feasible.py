@@ -3,7 +3,7 @@
 import numpy as np
 
 from . import kernels
-from .arrays import UP
+from .arrays import GONE, UP
 from .classes import Klass
 from .model import HOST, GpuRequest, Shape
 from .reasons import Bits, Bools, Fail, Ints
@@ -112,7 +112,7 @@ def _spread(state: State, klass: Klass, affine: Bools, bits: Bits) -> None:
     hard = [(item, row, own) for item, row, own in zip(klass.shape.spread, klass.spread_rows, klass.spread_self, strict=True) if item.hard]
     if not hard:
         return
-    eligible = affine
+    eligible = affine & (state.status != GONE)  # a machine that is gone is no empty domain that everybody has to wait for
     for item, _, _ in hard:
         keyed = state.attributes.domains(item.topology_key)[0] >= 0
         _mark(bits, ~keyed, Fail.SPREAD_KEY)

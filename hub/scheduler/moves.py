@@ -18,10 +18,7 @@ from .model import HOST, Spread, Workload
 from .place import Scheduler
 from .reasons import WORDS, Bools, Fail
 from .state import State
-from .units import Invalid, human
-
-LEAVING = "\0leaving"
-"""Ends the id of the entry that holds the old seat; no name from outside may have a zero byte."""
+from .units import LEAVING, Invalid, human
 
 BITS_PER_BYTE = 8
 

@@ -13,7 +13,7 @@ from .model import Effect, Workload
 from .rank import Ranker, View, best
 from .reasons import WORDS, Bits, Bools, Fail
 from .state import State
-from .units import GPU_WHOLE, SLOTS, Invalid, human
+from .units import GPU_WHOLE, LEAVING, SLOTS, Invalid, human
 
 MAX_RETRIES = 8
 """Decisions that may be overtaken by a change of the cluster before the caller hears of it."""
@@ -286,5 +286,6 @@ def tally(bits: Bits) -> dict[str, int]:
 
 
 def _by_importance(items: Iterable[Workload]) -> list[Workload]:
-    return sorted(items, key=lambda item: (-item.priority, item.id))
+    # What holds the old seat of a workload on the move goes when the move ends.
+    return sorted((item for item in items if not item.id.endswith(LEAVING)), key=lambda item: (-item.priority, item.id))
 

@@ -14,10 +14,11 @@ import numpy as np
 from .arrays import GONE
 from .feasible import verdicts
 from .model import Kind, Workload
-from .moves import LEAVING, Course, Limits, Plan, Refused, carry_out, order, skew
+from .moves import Course, Limits, Plan, Refused, carry_out, order, skew
 from .place import Scheduler
 from .reasons import Bools, Ints
 from .state import State
+from .units import LEAVING
 
 HOUR_MS = 3_600_000
 

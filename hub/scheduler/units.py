@@ -30,6 +30,9 @@ MAX_GPUS_PER_NODE = 16
 MAX_NAME = 253
 """Characters of an id, a name or a label key."""
 
+LEAVING = "\0leaving"
+"""Ends the id of the entry that holds the old seat of a workload on the move; no name from outside may have a zero byte."""
+
 _SUFFIXES = {
     "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50,
 }

@@ -8,7 +8,7 @@ import numpy as np
 from hub.scheduler import Scheduler, State
 from hub.scheduler import node as parse_node
 from hub.scheduler import workload as parse_workload
-from hub.scheduler.moves import LEAVING
+from hub.scheduler.units import LEAVING
 
 GB = 10**9
 

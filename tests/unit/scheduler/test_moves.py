@@ -226,3 +226,19 @@ def test_the_property_sees_a_source_that_is_freed_too_early(monkeypatch: pytest.
     monkeypatch.setattr("hub.scheduler.moves.begin_move", hasty)
     with pytest.raises(Broken, match="n2 holds 16000 cpu"):
         planned(fleet, {"a": "n3", "b": "n2"})
+
+
+def test_a_machine_that_is_gone_is_no_empty_domain() -> None:
+    fleet = Fleet(*(node(f"n{number}") for number in range(3)))
+    for number in range(3):
+        assert fleet.put(item(f"web{number}", app="web", spread="host"), f"n{number}")
+    moved = fleet.scheduler.vanish("n2", 0)
+    assert [(one.workload, one.to is not None) for one in moved] == [("web2", True)]
+
+
+def test_what_a_running_move_leaves_behind_is_nobody_s_to_move() -> None:
+    fleet = Fleet(*(node(f"n{number}") for number in range(3)))
+    fleet.put(item("vm"), "n0")
+    begin_move(fleet.state, "vm", Seat(fleet.state.node_index["n1"]), 0)
+    assert [one.workload for one in fleet.scheduler.vanish("n0", 0)] == []
+    assert fleet.where() == {"vm": "n1"}
