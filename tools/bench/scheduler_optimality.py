@@ -104,7 +104,7 @@ def summary(verdicts: list[Verdict]) -> dict[str, Any]:
         "in_order": share([v.in_order for v in verdicts]), "in_order_by_value": share([v.in_order_by_value for v in verdicts]),
         "in_order_placed_only": share([[good for good, placed in zip(v.in_order, v.placed, strict=True) if placed] for v in verdicts]),
     }
-    if any(v.alone for v in verdicts):
+    if verdicts and all(v.alone for v in verdicts):
         out["alone"] = share([v.alone for v in verdicts])
     return out
 
