@@ -152,7 +152,7 @@ def main() -> int:
         parser.error("--minutes takes 2 or more")
     options.seed = options.seed or random.SystemRandom().randrange(1, 1 << 30)
     about = machine()
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder, private_mosquitto() as bus_port:
+    with tempfile.TemporaryDirectory() as folder, private_mosquitto() as bus_port:
         samples, went = asyncio.run(soak(options, Path(folder), bus_port, tell=lambda text: note(options, text)))
     warm_s = options.minutes * 60 * WARM_SHARE
     slope, files = samples.slope(warm_s), samples.files_grown(warm_s)
