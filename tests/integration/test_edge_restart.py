@@ -128,7 +128,7 @@ async def test_unconfirmed_commands_that_have_expired_are_not_sent_again(broker:
     async with Device(broker.port, "fan-1", persistent=True):
         pass
     broker.save()
-    edge, waiting = await unconfirmed(edges, broker, expires="20ms")
+    edge, waiting = await unconfirmed(edges, broker, expires="500ms")
     await until(lambda: edge.now_ms() > max(item.expires_ms for item in waiting), what="the expiry")
     await edge.stop()
     edge, got = await replayed(edges, broker)
@@ -159,7 +159,7 @@ async def test_the_hubs_desired_state_outlives_a_restart(broker: LocalBroker, ed
     hubs = {**EACH, "id": "hubs", "if": {"value": "temp", "op": ">", "than": 30}}
     edge.desire(7, rules=[hubs], twins={"fan-1": {"speed": 1}}, commands=[{"id": "c-1", "device": "fan-1", "name": "on", "expires_ms": edge.now_ms() + 60_000}])
     async with Device(broker.port, "fan-1") as fan:
-        await until(lambda: edge.runtime.desired is not None and not edge.runtime.pipeline._commands, what="the desired state")
+        await until(lambda: edge.runtime._commands.get("c-1") not in (None, "running"), what="the desired state, and its command on its way")
         await edge.stop()
         edge = await edges.start(port=broker.port)
         status = await edge.get("/api/v1/status")
