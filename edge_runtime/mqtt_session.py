@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from .contract.errors import ContractError
-from .lean_imports import import_paho
+from .lean_imports import import_paho, packet_properties
 from .mqtt_buffers import buffered_client
 
 log = logging.getLogger(__name__)
@@ -215,9 +215,8 @@ class MqttSession:
 
     def _connect_properties(self) -> Any:
         from paho.mqtt.packettypes import PacketTypes
-        from paho.mqtt.properties import Properties
 
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties = packet_properties()(PacketTypes.CONNECT)
         properties.ReceiveMaximum = self._receive_max
         if self._persistent:
             properties.SessionExpiryInterval = SESSION_EXPIRY_S
