@@ -92,6 +92,10 @@ class HubLink:
                     self.up, failures = True, 0
                     self._on_up()
                     await client.publish(topics.HUB_STATUS, self._status("online"), qos=1, retain=True)
+                    if self._stopping:
+                        # asyncio.wait_for (until Python 3.12), by which aiomqtt waits, forgets a cancellation where what it waits for ends in the same turn.
+                        await client.publish(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True, timeout=2)
+                        return
                     sender = asyncio.get_running_loop().create_task(self._send(client))
                     try:
                         await self._receive(client)

@@ -31,6 +31,8 @@ from tools.fencing import Fences
 from tools.novactl.client import Api, CommandError
 from tools.novactl.verify import verify_edge
 
+from .ending import ended
+
 EDGE = "gateway-1"
 READY_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 60.0
@@ -91,8 +93,7 @@ class SampleDevices:
                         async for message in client.messages:
                             await self._obey(client, message)
                     finally:
-                        sender.cancel()
-                        await asyncio.gather(sender, return_exceptions=True)
+                        await ended(sender)
             except (aiomqtt.MqttError, OSError):
                 await asyncio.sleep(0.5)
 
@@ -239,8 +240,7 @@ class Demo:
             summary = await self._finish(edge_api, api, devices, device_task, proxy, outage)
         finally:
             devices.stop.set()
-            device_task.cancel()
-            await asyncio.gather(device_task, return_exceptions=True)
+            await ended(device_task)
             await self._end()
             await proxy.close()
         if summary is None:

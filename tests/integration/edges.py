@@ -19,6 +19,7 @@ from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, De
 from edge_runtime.contract.desired import Desired, parse_desired
 from edge_runtime.runtime import EdgeRuntime
 from tools.bench.harness import die_with_parent, free_port, stop, wait_for_port
+from tools.ending import ended
 
 from .waiting import until, until_sync
 
@@ -99,8 +100,7 @@ class Device:
 
     async def __aexit__(self, *_: object) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended(self._task)
         try:
             await self._client.__aexit__(None, None, None)
         except aiomqtt.MqttError:

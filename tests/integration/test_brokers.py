@@ -16,6 +16,7 @@ from edge_runtime.contract import jsoncodec, topics
 from hub.broker import BrokerError, open_broker
 from hub.broker.mosquitto import MosquittoBroker, find_mosquitto
 from hub.server import Hub, HubSettings
+from tools.ending import ended
 from tools.faultproxy import FaultProxy
 
 from .hub_side import EDGE, Mosquitto, api_of, in_thread, linked_edge, needs_mosquitto, proven, raw_client, running_hub, synced
@@ -239,7 +240,6 @@ async def test_the_hubs_own_presence_and_last_will(tmp_path: Path) -> None:
                 await until(lambda: said[-1]["state"] == "online", what="online again")
             await until(lambda: said[-1]["state"] == "offline", what="the goodbye of an orderly stop")
             await proxy.close()
-            listener.cancel()
-            await asyncio.gather(listener, return_exceptions=True)
+            await ended(listener)
     finally:
         await broker.kill()

@@ -22,6 +22,7 @@ from hub.credit import PER_EDGE_MAX
 from hub.ingest import QUEUE_MAX
 from hub.server import Hub
 from tools.demo import compare
+from tools.ending import ended
 from tools.faultproxy import FaultProxy
 from tools.novactl.verify import verify_edge
 
@@ -83,8 +84,7 @@ async def tapped(broker: Mosquitto) -> AsyncIterator[Tap]:
         try:
             yield tap
         finally:
-            listener.cancel()
-            await asyncio.gather(listener, return_exceptions=True)
+            await ended(listener)
 
 
 # -- the link ----------------------------------------------------------------------------------------------------------------

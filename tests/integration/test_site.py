@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from edge_runtime.site_wiring import SharedDuties
 from hub.hierarchy import build_tree
 from hub.server import Hub
 from tools.bench.harness import ROOT, die_with_parent, free_port
+from tools.ending import ended
 
 from .edges import Device, Edge, LocalBroker
 from .hub_side import needs_mosquitto, running_hub
@@ -85,9 +85,7 @@ class Numbered:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await ended(self._task)
 
     async def _run(self) -> None:
         while True:

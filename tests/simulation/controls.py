@@ -289,8 +289,8 @@ def _latches_forgotten() -> list[tuple[Any, str, Any]]:
 def _new_id_at_replay() -> list[tuple[Any, str, Any]]:
     shipped = Pipeline._command_of
 
-    def command_of(self: Pipeline, record: Record, number: int, detail: dict[str, Any], again: bool = False) -> Any:
-        command = shipped(self, record, number, detail, again)
+    def command_of(self: Pipeline, record: Record, number: int, detail: dict[str, Any], duty: str, fence: int, again: bool = False) -> Any:
+        command = shipped(self, record, number, detail, duty, fence, again)
         command.id = f"{self._edge}.{self._journal.boot[:8]}.{record.seq}.{number}"
         return command
 
@@ -301,8 +301,8 @@ def _new_id_at_replay() -> list[tuple[Any, str, Any]]:
 def _expiry_moves_at_replay() -> list[tuple[Any, str, Any]]:
     shipped = Pipeline._command_of
 
-    def command_of(self: Pipeline, record: Record, number: int, detail: dict[str, Any], again: bool = False) -> Any:
-        command = shipped(self, record, number, detail, again)
+    def command_of(self: Pipeline, record: Record, number: int, detail: dict[str, Any], duty: str, fence: int, again: bool = False) -> Any:
+        command = shipped(self, record, number, detail, duty, fence, again)
         command.expires_ms += 60_000 if again else 0
         return command
 

@@ -125,9 +125,9 @@ class Watched(DecisionEngine):
         self._told(device, values, mono_ms, decisions)
         return decisions
 
-    def tick(self, mono_ms: int) -> list[Decision]:
+    def tick(self, mono_ms: int, only: Callable[[str], bool] | None = None) -> list[Decision]:
         """See `DecisionEngine`."""
-        decisions = super().tick(mono_ms)
+        decisions = super().tick(mono_ms, only)
         if decisions:
             self._told("", None, mono_ms, decisions)
         return decisions

@@ -33,6 +33,7 @@ from tools.faultproxy import FaultProxy
 from tools.novactl.client import Api, CommandError
 from tools.novactl.verify import verify_edge
 
+from ..ending import ended
 from .agent import COMMAND_TOPIC, RULE, TELEMETRY_TOPIC, number_of, payload
 from .harness import ROOT, arguments, free_port, machine, note, private_mosquitto, report
 
@@ -71,8 +72,7 @@ class Device:
                     await asyncio.sleep(max(0.0, start + self.sent / self._rate - loop.time()))
                 await asyncio.sleep(1)
             finally:
-                listener.cancel()
-                await asyncio.gather(listener, return_exceptions=True)
+                await ended(listener)
 
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:

@@ -28,6 +28,7 @@ import aiomqtt
 from edge_runtime.contract import jsoncodec, topics
 from edge_runtime.contract.records import CHAIN_START
 from hub.link import SOCKET_OPTIONS
+from tools.ending import ended
 
 from . import placement_log
 from .harness import ROOT, arguments, die_with_parent, free_port, machine, note, percentile, report, stop
@@ -54,6 +55,7 @@ PLANTED = """
 import asyncio, sys
 from hub.cli import main
 from hub.workloads.service import Workloads
+from ..ending import ended
 
 async def early(self, cursor=None):
     changes = self.planner.changes()
@@ -153,8 +155,7 @@ class Edge:
                                     if mark["stream"] == "event":
                                         self.receipted = mark["upto"]
                     finally:
-                        sender.cancel()
-                        await asyncio.gather(sender, return_exceptions=True)
+                        await ended(sender)
             await asyncio.sleep(0.1)
 
     async def _send(self, client: aiomqtt.Client) -> None:
@@ -289,9 +290,7 @@ class Run:
             desired = {edge.name: said for edge in self.edges for status, said in [await self.ask("GET", f"/api/v1/edges/{edge.name}/desired")] if status == 200}
             sample = random.Random(options.seed).sample(sorted(self.acknowledged), min(SAMPLE, len(self.acknowledged)))
             unknown = [f"{name}: acknowledged, and not known to the API" for name in sample if (await self.ask("GET", f"/api/v1/workloads/{name}"))[0] != 200]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await ended(*tasks)
         assert self.process is not None
         stop(self.process)
         return self.judge(desired, unknown)

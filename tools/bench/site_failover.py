@@ -33,6 +33,7 @@ from tools.fencing import Fences
 from tools.novactl.client import Api
 from tools.novactl.verify import verify_edge
 
+from ..ending import ended
 from .harness import ROOT, arguments, machine, note, private_mosquitto, report, spread
 
 SITE = "bench-site"
@@ -108,8 +109,7 @@ class Devices:
                     await asyncio.sleep(max(0.0, start + self.sent / self._rate - loop.time()))
                 await asyncio.sleep(1)
             finally:
-                listener.cancel()
-                await asyncio.gather(listener, return_exceptions=True)
+                await ended(listener)
 
     async def _listen(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
@@ -300,8 +300,7 @@ async def run(options: argparse.Namespace, home: Path, bus_port: int) -> dict[st
         events = await ask(site.hub, "/api/v1/events?kind=site&limit=1000")
     finally:
         if task is not None and not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended(task)
         await site.end()
     told = Counter(event["body"]["what"] for event in events)
     undecided = sum(devices.counted[name, number] == 0 for name in names for number in range(devices.sent))

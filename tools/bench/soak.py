@@ -24,6 +24,7 @@ from tools.demo import ask, until
 from tools.faultproxy import FaultProxy
 from tools.novactl.client import Api
 
+from ..ending import ended
 from .agent import Agent
 from .harness import ROOT, arguments, die_with_parent, free_port, machine, memory_of, note, private_mosquitto, report
 from .outage import Device
@@ -131,9 +132,7 @@ async def soak(options: argparse.Namespace, home: Path, bus_port: int, program: 
         missing = sum(device.commands[number] == 0 for number in range(device.sent))
         return samples, {**counts, "connections": proxy.connections, "readings": device.sent, "commands_missing": missing}
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*tasks)
         if agent is not None:
             await asyncio.to_thread(agent.__exit__)
         await proxy.close()

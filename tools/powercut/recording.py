@@ -21,6 +21,7 @@ from tools.bench.harness import ROOT, die_with_parent, free_port
 from tools.demo import ask, until
 from tools.novactl.client import Api, CommandError
 
+from ..ending import ended
 from .block_log import BlockLog
 from .claims import Claims
 from .fuse_disk import RecordingDisk
@@ -151,9 +152,7 @@ class Recorder:
                     async with asyncio.timeout(TIMEOUT_S):
                         await self._lives(disk, bus.port, uplink.port, tasks)
                 finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                    await ended(*tasks)
         finally:
             await bus.close()
             await uplink.close()
@@ -218,8 +217,7 @@ class Recorder:
                         obey.result()
                     await asyncio.sleep(max(0.0, start + number / RATE - loop.time()))
             finally:
-                obey.cancel()
-                await asyncio.gather(obey, return_exceptions=True)
+                await ended(obey)
 
     async def _obey(self, client: aiomqtt.Client) -> None:
         """Some commands are answered with a result, some with a reported state."""
