@@ -135,7 +135,7 @@ class Hub:
             return kept
         # None yet, or left empty by a first start that was cut short: an empty token would let everybody in.
         path.unlink(missing_ok=True)
-        token = secrets.token_urlsafe(24)
+        token = secrets.token_hex(24)  # no sign among it that a command line would take for an option
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as handle:
             handle.write(token + "\n")
