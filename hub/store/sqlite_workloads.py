@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,14 +37,15 @@ def workload_schema(db: sqlite_utils.Database) -> None:
     db["utilisation"].create({"minute": int, "document": str}, pk="minute")
 
 
-class SqliteWorkloads:
+class SqliteWorkloads(ABC):
     """See `workloads.WorkloadStore`; mixed into `SqliteStore`."""
 
     _write: sqlite3.Connection
     _read: sqlite3.Connection
 
+    @abstractmethod
     def _transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        raise NotImplementedError
+        """All or nothing; the whole store's."""
 
     def commit_workloads(self, changes: WorkloadChanges) -> None:
         """See `WorkloadStore.commit_workloads`."""

@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from pathlib import Path
@@ -57,7 +58,7 @@ FOREVER_S = 3600
 """How long the kernel may rely on the file's attributes: they never change."""
 
 
-class FuseDisk:
+class FuseDisk(ABC):
     """A file of `size` bytes at `target` (an empty file) whose reads, writes and flushes are answered by a subclass. Use as a context manager."""
 
     def __init__(self, size: int, target: Path) -> None:
@@ -87,17 +88,17 @@ class FuseDisk:
         if self.error is not None:
             raise self.error
 
+    @abstractmethod
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, offset: int, data: bytes) -> None:
         """Change the disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flush(self) -> None:
         """What was written must be durable now."""
-        raise NotImplementedError
 
     def _serve(self) -> None:
         buffer = bytearray(BUFFER_BYTES)
