@@ -143,6 +143,6 @@ def _clone(world: "World", machine: Machine, lasts: float, live: bool) -> None:
         if both and row is not None and world.hub.life is not None and not (machine.path.up_blocked or machine.path.down_blocked) and world.quiet_for(240.0):
             world.oracle.cloned(machine, clone, row.quarantine)
         clone.off()
-        world.loop.call_later(60.0, world.hub.release, machine.edge, context=world.loop.outside)
+        world.loop.call_later(60.0, world.hub.attend, machine.edge, lambda: world.oracle.of(clone).boots, context=world.loop.outside)
 
     world.loop.call_later(2.0, copied, context=world.loop.outside)

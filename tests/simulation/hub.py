@@ -4,6 +4,7 @@ import asyncio
 import random
 import shutil
 import sqlite3
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 BACKUPS_MAX = 3
 """Backups kept; `hub_restore` names one by its age."""
+
+ATTEND_S = 600.0
+"""How often an administrator looks after an identity that had been in two machines."""
 
 COMMIT_S = 0.01
 """A commit of the hub takes up to so long."""
@@ -137,11 +141,18 @@ class HubMachine:
 
         life.run(lambda: self.world.loop.create_task(hub.change_desired(edge, change)).add_done_callback(told))
 
-    def release(self, edge: str) -> None:
-        """An administrator ends a quarantine."""
+    def attend(self, edge: str, gone: Callable[[], set[str]]) -> None:
+        """From now on an administrator looks in now and then and ends a quarantine of `edge` that names a boot of the machine that is `gone`.
+
+        Once is not enough: the hub may be away just then, hear late what its broker kept, or come back from a backup of before the release. One that
+        names no such boot stays, and the run does not converge.
+        """
         hub, life = self.hub, self.life
-        if hub is not None and life is not None:
+        row = hub.fleet.rows.get(edge) if hub is not None else None
+        if hub is not None and life is not None and row is not None and any(boot in row.quarantine for boot in gone()):
+            self.world.trace("hub", f"the quarantine of {edge} is ended")
             life.run(lambda: self.world.loop.create_task(hub.release(edge)))
+        self.world.loop.call_later(ATTEND_S, self.attend, edge, gone, context=self.world.loop.outside)
 
     def close(self) -> None:
         """The run is over."""

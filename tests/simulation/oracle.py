@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.clock import RELEASE_MS, SYNC_CHECK_INTERVAL_MS
@@ -68,6 +68,7 @@ class EdgeBooks:
     undurable: int = 0
     refused: int = 0
     foreign: bool = False
+    written: set[int] = field(default_factory=set)
     failures: int = 0
     up_since: float | None = None
     ended_s: float | None = None
@@ -257,6 +258,10 @@ class Oracle:
                     self._time(machine, books, stream, record)
                 book.edge[record.seq] = hash(record)
                 book.last = record.seq
+                content = hash((stream, replace(record, seq=0)))
+                if content in books.written and books.foreign:
+                    continue  # one of two machines with one name moves its records above the other's: the same record under another number
+                books.written.add(content)
                 if stream == "telemetry":
                     self._reading(machine, books, record)
                 elif stream == "decision":
