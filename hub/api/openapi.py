@@ -34,6 +34,7 @@ WORKLOAD = {
     "properties": {
         "id": NAME, "kind": {"enum": ["vm", "container", "function", "batch"], "default": "container"}, "image": {"type": "string"}, "requests": OBJECT, "gpu": OBJECT,
         "priority": {"type": "integer"}, "lost_after_ms": {"type": "integer", "minimum": 1}, "spec": OBJECT,
+        "duration_ms": {"type": "integer", "minimum": 1}, "deadline_ms": COUNT, "when_late": {"enum": ["refuse", "accept"], "default": "refuse"},
     },
 }
 """The rest of it is told in docs/workloads.md: the scheduler checks it whole."""

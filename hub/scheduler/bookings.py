@@ -4,34 +4,48 @@ The timetable plans with capacity, allowed nodes and time. Affinity, spread, NUM
 (`Scheduler.decide` among the nodes of the hold). GPUs are counted in thousandths per node, which is exact where jobs take whole devices.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from .arrays import UP
 from .batch import MARGIN_PERMILLE, Hold, Job
-from .deadline import Timetable
+from .deadline import BACKFILL_DEPTH, REORDER_MAX, Timetable
 from .model import Kind, Workload
-from .reasons import Ints
+from .reasons import Bools, Ints
 from .state import State
 from .units import LEAVING, Invalid, human
 
 GPU_COLUMN = "milli-GPU"
 
 
-def timetable(state: State, now_ms: int, margin_permille: int = MARGIN_PERMILLE) -> Timetable:
-    """Of a state: nodes that are up, batch jobs that run and say for how long, everything else held for ever. A job over its time is taken to end now: the next turn extends it."""
-    names = (*state.resource_rows, GPU_COLUMN)
+def timetable(state: State, now_ms: int, margin_permille: int = MARGIN_PERMILLE, *, ends: Mapping[str, int] | None = None, guards: Iterable[str] = (), gone: Bools | None = None,
+              when: Callable[[int], str] | None = None, reorder_most: int = REORDER_MAX, backfill_depth: int = BACKFILL_DEPTH) -> Timetable:
+    """Of a state: batch jobs that run and say for how long, everything else held for ever. A job over its time is taken to end now: the next turn extends it.
+
+    Args:
+        ends: until when jobs are expected to run, ms; where one is not named: its estimate from its start, with the margin.
+        guards: entries of the state that only keep room for reservations: it is free for these.
+        gone: [node] those that are not there; None: those that are not up.
+    """
+    names, ends = (*state.resource_rows, GPU_COLUMN), ends or {}
+    lost = state.status != UP if gone is None else gone
     free = np.concatenate([state.free.T, np.maximum(state.gpu_free, 0).sum(1, dtype=np.int64)[:, None]], axis=1)
+    for name in guards:
+        item, seat = state.workload(name), state.seat(name)
+        if item is not None and seat is not None:
+            free[seat.node] += _need(state, item)
+    over: Bools = np.logical_or.reduce(free < 0, axis=1)  # a node that became smaller than what it holds: nothing there is planned with
     running = [(item, seat.node, int(state.w_start[slot])) for slot, item in enumerate(state.items)
-               if item is not None and (seat := state.seats[slot]) is not None and item.shape.kind is Kind.BATCH and item.duration_ms and not item.id.endswith(LEAVING)]
+               if item is not None and (seat := state.seats[slot]) is not None and item.shape.kind is Kind.BATCH and item.duration_ms and not item.id.endswith(LEAVING) and not lost[seat.node] and not over[seat.node]]
     for item, node, _ in running:
         free[node] += _need(state, item)
-    found = Timetable(names, [node.name for node in state.nodes], free, now_ms, human)
+    found = Timetable(names, [node.name for node in state.nodes], free, now_ms, human, when, reorder_most, backfill_depth)
     for item, node, start in running:
         planned = replace(job(state, item, margin_permille), id=item.id, members=1)
-        found.adopt(Hold(planned, (node,), start, max(now_ms, start + planned.planned_ms), _need(state, item)), now_ms)
-    for node in np.flatnonzero(state.status != UP).tolist():
+        found.adopt(Hold(planned, (node,), start, max(now_ms, ends.get(item.id, start + planned.planned_ms)), _need(state, item)), now_ms)
+    for node in np.flatnonzero(lost).tolist():
         found.node_gone(node, now_ms)
     return found
 
@@ -41,7 +55,7 @@ def job(state: State, item: Workload, margin_permille: int = MARGIN_PERMILLE) ->
     if item.duration_ms is None:
         raise Invalid("workload.duration_ms", f"{item.id} does not say how long it runs", "give an estimate in ms")
     klass = state.klass(item.shape)
-    allowed = (state.facts(klass).fails == 0) & ~state.cordon
+    allowed = (state.facts(klass).fails == 0) & ~state.cordon & (state.status == UP)
     return Job(item.gang or item.id, tuple(_need(state, item).tolist()), item.duration_ms, item.deadline_ms, item.priority, item.gang_size or 1, margin_permille, allowed)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from .batch import Admission, Forecast, Hold, Job, Late, Reason, Remedy, duration
-from .profile import FAR, Bools, Ints, Profile
+from .profile import FAR, Bools, Ints, Overcommitted, Profile
 
 OVERRUN_PERMILLE = 250
 """A job that runs beyond its reservation is expected to need this much of its estimate more, each time anew: few corrections for a bad estimate, little held for a slight one."""
@@ -38,8 +38,9 @@ BACKFILL_DEPTH = 1_000
 class Timetable:
     """The plan of one pool. Every method takes the time now, which never goes back; one that raises has changed nothing."""
 
-    def __init__(self, resources: Sequence[str], names: Sequence[str], free: Ints, now_ms: int, human: Callable[[str, int], str] | None = None) -> None:
-        """`free`: [N, R], what batch may use of each node. `human` writes a quantity of a resource."""
+    def __init__(self, resources: Sequence[str], names: Sequence[str], free: Ints, now_ms: int, human: Callable[[str, int], str] | None = None,
+                 when: Callable[[int], str] | None = None, reorder_most: int = REORDER_MAX, backfill_depth: int = BACKFILL_DEPTH) -> None:
+        """`free`: [N, R], what batch may use of each node. `human` writes a quantity of a resource, `when` a time."""
         self.resources, self.names = tuple(resources), list(names)
         self.base = free.astype(np.int64)
         self.profile = Profile(self.base, now_ms)
@@ -51,6 +52,8 @@ class Timetable:
         self._sequence = 0
         self._now = now_ms
         self._human = human or (lambda resource, amount: f"{amount} {resource}")
+        self._when = when or (lambda ms: f"{ms} ms")
+        self._reorder_most, self._backfill_depth = reorder_most, backfill_depth
 
     def submit(self, job: Job, now_ms: int) -> Admission:
         """Admit a job or say why not. A job without a deadline is always admitted, unless it could never run. Raises ValueError for a malformed one."""
@@ -72,7 +75,7 @@ class Timetable:
             self.reserved[job.id] = direct
             return Admission(True, self._forecast(direct))
         self._enlist(job)
-        reordered = self._reorder(job, now_ms) if len(self.reserved) <= REORDER_MAX else None
+        reordered = self._reorder(job, now_ms) if len(self.reserved) <= self._reorder_most else None
         if reordered is None:
             del self._order[job.id]
             return self._refusal(job, direct, now_ms)
@@ -85,10 +88,37 @@ class Timetable:
         """Book what runs already. Raises `Overcommitted` where it does not fit, ValueError for an id that is planned; nothing is changed then."""
         self._advance(now_ms)
         self._check(hold.job)
-        trial = self.profile.copy()
-        self._hold(trial, Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
+        self._hold_or_not(Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
         self._enlist(hold.job)
-        self.profile, self.running[hold.job.id] = trial, hold
+        self.running[hold.job.id] = hold
+
+    def restore(self, holds: Iterable[Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
+        """Reservations as they were kept, each where and when it was, whatever the job's allowed nodes say now; what no longer fits so, and jobs that have none (`loose`), are placed anew. Returns the promises that this broke."""
+        self._advance(now_ms)
+        hit = list[Hold]()
+        for hold in sorted(holds, key=lambda hold: (hold.start_ms, hold.job.id)):
+            self._check(hold.job)
+            self._enlist(hold.job)
+            due = Hold(hold.job, hold.nodes, max(hold.start_ms, now_ms), hold.end_ms, hold.need)
+            try:
+                if due.end_ms - now_ms < hold.job.duration_ms:  # it was called for too late
+                    raise Overcommitted
+                self._hold_or_not(due)
+            except Overcommitted:
+                hit.append(hold)
+            else:
+                self.reserved[hold.job.id] = due
+        for job in loose:
+            self._check(job)
+            self._enlist(job)
+            end = job.deadline_ms if job.deadline_ms is not None else FAR
+            hit.append(Hold(job, (), end, end, np.array(job.need, np.int64)))
+        return self._settle(hit, now_ms, "what was reserved for it is not there any more") if hit else []
+
+    def move_up(self, now_ms: int) -> list[Forecast]:
+        """Reservations as early as what has come free lets them. Returns those that moved."""
+        self._advance(now_ms)
+        return self._move_up(now_ms, range(self.profile.nodes))
 
     def turn(self, now_ms: int) -> tuple[list[Hold], list[Late]]:
         """What starts now, and which promises an overrun broke. Call it after every event, and when `next_ms` comes."""
@@ -190,6 +220,12 @@ class Timetable:
         for node in hold.nodes:
             profile.take(node, hold.start_ms, hold.end_ms, hold.need)
 
+    def _hold_or_not(self, hold: Hold) -> None:
+        """Hold it on all its nodes. Raises `Overcommitted` with nothing changed."""
+        trial = self.profile if len(hold.nodes) == 1 else self.profile.copy()
+        self._hold(trial, hold)
+        self.profile = trial
+
     @staticmethod
     def _release(profile: Profile, hold: Hold, now_ms: int) -> None:
         for node in hold.nodes:
@@ -243,7 +279,7 @@ class Timetable:
             del self.reserved[hold.job.id]
             self.waiting[hold.job.id] = hold.job
         started, head = [], False
-        for job in sorted(self.waiting.values(), key=self._key)[:BACKFILL_DEPTH]:
+        for job in sorted(self.waiting.values(), key=self._key)[:self._backfill_depth]:
             found = self._find(self.profile, job, now_ms)
             if found is None or (found.start_ms > now_ms and head):
                 continue
@@ -364,7 +400,7 @@ class Timetable:
         row = int(np.argmax(need - largest))
         if need[row] > largest[row]:
             name = self.resources[row]
-            text = f"asks for {self._human(name, int(need[row]))}; the largest node that it may use has {self._human(name, int(largest[row]))}"
+            text = f"asks for {self._human(name, int(need[row]))}; no node that it may use has more than {self._human(name, int(largest[row]))} for batch"
             return Reason(text, name, short=int(need[row] - largest[row]))
         return Reason(f"asks for {job.members} members side by side; the nodes that it may use hold {int(room[usable].sum())} when empty")
 
@@ -398,8 +434,8 @@ class Timetable:
             if node in hold.nodes and hold.need[row] > 0 and hold.start_ms < latest_ms + job.planned_ms and hold.end_ms > latest_ms
         )
         if short[row] <= 0:
-            return Reason(f"its {job.members} members fit side by side only from {found.start_ms} ms on", until_ms=found.start_ms, node=self.names[node], held_by=holders)
-        text = f"{self._human(name, int(short[row]))} short on {self.names[node]} until {found.start_ms} ms"
+            return Reason(f"its {job.members} members fit side by side only from {self._when(found.start_ms)} on", until_ms=found.start_ms, node=self.names[node], held_by=holders)
+        text = f"{self._human(name, int(short[row]))} short on {self.names[node]} until {self._when(found.start_ms)}"
         return Reason(text + (f", held by {', '.join(holders)}" if holders else ""), name, self.names[node], int(short[row]), found.start_ms, holders)
 
     def _earlier_ends(self, job: Job, latest_ms: int, now_ms: int) -> list[Remedy]:
@@ -415,7 +451,7 @@ class Timetable:
             found = self._find(trial, job, now_ms)
             if found is not None and found.start_ms <= latest_ms:
                 early = hold.end_ms - latest_ms
-                best = Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {latest_ms} ms", early, hold.job.id)
+                best = Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {self._when(latest_ms)}", early, hold.job.id)
         return [best] if best is not None else []
 
     def _more_nodes(self, job: Job, latest_ms: int) -> list[Remedy]:

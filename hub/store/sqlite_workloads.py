@@ -37,6 +37,14 @@ def workload_schema(db: sqlite_utils.Database) -> None:
     db["utilisation"].create({"minute": int, "document": str}, pk="minute")
 
 
+def plans_schema(db: sqlite_utils.Database) -> None:
+    """What is planned, and what must outlive a restart."""
+    db["workloads"].add_column("plan", str, not_null_default="{}")
+    db["nodes"].add_column("tainted", str, not_null_default="{}")
+    db["rebalances"].create({"name": str, "document": str}, pk="name")
+    db["epochs"].create({"workload": str, "epoch": int}, pk="workload")
+
+
 class SqliteWorkloads(ABC):
     """See `workloads.WorkloadStore`; mixed into `SqliteStore`."""
 
@@ -50,8 +58,8 @@ class SqliteWorkloads(ABC):
     def commit_workloads(self, changes: WorkloadChanges) -> None:
         """See `WorkloadStore.commit_workloads`."""
         with self._transaction() as connection:
-            _put(connection, "workloads", 9, [
-                (row.id, json.dumps(row.document), row.state, row.node, row.epoch, row.reason, row.created_ms, row.changed_ms, json.dumps(row.avoid))
+            _put(connection, "workloads", 10, [
+                (row.id, json.dumps(row.document), row.state, row.node, row.epoch, row.reason, row.created_ms, row.changed_ms, json.dumps(row.avoid), json.dumps(row.plan))
                 for row in changes.workloads.values() if row is not None
             ])
             connection.executemany("DELETE FROM workloads WHERE id=?", [(key,) for key, row in changes.workloads.items() if row is None])
@@ -59,25 +67,27 @@ class SqliteWorkloads(ABC):
                 (row.workload, row.epoch, row.node, json.dumps(row.seat), row.from_ms, row.to_ms, row.said, row.why) for row in changes.placements.values() if row is not None
             ])
             connection.executemany("DELETE FROM placements WHERE workload=? AND epoch=?", [key for key, row in changes.placements.items() if row is None])
-            _put(connection, "nodes", 7, [
-                (row.name, row.origin, json.dumps(row.document), row.cordon, row.seq, row.changed_ms, row.problem) for row in changes.nodes.values() if row is not None
+            _put(connection, "nodes", 8, [
+                (row.name, row.origin, json.dumps(row.document), row.cordon, row.seq, row.changed_ms, row.problem, json.dumps(row.tainted)) for row in changes.nodes.values() if row is not None
             ])
             connection.executemany("DELETE FROM nodes WHERE name=?", [(key,) for key, row in changes.nodes.items() if row is None])
-            for table, rows in (("budgets", changes.budgets), ("quotas", changes.quotas)):
+            for table, rows in (("budgets", changes.budgets), ("quotas", changes.quotas), ("rebalances", changes.rebalances)):
                 _put(connection, table, 2, [(name, json.dumps(document)) for name, document in rows.items() if document is not None])
                 connection.executemany(f"DELETE FROM {table} WHERE name=?", [(name,) for name, document in rows.items() if document is None])
+            _put(connection, "epochs", 2, [(name, epoch) for name, epoch in changes.epochs.items() if epoch is not None])
+            connection.executemany("DELETE FROM epochs WHERE workload=?", [(name,) for name, epoch in changes.epochs.items() if epoch is None])
             if changes.cursor is not None:
                 connection.execute("INSERT OR REPLACE INTO settings VALUES (?,?)", (CURSOR, str(changes.cursor)))
 
     def nodes(self) -> list[NodeRow]:
         """See `WorkloadStore.nodes`."""
-        rows = self._write.execute("SELECT name, origin, document, cordon, seq, changed_ms, problem FROM nodes ORDER BY name")
-        return [NodeRow(row[0], row[1], json.loads(row[2]), *row[3:]) for row in rows]
+        rows = self._write.execute("SELECT name, origin, document, cordon, seq, changed_ms, problem, tainted FROM nodes ORDER BY name")
+        return [NodeRow(row[0], row[1], json.loads(row[2]), *row[3:7], json.loads(row[7])) for row in rows]
 
     def workloads(self) -> list[WorkloadRow]:
         """See `WorkloadStore.workloads`."""
-        rows = self._write.execute("SELECT id, document, state, node, epoch, reason, created_ms, changed_ms, avoid FROM workloads ORDER BY created_ms, id")
-        return [WorkloadRow(row[0], json.loads(row[1]), row[2], row[3], row[4], row[5], row[6], row[7], json.loads(row[8])) for row in rows]
+        rows = self._write.execute("SELECT id, document, state, node, epoch, reason, created_ms, changed_ms, avoid, plan FROM workloads ORDER BY created_ms, id")
+        return [WorkloadRow(row[0], json.loads(row[1]), row[2], row[3], row[4], row[5], row[6], row[7], json.loads(row[8]), json.loads(row[9])) for row in rows]
 
     def open_placements(self) -> list[PlacementRow]:
         """See `WorkloadStore.open_placements`."""
@@ -93,6 +103,14 @@ class SqliteWorkloads(ABC):
     def quotas(self) -> dict[str, dict[str, Any]]:
         """See `WorkloadStore.quotas`."""
         return {name: json.loads(text) for name, text in self._write.execute("SELECT name, document FROM quotas ORDER BY name")}
+
+    def rebalances(self) -> dict[str, dict[str, Any]]:
+        """See `WorkloadStore.rebalances`."""
+        return {name: json.loads(text) for name, text in self._write.execute("SELECT name, document FROM rebalances ORDER BY rowid")}
+
+    def heard_epochs(self) -> dict[str, int]:
+        """See `WorkloadStore.heard_epochs`."""
+        return dict(self._write.execute("SELECT workload, epoch FROM epochs").fetchall())
 
     def workload_cursor(self) -> int:
         """See `WorkloadStore.workload_cursor`."""

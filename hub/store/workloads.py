@@ -16,6 +16,7 @@ class NodeRow:
         origin: `edge` (told by an agent's records) or `declared` (through the API).
         document: what it has, in the form that `hub.scheduler.node` reads, with `runs`.
         cordon: empty, `cordon` (takes nothing new) or `drain` (and gives away what it has).
+        tainted: NoExecute taints, as `key=value`, to when they were first seen (ms).
         seq: the sequence number of the agent's record.
         problem: why the newest description does not count.
     """
@@ -27,6 +28,7 @@ class NodeRow:
     seq: int = 0
     changed_ms: int = 0
     problem: str = ""
+    tainted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class WorkloadRow:
         node: where it is placed, empty where it waits.
         epoch: of its newest placement, 0 for none yet.
         avoid: node to [until ms, refusals in a row, why].
+        plan: of a batch job that says how long it runs, as far as known: `start_ms`, `end_ms`, `nodes` (one per member) that are held for it or on which it runs;
+            `promise_ms` where it was taken although it misses its deadline; `because` where a promise was broken.
     """
 
     id: str
@@ -50,6 +54,7 @@ class WorkloadRow:
     created_ms: int = 0
     changed_ms: int = 0
     avoid: dict[str, list[Any]] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,8 @@ class WorkloadChanges:
     """What one transaction of the planner writes; None deletes.
 
     Attributes:
+        rebalances: rebalancing operations by id.
+        epochs: workload to the highest epoch that edges spoke of, where it is above what was given.
         cursor: the edges' records up to this arrival number have been acted upon.
     """
 
@@ -86,9 +93,11 @@ class WorkloadChanges:
     budgets: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     quotas: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     cursor: int | None = None
+    rebalances: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    epochs: dict[str, int | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.workloads or self.placements or self.nodes or self.budgets or self.quotas) or self.cursor is not None
+        return bool(self.workloads or self.placements or self.nodes or self.budgets or self.quotas or self.rebalances or self.epochs) or self.cursor is not None
 
 
 class WorkloadStore(Protocol):
@@ -111,6 +120,12 @@ class WorkloadStore(Protocol):
 
     def quotas(self) -> dict[str, dict[str, Any]]:
         """Quotas by tenant."""
+
+    def rebalances(self) -> dict[str, dict[str, Any]]:
+        """Rebalancing operations by id, oldest first."""
+
+    def heard_epochs(self) -> dict[str, int]:
+        """Workload to the highest epoch that edges spoke of, where that was above what was given."""
 
     def workload_cursor(self) -> int:
         """The `cursor` of the newest transaction that had one; 0 for none."""

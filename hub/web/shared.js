@@ -22,8 +22,11 @@ function element(name, text, cls) {
 }
 
 function ago(ms) {
-  if (!ms) return "never";
-  const seconds = Math.max(0, (Date.now() + offset - ms) / 1000);
+  return ms ? span((Date.now() + offset - ms) / 1000) : "never";
+}
+
+function span(seconds) {
+  seconds = Math.max(0, seconds);
   if (seconds < 90) return Math.round(seconds) + " s";
   if (seconds < 5400) return Math.round(seconds / 60) + " min";
   if (seconds < 172800) return (seconds / 3600).toFixed(1) + " h";

@@ -12,12 +12,12 @@ function amount(name, value) {
   return (value / unit).toFixed(unit === 1 ? 0 : 1) + (word ? " " + word : "");
 }
 
-function heatCell(name, pair) {
+function heatCell(name, pair, reserved) {
   if (!pair || !pair[1]) return element("td", "", "heat");
   const share = pair[0] / pair[1];
   const cell = element("td", Math.round(100 * share) + " %", "heat");
   cell.style.setProperty("--share", Math.min(45, Math.max(0, 45 * share)) + "%");
-  cell.title = `${name}: ${amount(name, pair[0])} of ${amount(name, pair[1])}`;
+  cell.title = `${name}: ${amount(name, pair[0])} of ${amount(name, pair[1])}` + (reserved ? `, ${amount(name, reserved)} reserved for jobs that start later` : "");
   return cell;
 }
 
@@ -32,7 +32,7 @@ function showHeat(nodes) {
   $("heat").tHead.replaceChildren(head);
   fill($("heat"), nodes.map((node) => [
     node.node, node.kind, element("td", node.cordon ? `${node.status}, ${node.cordon}` : node.status, node.status === "up" && !node.cordon ? "good" : "bad"),
-    ...names.map((name) => heatCell(name, node.resources[name])), heatCell("gpu", gpuPair(node)), element("td", node.workloads, "number"), node.runs.join(", "), element("td", node.problem, "bad"),
+    ...names.map((name) => heatCell(name, node.resources[name], node.reserved[name])), heatCell("gpu", gpuPair(node)), element("td", node.workloads, "number"), node.runs.join(", "), element("td", node.problem, "bad"),
   ]));
 }
 
@@ -45,8 +45,16 @@ function whyButton(name) {
   return cell;
 }
 
+function startCell(one) {
+  if (one.planned_ms === null) return "";
+  const cell = element("td", "in " + span((one.planned_ms - Date.now() - offset) / 1000) + " on " + [...new Set(one.planned_nodes)].join(", "), one.late_ms ? "bad" : "good");
+  cell.title = new Date(one.planned_ms).toISOString() + (one.late_ms ? `, ${one.late_ms / 1000} s after its deadline` : "");
+  return cell;
+}
+
 function showPending(pending) {
-  fill($("pending"), pending.map((one) => [whyButton(one.workload), one.document.kind || "container", element("td", one.document.priority || 0, "number"), ago(one.created_ms), element("td", one.reason, "bad")]));
+  fill($("pending"), pending.map((one) => [whyButton(one.workload), one.document.kind || "container", element("td", one.document.priority || 0, "number"), ago(one.created_ms), startCell(one),
+    element("td", one.reason, one.planned_ms === null || one.late_ms ? "bad" : "soft")]));
 }
 
 function showAll(all) {

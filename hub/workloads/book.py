@@ -12,6 +12,8 @@ from edge_runtime.contract.workloads import RUNNING, STOPPED
 
 from ..scheduler import Invalid, Node, Scheduler, Seat, State, Workload, parse
 from ..scheduler.arrays import SILENT, UP
+from ..scheduler.model import Kind, Shape
+from ..scheduler.units import LEAVING
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
 from .documents import Submitted, read_node
 from .ledger import Ledger
@@ -23,6 +25,9 @@ PREEMPTED = "preempted by "
 """Why a placement ends that makes room; the name of the workload follows."""
 
 Key = tuple[str, int]
+
+Guard = tuple[Shape, tuple[int, ...]]
+"""What keeps room on a node, as a shape that asks for it, and the GPU devices that it takes."""
 
 
 @dataclass(slots=True)
@@ -43,6 +48,13 @@ class Tables:
     on_node: dict[str, frozenset[Key]] = field(default_factory=dict)
     room: dict[str, tuple[Key, ...]] = field(default_factory=dict)
     """Workload to the placements that are on their way out for it."""
+    timed: dict[str, bool] = field(default_factory=dict)
+    """Batch jobs that say how long they run, and wait or run."""
+    guards: dict[str, tuple[Guard, ...]] = field(default_factory=dict)
+    """Node to the room that is kept there for jobs that start later."""
+    rebalances: dict[str, dict[str, Any]] = field(default_factory=dict)
+    heard: dict[str, int] = field(default_factory=dict)
+    """Workload to the highest epoch that edges spoke of, where this hub had not given it: it was restored from an older backup."""
     dirty: dict[str, bool] = field(default_factory=dict)
     """Nodes with an agent whose desired state may have changed."""
 
@@ -58,6 +70,8 @@ class Book:
         self.started_ms = 0
         self.version = 0
         """Grows when capacity may have come free: what waits is tried again then."""
+        self.timed_version = 0
+        """Grows when what the timetable knows of jobs is no longer so."""
 
     @property
     def state(self) -> State:
@@ -94,19 +108,22 @@ class Book:
             placements={key: tables.open.get(key) or tables.closed.get(key) for key in placements},
             nodes={key: tables.nodes.get(key) for key in touched(tables.nodes)},
             budgets={key: tables.budgets.get(key) for key in touched(tables.budgets)},
-            quotas={key: tables.quotas.get(key) for key in touched(tables.quotas)},
+            quotas={key: tables.quotas.get(key) for key in touched(tables.quotas)}, rebalances={key: tables.rebalances.get(key) for key in touched(tables.rebalances)},
+            epochs={key: tables.heard.get(key) for key in touched(tables.heard)},
         )
 
     # -- from the store ------------------------------------------------------------------------------------------------------
 
     def load(self, nodes: Iterable[NodeRow], rows: Iterable[WorkloadRow], placements: Iterable[PlacementRow], budgets: Mapping[str, dict[str, Any]],
-             quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int) -> list[str]:
+             quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int, rebalances: Mapping[str, dict[str, Any]] | None = None,
+             heard: Mapping[str, int] | None = None) -> list[str]:
         """Build the state from the rows, once, at start; what no longer makes sense is set right and named in what is returned."""
         problems: list[str] = []
         self.started_ms = now_ms
         self.begin()
         for node in nodes:
             self.tables.nodes[node.name] = node
+            self.scheduler.tainted_since |= {(node.name, *key.split("=", 1)): since for key, since in node.tainted.items()}  # type: ignore[misc]
             try:
                 self.describe(node, read_node(node.document, node.name, agent=node.origin == "edge")[1], now_ms)
             except Invalid as error:
@@ -125,6 +142,8 @@ class Book:
                 continue
             if row.state == "pending":
                 self.tables.waiting[row.id] = True
+            if row.state in ("pending", "placed") and self.is_timed(row.id):
+                self.tables.timed[row.id] = True
         for placement in placements:
             problem = self._adopt(placement, now_ms)
             if problem:
@@ -134,6 +153,8 @@ class Book:
                 problems.append(f"workload {row.id}: it is {row.state}, but holds no place")
                 self.set(replace(row, state="pending" if row.state == "placed" else "cancelled", node="", reason="its placement was lost", changed_ms=now_ms))
         self.tables.budgets.update(budgets)
+        self.tables.rebalances.update(rebalances or {})
+        self.tables.heard.update(heard or {})
         for tenant, document in quotas.items():
             self.tables.quotas[tenant] = document
             self.state.set_quota(parse.quota({**document, "tenant": tenant}))
@@ -167,8 +188,19 @@ class Book:
     # -- rows ----------------------------------------------------------------------------------------------------------------
 
     def set(self, row: WorkloadRow) -> None:
+        before = self.tables.rows.get(row.id)
+        if row.plan and before is not None and before.state != row.state and row.state != "placed":  # what was planned is over; a promise is not
+            row = replace(row, plan={"promise_ms": row.plan["promise_ms"]} if row.state == "pending" and "promise_ms" in row.plan else {})
         self.ledger.put(self.tables.rows, row.id, row)
         self.ledger.put(self.tables.waiting, row.id, True if row.state == "pending" else None)
+        if self.is_timed(row.id):
+            self.ledger.put(self.tables.timed, row.id, True if row.state in ("pending", "placed") else None)
+            self.timed_version += before is not None
+
+    def is_timed(self, workload: str) -> bool:
+        """Whether it is a batch job that says how long it runs: its start is planned."""
+        known = self.tables.items.get(workload)
+        return known is not None and known.item.shape.kind is Kind.BATCH and known.item.duration_ms is not None
 
     def index(self, placement: PlacementRow, *, add: bool) -> None:
         tables, key = self.tables, (placement.workload, placement.epoch)
@@ -256,8 +288,8 @@ class Book:
 
 
 def ghost(key: Key) -> str:
-    """What the state calls a placement that is on its way out; no id has a NUL."""
-    return f"{key[0]}\0{key[1]}"
+    """What the state calls a placement that is on its way out; no id has a NUL. It ends as the scheduler's own do, so that no plan would move it."""
+    return f"{key[0]}\0{key[1]}{LEAVING}"
 
 
 def short(text: str) -> str:

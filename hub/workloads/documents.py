@@ -12,6 +12,7 @@ from edge_runtime.contract.schema import ID_PATTERN
 from edge_runtime.contract.workloads import KINDS
 
 from ..scheduler import Invalid, Node, Workload, parse
+from ..scheduler.model import Kind
 from ..scheduler.parse import MAX_TIME_MS
 from ..scheduler.units import SLOTS, whole
 
@@ -24,8 +25,11 @@ MAX_DOCUMENT_DEPTH = 10
 RUNS = "novacron.runs/"
 """Prefix of the node labels that say which kinds of workload a node has a driver for; set by the hub alone."""
 
-HUB_KEYS = ("lost_after_ms", "spec")
-"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, and what the driver wants to know."""
+HUB_KEYS = ("lost_after_ms", "spec", "when_late")
+"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken."""
+
+REFUSE, ACCEPT = "refuse", "accept"
+"""Of a job that will miss its deadline: it is not taken, or it is taken for the earliest time that there is."""
 
 
 class Conflict(ValueError):
@@ -43,6 +47,7 @@ class Submitted:
     document: dict[str, Any]
     item: Workload
     lost_after_ms: int | None = None
+    when_late: str = REFUSE
 
 
 def checked(value: Any, field: str) -> dict[str, Any]:
@@ -81,7 +86,23 @@ def read_workload(value: Any, field: str = "workload") -> Submitted:
         if key.startswith(RUNS):
             raise Invalid(f"{field}.node_selector.{key}", "is the hub's own", "leave it out: the kind of the workload asks for it")
     shape = replace(item.shape, node_selector=tuple(sorted((*item.shape.node_selector, (RUNS + item.shape.kind.value, "true")))))
-    return Submitted(document, replace(item, shape=shape), None if lost is None else whole(lost, f"{field}.lost_after_ms", 1, MAX_TIME_MS))
+    # A promise is broken by no priority, unless the document says so.
+    item = replace(item, shape=shape, preemptible=item.preemptible and (item.deadline_ms is None or "preemptible" in document))
+    when_late = document.get("when_late", REFUSE)
+    if when_late not in (REFUSE, ACCEPT):
+        raise Invalid(f"{field}.when_late", f"{str(when_late)[:40]!r} is unknown", f"use {REFUSE} or {ACCEPT}")
+    return Submitted(document, item, None if lost is None else whole(lost, f"{field}.lost_after_ms", 1, MAX_TIME_MS), when_late)
+
+
+def _check_times(entry: Submitted, field: str) -> None:
+    """What a deadline needs; only of what is submitted now: older rows may stand otherwise. Raises `Invalid`."""
+    if entry.item.deadline_ms is None:
+        if "when_late" in entry.document:
+            raise Invalid(f"{field}.when_late", "says what becomes of a missed deadline, and there is none", "give deadline_ms, or leave it out")
+    elif entry.item.shape.kind is not Kind.BATCH:
+        raise Invalid(f"{field}.deadline_ms", f"a {entry.item.shape.kind.value} does not end by itself", "use kind batch, or leave it out")
+    elif entry.item.duration_ms is None:
+        raise Invalid(f"{field}.duration_ms", "is missing: a deadline cannot be promised without it", "give an estimate in ms")
 
 
 def read_list(value: Any) -> list[Submitted]:
@@ -93,6 +114,7 @@ def read_list(value: Any) -> list[Submitted]:
     found = [read_workload(entry, f"workloads[{index}]" if several else "workload") for index, entry in enumerate(values)]
     seen: set[str] = set()
     for index, entry in enumerate(found):
+        _check_times(entry, f"workloads[{index}]" if several else "workload")
         if entry.item.id in seen:
             raise Invalid(f"workloads[{index}].id", f"{entry.item.id!r} stands twice", "give each workload its own id")
         seen.add(entry.item.id)

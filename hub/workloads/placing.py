@@ -20,6 +20,14 @@ MAX_LIVE = 100_000
 """Workloads that wait or are placed: their rows and arrays take about 4 kB each."""
 
 
+AVOID_FIRST_MS = 30_000
+AVOID_CAP_MS = 3_600_000
+"""A node that refused a workload is not asked again for so long, doubled with each refusal up to the cap."""
+
+MAX_AVOIDED = 16
+"""Nodes that one workload avoids at once, the newest."""
+
+
 class Placing(Book):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
 
@@ -42,14 +50,18 @@ class Placing(Book):
         for entry in fresh:
             self.ledger.put(self.tables.items, entry.item.id, entry)
             self.set(WorkloadRow(entry.item.id, entry.document, created_ms=now_ms, changed_ms=now_ms, reason="not looked at yet"))
+        self._first_try([entry.item.id for entry in fresh], now_ms)
+        return [entry.item.id for entry in entries]
+
+    def _first_try(self, fresh: Sequence[str], now_ms: int) -> None:
+        """Place what came in one request."""
         # What other workloads of the request wait for by affinity may come after them in the list.
-        left = [entry.item.id for entry in fresh]
+        left = list(fresh)
         while left:
             waits = [workload for workload in left if not self.attempt(workload, now_ms)]
             if len(waits) == len(left) or not any(self.tables.items[workload].item.shape.affinity for workload in waits):
                 break
             left = [workload for workload in waits if self.tables.rows[workload].state == "pending"]
-        return [entry.item.id for entry in entries]
 
     def _live_shapes(self) -> list[Shape]:
         return [klass.shape for klass in self.state.classes if klass is not None and self.state.class_live[klass.id]]
@@ -85,7 +97,7 @@ class Placing(Book):
 
     def _place_gang(self, items: Sequence[Workload], rows: Sequence[WorkloadRow], now_ms: int) -> str:
         for tenant in {item.tenant for item in items}:
-            refusal = quota.refusal(self.state, _together([item for item in items if item.tenant == tenant]))
+            refusal = quota.refusal(self.state, together([item for item in items if item.tenant == tenant]))
             if refusal:
                 return refusal
         # The search knows no nodes to avoid but those that take nothing new.
@@ -165,6 +177,8 @@ class Placing(Book):
             plan = preempt.plan(self.scheduler, item, now_ms, only=quota.borrowers(self.state, limits.cohort, limits.tenant))
         if plan is None or plan.node in self._avoided(row, now_ms) or any(name not in self.tables.rows for name in plan.victims):
             return why_not
+        if self._spoken_for(item.id, self.state.nodes[plan.node].name, plan.victims):
+            return why_not
         node, why, targets = self.state.nodes[plan.node].name, PREEMPTED + item.id, dict(plan.moves)
         self.begin()
         keys = tuple((name, self.tables.rows[name].epoch) for name in plan.victims)
@@ -185,6 +199,10 @@ class Placing(Book):
         self._book(row, placed, now_ms)
         self.keep()
         return ""
+
+    def _spoken_for(self, workload: str, node: str, victims: Iterable[str]) -> bool:
+        """Whether the room that some would make by leaving a node is reserved for others than the workload."""
+        return False
 
     def _why_not(self, decision: Decision, row: WorkloadRow, now_ms: int) -> str:
         try:
@@ -238,13 +256,20 @@ class Placing(Book):
             self.leave(placement, now_ms, why)
             self.set(replace(row, state="pending", node="", reason=short(why), changed_ms=now_ms))
 
+    def refused(self, row: WorkloadRow, node: str, reason: str, now_ms: int) -> None:
+        """It waits again, and leaves the node alone for a while."""
+        count = row.avoid.get(node, [0, 0, ""])[1] + 1
+        until = now_ms + min(AVOID_CAP_MS, AVOID_FIRST_MS << min(count - 1, 20))
+        avoid = {**{name: entry for name, entry in row.avoid.items() if name != node}, node: [until, count, short(reason)]}
+        self.set(replace(row, reason=short(reason), changed_ms=now_ms, avoid=dict(list(avoid.items())[-MAX_AVOIDED:])))
+
     def evict(self, workload: str, now_ms: int, why: str) -> None:
         """It must leave whether or not there is another place."""
         self.push_out(workload, now_ms, why)
         self.attempt(workload, now_ms)
 
 
-def _together(items: Iterable[Workload]) -> Workload:
+def together(items: Iterable[Workload]) -> Workload:
     """One workload that asks for what all of them ask, for quotas."""
     total: dict[str, int] = {}
     gpu, first = 0, None

@@ -9,23 +9,16 @@ from edge_runtime.contract.workloads import ENDED, RUNNING
 from ..scheduler import Budget, Moved, Scheduler, parse
 from ..scheduler.arrays import GONE
 from ..scheduler.model import Quota
-from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadRow
+from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow
+from .agenda import Agenda
 from .book import ghost, short
 from .documents import Conflict, name_of, read_node
-from .placing import Placing
 
 MOVES_AT_ONCE = 64
 """Workloads moved in one go: under 100 ms of work beside which the hub takes records in."""
 
-AVOID_FIRST_MS = 30_000
-AVOID_CAP_MS = 3_600_000
-"""A node that refused a workload is not asked again for so long, doubled with each refusal up to the cap."""
 
-MAX_AVOIDED = 16
-"""Nodes that one workload avoids at once, the newest."""
-
-
-class Planner(Placing):
+class Planner(Agenda):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
 
     # -- leaving -------------------------------------------------------------------------------------------------------------
@@ -222,13 +215,6 @@ class Planner(Placing):
             self.set(replace(row, state=what, node="", reason=short(why), changed_ms=now_ms))
         else:
             self.refused(replace(row, state="pending", node=""), edge, f"{edge} {what} it: {why or 'no reason given'}", now_ms)
-
-    def refused(self, row: WorkloadRow, node: str, reason: str, now_ms: int) -> None:
-        """It waits again, and leaves the node alone for a while."""
-        count = row.avoid.get(node, [0, 0, ""])[1] + 1
-        until = now_ms + min(AVOID_CAP_MS, AVOID_FIRST_MS << min(count - 1, 20))
-        avoid = {**{name: entry for name, entry in row.avoid.items() if name != node}, node: [until, count, short(reason)]}
-        self.set(replace(row, reason=short(reason), changed_ms=now_ms, avoid=dict(list(avoid.items())[-MAX_AVOIDED:])))
 
     def untellable(self, node: str, reason: str, now_ms: int) -> bool:
         """The node's desired state cannot be written: the newest placement there is taken back. False where there is none."""

@@ -59,6 +59,7 @@ class Rounds:
             moves = trial.execute_taints(now_ms)
             planner.scheduler.tainted_since = trial.tainted_since
             planner.apply(moves[:DECISIONS_PER_ROUND], now_ms)
+        planner.replan(now_ms)
         self._retry(now_ms)
 
     def beats(self, heard: Mapping[str, Heard], now_ms: int) -> None:
@@ -118,7 +119,7 @@ class Rounds:
             item = tables.items[name].item
             return -item.priority, shares[item.tenant], tables.rows[name].created_ms, name
 
-        return sorted(tables.waiting, key=turn, reverse=True)
+        return sorted((name for name in tables.waiting if name not in tables.timed), key=turn, reverse=True)
 
     def _asked_again(self, now_ms: int) -> list[str]:
         """Those that a node refused, and that have left it alone for long enough."""

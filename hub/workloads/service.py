@@ -124,7 +124,7 @@ class Workloads:
         self._cursor = store.workload_cursor()
         rows, placements = store.workloads(), store.open_placements()
         self._now = max([self._clock(), *(placement.from_ms for placement in placements), *(row.changed_ms for row in rows)])
-        problems = planner.load(store.nodes(), rows, placements, store.budgets(), store.quotas(), read_workload, self._now)
+        problems = planner.load(store.nodes(), rows, placements, store.budgets(), store.quotas(), read_workload, self._now, store.rebalances(), store.heard_epochs())
         for problem in problems[:100]:
             log.error("set right at the start: %s", problem)
         changes = planner.changes()

@@ -1,5 +1,6 @@
 """What the planner knows, as the API shows it; and what would be, if. Pure."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..scheduler import Invalid, Node, Pending, Placed, Scheduler, Shape, Worklo
 from ..scheduler import explain as explaining
 from ..scheduler import gang as gangs
 from ..scheduler.arrays import GONE, SILENT, UNLIMITED_SLOTS
+from ..scheduler.model import GPU_MILLI
 from ..scheduler.reasons import WORDS, Fail
 from ..scheduler.units import GPU_WHOLE, SLOTS
 from ..store.workloads import PlacementRow, WorkloadRow
@@ -25,14 +27,18 @@ STATUS = {0: "up", SILENT: "silent", GONE: "gone"}
 
 
 def usage(planner: Planner) -> dict[str, Any]:
-    """What is in use and what there is: `resources` {name: [used, capacity]}, `gpu_milli` likewise, counts of nodes and workloads. Nodes that are silent have nothing to give."""
+    """What is in use and what there is: `resources` {name: [used, capacity]}, `gpu_milli` likewise, what of the rest is `reserved` for jobs that start later, counts of nodes and workloads. Nodes that are silent have nothing to give."""
     state = planner.state
     up = state.status == 0
-    resources = {}
+    resources: dict[str, list[int]] = {}
+    kept: Counter[str] = Counter()
+    for node in planner.tables.guards:
+        if planner.is_up(node):
+            kept.update(_kept(planner, node))
     for name, row in state.resource_rows.items():
         capacity = int(state.cap[row][up].sum())
         if name != SLOTS and capacity:
-            resources[name] = [capacity - int(state.free[row][up].sum()), capacity]
+            resources[name] = [capacity - int(state.free[row][up].sum()) - kept.get(name, 0), capacity]
     devices = state.gpu_free[up] if state.gpu_free.size else np.zeros((0, 0), np.int32)
     there = devices >= 0
     gpus = int(there.sum()) * GPU_WHOLE
@@ -43,12 +49,22 @@ def usage(planner: Planner) -> dict[str, Any]:
             "cordoned": sum(bool(node.cordon) for node in planner.tables.nodes.values()),
         },
         "workloads": {name: states.count(name) for name in ("pending", "placed", "ending", "done", "failed", "cancelled")},
-        "resources": resources, "gpu_milli": [gpus - int(devices[there].sum()), gpus],
+        "resources": resources, "gpu_milli": [gpus - int(devices[there].sum()) - kept[GPU_MILLI], gpus], "reserved": dict(kept),
     }
 
 
+def _kept(planner: Planner, node: str) -> dict[str, int]:
+    """What a node keeps free for jobs that start later."""
+    found: Counter[str] = Counter()
+    for shape, gpus in planner.tables.guards.get(node, ()):
+        found.update({name: amount for name, amount in shape.requests if name != SLOTS})
+        if shape.gpu is not None:
+            found[GPU_MILLI] += shape.gpu.milli * len(gpus)
+    return dict(found)
+
+
 def nodes_view(planner: Planner, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Nodes: `resources` {name: [used, capacity]}, free milli of each GPU, what each holds."""
+    """Nodes: `resources` {name: [used, capacity]}, what of the rest is `reserved` for jobs that start later, free milli of each GPU, what each holds."""
     state = planner.state
     capacity, used, gpu_free = state.cap.T.tolist(), (state.cap - state.free).T.tolist(), state.gpu_free.tolist()  # a list is read a hundred times faster than an array
     shown = []
@@ -56,14 +72,17 @@ def nodes_view(planner: Planner, names: Sequence[str]) -> list[dict[str, Any]]:
         row, index = planner.tables.nodes[name], state.node_index.get(name)
         one: dict[str, Any] = {
             "node": name, "origin": row.origin, "cordon": row.cordon, "problem": row.problem, "changed_ms": row.changed_ms, "document": row.document, "runs": planner.runs(name),
-            "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())), "status": "unusable", "resources": {}, "gpus": [],
+            "kind": row.document.get("kind", "cloud"), "workloads": len(planner.tables.on_node.get(name, ())), "status": "unusable", "resources": {}, "gpus": [], "reserved": _kept(planner, name),
         }
         if index is not None:
             one["status"] = STATUS[int(state.status[index])]
             one["resources"] = {
-                resource: [used[index][at], there] for resource, at in state.resource_rows.items() if (there := capacity[index][at]) and (resource != SLOTS or there < UNLIMITED_SLOTS)
+                resource: [used[index][at] - one["reserved"].get(resource, 0), there] for resource, at in state.resource_rows.items() if (there := capacity[index][at]) and (resource != SLOTS or there < UNLIMITED_SLOTS)
             }
-            one["gpus"] = [{"model": device.model, "memory": device.memory, "free_milli": gpu_free[index][at]} for at, device in enumerate(state.nodes[index].gpus)]
+            kept_milli: Counter[int] = Counter()
+            for shape, gpus in planner.tables.guards.get(name, ()):
+                kept_milli.update({gpu: shape.gpu.milli for gpu in gpus if shape.gpu is not None})
+            one["gpus"] = [{"model": device.model, "memory": device.memory, "free_milli": gpu_free[index][at] + kept_milli[at]} for at, device in enumerate(state.nodes[index].gpus)]
         shown.append(one)
     return shown
 
@@ -75,7 +94,16 @@ def workload_view(planner: Planner, row: WorkloadRow) -> dict[str, Any]:
     return {
         "workload": row.id, "state": row.state, "node": row.node, "epoch": row.epoch, "reason": row.reason, "created_ms": row.created_ms, "changed_ms": row.changed_ms,
         "seat": current.seat if current else None, "said": current.said if current else "", "since_ms": current.from_ms if current else None, "waits_for": others,
-        "document": row.document,
+        **_planned(row), "document": row.document,
+    }
+
+
+def _planned(row: WorkloadRow) -> dict[str, Any]:
+    """Of a batch job that says how long it runs: when it starts or started, until when its room is held, where, by how much it misses its deadline; null where nothing is planned."""
+    start, end, deadline = row.plan.get("start_ms"), row.plan.get("end_ms"), row.document.get("deadline_ms")
+    return {
+        "planned_ms": start, "planned_end_ms": end, "planned_nodes": row.plan.get("nodes", []), "late_ms": max(0, end - deadline) if end is not None and deadline is not None else None,
+        "late_because": row.plan.get("because", ""),
     }
 
 
@@ -87,7 +115,7 @@ def placement_view(row: PlacementRow) -> dict[str, Any]:
 def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
     """Per node why it will do or will not, as if the workload were placed now: failed filters, sentences, what would make it fit, scores by policy."""
     row, item = planner.tables.rows[workload], planner.tables.items[workload].item
-    answer: dict[str, Any] = {"workload": workload, "state": row.state, "node": row.node, "reason": row.reason, "summary": "", "failed": {}, "nodes": [], "advice": []}
+    answer: dict[str, Any] = {"workload": workload, "state": row.state, "node": row.node, "reason": row.reason, **_planned(row), "summary": "", "failed": {}, "nodes": [], "advice": []}
     trial = planner.scheduler.on(planner.state.snapshot())
     try:
         trial.check(item)

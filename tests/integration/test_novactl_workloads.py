@@ -64,6 +64,20 @@ def test_submit_list_explain_drain_cancel(novactl: Run, tmp_path: Path) -> None:
     assert "cancelled" in novactl("workload", "cancel", "a")[1]
 
 
+def test_a_planned_start_is_shown(novactl: Run, tmp_path: Path) -> None:
+    file = tmp_path / "w.json"
+    node = {"node_affinity": {"required": [{"names": [{"op": "In", "values": ["n-1"]}]}]}}
+    file.write_text(json.dumps([{"id": name, "kind": "batch", "requests": {"cpu": 3}, "duration_ms": 60_000, **node} for name in ("j1", "j2")]))
+    status, out, _ = novactl("workload", "submit", str(file))
+    assert status == 0 and "UTC on n-1" in out
+    assert "starts" in novactl("explain", "workload", "j2")[1] and "UTC on n-1" in novactl("explain", "workload", "j2")[1]
+    file.write_text(json.dumps({"id": "j3", "kind": "batch", "requests": {"cpu": 3}, "duration_ms": 60_000, "deadline_ms": 5, **node}))
+    status, _, err = novactl("workload", "submit", str(file))
+    assert status == 1 and "will miss it by" in err and err.count("\n") == 1
+    for name in ("j1", "j2"):
+        novactl("workload", "cancel", name)
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (("workload", "submit"), "file is missing"), (("workload", "submit", "/nowhere"), "cannot be read"), (("workload", "cancel"), "id is missing"), (("workload", "cancel", "none"), "not known"),
     (("explain", "workload"), "id is missing"), (("explain", "workload", "none"), "not known"), (("explain", "gw/1", "more"), "too much"), (("node", "drain", "none"), "not known"),

@@ -13,7 +13,7 @@ from .hub_side import served_hub
 from .test_page import HOSTILE, browser, contrast, pytestmark  # noqa: F401 - the browser is a fixture of both
 from .waiting import until_sync
 
-NODE = {"capacity": {"cpu": 4, "memory": "8Gi"}, "gpus": [{"model": "t4"}], "region": "eu"}
+NODE = {"capacity": {"cpu": 4, "memory": "8Gi", "disk": 1000}, "gpus": [{"model": "t4"}], "region": "eu"}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             await hub.workloads.ask(lambda planner, now: planner.cordon("n-2", "cordon", now))
             await hub.workloads.submit(read_list([
                 {"id": "web", "requests": {"cpu": 3, "memory": "2Gi"}}, {"id": "huge", "kind": "vm", "priority": 7, "requests": {"cpu": 64}}, {"id": "part", "gpu": {"milli": 500}},
+                *({"id": name, "kind": "batch", "requests": {"disk": 600}, "duration_ms": 3_600_000} for name in ("job-1", "job-2")),
                 {"id": "evil", "requests": {"cpu": 1}, "tenant": HOSTILE, "namespace": HOSTILE, "image": HOSTILE, "weights": {}, "gang": {"id": HOSTILE, "size": 2}},
             ]))
             points = [(minute, {"resources": {"cpu": [minute % 4000, 4000], HOSTILE: [1, 2]}, "gpu_milli": [500, 1000], "nodes": {}, "workloads": {}}) for minute in range(3)]
@@ -77,11 +78,12 @@ class Page:
 
 def test_it_shows_nodes_what_waits_and_why_and_use_over_time(page: Page) -> None:
     page.open()
-    assert "2 of 2 nodes up, 2 workloads placed, 2 waiting" in page.text("#summary")
+    assert "2 of 2 nodes up, 3 workloads placed, 3 waiting" in page.text("#summary")
     heat = page.text("#heat")
     assert "n-1" in heat and "75 %" in heat and "25 %" in heat and "50 %" in heat and "cordon" in heat
     assert page.script("return [...document.querySelectorAll('#heat td.heat')].some(cell => cell.title === 'cpu: 3.0 CPU of 4.0 CPU' && cell.style.getPropertyValue('--share') === '33.75%')")
     pending = page.text("#pending")
+    assert "on n-1" in pending and "is to start at" in pending and "UTC on n-1" in pending
     assert "huge" in pending and "more than any node has" in pending and "waits for 1 more" in pending
     assert "web" in page.text("#workloads") and page.script("return document.querySelectorAll('#use polyline').length") == 3
     points = str(page.script("return document.querySelector('#use polyline').getAttribute('points')"))

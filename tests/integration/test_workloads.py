@@ -430,6 +430,28 @@ def test_submit_list_look_explain_cancel(served: Served) -> None:
     assert served.json("/api/v1/workloads/x-2", "DELETE")["state"] == "cancelled"
 
 
+def test_a_deadline_is_promised_or_refused_with_the_reason_and_the_start_is_shown(served: Served) -> None:
+    served.json("/api/v1/nodes/d-1", "PUT", {"capacity": {"cpu": 2}, "labels": {"d": "1"}})
+    now = served.hub.now_ms()
+
+    def job(name: str, seconds: int, deadline: int | None = None, **more: Any) -> Json:
+        return {"id": name, "kind": "batch", "requests": {"cpu": 2}, "duration_ms": seconds * 1000, "node_selector": {"d": "1"}, **({"deadline_ms": now + deadline * 1000} if deadline else {}), **more}
+
+    said = served.json("/api/v1/workloads", "POST", [job("d-a", 100, 200), job("d-b", 100, 250)])["workloads"]
+    assert [(one["workload"], one["state"], one["planned_nodes"]) for one in said] == [("d-a", "placed", ["d-1"]), ("d-b", "pending", ["d-1"])]
+    assert said[1]["planned_ms"] - said[0]["planned_ms"] == 120_000 and said[1]["late_ms"] == 0
+    status, _, text = served.ask("POST", "/api/v1/workloads", json.dumps(job("d-c", 100, 300)).encode())
+    refusal = error_of(text)
+    assert status == 409 and refusal["field"] == "workload.deadline_ms" and "'d-c' will miss it by " in refusal["problem"] and "CPU short on d-1 until " in refusal["problem"] and "when_late" in refusal["remedy"]
+    assert served.ask("GET", "/api/v1/workloads/d-c")[0] == 404
+    taken = served.json("/api/v1/workloads", "POST", job("d-c", 100, 300, when_late="accept"))["workloads"][0]
+    assert taken["late_ms"] > 0 and "CPU short" in taken["late_because"] and taken["planned_ms"] - said[1]["planned_ms"] == 120_000
+    assert served.json("/api/v1/workloads/d-b/explain")["planned_ms"] == said[1]["planned_ms"] == next(one for one in served.json("/api/v1/workloads") if one["workload"] == "d-b")["planned_ms"]
+    for name in ("d-a", "d-b", "d-c"):
+        served.json(f"/api/v1/workloads/{name}", "DELETE")
+    served.json("/api/v1/nodes/d-1", "DELETE")
+
+
 def test_what_if_tells_and_changes_nothing(served: Served) -> None:
     before = served.json("/api/v1/workloads"), served.json("/api/v1/nodes")
     question = {"workloads": [work("q-1", 3), work("q-2", 64)], "lose": [served.json("/api/v1/workloads/w-1")["node"]], "add": [{"name": "new", "capacity": {"cpu": 3}}]}
@@ -470,7 +492,7 @@ def test_nodes_are_declared_cordoned_drained_and_taken_out(served: Served) -> No
     assert [entry["node"] for entry in served.json("/api/v1/workloads/m")["placements"]] == ["m-1", "m-2", "m-1"]
     served.json("/api/v1/workloads/m", "DELETE")
     served.json("/api/v1/nodes/m-1", "DELETE")
-    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2", "p-1")})
+    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2", "p-1", "d-1")})
 
 
 def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
@@ -508,7 +530,7 @@ ODD = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.text(max_size=5), st.sampled_from(["selector", "labels", "topology_key", "key", "op", "values", "effect", "cpu"])), inner, max_size=3)), max_leaves=8,
 )
 KEYS = ["id", "name", "kind", "requests", "capacity", "gpu", "gpus", "numa", "labels", "taints", "tolerations", "affinity", "anti_affinity", "spread", "node_affinity", "weights", "gang", "priority", "links", "spec",
-        "lost_after_ms", "runs", "selector", "allowed", "nominal", "borrow", "cohort", "workloads", "lose", "add", "tenant", "duration_ms", "images", "location", "preferred_peers"]
+        "lost_after_ms", "runs", "selector", "allowed", "nominal", "borrow", "cohort", "workloads", "lose", "add", "tenant", "duration_ms", "deadline_ms", "when_late", "images", "location", "preferred_peers"]
 BODY = st.one_of(st.binary(max_size=30), st.one_of(ODD, st.dictionaries(st.sampled_from(KEYS), ODD, max_size=5), st.dictionaries(st.sampled_from(KEYS), ODD, max_size=3).map(lambda value: {**value, "id": "fuzz"}))
                  .map(lambda value: json.dumps(value).encode()))
 ROUTES = [("POST", "/api/v1/workloads"), ("POST", "/api/v1/what-if"), ("PUT", "/api/v1/nodes/fuzz"), ("PUT", "/api/v1/budgets/fuzz"), ("PUT", "/api/v1/quotas/fuzz"), ("POST", "/api/v1/nodes/n-1/cordon")]

@@ -442,16 +442,18 @@ def test_an_empty_store_has_no_workloads(store: Store) -> None:
 
 def test_what_one_transaction_says_of_workloads_is_read_back_whole_and_none_deletes(opener: Opener) -> None:
     store = opener()
-    rows = [workload("b", "placed", node="n-1", epoch=2, reason="why \u00fc", avoid={"n-2": [7, 1, "no"]}), workload("a", created_ms=2)]
-    node = NodeRow("n-1", "edge", {"capacity": {"cpu": 4}}, "drain", 7, 8, "odd")
+    rows = [workload("b", "placed", node="n-1", epoch=2, reason="why \u00fc", avoid={"n-2": [7, 1, "no"]}, plan={"start_ms": 5, "nodes": ["n-1"]}), workload("a", created_ms=2)]
+    node = NodeRow("n-1", "edge", {"capacity": {"cpu": 4}}, "drain", 7, 8, "odd", {"bad=": 12})
     places = [PlacementRow("b", 1, "n-2", {"gpus": [], "numa": []}, 1, 3, "running", "moved"), PlacementRow("b", 2, "n-1", {"gpus": [1], "numa": [[0, 1, 2]]}, 3)]
-    changes = WorkloadChanges({row.id: row for row in rows}, {(row.workload, row.epoch): row for row in places}, {"n-1": node}, {"b": {"allowed": 1}}, {"t": {"nominal": {}}}, 99)
+    changes = WorkloadChanges({row.id: row for row in rows}, {(row.workload, row.epoch): row for row in places}, {"n-1": node}, {"b": {"allowed": 1}}, {"t": {"nominal": {}}}, 99, {"r": {"state": "running"}}, {"x": 7})
     assert changes and not WorkloadChanges()
     store.commit_workloads(changes)
     store = opener()
     assert store.workloads() == rows and store.nodes() == [node] and store.open_placements() == [places[1]] and store.read_placements("b") == places[::-1] and store.read_placements("b", 1) == places[1:]
     assert store.budgets() == {"b": {"allowed": 1}} and store.quotas() == {"t": {"nominal": {}}} and store.workload_cursor() == 99
-    store.commit_workloads(WorkloadChanges({"a": None}, {("b", 2): None}, {"n-1": None}, {"b": None}, {"t": None}))
+    assert store.rebalances() == {"r": {"state": "running"}} and store.heard_epochs() == {"x": 7}
+    store.commit_workloads(WorkloadChanges({"a": None}, {("b", 2): None}, {"n-1": None}, {"b": None}, {"t": None}, None, {"r": None}, {"x": None}))
+    assert store.rebalances() == {} and store.heard_epochs() == {}
     assert store.workloads() == rows[:1] and store.nodes() == [] and store.open_placements() == [] and store.budgets() == store.quotas() == {} and store.workload_cursor() == 99
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,18 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("name")
 
 
-HEAD = ["workload", "kind", "state", "node", "said", "reason"]
+HEAD = ["workload", "kind", "state", "node", "said", "starts", "reason"]
 
 
 def _row(one: dict[str, Any]) -> list[Any]:
-    return [one["workload"], one["document"].get("kind", "container"), one["state"], one["node"], one["said"], one["reason"]]
+    return [one["workload"], one["document"].get("kind", "container"), one["state"], one["node"], one["said"], _start(one), one["reason"]]
+
+
+def _start(one: dict[str, Any]) -> str:
+    """When a waiting job is to start, and where."""
+    if one["state"] != "pending" or one["planned_ms"] is None:
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(one["planned_ms"] / 1000)) + f" on {', '.join(dict.fromkeys(one['planned_nodes']))}"
 
 
 def _node_row(one: dict[str, Any]) -> list[Any]:
@@ -100,6 +108,8 @@ def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str],
         return 0
     print(plain(f"workload {said['workload']}: {said['state']}" + (f" on {said['node']}" if said["node"] else "") + (f": {said['reason']}" if said["reason"] else "")))
     print(plain(f"  {said['summary']}"))
+    if _start(said):
+        print(plain(f"  starts {_start(said)}" + (f", {said['late_ms'] / 1000:g} s after its deadline: {said['late_because']}" if said["late_ms"] else "")))
     for advice in said["advice"]:
         print(plain(f"  {advice}"))
     rows = []

@@ -96,7 +96,7 @@ def test_a_malformed_job_is_one_error(wrong: Job, says: str) -> None:
 
 
 def test_an_impossible_job_says_which_resource() -> None:
-    assert table((1000, 1)).submit(job("a", 1500, 1, 100), 0).text == "asks for 1500 cpu; the largest node that it may use has 1000 cpu"
+    assert table((1000, 1)).submit(job("a", 1500, 1, 100), 0).text == "asks for 1500 cpu; no node that it may use has more than 1000 cpu for batch"
     assert table((1000, 1), (1000, 1)).submit(job("a", 600, 1, 100, members=3), 0).text == "asks for 3 members side by side; the nodes that it may use hold 2 when empty"
 
 

@@ -12,7 +12,8 @@ from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads import planner as planner_module
 from hub.workloads.documents import MAX_LIST, Conflict, difference, read_list
-from hub.workloads.planner import AVOID_FIRST_MS, Planner
+from hub.workloads.placing import AVOID_FIRST_MS
+from hub.workloads.planner import Planner
 from hub.workloads.rounds import LOST_AFTER_MS, Heard, Rounds
 from hub.workloads.views import explain, usage
 from tools.bench import placement_log

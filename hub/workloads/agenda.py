@@ -1,0 +1,451 @@
+"""Batch jobs that say how long they run: promised at submit, planned ahead, started when their time has come. Pure.
+
+The rows keep what is planned (`WorkloadRow.plan`); the timetable (`hub.scheduler.deadline`) is built from them and from the scheduler's state where that has changed since.
+
+    submit ──> admit ──> turn: what starts now is placed ──> rows: what is planned, who is late ──> guards
+    rounds ──> replan ──^
+
+A *guard* is an entry of the state that keeps on a node the room that reservations will need beyond what ends until then. So every decision of the scheduler, whoever asks
+for it, leaves promises alone, and none of them has to know of the timetable.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ..scheduler import Invalid, Placed, Scheduler, Seat, Shape, State, Workload, bookings, preempt, quota
+from ..scheduler.arrays import GONE, SILENT
+from ..scheduler.batch import MARGIN_PERMILLE, Admission, Hold, Job, Late, duration
+from ..scheduler.deadline import Timetable
+from ..scheduler.model import GpuRequest, Kind
+from ..scheduler.profile import FAR
+from ..scheduler.reasons import WORDS, Bools, Fail
+from ..scheduler.units import GPU_WHOLE, LEAVING, SLOTS
+from ..store.workloads import NodeRow, PlacementRow, WorkloadRow
+from .book import Guard, short
+from .documents import ACCEPT, REFUSE, Conflict, Submitted
+from .placing import Placing, together
+
+REORDER_MOST = 32
+"""Reservations up to which a submit tries other orders of all of them: under 100 ms at 1,000 nodes, which all others wait."""
+
+BACKFILL_DEPTH = 64
+"""Jobs without a deadline that one turn looks at, in their order: as many as a round tries of what has no duration."""
+
+PUSHES = 8
+"""Jobs of one turn for which others may have to go."""
+
+PATIENCE_MS = 60_000
+"""A node may be silent for so long before what is reserved there is planned anew: an edge that restarts is back long before."""
+
+DAY_MS = 86_400_000
+
+LAST_DATE_MS = 253_402_300_799_000
+"""The last millisecond that a date can be written for, in the year 9999."""
+
+WAITS = "waits for room: what is reserved for others stays theirs"
+
+GUARD = "\0guard "
+"""Begins the id of a guard; no name from outside may have a zero byte. It ends as those of workloads on the move do, so that nothing would move it."""
+
+
+class Agenda(Placing):
+    """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
+
+    def __init__(self, seed: int = 0, scheduler: Callable[[State], Scheduler] = Scheduler) -> None:
+        super().__init__(seed, scheduler)
+        self._table: Timetable | None = None
+        """The timetable, while it is true at `_where`."""
+        self._where: tuple[Any, ...] = ()
+        self._now = 0
+        """When the timetable was made, for the times that it writes."""
+        self._members: dict[str, tuple[str, ...]] = {}
+        """Job of the timetable to its workloads."""
+        self._never: dict[str, str] = {}
+        """Jobs that are not in the timetable, and why; those that it could not place are among the members all the same."""
+
+    # -- as for all workloads ------------------------------------------------------------------------------------------------
+
+    def load(self, nodes: Iterable[NodeRow], rows: Iterable[WorkloadRow], placements: Iterable[PlacementRow], budgets: Mapping[str, dict[str, Any]],
+             quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int, rebalances: Mapping[str, dict[str, Any]] | None = None,
+             heard: Mapping[str, int] | None = None) -> list[str]:
+        """As `Book.load`; what is reserved is guarded before anything is asked."""
+        problems = super().load(nodes, rows, placements, budgets, quotas, read, now_ms, rebalances, heard)
+        if any("start_ms" in self.tables.rows[name].plan for name in self.tables.timed):
+            table, _ = self._synced(now_ms)
+            self._guard(table, now_ms)
+        self._table = None
+        return problems
+
+    def undo(self) -> None:
+        """Take back everything since the last `begin`."""
+        super().undo()
+        self._table = None
+
+    def attempt(self, workload: str, now_ms: int) -> bool:
+        """Place a waiting workload; one whose start is planned waits for its turn."""
+        return self.tables.rows[workload].state != "pending" if workload in self.tables.timed else super().attempt(workload, now_ms)
+
+    def close(self, placement: PlacementRow, now_ms: int, why: str) -> None:
+        """The placement holds nothing any more. What a job gives back early is kept for those that were to come after it, until the next turn."""
+        item = self.tables.items[placement.workload].item
+        super().close(placement, now_ms, why)
+        if self.is_timed(placement.workload) and self._reserved_on(placement.node):
+            kept = (replace(item.shape, namespace=GUARD, labels=()), tuple(placement.seat.get("gpus", ())))
+            before = self.tables.guards.get(placement.node, ())
+            self._put_guard(placement.node, len(before), kept, now_ms)
+            self.ledger.put(self.tables.guards, placement.node, (*before, kept))
+
+    def _reserved_on(self, node: str, besides: str = "") -> bool:
+        """Whether something waits that has room reserved on the node."""
+        rows = self.tables.rows
+        return any(node in rows[name].plan.get("nodes", ()) and rows[name].state == "pending" and name != besides for name in self.tables.timed)
+
+    def _spoken_for(self, workload: str, node: str, victims: Iterable[str]) -> bool:
+        return any(name in self.tables.timed for name in victims) and self._reserved_on(node, workload)
+
+    def _first_try(self, fresh: Sequence[str], now_ms: int) -> None:
+        timed = [name for name in fresh if self.is_timed(name)]
+        super()._first_try([name for name in fresh if name not in self.tables.timed], now_ms)
+        if timed:
+            self._admit(timed, now_ms)
+
+    def _book(self, row: WorkloadRow, placed: Placed, now_ms: int) -> None:
+        super()._book(row, placed, now_ms)
+        item = self.tables.items[row.id].item
+        if item.duration_ms is not None and self.is_timed(row.id):
+            planned = -(-item.duration_ms * (1000 + MARGIN_PERMILLE) // 1000)
+            plan = {**_promise(row.plan), "start_ms": now_ms, "end_ms": now_ms + planned, "nodes": [placed.node]}
+            self.set(replace(self.tables.rows[row.id], plan=plan))
+
+    # -- admission, rounds ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, fresh: Collection[str], now_ms: int) -> None:
+        """Plan jobs that came just now. Raises `Conflict` for one that will miss its deadline and is not to be taken then."""
+        table, late = self._synced(now_ms, besides=fresh)
+        for key, names in self._groups():
+            if not any(name in fresh for name in names):
+                continue
+            entry = self.tables.items[names[0]]
+            self._alike(names)
+            job = self._job(key, names, now_ms, table)
+            if isinstance(job, str):
+                if entry.item.deadline_ms is not None and entry.when_late == REFUSE and len(names) >= entry.item.gang_size:
+                    raise Conflict("workload.deadline_ms", f"{names[0]!r} cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
+                self._hold_off(names, job, now_ms)
+                continue
+            verdict = table.submit(job, now_ms)
+            if not verdict.admitted and job.deadline_ms is not None:
+                if entry.when_late == REFUSE:
+                    raise _missed(names[0], verdict)
+                verdict = self._take_late(table, job, names, verdict, now_ms)
+            self._members[key] = names
+            if not verdict.admitted:
+                self._never[key] = verdict.text
+                self._hold_off(names, verdict.text, now_ms)
+        self._turn(table, now_ms, late)
+        self._push(now_ms)
+
+    def replan(self, now_ms: int) -> None:
+        """What a round does: start whose time has come, plan anew where something changed. Bounded by `BACKFILL_DEPTH`, and by what is reserved."""
+        rows = self.tables.rows
+        if not self.tables.guards and all(rows[name].state == "placed" and rows[name].plan.get("end_ms", FAR) > now_ms for name in self.tables.timed):
+            return
+        changed = self._table is None or self._position(now_ms) != self._where
+        due = None if self._table is None else self._table.next_ms()
+        if not changed and (due is None or due > now_ms):
+            return
+        table, late = self._synced(now_ms)
+        if changed:
+            table.move_up(now_ms)
+        self._turn(table, now_ms, late)
+        if changed:
+            self._push(now_ms)
+
+    def _alike(self, names: Sequence[str]) -> None:
+        """Raises `Invalid` for a gang whose members the timetable could not take as one job."""
+        first = self.tables.items[names[0]].item
+        for name in names[1:]:
+            other = self.tables.items[name].item
+            if (other.shape, other.duration_ms, other.deadline_ms, other.priority, other.tenant) != (first.shape, first.duration_ms, first.deadline_ms, first.priority, first.tenant):
+                raise Invalid("workload.gang", f"{name!r} and {names[0]!r} differ in more than their id", "give batch jobs of one gang the same requests, duration, deadline and priority")
+
+    def _take_late(self, table: Timetable, job: Job, names: Sequence[str], verdict: Admission, now_ms: int) -> Admission:
+        """Promise the earliest time there is instead."""
+        if verdict.forecast is None:
+            return verdict
+        again = table.submit(replace(job, deadline_ms=verdict.forecast.by_ms), now_ms)
+        if again.admitted:
+            for name in names:
+                row = self.tables.rows[name]
+                self.set(replace(row, plan={"promise_ms": verdict.forecast.by_ms, "because": short(verdict.reason.text if verdict.reason else "")}))
+        return again
+
+    def _hold_off(self, names: Iterable[str], reason: str, now_ms: int) -> None:
+        """They are not planned now, for that reason."""
+        for name in names:
+            row = self.tables.rows[name]
+            if "start_ms" in row.plan:
+                self.set(replace(row, plan=_promise(row.plan)))
+            self._waits(name, reason, now_ms)
+
+    # -- the timetable -------------------------------------------------------------------------------------------------------
+
+    def _position(self, now_ms: int) -> tuple[Any, ...]:
+        """Where the books are: a timetable that was made at another place is made anew."""
+        state = self.state
+        return state.touched_base + len(state.touched), state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes(), self.version, self.timed_version
+
+    def _gone(self, now_ms: int) -> Bools:
+        """[node] those with which nothing is planned: taken out, or silent for long."""
+        state = self.state
+        gone: Bools = (state.status == GONE) | ((state.status == SILENT) & (now_ms - state.beat_ms > PATIENCE_MS))
+        return gone
+
+    def _groups(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Jobs that wait: their name in the timetable, and their workloads. A gang is one job, unless part of it runs (one was lost)."""
+        rows, items = self.tables.rows, self.tables.items
+        running = {items[name].item.gang for name in self.tables.timed if rows[name].state == "placed"}
+        found: dict[str, list[str]] = {}
+        for name in self.tables.timed:
+            if rows[name].state == "pending":
+                gang = items[name].item.gang
+                found.setdefault(f"gang {gang}" if gang and gang not in running else name, []).append(name)  # no id has a space
+        for key, names in found.items():
+            yield key, tuple(names)
+
+    def _job(self, key: str, names: Sequence[str], now_ms: int, table: Timetable | None = None) -> Job | str:
+        """As the timetable takes it, or why it cannot be planned now. `table`: what is reserved there counts for the quota too."""
+        item = self.tables.items[names[0]].item
+        if key != names[0] and len(names) < item.gang_size:
+            return f"gang {item.gang}: waits for {item.gang_size - len(names)} more of {item.gang_size} members"
+        try:
+            made = bookings.job(self.state, item)
+        except Invalid as error:
+            return f"{error.field} {error.problem}; {error.remedy}"
+        asked = [self.tables.items[name].item for name in names]
+        if item.tenant in self.state.quotas:
+            held = [self.tables.items[name].item for other in (table.reserved if table is not None else ()) for name in self._members.get(other, ())]
+            refusal = quota.refusal(self.state, together([*asked, *(other for other in held if other.tenant == item.tenant)]))
+            if refusal is not None:
+                return refusal
+        allowed = made.allowed
+        assert allowed is not None
+        allowed[[node for name in names for node in self._avoided(self.tables.rows[name], now_ms)]] = False
+        deadline = self.tables.rows[names[0]].plan.get("promise_ms", item.deadline_ms)
+        return replace(made, id=key, members=len(names), deadline_ms=deadline, allowed=allowed)
+
+    def _synced(self, now_ms: int, besides: Collection[str] = ()) -> tuple[Timetable, list[Late]]:
+        """The timetable as the books are now, without the jobs of `besides`; and the promises that are broken by what has changed."""
+        if self._table is not None and self._position(now_ms) == self._where:
+            return self._table, []
+        rows, state, gone = self.tables.rows, self.state, self._gone(now_ms)
+        ends = {name: int(rows[name].plan["end_ms"]) for name in self.tables.timed if rows[name].state == "placed" and "end_ms" in rows[name].plan}
+        guards = [_guard_id(node, number) for node, kept in self.tables.guards.items() for number in range(len(kept))]
+        table = bookings.timetable(state, now_ms, ends=ends, guards=guards, gone=gone, when=lambda ms: when(ms, self._now), reorder_most=REORDER_MOST, backfill_depth=BACKFILL_DEPTH)
+        self._now, self._members, self._never = now_ms, {}, {}
+        holds, loose, undated = list[Hold](), list[Job](), list[Job]()
+        for key, names in self._groups():
+            if any(name in besides for name in names):
+                continue
+            job = self._job(key, names, now_ms)
+            if isinstance(job, str):
+                self._never[key] = job
+                self._hold_off(names, job, now_ms)
+                continue
+            self._members[key] = names
+            plan = rows[names[0]].plan
+            nodes = [state.node_index[node] for node in plan.get("nodes", ()) if node in state.node_index]
+            usable = (state.facts(state.klass(self.tables.items[names[0]].item.shape)).fails == 0) & ~state.cordon & ~gone
+            usable[[node for name in names for node in self._avoided(rows[name], now_ms)]] = False
+            if len(nodes) == job.members and usable[nodes].all():
+                holds.append(Hold(job, tuple(nodes), plan["start_ms"], plan["end_ms"], np.array(job.need, np.int64)))
+            else:
+                (undated if job.deadline_ms is None else loose).append(job)
+        late = table.restore(holds, loose, now_ms)
+        for job in undated:
+            verdict = table.submit(job, now_ms)
+            if not verdict.admitted:
+                self._never[job.id] = verdict.text
+                self._hold_off(self._members[job.id], verdict.text, now_ms)
+        return table, late
+
+    def _turn(self, table: Timetable, now_ms: int, late: list[Late]) -> None:
+        """Start what starts now, then keep what is planned."""
+        started, more = table.turn(now_ms)
+        whole = True
+        for hold in started:
+            if not self._start(hold, now_ms):
+                table.ended(hold.job.id, now_ms)
+                whole = False
+        self._write(table, {each.forecast.job: each.because for each in (*late, *more)}, now_ms)
+        self._guard(table, now_ms)
+        self._table, self._where = (table, self._position(now_ms)) if whole else (None, ())
+
+    def _start(self, hold: Hold, now_ms: int) -> bool:
+        """Place a job where its room is; all members or none. What the timetable does not see may stand against it: then it leaves the node alone for a while."""
+        names, refusal, node = self._members[hold.job.id], "", hold.nodes[0]
+        self.begin()
+        for at in set(hold.nodes):
+            self._lift(self.state.nodes[at].name)
+        for name, node in zip(names, hold.nodes, strict=True):
+            item, row = self.tables.items[name].item, self.tables.rows[name]
+            refusal = quota.refusal(self.state, item) or ""
+            if refusal:
+                break
+            only = np.zeros(self.state.size, np.bool_)
+            only[node] = True
+            decision = self.scheduler.decide(item, now_ms, only)
+            placed = self.scheduler.commit(decision, now_ms)
+            if placed is None:
+                failed = ", ".join(WORDS[flag] for flag in Fail if int(decision.bits[node]) & flag) or "its devices or zones do not come together"
+                refusal = f"{self.state.nodes[node].name} was to take it: {failed}"
+                break
+            self._book(row, placed, now_ms)
+            self.set(replace(self.tables.rows[name], plan={**self.tables.rows[name].plan, "end_ms": hold.end_ms}))
+        if not refusal:
+            self.keep()
+            return True
+        self.undo()
+        for name in names:
+            if refusal.startswith("tenant"):
+                self._waits(name, refusal, now_ms)
+            else:
+                self.refused(self.tables.rows[name], self.state.nodes[node].name, refusal, now_ms)
+        return False
+
+    def _push(self, now_ms: int) -> None:
+        """Others go for a job that waits, where priority gives the right to it, and nothing is reserved on that node."""
+        table, state, tried = self._table, self.state, 0
+        if table is None:
+            return
+        late = [(key, hold) for key, hold in table.reserved.items() if hold.job.deadline_ms is None or hold.end_ms > (self.tables.items[self._members[key][0]].item.deadline_ms or FAR)]
+        for key, hold in [*((key, None) for key in [*table.waiting, *self._never] if key in self._members), *late]:
+            names = self._members[key]
+            row, item = self.tables.rows[names[0]], self.tables.items[names[0]].item
+            if row.state != "pending" or len(names) > 1 or not item.preempts or min(state.levels, default=item.priority) >= item.priority or any(left in self.tables.open for left in self.tables.room.get(item.id, ())):
+                continue
+            tried += 1
+            if tried > PUSHES:
+                return
+            own = {state.nodes[node].name for node in hold.nodes} if hold is not None else set()
+            mark = state.begin()
+            for node in own:
+                for number in range(len(self.tables.guards.get(node, ()))):
+                    state.release(_guard_id(node, number))
+            plan = preempt.plan(self.scheduler, item, now_ms)
+            state.undo(mark)
+            if plan is None or self._reserved_on(state.nodes[plan.node].name, item.id):
+                continue
+            for node in own:
+                self._lift(node)
+            reason = self._make_room(row, item, False, WAITS, now_ms)
+            if reason:
+                self._waits(item.id, reason, now_ms)
+            else:
+                table.ended(key, now_ms)
+            self._guard(table, now_ms)
+            if reason != WAITS:
+                self._table = None  # it is no longer true: the next round goes on
+                return
+        self._where = self._position(now_ms)
+
+    # -- what is kept of it --------------------------------------------------------------------------------------------------
+
+    def _write(self, table: Timetable, because: Mapping[str, str], now_ms: int) -> None:
+        for key, hold in table.reserved.items():
+            self._plan(key, hold, because.get(key, ""), now_ms)
+        for key, hold in table.running.items():
+            self._plan(key, hold, because.get(key, ""), now_ms)
+        for key in table.waiting:
+            self._hold_off(self._members.get(key, ()), because.get(key, WAITS), now_ms)
+
+    def _plan(self, key: str, hold: Hold, because: str, now_ms: int) -> None:
+        for name in self._members.get(key, (key,)):
+            row, item = self.tables.rows[name], self.tables.items[name].item
+            names = [self.state.nodes[node].name for node in hold.nodes]
+            late_ms = max(0, hold.end_ms - item.deadline_ms) if item.deadline_ms is not None else 0
+            why = (short(because) or row.plan.get("because", "")) if late_ms else ""
+            end = f"will miss its deadline by {duration(late_ms)}: {why}" if late_ms else ""
+            if row.state == "placed":
+                plan, reason = {**row.plan, "end_ms": hold.end_ms}, end
+            else:
+                plan = {**_promise(row.plan), "start_ms": hold.start_ms, "end_ms": hold.end_ms, "nodes": names}
+                reason = f"is to start at {when(hold.start_ms, now_ms)} on {', '.join(dict.fromkeys(names))}" + (f"; {end}" if end else "")
+            plan = {name: value for name, value in plan.items() if name != "because"} | ({"because": why} if why else {})
+            if row.plan != plan or row.reason != short(reason):
+                self.set(replace(row, plan=plan, reason=short(reason), changed_ms=now_ms if row.plan != plan else row.changed_ms))
+
+    # -- guards --------------------------------------------------------------------------------------------------------------
+
+    def _guard(self, table: Timetable, now_ms: int) -> None:
+        """Keep on each node the most that reservations ever need beyond what ends until then."""
+        wanted: dict[str, tuple[Guard, ...]] = {}
+        nodes = sorted({node for hold in table.reserved.values() for node in hold.nodes})
+        if nodes:
+            least = table.profile.least(now_ms, FAR - now_ms, np.array(nodes, np.int64))
+            for at, node in enumerate(nodes):
+                kept = self._shapes(node, (table.profile.at(node, now_ms) - least[at]).tolist())
+                if kept:
+                    wanted[self.state.nodes[node].name] = kept
+        for name in [name for name, kept in self.tables.guards.items() if wanted.get(name) != kept]:
+            self._lift(name)
+        for name, kept in wanted.items():
+            if name not in self.tables.guards:
+                for number, guard in enumerate(kept):
+                    self._put_guard(name, number, guard, now_ms)
+                self.ledger.put(self.tables.guards, name, kept)
+
+    def _put_guard(self, node: str, number: int, guard: Guard, now_ms: int) -> None:
+        shape, gpus = guard
+        self.state.adopt(Workload(_guard_id(node, number), shape, preemptible=False), Seat(self.state.node_index[node], gpus), now_ms)
+
+    def _shapes(self, node: int, lack: list[int]) -> tuple[Guard, ...]:
+        """What stands for so much ([resources, milli-GPU]) on a node; GPUs by the devices that have most to give."""
+        requests = {name: amount for name, amount in zip(self.state.resource_rows, lack, strict=False) if amount > 0}
+        found: list[Guard] = []
+        if requests:
+            found.append((Shape(Kind.BATCH, GUARD, (), tuple(sorted({SLOTS: 0, **requests}.items()))), ()))
+        milli = lack[-1]
+        own = {device: shape.gpu.milli for shape, gpus in self.tables.guards.get(self.state.nodes[node].name, ()) if shape.gpu is not None for device in gpus}
+        free = {device: int(value) + own.get(device, 0) for device, value in enumerate(self.state.gpu_free[node]) if value >= 0}
+        for device in sorted(free, key=lambda device: (-free[device], device)):
+            part = min(milli, free[device], GPU_WHOLE)
+            if part <= 0:
+                break
+            milli -= part
+            found.append((Shape(Kind.BATCH, GUARD, (), ((SLOTS, 0),), GpuRequest(1, part)), (device,)))
+        return tuple(found)
+
+    def _lift(self, node: str) -> None:
+        for number in range(len(self.tables.guards.get(node, ()))):
+            self.state.release(_guard_id(node, number))
+        if node in self.tables.guards:
+            self.ledger.put(self.tables.guards, node, None)
+
+
+def when(ms: int, now_ms: int) -> str:
+    """`14:03:20 UTC`, with the date where that is another day."""
+    if ms > LAST_DATE_MS:
+        return f"{ms} ms"
+    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%H:%M:%S UTC" if ms // DAY_MS == now_ms // DAY_MS else "%Y-%m-%d %H:%M:%S UTC")
+
+
+def _missed(name: str, verdict: Admission) -> Conflict:
+    """The refusal of a job that misses its deadline: by how much, for want of what, until when; and what would make it."""
+    remedies = ", or ".join(f"it makes it {remedy.text}" for remedy in verdict.remedies[:1]) + "".join(f", or {remedy.text}" for remedy in verdict.remedies[1:])
+    why = verdict.reason.text if verdict.reason is not None else ""
+    text = f"{name!r} will miss it by {duration(verdict.late_ms)}: {why}" if verdict.late_ms is not None else f"{name!r} cannot be promised: {why}"
+    return Conflict("workload.deadline_ms", text, (f"{remedies}; " if remedies else "") + f"with when_late: {ACCEPT} it is taken all the same")
+
+
+def _promise(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan outlives a new one."""
+    return {key: plan[key] for key in ("promise_ms",) if key in plan}
+
+
+def _guard_id(node: str, number: int) -> str:
+    return f"{GUARD}{node} {number}{LEAVING}"
