@@ -82,7 +82,7 @@ class SqliteWorkloads(ABC):
     def nodes(self) -> list[NodeRow]:
         """See `WorkloadStore.nodes`."""
         rows = self._write.execute("SELECT name, origin, document, cordon, seq, changed_ms, problem, tainted FROM nodes ORDER BY name")
-        return [NodeRow(row[0], row[1], json.loads(row[2]), *row[3:7], json.loads(row[7])) for row in rows]
+        return [NodeRow(row[0], row[1], json.loads(row[2]), row[3], row[4], row[5], row[6], json.loads(row[7])) for row in rows]
 
     def workloads(self) -> list[WorkloadRow]:
         """See `WorkloadStore.workloads`."""

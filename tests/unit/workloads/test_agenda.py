@@ -405,7 +405,7 @@ def live(steps: list[tuple[str, int]]) -> list[str]:
         for _ in range(1 + draw // 54 % 20):
             for row in list(desk.kept.workloads.values()):
                 item = desk.planner.tables.items[row.id].item
-                if row.state == "placed" and (row.id[0] == "c" and draw % 7 == 0 or row.id[0] == "j" and desk.now - row.plan["start_ms"] >= (item.duration_ms or 0)):
+                if row.state == "placed" and ((row.id[0] == "c" and draw % 7 == 0) or (row.id[0] == "j" and desk.now - row.plan["start_ms"] >= (item.duration_ms or 0))):
                     desk.do(lambda planner, now, name=row.id: planner.cancel(name, now))
             round_of(desk, rounds)
             broken += [f"{row.id}: {row.reason}" for row in desk.kept.workloads.values() if "will miss" in row.reason or "not there any more" in row.reason]
