@@ -5,7 +5,6 @@ The timetable plans with capacity, allowed nodes and time. Affinity, spread, NUM
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -37,14 +36,20 @@ def timetable(state: State, now_ms: int, margin_permille: int = MARGIN_PERMILLE,
         if item is not None and seat is not None:
             free[seat.node] += _need(state, item)
     over: Bools = np.logical_or.reduce(free < 0, axis=1)  # a node that became smaller than what it holds: nothing there is planned with
-    running = [(item, seat.node, int(state.w_start[slot])) for slot, item in enumerate(state.items)
-               if item is not None and (seat := state.seats[slot]) is not None and item.shape.kind is Kind.BATCH and item.duration_ms and not item.id.endswith(LEAVING) and not lost[seat.node] and not over[seat.node]]
-    for item, node, _ in running:
-        free[node] += _need(state, item)
+    needs: dict[int, Ints] = {}
+    running = list[Hold]()
+    for slot, item in enumerate(state.items):
+        seat = state.seats[slot]
+        if item is None or seat is None or item.shape.kind is not Kind.BATCH or not item.duration_ms or item.id.endswith(LEAVING) or lost[seat.node] or over[seat.node]:
+            continue
+        klass = int(state.w_class[slot])
+        need = needs[klass] if klass in needs else needs.setdefault(klass, _need(state, item))
+        free[seat.node] += need
+        planned = Job(item.id, tuple(need.tolist()), item.duration_ms, item.deadline_ms, item.priority, 1, margin_permille)
+        start = int(state.w_start[slot])
+        running.append(Hold(planned, (seat.node,), start, max(now_ms, ends.get(item.id, start + planned.planned_ms)), need))
     found = Timetable(names, [node.name for node in state.nodes], free, now_ms, human, when, reorder_most, backfill_depth)
-    for item, node, start in running:
-        planned = replace(job(state, item, margin_permille), id=item.id, members=1)
-        found.adopt(Hold(planned, (node,), start, max(now_ms, ends.get(item.id, start + planned.planned_ms)), _need(state, item)), now_ms)
+    found.adopt_all(running, now_ms)
     for node in np.flatnonzero(lost).tolist():
         found.node_gone(node, now_ms)
     return found

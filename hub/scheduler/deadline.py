@@ -92,6 +92,20 @@ class Timetable:
         self._enlist(hold.job)
         self.running[hold.job.id] = hold
 
+    def adopt_all(self, holds: Iterable[Hold], now_ms: int) -> None:
+        """Book all that runs at once, each on one node; only before anything else is. Raises as `adopt`."""
+        self._advance(now_ms)
+        on_node: dict[int, list[Hold]] = {}
+        for hold in holds:
+            self._check(hold.job)
+            self._enlist(hold.job)
+            self.running[hold.job.id] = hold
+            on_node.setdefault(hold.nodes[0], []).append(hold)
+        for node, there in on_node.items():
+            lasting = [(hold.end_ms, hold.need) for hold in there if hold.end_ms > now_ms]
+            if lasting:
+                self.profile.hold_until(node, lasting)
+
     def restore(self, holds: Iterable[Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
         """Reservations as they were kept, each where and when it was, whatever the job's allowed nodes say now; what no longer fits so, and jobs that have none (`loose`), are placed anew. Returns the promises that this broke."""
         self._advance(now_ms)

@@ -131,6 +131,23 @@ class Profile:
         self._free[node, first:last] -= need
         self._tidy(node)
 
+    def hold_until(self, node: int, holds: Sequence[tuple[int, Ints]]) -> None:
+        """As many `take`s from the profile's start to each end, at once; only for a node without holds. Raises `Overcommitted`, with nothing changed."""
+        ordered = sorted(holds, key=lambda hold: hold[0])
+        ends = np.unique(np.array([end for end, _ in ordered], np.int64))
+        needs = np.zeros((len(ends), self._free.shape[2]), np.int64)
+        np.add.at(needs, np.searchsorted(ends, [end for end, _ in ordered]), np.array([need for _, need in ordered]))
+        first = self._free[node, 0] - needs.sum(axis=0)
+        if (first < 0).any():
+            raise Overcommitted(f"node {node} lacks {int(-first.min())} of resource {int(first.argmin())} at {int(self._times[node, 0])} ms")
+        while len(ends) + 1 > self._times.shape[1]:
+            self._widen()
+        self._times[node, 1:len(ends) + 1] = ends
+        self._free[node, 0] = first
+        self._free[node, 1:len(ends) + 1] = first + np.cumsum(needs, axis=0)
+        self._steps[node] = len(ends) + 1
+        self._tidy(node)
+
     def give(self, node: int, start_ms: int, end_ms: int, need: Ints) -> None:
         """The opposite of `take`."""
         self.take(node, start_ms, end_ms, -need)
@@ -172,13 +189,17 @@ class Profile:
         if self._times[node, index] == at_ms:
             return index
         if steps == self._times.shape[1]:
-            self._times = np.concatenate([self._times, np.full_like(self._times, FAR)], axis=1)
-            self._free = np.concatenate([self._free, np.zeros_like(self._free)], axis=1)
+            self._widen()
         self._times[node, index + 2:steps + 1] = self._times[node, index + 1:steps].copy()
         self._free[node, index + 1:steps + 1] = self._free[node, index:steps].copy()
         self._times[node, index + 1] = at_ms
         self._steps[node] = steps + 1
         return index + 1
+
+    def _widen(self) -> None:
+        """Room for twice as many steps."""
+        self._times = np.concatenate([self._times, np.full_like(self._times, FAR)], axis=1)
+        self._free = np.concatenate([self._free, np.zeros_like(self._free)], axis=1)
 
     def _tidy(self, node: int) -> None:
         """Merge neighbouring steps of equal free capacity."""

@@ -61,7 +61,13 @@ class Agenda(Placing):
         """The timetable, while it is true at `_where`."""
         self._where: tuple[Any, ...] = ()
         self._now = 0
-        """When the timetable was made, for the times that it writes."""
+        """When the timetable was last looked at."""
+        self._edits = 0
+        """Grows when the timetable changes."""
+        self._begun: list[int] = []
+        """For each plan under way, `_edits` at its begin where the timetable was true then, else -1."""
+        self._more = False
+        """The last turn looked at as many jobs as it may, and started some: the next round goes on."""
         self._members: dict[str, tuple[str, ...]] = {}
         """Job of the timetable to its workloads."""
         self._never: dict[str, str] = {}
@@ -80,10 +86,23 @@ class Agenda(Placing):
         self._table = None
         return problems
 
+    def begin(self) -> None:
+        """Start a plan, or a part of one."""
+        super().begin()
+        self._begun.append(self._edits if self._table is not None and self._position(self._now) == self._where else -1)
+
     def undo(self) -> None:
         """Take back everything since the last `begin`."""
         super().undo()
-        self._table = None
+        if self._begun.pop() == self._edits:
+            self._where = self._position(self._now)  # the books are as they were, and so is the timetable
+        else:
+            self._table = None
+
+    def keep(self) -> None:
+        """Let everything since the last `begin` stand."""
+        super().keep()
+        self._begun.pop()
 
     def attempt(self, workload: str, now_ms: int) -> bool:
         """Place a waiting workload; one whose start is planned waits for its turn."""
@@ -126,6 +145,7 @@ class Agenda(Placing):
     def _admit(self, fresh: Collection[str], now_ms: int) -> None:
         """Plan jobs that came just now. Raises `Conflict` for one that will miss its deadline and is not to be taken then."""
         table, late = self._synced(now_ms, besides=fresh)
+        self._now = now_ms
         for key, names in self._groups():
             if not any(name in fresh for name in names):
                 continue
@@ -138,6 +158,7 @@ class Agenda(Placing):
                 self._hold_off(names, job, now_ms)
                 continue
             verdict = table.submit(job, now_ms)
+            self._edits += verdict.admitted
             if not verdict.admitted and job.deadline_ms is not None:
                 if entry.when_late == REFUSE:
                     raise _missed(names[0], verdict)
@@ -154,7 +175,7 @@ class Agenda(Placing):
         rows = self.tables.rows
         if not self.tables.guards and all(rows[name].state == "placed" and rows[name].plan.get("end_ms", FAR) > now_ms for name in self.tables.timed):
             return
-        changed = self._table is None or self._position(now_ms) != self._where
+        changed = self._more or self._table is None or self._position(now_ms) != self._where
         due = None if self._table is None else self._table.next_ms()
         if not changed and (due is None or due > now_ms):
             return
@@ -178,6 +199,7 @@ class Agenda(Placing):
         if verdict.forecast is None:
             return verdict
         again = table.submit(replace(job, deadline_ms=verdict.forecast.by_ms), now_ms)
+        self._edits += again.admitted
         if again.admitted:
             for name in names:
                 row = self.tables.rows[name]
@@ -241,12 +263,14 @@ class Agenda(Placing):
     def _synced(self, now_ms: int, besides: Collection[str] = ()) -> tuple[Timetable, list[Late]]:
         """The timetable as the books are now, without the jobs of `besides`; and the promises that are broken by what has changed."""
         if self._table is not None and self._position(now_ms) == self._where:
+            self._now = now_ms
             return self._table, []
         rows, state, gone = self.tables.rows, self.state, self._gone(now_ms)
         ends = {name: int(rows[name].plan["end_ms"]) for name in self.tables.timed if rows[name].state == "placed" and "end_ms" in rows[name].plan}
         guards = [_guard_id(node, number) for node, kept in self.tables.guards.items() for number in range(len(kept))]
         table = bookings.timetable(state, now_ms, ends=ends, guards=guards, gone=gone, when=lambda ms: when(ms, self._now), reorder_most=REORDER_MOST, backfill_depth=BACKFILL_DEPTH)
         self._now, self._members, self._never = now_ms, {}, {}
+        self._edits += 1
         holds, loose, undated = list[Hold](), list[Job](), list[Job]()
         for key, names in self._groups():
             if any(name in besides for name in names):
@@ -275,7 +299,9 @@ class Agenda(Placing):
 
     def _turn(self, table: Timetable, now_ms: int, late: list[Late]) -> None:
         """Start what starts now, then keep what is planned."""
+        self._edits += 1
         started, more = table.turn(now_ms)
+        self._more = len(started) > 0 and len(table.waiting) > 0
         whole = True
         for hold in started:
             if not self._start(hold, now_ms):
