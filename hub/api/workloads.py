@@ -1,6 +1,7 @@
 """Handlers of workloads, nodes and the scheduler."""
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -54,8 +55,9 @@ class WorkloadApi:
 
     async def submit(self, request: web.Request) -> web.Response:
         """See the table."""
-        rows = await self._hub.workloads.submit(read_list(await body_of(request)))
-        return answer({"workloads": await self._hub.workloads.look(lambda planner: [views.workload_view(planner, row) for row in rows])})
+        rows, together = await self._hub.workloads.submit_all(read_list(await body_of(request)))
+        shown = await self._hub.workloads.look(lambda planner: [views.workload_view(planner, row) for row in rows])
+        return answer({"workloads": shown, "together": None if together is None else asdict(together)})
 
     async def workloads(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -27,7 +27,7 @@ from ..scheduler.units import GPU_WHOLE, LEAVING, SLOTS
 from ..store.workloads import NodeRow, PlacementRow, WorkloadRow
 from .book import Guard, short
 from .documents import ACCEPT, REFUSE, Conflict, Submitted
-from .placing import Placing, together
+from .placing import Placing, Together, together
 
 REORDER_MOST = 32
 """Reservations up to which a submit tries other orders of all of them: under 100 ms at 1,000 nodes, which all others wait."""
@@ -126,11 +126,12 @@ class Agenda(Placing):
     def _spoken_for(self, workload: str, node: str, victims: Iterable[str]) -> bool:
         return any(name in self.tables.timed for name in victims) and self._reserved_on(node, workload)
 
-    def _first_try(self, fresh: Sequence[str], now_ms: int) -> None:
+    def _first_try(self, fresh: Sequence[str], now_ms: int) -> Together | None:
         timed = [name for name in fresh if self.is_timed(name)]
-        super()._first_try([name for name in fresh if name not in self.tables.timed], now_ms)
+        found = super()._first_try([name for name in fresh if name not in self.tables.timed], now_ms)
         if timed:
             self._admit(timed, now_ms)
+        return found
 
     def _book(self, row: WorkloadRow, placed: Placed, now_ms: int) -> None:
         super()._book(row, placed, now_ms)

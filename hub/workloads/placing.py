@@ -1,20 +1,28 @@
 """Placing: one workload, a gang, with room made by moving others where priority or a quota gives the right to it. Pure."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edge_runtime.contract.limits import MAX_INTEGER
 from edge_runtime.contract.workloads import KINDS
 
-from ..scheduler import Decision, Invalid, Placed, Shape, Workload, preempt, quota, refuse_cycles
+from ..scheduler import Decision, Invalid, Placed, Shape, Workload, improve, preempt, quota, refuse_cycles
 from ..scheduler import gang as gangs
+from ..scheduler.arrays import UP
 from ..scheduler.model import GpuRequest
 from ..scheduler.reasons import Bools
 from ..store.workloads import FINAL_STATES, PlacementRow, WorkloadRow
 from .book import PREEMPTED, Book, short
 from .documents import Conflict, Submitted, difference
+
+TOGETHER_MOST = 50_000
+"""Workloads times nodes up to which a list may be placed together: under 100 ms, which all others wait; larger ones go one by one."""
+
+TOGETHER_STEPS = 20_000
+TOGETHER_STEP_NODES = 70
+"""Steps of improvement: the first by nodes and the second, as a step's time is that of so many nodes and each node: 100 ms in all."""
 
 MAX_LIVE = 100_000
 """Workloads that wait or are placed: their rows and arrays take about 4 kB each."""
@@ -28,11 +36,25 @@ MAX_AVOIDED = 16
 """Nodes that one workload avoids at once, the newest."""
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """How well a list was placed: how many of it, how many there could be at most, in which way, and after how many steps of improvement."""
+
+    placed: int
+    bound: int
+    how: str
+    steps: int
+
+
 class Placing(Book):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
 
     def submit(self, entries: Sequence[Submitted], now_ms: int) -> list[str]:
         """Take workloads in and place what can be placed; returns the ids. What is there already is left as it stands. Raises `Invalid` or `Conflict`."""
+        return self.submit_all(entries, now_ms)[0]
+
+    def submit_all(self, entries: Sequence[Submitted], now_ms: int) -> tuple[list[str], Together | None]:
+        """As `submit`; and how well a list was placed."""
         fresh: list[Submitted] = []
         for entry in entries:
             self.scheduler.ranker.check(entry.item.shape.weights)
@@ -50,18 +72,89 @@ class Placing(Book):
         for entry in fresh:
             self.ledger.put(self.tables.items, entry.item.id, entry)
             self.set(WorkloadRow(entry.item.id, entry.document, created_ms=now_ms, changed_ms=now_ms, reason="not looked at yet"))
-        self._first_try([entry.item.id for entry in fresh], now_ms)
-        return [entry.item.id for entry in entries]
+        found = self._first_try([entry.item.id for entry in fresh], now_ms)
+        return [entry.item.id for entry in entries], found
 
-    def _first_try(self, fresh: Sequence[str], now_ms: int) -> None:
-        """Place what came in one request."""
+    def _first_try(self, fresh: Sequence[str], now_ms: int) -> Together | None:
+        """Place what came in one request; how well, where there was more than one to place."""
+        singles = [name for name in fresh if not self.tables.items[name].item.gang]
+        gangs = [name for name in fresh if self.tables.items[name].item.gang]
+        if len(singles) < 2:
+            self._one_by_one(fresh, now_ms)
+            return None
+        found = self.place_list(singles, now_ms)
+        if gangs:
+            self._one_by_one([*gangs, *(name for name in singles if self.tables.items[name].item.shape.affinity)], now_ms)
+        return found
+
+    def _one_by_one(self, names: Sequence[str], now_ms: int) -> None:
         # What other workloads of the request wait for by affinity may come after them in the list.
-        left = list(fresh)
+        left = list(names)
         while left:
             waits = [workload for workload in left if not self.attempt(workload, now_ms)]
             if len(waits) == len(left) or not any(self.tables.items[workload].item.shape.affinity for workload in waits):
                 break
             left = [workload for workload in waits if self.tables.rows[workload].state == "pending"]
+
+    def place_list(self, names: Sequence[str], now_ms: int) -> Together:
+        """Place waiting workloads that are no gang: one by one, as the policies say; where some find a place and some none, all together, if that gives more of them a place."""
+        bound = self._bound(names)
+        self.begin()
+        self._one_by_one(names, now_ms)
+        alone = self._placed(names)
+        count = sum(alone)
+        if count in (0, len(names)) or count >= bound or len(names) * self.state.size > TOGETHER_MOST:
+            self.keep()
+            return Together(count, bound, "one by one", 0)
+        self.undo()
+        steps = min(improve.STEPS_PER_WORKLOAD * len(names), TOGETHER_STEPS // (TOGETHER_STEP_NODES + self.state.size))
+        self.begin()
+        free = [name for name in names if not self._avoided(self.tables.rows[name], now_ms) and self.tables.rows[name].epoch < MAX_INTEGER]
+        found = improve.place_together(self.scheduler, [self.tables.items[name].item for name in free], now_ms, steps=steps)
+        for placed in found.placed.values():
+            self._book(self.tables.rows[placed.workload], placed, now_ms)
+        self._one_by_one([name for name in names if name not in found.placed], now_ms)
+        together = self._placed(names)
+        if together > alone:
+            self.keep()
+            return Together(sum(together), bound, "together", found.steps)
+        self.undo()
+        self._one_by_one(names, now_ms)
+        return Together(count, bound, "one by one", found.steps)
+
+    def _placed(self, names: Iterable[str]) -> tuple[int, ...]:
+        """How many of them have a place, by priority from the highest down."""
+        counts: dict[int, int] = {}
+        for name in names:
+            priority = self.tables.items[name].item.priority
+            counts[priority] = counts.get(priority, 0) + (self.tables.rows[name].state == "placed")
+        return tuple(count for _, count in sorted(counts.items(), reverse=True))
+
+    def _bound(self, names: Sequence[str]) -> int:
+        """As many of them as could have a place at most: those that some node could hold, and by each resource, all nodes' room together with all that others might have to give up."""
+        state = self.state
+        usable = (state.status == UP) & ~state.cordon
+        top = max(self.tables.items[name].item.priority for name in names)
+        lends = any((limits := state.quotas.get(self.tables.items[name].item.tenant)) is not None and limits.cohort for name in names)
+        room = np.maximum(np.append(np.maximum(state.gpu_free, 0).sum(1)[None, :], state.free, axis=0), 0)  # milli-GPU first, as in the levels
+        for priority, held in state.levels.items():
+            if priority < top or lends:
+                room = room + held
+        total = np.where(usable, room, 0).sum(1)
+        needs = []
+        for name in names:
+            item = self.tables.items[name].item
+            try:
+                klass = state.klass(item.shape)
+            except Invalid:
+                continue
+            if ((state.facts(klass).fails == 0) & usable & (state.cap[klass.resources] >= klass.amounts).all(0)).any():
+                gpu = item.shape.gpu
+                needs.append(np.append(gpu.count * gpu.milli if gpu is not None else 0, klass.request))
+        if not needs:
+            return 0
+        fitting = np.cumsum(np.sort(np.array(needs), axis=0), axis=0) <= total
+        return int(fitting.sum(axis=0).min())
 
     def _live_shapes(self) -> list[Shape]:
         return [klass.shape for klass in self.state.classes if klass is not None and self.state.class_live[klass.id]]

@@ -42,6 +42,7 @@ class Rounds:
         self._first: list[str] = []
         self._rest: list[str] = []
         self._again = False
+        self._up = 0
 
     def reconcile(self, heard: Mapping[str, Heard], now_ms: int) -> None:
         """One round: who is there, who is lost, who must leave, who can be placed. Bounded work."""
@@ -105,9 +106,21 @@ class Rounds:
         if not self._rest and self._again:
             self._rest, self._again = self._order(), False
         failed: set[tuple[Any, ...]] = set()
+        up = sum(self._planner.is_up(name) for name in self._planner.tables.nodes)
+        if up > self._up and self._first:
+            self._together(now_ms)
+        self._up = up
         self._attempt(self._asked_again(now_ms), DECISIONS_PER_ROUND, failed, now_ms)
         left = self._attempt(self._first, DECISIONS_PER_ROUND // 2, failed, now_ms)
         self._attempt(self._rest, DECISIONS_PER_ROUND // 2 + left, failed, now_ms)
+
+    def _together(self, now_ms: int) -> None:
+        """Nodes have come, as after the hub's start: what goes first of all that waits is placed together."""
+        tables, planner = self._planner.tables, self._planner
+        first = self._first[-DECISIONS_PER_ROUND // 2:][::-1]
+        names = [name for name in first if tables.rows[name].state == "pending" and not tables.items[name].item.gang and not tables.rows[name].avoid and name not in tables.room]
+        if len(names) > 1:
+            planner.place_list(names, now_ms)
 
     def _order(self) -> list[str]:
         """What waits, the next one last: by priority, then the tenant that has least of its share, then age."""

@@ -21,6 +21,7 @@ from ..scheduler import Invalid
 from ..store.base import Store, StoredRecord
 from ..store.workloads import WorkloadRow
 from .documents import Conflict, Submitted, read_workload
+from .placing import Together
 from .planner import Planner
 from .rounds import Heard, Rounds
 from .views import usage
@@ -170,10 +171,14 @@ class Workloads:
 
     async def submit(self, entries: list[Submitted]) -> list[WorkloadRow]:
         """Take workloads in; what became of each, kept by the store when this returns."""
+        return (await self.submit_all(entries))[0]
+
+    async def submit_all(self, entries: list[Submitted]) -> tuple[list[WorkloadRow], Together | None]:
+        """As `submit`; and how well a list was placed."""
         began = perf_counter()
-        ids: list[str] = await self.ask(lambda planner, now: planner.submit(entries, now), len(entries))
+        ids, found = await self.ask(lambda planner, now: planner.submit_all(entries, now), len(entries))
         self.waits_ms.append((perf_counter() - began) * 1000)
-        return [row for name in ids if (row := self.rows.get(name)) is not None]
+        return [row for name in ids if (row := self.rows.get(name)) is not None], found
 
     # -- the task ------------------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,9 @@ def _submit(hub: Api, options: Any, show: Show) -> int:
         raise CommandError(f"workload submit: {options.name} cannot be read ({error}); give a JSON file with a workload or a list of them") from None
     answer = hub.call("POST", "/api/v1/workloads", documents)
     show(answer, options.json, [_row(one) for one in answer["workloads"]], HEAD)
+    together = answer["together"]
+    if together is not None and not options.json:
+        print(f"{together['placed']} placed {together['how']}, at most {together['bound']} could be")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
+from hub.workloads import placing
 from hub.workloads import planner as planner_module
 from hub.workloads.documents import MAX_LIST, Conflict, difference, read_list
 from hub.workloads.placing import AVOID_FIRST_MS
@@ -21,6 +23,14 @@ from tools.bench import placement_log
 from .kept import Desk
 
 Json = dict[str, Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps() -> Iterator[None]:
+    """Lists are searched briefly: it is the books that are looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "TOGETHER_STEPS", 500)
+        yield
 
 
 def work(name: str, cpu: Any = 1, **more: Any) -> Json:
@@ -447,7 +457,7 @@ def test_a_plan_that_is_taken_back_leaves_no_trace() -> None:
     check_invariants(planner.state)
 
 
-OPERATION = st.tuples(st.sampled_from(["submit", "submit", "submit", "cancel", "drain", "uncordon", "remove", "add", "said", "said", "silent", "taint", "round", "kill", "refuse"]), st.integers(0, 2**20))
+OPERATION = st.tuples(st.sampled_from(["submit", "submit", "list", "cancel", "drain", "uncordon", "remove", "add", "said", "said", "silent", "taint", "round", "kill", "refuse"]), st.integers(0, 2**20))
 
 
 def play(desk: Desk, steps: list[tuple[str, int]]) -> None:
@@ -474,6 +484,15 @@ def play(desk: Desk, steps: list[tuple[str, int]]) -> None:
                 pass
             else:
                 acknowledged[name] = document
+        elif what == "list":
+            documents = [work(f"w{chance.randrange(12, 40)}", chance.choice(["500m", 1, 3]), labels={"app": chance.choice("xy")}, priority=chance.randrange(2)) for _ in range(4)]
+            documents = list({document["id"]: document for document in documents}.values())
+            try:
+                desk.submit(*documents)
+            except Conflict:
+                pass
+            else:
+                acknowledged |= {document["id"]: document for document in documents}
         elif what == "cancel":
             desk.do(lambda planner, now, name=name: planner.cancel(name, now))
         elif what in ("drain", "uncordon"):
@@ -523,7 +542,7 @@ def test_nothing_is_lost_double_or_overcommitted_whatever_happens(steps: list[tu
 
 def _random_steps(seed: int, count: int) -> list[tuple[str, int]]:
     chance = random.Random(seed)
-    names = ["submit"] * 5 + ["cancel", "drain", "uncordon", "said", "said", "said", "silent", "round", "round", "kill", "remove", "add"]
+    names = ["submit"] * 4 + ["list"] + ["cancel", "drain", "uncordon", "said", "said", "said", "silent", "round", "round", "kill", "remove", "add"]
     return [(chance.choice(names), chance.randrange(2**20)) for _ in range(count)]
 
 
