@@ -51,6 +51,10 @@ QUOTA = {
     "type": "object",
     "properties": {"nominal": OBJECT, "cohort": {"type": "string"}, "borrow": OBJECT, "weight": {"type": "integer", "minimum": 1, "maximum": 1_000_000}},
 }
+REBALANCE = {
+    "type": "object", "additionalProperties": False,
+    "properties": {"drain": {"type": "array", "items": NAME, "maxItems": 32}, "go": {"type": "boolean", "default": False}},
+}
 WHAT_IF = {
     "type": "object", "additionalProperties": False,
     "properties": {
@@ -117,6 +121,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/api/v1/nodes/{node}/drain", "drain", "Move away what is there; it takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/cordon", "cordon", "It takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/uncordon", "uncordon", "It takes workloads again", OBJECT, changes=True),
+    Operation("get", "/api/v1/rebalance", "rebalances", "Rebalancing operations, newest first", LIST),
+    Operation("post", "/api/v1/rebalance", "rebalance", "Plan moves that rebalance the cluster, or empty nodes; with go, carry them out step by step", OBJECT, body=REBALANCE, changes=True),
+    Operation("delete", "/api/v1/rebalance/{rebalance}", "cancel_rebalance", "Begin no more of its moves", OBJECT, changes=True),
     Operation("get", "/api/v1/budgets", "budgets", "Disruption budgets", LIST),
     Operation("put", "/api/v1/budgets/{budget}", "put_budget", "Allow so many of the selected workloads to be moved at once", OBJECT, body=BUDGET, changes=True),
     Operation("delete", "/api/v1/budgets/{budget}", "delete_budget", "Forget a budget", OBJECT, changes=True),
@@ -128,7 +135,7 @@ OPERATIONS: tuple[Operation, ...] = (
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME}
 
 
 def document() -> dict[str, Any]:
@@ -150,7 +157,7 @@ def document() -> dict[str, Any]:
         if operation.changes:
             responses["409"] = {"description": "it contradicts what stands", **error}
             responses["503"] = {"description": "busy, or the store refused: nothing was done", **error}
-        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant")):
+        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant", "rebalance")):
             responses["404"] = {"description": "not known", **error}
         if operation.body is not None:
             responses["413"] = {"description": "the body is too large", **error}

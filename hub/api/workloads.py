@@ -1,6 +1,7 @@
 """Handlers of workloads, nodes and the scheduler."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ..store.workloads import FINAL_STATES, LIVE_STATES
 from ..workloads import views
 from ..workloads.documents import name_of, read_list, read_node
 from ..workloads.planner import Planner
+from ..workloads.rebalancing import MAX_DRAINED, propose
 from ..workloads.service import KEEP_MINUTES, Busy
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of
 
@@ -176,41 +178,78 @@ class WorkloadApi:
         await self._hub.workloads.ask(lambda planner, now: planner.cordon(name, how, now))
         return await self._shown(name)
 
-    # -- budgets and the whole -----------------------------------------------------------------------------------------------
+    # -- rebalancing ---------------------------------------------------------------------------------------------------------
+
+    async def rebalances(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await self._hub.workloads.look(lambda planner: list(planner.tables.rebalances.values())[::-1]))
+
+    async def rebalance(self, request: web.Request) -> web.Response:
+        """See the table."""
+        value, service = await object_of(request), self._hub.workloads
+        unknown = sorted(set(value) - {"drain", "go"})
+        if unknown:
+            raise Invalid(unknown[0][:80], "is not known here", "send drain or go")
+        drained, go = value.get("drain", []), value.get("go", False)
+        if not isinstance(drained, list) or len(drained) > MAX_DRAINED:
+            raise Invalid("drain", "is not a list, or too long", f"send a list of at most {MAX_DRAINED} nodes")
+        if not isinstance(go, bool):
+            raise Invalid("go", f"{str(go)[:40]!r} is neither true nor false", "send true to carry the plan out")
+        nodes = list(dict.fromkeys(name_of(name, f"drain[{index}]") for index, name in enumerate(drained)))
+        inputs = await service.look(lambda _: service.rebalancing.inputs(nodes, service.now_ms()))
+        proposal = await self._hub.think(lambda: propose(inputs))
+        return answer(await service.ask(lambda _, now: service.rebalancing.start(proposal, now)) if go else proposal)
+
+    async def cancel_rebalance(self, request: web.Request) -> web.Response:
+        """See the table."""
+        name, service = request.match_info["rebalance"], self._hub.workloads
+        found = await service.ask(lambda _, now: service.rebalancing.stop(name, now))
+        if found is None:
+            raise NotKnown("rebalance", f"{name[:64]!r} is not known", "list /api/v1/rebalance")
+        return answer(found)
+
+    # -- budgets and quotas: documents by name -------------------------------------------------------------------------------
 
     async def budgets(self, _request: web.Request) -> web.Response:
         """See the table."""
-        return answer(await self._hub.workloads.look(lambda planner: [{**document, "name": name} for name, document in planner.tables.budgets.items()]))
+        return await self._documents(lambda planner: planner.tables.budgets, "name")
 
     async def put_budget(self, request: web.Request) -> web.Response:
         """See the table."""
-        name, value = name_of(request.match_info["budget"], "budget"), await object_of(request)
-        await self._hub.workloads.ask(lambda planner, _: planner.put_budget(name, value))
-        return answer({**value, "name": name})
+        return await self._put_document(request, "budget", "budget", "name", Planner.put_budget)
 
     async def delete_budget(self, request: web.Request) -> web.Response:
         """See the table."""
-        name = request.match_info["budget"]
-        if not await self._hub.workloads.ask(lambda planner, _: planner.remove_budget(name)):
-            raise NotKnown("budget", f"{name[:64]!r} is not known", "list /api/v1/budgets")
-        return answer({"budget": name, "known": False})
+        return await self._delete_document(request, "budget", "budget", Planner.remove_budget)
 
     async def quotas(self, _request: web.Request) -> web.Response:
         """See the table."""
-        return answer(await self._hub.workloads.look(lambda planner: [{**document, "tenant": tenant} for tenant, document in planner.tables.quotas.items()]))
+        return await self._documents(lambda planner: planner.tables.quotas, "tenant")
 
     async def put_quota(self, request: web.Request) -> web.Response:
         """See the table."""
-        tenant, value = name_of(request.match_info["tenant"], "quota"), await object_of(request)
-        await self._hub.workloads.ask(lambda planner, _: planner.put_quota(tenant, value))
-        return answer({**value, "tenant": tenant})
+        return await self._put_document(request, "quota", "tenant", "tenant", Planner.put_quota)
 
     async def delete_quota(self, request: web.Request) -> web.Response:
         """See the table."""
-        tenant = request.match_info["tenant"]
-        if not await self._hub.workloads.ask(lambda planner, _: planner.remove_quota(tenant)):
-            raise NotKnown("quota", f"{tenant[:64]!r} has none", "list /api/v1/quotas")
-        return answer({"tenant": tenant, "known": False})
+        return await self._delete_document(request, "quota", "tenant", Planner.remove_quota)
+
+    async def _documents(self, table: Callable[[Planner], dict[str, dict[str, Any]]], key: str) -> web.Response:
+        return answer(await self._hub.workloads.look(lambda planner: [{**document, key: name} for name, document in table(planner).items()]))
+
+    async def _put_document(self, request: web.Request, what: str, part: str, key: str, put: Callable[[Planner, str, Any], Any]) -> web.Response:
+        """`part`: what the path calls its name, `key`: what the document calls it."""
+        name, value = name_of(request.match_info[part], what), await object_of(request)
+        await self._hub.workloads.ask(lambda planner, _: put(planner, name, value))
+        return answer({**value, key: name})
+
+    async def _delete_document(self, request: web.Request, what: str, part: str, remove: Callable[[Planner, str], bool]) -> web.Response:
+        name = request.match_info[part]
+        if not await self._hub.workloads.ask(lambda planner, _: remove(planner, name)):
+            raise NotKnown(what, f"{name[:64]!r} is not known", f"list /api/v1/{what}s")
+        return answer({part: name, "known": False})
+
+    # -- the whole -----------------------------------------------------------------------------------------------------------
 
     async def scheduler(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -39,9 +39,13 @@ class Limits:
     """kbit/s of a node that states no network capacity: gigabit Ethernet."""
     restart_ms: int = 30_000
     """How long a workload that cannot migrate takes to be up in its new place."""
+    migrates: bool = True
+    """Whether there are drivers that migrate. Without them every move is a restart: budgets count all, nothing is carried."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
+            if name == "migrates":
+                continue
             if getattr(self, name) < 1:
                 raise Invalid(f"limits.{name}", f"{getattr(self, name)} allows no move at all", "give 1 or more")
 
@@ -189,6 +193,10 @@ class Course:
         self._places = self.state.attributes
         """What the nodes' labels said before `give_up`."""
 
+    def live(self, item: Workload) -> bool:
+        """Whether the workload goes on while it moves."""
+        return item.migratable and self.limits.migrates
+
     def give_up(self, names: Sequence[str]) -> None:
         """These nodes are to be empty: they take nothing, and their domains count for no spread, as if they were gone."""
         self.state.add_nodes([replace(self.state.nodes[self.state.node_index[name]], labels=()) for name in names])
@@ -214,9 +222,9 @@ class Course:
         sites = self._sites(source, target)
         if sites is not None and sum(self._sites(a, b) == sites for _, a, b in self.busy) >= limits.per_link:
             return f"{limits.per_link} moves are under way between the two sites"
-        if not item.migratable:
+        if not self.live(item):
             for budget in state.budgets.values():
-                if budget.covers(item) and sum(budget.covers(other) for other, _, _ in self.busy if not other.migratable) >= budget.allowed:
+                if budget.covers(item) and sum(budget.covers(other) for other, _, _ in self.busy if not self.live(other)) >= budget.allowed:
                     return f"budget {budget.name} allows {budget.allowed} disruption{'' if budget.allowed == 1 else 's'} at a time"
         return ""
 
@@ -257,8 +265,8 @@ class Course:
         begin_move(self.state, item.id, places, self.now_ms)
         self.busy.append((item, seat.node, target))
         names = self.state.nodes
-        carried = item.state_bytes if item.migratable else 0
-        return Move(item.id, names[seat.node].name, names[target].name, "migrate" if item.migratable else "restart", carried, start_ms,
+        carried = item.state_bytes if self.live(item) else 0
+        return Move(item.id, names[seat.node].name, names[target].name, "migrate" if self.live(item) else "restart", carried, start_ms,
                     start_ms + self.duration_ms(item, seat.node, target), places, hop)
 
     def end_all(self) -> None:
@@ -269,7 +277,7 @@ class Course:
 
     def duration_ms(self, item: Workload, source: int, target: int) -> int:
         """How long a move takes where as many run beside it as the limits let."""
-        if not item.migratable:
+        if not self.live(item):
             return self.limits.restart_ms
         kbps = min(self._node_kbps(source), self._node_kbps(target)) // self.limits.per_node
         sites = self._sites(source, target)

@@ -8,6 +8,7 @@ from ..scheduler import quota
 from ..scheduler.arrays import SILENT, UP
 from ..scheduler.model import Effect
 from .planner import Planner
+from .rebalancing import Rebalancing
 
 LOST_AFTER_MS = 300_000
 """A node that is no edge has lost what it held after so long without a sign of life: kube's default for the same."""
@@ -37,6 +38,7 @@ class Rounds:
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
+        self._rebalancing = Rebalancing(planner)
         self._tried = -1
         self._drained = -1
         self._first: list[str] = []
@@ -52,14 +54,16 @@ class Rounds:
         planner.budgets()
         if self._drained != planner.version:
             self._drained = planner.version
+            emptied = (self._rebalancing.running() or {}).get("nodes", ())  # by a plan, in its order
             for name in [row.name for row in planner.tables.nodes.values() if row.cordon == "drain" and row.name in planner.state.node_index]:
-                if planner.tables.on_node.get(name):
+                if name not in emptied and planner.tables.on_node.get(name):
                     planner.drain(name, now_ms)
         if any(taint.effect is Effect.NO_EXECUTE and planner.state.attributes.tainted[code].any() for taint, code in planner.state.attributes.taints.items()):
             trial = planner.trial()
             moves = trial.execute_taints(now_ms)
             planner.scheduler.tainted_since = trial.tainted_since
             planner.apply(moves[:DECISIONS_PER_ROUND], now_ms)
+        self._rebalancing.advance(now_ms)
         planner.replan(now_ms)
         self._retry(now_ms)
 

@@ -23,6 +23,7 @@ from ..store.workloads import WorkloadRow
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
+from .rebalancing import Rebalancing
 from .rounds import Heard, Rounds
 from .views import usage
 
@@ -93,6 +94,7 @@ class Workloads:
         self._write, self._read, self._tell, self._desired, self._clock = write, read, tell, desired, now_ms
         self.planner = Planner()
         self._rounds = Rounds(self.planner)
+        self.rebalancing = Rebalancing(self.planner)
         self.turn = asyncio.Lock()
         """Held while the planner may know more than the store: whoever reads the planner takes it."""
         self.rows: dict[str, WorkloadRow] = {}

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", _explain, "why a decision was made: EDGE/SEQ; why a workload is where it is, or waits: workload ID")
     explain.add_argument("decision", help="EDGE/SEQ, or SEQ with --edge-api; or the word workload")
     explain.add_argument("workload", nargs="?", default="", help="the workload's id")
-    add_commands(command, _print)
+    add_commands(command, _print, _plain)
     verify = command("verify", _verify, "prove that the hub holds exactly what the edges journalled")
     verify.add_argument("edges", nargs="*", help="default: all")
     journal = command("journal", _journal, "look into a journal on disk: summary, check, show STREAM")

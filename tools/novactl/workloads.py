@@ -16,8 +16,8 @@ Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
 GIB = 1 << 30
 
 
-def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.ArgumentParser], show: Show) -> None:
-    """Add `workload`, `nodes` and `node` to the parser; `show(value, as_json, rows, head)` prints."""
+def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.ArgumentParser], show: Show, plain: Callable[[str], str]) -> None:
+    """Add `rebalance`, `workload`, `nodes` and `node` to the parser; `show(value, as_json, rows, head)` prints, `plain` makes text safe for a terminal."""
 
     def workload(options: Any) -> int:
         hub = hub_api(options.hub, options.token)
@@ -42,6 +42,33 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
         show(answer, options.json, [_node_row(answer)], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
         return 0
 
+    def rebalance(options: Any) -> int:
+        hub = hub_api(options.hub, options.token)
+        if options.what == "list":
+            found = hub.get("/api/v1/rebalance")
+            show(found, options.json, [[one["id"], one["kind"], one["state"], f"{min(one['step'] + 1, len(one['steps']))} of {len(one['steps'])}", one["moves"], one["reason"] or one["text"]] for one in found],
+                 ["id", "kind", "state", "step", "moves", "reason"])
+            return 0
+        if options.what == "cancel":
+            if not options.id:
+                raise CommandError("rebalance cancel: the id is missing; novactl rebalance list lists them")
+            answer = hub.call("DELETE", f"/api/v1/rebalance/{quote(options.id, safe='')}")
+        else:
+            answer = hub.call("POST", "/api/v1/rebalance", {"drain": options.drain, "go": options.what == "go"})
+        rows = [[number + 1, move["workload"], move["source"], move["target"], move["how"], move["state"], move.get("waits_for", "")] for number, step in enumerate(answer["steps"]) for move in step]
+        show(answer, options.json, rows, ["step", "workload", "from", "to", "how", "state", "waits for"])
+        if not options.json:
+            print(plain(f"{answer['id'] or 'a plan only'}: {answer['state']}: {answer['reason'] or answer['text']}"))
+            for one in answer["refused"]:
+                print(plain(f"  not moved: {one['workload']}: {one['reason']}"))
+            for one in answer["stays"]:
+                print(plain(f"  stays: {one['workload']} on {one['node']}: {one['reason']}"))
+        return 0
+
+    parser = command("rebalance", rebalance, "moves that rebalance the cluster or empty nodes: plan (default), go, list, cancel ID")
+    parser.add_argument("what", nargs="?", default="plan", choices=("plan", "go", "list", "cancel"))
+    parser.add_argument("id", nargs="?", default="", help="cancel: which")
+    parser.add_argument("--drain", action="append", default=[], metavar="NODE", help="empty this node; may be given several times")
     parser = command("workload", workload, "workloads: submit FILE (- for standard input), list, cancel ID")
     parser.add_argument("what", choices=("submit", "list", "cancel"))
     parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
