@@ -78,10 +78,30 @@ def test_a_planned_start_is_shown(novactl: Run, tmp_path: Path) -> None:
         novactl("workload", "cancel", name)
 
 
+def test_rebalance_plan_go_list_cancel(novactl: Run, tmp_path: Path) -> None:
+    file = tmp_path / "w.json"
+    for name, other in (("b1", "n-2"), ("b2", "n-1")):
+        novactl("node", "cordon", other)
+        file.write_text(json.dumps({"id": name, "requests": {"cpu": 1}}))
+        novactl("workload", "submit", str(file))
+        novactl("node", "uncordon", other)
+    status, out, _ = novactl("rebalance")
+    assert status == 0 and "a plan only: planned: after moving 1 workload" in out and "restart" in out
+    assert json.loads(novactl("rebalance", "list", "--json")[1]) == []
+    status, out, _ = novactl("rebalance", "go", "--drain", "n-1")
+    assert status == 0 and "running" in out
+    name = json.loads(novactl("rebalance", "list", "--json")[1])[0]["id"]
+    assert name in novactl("rebalance", "list")[1]
+    assert json.loads(novactl("rebalance", "cancel", name, "--json")[1])["state"] in ("cancelled", "done")
+    assert json.loads(novactl("node", "uncordon", "n-1", "--json")[1])["cordon"] == ""
+    for name in ("b1", "b2"):
+        novactl("workload", "cancel", name)
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (("workload", "submit"), "file is missing"), (("workload", "submit", "/nowhere"), "cannot be read"), (("workload", "cancel"), "id is missing"), (("workload", "cancel", "none"), "not known"),
     (("explain", "workload"), "id is missing"), (("explain", "workload", "none"), "not known"), (("explain", "gw/1", "more"), "too much"), (("node", "drain", "none"), "not known"),
-    (("workload", "list", "--state", "odd"), "unknown"),
+    (("workload", "list", "--state", "odd"), "unknown"), (("rebalance", "cancel"), "id is missing"), (("rebalance", "cancel", "none"), "not known"), (("rebalance", "go", "--drain", "none"), "is no node"),
 ])
 def test_what_is_wrong_is_said_in_one_line(novactl: Run, arguments: tuple[str, ...], words: str) -> None:
     status, out, err = novactl(*arguments)

@@ -28,7 +28,7 @@ from hub.workloads.service import Busy, Workloads
 from tools.bench import placement_log
 
 from .hub_side import LinkedEdge, Served, error_of, linked_edge, running_hub, served_hub
-from .waiting import until
+from .waiting import until, until_sync
 
 Json = dict[str, Any]
 CAPACITY: Json = {"kind": "edge", "capacity": {"cpu": 4, "memory": "8Gi"}, "region": "eu", "site": "plant", "runs": ["container"]}
@@ -492,7 +492,33 @@ def test_nodes_are_declared_cordoned_drained_and_taken_out(served: Served) -> No
     assert [entry["node"] for entry in served.json("/api/v1/workloads/m")["placements"]] == ["m-1", "m-2", "m-1"]
     served.json("/api/v1/workloads/m", "DELETE")
     served.json("/api/v1/nodes/m-1", "DELETE")
-    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2", "p-1", "d-1")})
+    clean(served.hub, gone={name: {"capacity": {"cpu": 2}} for name in ("m-1", "m-2", "p-1", "d-1", "r-1", "r-2")})
+
+
+def test_rebalancing_is_planned_carried_out_shown_and_cancelled(served: Served) -> None:
+    for name in ("r-1", "r-2"):
+        served.json(f"/api/v1/nodes/{name}", "PUT", {"capacity": {"cpu": 4}, "labels": {"r": "1"}, "price": 1_000_000})
+    here = {"node_selector": {"r": "1"}}
+    for name, other in (("r-a", "r-2"), ("r-b", "r-1")):
+        served.json(f"/api/v1/nodes/{other}/cordon", "POST")
+        served.json("/api/v1/workloads", "POST", work(name, 1, **here))
+        served.json(f"/api/v1/nodes/{other}/uncordon", "POST")
+    assert {served.json(f"/api/v1/workloads/{name}")["node"] for name in ("r-a", "r-b")} == {"r-1", "r-2"}
+    before = served.json("/api/v1/workloads")
+    found = served.json("/api/v1/rebalance", "POST", {})
+    assert found["state"] == "planned" and any(move["workload"] in ("r-a", "r-b") for step in found["steps"] for move in step) and served.json("/api/v1/rebalance") == []
+    assert served.json("/api/v1/workloads") == before, "a plan changes nothing"
+    kept = served.json("/api/v1/rebalance", "POST", {"drain": ["r-1"], "go": True})
+    assert kept["state"] == "running" and kept["kind"] == "drain" and served.json("/api/v1/rebalance")[0]["id"] == kept["id"]
+    until_sync(lambda: served.json("/api/v1/rebalance")[0]["state"] == "done", what="the end of it")
+    assert {served.json(f"/api/v1/workloads/{name}")["node"] for name in ("r-a", "r-b")} == {"r-2"}
+    status, _, text = served.ask("POST", "/api/v1/rebalance", b'{"drain":["r-1"],"go":true}')
+    assert status == 409 and "empty already" in error_of(text)["problem"]
+    assert served.json(f"/api/v1/rebalance/{kept['id']}", "DELETE")["state"] == "done", "what is over stays as it was"
+    for name in ("r-a", "r-b"):
+        served.json(f"/api/v1/workloads/{name}", "DELETE")
+    for name in ("r-1", "r-2"):
+        served.json(f"/api/v1/nodes/{name}", "DELETE")
 
 
 def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
@@ -515,6 +541,10 @@ def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
     ("PUT", "/api/v1/nodes/q", b'{"name":"other"}', 400, "node.name"), ("PUT", "/api/v1/nodes/q", b"[]", 400, "body"), ("DELETE", "/api/v1/nodes/none", None, 404, "node"), ("POST", "/api/v1/nodes/none/drain", None, 404, "node"),
     ("PUT", "/api/v1/budgets/b", b'{"allowed":-1e99}', 400, "budget"), ("PUT", "/api/v1/budgets/b", b'{"selector":[]}', 400, "budget.selector"), ("DELETE", "/api/v1/budgets/none", None, 404, "budget"),
     ("PUT", "/api/v1/quotas/t", b'{"nominal":{"cpu":"x"}}', 400, "quota.nominal.cpu"), ("DELETE", "/api/v1/quotas/none", None, 404, "quota"),
+    ("POST", "/api/v1/rebalance", b'{"drain":"n-1"}', 400, "drain"), ("POST", "/api/v1/rebalance", b'{"drain":["none"]}', 400, "drain"), ("POST", "/api/v1/rebalance", b'{"drain":["a b"]}', 400, "drain[0]"),
+    ("POST", "/api/v1/rebalance", b'{"go":1}', 400, "go"), ("POST", "/api/v1/rebalance", b'{"x":1}', 400, "x"), ("DELETE", "/api/v1/rebalance/none", None, 404, "rebalance"),
+    ("POST", "/api/v1/workloads", b'{"id":"q","kind":"vm","deadline_ms":5}', 400, "workload.deadline_ms"), ("POST", "/api/v1/workloads", b'{"id":"q","kind":"batch","deadline_ms":5}', 400, "workload.duration_ms"),
+    ("POST", "/api/v1/workloads", b'{"id":"q","kind":"batch","deadline_ms":5,"duration_ms":5,"requests":{"cpu":1}}', 409, "workload.deadline_ms"),
     ("GET", "/api/v1/scheduler?hours=999", None, 400, "hours"), ("PUT", "/api/v1/edges/gw-1/desired", b'{"workloads":[]}', 400, "workloads"),
 ])
 def test_an_error_names_the_field_and_changes_nothing(served: Served, method: str, path: str, body: bytes | None, status: int, field: str) -> None:
@@ -533,7 +563,7 @@ KEYS = ["id", "name", "kind", "requests", "capacity", "gpu", "gpus", "numa", "la
         "lost_after_ms", "runs", "selector", "allowed", "nominal", "borrow", "cohort", "workloads", "lose", "add", "tenant", "duration_ms", "deadline_ms", "when_late", "images", "location", "preferred_peers"]
 BODY = st.one_of(st.binary(max_size=30), st.one_of(ODD, st.dictionaries(st.sampled_from(KEYS), ODD, max_size=5), st.dictionaries(st.sampled_from(KEYS), ODD, max_size=3).map(lambda value: {**value, "id": "fuzz"}))
                  .map(lambda value: json.dumps(value).encode()))
-ROUTES = [("POST", "/api/v1/workloads"), ("POST", "/api/v1/what-if"), ("PUT", "/api/v1/nodes/fuzz"), ("PUT", "/api/v1/budgets/fuzz"), ("PUT", "/api/v1/quotas/fuzz"), ("POST", "/api/v1/nodes/n-1/cordon")]
+ROUTES = [("POST", "/api/v1/workloads"), ("POST", "/api/v1/what-if"), ("PUT", "/api/v1/nodes/fuzz"), ("PUT", "/api/v1/budgets/fuzz"), ("PUT", "/api/v1/quotas/fuzz"), ("POST", "/api/v1/nodes/n-1/cordon"), ("POST", "/api/v1/rebalance")]
 
 
 @settings(max_examples=200, deadline=None)
