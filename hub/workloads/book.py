@@ -21,6 +21,9 @@ from .ledger import Ledger
 MAX_REASON = 500
 """Characters of a reason that is kept."""
 
+MAX_HEARD = 100_000
+"""Workloads of which a higher epoch was heard than was given: as many as a hub has workloads."""
+
 PREEMPTED = "preempted by "
 """Why a placement ends that makes room; the name of the workload follows."""
 
@@ -231,6 +234,36 @@ class Book:
     def current(self, workload: str) -> PlacementRow | None:
         row = self.tables.rows.get(workload)
         return None if row is None or row.state not in ("placed", "ending") else self.tables.open.get((workload, row.epoch))
+
+    def next_epoch(self, row: WorkloadRow) -> int:
+        """Of the next placement: above every epoch that was given, or heard of from an edge."""
+        return max(row.epoch, self.tables.heard.get(row.id, 0)) + 1
+
+    def hear(self, workload: str, epoch: int) -> None:
+        """An edge speaks of an epoch that this hub has not given: it is not given again."""
+        heard = self.tables.heard
+        if epoch > heard.get(workload, 0):
+            if workload not in heard and len(heard) >= MAX_HEARD:
+                self.ledger.put(heard, next(iter(heard)), None)
+            self.ledger.put(heard, workload, epoch)
+
+    def renumber(self, row: WorkloadRow, now_ms: int, why: str) -> None:
+        """The current placement goes on under a new epoch."""
+        placement = self.current(row.id)
+        assert placement is not None and row.state == "placed"
+        key = (row.id, placement.epoch)
+        self.ledger.put(self.tables.open, key, None)
+        self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why=short(why)))
+        self.index(placement, add=False)
+        self.given(row, replace(placement, epoch=self.next_epoch(row), from_ms=max(now_ms, placement.from_ms), said=""), now_ms)
+
+    def given(self, row: WorkloadRow, placement: PlacementRow, now_ms: int) -> None:
+        """A placement stands; its epoch is the newest."""
+        self.set(replace(row, state="placed", node=placement.node, epoch=placement.epoch, reason="", changed_ms=now_ms))
+        self.ledger.put(self.tables.open, (row.id, placement.epoch), placement)
+        if row.id in self.tables.heard:
+            self.ledger.put(self.tables.heard, row.id, None)
+        self.index(placement, add=True)
 
     def close(self, placement: PlacementRow, now_ms: int, why: str) -> None:
         """The placement holds nothing any more."""

@@ -109,7 +109,7 @@ class Placing(Book):
         self.undo()
         steps = min(improve.STEPS_PER_WORKLOAD * len(names), TOGETHER_STEPS // (TOGETHER_STEP_NODES + self.state.size))
         self.begin()
-        free = [name for name in names if not self._avoided(self.tables.rows[name], now_ms) and self.tables.rows[name].epoch < MAX_INTEGER]
+        free = [name for name in names if not self._avoided(self.tables.rows[name], now_ms) and self.next_epoch(self.tables.rows[name]) <= MAX_INTEGER]
         found = improve.place_together(self.scheduler, [self.tables.items[name].item for name in free], now_ms, steps=steps)
         for placed in found.placed.values():
             self._book(self.tables.rows[placed.workload], placed, now_ms)
@@ -232,7 +232,7 @@ class Placing(Book):
             moving: it holds its place already: quotas have nothing to say, and nobody goes for it.
         """
         row, item = self.tables.rows[workload], self.tables.items[workload].item
-        if row.epoch >= MAX_INTEGER:
+        if self.next_epoch(row) > MAX_INTEGER:
             return "its epochs are used up; submit it under another id"
         try:
             refusal = None if moving else quota.refusal(self.state, item)
@@ -252,10 +252,7 @@ class Placing(Book):
     def _book(self, row: WorkloadRow, placed: Placed, now_ms: int) -> None:
         seat = placed.seat
         held = {"gpus": [int(gpu) for gpu in seat.gpus], "numa": [[int(part) for part in share] for share in seat.numa]}
-        placement = PlacementRow(row.id, row.epoch + 1, placed.node, held, now_ms)
-        self.set(replace(row, state="placed", node=placed.node, epoch=placement.epoch, reason="", changed_ms=now_ms))
-        self.ledger.put(self.tables.open, (row.id, placement.epoch), placement)
-        self.index(placement, add=True)
+        self.given(row, PlacementRow(row.id, self.next_epoch(row), placed.node, held, now_ms), now_ms)
         if self.tables.items[row.id].item.shape.labels:
             self.version += 1  # somebody may wait to be with it
 

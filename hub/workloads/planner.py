@@ -17,6 +17,9 @@ from .documents import Conflict, name_of, read_node
 MOVES_AT_ONCE = 64
 """Workloads moved in one go: under 100 ms of work beside which the hub takes records in."""
 
+MAX_EPOCH_LEAD = 1_000_000
+"""An edge may speak of epochs so far above what this hub gave: a backup is days old, and a placement a second would be a week. What is higher is a fault, and would use them up."""
+
 
 class Planner(Agenda):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
@@ -197,6 +200,7 @@ class Planner(Agenda):
         key = (body["id"], body["epoch"])
         placement, row = self.tables.open.get(key), self.tables.rows.get(body["id"])
         if placement is None or row is None or placement.node != edge:
+            self._old_news(edge, body["id"], body["epoch"], now_ms)
             return
         what, why = body["state"], body["reason"]
         if what not in ENDED:
@@ -215,6 +219,21 @@ class Planner(Agenda):
             self.set(replace(row, state=what, node="", reason=short(why), changed_ms=now_ms))
         else:
             self.refused(replace(row, state="pending", node=""), edge, f"{edge} {what} it: {why or 'no reason given'}", now_ms)
+
+    def _old_news(self, edge: str, workload: str, epoch: int, now_ms: int) -> None:
+        """An edge speaks of no open placement of its own: of one that has ended, or of one that this hub gave before it was restored from an older backup.
+
+        Then an epoch was given that the hub does not know of, or gives a second time. As with generations the highest heard counts: what stands goes on above it.
+        """
+        row = self.tables.rows.get(workload)
+        given = row.epoch if row is not None else 0
+        if epoch > max(given, self.tables.heard.get(workload, 0)) + MAX_EPOCH_LEAD:
+            raise Conflict("epoch", f"{epoch} of {workload!r} is far above {given}", "see what the edge runs: no hub gave that")
+        if epoch > given:
+            self.hear(workload, epoch)
+        current = self.current(workload) if row is not None and row.state == "placed" else None
+        if row is not None and current is not None and (epoch > given or (epoch == given and current.node != edge)):
+            self.renumber(row, now_ms, f"{edge} knows epoch {epoch} from before this hub was restored")
 
     def untellable(self, node: str, reason: str, now_ms: int) -> bool:
         """The node's desired state cannot be written: the newest placement there is taken back. False where there is none."""
