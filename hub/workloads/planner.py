@@ -66,7 +66,7 @@ class Planner(Agenda):
         if known is not None and known.origin == "edge" and origin == "declared":
             raise Conflict("node", f"{name!r} is an edge that tells by itself what it has", "change the edge's configuration")
         document, node = read_node(value, name, agent=origin == "edge")
-        row = NodeRow(name, origin, document, known.cordon if known else "", seq, now_ms)
+        row = NodeRow(name, origin, document, known.cordon if known else "", seq, now_ms, tainted=known.tainted if known else {})
         self.ledger.put(self.tables.nodes, name, row)
         self.describe(row, node, now_ms)
         if known is not None and known.origin != origin:
@@ -117,6 +117,14 @@ class Planner(Agenda):
             if row is None or key[1] != row.epoch or row.state != "placed":
                 trial.release(ghost(key))
         return trial
+
+    def keep_taints(self, since: Mapping[tuple[str, str, str], int]) -> None:
+        """Since when NoExecute taints are there ((node, key, value) to ms): kept with the node, so that the grace that is tolerated outlives a restart."""
+        self.scheduler.tainted_since = dict(since)
+        for name, row in self.tables.nodes.items():
+            found = {f"{key}={value}": ms for (node, key, value), ms in since.items() if node == name}
+            if row.tainted != found:
+                self.ledger.put(self.tables.nodes, name, replace(row, tainted=found))
 
     def apply(self, moves: Iterable[Moved], now_ms: int) -> None:
         for moved in moves:

@@ -58,10 +58,11 @@ class Rounds:
             for name in [row.name for row in planner.tables.nodes.values() if row.cordon == "drain" and row.name in planner.state.node_index]:
                 if name not in emptied and planner.tables.on_node.get(name):
                     planner.drain(name, now_ms)
-        if any(taint.effect is Effect.NO_EXECUTE and planner.state.attributes.tainted[code].any() for taint, code in planner.state.attributes.taints.items()):
+        tainted = any(taint.effect is Effect.NO_EXECUTE and planner.state.attributes.tainted[code].any() for taint, code in planner.state.attributes.taints.items())
+        if tainted or planner.scheduler.tainted_since:
             trial = planner.trial()
             moves = trial.execute_taints(now_ms)
-            planner.scheduler.tainted_since = trial.tainted_since
+            planner.keep_taints(trial.tainted_since)
             planner.apply(moves[:DECISIONS_PER_ROUND], now_ms)
         self._rebalancing.advance(now_ms)
         planner.replan(now_ms)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -391,6 +392,34 @@ async def test_a_store_that_was_edited_is_set_right_and_named(tmp_path: Path, ca
         assert hub.workloads.rows["c"].state == "failed" and "dream" in hub.workloads.rows["c"].reason
         assert "nowhere" in caplog.text and placement_log.doubles(placement_log.read(tmp_path / "hub" / "hub.db"), hub.desired) == []
         check_invariants(hub.workloads.planner.state)
+
+
+async def test_a_hub_restored_from_a_backup_gives_no_epoch_twice(tmp_path: Path) -> None:
+    """The edges send again what the restored hub does not have, and it goes on above what they speak of."""
+    data = tmp_path / "hub"
+    async with running_hub(data, "embedded") as hub, linked_edge(tmp_path / "e1", hub.broker.port) as one, linked_edge(tmp_path / "e2", hub.broker.port, name="gw-2") as two:
+        for edge in (one, two):
+            edge.journal.append("event", "node.capacity", {**CAPACITY, "labels": {"n": edge.name}})
+        await until(lambda: all(hub.workloads.planner.is_up(edge.name) for edge in (one, two)), what="both")
+        await submit(hub, work("a", node_affinity={"preferred": [{"weight": 100, "term": {"labels": [{"key": "n", "op": "In", "values": ["gw-1"]}]}}]}))
+        assert hub.workloads.rows["a"].node == "gw-1"
+        await until(lambda: wanted(one) == [("a", 1, "running")], what="the order")
+    shutil.copytree(data, tmp_path / "backup")
+    async with running_hub(data, "embedded") as hub, linked_edge(tmp_path / "e1", hub.broker.port) as one, linked_edge(tmp_path / "e2", hub.broker.port, name="gw-2") as two:
+        await until(lambda: hub.workloads.planner.is_up("gw-1") and hub.workloads.planner.is_up("gw-2"), what="both again")
+        await hub.workloads.ask(lambda planner, now: planner.move("a", now, "for the test", "gw-2"))
+        await until(lambda: wanted(one) == [("a", 1, "stopped")], what="the order to stop")
+        one.journal.append("event", "workload", {"id": "a", "epoch": 1, "state": "stopped"})
+        await until(lambda: wanted(two) == [("a", 2, "running")], what="the order to run")
+        two.journal.append("event", "workload", {"id": "a", "epoch": 2, "state": "running"})
+        await until(lambda: hub.workloads.planner.tables.open["a", 2].said == "running", what="the word of gw-2")
+    shutil.rmtree(data)
+    shutil.copytree(tmp_path / "backup", data)
+    async with running_hub(data, "embedded") as hub, linked_edge(tmp_path / "e1", hub.broker.port) as one, linked_edge(tmp_path / "e2", hub.broker.port, name="gw-2") as two:
+        await until(lambda: hub.workloads.rows["a"].epoch > 2, what="what gw-2 knows")
+        await until(lambda: hub.workloads.rows["a"].state == "placed" and [("a", hub.workloads.rows["a"].epoch, "running")] in (wanted(one), wanted(two)), what="the new order")
+        assert hub.workloads.rows["a"].epoch >= 3 and ("a", 2, "running") not in wanted(two)
+        clean(hub, {"a": hub.workloads.rows["a"].document})
 
 
 async def test_a_hub_of_before_workloads_is_migrated(tmp_path: Path) -> None:

@@ -391,6 +391,28 @@ def test_no_execute_chases_what_does_not_tolerate_it() -> None:
     assert placement_log.doubles(desk.kept.log()) == []
 
 
+def test_the_grace_of_a_taint_outlives_a_kill_of_the_hub_and_begins_anew_with_a_new_taint() -> None:
+    desk = Desk()
+    desk.node("n-1")
+    desk.submit(work("b", tolerations=[{"key": "bad", "for_ms": 10_000}]))
+    desk.node("n-1", taints=[{"key": "bad", "value": "x=y", "effect": "NoExecute"}])
+    desk.node("n-2")
+    round_of(desk)
+    assert desk.kept.nodes["n-1"].tainted == {"bad=x=y": desk.now} and desk.restart() == []
+    round_of(desk, after_ms=6_000)
+    assert desk.row("b").node == "n-1" and desk.restart() == []
+    round_of(desk, after_ms=5_000)
+    assert desk.row("b").node == "n-2", "a hub that forgot would have begun to count again at each start"
+    desk.node("n-1")
+    rounds = Rounds(desk.planner)
+    round_of(desk, rounds)
+    assert desk.kept.nodes["n-1"].tainted == {}
+    desk.do(lambda planner, now: planner.move("b", now, "back", "n-1"))
+    desk.node("n-1", taints=[{"key": "bad", "value": "x=y", "effect": "NoExecute"}])
+    round_of(desk, rounds, 60_000)
+    assert desk.row("b").node == "n-1"
+
+
 def test_a_node_taken_out_gives_back_what_it_held() -> None:
     desk = Desk()
     desk.node("n-1")
