@@ -4,7 +4,6 @@ import hmac
 import json
 import logging
 import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -21,6 +20,7 @@ from ..dating import BootClock, date
 from ..hierarchy import build_tree
 from ..store.base import EdgeRow, StoredRecord
 from .openapi import OPERATIONS, document
+from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
 from .workloads import MAX_WORKLOAD_BODY_BYTES, WorkloadApi, error_answer
 
@@ -34,12 +34,6 @@ MAX_BODY_BYTES = 200_000
 
 HASH_CHUNK = 2_000
 """Rows hashed in one turn of the reading thread: about 10 ms, so that the page's reads come in between."""
-
-WEB = Path(__file__).resolve().parent.parent / "web"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
-}
 
 
 def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]:
@@ -100,14 +94,11 @@ class HubApi(WorkloadApi):
 
     async def page(self, _request: web.Request) -> web.StreamResponse:
         """The admin page."""
-        return web.FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
+        return serve("index.html")
 
     async def asset(self, request: web.Request) -> web.StreamResponse:
-        """A file of the page."""
-        path = WEB / request.match_info["name"]
-        if not path.is_file():
-            raise NotKnown("path", "no such file", "open /")
-        return web.FileResponse(path, headers=PAGE_HEADERS)
+        """A page, or a file of one."""
+        return serve(request.match_info["name"])
 
     # -- health --------------------------------------------------------------------------------------------------------------
 

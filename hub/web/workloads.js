@@ -66,6 +66,16 @@ function showAll(all) {
   ]));
 }
 
+function showMoves(all) {
+  $("rebalance-section").hidden = !all.length;
+  if (!all.length) return;
+  const one = all[0];
+  $("rebalance-text").textContent = `${one.id}: ${one.state}${one.nodes.length ? ", empties " + one.nodes.join(", ") : ""}. ${one.reason || one.text}`;
+  fill($("rebalance"), one.steps.flatMap((step, number) => step.map((move) => [
+    element("td", number + 1, "number"), move.workload, move.source, move.target, element("td", move.state, move.state === "done" ? "good" : "soft"), move.waits_for || "",
+  ])));
+}
+
 async function showExplained() {
   $("explain").hidden = !explained;
   if (!explained) return;
@@ -110,12 +120,14 @@ async function showWorkloads(status) {
   if (history.hours !== hours || Date.now() - history.at > HISTORY_MS || !history.points.length) {
     history = { at: Date.now(), hours, points: (await get("/api/v1/scheduler?hours=" + hours)).history };
   }
-  const [nodes, pending, all, scheduler] = await Promise.all([get("/api/v1/nodes?limit=" + NODES_SHOWN), get("/api/v1/workloads?state=pending"), get("/api/v1/workloads?limit=200"), get("/api/v1/scheduler?hours=0")]);
+  const [nodes, pending, all, scheduler, moves] = await Promise.all([get("/api/v1/nodes?limit=" + NODES_SHOWN), get("/api/v1/workloads?state=pending"), get("/api/v1/workloads?limit=200"), get("/api/v1/scheduler?hours=0"),
+    get("/api/v1/rebalance")]);
   const now = scheduler.now;
   $("summary").textContent = `${now.nodes.up} of ${now.nodes.up + now.nodes.silent} nodes up, ${now.workloads.placed} workloads placed, ${now.workloads.pending} waiting` +
     (scheduler.decision_ms.p99 === null ? "" : `, 99 of 100 decisions within ${scheduler.decision_ms.p99} ms`) + (status.problems.length ? ", " + status.problems.join("; ") : "");
   showHeat(nodes);
   showPending(pending);
+  showMoves(moves);
   showAll(all);
   showUse(history.points, hours);
   await showExplained();

@@ -46,13 +46,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             await hub.workloads.submit(read_list([WORKLOAD, {"id": "too-big", "requests": {"cpu": 64}}]))
             await hub.workloads.ask(lambda planner, _: planner.put_budget("b-1", {"selector": {"labels": {"app": "w"}}, "allowed": 1}))
             await hub.workloads.ask(lambda planner, _: planner.put_quota("t-1", {"nominal": {"cpu": 4}}))
+            over = {"id": "r-1", "kind": "rebalance", "nodes": [], "state": "done", "steps": []}
+            await hub.workloads.ask(lambda planner, _: planner.ledger.put(planner.tables.rebalances, "r-1", over))
 
         background.run(fill())
         yield Served(background, hub)
 
 
 def path_of(operation: Operation) -> str:
-    return operation.path.format(edge=EDGE, seq=3, workload="w-1", node="n-1", budget="b-1", tenant="t-1")
+    return operation.path.format(edge=EDGE, seq=3, workload="w-1", node="n-1", budget="b-1", tenant="t-1", rebalance="r-1")
 
 
 # -- the description ---------------------------------------------------------------------------------------------------------
@@ -81,6 +83,7 @@ def test_the_described_routes_are_exactly_the_served_ones(served: Served) -> Non
 BODIES: dict[str, Any] = {
     "put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}, "submit": WORKLOAD, "what_if": {"workloads": [{**WORKLOAD, "id": "w-2"}], "lose": ["n-1"]},
     "put_node": NODE, "put_budget": {"selector": {"labels": {"app": "w"}}, "allowed": 1}, "put_quota": {"nominal": {"cpu": 4}},
+    "rebalance": {"drain": ["n-1"], "go": False},
 }
 AGAIN = {"cancel": ("POST", "/api/v1/workloads", {**WORKLOAD, "id": "w-3"}), "delete_node": ("PUT", "/api/v1/nodes/n-1", NODE), "delete_quota": ("PUT", "/api/v1/quotas/t-1", {}), "delete_budget": ("PUT", "/api/v1/budgets/b-1", BODIES["put_budget"])}
 """What puts back what a route took away."""

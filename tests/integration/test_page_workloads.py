@@ -101,6 +101,21 @@ def test_a_click_tells_why_and_stays_over_refreshes(page: Page) -> None:
     assert page.script("return document.querySelectorAll('#workloads tbody tr').length") == 1
 
 
+def test_moves_are_shown_step_by_step(page: Page) -> None:
+    page.open()
+    assert page.script("return document.getElementById('rebalance-section').hidden"), "nothing has been moved yet"
+    moves = [{"workload": "web", "source": "n-1", "target": "n-2", "how": "restart", "state": "waiting", "epoch": 1}]
+    document = {"id": "rebalance-1", "kind": "rebalance", "nodes": ["n-1"], "state": "cancelled", "text": "after moving", "reason": "for the test", "steps": [moves], "step": 0, "moves": 1}
+    planner = page.hub.workloads.planner
+    planner.tables.rebalances["rebalance-1"] = document
+    try:
+        page.next_refresh()
+        page.next_refresh()
+        assert "rebalance-1: cancelled, empties n-1. for the test" in page.text("#rebalance-text") and "web" in page.text("#rebalance") and "waiting" in page.text("#rebalance")
+    finally:
+        del planner.tables.rebalances["rebalance-1"]
+
+
 def test_hostile_text_is_text_nothing_leaves_and_the_console_stays_empty(page: Page) -> None:
     page.open()
     page.script("[...document.querySelectorAll('#pending button')].find(button => button.innerText === 'evil').click()")

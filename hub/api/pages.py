@@ -1,0 +1,37 @@
+"""The admin pages: what all of them share (`web/frame.html`: head, header, login) around what each of them shows."""
+
+from functools import cache
+from pathlib import Path
+from string import Template
+
+from aiohttp import web
+
+from .reading import NotKnown
+
+WEB = Path(__file__).resolve().parent.parent / "web"
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}
+
+PAGES = {
+    "index.html": {"title": "NovaCron hub", "href": "workloads.html", "link": "Workloads", "script": "page.js"},
+    "workloads.html": {"title": "NovaCron workloads", "href": "/", "link": "Edges", "script": "workloads.js"},
+}
+"""What each page puts into the frame beside its own sections."""
+
+
+@cache
+def _page(name: str) -> str:
+    return Template((WEB / "frame.html").read_text()).substitute(PAGES[name], main=(WEB / name).read_text())
+
+
+def serve(name: str) -> web.StreamResponse:
+    """A page, or a script or style of one. Raises `NotKnown`."""
+    if name in PAGES:
+        return web.Response(text=_page(name), content_type="text/html", headers=HEADERS)
+    path = WEB / name
+    if name.endswith(".html") or not path.is_file():
+        raise NotKnown("path", "no such file", "open /")
+    return web.FileResponse(path, headers=HEADERS)
