@@ -93,7 +93,7 @@ def facts(attributes: Attributes, klass: "Klass", cap: Ints, gpu_model: "npt.NDA
         nodes = np.flatnonzero(fails & np.uint32(Fail.GPU_MODEL) == 0)
         models = [attributes.models[model] for model in shape.gpu.models if model in attributes.models]
         devices = np.isin(gpu_model[nodes], models) if shape.gpu.models else gpu_model[nodes] >= 0
-    return Facts(attributes.version, fails, affine, attributes.preferred(shape), disliked, bool(disliked.any()), share.max(0),
+    return Facts(attributes.version, fails, affine, attributes.preferred(shape), disliked, bool(disliked.any()), share.max(0, initial=0),
                  np.minimum(klass.request[0] / np.maximum(cap[0], 1), 1.0), bool(price.any()), bool(power.any()), nodes, devices)
 
 

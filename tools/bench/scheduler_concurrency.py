@@ -1,6 +1,7 @@
 """64 callers at once on a real hub that is killed (SIGKILL) in mid-placement: 0 overcommitted node-seconds, 0 lost, 0 double placements.
 
-The hub is a process of its own with its own broker. Callers submit, submit the same again, cancel, drain and give back nodes; each repeats a request whose answer it never got.
+The hub is a process of its own with its own broker. Callers submit, submit the same again, cancel, drain and give back nodes, ask for rebalancing; each repeats a request whose
+answer it never got. Some workloads are batch jobs that say how long they run, some of these with a deadline that is promised or refused.
 Some nodes are declared, others are edges: MQTT clients that speak the contract, report what they have, run what they are told, refuse some of it, and watch that no workload
 runs on two of them. At the end `placement_log`, which shares no code with the scheduler, reads hub.db and the published documents.
 """
@@ -70,12 +71,18 @@ sys.exit(main(sys.argv[1:]))
 """
 """The negative control (`--planted`): a hub that answers a second before it writes. The bench must find that it loses what it acknowledged."""
 
+JOB_S = (1, 3, 10)
+"""How long batch jobs run on edges: on declared nodes nobody ends them but who cancels them."""
+
+DEADLINE_S = (10, 60, 600)
+"""Deadlines of batch jobs, after the begin of the run: some cannot be promised any more when they are asked for."""
+
 QUIET_S = 3.0
 """After the last request: edges answer, the hub comes to rest."""
 
 
-def document(number: int) -> dict[str, Any]:
-    """The document of one name; always the same."""
+def document(number: int, begin_ms: int) -> dict[str, Any]:
+    """The document of one name; always the same in a run that began then."""
     draw = random.Random(number)
     made: dict[str, Any] = {
         "id": f"w{number}", "kind": draw.choice(["vm", "container"]), "requests": {"cpu": draw.choice(["100m", "500m", 1, 2]), "memory": draw.choice(["64Mi", "1Gi", "3Gi"])},
@@ -85,6 +92,10 @@ def document(number: int) -> dict[str, Any]:
         made["gpu"] = draw.choice([{"milli": 300, "memory": "4Gi"}, {"count": 1}])
     if draw.random() < 0.2:
         made["anti_affinity"] = [{"selector": {"labels": {"app": f"a{number % 7}"}}, "topology_key": "host"}]
+    if draw.random() < 0.25:
+        made |= {"kind": "batch", "duration_ms": draw.choice(JOB_S) * 1000}
+        if draw.random() < 0.6:
+            made |= {"deadline_ms": begin_ms + draw.choice(DEADLINE_S) * 1000, "when_late": draw.choice(["refuse", "accept"])}
     return made
 
 
@@ -96,10 +107,12 @@ class Edge:
         self.records: list[dict[str, Any]] = []
         self.receipted = 0
         self.running: dict[str, int] = {}
+        self.ends: dict[str, float] = {}
+        """Batch jobs that run here, and until when."""
         self.answered: set[tuple[str, int, str]] = set()
         self.generation = 0
         self._draw = random.Random(name)
-        self.say("node.capacity", {**CAPACITY, "kind": "edge", "runs": ["vm", "container"]})
+        self.say("node.capacity", {**CAPACITY, "kind": "edge", "runs": ["vm", "container", "batch"]})
 
     def say(self, kind: str, body: dict[str, Any]) -> None:
         """Journal a record."""
@@ -128,13 +141,17 @@ class Edge:
             else:
                 others = self._runs.setdefault(entry["id"], set()) - {self.name}
                 if others:
+                    print("DOUBLE", time.time(), entry["id"], entry["epoch"], self.name, others, desired["generation"], file=sys.stderr)
                     self._found.append(f"{entry['id']}: {self.name} shall run it while {', '.join(others)} does")
                 self._runs[entry["id"]].add(self.name)
                 self.running[entry["id"]] = entry["epoch"]
+                if entry["kind"] == "batch":
+                    self.ends[entry["id"]] = time.monotonic() + entry["document"]["duration_ms"] / 1000
                 self.say("workload", {"id": entry["id"], "epoch": entry["epoch"], "state": "running"})
 
     def _halt(self, name: str) -> None:
         del self.running[name]
+        self.ends.pop(name, None)
         self._runs[name].discard(self.name)
 
     async def run(self) -> None:
@@ -161,6 +178,9 @@ class Edge:
     async def _send(self, client: aiomqtt.Client) -> None:
         turn = 0
         while True:
+            for name in [name for name, end in self.ends.items() if end <= time.monotonic()]:
+                self.say("workload", {"id": name, "epoch": self.running[name], "state": "done"})
+                self._halt(name)
             if turn % 10 == 0:
                 status = {"v": 1, "edge": self.name, "boot": "b", "boot_n": 1, "state": "online", "reason": "heartbeat", "generation": self.generation}
                 await client.publish(topics.edge_topic(self.name, "status"), jsoncodec.encode(status), qos=1, retain=True)
@@ -184,6 +204,7 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
         self.acknowledged: dict[str, dict[str, Any]] = {}
         self.counts: Counter[str] = Counter()
+        self.begin_ms = int(time.time() * 1000)
         self.issued = 0
         self.submit_ms: list[float] = []
         self.back_s: list[float] = []
@@ -241,22 +262,25 @@ class Run:
             what, name = draw.random(), self.name(draw)
             if what < 0.6:
                 began = time.monotonic()
-                status, _ = await self.ask("POST", "/api/v1/workloads", document(name))
+                status, _ = await self.ask("POST", "/api/v1/workloads", document(name, self.begin_ms))
                 if status == 200:
                     self.submit_ms.append((time.monotonic() - began) * 1000)
-                    self.acknowledged[f"w{name}"] = document(name)
+                    self.acknowledged[f"w{name}"] = document(name, self.begin_ms)
             elif what < 0.75:
                 names = [self.name(draw) for _ in range(4)]
-                status, _ = await self.ask("POST", "/api/v1/workloads", [document(one) for one in sorted(set(names))])
+                status, _ = await self.ask("POST", "/api/v1/workloads", [document(one, self.begin_ms) for one in sorted(set(names))])
                 if status == 200:
-                    self.acknowledged |= {f"w{one}": document(one) for one in names}
+                    self.acknowledged |= {f"w{one}": document(one, self.begin_ms) for one in names}
             elif what < 0.92:
                 await self.ask("DELETE", f"/api/v1/workloads/w{name}")
+            elif what < 0.93:
+                status, _ = await self.ask("POST", "/api/v1/rebalance", {"go": True, "drain": [f"n{draw.randrange(NODES)}"] if draw.random() < 0.5 else []})
+                self.counts["rebalances begun"] += status == 200
             else:
                 node = draw.choice([f"n{draw.randrange(NODES)}", f"edge-{draw.randrange(EDGES)}"])
                 await self.ask("POST", f"/api/v1/nodes/{node}/{'drain' if what < 0.95 else 'uncordon'}")
             if self.counts["post 500"] or self.counts["delete 500"]:
-                raise SystemExit("the hub answered 500: see its log")
+                raise SystemExit(f"the hub answered 500: {(self.home / 'hub.log').read_text()[-2000:]}")
 
     async def kill(self) -> None:
         """SIGKILL, and a new process; with requests under way all the time."""
@@ -298,15 +322,25 @@ class Run:
     def judge(self, desired: dict[str, Any], unknown: list[str]) -> dict[str, Any]:
         """The independent checker on the file, the documents, and what the edges saw."""
         log = placement_log.read(self.home / "hub.db")
+        bad = [text.split(":")[0] for text in self.found][:2]
+        with contextlib.closing(sqlite3.connect(self.home / "hub.db")) as db:
+            for name in bad:
+                for row in db.execute("SELECT * FROM placements WHERE workload=?", (name,)): print(row, file=sys.stderr)
+                print(db.execute("SELECT * FROM workloads WHERE id=?", (name,)).fetchone(), file=sys.stderr)
+                for edge in self.edges:
+                    print(edge.name, [(r["wall"], r["body"]) for r in edge.records if r["body"].get("id") == name], file=sys.stderr)
+            print((self.home / "hub.log").read_text()[-3000:], file=sys.stderr)
         over, where = placement_log.overcommit(log, int(time.time() * 1000))
         doubles = placement_log.doubles(log, desired) + self.found
         lost = placement_log.lost(log, self.acknowledged) + unknown
         with contextlib.closing(sqlite3.connect(self.home / "hub.db")) as db:
             sound = db.execute("PRAGMA integrity_check").fetchone()[0]
+            planned = db.execute("SELECT count(*) FROM workloads WHERE plan!='{}'").fetchone()[0]
+            rebalances = Counter(json.loads(text)["state"] for (text,) in db.execute("SELECT document FROM rebalances"))
         states = Counter(state for state, _, _ in log.workloads.values())
         return {
             "overcommitted_node_seconds": over, "overcommitted": where[:5], "double": len(doubles), "doubles": doubles[:5], "lost": len(lost), "losses": lost[:5], "integrity": sound,
-            "placements": len(log.placements), "acknowledged": len(self.acknowledged), "states": dict(states), "requests": dict(self.counts),
+            "placements": len(log.placements), "acknowledged": len(self.acknowledged), "states": dict(states), "planned": planned, "rebalances": dict(rebalances), "requests": dict(self.counts),
             "submit_ms": {"p50": round(percentile(self.submit_ms, 0.5), 1), "p99": round(percentile(self.submit_ms, 0.99), 1)},
             "hub_start_s": {"first": round(self.back_s[0], 2), "after_kill_max": round(max(self.back_s[1:], default=0.0), 2)}, "edge_records": sum(len(edge.records) for edge in self.edges),
         }

@@ -122,6 +122,18 @@ def test_nothing_that_is_placed_meanwhile_takes_what_is_reserved() -> None:
     check_invariants(desk.planner.state)
 
 
+def test_a_reservation_of_nothing_but_a_device_is_kept_on_that_device() -> None:
+    desk = Desk()
+    desk.node("n-1", gpus=[{"model": "t4", "count": 2}])
+    desk.submit(batch("a", 0, 100, gpu={"count": 1}))
+    desk.submit(batch("b", 0, 100, 400, gpu={"count": 2}))
+    assert planned(desk, "b") == (120.0, ["n-1"]) and len(desk.planner.tables.guards["n-1"]) == 1
+    desk.submit(work("c", 0, gpu={"milli": 100}))
+    assert desk.row("c").state == "pending" and desk.restart() == []
+    desk.submit(work("d", 0, gpu={"milli": 100}))
+    assert desk.row("d").state == "pending"
+
+
 def test_priority_does_not_take_what_is_promised_and_neither_does_a_gang() -> None:
     desk = Desk()
     desk.node("n-1")
