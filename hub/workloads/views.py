@@ -12,7 +12,7 @@ from ..scheduler import gang as gangs
 from ..scheduler.arrays import GONE, SILENT, UNLIMITED_SLOTS
 from ..scheduler.model import GPU_MILLI
 from ..scheduler.reasons import WORDS, Fail
-from ..scheduler.units import GPU_WHOLE, SLOTS
+from ..scheduler.units import GPU_WHOLE, SLOTS, human
 from ..store.workloads import PlacementRow, WorkloadRow
 from .documents import RUNS, Submitted
 from .planner import Planner
@@ -136,6 +136,9 @@ def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
                 why.remove(WORDS[Fail.NODE_AFFINITY])
             failed, why = ["DRIVER", *failed], [f"no driver for {item.shape.kind.value} on this node", *why]
             remedy.insert(0, f"give the node a driver for {item.shape.kind.value}")
+        reserved = _kept(planner, node.node)
+        if reserved and failed:
+            why = [*why, f"reserved here for jobs that start later: {', '.join(human(name, amount) for name, amount in reserved.items())}"]
         until, _, refusal = row.avoid.get(node.node, [0, 0, ""])
         if until > now_ms:
             failed, why = [*failed, "REFUSED"], [*why, f"left alone for {(until - now_ms) // 1000} s more: {refusal}"]

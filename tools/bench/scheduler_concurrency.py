@@ -120,6 +120,9 @@ class Edge:
 
     def take(self, desired: dict[str, Any]) -> None:
         """Apply desired state."""
+        if desired["edge"] != self.name:
+            self._found.append(f"{self.name} was given the document of {desired['edge']}")
+            return
         if desired["generation"] < self.generation:
             return
         self.generation = desired["generation"]
@@ -141,7 +144,6 @@ class Edge:
             else:
                 others = self._runs.setdefault(entry["id"], set()) - {self.name}
                 if others:
-                    print("DOUBLE", time.time(), entry["id"], entry["epoch"], self.name, others, desired["generation"], file=sys.stderr)
                     self._found.append(f"{entry['id']}: {self.name} shall run it while {', '.join(others)} does")
                 self._runs[entry["id"]].add(self.name)
                 self.running[entry["id"]] = entry["epoch"]
@@ -322,14 +324,6 @@ class Run:
     def judge(self, desired: dict[str, Any], unknown: list[str]) -> dict[str, Any]:
         """The independent checker on the file, the documents, and what the edges saw."""
         log = placement_log.read(self.home / "hub.db")
-        bad = [text.split(":")[0] for text in self.found][:2]
-        with contextlib.closing(sqlite3.connect(self.home / "hub.db")) as db:
-            for name in bad:
-                for row in db.execute("SELECT * FROM placements WHERE workload=?", (name,)): print(row, file=sys.stderr)
-                print(db.execute("SELECT * FROM workloads WHERE id=?", (name,)).fetchone(), file=sys.stderr)
-                for edge in self.edges:
-                    print(edge.name, [(r["wall"], r["body"]) for r in edge.records if r["body"].get("id") == name], file=sys.stderr)
-            print((self.home / "hub.log").read_text()[-3000:], file=sys.stderr)
         over, where = placement_log.overcommit(log, int(time.time() * 1000))
         doubles = placement_log.doubles(log, desired) + self.found
         lost = placement_log.lost(log, self.acknowledged) + unknown

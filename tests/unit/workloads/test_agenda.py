@@ -12,6 +12,7 @@ from hub.workloads.agenda import PATIENCE_MS, Agenda, when
 from hub.workloads.documents import Conflict, read_list
 from hub.workloads.placing import Placing
 from hub.workloads.rounds import LOST_AFTER_MS, Rounds
+from hub.workloads.views import explain, nodes_view, usage
 from tools.bench import placement_log
 
 from .kept import NOW, Desk
@@ -132,6 +133,22 @@ def test_a_reservation_of_nothing_but_a_device_is_kept_on_that_device() -> None:
     assert desk.row("c").state == "pending" and desk.restart() == []
     desk.submit(work("d", 0, gpu={"milli": 100}))
     assert desk.row("d").state == "pending"
+
+
+def test_use_and_explanations_tell_what_is_reserved_from_what_is_used() -> None:
+    desk = Desk()
+    desk.node("n-1", gpus=[{"model": "t4", "count": 2}])
+    desk.submit(batch("a", 3, 100, gpu={"count": 1}))
+    desk.submit(batch("b", 4, 100, 400, gpu={"count": 2}))
+    desk.submit(work("c", 1))
+    found = usage(desk.planner)
+    assert found["resources"]["cpu"] == [3000, 4000] and found["gpu_milli"] == [1000, 2000] and found["reserved"] == {"cpu": 1000, "gpu_milli": 1000}
+    [shown] = nodes_view(desk.planner, ["n-1"])
+    assert shown["resources"]["cpu"] == [3000, 4000] and shown["reserved"] == {"cpu": 1000, "gpu_milli": 1000} and sorted(gpu["free_milli"] for gpu in shown["gpus"]) == [0, 1000]
+    said = explain(desk.planner, "c", desk.now)
+    assert "reserved here for jobs that start later: 1000m CPU" in said["nodes"][0]["why"][-1]
+    said = explain(desk.planner, "b", desk.now)
+    assert said["planned_nodes"] == ["n-1"] and said["late_ms"] == 0
 
 
 def test_priority_does_not_take_what_is_promised_and_neither_does_a_gang() -> None:
