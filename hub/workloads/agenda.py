@@ -35,6 +35,12 @@ REORDER_MOST = 32
 BACKFILL_DEPTH = 64
 """Jobs without a deadline that one turn looks at, in their order: as many as a round tries of what has no duration."""
 
+MAX_TRIED = 256
+"""Jobs without a deadline that are looked at when the timetable is made anew, those included that no node can take: 100 ms at 1,000 nodes."""
+
+MAX_RESERVED = 1_000
+"""Jobs with room reserved at one time: each costs some 0.1 ms whenever the timetable is made anew."""
+
 PUSHES = 8
 """Jobs of one turn for which others may have to go."""
 
@@ -68,6 +74,8 @@ class Agenda(Placing):
         """For each plan under way, `_edits` at its begin where the timetable was true then, else -1."""
         self._more = False
         """The last turn looked at as many jobs as it may, and started some: the next round goes on."""
+        self._left = False
+        """Some jobs are not in the timetable yet."""
         self._members: dict[str, tuple[str, ...]] = {}
         """Job of the timetable to its workloads."""
         self._never: dict[str, str] = {}
@@ -152,24 +160,35 @@ class Agenda(Placing):
                 continue
             entry = self.tables.items[names[0]]
             self._alike(names)
-            job = self._job(key, names, now_ms, table)
-            if isinstance(job, str):
-                if entry.item.deadline_ms is not None and entry.when_late == REFUSE and len(names) >= entry.item.gang_size:
-                    raise Conflict("workload.deadline_ms", f"{names[0]!r} cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
-                self._hold_off(names, job, now_ms)
-                continue
-            verdict = table.submit(job, now_ms)
-            self._edits += verdict.admitted
-            if not verdict.admitted and job.deadline_ms is not None:
-                if entry.when_late == REFUSE:
-                    raise _missed(names[0], verdict)
-                verdict = self._take_late(table, job, names, verdict, now_ms)
-            self._members[key] = names
-            if not verdict.admitted:
-                self._never[key] = verdict.text
-                self._hold_off(names, verdict.text, now_ms)
+            if entry.item.deadline_ms is not None:
+                self._admit_dated(table, key, names, entry.when_late, now_ms)
+            elif len(table.waiting) < BACKFILL_DEPTH:
+                self._submit_undated(table, key, names, now_ms)
+            else:
+                self._left = True
+                self._hold_off(names, WAITS, now_ms)
         self._turn(table, now_ms, late)
         self._push(now_ms)
+
+    def _admit_dated(self, table: Timetable, key: str, names: tuple[str, ...], when_late: str, now_ms: int) -> None:
+        """A promise, or none. Raises `Conflict` where it is not to be taken without one."""
+        job = f"{MAX_RESERVED} jobs have room reserved already" if len(table.reserved) >= MAX_RESERVED else self._job(key, names, now_ms, table)
+        if isinstance(job, str):
+            if when_late == REFUSE and len(names) >= self.tables.items[names[0]].item.gang_size:
+                raise Conflict("workload.deadline_ms", f"{names[0]!r} cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
+            self._left = True
+            self._hold_off(names, job, now_ms)
+            return
+        verdict = table.submit(job, now_ms)
+        self._edits += verdict.admitted
+        if not verdict.admitted:
+            if when_late == REFUSE:
+                raise _missed(names[0], verdict)
+            verdict = self._take_late(table, job, names, verdict, now_ms)
+        self._members[key] = names
+        if not verdict.admitted:
+            self._never[key] = verdict.text
+            self._hold_off(names, verdict.text, now_ms)
 
     def replan(self, now_ms: int) -> None:
         """What a round does: start whose time has come, plan anew where something changed. Bounded by `BACKFILL_DEPTH`, and by what is reserved."""
@@ -258,8 +277,7 @@ class Agenda(Placing):
         allowed = made.allowed
         assert allowed is not None
         allowed[[node for name in names for node in self._avoided(self.tables.rows[name], now_ms)]] = False
-        deadline = self.tables.rows[names[0]].plan.get("promise_ms", item.deadline_ms)
-        return replace(made, id=key, members=len(names), deadline_ms=deadline, allowed=allowed)
+        return replace(made, id=key, members=len(names), deadline_ms=self._deadline(names[0]), allowed=allowed)
 
     def _synced(self, now_ms: int, besides: Collection[str] = ()) -> tuple[Timetable, list[Late]]:
         """The timetable as the books are now, without the jobs of `besides`; and the promises that are broken by what has changed."""
@@ -272,10 +290,12 @@ class Agenda(Placing):
         table = bookings.timetable(state, now_ms, ends=ends, guards=guards, gone=gone, when=lambda ms: when(ms, self._now), reorder_most=REORDER_MOST, backfill_depth=BACKFILL_DEPTH)
         self._now, self._members, self._never = now_ms, {}, {}
         self._edits += 1
-        holds, loose, undated = list[Hold](), list[Job](), list[Job]()
+        holds, loose = list[Hold](), list[Job]()
+        dated, undated = list[tuple[str, tuple[str, ...]]](), list[tuple[str, tuple[str, ...]]]()
         for key, names in self._groups():
-            if any(name in besides for name in names):
-                continue
+            if not any(name in besides for name in names):
+                (undated if self._deadline(names[0]) is None and "start_ms" not in rows[names[0]].plan else dated).append((key, names))
+        for key, names in dated[:MAX_RESERVED]:
             job = self._job(key, names, now_ms)
             if isinstance(job, str):
                 self._never[key] = job
@@ -288,15 +308,38 @@ class Agenda(Placing):
             usable[[node for name in names for node in self._avoided(rows[name], now_ms)]] = False
             if len(nodes) == job.members and usable[nodes].all():
                 holds.append(Hold(job, tuple(nodes), plan["start_ms"], plan["end_ms"], np.array(job.need, np.int64)))
+            elif job.deadline_ms is not None:
+                loose.append(job)
             else:
-                (undated if job.deadline_ms is None else loose).append(job)
+                undated.append((key, names))
+        for _, names in dated[MAX_RESERVED:]:
+            self._hold_off(names, f"{MAX_RESERVED} jobs have room reserved already", now_ms)
         late = table.restore(holds, loose, now_ms)
-        for job in undated:
-            verdict = table.submit(job, now_ms)
-            if not verdict.admitted:
-                self._never[job.id] = verdict.text
-                self._hold_off(self._members[job.id], verdict.text, now_ms)
+        undated.sort(key=lambda each: -self.tables.items[each[1][0]].item.priority)
+        self._left = len(dated) > MAX_RESERVED
+        for number, (key, names) in enumerate(undated):
+            if number >= MAX_TRIED or len(table.waiting) >= BACKFILL_DEPTH:
+                self._left = True
+                break
+            self._submit_undated(table, key, names, now_ms)
         return table, late
+
+    def _deadline(self, workload: str) -> int | None:
+        """What is promised to a job, or what it asks for."""
+        promise: int | None = self.tables.rows[workload].plan.get("promise_ms", self.tables.items[workload].item.deadline_ms)
+        return promise
+
+    def _submit_undated(self, table: Timetable, key: str, names: tuple[str, ...], now_ms: int) -> None:
+        job = self._job(key, names, now_ms)
+        why = job if isinstance(job, str) else ""
+        if not isinstance(job, str):
+            self._members[key] = names
+            verdict = table.submit(job, now_ms)
+            self._edits += verdict.admitted
+            why = "" if verdict.admitted else verdict.text
+        if why:
+            self._never[key] = why
+            self._hold_off(names, why, now_ms)
 
     def _turn(self, table: Timetable, now_ms: int, late: list[Late]) -> None:
         """Start what starts now, then keep what is planned."""
@@ -310,6 +353,7 @@ class Agenda(Placing):
                 whole = False
         self._write(table, {each.forecast.job: each.because for each in (*late, *more)}, now_ms)
         self._guard(table, now_ms)
+        whole = whole and not (self._left and started)  # there is room in the timetable for those that are not in it yet
         self._table, self._where = (table, self._position(now_ms)) if whole else (None, ())
 
     def _start(self, hold: Hold, now_ms: int) -> bool:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
+from hub.workloads import agenda
 from hub.workloads.agenda import PATIENCE_MS, Agenda, when
 from hub.workloads.documents import Conflict, read_list
 from hub.workloads.placing import Placing
@@ -312,6 +313,29 @@ def test_a_short_silence_moves_nothing_and_a_long_one_does() -> None:
     assert planned(desk, "b") == (240.0, [other])
     round_of(desk, rounds, LOST_AFTER_MS, **{first: seen, other: True})
     assert desk.row("a").state == "placed", "an edge works on by itself"
+
+
+def test_however_many_wait_each_turn_is_bounded_and_all_get_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agenda, "BACKFILL_DEPTH", 3)
+    monkeypatch.setattr(agenda, "MAX_RESERVED", 2)
+    desk = Desk()
+    desk.node("n-1", capacity={"cpu": 10})
+    desk.submit(*(batch(f"u{n}", 1, 100) for n in range(10)))
+    assert sum(desk.row(f"u{n}").state == "placed" for n in range(10)) == 3
+    rounds = Rounds(desk.planner)
+    for _ in range(4):
+        round_of(desk, rounds)
+    assert {desk.row(f"u{n}").state for n in range(10)} == {"placed"}
+    desk.submit(batch("d0", 1, 10, 1000), batch("d1", 1, 10, 1000))
+    with pytest.raises(Conflict, match="2 jobs have room reserved already"):
+        desk.submit(batch("d2", 1, 10, 1000))
+    desk.submit(batch("d2", 1, 10, 1000, when_late="accept"))
+    assert "2 jobs have room" in desk.row("d2").reason
+    for number in range(10):
+        desk.do(lambda planner, now, name=f"u{number}": planner.cancel(name, now))
+    for _ in range(3):
+        round_of(desk, rounds)
+    assert {desk.row(f"d{n}").state for n in range(3)} == {"placed"}
 
 
 def test_a_gang_is_one_job() -> None:
