@@ -46,8 +46,8 @@ def _check(config: object) -> int:
     from .contract.errors import ContractError
     from .decisions.models.manifest import ModelError, read_manifest
     from .decisions.rules import RuleError
+    from .desired_state import model_path, own_rules
     from .mqtt_session import Endpoint
-    from .runtime import model_path, own_rules
 
     assert isinstance(config, EdgeConfig)
     problems = []

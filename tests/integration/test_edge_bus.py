@@ -210,7 +210,7 @@ async def test_commands_that_expire_while_the_bus_is_away_do_not_pile_up(edges: 
     await edge.runtime.journal.flush()
     assert len([body for body in await edge.records("event", "operation") if body["state"] == "expired"]) == 50
     # What is remembered of commands is for the hub's: a rule that fires for hours must not fill it.
-    assert edge.runtime._commands == {} and not edge.runtime.journal.state("commands")
+    assert edge.runtime.desired_state.commands == {} and not edge.runtime.journal.state("commands")
 
 
 async def test_telemetry_lets_the_command_go_first_and_waits_once_at_most(broker: LocalBroker, edges: Edges) -> None:
