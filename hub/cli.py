@@ -15,6 +15,10 @@ DAYS_MAX = 36_500
 """A hundred years: past it somebody has mistaken the unit."""
 
 
+MINUTES_MAX = 10_080
+"""A week: who wants less often asks for it."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     env = os.environ
@@ -33,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     option("token-file", "", "file with the API token; else data-dir/token")
     option("keep-telemetry-days", "30", "days that telemetry is kept; 0: for ever")
     option("keep-decision-days", "365", "days that decisions and events are kept; 0: for ever")
+    option("rebalance-minutes", "0", "minutes between two looks whether to rebalance workloads; 0: only when asked")
     option("log-level", "info", "debug, info, warning, error")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
@@ -49,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = HubSettings(
             Path(options.data_dir), options.name, options.broker, broker_host, broker_port, options.broker_password_file, host=host, port=port, token=token,
             retention=RetentionSettings(_days(options.keep_telemetry_days, "keep-telemetry-days"), _days(options.keep_decision_days, "keep-decision-days")),
+            rebalance_minutes=_minutes(options.rebalance_minutes),
         )
     except (ValueError, OSError) as error:
         print(f"novacron-hub: {error}", file=sys.stderr)
@@ -73,6 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not (minutes == 0 or 1 <= minutes <= MINUTES_MAX):
+        raise ValueError(f"rebalance-minutes: {text[:20]!r} is neither 0 nor 1 to {MINUTES_MAX}; give minutes, such as 10")
+    return minutes
 
 
 def _days(text: str, field: str) -> float:

@@ -47,6 +47,7 @@ class HubSettings:
         host, port: where API and page listen (0: a free port).
         token: the API's token; empty: made at the first start and kept in data_dir/token.
         retention: how long records are kept.
+        rebalance_minutes: between two looks whether to rebalance workloads; 0: only when asked.
     """
 
     data_dir: Path
@@ -62,6 +63,7 @@ class HubSettings:
     token: str = ""
     shared_group: str = ""
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    rebalance_minutes: float = 0
 
 
 def _wall_ms() -> int:
@@ -118,6 +120,7 @@ class Hub:
         self._thinker = around.executor("hub-think")
         self.workloads = Workloads(
             self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
+            think=self.think, rebalance_s=settings.rebalance_minutes * 60,
         )
         self.workloads.load()
         for outage in self.store.read_outages(0, 100_000):

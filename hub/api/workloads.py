@@ -15,7 +15,7 @@ from ..store.workloads import FINAL_STATES, LIVE_STATES
 from ..workloads import views
 from ..workloads.documents import name_of, read_list, read_node
 from ..workloads.planner import Planner
-from ..workloads.rebalancing import MAX_DRAINED, propose
+from ..workloads.rebalancing import MAX_DRAINED
 from ..workloads.service import KEEP_MINUTES, Busy
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of
 
@@ -186,7 +186,7 @@ class WorkloadApi:
 
     async def rebalance(self, request: web.Request) -> web.Response:
         """See the table."""
-        value, service = await object_of(request), self._hub.workloads
+        value = await object_of(request)
         unknown = sorted(set(value) - {"drain", "go"})
         if unknown:
             raise Invalid(unknown[0][:80], "is not known here", "send drain or go")
@@ -196,9 +196,7 @@ class WorkloadApi:
         if not isinstance(go, bool):
             raise Invalid("go", f"{str(go)[:40]!r} is neither true nor false", "send true to carry the plan out")
         nodes = list(dict.fromkeys(name_of(name, f"drain[{index}]") for index, name in enumerate(drained)))
-        inputs = await service.look(lambda _: service.rebalancing.inputs(nodes, service.now_ms()))
-        proposal = await self._hub.think(lambda: propose(inputs))
-        return answer(await service.ask(lambda _, now: service.rebalancing.start(proposal, now)) if go else proposal)
+        return answer(await self._hub.workloads.rebalance(nodes, go))
 
     async def cancel_rebalance(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -159,6 +159,8 @@ class Agenda(Placing):
             if not any(name in fresh for name in names):
                 continue
             entry = self.tables.items[names[0]]
+            if key in table.reserved or key in table.waiting:
+                raise Invalid("workload.gang", f"{entry.item.gang!r} has its {entry.item.gang_size} members already", "use another gang")
             self._alike(names)
             if entry.item.deadline_ms is not None:
                 self._admit_dated(table, key, names, entry.when_late, now_ms)
@@ -211,8 +213,8 @@ class Agenda(Placing):
         first = self.tables.items[names[0]].item
         for name in names[1:]:
             other = self.tables.items[name].item
-            if (other.shape, other.duration_ms, other.deadline_ms, other.priority, other.tenant) != (first.shape, first.duration_ms, first.deadline_ms, first.priority, first.tenant):
-                raise Invalid("workload.gang", f"{name!r} and {names[0]!r} differ in more than their id", "give batch jobs of one gang the same requests, duration, deadline and priority")
+            if replace(other, id=first.id) != first:
+                raise Invalid("workload.gang", f"{name!r} and {names[0]!r} differ in more than their id", "give batch jobs of one gang the same document")
 
     def _take_late(self, table: Timetable, job: Job, names: Sequence[str], verdict: Admission, now_ms: int) -> Admission:
         """Promise the earliest time there is instead."""

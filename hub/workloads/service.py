@@ -6,7 +6,7 @@
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -23,7 +23,7 @@ from ..store.workloads import WorkloadRow
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
-from .rebalancing import Rebalancing
+from .rebalancing import Rebalancing, propose
 from .rounds import Heard, Rounds
 from .views import usage
 
@@ -84,14 +84,18 @@ class Workloads:
         tell: changes parts of an edge's desired state; raises `ContractError`.
         desired: every edge's desired state document.
         now_ms: the hub's wall milliseconds.
+        think: runs a long thought on a thread of its own.
+        rebalance_s: seconds between two looks whether to rebalance; 0: only when asked.
     """
 
     def __init__(
         self, store: Store, fleet: Fleet, *, write: Callable[[Callable[[], Any]], Awaitable[Any]], read: Callable[[Callable[[], Any]], Awaitable[Any]],
         tell: Callable[[str, dict[str, Any]], Awaitable[Any]], desired: Mapping[str, dict[str, Any]], now_ms: Callable[[], int],
+        think: Callable[[Callable[[], Any]], Awaitable[Any]], rebalance_s: float = 0,
     ) -> None:
         self._store, self._fleet = store, fleet
         self._write, self._read, self._tell, self._desired, self._clock = write, read, tell, desired, now_ms
+        self._think, self._rebalance_s = think, rebalance_s
         self.planner = Planner()
         self._rounds = Rounds(self.planner)
         self.rebalancing = Rebalancing(self.planner)
@@ -143,6 +147,8 @@ class Workloads:
         loop = asyncio.get_running_loop()
         self._untold.set()
         self._tasks = [loop.create_task(self._run(), name="workloads"), loop.create_task(self._tell_forever(), name="workloads, telling")]
+        if self._rebalance_s:
+            self._tasks.append(loop.create_task(self._rebalance_forever(), name="workloads, rebalancing"))
 
     async def stop(self) -> None:
         """End; who still waits for an answer is told to come again."""
@@ -181,6 +187,24 @@ class Workloads:
         ids, found = await self.ask(lambda planner, now: planner.submit_all(entries, now), len(entries))
         self.waits_ms.append((perf_counter() - began) * 1000)
         return [row for name in ids if (row := self.rows.get(name)) is not None], found
+
+    async def rebalance(self, nodes: Sequence[str], go: bool) -> dict[str, Any]:
+        """Plan moves that rebalance the cluster, or empty `nodes`; with `go` the plan is carried out. Raises `Invalid`, `Conflict` or `Busy`."""
+        inputs = await self.look(lambda _: self.rebalancing.inputs(nodes, self.now_ms()))
+        proposal: dict[str, Any] = await self._think(lambda: propose(inputs))
+        return await self.ask(lambda _, now: self.rebalancing.start(proposal, now)) if go else proposal
+
+    async def _rebalance_forever(self) -> None:
+        """By itself, where that is configured: a plan that gains enough is carried out, one after the other."""
+        while True:
+            await asyncio.sleep(self._rebalance_s)
+            try:
+                begun = await self.rebalance((), go=True)
+                log.info("%s: %s", begun["id"], begun["text"])
+            except (Invalid, Conflict, Busy) as error:
+                log.debug("no rebalancing now: %s", error)
+            except Exception:
+                log.exception("rebalancing failed; the next try is in %.0f s", self._rebalance_s)
 
     # -- the task ------------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from edge_runtime.config import EdgeConfig
 from edge_runtime.config.schema import ApiConfig, BusConfig, DevicesConfig, HostConfig, JournalConfig, UplinkConfig, WorkloadsConfig
 from edge_runtime.contract.limits import MAX_WORKLOADS
 from edge_runtime.runtime import EdgeRuntime
+from hub.cli import main as hub_main
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.server import Hub, HubSettings
@@ -346,6 +347,21 @@ async def test_a_node_that_vanishes_amid_decisions_leaves_nothing_half_done(tmp_
         assert outcomes[0] == ["pending"] and outcomes[2] == ["pending"] and outcomes[4] == ["placed"], "what is answered is what stands after the transaction"
         await until(lambda: {row.state for row in hub.workloads.rows.values()} == {"placed"}, what="the others again")
         clean(hub, {name: work(name) for name in "abc"})
+
+
+async def test_a_hub_that_is_told_so_rebalances_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running_hub(tmp_path / "hub", "embedded", rebalance_minutes=0.005) as hub:
+        for name, other in (("n-1", "n-2"), ("n-2", "n-1")):
+            await declare(hub, name)
+            if other in hub.workloads.planner.tables.nodes:
+                await hub.workloads.ask(lambda planner, now, other=other: planner.cordon(other, "cordon", now))
+            await submit(hub, work(f"on-{name}"))
+        await hub.workloads.ask(lambda planner, now: planner.cordon("n-1", "", now))
+        await until(lambda: hub.workloads.rows["on-n-1"].node == hub.workloads.rows["on-n-2"].node, what="both on one node")
+        await until(lambda: [document["state"] for document in hub.workloads.planner.tables.rebalances.values()] == ["done"], what="the end of it")
+        clean(hub, {f"on-{name}": work(f"on-{name}") for name in ("n-1", "n-2")})
+    for wrong in ("-1", "0.5", "often"):
+        assert hub_main(["--rebalance-minutes", wrong, "--data-dir", str(tmp_path / "none")]) == 2 and "rebalance-minutes" in capsys.readouterr().err
 
 
 async def test_past_the_queue_a_caller_is_told_to_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,6 +351,8 @@ def test_a_gang_is_one_job() -> None:
         desk.submit(batch("h0", 4, 90, 125, gang={"id": "h", "size": 2}), batch("h1", 4, 90, 125, gang={"id": "h", "size": 2}))
     desk.submit(batch("g3", 2, 50, 300, **gang))
     assert {planned(desk, f"g{n}")[0] for n in range(4)} == {120.0} and sorted(planned(desk, "g0")[1]) == ["n-1", "n-1", "n-2", "n-2"]
+    with pytest.raises(Invalid, match="has its 4 members already"):
+        desk.submit(batch("g4", 2, 50, 300, **gang))
     desk.do(lambda planner, now: planner.cancel("a", now))
     round_of(desk)
     assert {desk.row(f"g{n}").state for n in range(4)} == {"placed"}
