@@ -156,7 +156,7 @@ class Book:
                 problems.append(f"workload {row.id}: it is {row.state}, but holds no place")
                 self.set(replace(row, state="pending" if row.state == "placed" else "cancelled", node="", reason="its placement was lost", changed_ms=now_ms))
         self.tables.budgets.update(budgets)
-        self.tables.rebalances.update(rebalances or {})
+        self.tables.rebalances.update(sorted((rebalances or {}).items(), key=lambda each: int(each[1].get("created_ms", 0))))
         self.tables.heard.update(heard or {})
         for tenant, document in quotas.items():
             self.tables.quotas[tenant] = document

@@ -12,7 +12,7 @@ from ..scheduler import Decision, Invalid, Placed, Shape, Workload, improve, pre
 from ..scheduler import gang as gangs
 from ..scheduler.arrays import UP
 from ..scheduler.model import GpuRequest
-from ..scheduler.reasons import Bools
+from ..scheduler.reasons import Bools, Ints
 from ..store.workloads import FINAL_STATES, PlacementRow, WorkloadRow
 from .book import PREEMPTED, Book, short
 from .documents import Conflict, Submitted, difference
@@ -141,6 +141,7 @@ class Placing(Book):
             if priority < top or lends:
                 room = room + held
         total = np.where(usable, room, 0).sum(1)
+        asked: dict[int, Ints | None] = {}
         needs = []
         for name in names:
             item = self.tables.items[name].item
@@ -148,9 +149,13 @@ class Placing(Book):
                 klass = state.klass(item.shape)
             except Invalid:
                 continue
-            if ((state.facts(klass).fails == 0) & usable & (state.cap[klass.resources] >= klass.amounts).all(0)).any():
+            if klass.id not in asked:
+                some = ((state.facts(klass).fails == 0) & usable & (state.cap[klass.resources] >= klass.amounts).all(0)).any()
                 gpu = item.shape.gpu
-                needs.append(np.append(gpu.count * gpu.milli if gpu is not None else 0, klass.request))
+                asked[klass.id] = np.append(gpu.count * gpu.milli if gpu is not None else 0, klass.request) if some else None
+            need = asked[klass.id]
+            if need is not None:
+                needs.append(need)
         if not needs:
             return 0
         fitting = np.cumsum(np.sort(np.array(needs), axis=0), axis=0) <= total

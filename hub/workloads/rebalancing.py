@@ -112,7 +112,10 @@ class Rebalancing:
                 raise Conflict("drain", f"{name!r} was taken out meanwhile", "plan anew")
             if not self._planner.tables.nodes[name].cordon:
                 self._planner.cordon(name, "cordon", now_ms)
-        document = {**proposal, "id": f"rebalance-{now_ms}", "state": BEGUN, "step": 0, "created_ms": now_ms, "changed_ms": now_ms}
+        number = now_ms
+        while f"rebalance-{number}" in self._planner.tables.rebalances:
+            number += 1
+        document = {**proposal, "id": f"rebalance-{number}", "state": BEGUN, "step": 0, "created_ms": now_ms, "changed_ms": now_ms}
         self._planner.ledger.put(self._planner.tables.rebalances, document["id"], document)
         for name in list(self._planner.tables.rebalances)[:-KEPT]:
             self._planner.ledger.put(self._planner.tables.rebalances, name, None)

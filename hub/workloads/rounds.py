@@ -108,13 +108,13 @@ class Rounds:
             self._tried = version
             self._first = self._order()
             self._again = True
+            up = sum(self._planner.is_up(name) for name in self._planner.tables.nodes)
+            if up > self._up and self._first:
+                self._together(now_ms)
+            self._up = up
         if not self._rest and self._again:
             self._rest, self._again = self._order(), False
         failed: set[tuple[Any, ...]] = set()
-        up = sum(self._planner.is_up(name) for name in self._planner.tables.nodes)
-        if up > self._up and self._first:
-            self._together(now_ms)
-        self._up = up
         self._attempt(self._asked_again(now_ms), DECISIONS_PER_ROUND, failed, now_ms)
         left = self._attempt(self._first, DECISIONS_PER_ROUND // 2, failed, now_ms)
         self._attempt(self._rest, DECISIONS_PER_ROUND // 2 + left, failed, now_ms)
