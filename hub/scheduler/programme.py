@@ -5,7 +5,7 @@ The rows say what holds in the end, whatever the order; where an order could all
 like any other and its bound is none.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -14,11 +14,10 @@ import numpy as np
 from . import quota
 from .arrays import GONE, Seat
 from .classes import Klass
-from .feasible import devices_for, verdicts
+from .feasible import devices_for, numa_share, verdicts
 from .model import HOST, Spread, Workload
 from .place import Scheduler
 from .reasons import Bools, Fail, Ints
-from .state import State
 from .units import CPU, GPU_WHOLE, MEMORY, Invalid
 
 MAX_CELLS = 20_000
@@ -87,10 +86,11 @@ class Programme:
         self._together()
         self._hard_spreads()
         self._soft_spreads(spread_points)
-        self.levels: dict[int, Terms] = {
-            level: [term for group in self.groups if group.priority == level for term in self._all(group)] for level in sorted({group.priority for group in self.groups}, reverse=True)
-        }
-        """Priority to what counts its placed workloads, the highest first."""
+        self.levels: dict[int, tuple[Terms, int]] = {}
+        """Priority to what counts its placed workloads, and how many there are; the highest first."""
+        for level in sorted({group.priority for group in self.groups}, reverse=True):
+            mine = [group for group in self.groups if group.priority == level]
+            self.levels[level] = [term for group in mine for term in self._all(group)], sum(len(group.members) for group in mine)
 
     # columns and rows
 
@@ -330,10 +330,12 @@ class Programme:
         return least
 
     def _soft_spreads(self, points: int) -> None:
-        softs = {
-            (row, item.topology_key, item.max_skew): group.klass
-            for group in self.groups for item, row in zip(group.klass.shape.spread, group.klass.spread_rows, strict=True) if not item.hard
-        }
+        softs: dict[tuple[int, str, int], Klass] = {}
+        for group in self.groups:
+            for item, row in zip(group.klass.shape.spread, group.klass.spread_rows, strict=True):
+                if not item.hard:
+                    klass = softs.setdefault((row, item.topology_key, item.max_skew), group.klass)
+                    self.exact &= klass is group.klass or np.array_equal(self.state.facts(klass).affine, self.state.facts(group.klass).affine)
         for (row, key, skew), klass in softs.items():
             affine, counted = self.state.facts(klass).affine, self._counted(row)
             domains = [found for nodes in self._domains(key) if (found := [node for node in nodes if affine[node]])]
@@ -347,6 +349,12 @@ class Programme:
                 self.row(-np.inf, [*(term for group in counted for term in self._inside(group, nodes)), (least, -1), (beyond, -1)], skew - there)
 
     # from and to seats
+
+    def holds(self, values: Sequence[int]) -> bool:
+        """Whether whole values of all columns keep every row and bound, in exact arithmetic."""
+        return all(0 <= value <= most for value, most in zip(values, self.upper, strict=True)) and all(
+            low <= sum(factor * values[column] for column, factor in terms) <= high for low, terms, high in self.rows
+        )
 
     def values(self, seats: Mapping[str, Seat]) -> dict[int, int]:
         """Columns of groups and gangs for a placement; what follows from them is left to the solver."""
@@ -366,21 +374,37 @@ class Programme:
                     found[self.gangs[group.unit]] = 1
         return found
 
-    def seats(self, values: Sequence[int]) -> dict[str, tuple[int, tuple[int, ...], int]]:
-        """Node, devices and zone (-1: any) of each workload that is placed by the columns' values."""
-        found: dict[str, tuple[int, tuple[int, ...], int]] = {}
-        for group in self.groups:
-            waiting = iter(group.members)
-            gpu = group.klass.shape.gpu
-            for node, x in group.x.items():
-                count = values[x]
-                devices = [device for (at, device), column in group.device.items() if at == node for _ in range(values[column])]
-                zones = [zone for (at, zone), column in group.zone.items() if at == node for _ in range(values[column])]
-                for number in range(count):
-                    # Dealt out in turn: no workload gets a device twice, as none has more parts taken than there are workloads.
-                    mine = tuple(devices[number::count]) if gpu is not None and gpu.milli < GPU_WHOLE else tuple(devices[number * gpu.count:(number + 1) * gpu.count]) if gpu else ()
-                    found[next(waiting).id] = node, mine, zones[number] if zones else -1
+    def seats(self, values: Sequence[int]) -> dict[str, Seat]:
+        """Where the columns' values put each workload. The state holds nothing of the backlog, and is left so. Raises `Invalid` where the state has no such room."""
+        chosen = [part for group in self.groups for part in self._dealt(group, values)]
+        found: dict[str, Seat] = {}
+        mark = self.state.begin()
+        try:
+            # Those bound to one zone first: the others take what is left of all zones.
+            for workload, node, devices, zone in sorted(chosen, key=lambda part: part[3] < 0):
+                need = workload.shape.request_map
+                numa = ((zone, need.get(CPU, 0), need.get(MEMORY, 0)),) if zone >= 0 else numa_share(self.state, node, workload.shape)
+                if numa is None:
+                    raise Invalid("seat.numa", f"the zones of {self.state.nodes[node].name} have no room for {workload.id}", "decide again")
+                found[workload.id] = Seat(node, devices, numa)
+                self.state.place(workload, found[workload.id], 0)
+        finally:
+            self.state.undo(mark)
         return found
+
+    def _dealt(self, group: Group, values: Sequence[int]) -> Iterator[tuple[Workload, int, tuple[int, ...], int]]:
+        """Node, devices and zone (-1: any) for as many members as the group has places."""
+        waiting, gpu = iter(group.members), group.klass.shape.gpu
+        for node, x in group.x.items():
+            count = values[x]
+            devices = [device for (at, device), column in group.device.items() if at == node for _ in range(values[column])]
+            zones = [zone for (at, zone), column in group.zone.items() if at == node for _ in range(values[column])]
+            for number in range(count):
+                mine: tuple[int, ...] = ()
+                if gpu is not None:
+                    # Whole devices in a row; parts in turn: nobody gets a device twice, as no device has more parts taken than there are workloads.
+                    mine = tuple(devices[number::count] if gpu.milli < GPU_WHOLE else devices[number * gpu.count : (number + 1) * gpu.count])
+                yield next(waiting), node, mine, zones[number] if zones else -1
 
 
 def _groups(wanted: Sequence[Wanted]) -> list[Group]:

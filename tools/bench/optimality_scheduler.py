@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hub.scheduler import State, gang, node, quota, workload
-from hub.scheduler.improve import place_together
 from hub.scheduler.model import Kind, Workload
 from hub.scheduler.parse import quota as parse_quota
 from hub.scheduler.place import Scheduler
 from hub.scheduler.rank import WEIGHTS, Ranker
+from hub.scheduler.together import place_together
 
 from .optimality_instances import Instance, as_scheduler_input
 from .optimality_judge import Broken
