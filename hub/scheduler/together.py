@@ -15,7 +15,7 @@ from .arrays import Seat
 from .feasible import verdicts
 from .improve import MAX_BACKLOG, SKEW_POINTS, STEPS_PER_WORKLOAD, Backlog, Weights
 from .model import Workload
-from .optimum import NODES, Optimum, optimum
+from .optimum import EFFORT, Optimum, optimum
 from .place import Pending, Placed, Scheduler
 from .programme import Programme, Wanted
 from .units import Invalid
@@ -44,11 +44,11 @@ class Result:
 
 
 def place_together(
-    scheduler: Scheduler, workloads: Sequence[Workload], now_ms: int, *, seed: int = 0, steps: int | None = None, effort: int = NODES, weights: Weights | None = None
+    scheduler: Scheduler, workloads: Sequence[Workload], now_ms: int, *, seed: int = 0, steps: int | None = None, effort: int = EFFORT, weights: Weights | None = None
 ) -> Result:
     """Place a backlog. Every unit that finds no place is pending, with the reason as the cluster then stands; so is what the cluster could never hold.
 
-    `effort`: nodes of branch and bound for each priority and for the points, 0 for none; `steps` of destroy and repair, by default as many as the backlog's size asks for.
+    `effort` of branch and bound for each priority and for the points (`optimum.EFFORT`), 0 for none; `steps` of destroy and repair, by default none where branch and bound found a placement.
     """
     pending: dict[str, Pending] = {}
     for workload in workloads:
@@ -64,10 +64,14 @@ def place_together(
     programme = _programme(trial, backlog) if effort else None
     backlog.greedy()
     start = backlog.value()
-    best = _best(backlog, programme, effort) if programme is not None else None
+    best, taken = _best(backlog, programme, effort) if programme is not None else (None, False)
     bound = _bound(backlog, programme, best) if programme is not None and programme.exact and best is not None else None
-    todo = 0 if backlog.value() == bound else steps if steps is not None else STEPS_PER_WORKLOAD * len(possible) if len(possible) <= MAX_BACKLOG else 0
-    found = backlog.improve(todo)
+    if backlog.value() == bound:
+        steps = 0
+    elif steps is None:
+        # Beyond what branch and bound found in an exact programme they found nothing more; where rows leave orders out, they may.
+        steps = 0 if len(possible) > MAX_BACKLOG or (taken and bound is not None) else STEPS_PER_WORKLOAD * len(possible)
+    found = backlog.improve(steps)
     placed = commit(scheduler, possible, found, now_ms)
     for name in found.keys() - placed.keys():
         trial.state.release(name)
@@ -79,7 +83,7 @@ def place_together(
             continue
         refused = quota.refusal(scheduler.state, workload)
         pending[workload.id] = Pending(workload.id, refused) if refused else scheduler.pending(scheduler.decide(workload, now_ms))
-    return Result(placed, pending, backlog.value(), start, bound, best.nodes if best is not None else 0, todo)
+    return Result(placed, pending, backlog.value(), start, bound, best.nodes if best is not None else 0, steps)
 
 
 def _programme(trial: Scheduler, backlog: Backlog) -> Programme | None:
@@ -91,14 +95,14 @@ def _programme(trial: Scheduler, backlog: Backlog) -> Programme | None:
         return None
 
 
-def _best(backlog: Backlog, programme: Programme, effort: int) -> Optimum | None:
-    """Solve, and take the placement over where the state takes it and it is no worse; None where the solver is not installed or found nothing."""
+def _best(backlog: Backlog, programme: Programme, effort: int) -> tuple[Optimum | None, bool]:
+    """What the solver found, and whether the state took it and it is no worse; None where the solver is not installed, has too little effort or finds nothing."""
     try:
         best = optimum(programme, programme.values(backlog.seats()), effort)
     except ImportError:
-        return None
+        best = None
     if best is None:
-        return None
+        return None, False
     state, before = backlog.state, backlog.value()
     mark = state.begin()
     for item in backlog.items:
@@ -112,7 +116,7 @@ def _best(backlog: Backlog, programme: Programme, effort: int) -> Optimum | None
         state.keep(mark)
     else:
         state.undo(mark)
-    return best
+    return best, better
 
 
 def _bound(backlog: Backlog, programme: Programme, best: Optimum) -> tuple[int, ...]:
