@@ -73,6 +73,11 @@ class Programme:
             raise Invalid("workloads", f"{len(self.groups)} different ones on {self.state.size} nodes", f"give at most {MAX_CELLS} of their product at a time")
         for group in self.groups:
             self._columns(group)
+        self.columns_of_nodes: dict[int, list[int]] = {}
+        for group in self.groups:
+            for node, column in [*group.x.items(), *((node, column) for part in (group.device, group.zone) for (node, _), column in part.items())]:
+                self.columns_of_nodes.setdefault(node, []).append(column)
+        self.columns_of_groups = [column for mine in self.columns_of_nodes.values() for column in mine]
         self.gangs = {unit: self.column(1) for unit in sorted({group.unit for group in self.groups if group.unit >= 0})}
         for group in self.groups:
             if group.unit >= 0:

@@ -98,7 +98,7 @@ def _programme(trial: Scheduler, backlog: Backlog) -> Programme | None:
 def _best(backlog: Backlog, programme: Programme, effort: int) -> tuple[Optimum | None, bool]:
     """What the solver found, and whether the state took it and it is no worse; None where the solver is not installed, has too little effort or finds nothing."""
     try:
-        best = optimum(programme, programme.values(backlog.seats()), effort)
+        best = optimum(programme, programme.values(backlog.seats()), effort, backlog.rng)
     except ImportError:
         best = None
     if best is None:

@@ -110,7 +110,7 @@ def test_whatever_is_asked_of_the_rows_they_allow_only_what_is_allowed(seed: int
     programme, rng = _programme(scheduler, workloads), Random(wish)
     programme.cost = {x: rng.randint(-1000, 1000) for group in programme.groups for x in group.x.values()}
     programme.levels.clear()
-    found = optimum(programme, {})
+    found = optimum(programme, {}, EFFORT, rng)
     assert found is not None
     seats = programme.seats(found.columns)
     assert programme.holds(found.columns)
