@@ -20,6 +20,20 @@ def open_descriptors() -> int:
         return 0
 
 
+def prefer(nice: int) -> bool:
+    """Give the calling thread this nice value (setpriority(2)) and say whether it has it.
+
+    Only a thread that still has the default, 0: what an operator chose holds. The threads that exist already keep theirs; threads and processes
+    started later by this one inherit it.
+    """
+    try:
+        if nice and os.getpriority(os.PRIO_PROCESS, 0) == 0:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        return os.getpriority(os.PRIO_PROCESS, 0) == nice
+    except OSError:  # not root, and no RLIMIT_NICE
+        return False
+
+
 def one_heap() -> None:
     """One malloc arena for all threads (mallopt(3), M_ARENA_MAX): ours hardly compete, and each arena keeps pages of its own."""
     import ctypes

@@ -178,7 +178,7 @@ class Edge:
 
     def desire(self, generation: int, **spec: Any) -> None:
         """Desired state as the uplink hands it over; `expires_ms` is the document's."""
-        self.runtime._on_desired(self.document(generation, **spec))
+        self.runtime.desired_state.receive(self.document(generation, **spec))
 
     def document(self, generation: int, **spec: Any) -> Desired:
         """A parsed desired state of this edge."""
