@@ -45,6 +45,8 @@ class Optimum:
     bound: tuple[int, ...]
     nodes: int
     """Explored by branch and bound in all."""
+    whole: bool = True
+    """Solved as one, not only part by part."""
 
 
 def optimum(programme: Programme, start: Mapping[int, int], effort: int, rng: Random) -> Optimum | None:
@@ -69,9 +71,9 @@ def optimum(programme: Programme, start: Mapping[int, int], effort: int, rng: Ra
         if found is None:
             continue
         if best is None:
-            best = replace(found, bound=(*(most for _, most in programme.levels.values()), 0))
+            best = replace(found, bound=(*(most for _, most in programme.levels.values()), 0), whole=False)
         elif found.value >= best.value:
-            best = replace(found, bound=best.bound, nodes=best.nodes + found.nodes)
+            best = replace(found, bound=best.bound, nodes=best.nodes + found.nodes, whole=best.whole)
     return best
 
 

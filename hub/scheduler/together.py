@@ -48,7 +48,7 @@ def place_together(
 ) -> Result:
     """Place a backlog. Every unit that finds no place is pending, with the reason as the cluster then stands; so is what the cluster could never hold.
 
-    `effort` of branch and bound for each priority and for the points (`optimum.EFFORT`), 0 for none; `steps` of destroy and repair, by default none where branch and bound found a placement.
+    `effort` of branch and bound for each priority and for the points (`optimum.EFFORT`), 0 for none; `steps` of destroy and repair, by default none after a programme that was solved as one.
     """
     pending: dict[str, Pending] = {}
     for workload in workloads:
@@ -69,8 +69,9 @@ def place_together(
     if backlog.value() == bound:
         steps = 0
     elif steps is None:
-        # Beyond what branch and bound found in an exact programme they found nothing more; where rows leave orders out, they may.
-        steps = 0 if len(possible) > MAX_BACKLOG or (taken and bound is not None) else STEPS_PER_WORKLOAD * len(possible)
+        # After an exact programme that was solved as one they find nothing more: measured on 100 workloads and 35 nodes.
+        done = taken and bound is not None and best is not None and best.whole
+        steps = 0 if done or len(possible) > MAX_BACKLOG else STEPS_PER_WORKLOAD * len(possible)
     found = backlog.improve(steps)
     placed = commit(scheduler, possible, found, now_ms)
     for name in found.keys() - placed.keys():

@@ -13,7 +13,7 @@ from hub.scheduler import Scheduler, Seat, State, Workload, node, workload
 from hub.scheduler import together as module
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.improve import Backlog, Weights
-from hub.scheduler.optimum import EFFORT, optimum
+from hub.scheduler.optimum import EFFORT, PART_EFFORT, optimum
 from hub.scheduler.parse import quota
 from hub.scheduler.programme import MAX_CELLS, Programme, Wanted
 from hub.scheduler.together import place_together
@@ -125,6 +125,31 @@ def test_a_start_that_presolve_improves_is_not_given_back() -> None:
     instance = draw(16)
     scheduler, workloads, _ = prepared(instance)
     assert place_together(scheduler, workloads, 0, seed=16).value == (9, 7, 17, -5556)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 999))
+def test_part_by_part_is_allowed_no_worse_and_the_same_again(seed: int) -> None:
+    instance = draw(seed)
+    results = []
+    for _ in range(2):
+        scheduler, workloads, raw = prepared(instance)
+        # Too little to solve as one what has more than 180 columns (9,000 of effort, 50 nodes): three parts.
+        results.append(place_together(scheduler, workloads, 0, seed=seed, steps=0, effort=3 * PART_EFFORT))
+        check_log(scheduler, raw)
+        placement = placement_of(instance, scheduler)
+        assert not faults(instance, placement)
+        assert value(instance, placement) == results[-1].value >= results[-1].greedy
+        assert results[-1].bound is not None and results[-1].value <= results[-1].bound
+    assert results[0].placed == results[1].placed
+
+
+def test_parts_improve_what_is_too_large_to_solve_as_one() -> None:
+    values = []
+    for effort in (0, 20 * PART_EFFORT):
+        scheduler, workloads, _ = prepared(draw(5, most_nodes=50, most_workloads=150))
+        values.append(place_together(scheduler, workloads, 0, effort=effort, steps=0).value)
+    assert values[1] > values[0]
 
 
 # never believed
