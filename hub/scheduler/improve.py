@@ -256,8 +256,10 @@ class Backlog:
         return self.seats()
 
     def seats(self) -> dict[str, Seat]:
-        """Where the backlog's workloads are now."""
-        return {item.workload.id: seat for item in self.items if (seat := self.state.seat(item.workload.id)) is not None}
+        """Where the backlog's workloads are now, in the order in which they came there: it is one in which all of them can."""
+        came = {event[1].id: at for at, event in enumerate(self.state.log) if event[0] == "place"}
+        there = [(came.get(item.workload.id, -1), item.workload.id, seat) for item in self.items if (seat := self.state.seat(item.workload.id)) is not None]
+        return {name: seat for _, name, seat in sorted(there, key=lambda part: part[0])}
 
     def step(self, before: tuple[int, ...]) -> tuple[int, ...]:
         """One move in a trial, which stands where it made nothing worse. Gives the value after it."""

@@ -287,21 +287,24 @@ class Programme:
     def _hard_spreads(self) -> None:
         done: set[tuple[object, ...]] = set()
         for group in self.groups:
-            klass = group.klass
-            hard = [(item, row, own) for item, row, own in zip(klass.shape.spread, klass.spread_rows, klass.spread_self, strict=True) if item.hard]
-            eligible: Bools = self.state.facts(klass).affine & (self.state.status != GONE)
-            for item, _, _ in hard:
-                eligible = eligible & (self.state.attributes.domains(item.topology_key)[0] >= 0)
-            for item, row, own in hard:
-                same = (row, item.topology_key, item.max_skew, item.min_domains, eligible.tobytes())
-                if same in done:
+            klass, eligible = group.klass, self._eligible(group.klass)
+            for item, row, own in zip(klass.shape.spread, klass.spread_rows, klass.spread_self, strict=True):
+                same = (row, item, eligible.tobytes())
+                if not item.hard or same in done:
                     continue
                 done.add(same)
                 counted = self._counted(row)
-                alike = all(any(at == row and other == item for other, at in zip(found.klass.shape.spread, found.klass.spread_rows, strict=True)) for found in counted)
-                affine = all(np.array_equal(self.state.facts(found.klass).affine, self.state.facts(klass).affine) for found in counted)
-                self.exact &= bool(own) and alike and affine
+                # Where all that are counted carry the same spread over the same nodes, what holds in the end can be filled level by level, and nothing else can.
+                self.exact &= bool(own) and all(item in found.klass.shape.spread and np.array_equal(self._eligible(found.klass), eligible) for found in counted)
                 self._level(item, row, eligible, [*counted, *([] if own else [group])])
+
+    def _eligible(self, klass: Klass) -> Bools:
+        """[node] whether it counts for the hard spreads of a class."""
+        found: Bools = self.state.facts(klass).affine & (self.state.status != GONE)
+        for item in klass.shape.spread:
+            if item.hard:
+                found = found & (self.state.attributes.domains(item.topology_key)[0] >= 0)
+        return found
 
     def _level(self, item: Spread, row: int, eligible: Bools, counted: list[Group]) -> None:
         """No domain that takes one of `counted` ends up above the emptiest by more than the skew."""
@@ -373,7 +376,7 @@ class Programme:
                 found[group.x[seat.node]] += 1
                 for device in seat.gpus:
                     found[group.device[seat.node, device]] += 1
-                if (seat.node, 0) in group.zone:
+                if (seat.node, 0) in group.zone and seat.numa:
                     found[group.zone[seat.node, seat.numa[0][0]]] += 1
                 if group.unit >= 0:
                     found[self.gangs[group.unit]] = 1
@@ -382,6 +385,7 @@ class Programme:
     def seats(self, values: Sequence[int]) -> dict[str, Seat]:
         """Where the columns' values put each workload. The state holds nothing of the backlog, and is left so. Raises `Invalid` where the state has no such room."""
         chosen = [part for group in self.groups for part in self._dealt(group, values)]
+        starters = {member.id for group in self.groups if group.klass.affinity is not None and group.klass.affinity[2] for member in group.members}
         found: dict[str, Seat] = {}
         mark = self.state.begin()
         try:
@@ -395,7 +399,8 @@ class Programme:
                 self.state.place(workload, found[workload.id], 0)
         finally:
             self.state.undo(mark)
-        return found
+        # The first of those who want to be with their own kind can start only while nobody else of it is there.
+        return dict(sorted(found.items(), key=lambda part: part[0] not in starters))
 
     def _dealt(self, group: Group, values: Sequence[int]) -> Iterator[tuple[Workload, int, tuple[int, ...], int]]:
         """Node, devices and zone (-1: any) for as many members as the group has places."""

@@ -72,10 +72,16 @@ def place_together(
         # After an exact programme that was solved as one they find nothing more: measured on 100 workloads and 35 nodes.
         done = taken and bound is not None and best is not None and best.whole
         steps = 0 if done or len(possible) > MAX_BACKLOG else STEPS_PER_WORKLOAD * len(possible)
+    before, kept = backlog.value(), backlog.seats()
     found = backlog.improve(steps)
-    placed = commit(scheduler, possible, found, now_ms)
-    for name in found.keys() - placed.keys():
-        trial.state.release(name)
+    mark = scheduler.state.begin()
+    placed = _settle(scheduler, backlog, found)
+    if backlog.value() < before:
+        # Repaired into something that comes about in no order; what stood before does.
+        scheduler.state.undo(mark)
+        mark = scheduler.state.begin()
+        placed = _settle(scheduler, backlog, kept)
+    scheduler.state.keep(mark)
     for workload in workloads:
         if workload.id in pending or workload.id in placed:
             continue
@@ -120,6 +126,18 @@ def _best(backlog: Backlog, programme: Programme, effort: int) -> tuple[Optimum 
     return best, better
 
 
+def _settle(scheduler: Scheduler, backlog: Backlog, seats: dict[str, Seat]) -> dict[str, Placed]:
+    """Seats made true in the cluster, and the backlog's trial made to hold the same. Gives them in the order of the backlog."""
+    workloads = [item.workload for item in backlog.items]
+    placed = commit(scheduler, workloads, seats, backlog.now_ms)
+    for workload in workloads:
+        backlog.state.release(workload.id)
+    for workload in workloads:
+        if workload.id in placed:
+            backlog.state.adopt(workload, seats[workload.id], backlog.now_ms)
+    return {workload.id: placed[workload.id] for workload in workloads if workload.id in placed}
+
+
 def _bound(backlog: Backlog, programme: Programme, best: Optimum) -> tuple[int, ...]:
     """In the terms of `Result.value`: priorities of which nothing can be placed have no level in the programme."""
     levels = dict(zip(programme.levels, best.bound, strict=False))
@@ -127,12 +145,13 @@ def _bound(backlog: Backlog, programme: Programme, best: Optimum) -> tuple[int, 
 
 
 def commit(scheduler: Scheduler, workloads: Sequence[Workload], seats: dict[str, Seat], now_ms: int) -> dict[str, Placed]:
-    """The seats that were found, each when its constraints hold in the cluster as it then stands: company first, spreads level by level.
+    """The seats that were found, in their order, each when its constraints hold in the cluster as it then stands: company first, spreads level by level.
 
     What holds together but comes about in no order is left out, gangs as a whole. Raises `Invalid` for a seat without room, having changed nothing.
     """
     state = scheduler.state
-    wanted = [workload for workload in workloads if workload.id in seats]
+    by_id = {workload.id: workload for workload in workloads}
+    wanted = [by_id[name] for name in seats]
     while True:
         mark = state.begin()
         waiting, placed = wanted, dict[str, Placed]()

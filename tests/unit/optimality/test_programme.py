@@ -190,6 +190,62 @@ def test_a_backlog_that_is_too_large_says_so() -> None:
         Programme(scheduler, [Wanted(replace(item, priority=at), klass, scheduler.state.price, at) for at in range(MAX_CELLS // 2 + 1)], 0)
 
 
+# terms of every kind, also those that contradict each other or depend on the order
+
+
+APPS, KEYS = ("a", "b", "c"), ("host", "rack", "zone")
+
+
+def _wild(rng: Random, number: int) -> Workload:
+    app = rng.choice(APPS)
+    more: dict[str, object] = {"labels": {"app": app}, "priority": rng.choice((0, 0, 5)), "numa": rng.choice(("any", "any", "single"))}
+    if rng.random() < 0.35:
+        more["affinity"] = [_term(rng.choice((app, *APPS)), rng.choice(KEYS)) for _ in range(rng.choice((1, 1, 2)))]
+    if rng.random() < 0.3:
+        more["anti_affinity"] = [_term(rng.choice(APPS), rng.choice(KEYS))]
+    if rng.random() < 0.5:
+        more["spread"] = [
+            {"max_skew": rng.choice((1, 1, 2)), "topology_key": key, "selector": {"labels": {"app": rng.choice((app, app, *APPS))}}, "hard": rng.random() < 0.7, "min_domains": rng.choice((1, 1, 3))}
+            for key in rng.sample(KEYS, rng.choice((1, 1, 2)))
+        ]
+        more["spread"] = [item if item["hard"] else {**item, "min_domains": 1} for item in more["spread"]]  # type: ignore[attr-defined]
+    if rng.random() < 0.2:
+        more["gpu"] = {"count": 1, "milli": rng.choice((300, 500, 700))} if rng.random() < 0.7 else {"count": 2}
+    if rng.random() < 0.3:
+        more["node_selector"] = {"disk": "ssd"}
+    return _asks(f"w{number:02d}", rng.choice((1, 1, 2, 3)), **more)
+
+
+def _wild_cluster(seed: int) -> tuple[Scheduler, list[Workload]]:
+    rng, state = Random(seed), State()
+    nodes = []
+    for at in range(rng.randint(2, 5)):
+        place = {"rack": f"r{rng.randint(0, 1)}"} | ({"zone": f"z{rng.randint(0, 2)}"} if rng.random() < 0.8 else {})
+        more = {"gpus": [{"model": "T4", "memory": "16Gi", "count": 2}]} if rng.random() < 0.5 else {}
+        zones = {"numa": [{"cpu": 2, "memory": "16Gi"}] * 2} if rng.random() < 0.5 else {}
+        nodes.append(node({"name": f"n{at}", "capacity": {"cpu": 4, "memory": "32Gi", "slots": 6}, "labels": {"disk": rng.choice(("ssd", "hdd"))}, "price": rng.randint(1, 5), **place, **more, **zones}))
+    state.add_nodes(nodes)
+    scheduler = Scheduler(state)
+    workloads = [_wild(rng, number) for number in range(rng.randint(4, 10))]
+    for item in workloads[: rng.randint(0, 3)]:
+        scheduler.state.klass(item.shape)
+        scheduler.reserve(item, 0)
+    return scheduler, [item for item in workloads if scheduler.state.seat(item.id) is None]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, 1_000_000))
+def test_nothing_that_another_method_finds_is_above_the_bound(seed: int) -> None:
+    scheduler, workloads = _wild_cluster(seed)
+    found = place_together(scheduler, workloads, 0, steps=0)
+    check_invariants(scheduler.state)
+    assert found.value >= found.greedy
+    other, workloads = _wild_cluster(seed)
+    repaired = place_together(other, workloads, 0, effort=0, steps=150)
+    assert found.bound is None or repaired.value <= found.bound
+    assert not found.proven or repaired.value <= found.value
+
+
 # by hand
 
 
