@@ -233,7 +233,7 @@ def _wild_cluster(seed: int) -> tuple[Scheduler, list[Workload]]:
     return scheduler, [item for item in workloads if scheduler.state.seat(item.id) is None]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1_000_000))
 def test_nothing_that_another_method_finds_is_above_the_bound(seed: int) -> None:
     scheduler, workloads = _wild_cluster(seed)
