@@ -71,6 +71,7 @@ class EdgeRuntime:
         self._offline_since_ms: int | None = self.clock.mono_ms()
         self._decided_offline_before = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._told: tuple[int, str] = (0, "")
         self._stopping = asyncio.Event()
         self._api: Any = None
         self.api_port = 0
@@ -242,9 +243,18 @@ class EdgeRuntime:
             await asyncio.sleep(self.surroundings.pace.tick_s)
             try:
                 self.pipeline.tick()
+                self._tell_changes()
             except Exception:
                 self.metrics.inc("tick_errors_total")
                 log.exception("time-driven rules failed")
+
+    def _tell_changes(self) -> None:
+        """The presence names devices and health: where they have changed the hub hears of it now, not with the next heartbeat."""
+        now = (len(self.registry.devices), "; ".join(self.health()))
+        if now != self._told:
+            self._told = now
+            if self.uplink is not None:
+                self.uplink.announce("changed")
 
     async def _keep_engine_state(self) -> None:
         last = False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.config.schema import DevicesConfig
+from edge_runtime.config.schema import DevicesConfig, UplinkConfig
 from edge_runtime.contract.device_messages import Reading
 from edge_runtime.contract.records import Record
 
@@ -36,6 +36,26 @@ async def test_readings_before_registration_wait_and_are_decided_with_it(broker:
     shown = await edge.get("/api/v1/devices/boiler-1")
     assert (shown["kind"], shown["meta"], shown["readings"], shown["values"]) == ("boiler", {"bought": 2019}, 3, {"temp": 93})
     assert await edge.metric("early_readings") == 0
+
+
+async def test_a_new_device_and_an_illness_are_told_to_the_hub_at_once_and_once(broker: LocalBroker, edges: Edges, monkeypatch: pytest.MonkeyPatch) -> None:
+    edge = await edges.start(port=broker.port, uplink=UplinkConfig(url=f"mqtt://127.0.0.1:{broker.port}"))
+    assert edge.runtime.uplink is not None
+    told: list[tuple[list[str], str]] = []
+
+    def announce(_reason: str) -> None:
+        presence = edge.runtime._presence()
+        told.append((presence["devices"], presence["health"]))
+
+    await until(lambda: edge.runtime._told[1] == "", what="it is well")
+    monkeypatch.setattr(edge.runtime.uplink, "announce", announce)
+    async with Device(broker.port, "boiler-1") as device:
+        await device.say("telemetry", {"temp": 20})
+        await until(lambda: bool(told), what="the new device is told")
+        await device.say("telemetry", {"temp": 20})
+    monkeypatch.setattr(edge.runtime.desired_state, "last_error", {"generation": "3", "field": "spec", "problem": "bad"})
+    await until(lambda: len(told) > 1, what="the illness is told")
+    assert told == [(["boiler-1"], "ok"), (["boiler-1"], "desired state 3 was refused: spec: bad")]
 
 
 async def test_a_twin_goes_down_retained_and_comes_back_reported(broker: LocalBroker, edges: Edges) -> None:
