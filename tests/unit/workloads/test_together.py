@@ -6,7 +6,6 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import improve
 from hub.scheduler.audit import check_invariants
 from hub.workloads import placing
 from hub.workloads.documents import read_list
@@ -37,7 +36,7 @@ LIST = [work("a", 2), work("b", 2), work("c", 4)]
 def test_what_has_no_place_one_by_one_gets_it_together() -> None:
     desk = two_nodes()
     found = submit(desk, *LIST)
-    assert (found.placed, found.bound, found.how) == (3, 3, "together") and found.steps > 0
+    assert (found.placed, found.bound, found.how, found.proven) == (3, 3, "together", True)
     assert desk.row("a").node == desk.row("b").node != desk.row("c").node and {desk.row(name).epoch for name in "abc"} == {1}
     check_invariants(desk.planner.state)
     assert desk.restart() == []
@@ -51,7 +50,7 @@ def test_the_control_without_placing_together_one_waits(monkeypatch: Any) -> Non
 
 
 def test_where_all_find_a_place_the_policies_have_their_way_and_nothing_is_searched(monkeypatch: Any) -> None:
-    monkeypatch.setattr(improve, "place_together", None)
+    monkeypatch.setattr(placing, "place_together", None)
     desk = two_nodes()
     assert submit(desk, work("a", 2), work("b", 2)) == Together(2, 2, "one by one", 0) and desk.row("a").node != desk.row("b").node
     assert submit(desk, work("d", 9), work("e", 9)) == Together(0, 0, "one by one", 0)
