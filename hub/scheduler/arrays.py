@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import classes
 from .attributes import Attributes
@@ -43,6 +44,7 @@ UP, SILENT, GONE = 0, 1, 2
 """Status of a node: heard from; not heard from in time; taken out of the cluster."""
 
 Gpus = tuple[int, ...]
+IntArray = npt.NDArray[np.int32]
 Event = tuple[Any, ...]
 
 
@@ -105,12 +107,19 @@ class Arrays:
         self.w_ending = np.zeros(0, np.bool_)
         self.w_fixed = np.zeros(0, np.bool_)
         """Not preemptible."""
+        self.w_next = np.full(1, -1, np.int32)
+        self.w_prev = np.full(1, -1, np.int32)
+        """The neighbours of a slot in its node's order of importance, -1 where there is none; the one entry past the slots stays -1, so that -1 leads to itself."""
+        self.first = np.zeros(0, np.int32)
+        """[node]: the most important slot that may be preempted, -1 where there is none. More important: higher priority, then longer running, then the lower slot."""
         self.class_live = np.zeros(0, np.int64)
         self.class_request = np.zeros((len(BASE_RESOURCES), 0), np.int64)
         self.used_by: dict[str, Ints] = {}
         """Tenant to [resource] in use; row `len(resource_rows)` is milli-GPU."""
         self.levels: dict[int, Ints] = {}
         """Priority to [1 + resource, node] held by what may be preempted; row 0 is milli-GPU."""
+        self.last: dict[int, IntArray] = {}
+        """Priority to [node] the last slot of that priority in the node's order, -1 where there is none; has the keys of `levels`."""
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
@@ -180,17 +189,51 @@ class Arrays:
     def _level(self, priority: int) -> Ints:
         if priority not in self.levels:
             if len(self.levels) >= MAX_LEVELS:
-                for empty in [known for known, held in self.levels.items() if not held.any()]:
-                    del self._own("levels")[empty]
+                for empty in [known for known, held in self.levels.items() if not held.any() and (self.last[known] < 0).all()]:
+                    del self._own("levels")[empty], self._own("last")[empty]
             self._own("levels")[priority] = np.zeros((len(self.cap) + 1, self.size), np.int64)
+            self._own("last")[priority] = np.full(self.size, -1, np.int32)
             self._shared_levels.discard(priority)
         elif priority in self._shared_levels:
             self._shared_levels.discard(priority)
             self._own("levels")[priority] = self.levels[priority].copy()
+            self._own("last")[priority] = self.last[priority].copy()
         return self.levels[priority]
 
+    def _enlist(self, slot: int, node: int, priority: int, start_ms: int) -> None:
+        """Put a slot into its node's order of importance. O(priorities), and what of its own priority started later."""
+        above = min((level for level, last in self.last.items() if level >= priority and last[node] >= 0), default=None)
+        before = -1 if above is None else int(self.last[above][node])
+        if above == priority:
+            while before >= 0 and self.w_priority[before] == priority and (self.w_start[before], before) > (start_ms, slot):
+                before = int(self.w_prev[before])
+        onward, backward = self._own("w_next"), self._own("w_prev")
+        after = int(self.first[node] if before < 0 else onward[before])
+        backward[slot], onward[slot] = before, after
+        if before < 0:
+            self._own("first")[node] = slot
+        else:
+            onward[before] = slot
+        if after >= 0:
+            backward[after] = slot
+        if after < 0 or self.w_priority[after] != priority:
+            self.last[priority][node] = slot
+
+    def _delist(self, slot: int, node: int, priority: int) -> None:
+        """Take a slot out of its node's order."""
+        onward, backward = self._own("w_next"), self._own("w_prev")
+        before, after = int(backward[slot]), int(onward[slot])
+        if before < 0:
+            self._own("first")[node] = after
+        else:
+            onward[before] = after
+        if after >= 0:
+            backward[after] = before
+        if self.last[priority][node] == slot:
+            self.last[priority][node] = before if before >= 0 and self.w_priority[before] == priority else -1
+
     def _room_for_level(self, workload: Workload) -> None:
-        if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all(held.any() for held in self.levels.values()):
+        if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all((last >= 0).any() for last in self.last.values()):
             raise Invalid("workload.priority", f"{workload.priority} would be one of more than {MAX_LEVELS} priorities that are in use", "use fewer different priorities")
 
     def _more_slots(self) -> None:
@@ -202,8 +245,9 @@ class Arrays:
         self._own("seats").extend([None] * (new - old))
         for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
             setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
-        self.w_node = np.pad(self.w_node, (0, new - old), constant_values=-1)
-        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node"}
+        for name in ("w_node", "w_next", "w_prev"):
+            setattr(self, name, np.pad(getattr(self, name), (0, new - old), constant_values=-1))
+        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node", "w_next", "w_prev"}
 
     def digest(self) -> str:
         """Of everything that decisions depend on: equal digests, equal states. Caches, counter rows (the workloads give them) and the order of interning play no part."""

@@ -287,6 +287,8 @@ class State(Arrays):
         self._own("w_start")[slot] = now_ms
         self._own("w_ending")[slot] = False
         self._own("w_fixed")[slot] = not workload.preemptible
+        if workload.preemptible:
+            self._enlist(slot, seat.node, workload.priority, now_ms)
 
     def _release(self, workload: str) -> Event:
         slot = self.slot_of[workload]
@@ -295,6 +297,8 @@ class State(Arrays):
         if ending:
             self._ending(workload, False)
         self._hold(self.klass(item.shape), item, seat, -1)
+        if item.preemptible:
+            self._delist(slot, seat.node, item.priority)
         del self._own("slot_of")[workload]
         self._own("items")[slot] = None
         self._own("seats")[slot] = None
@@ -349,7 +353,7 @@ class State(Arrays):
 
     def _nodes(self, nodes: tuple[Node, ...], now_ms: int) -> Event:
         kept = ("attributes", "sites", "resource_rows", "nodes", "node_index", "cap", "free", "gpu_free", "gpu_mem", "gpu_model", "numa_free", "status", "cordon", "beat_ms",
-                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts", "levels")
+                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts", "levels", "first", "last")
         before: dict[str, Any] = {name: getattr(self, name) for name in kept}
         for name in kept:
             setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))
@@ -384,6 +388,8 @@ class State(Arrays):
         self.power = np.pad(self.power, ((0, 0), (0, more)))
         self.counts = [np.pad(row, (0, more)) for row in self.counts] if more else self.counts
         self.levels = {priority: np.pad(held, ((0, rows), (0, more))) for priority, held in self.levels.items()}
+        self.last = {priority: np.pad(last, (0, more), constant_values=-1) for priority, last in self.last.items()}
+        self.first = np.pad(self.first, (0, more), constant_values=-1)
         self._shared_levels = set()
         if more:
             self._shared_counts = set()
