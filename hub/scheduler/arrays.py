@@ -86,6 +86,8 @@ class Arrays:
         self.load = np.zeros(0, np.int64)
         """Workloads on each node."""
         self.classes: list[Klass | None] = []
+        self.classes_made = 0
+        """Grows whenever a class number may have got another meaning, for those who keep something per class."""
         self.class_of: dict[Shape, int] = {}
         self.rows: dict[RowKey, int] = {}
         self.rows_by_label: dict[tuple[str, str], tuple[RowKey, ...]] = {}
@@ -277,6 +279,7 @@ class Arrays:
                 self.class_live = np.pad(self.class_live, (0, more))
                 self.class_request = np.pad(self.class_request, ((0, 0), (0, more)))
                 self._shared -= {"class_live", "class_request"}
+        self.classes_made += 1
         klass = classes.new(number, shape, self.resource_rows)
         self._own("class_request")[:, number] = klass.request
         fresh = [key for key in classes.keys_of(shape) if key not in self.rows]

@@ -6,12 +6,13 @@ import numpy as np
 from numba import njit
 
 from .fragmentation import LEAST
+from .leastharm import PRIORITY_OFFSET
 from .rank import BEST
 from .reasons import Fail
 from .units import GPU_WHOLE
 
 _DOWN, _CORDONED, _RESOURCES = np.uint32(Fail.DOWN), np.uint32(Fail.CORDONED), np.uint32(Fail.RESOURCES)
-_BEST, _WHOLE, _LEAST = int(BEST), int(GPU_WHOLE), int(LEAST)
+_BEST, _WHOLE, _LEAST, _OFFSET = int(BEST), int(GPU_WHOLE), int(LEAST), int(PRIORITY_OFFSET)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -148,41 +149,71 @@ def gradients(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def reprieve(free: Any, need: Any, held: Any) -> Any:
-    """[victim] whether it must go, taken back in order; empty where all together do not make enough room. `held` is [resource, victim]."""
-    rows, count = held.shape
-    spare = free - need
-    for row in range(rows):
-        for victim in range(count):
-            spare[row] += held[row, victim]
-        if spare[row] < 0:
-            return np.empty(0, np.bool_)
-    gone = np.zeros(count, np.bool_)
-    for victim in range(count):
-        for row in range(rows):
-            if spare[row] < held[row, victim]:
-                gone[victim] = True
-        if not gone[victim]:
-            for row in range(rows):
-                spare[row] -= held[row, victim]
-    return gone
+def least_harm(
+    nodes: Any, starts: Any, fewest: Any, spare: Any, free: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any, w_start: Any, tie: Any,
+    priority: Any, lowest: Any, limit: Any,
+) -> Any:
+    """The position in `nodes` of the least harm (-1: none), its victims' slots, and which nodes hold more than `limit`.
 
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def single_victims(priorities: Any, fixed: Any, nodes: Any, kinds: Any, able: Any, free: Any, request: Any, rows: Any, amounts: Any, protected: Any, priority: Any) -> Any:
-    """Slots of one priority on able nodes whose going alone makes room, ascending."""
-    found = np.empty(len(nodes), np.int64)
-    count = 0
-    for slot in range(len(nodes)):
-        node = nodes[slot]
-        if node < 0 or priorities[slot] != priority or fixed[slot] or not able[node] or protected[kinds[slot]]:
+    `starts` is where the chain of each node begins, `fewest` how few victims could be enough, `spare` [resource, node of all] the room were all of the chain gone.
+    """
+    size, count = len(nodes), len(rows)
+    overfull = np.zeros(size, np.bool_)
+    chosen, alone = -1, -1
+    for at in range(size):
+        node, slot, steps, mine_alone = nodes[at], starts[at], 0, -1
+        while slot >= 0 and steps < limit:
+            if fewest[at] == 1 and w_priority[slot] == priority and (mine_alone < 0 or w_start[slot] > w_start[mine_alone]):
+                enough = True
+                for row in range(count):
+                    if free[rows[row], node] + class_request[rows[row], w_class[slot]] < amounts[row, 0]:
+                        enough = False
+                        break
+                if enough:
+                    mine_alone = slot
+            slot = w_next[slot]
+            steps += 1
+        overfull[at] = slot >= 0
+        if mine_alone >= 0 and not overfull[at] and (
+            chosen < 0 or w_start[mine_alone] > w_start[alone] or (w_start[mine_alone] == w_start[alone] and tie[node] < tie[nodes[chosen]])
+        ):
+            chosen, alone = at, mine_alone
+    if chosen >= 0:
+        return chosen, np.array([alone], np.int64), overfull
+    chosen = -1
+    best_weight, best_count, best_start = np.int64(0), 0, np.int64(0)
+    victims, mine, room = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(count, np.int64)
+    for at in range(size):
+        if overfull[at] or fewest[at] < 1:
             continue
-        enough = True
-        for at in range(len(rows)):
-            if free[rows[at], node] + request[rows[at], kinds[slot]] < amounts[at, 0]:
-                enough = False
-                break
-        if enough:
-            found[count] = slot
-            count += 1
-    return found[:count]
+        if chosen >= 0 and priority + _OFFSET + (fewest[at] - 1) * (lowest + _OFFSET) > best_weight:
+            continue
+        node, slot = nodes[at], starts[at]
+        for row in range(count):
+            room[row] = spare[row, node]
+        gone, weight, start = 0, np.int64(0), np.int64(0)
+        while slot >= 0:
+            stays = True
+            for row in range(count):
+                if room[row] < class_request[rows[row], w_class[slot]]:
+                    stays = False
+                    break
+            if stays:
+                for row in range(count):
+                    room[row] -= class_request[rows[row], w_class[slot]]
+            else:
+                if gone == 0:
+                    start = w_start[slot]
+                mine[gone] = slot
+                gone += 1
+                weight += w_priority[slot] + _OFFSET
+                if chosen >= 0 and weight > best_weight:
+                    break
+            slot = w_next[slot]
+        if gone == 0 or slot >= 0:
+            continue
+        less = weight < best_weight or (weight == best_weight and (gone < best_count or (gone == best_count and (start > best_start or (start == best_start and tie[node] < tie[nodes[chosen]])))))
+        if chosen < 0 or less:
+            chosen, best_weight, best_count, best_start = at, weight, gone, start
+            victims[:gone] = mine[:gone]
+    return chosen, victims[:best_count].copy(), overfull

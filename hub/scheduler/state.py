@@ -245,6 +245,7 @@ class State(Arrays):
             if name == "attributes":
                 self.attributes.version = version + 1
         if "counts" in fields:
+            self.classes_made += 1
             self._shared.discard("counts")
             self._shared_counts, self._shared_levels = set(range(len(self.counts))), set(self.levels)
         self.touched_base += len(self.touched) + 1
