@@ -122,6 +122,8 @@ class Arrays:
         """Priority to [1 + resource, node] held by what may be preempted; row 0 is milli-GPU."""
         self.last: dict[int, IntArray] = {}
         """Priority to [node] the last slot of that priority in the node's order, -1 where there is none; has the keys of `levels`."""
+        self.largest: dict[int, Ints] = {}
+        """Priority to [resource, node] the largest request in the node's order; as if one asked for a unit where nobody asks for more. Has the keys of `levels`."""
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
@@ -192,14 +194,16 @@ class Arrays:
         if priority not in self.levels:
             if len(self.levels) >= MAX_LEVELS:
                 for empty in [known for known, held in self.levels.items() if not held.any() and (self.last[known] < 0).all()]:
-                    del self._own("levels")[empty], self._own("last")[empty]
+                    del self._own("levels")[empty], self._own("last")[empty], self._own("largest")[empty]
             self._own("levels")[priority] = np.zeros((len(self.cap) + 1, self.size), np.int64)
             self._own("last")[priority] = np.full(self.size, -1, np.int32)
+            self._own("largest")[priority] = np.ones((len(self.cap), self.size), np.int64)
             self._shared_levels.discard(priority)
         elif priority in self._shared_levels:
             self._shared_levels.discard(priority)
             self._own("levels")[priority] = self.levels[priority].copy()
             self._own("last")[priority] = self.last[priority].copy()
+            self._own("largest")[priority] = self.largest[priority].copy()
         return self.levels[priority]
 
     def _enlist(self, slot: int, node: int, priority: int, start_ms: int) -> None:
@@ -220,6 +224,8 @@ class Arrays:
             backward[after] = slot
         if after < 0 or self.w_priority[after] != priority:
             self.last[priority][node] = slot
+        most = self.largest[priority][:, node]
+        np.maximum(most, self.class_request[:, self.w_class[slot]], out=most)
 
     def _delist(self, slot: int, node: int, priority: int) -> None:
         """Take a slot out of its node's order."""
@@ -233,6 +239,13 @@ class Arrays:
             backward[after] = before
         if self.last[priority][node] == slot:
             self.last[priority][node] = before if before >= 0 and self.w_priority[before] == priority else -1
+        most, mine = self.largest[priority][:, node], self.class_request[:, self.w_class[slot]]
+        if ((most == mine) & (mine > 1)).any():
+            kinds, other = list[int](), int(self.last[priority][node])
+            while other >= 0 and self.w_priority[other] == priority:
+                kinds.append(self.w_class[other])
+                other = int(backward[other])
+            most[:] = self.class_request[:, kinds].max(1, initial=1)
 
     def _room_for_level(self, workload: Workload) -> None:
         if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all((last >= 0).any() for last in self.last.values()):

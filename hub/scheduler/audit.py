@@ -76,7 +76,7 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
 
 def _check_orders(state: State, orders: dict[int, list[tuple[int, int, int]]]) -> None:
     """The chains of what may be preempted, against (-priority, start, slot) of it per node."""
-    assert state.levels.keys() == state.last.keys(), "the levels and the ends of their chains are not of the same priorities"
+    assert state.levels.keys() == state.last.keys() == state.largest.keys(), "the levels and what is known of their chains are not of the same priorities"
     assert state.w_next[-1] == state.w_prev[-1] == -1, "the entry past the slots leads somewhere"
     for node in range(state.size):
         order = [slot for _, _, slot in sorted(orders.get(node, []))]
@@ -89,3 +89,5 @@ def _check_orders(state: State, orders: dict[int, list[tuple[int, int, int]]]) -
         for priority, last in state.last.items():
             expected = next((slot for slot in reversed(order) if state.w_priority[slot] == priority), -1)
             assert last[node] == expected, f"the last of priority {priority} on node {node} is {last[node]} instead of {expected}"
+            requests = state.class_request[:, [state.w_class[slot] for slot in order if state.w_priority[slot] == priority]].max(1, initial=1)
+            assert np.array_equal(state.largest[priority][:, node], requests), f"the largest request of priority {priority} on node {node} differs"

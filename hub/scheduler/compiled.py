@@ -150,12 +150,12 @@ def gradients(
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def least_harm(
-    nodes: Any, starts: Any, fewest: Any, spare: Any, free: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any, w_start: Any, tie: Any,
+    nodes: Any, starts: Any, last: Any, fewest: Any, spare: Any, free: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any, w_start: Any, tie: Any,
     priority: Any, lowest: Any, limit: Any,
 ) -> Any:
     """The position in `nodes` of the least harm (-1: none), its victims' slots, and which nodes hold more than `limit`.
 
-    `starts` is where the chain of each node begins, `fewest` how few victims could be enough, `spare` [resource, node of all] the room were all of the chain gone.
+    `starts` is where the chain of each node begins, `last` [node of all] where its part of the level ends, `fewest` how few victims could be enough, `spare` [resource, node of all] the room were all of the chain gone.
     """
     size, count = len(nodes), len(rows)
     overfull = np.zeros(size, np.bool_)
@@ -186,8 +186,11 @@ def least_harm(
     for at in range(size):
         if overfull[at] or fewest[at] < 1:
             continue
-        if chosen >= 0 and priority + _OFFSET + (fewest[at] - 1) * (lowest + _OFFSET) > best_weight:
-            continue
+        if chosen >= 0:
+            few = max(fewest[at], 2)
+            least = priority + _OFFSET + (few - 1) * (lowest + _OFFSET)
+            if least > best_weight or (least == best_weight and few >= best_count and w_start[last[nodes[at]]] < best_start):
+                continue
         node, slot = nodes[at], starts[at]
         for row in range(count):
             room[row] = spare[row, node]

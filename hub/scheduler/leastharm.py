@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import kernels
+from .arrays import IntArray
 from .classes import Klass
 from .model import Workload
 from .reasons import Bools, Ints
@@ -18,6 +19,9 @@ from .state import State
 
 MAX_NODE_VICTIMS = 1024
 """Workloads of one node that a plan looks at."""
+
+GROUP = 64
+"""Nodes whose plans are worked out side by side: numpy's calls then cost about as much as its work."""
 
 PRIORITY_OFFSET = 1 << 31
 """Added to every priority before they are summed, so that more victims always weigh more (kube's rule)."""
@@ -42,6 +46,11 @@ class Guard:
     covers: Bools
     disrupted: tuple[int, ...]
     allowed: int
+
+    def covered(self, group: "_Group") -> Bools:
+        """[position, node] the victims that it protects."""
+        found: Bools = group.there & self.covers[group.kinds]
+        return found & ~np.isin(group.slots, self.disrupted) if self.disrupted else found
 
 
 def harm_of(state: State, victims: Sequence[int], violations: int) -> Harm:
@@ -69,81 +78,122 @@ def guards(state: State) -> list[Guard]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One priority that opens nodes to a class. No chain is looked at above `top`; `lowest` is the least priority of all."""
+
+    state: State
+    klass: Klass
+    priority: int
+    top: int
+    lowest: int
+    watched: Sequence[Guard]
+
+    def least_weight(self, count: int) -> int:
+        """No `count` victims, one of them of the level's priority, weigh less."""
+        return self.priority + PRIORITY_OFFSET + (count - 1) * (self.lowest + PRIORITY_OFFSET)
+
+    def starts(self, nodes: Ints) -> IntArray:
+        """[node] where the part of each chain begins that is not above `top`."""
+        state = self.state
+        at = state.first[nodes]
+        for priority in sorted((priority for priority in state.last if priority > self.top), reverse=True):
+            last = state.last[priority][nodes]
+            at = np.where(last >= 0, state.w_next[last], at)
+        return at
+
+
 def search(state: State, workload: Workload, klass: Klass, open_nodes: Bools) -> tuple[Victims | None, Ints]:
     """The least harmful victims on the open nodes, None where there are none; and the nodes that hold too much to be looked at whole."""
     need, rows = klass.amounts, klass.resources
     watched = guards(state)
     best: Victims | None = None
     left, missed = open_nodes.copy(), list[Ints]()
-    spare = state.free[rows] - need
-    largest = np.maximum(state.class_request[rows][:, state.class_live > 0].max(1, initial=1), 1)[:, None]
+    short = need - state.free[rows]
+    spare, largest = -short, np.ones_like(short)
     lowest = min(state.levels, default=0)
     for priority in sorted(level for level in state.levels if level < workload.priority):
-        spare += state.levels[priority][rows + 1]
-        able = left & (spare >= 0).all(0)
+        held = state.levels[priority]
+        spare += held[rows + 1]
+        np.maximum(largest, state.largest[priority][rows], out=largest)
+        able = left & np.logical_and.reduce(spare >= 0)
         nodes = np.flatnonzero(able)
         if not nodes.size:
             continue
         left[nodes] = False
-        short = need - state.free[rows[:, None], nodes]
-        fewest = (-(-short // largest)).max(0)
+        fewest = np.ceil(short[:, nodes] / largest[:, nodes]).max(0).astype(np.int64)
+        level = Level(state, klass, priority, workload.priority - 1 if watched else priority, lowest, watched)
         if kernels.active is not None and not watched:
-            found, overfull = _compiled(state, klass, nodes, spare, fewest, priority, lowest)
-            missed.append(overfull)
-            if found is not None:
-                best = found
+            found, overfull = _compiled(level, nodes, fewest, spare)
         else:
-            top = workload.priority - 1 if watched else priority
-            for count in np.unique(fewest[fewest > 0]).tolist():
-                least = (0, priority, priority + PRIORITY_OFFSET + (count - 1) * (lowest + PRIORITY_OFFSET), count)
-                if best is not None and best.harm < least:
-                    break
-                found, overfull = _Group(state, klass, nodes[fewest == count], top, watched).least(priority, alone=count == 1)
-                missed.append(overfull)
-                if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
-                    best = found
+            found, overfull = _by_groups(level, nodes, fewest, best)
+        missed.append(overfull)
+        if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
+            best = found
         if best is not None and best.harm[:2] <= (0, priority):
             # nodes that open only at a higher level lose a workload of that level: they cannot be better
             break
     return best, np.concatenate(missed) if missed else np.empty(0, np.int64)
 
 
+def _by_groups(level: Level, nodes: Ints, fewest: Ints, best: Victims | None) -> tuple[Victims | None, Ints]:
+    """The least harm on the nodes that a level opens, `best` unless something is better; and the nodes that were not looked at whole. `fewest`: no plan has fewer victims."""
+    state = level.state
+    alone = nodes[fewest == 1]
+    if alone.size:
+        group = _Group(level, alone)
+        single = group.one()
+        if single is not None:
+            return single, group.overfull
+    missed = list[Ints]()
+    nodes, fewest = nodes[fewest > 0], np.maximum(fewest[fewest > 0], 2)
+    latest = state.w_start[state.last[level.priority][nodes]]
+    for count in np.unique(fewest).tolist():
+        chosen = np.flatnonzero(fewest == count)
+        chosen = chosen[np.lexsort((state.tie[nodes[chosen]], -latest[chosen]))]
+        for start in range(0, len(chosen), GROUP):
+            part = chosen[start: start + GROUP]
+            least = ((0, level.priority, level.least_weight(count), count, -int(latest[part[0]])), int(state.tie[nodes[part[0]]]))
+            if best is not None and (best.harm, int(state.tie[best.node])) < least:
+                break
+            group = _Group(level, nodes[part])
+            missed.append(group.overfull)
+            found = group.plan()
+            if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
+                best = found
+    return best, np.concatenate(missed) if missed else np.empty(0, np.int64)
+
+
 class _Group:
     """The chains of some nodes side by side: [position, node], the most important first."""
 
-    def __init__(self, state: State, klass: Klass, nodes: Ints, top: int, watched: Sequence[Guard]) -> None:
-        """Of priorities up to `top`."""
-        self.state, self.klass = state, klass
-        at = state.first[nodes]
-        for level in sorted((level for level in state.last if level > top), reverse=True):
-            last = state.last[level][nodes]
-            at = np.where(last >= 0, state.w_next[last], at)
+    def __init__(self, level: Level, nodes: Ints) -> None:
+        self.level, state, klass = level, level.state, level.klass
+        at = level.starts(nodes)
         chain = []
-        while len(chain) < MAX_NODE_VICTIMS and (at >= 0).any():
+        while len(chain) < MAX_NODE_VICTIMS and at.max(initial=-1) >= 0:
             chain.append(at)
             at = state.w_next[at]
         slots = np.stack(chain) if chain else np.empty((0, len(nodes)), np.int32)
         whole = at < 0
         self.overfull: Ints = nodes[~whole]
-        self.nodes, self.slots = nodes[whole], slots[:, whole]
+        self.nodes, self.slots = (nodes, slots) if whole.all() else (nodes[whole], slots[:, whole])
         self.there = self.slots >= 0
         self.kinds = np.where(self.there, state.w_class[self.slots], 0)
         self.priorities = state.w_priority[self.slots]
-        self.held = np.where(self.there, state.class_request[klass.resources][:, self.kinds], 0)
-        self.watched = watched
-
-    def least(self, priority: int, *, alone: bool) -> tuple[Victims | None, Ints]:
-        """The least harm among the nodes; `alone`: one victim may be enough, and then it is the one of `priority` that has run the shortest."""
-        found = self._one(priority) if alone else None
-        return found or self._plans(), self.overfull
-
-    def _one(self, priority: int) -> Victims | None:
-        state, klass = self.state, self.klass
         short = klass.amounts - state.free[klass.resources[:, None], self.nodes]
-        enough = self.there & (self.priorities == priority) & (self.held >= short[:, None]).all(0)
-        for guard in self.watched:
+        lacking = (short > 0).any(1)
+        self.short = short[lacking]
+        """[resource that is short somewhere, node]; the others decide nothing."""
+        self.held = np.where(self.there, state.class_request[klass.resources[lacking]][:, self.kinds], 0)
+
+    def one(self) -> Victims | None:
+        """The victim of the level's priority that is enough alone and violates no budget, the one that has run the shortest."""
+        state = self.level.state
+        enough = self.there & (self.priorities == self.level.priority) & (self.held >= self.short[:, None]).all(0)
+        for guard in self.level.watched:
             if guard.allowed <= 0:
-                enough &= ~guard.covers[self.kinds]
+                enough &= ~guard.covered(self)
         if not enough.any():
             return None
         position, at = np.nonzero(enough)
@@ -151,15 +201,16 @@ class _Group:
         slot = int(slots[np.lexsort((slots, state.tie[nodes], -state.w_start[slots]))[0]])
         return Victims(int(state.w_node[slot]), (slot,), harm_of(state, (slot,), 0))
 
-    def _plans(self) -> Victims | None:
-        state, held = self.state, self.held
-        spare = held.sum(1) + state.free[self.klass.resources[:, None], self.nodes] - self.klass.amounts
+    def plan(self) -> Victims | None:
+        """The least harmful of kube's plans, one per node."""
+        state, held = self.level.state, self.held
+        spare = held.sum(1) - self.short
         gone = np.zeros_like(self.there)
         violating = self._violating()
         for part in (held,) if violating is None else (np.where(violating, held, 0), np.where(violating, 0, held)):
             for position in range(len(gone)):
                 rest = spare - part[:, position]
-                out = (rest < 0).any(0)
+                out = np.logical_or.reduce(rest < 0)
                 gone[position] |= out
                 spare = np.where(out, spare, rest)
         count = gone.sum(0)
@@ -182,26 +233,21 @@ class _Group:
 
     def _violating(self) -> Bools | None:
         """[position, node] whose going would violate a budget, were all of the node to go in order; None where there are no budgets."""
-        if not self.watched:
+        if not self.level.watched:
             return None
         found = np.zeros_like(self.there)
-        for guard in self.watched:
-            covered = self.there & guard.covers[self.kinds]
-            if guard.disrupted:
-                covered &= ~np.isin(self.slots, guard.disrupted)
+        for guard in self.level.watched:
+            covered = guard.covered(self)
             found |= covered & (np.cumsum(covered, 0) > guard.allowed)
         return found
 
 
-def _compiled(state: State, klass: Klass, nodes: Ints, spare: Ints, fewest: Ints, priority: int, lowest: int) -> tuple[Victims | None, Ints]:
-    """What the groups of one level give, by the compiled kernel; there are no budgets."""
-    starts = state.first[nodes]
-    for level in sorted((level for level in state.last if level > priority), reverse=True):
-        last = state.last[level][nodes]
-        starts = np.where(last >= 0, state.w_next[last], starts)
+def _compiled(level: Level, nodes: Ints, fewest: Ints, spare: Ints) -> tuple[Victims | None, Ints]:
+    """What `_by_groups` gives, by the compiled kernel; there are no budgets. `spare` is [resource, node of all] the room were all up to the level gone."""
+    state, klass = level.state, level.klass
     at, victims, overfull = kernels.active.least_harm(
-        nodes, starts, fewest, spare, state.free, klass.resources, klass.amounts, state.class_request, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie,
-        priority, lowest, MAX_NODE_VICTIMS,
+        nodes, level.starts(nodes), state.last[level.priority], fewest, spare, state.free, klass.resources, klass.amounts, state.class_request,
+        state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, level.priority, level.lowest, MAX_NODE_VICTIMS,
     )
     if at < 0:
         return None, nodes[overfull]

@@ -354,7 +354,8 @@ class State(Arrays):
 
     def _nodes(self, nodes: tuple[Node, ...], now_ms: int) -> Event:
         kept = ("attributes", "sites", "resource_rows", "nodes", "node_index", "cap", "free", "gpu_free", "gpu_mem", "gpu_model", "numa_free", "status", "cordon", "beat_ms",
-                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts", "levels", "first", "last")
+                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts",
+                "levels", "first", "last", "largest")
         before: dict[str, Any] = {name: getattr(self, name) for name in kept}
         for name in kept:
             setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))
@@ -390,6 +391,7 @@ class State(Arrays):
         self.counts = [np.pad(row, (0, more)) for row in self.counts] if more else self.counts
         self.levels = {priority: np.pad(held, ((0, rows), (0, more))) for priority, held in self.levels.items()}
         self.last = {priority: np.pad(last, (0, more), constant_values=-1) for priority, last in self.last.items()}
+        self.largest = {priority: np.pad(most, ((0, rows), (0, more)), constant_values=1) for priority, most in self.largest.items()}
         self.first = np.pad(self.first, (0, more), constant_values=-1)
         self._shared_levels = set()
         if more:
