@@ -123,7 +123,7 @@ class Arrays:
         self.last: dict[int, IntArray] = {}
         """Priority to [node] the last slot of that priority in the node's order, -1 where there is none; has the keys of `levels`."""
         self.largest: dict[int, Ints] = {}
-        """Priority to [resource, node] the largest request in the node's order; as if one asked for a unit where nobody asks for more. Has the keys of `levels`."""
+        """Priority to [resource, node]: no request in the node's order is larger. At least 1; what left may still be in it until a search looks (`tighten`)."""
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
@@ -206,7 +206,7 @@ class Arrays:
             self._own("largest")[priority] = self.largest[priority].copy()
         return self.levels[priority]
 
-    def _enlist(self, slot: int, node: int, priority: int, start_ms: int) -> None:
+    def _enlist(self, klass: Klass, slot: int, node: int, priority: int, start_ms: int) -> None:
         """Put a slot into its node's order of importance. O(priorities), and what of its own priority started later."""
         above = min((level for level, last in self.last.items() if level >= priority and last[node] >= 0), default=None)
         before = -1 if above is None else int(self.last[above][node])
@@ -225,7 +225,7 @@ class Arrays:
         if after < 0 or self.w_priority[after] != priority:
             self.last[priority][node] = slot
         most = self.largest[priority][:, node]
-        np.maximum(most, self.class_request[:, self.w_class[slot]], out=most)
+        np.maximum(most, klass.request, out=most)
 
     def _delist(self, slot: int, node: int, priority: int) -> None:
         """Take a slot out of its node's order."""
@@ -239,13 +239,11 @@ class Arrays:
             backward[after] = before
         if self.last[priority][node] == slot:
             self.last[priority][node] = before if before >= 0 and self.w_priority[before] == priority else -1
-        most, mine = self.largest[priority][:, node], self.class_request[:, self.w_class[slot]]
-        if ((most == mine) & (mine > 1)).any():
-            kinds, other = list[int](), int(self.last[priority][node])
-            while other >= 0 and self.w_priority[other] == priority:
-                kinds.append(self.w_class[other])
-                other = int(backward[other])
-            most[:] = self.class_request[:, kinds].max(1, initial=1)
+
+    def tighten(self, priority: int, rows: Ints, nodes: Ints, most: Ints) -> None:
+        """What was seen while looking: the largest requests [of rows, of nodes] of a priority are these. No part of the state depends on it."""
+        self._level(priority)
+        self.largest[priority][rows[:, None], nodes] = np.maximum(most, 1)
 
     def _room_for_level(self, workload: Workload) -> None:
         if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all((last >= 0).any() for last in self.last.values()):

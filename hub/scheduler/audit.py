@@ -90,4 +90,4 @@ def _check_orders(state: State, orders: dict[int, list[tuple[int, int, int]]]) -
             expected = next((slot for slot in reversed(order) if state.w_priority[slot] == priority), -1)
             assert last[node] == expected, f"the last of priority {priority} on node {node} is {last[node]} instead of {expected}"
             requests = state.class_request[:, [state.w_class[slot] for slot in order if state.w_priority[slot] == priority]].max(1, initial=1)
-            assert np.array_equal(state.largest[priority][:, node], requests), f"the largest request of priority {priority} on node {node} differs"
+            assert (state.largest[priority][:, node] >= requests).all(), f"a request of priority {priority} on node {node} is larger than the largest that is known"

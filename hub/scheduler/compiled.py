@@ -33,27 +33,46 @@ def base_bits(fails: Any, status: Any, cordon: Any, ignores_cordon: Any, free: A
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def _even(cap: Any, used: Any, count: Any) -> Any:
+    """Of one node: 100 less the deviation of the used shares; `used` and `cap` are [resource] of `count`."""
+    there, total = 0, 0.0
+    for row in range(count):
+        if cap[row] > 0:
+            there += 1
+            total += min(used[row] / cap[row], 1.0)
+    if count == 2:
+        spread = abs(min(used[0] / cap[0], 1.0) - min(used[1] / cap[1], 1.0)) / 2 if there == 2 else 0.0
+    else:
+        there = max(there, 1)
+        mean, squares = total / there, 0.0
+        for row in range(count):
+            if cap[row] > 0:
+                off = min(used[row] / cap[row], 1.0) - mean
+                squares += off * off
+        spread = np.sqrt(squares / there)
+    return int((1.0 - spread) * _BEST)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _full(cap: Any, used: Any, weights: Any, count: Any, packing: Any) -> Any:
+    """Of one node: the used (packing) or free share of the resources by weight."""
+    score, total = 0, 0
+    for row in range(count):
+        have = cap[row]
+        if have > 0:
+            part = min(used[row], have) if packing else max(have - used[row], 0)
+            score += part * _BEST // have * weights[row]
+            total += weights[row]
+    return score // max(total, 1)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def balance(cap: Any, used: Any) -> Any:
     """[node] 100 less the deviation of the used shares."""
     count, size = cap.shape
     result = np.empty(size, np.int64)
     for node in range(size):
-        there, total = 0, 0.0
-        for row in range(count):
-            if cap[row, node] > 0:
-                there += 1
-                total += min(used[row, node] / cap[row, node], 1.0)
-        if count == 2:
-            spread = abs(min(used[0, node] / cap[0, node], 1.0) - min(used[1, node] / cap[1, node], 1.0)) / 2 if there == 2 else 0.0
-        else:
-            there = max(there, 1)
-            mean, squares = total / there, 0.0
-            for row in range(count):
-                if cap[row, node] > 0:
-                    off = min(used[row, node] / cap[row, node], 1.0) - mean
-                    squares += off * off
-            spread = np.sqrt(squares / there)
-        result[node] = int((1.0 - spread) * _BEST)
+        result[node] = _even(cap[:, node], used[:, node], count)
     return result
 
 
@@ -63,15 +82,55 @@ def fullness(cap: Any, used: Any, weights: Any, packing: Any) -> Any:
     count, size = cap.shape
     result = np.empty(size, np.int64)
     for node in range(size):
-        score, total = 0, 0
-        for row in range(count):
-            have = cap[row, node]
-            if have > 0:
-                part = min(used[row, node], have) if packing else max(have - used[row, node], 0)
-                score += part * _BEST // have * weights[row]
-                total += weights[row]
-        result[node] = score // max(total, 1)
+        result[node] = _full(cap[:, node], used[:, node], weights, count, packing)
     return result
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def add_scores(
+    total: Any, feasible: Any, cap: Any, free: Any, rows: Any, request: Any, cost: Any, any_price: Any, work: Any, power: Any, load: Any, any_power: Any,
+    even_weight: Any, packing_weight: Any, headroom_weight: Any, cost_weight: Any, energy_weight: Any,
+) -> None:
+    """Adds the scores of `rank.FUSED` by their weights to [node] `total`, which becomes -1 where a node will not do."""
+    size, count = len(total), len(rows)
+    have, used, ones = np.empty(count, np.int64), np.empty(count, np.int64), np.ones(count, np.int64)
+    cheap, dear, low, high = np.inf, -np.inf, np.inf, -np.inf
+    for node in range(size):
+        if not feasible[node]:
+            total[node] = -1
+            continue
+        for at in range(count):
+            have[at] = cap[rows[at], node]
+            used[at] = have[at] + request[rows[at]] - free[rows[at], node]
+        if even_weight:
+            total[node] += even_weight * _even(have, used, count)
+        if packing_weight:
+            total[node] += packing_weight * _full(have, used, ones, count, True)
+        if headroom_weight:
+            total[node] += headroom_weight * _full(have, used, ones, count, False)
+        cheap, dear = min(cheap, cost[node]), max(dear, cost[node])
+        drawn = (power[0, node] if load[node] == 0 else 0) + work[node]
+        low, high = min(low, drawn), max(high, drawn)
+    by_cost, by_power = cost_weight != 0 and any_price and dear > cheap, energy_weight != 0 and any_power and high > low
+    if not by_cost and not by_power:
+        return
+    for node in range(size):
+        if feasible[node]:
+            if by_cost:
+                total[node] += cost_weight * int(min(max(_BEST * (dear - cost[node]) / (dear - cheap), 0.0), 100.0))
+            if by_power:
+                drawn = (power[0, node] if load[node] == 0 else 0) + work[node]
+                total[node] += energy_weight * int(min(max(_BEST * (high - drawn) / (high - low), 0.0), 100.0))
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def best(total: Any, tie: Any) -> Any:
+    """The node with the highest total, the one with the least tie among equals; -1 where no total is 0 or more."""
+    found = -1
+    for node in range(len(total)):
+        if total[node] >= 0 and (found < 0 or total[node] > total[found] or (total[node] == total[found] and tie[node] < tie[found])):
+            found = node
+    return found
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -150,73 +209,107 @@ def gradients(
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def least_harm(
-    nodes: Any, starts: Any, last: Any, fewest: Any, spare: Any, free: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any, w_start: Any, tie: Any,
-    priority: Any, lowest: Any, limit: Any,
+    left: Any, spare: Any, short: Any, largest: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any,
+    w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any,
 ) -> Any:
-    """The position in `nodes` of the least harm (-1: none), its victims' slots, and which nodes hold more than `limit`.
+    """The node of the least harm (-1: none), its victims' slots, and [node] which hold more than `limit`: one level of priority of `leastharm.search`.
 
-    `starts` is where the chain of each node begins, `last` [node of all] where its part of the level ends, `fewest` how few victims could be enough, `spare` [resource, node of all] the room were all of the chain gone.
+    `left` [node], `spare` and `largest` [resource, node] are brought on to this level, `most` of it is tightened where a chain was looked at. `held` has the milli-GPU first.
     """
-    size, count = len(nodes), len(rows)
+    size, count = len(left), len(rows)
     overfull = np.zeros(size, np.bool_)
+    fewest = np.zeros(size, np.int64)
     chosen, alone = -1, -1
-    for at in range(size):
-        node, slot, steps, mine_alone = nodes[at], starts[at], 0, -1
+    for node in range(size):
+        if not left[node]:
+            continue
+        opens, few = True, 0
+        for at in range(count):
+            spare[at, node] += held[rows[at] + 1, node]
+            largest[at, node] = max(largest[at, node], most[rows[at], node])
+            if spare[at, node] < 0:
+                opens = False
+            if short[at, node] > 0:
+                few = max(few, -(-short[at, node] // largest[at, node]))
+        if not opens:
+            continue
+        left[node] = False
+        fewest[node] = few
+        if few != 1:
+            continue
+        slot, steps, mine = first[node], 0, -1
+        while slot >= 0 and w_priority[slot] > priority:
+            slot = w_next[slot]
+        for at in range(count):
+            most[rows[at], node] = 1
         while slot >= 0 and steps < limit:
-            if fewest[at] == 1 and w_priority[slot] == priority and (mine_alone < 0 or w_start[slot] > w_start[mine_alone]):
+            if w_priority[slot] == priority:
                 enough = True
-                for row in range(count):
-                    if free[rows[row], node] + class_request[rows[row], w_class[slot]] < amounts[row, 0]:
+                for at in range(count):
+                    amount = class_request[rows[at], w_class[slot]]
+                    most[rows[at], node] = max(most[rows[at], node], amount)
+                    if amount < short[at, node]:
                         enough = False
-                        break
-                if enough:
-                    mine_alone = slot
+                if enough and (mine < 0 or w_start[slot] > w_start[mine]):
+                    mine = slot
             slot = w_next[slot]
             steps += 1
-        overfull[at] = slot >= 0
-        if mine_alone >= 0 and not overfull[at] and (
-            chosen < 0 or w_start[mine_alone] > w_start[alone] or (w_start[mine_alone] == w_start[alone] and tie[node] < tie[nodes[chosen]])
-        ):
-            chosen, alone = at, mine_alone
+        if slot >= 0:
+            overfull[node] = True
+            for at in range(count):
+                most[rows[at], node] = held[rows[at] + 1, node]
+        elif mine >= 0 and (chosen < 0 or w_start[mine] > w_start[alone] or (w_start[mine] == w_start[alone] and tie[node] < tie[chosen])):
+            chosen, alone = node, mine
     if chosen >= 0:
         return chosen, np.array([alone], np.int64), overfull
-    chosen = -1
     best_weight, best_count, best_start = np.int64(0), 0, np.int64(0)
-    victims, mine, room = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(count, np.int64)
-    for at in range(size):
-        if overfull[at] or fewest[at] < 1:
+    victims, mine_gone, room = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(count, np.int64)
+    for node in range(size):
+        if fewest[node] == 0 or overfull[node]:
             continue
         if chosen >= 0:
-            few = max(fewest[at], 2)
+            few = max(fewest[node], 2)
             least = priority + _OFFSET + (few - 1) * (lowest + _OFFSET)
-            if least > best_weight or (least == best_weight and few >= best_count and w_start[last[nodes[at]]] < best_start):
+            if least > best_weight or (least == best_weight and few > best_count):
                 continue
-        node, slot = nodes[at], starts[at]
-        for row in range(count):
-            room[row] = spare[row, node]
-        gone, weight, start = 0, np.int64(0), np.int64(0)
-        while slot >= 0:
+            latest = w_start[last[node]]
+            if least == best_weight and few == best_count and (latest < best_start or (latest == best_start and tie[node] > tie[chosen])):
+                continue
+        for at in range(count):
+            room[at] = spare[at, node]
+        slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
+        while slot >= 0 and w_priority[slot] > priority:
+            slot = w_next[slot]
+        for at in range(count):
+            most[rows[at], node] = 1
+        while slot >= 0 and steps < limit:
             stays = True
-            for row in range(count):
-                if room[row] < class_request[rows[row], w_class[slot]]:
+            for at in range(count):
+                amount = class_request[rows[at], w_class[slot]]
+                if w_priority[slot] == priority:
+                    most[rows[at], node] = max(most[rows[at], node], amount)
+                if room[at] < amount:
                     stays = False
-                    break
             if stays:
-                for row in range(count):
-                    room[row] -= class_request[rows[row], w_class[slot]]
+                for at in range(count):
+                    room[at] -= class_request[rows[at], w_class[slot]]
             else:
                 if gone == 0:
                     start = w_start[slot]
-                mine[gone] = slot
+                mine_gone[gone] = slot
                 gone += 1
                 weight += w_priority[slot] + _OFFSET
-                if chosen >= 0 and weight > best_weight:
-                    break
             slot = w_next[slot]
-        if gone == 0 or slot >= 0:
+            steps += 1
+        if slot >= 0:
+            overfull[node] = True
+            for at in range(count):
+                most[rows[at], node] = held[rows[at] + 1, node]
             continue
-        less = weight < best_weight or (weight == best_weight and (gone < best_count or (gone == best_count and (start > best_start or (start == best_start and tie[node] < tie[nodes[chosen]])))))
-        if chosen < 0 or less:
-            chosen, best_weight, best_count, best_start = at, weight, gone, start
-            victims[:gone] = mine[:gone]
+        less = chosen < 0 or weight < best_weight or (
+            weight == best_weight and (gone < best_count or (gone == best_count and (start > best_start or (start == best_start and tie[node] < tie[chosen]))))
+        )
+        if gone > 0 and less:
+            chosen, best_weight, best_count, best_start = node, weight, gone, start
+            victims[:gone] = mine_gone[:gone]
     return chosen, victims[:best_count].copy(), overfull

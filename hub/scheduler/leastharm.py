@@ -109,23 +109,21 @@ def search(state: State, workload: Workload, klass: Klass, open_nodes: Bools) ->
     watched = guards(state)
     best: Victims | None = None
     left, missed = open_nodes.copy(), list[Ints]()
-    short = need - state.free[rows]
-    spare, largest = -short, np.ones_like(short)
+    spare = state.free[rows] - need
+    short, largest = -spare, np.ones_like(spare)
     lowest = min(state.levels, default=0)
     for priority in sorted(level for level in state.levels if level < workload.priority):
-        held = state.levels[priority]
-        spare += held[rows + 1]
-        np.maximum(largest, state.largest[priority][rows], out=largest)
-        able = left & np.logical_and.reduce(spare >= 0)
-        nodes = np.flatnonzero(able)
-        if not nodes.size:
-            continue
-        left[nodes] = False
-        fewest = np.ceil(short[:, nodes] / largest[:, nodes]).max(0).astype(np.int64)
         level = Level(state, klass, priority, workload.priority - 1 if watched else priority, lowest, watched)
         if kernels.active is not None and not watched:
-            found, overfull = _compiled(level, nodes, fewest, spare)
+            found, overfull = _compiled(level, left, spare, short, largest)
         else:
+            spare += state.levels[priority][rows + 1]
+            np.maximum(largest, state.largest[priority][rows], out=largest)
+            nodes = np.flatnonzero(left & np.logical_and.reduce(spare >= 0))
+            if not nodes.size:
+                continue
+            left[nodes] = False
+            fewest = (-(-short // largest)).max(0)[nodes]
             found, overfull = _by_groups(level, nodes, fewest, best)
         missed.append(overfull)
         if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
@@ -146,9 +144,9 @@ def _by_groups(level: Level, nodes: Ints, fewest: Ints, best: Victims | None) ->
         if single is not None:
             return single, group.overfull
     missed = list[Ints]()
-    nodes, fewest = nodes[fewest > 0], np.maximum(fewest[fewest > 0], 2)
+    nodes, fewest = nodes[fewest > 0], np.clip(fewest[fewest > 0], 2, MAX_NODE_VICTIMS)
     latest = state.w_start[state.last[level.priority][nodes]]
-    for count in np.unique(fewest).tolist():
+    for count in np.flatnonzero(np.bincount(fewest)).tolist():
         chosen = np.flatnonzero(fewest == count)
         chosen = chosen[np.lexsort((state.tie[nodes[chosen]], -latest[chosen]))]
         for start in range(0, len(chosen), GROUP):
@@ -185,7 +183,9 @@ class _Group:
         lacking = (short > 0).any(1)
         self.short = short[lacking]
         """[resource that is short somewhere, node]; the others decide nothing."""
-        self.held = np.where(self.there, state.class_request[klass.resources[lacking]][:, self.kinds], 0)
+        rows = klass.resources[lacking]
+        self.held = np.where(self.there, state.class_request[rows][:, self.kinds], 0)
+        state.tighten(level.priority, rows, self.nodes, np.where(self.priorities == level.priority, self.held, 0).max(1, initial=0))
 
     def one(self) -> Victims | None:
         """The victim of the level's priority that is enough alone and violates no budget, the one that has run the shortest."""
@@ -242,14 +242,15 @@ class _Group:
         return found
 
 
-def _compiled(level: Level, nodes: Ints, fewest: Ints, spare: Ints) -> tuple[Victims | None, Ints]:
-    """What `_by_groups` gives, by the compiled kernel; there are no budgets. `spare` is [resource, node of all] the room were all up to the level gone."""
-    state, klass = level.state, level.klass
-    at, victims, overfull = kernels.active.least_harm(
-        nodes, level.starts(nodes), state.last[level.priority], fewest, spare, state.free, klass.resources, klass.amounts, state.class_request,
-        state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, level.priority, level.lowest, MAX_NODE_VICTIMS,
+def _compiled(level: Level, left: Bools, spare: Ints, short: Ints, largest: Ints) -> tuple[Victims | None, Ints]:
+    """One level by the compiled kernel, which brings [node] `left` and [resource, node] `spare` and `largest` on to it; there are no budgets."""
+    state, klass, priority = level.state, level.klass, level.priority
+    state._level(priority)
+    node, victims, overfull = kernels.active.least_harm(
+        left, spare, short, largest, state.levels[priority], state.largest[priority], state.first, state.last[priority], klass.resources, state.class_request,
+        state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS,
     )
-    if at < 0:
-        return None, nodes[overfull]
+    if node < 0:
+        return None, np.flatnonzero(overfull)
     slots = tuple(victims.tolist())
-    return Victims(int(nodes[at]), slots, harm_of(state, slots, 0)), nodes[overfull]
+    return Victims(int(node), slots, harm_of(state, slots, 0)), np.flatnonzero(overfull)

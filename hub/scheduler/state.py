@@ -289,7 +289,7 @@ class State(Arrays):
         self._own("w_ending")[slot] = False
         self._own("w_fixed")[slot] = not workload.preemptible
         if workload.preemptible:
-            self._enlist(slot, seat.node, workload.priority, now_ms)
+            self._enlist(klass, slot, seat.node, workload.priority, now_ms)
 
     def _release(self, workload: str) -> Event:
         slot = self.slot_of[workload]
