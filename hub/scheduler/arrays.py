@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import classes
+from . import classes, kernels
 from .attributes import Attributes
 from .classes import Facts, Klass, RowKey
 from .model import Budget, Node, Quota, Shape, Workload
@@ -123,7 +123,7 @@ class Arrays:
         self.last: dict[int, IntArray] = {}
         """Priority to [node] the last slot of that priority in the node's order, -1 where there is none; has the keys of `levels`."""
         self.largest: dict[int, Ints] = {}
-        """Priority to [resource, node]: no request in the node's order is larger. At least 1; what left may still be in it until a search looks (`tighten`)."""
+        """Priority to [resource, node]: no request in the node's order is larger. At least 1; what left may still be in it until a search looks (`loose`)."""
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
@@ -208,6 +208,12 @@ class Arrays:
 
     def _enlist(self, klass: Klass, slot: int, node: int, priority: int, start_ms: int) -> None:
         """Put a slot into its node's order of importance. O(priorities), and what of its own priority started later."""
+        most = self.largest[priority][:, node]
+        if kernels.active is not None:
+            kernels.active.enlist(self._own("first"), self._own("w_next"), self._own("w_prev"), self.last[priority], most, klass.request, self.w_priority, self.w_start,
+                                  slot, node, priority, start_ms)
+            return
+        np.maximum(most, klass.request, out=most)
         above = min((level for level, last in self.last.items() if level >= priority and last[node] >= 0), default=None)
         before = -1 if above is None else int(self.last[above][node])
         if above == priority:
@@ -224,11 +230,12 @@ class Arrays:
             backward[after] = slot
         if after < 0 or self.w_priority[after] != priority:
             self.last[priority][node] = slot
-        most = self.largest[priority][:, node]
-        np.maximum(most, klass.request, out=most)
 
     def _delist(self, slot: int, node: int, priority: int) -> None:
         """Take a slot out of its node's order."""
+        if kernels.active is not None:
+            kernels.active.delist(self._own("first"), self._own("w_next"), self._own("w_prev"), self.last[priority], self.w_priority, slot, node, priority)
+            return
         onward, backward = self._own("w_next"), self._own("w_prev")
         before, after = int(backward[slot]), int(onward[slot])
         if before < 0:
@@ -240,10 +247,10 @@ class Arrays:
         if self.last[priority][node] == slot:
             self.last[priority][node] = before if before >= 0 and self.w_priority[before] == priority else -1
 
-    def tighten(self, priority: int, rows: Ints, nodes: Ints, most: Ints) -> None:
-        """What was seen while looking: the largest requests [of rows, of nodes] of a priority are these. No part of the state depends on it."""
+    def loose(self, priority: int) -> Ints:
+        """`largest` of a known priority, for a search that looked at chains to write what it saw. No part of the state depends on it."""
         self._level(priority)
-        self.largest[priority][rows[:, None], nodes] = np.maximum(most, 1)
+        return self.largest[priority]
 
     def _room_for_level(self, workload: Workload) -> None:
         if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all((last >= 0).any() for last in self.last.values()):

@@ -208,11 +208,62 @@ def gradients(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def hold(free: Any, load: Any, live: Any, held: Any, counted: Any, rows: Any, amounts: Any, node: Any, kind: Any, sign: Any, milli: Any) -> None:
+    """`State._hold` of resources: taken (1) or given back (-1); `held` is the level of what may be preempted, used where `counted`."""
+    for at in range(len(rows)):
+        free[rows[at], node] -= sign * amounts[at, 0]
+        if counted:
+            held[rows[at] + 1, node] += sign * amounts[at, 0]
+    load[node] += sign
+    live[kind] += sign
+    if counted:
+        held[0, node] += sign * milli
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def enlist(first: Any, onward: Any, backward: Any, last: Any, most: Any, request: Any, w_priority: Any, w_start: Any, slot: Any, node: Any, priority: Any, start_ms: Any) -> None:
+    """`Arrays._enlist`; `most` is [resource] of the node and priority."""
+    for row in range(len(most)):
+        most[row] = max(most[row], request[row])
+    before, after = -1, first[node]
+    while after >= 0 and w_priority[after] > priority:
+        before, after = after, onward[after]
+    if after >= 0 and w_priority[after] == priority:
+        before = last[node]
+        while before >= 0 and w_priority[before] == priority and (w_start[before] > start_ms or (w_start[before] == start_ms and before > slot)):
+            before = backward[before]
+        after = first[node] if before < 0 else onward[before]
+    backward[slot], onward[slot] = before, after
+    if before < 0:
+        first[node] = slot
+    else:
+        onward[before] = slot
+    if after >= 0:
+        backward[after] = slot
+    if after < 0 or w_priority[after] != priority:
+        last[node] = slot
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def delist(first: Any, onward: Any, backward: Any, last: Any, w_priority: Any, slot: Any, node: Any, priority: Any) -> None:
+    """`Arrays._delist`."""
+    before, after = backward[slot], onward[slot]
+    if before < 0:
+        first[node] = after
+    else:
+        onward[before] = after
+    if after >= 0:
+        backward[after] = before
+    if last[node] == slot:
+        last[node] = before if before >= 0 and w_priority[before] == priority else -1
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def least_harm(
     left: Any, spare: Any, short: Any, largest: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any,
     w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any,
 ) -> Any:
-    """The node of the least harm (-1: none), its victims' slots, and [node] which hold more than `limit`: one level of priority of `leastharm.search`.
+    """The node of the least harm (-1: none), its victims' slots, and the nodes that hold more than `limit`: one level of priority of `leastharm.search`.
 
     `left` [node], `spare` and `largest` [resource, node] are brought on to this level, `most` of it is tightened where a chain was looked at. `held` has the milli-GPU first.
     """
@@ -261,7 +312,7 @@ def least_harm(
         elif mine >= 0 and (chosen < 0 or w_start[mine] > w_start[alone] or (w_start[mine] == w_start[alone] and tie[node] < tie[chosen])):
             chosen, alone = node, mine
     if chosen >= 0:
-        return chosen, np.array([alone], np.int64), overfull
+        return chosen, np.array([alone], np.int64), np.flatnonzero(overfull)
     best_weight, best_count, best_start = np.int64(0), 0, np.int64(0)
     victims, mine_gone, room = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(count, np.int64)
     for node in range(size):
@@ -312,4 +363,4 @@ def least_harm(
         if gone > 0 and less:
             chosen, best_weight, best_count, best_start = node, weight, gone, start
             victims[:gone] = mine_gone[:gone]
-    return chosen, victims[:best_count].copy(), overfull
+    return chosen, victims[:best_count].copy(), np.flatnonzero(overfull)

@@ -26,6 +26,8 @@ GROUP = 64
 PRIORITY_OFFSET = 1 << 31
 """Added to every priority before they are summed, so that more victims always weigh more (kube's rule)."""
 
+_NONE: Ints = np.empty(0, np.int64)
+
 Harm = tuple[int, ...]
 """Budgets violated, highest priority, sum of priorities (each with the offset), number, and how long the oldest of the highest has run (its start, negated)."""
 
@@ -103,47 +105,63 @@ class Level:
         return at
 
 
+class Sums:
+    """What the levels up to one add up to."""
+
+    def __init__(self, state: State, klass: Klass, open_nodes: Bools) -> None:
+        self.left: Bools = open_nodes.copy()
+        """[node] whether no level has opened it so far."""
+        self.spare: Ints = state.free[klass.resources] - klass.amounts
+        """[resource, node] what would be left were all up to the level gone and the workload there."""
+        self.short = -self.spare
+        """[resource, node] what is missing while they are all there."""
+        self.largest: Ints = np.empty_like(self.spare)
+        self.largest.fill(1)
+        """[resource, node] no request of a victim is larger."""
+
+    def opened(self, level: Level) -> tuple[Ints, Ints]:
+        """The nodes that the next level opens, and how few victims could be enough there."""
+        rows = level.klass.resources
+        self.spare += level.state.levels[level.priority][rows + 1]
+        np.maximum(self.largest, level.state.largest[level.priority][rows], out=self.largest)
+        nodes = np.flatnonzero(self.left & np.logical_and.reduce(self.spare >= 0))
+        self.left[nodes] = False
+        fewest: Ints = (-(-self.short // self.largest)).max(0)[nodes]
+        return nodes, fewest
+
+
 def search(state: State, workload: Workload, klass: Klass, open_nodes: Bools) -> tuple[Victims | None, Ints]:
     """The least harmful victims on the open nodes, None where there are none; and the nodes that hold too much to be looked at whole."""
-    need, rows = klass.amounts, klass.resources
     watched = guards(state)
     best: Victims | None = None
-    left, missed = open_nodes.copy(), list[Ints]()
-    spare = state.free[rows] - need
-    short, largest = -spare, np.ones_like(spare)
+    missed: list[Ints] = []
+    sums = Sums(state, klass, open_nodes)
     lowest = min(state.levels, default=0)
     for priority in sorted(level for level in state.levels if level < workload.priority):
         level = Level(state, klass, priority, workload.priority - 1 if watched else priority, lowest, watched)
-        if kernels.active is not None and not watched:
-            found, overfull = _compiled(level, left, spare, short, largest)
-        else:
-            spare += state.levels[priority][rows + 1]
-            np.maximum(largest, state.largest[priority][rows], out=largest)
-            nodes = np.flatnonzero(left & np.logical_and.reduce(spare >= 0))
-            if not nodes.size:
-                continue
-            left[nodes] = False
-            fewest = (-(-short // largest)).max(0)[nodes]
-            found, overfull = _by_groups(level, nodes, fewest, best)
-        missed.append(overfull)
+        found, overfull = _compiled(level, sums) if kernels.active is not None and not watched else _by_groups(level, *sums.opened(level), best)
+        if overfull.size:
+            missed.append(overfull)
         if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
             best = found
         if best is not None and best.harm[:2] <= (0, priority):
             # nodes that open only at a higher level lose a workload of that level: they cannot be better
             break
-    return best, np.concatenate(missed) if missed else np.empty(0, np.int64)
+    return best, np.concatenate(missed) if missed else _NONE
 
 
 def _by_groups(level: Level, nodes: Ints, fewest: Ints, best: Victims | None) -> tuple[Victims | None, Ints]:
     """The least harm on the nodes that a level opens, `best` unless something is better; and the nodes that were not looked at whole. `fewest`: no plan has fewer victims."""
     state = level.state
+    if not nodes.size:
+        return best, _NONE
     alone = nodes[fewest == 1]
     if alone.size:
         group = _Group(level, alone)
         single = group.one()
         if single is not None:
             return single, group.overfull
-    missed = list[Ints]()
+    missed: list[Ints] = []
     nodes, fewest = nodes[fewest > 0], np.clip(fewest[fewest > 0], 2, MAX_NODE_VICTIMS)
     latest = state.w_start[state.last[level.priority][nodes]]
     for count in np.flatnonzero(np.bincount(fewest)).tolist():
@@ -159,7 +177,7 @@ def _by_groups(level: Level, nodes: Ints, fewest: Ints, best: Victims | None) ->
             found = group.plan()
             if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
                 best = found
-    return best, np.concatenate(missed) if missed else np.empty(0, np.int64)
+    return best, np.concatenate(missed) if missed else _NONE
 
 
 class _Group:
@@ -185,7 +203,8 @@ class _Group:
         """[resource that is short somewhere, node]; the others decide nothing."""
         rows = klass.resources[lacking]
         self.held = np.where(self.there, state.class_request[rows][:, self.kinds], 0)
-        state.tighten(level.priority, rows, self.nodes, np.where(self.priorities == level.priority, self.held, 0).max(1, initial=0))
+        seen = np.where(self.priorities == level.priority, self.held, 0).max(1, initial=1)
+        state.loose(level.priority)[rows[:, None], self.nodes] = seen
 
     def one(self) -> Victims | None:
         """The victim of the level's priority that is enough alone and violates no budget, the one that has run the shortest."""
@@ -242,15 +261,15 @@ class _Group:
         return found
 
 
-def _compiled(level: Level, left: Bools, spare: Ints, short: Ints, largest: Ints) -> tuple[Victims | None, Ints]:
-    """One level by the compiled kernel, which brings [node] `left` and [resource, node] `spare` and `largest` on to it; there are no budgets."""
+def _compiled(level: Level, sums: Sums) -> tuple[Victims | None, Ints]:
+    """One level by the compiled kernel, which brings the sums on to it; there are no budgets."""
     state, klass, priority = level.state, level.klass, level.priority
-    state._level(priority)
+    most = state.loose(priority)
     node, victims, overfull = kernels.active.least_harm(
-        left, spare, short, largest, state.levels[priority], state.largest[priority], state.first, state.last[priority], klass.resources, state.class_request,
+        sums.left, sums.spare, sums.short, sums.largest, state.levels[priority], most, state.first, state.last[priority], klass.resources, state.class_request,
         state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS,
     )
     if node < 0:
-        return None, np.flatnonzero(overfull)
+        return None, overfull
     slots = tuple(victims.tolist())
-    return Victims(int(node), slots, harm_of(state, slots, 0)), np.flatnonzero(overfull)
+    return Victims(int(node), slots, harm_of(state, slots, 0)), overfull

@@ -24,6 +24,9 @@ CANDIDATES = 8
 """Nodes on which plans are worked out victim by victim where more than room decides (devices, zones, peers), those with the smallest shortage first; each costs about 50 us."""
 
 
+_UNRESOLVABLE = np.uint32(UNRESOLVABLE)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What has to go from `node` so that the workload fits. `moves`: those among the victims that are migrated, and where to."""
@@ -94,7 +97,7 @@ def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, *, everywhere:
     """Whose going does the least harm, before anybody is migrated."""
     state = scheduler.state
     klass = state.klass(workload.shape)
-    open_nodes: Bools = (bits & np.uint32(UNRESOLVABLE)) == 0
+    open_nodes: Bools = (bits & _UNRESOLVABLE) == 0
     if not open_nodes.any():
         return None
     if everywhere or only is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import kernels
 from .arrays import MAX_LOG, MAX_NODES, MAX_RESOURCES, SILENT, UNLIMITED_SLOTS, UP, Arrays, Event, Seat
 from .attributes import Attributes
 from .classes import Klass
@@ -319,12 +320,20 @@ class State(Arrays):
     def _hold(self, klass: Klass, workload: Workload, seat: Seat, sign: int) -> None:
         """Take (1) or give back (-1) everything that a workload of the class holds on a seat."""
         node, shape = seat.node, klass.shape
-        self._own("free")[klass.resources, node] -= klass.amounts[:, 0] if sign > 0 else -klass.amounts[:, 0]
-        self._own("load")[node] += sign
-        self._own("class_live")[klass.id] += sign
-        milli = 0
+        milli = 0 if shape.gpu is None else shape.gpu.milli * shape.gpu.count
+        free, load, live = self._own("free"), self._own("load"), self._own("class_live")
+        level = self._level(workload.priority) if workload.preemptible else None
+        if kernels.active is not None:
+            kernels.active.hold(free, load, live, free if level is None else level, level is not None, klass.resources, klass.amounts, node, klass.id, sign, milli)
+        else:
+            amounts = klass.amounts[:, 0] if sign > 0 else -klass.amounts[:, 0]
+            free[klass.resources, node] -= amounts
+            load[node] += sign
+            live[klass.id] += sign
+            if level is not None:
+                level[klass.resources + 1, node] += amounts
+                level[0, node] += sign * milli
         if shape.gpu is not None:
-            milli = shape.gpu.milli * shape.gpu.count
             devices = list(seat.gpus)
             self._own("gpu_free")[node, devices] -= sign * shape.gpu.milli
             if shape.gpu.memory:
@@ -344,10 +353,6 @@ class State(Arrays):
             used[klass.resources] += sign * klass.amounts[:, 0]
             used[MAX_RESOURCES] += sign * milli
             self._own("used_by")[workload.tenant] = used
-        if workload.preemptible:
-            level = self._level(workload.priority)
-            level[klass.resources + 1, node] += sign * klass.amounts[:, 0]
-            level[0, node] += sign * milli
         self._touch(node)
 
     # nodes
