@@ -134,9 +134,9 @@ class Arrays:
         self._undo: list[Event] = []
         self._trials = 0
         self._shared: set[str] = set()
-        self.touched: list[int] = []
-        """Nodes whose free capacity changed, in order, for those who keep something per node; `touched_base` counts what was dropped."""
-        self.touched_base = 0
+        self.stamp = np.zeros(0, np.int64)
+        """[node]: what `stamps` was when the node's free capacity last changed, for those who keep something per node."""
+        self.stamps = 0
         self.caches: dict[Any, Any] = {}
         """What policies keep about this state; never part of it."""
 

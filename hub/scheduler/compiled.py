@@ -12,6 +12,7 @@ from .reasons import Fail
 from .units import GPU_WHOLE
 
 _DOWN, _CORDONED, _RESOURCES = np.uint32(Fail.DOWN), np.uint32(Fail.CORDONED), np.uint32(Fail.RESOURCES)
+_SPREAD = np.uint32(Fail.SPREAD)
 _BEST, _WHOLE, _LEAST, _OFFSET = int(BEST), int(GPU_WHOLE), int(LEAST), int(PRIORITY_OFFSET)
 
 
@@ -30,6 +31,61 @@ def base_bits(fails: Any, status: Any, cordon: Any, ignores_cordon: Any, free: A
             if free[row, node] < amount:
                 bits[node] |= _RESOURCES
     return bits
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def in_domain(domain: Any, size: Any, counts: Any) -> Any:
+    """[node] the sum of `counts` over the node's domain, 0 where it has none."""
+    sums, result = np.zeros(size, np.int64), np.zeros(len(domain), np.int64)
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            sums[domain[node]] += counts[node]
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            result[node] = sums[domain[node]]
+    return result
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def mark_spread(bits: Any, eligible: Any, domain: Any, size: Any, counts: Any, own: Any, max_skew: Any, min_domains: Any) -> None:
+    """Marks the nodes on which one hard spread constraint would become too uneven."""
+    sums, there = np.zeros(size, np.int64), np.zeros(size, np.bool_)
+    for node in range(len(domain)):
+        if eligible[node]:
+            sums[domain[node]] += counts[node]
+            there[domain[node]] = True
+    known, least = 0, np.int64(0)
+    for at in range(size):
+        if there[at]:
+            least = sums[at] if known == 0 else min(least, sums[at])
+            known += 1
+    if known == 0:
+        return
+    if known < min_domains:
+        least = np.int64(0)
+    for node in range(len(domain)):
+        if domain[node] >= 0 and sums[domain[node]] + own - least > max_skew:
+            bits[node] |= _SPREAD
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def spread_sums(counted: Any, scored: Any, domain: Any, size: Any, counts: Any) -> Any:
+    """[domain] the sum of `counts` over the nodes that are counted, and how many domains have a node that is scored."""
+    sums, seen = np.zeros(size, np.float64), np.zeros(size, np.bool_)
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            if counted[node]:
+                sums[domain[node]] += counts[node]
+            seen[domain[node]] |= scored[node]
+    return sums, seen.sum()
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def add_spread(total: Any, domain: Any, sums: Any, weight: Any, more: Any) -> None:
+    """Adds to [node] `total` what one soft spread constraint costs."""
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            total[node] += sums[domain[node]] * weight + more
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]

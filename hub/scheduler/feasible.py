@@ -73,6 +73,9 @@ def in_domain(state: State, key: str, counts: Ints) -> Ints:
     if key == HOST:
         return counts
     domain, size = state.attributes.domains(key)
+    if kernels.active is not None:
+        compiled: Ints = kernels.active.in_domain(domain, size, counts)
+        return compiled
     sums = np.bincount(domain + 1, weights=counts, minlength=size + 1)
     sums[0] = 0
     result: Ints = sums[domain + 1].astype(np.int64)
@@ -119,6 +122,9 @@ def _spread(state: State, klass: Klass, affine: Bools, bits: Bits) -> None:
         eligible = eligible & keyed
     for item, row, own in hard:
         domain, size = state.attributes.domains(item.topology_key)
+        if kernels.active is not None:
+            kernels.active.mark_spread(bits, eligible, domain, size, state.counts[row], own, item.max_skew, item.min_domains)
+            continue
         index = np.where(eligible, domain, size)
         there = np.bincount(index, minlength=size + 1)[:size] > 0
         if not there.any():

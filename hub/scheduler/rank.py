@@ -217,6 +217,10 @@ class SoftSpread:
         total = np.zeros(state.size)
         for item, row in soft:
             domain, size = state.attributes.domains(item.topology_key)
+            if kernels.active is not None:
+                compiled, values = kernels.active.spread_sums(counted, scored, domain, size, state.counts[row])
+                kernels.active.add_spread(total, domain, compiled, np.log(values + 2.0), item.max_skew - 1)
+                continue
             sums = np.bincount(np.where(counted, domain, -1) + 1, weights=state.counts[row], minlength=size + 1)[1:]
             values = np.count_nonzero(np.bincount(np.where(scored, domain, -1) + 1, minlength=size + 1)[1:])
             total += np.where(domain >= 0, np.append(sums, 0.0)[domain] * np.log(values + 2.0) + (item.max_skew - 1), 0.0)

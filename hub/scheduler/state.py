@@ -47,12 +47,12 @@ class State(Arrays):
     def snapshot(self) -> "State":
         """A state of its own for what-if; O(classes), arrays are copied when either side writes them. Its log starts empty."""
         other = copy(self)
-        names = {name for name, value in vars(self).items() if isinstance(value, np.ndarray | dict | list | Attributes | Sites)} - {"log", "_undo", "touched", "counts", "caches"}
+        names = {name for name, value in vars(self).items() if isinstance(value, np.ndarray | dict | list | Attributes | Sites)} - {"log", "_undo", "counts", "caches"}
         self._shared, other._shared = set(names), set(names)
         self._shared_counts, other._shared_counts = set(range(len(self.counts))), set(range(len(self.counts)))
         self._shared_levels, other._shared_levels = set(self.levels), set(self.levels)
         other.counts = list(self.counts)
-        other.log, other._undo, other._trials, other.touched, other.touched_base = [], [], 0, [], self.touched_base + len(self.touched)
+        other.log, other._undo, other._trials = [], [], 0
         other.caches = {}
         return other
 
@@ -177,10 +177,8 @@ class State(Arrays):
         return inverse
 
     def _touch(self, node: int) -> None:
-        self.touched.append(node)
-        if len(self.touched) >= MAX_LOG:
-            del self.touched[: MAX_LOG // 2]
-            self.touched_base += MAX_LOG // 2
+        self.stamps += 1
+        self._own("stamp")[node] = self.stamps
 
     def _index(self, node: str) -> int:
         index = self.node_index.get(node)
@@ -249,8 +247,8 @@ class State(Arrays):
             self.classes_made += 1
             self._shared.discard("counts")
             self._shared_counts, self._shared_levels = set(range(len(self.counts))), set(self.levels)
-        self.touched_base += len(self.touched) + 1
-        self.touched.clear()
+        self.stamps += 1
+        self.stamp = np.full(self.size, self.stamps)
         return ()
 
     def _place(self, workload: Workload, seat: Seat, now_ms: int) -> Event:
@@ -376,8 +374,8 @@ class State(Arrays):
         for node in nodes:
             self._describe(self.node_index[node.name], node, now_ms)
         self.classes = [None if item is None else replace(item, request=self.class_request[:, item.id].copy()) for item in self.classes]
-        self.touched_base += len(self.touched) + 1
-        self.touched.clear()
+        self.stamps += 1
+        self.stamp = np.full(self.size, self.stamps)
         return ("restore", before)
 
     def _widen(self, more: int, devices: int, zones: int) -> None:
@@ -428,4 +426,3 @@ class State(Arrays):
         if site is not None:
             self.sites.learn_place(site, node)
             self.site_of[index] = self.sites.ids[site]
-        self._touch(index)
