@@ -66,17 +66,20 @@ def harm_of(state: State, victims: Sequence[int], violations: int) -> Harm:
 def guards(state: State) -> list[Guard]:
     """The budgets that cover a class of which something runs."""
     found = []
+    kept = state.caches.setdefault("covers", {})
+    if len(kept) > len(state.budgets):
+        kept.clear()
     for budget in state.budgets.values():
-        key = ("covers", budget.namespace, budget.selector)
-        known = state.caches.get(key)
-        if known is None or known[0] != state.classes_made:
+        version = state.classes_made, budget.namespace, budget.selector
+        if budget.name not in kept or kept[budget.name][0] != version:
             covers = np.zeros(len(state.class_live), np.bool_)
             for klass in state.classes:
                 if klass is not None and klass.shape.namespace == budget.namespace and budget.selector.requirements:
                     covers[klass.id] = budget.selector.matches(dict(klass.shape.labels))
-            known = state.caches[key] = state.classes_made, covers
-        if (state.class_live[: len(known[1])][known[1]] > 0).any():
-            found.append(Guard(known[1], tuple(slot for name in budget.disrupted if (slot := state.slot_of.get(name)) is not None), budget.allowed))
+            kept[budget.name] = version, covers
+        covers = kept[budget.name][1]
+        if (state.class_live[covers] > 0).any():
+            found.append(Guard(covers, tuple(slot for name in budget.disrupted if (slot := state.slot_of.get(name)) is not None), budget.allowed))
     return found
 
 
