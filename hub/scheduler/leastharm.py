@@ -189,7 +189,7 @@ class _Group:
     def __init__(self, level: Level, nodes: Ints) -> None:
         self.level, state, klass = level, level.state, level.klass
         at = level.starts(nodes)
-        chain = []
+        chain: list[IntArray] = []
         while len(chain) < MAX_NODE_VICTIMS and at.max(initial=-1) >= 0:
             chain.append(at)
             at = state.w_next[at]
