@@ -316,12 +316,13 @@ def delist(first: Any, onward: Any, backward: Any, last: Any, w_priority: Any, s
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def least_harm(
-    left: Any, spare: Any, short: Any, largest: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, class_request: Any, w_next: Any, w_class: Any, w_priority: Any,
-    w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any,
+    fresh: Any, left: Any, spare: Any, largest: Any, free: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any,
+    w_priority: Any, w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any,
 ) -> Any:
     """The node of the least harm (-1: none), its victims' slots, and the nodes that hold more than `limit`: one level of priority of `leastharm.search`.
 
-    `left` [node], `spare` and `largest` [resource, node] are brought on to this level, `most` of it is tightened where a chain was looked at. `held` has the milli-GPU first.
+    `left` [node], `spare` and `largest` [resource, node] are brought on to this level (`fresh`: the first one), `most` of it is tightened where a chain was looked at.
+    `held` has the milli-GPU first.
     """
     size, count = len(left), len(rows)
     overfull = np.zeros(size, np.bool_)
@@ -332,12 +333,13 @@ def least_harm(
             continue
         opens, few = True, 0
         for at in range(count):
-            spare[at, node] += held[rows[at] + 1, node]
-            largest[at, node] = max(largest[at, node], most[rows[at], node])
-            if spare[at, node] < 0:
-                opens = False
-            if short[at, node] > 0:
-                few = max(few, -(-short[at, node] // largest[at, node]))
+            row, need = rows[at], amounts[at, 0]
+            spare[at, node] += held[row + 1, node]
+            largest[at, node] = most[row, node] if fresh else max(largest[at, node], most[row, node])
+            opens = opens and spare[at, node] >= need
+            short = need - free[row, node]
+            if short > few * largest[at, node]:
+                few = 1 if short <= largest[at, node] else 2 if short <= 2 * largest[at, node] else -(-short // largest[at, node])
         if not opens:
             continue
         left[node] = False
@@ -355,7 +357,7 @@ def least_harm(
                 for at in range(count):
                     amount = class_request[rows[at], w_class[slot]]
                     most[rows[at], node] = max(most[rows[at], node], amount)
-                    if amount < short[at, node]:
+                    if free[rows[at], node] + amount < amounts[at, 0]:
                         enough = False
                 if enough and (mine < 0 or w_start[slot] > w_start[mine]):
                     mine = slot
@@ -383,7 +385,7 @@ def least_harm(
             if least == best_weight and few == best_count and (latest < best_start or (latest == best_start and tie[node] > tie[chosen])):
                 continue
         for at in range(count):
-            room[at] = spare[at, node]
+            room[at] = spare[at, node] - amounts[at, 0]
         slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
         while slot >= 0 and w_priority[slot] > priority:
             slot = w_next[slot]

@@ -57,7 +57,7 @@ class Guard:
 
 def harm_of(state: State, victims: Sequence[int], violations: int) -> Harm:
     """The harm of a plan. `victims` are slots, at least one."""
-    priorities, started = state.w_priority[list(victims)].tolist(), state.w_start[list(victims)].tolist()
+    priorities, started = [int(state.w_priority[slot]) for slot in victims], [int(state.w_start[slot]) for slot in victims]
     highest = max(priorities)
     oldest = min(start for start, priority in zip(started, priorities, strict=True) if priority == highest)
     return violations, highest, sum(priorities) + PRIORITY_OFFSET * len(priorities), len(priorities), -oldest
@@ -65,6 +65,8 @@ def harm_of(state: State, victims: Sequence[int], violations: int) -> Harm:
 
 def guards(state: State) -> list[Guard]:
     """The budgets that cover a class of which something runs."""
+    if not state.budgets:
+        return []
     found = []
     kept = state.caches.setdefault("covers", {})
     if len(kept) > len(state.budgets):
@@ -114,22 +116,22 @@ class Sums:
     def __init__(self, state: State, klass: Klass, open_nodes: Bools) -> None:
         self.left: Bools = open_nodes.copy()
         """[node] whether no level has opened it so far."""
-        self.spare: Ints = state.free[klass.resources] - klass.amounts
-        """[resource, node] what would be left were all up to the level gone and the workload there."""
-        self.short = -self.spare
-        """[resource, node] what is missing while they are all there."""
+        self.spare: Ints = state.free[klass.resources]
+        """[resource, node] what would be free were all up to the level gone."""
         self.largest: Ints = np.empty_like(self.spare)
-        self.largest.fill(1)
         """[resource, node] no request of a victim is larger."""
+        self.fresh = True
 
     def opened(self, level: Level) -> tuple[Ints, Ints]:
         """The nodes that the next level opens, and how few victims could be enough there."""
-        rows = level.klass.resources
-        self.spare += level.state.levels[level.priority][rows + 1]
-        np.maximum(self.largest, level.state.largest[level.priority][rows], out=self.largest)
-        nodes = np.flatnonzero(self.left & np.logical_and.reduce(self.spare >= 0))
+        state, rows, need = level.state, level.klass.resources, level.klass.amounts
+        self.spare += state.levels[level.priority][rows + 1]
+        self.largest = state.largest[level.priority][rows] if self.fresh else np.maximum(self.largest, state.largest[level.priority][rows])
+        self.fresh = False
+        nodes = np.flatnonzero(self.left & np.logical_and.reduce(self.spare >= need))
         self.left[nodes] = False
-        fewest: Ints = (-(-self.short // self.largest)).max(0)[nodes]
+        short = need - state.free[rows]
+        fewest: Ints = (-(-short // self.largest)).max(0)[nodes]
         return nodes, fewest
 
 
@@ -269,9 +271,10 @@ def _compiled(level: Level, sums: Sums) -> tuple[Victims | None, Ints]:
     state, klass, priority = level.state, level.klass, level.priority
     most = state.loose(priority)
     node, victims, overfull = kernels.active.least_harm(
-        sums.left, sums.spare, sums.short, sums.largest, state.levels[priority], most, state.first, state.last[priority], klass.resources, state.class_request,
-        state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS,
+        sums.fresh, sums.left, sums.spare, sums.largest, state.free, state.levels[priority], most, state.first, state.last[priority], klass.resources, klass.amounts,
+        state.class_request, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS,
     )
+    sums.fresh = False
     if node < 0:
         return None, overfull
     slots = tuple(victims.tolist())
