@@ -46,8 +46,8 @@ def _check(config: object) -> int:
     from .contract.errors import ContractError
     from .decisions.models.manifest import ModelError, read_manifest
     from .decisions.rules import RuleError
+    from .desired_state import model_path, own_rules
     from .mqtt_session import Endpoint
-    from .runtime import model_path, own_rules
 
     assert isinstance(config, EdgeConfig)
     problems = []
@@ -91,7 +91,7 @@ def run(config: object) -> int:
     from .decisions.rules import RuleError
     from .logs import configure
     from .runtime import EdgeRuntime
-    from .system.process import one_heap
+    from .system.process import one_heap, prefer
 
     one_heap()
     configure(config.logging.level, config.logging.format)
@@ -106,6 +106,7 @@ def run(config: object) -> int:
         except BaseException:
             await runtime.stop("failed to start")
             raise
+        prefer(config.nice)  # here, when the journal's threads are there: they need none of it
         await runtime.wait()
 
     try:

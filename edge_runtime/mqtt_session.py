@@ -290,11 +290,12 @@ class MqttSession:
                     return
         finally:
             self._corked = False
+        self._flush()
         try:
+            # After the write: a command does not wait for it, and the write has carried the acknowledgement already where there was one.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         except OSError:
             pass  # not Linux, or the socket has just gone; it is a hint
-        self._flush()
         if self.after_write is not None and not self.closed.done():
             self.after_write()
         if self._client is client and (client.has_more or (self.endpoint.tls and sock.pending())):

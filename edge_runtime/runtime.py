@@ -1,8 +1,6 @@
 """The composition root of the edge: makes every part once, wires them, runs them, stops them. The only place that knows all."""
 
 import asyncio
-import base64
-import binascii
 import logging
 import signal
 from collections.abc import Callable
@@ -13,16 +11,12 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .agent_metrics import describe
 from .config import EdgeConfig
-from .config.schema import DecisionsConfig
-from .contract import jsoncodec
-from .contract.desired import Desired, parse_desired
-from .contract.errors import ContractError
-from .contract.operations import Operation
-from .contract.records import Record
+from .contract.desired import Desired
 from .decisions.detectors.bank import KEPT_APART_MS, MAX_DETECTORS
-from .decisions.rules import RuleError, RuleSet, parse_rules
+from .decisions.rules import RuleSet
+from .desired_state import DesiredState
 from .devices.bus import RETRY_BASE_S, RETRY_CAP_S, Bus
-from .devices.registry import DeviceRegistry, check_twin
+from .devices.registry import DeviceRegistry
 from .journal import Journal, JournalSettings
 from .metrics import Metrics
 from .mqtt_session import Endpoint
@@ -36,35 +30,6 @@ if TYPE_CHECKING:
     from .site_wiring import SharedDuties
 
 log = logging.getLogger(__name__)
-
-SHIPPED_MODELS = Path(__file__).parent / "decisions" / "models" / "shipped"
-"""Models that come with the agent."""
-
-COMMANDS_REMEMBERED = 512
-"""Ids of the hub's commands that are remembered, so that none is done twice: twice what one desired state may hold."""
-
-
-def own_documents(decisions: DecisionsConfig) -> list[Any]:
-    """The documents of the edge's own rules, from its configuration and `rules_file`; raises `ContractError` or OSError."""
-    rules: list[Any] = list(decisions.rules)
-    if decisions.rules_file:
-        value = jsoncodec.decode(Path(decisions.rules_file).read_bytes())
-        rules += value if isinstance(value, list) else [value]
-    return rules
-
-
-def own_rules(decisions: DecisionsConfig) -> RuleSet:
-    """The edge's own rules; raises `RuleError`, `ContractError` or OSError."""
-    rules = own_documents(decisions)
-    try:
-        return parse_rules(rules)
-    except RuleError as error:
-        raise RuleError(f"decisions.{error.field}", error.problem, error.remedy) from None
-
-
-def model_path(name: str) -> Path:
-    """Where a configured model's manifest is; `shipped:NAME/FORMAT` is one that comes with the agent."""
-    return SHIPPED_MODELS / (name.removeprefix("shipped:") + ".json") if name.startswith("shipped:") else Path(name)
 
 DETECTORS_KEPT_MAX = 16
 """Detectors written in one such round: about 26 KiB each, so at most 14 KiB/s, and a thousand of them take turns of half an hour."""
@@ -94,12 +59,6 @@ class EdgeRuntime:
             max_devices=devices.registry_max, auto_register=devices.auto_register, early_max_devices=devices.early_max_devices,
             early_max_readings=devices.early_max_readings, early_ttl_ms=int(devices.early_ttl_s * 1000),
         )
-        self.models: dict[str, Any] = {}
-        self._models_wanted: dict[str, tuple[bytes, bytes]] = {}
-        self._own = RuleSet(())
-        self._own_documents: list[Any] = []
-        self.rule_documents: list[Any] = []
-        """The rules in force as they were written."""
         self.engine = around.engine(RuleSet(()), {})
         self.bus: Bus | None = None
         self.uplink: Uplink | None = None
@@ -107,17 +66,15 @@ class EdgeRuntime:
             config.edge_id, self.journal, self.clock, self.metrics, self.registry, self.engine, offline=self.is_offline,
             publish=self._publish if config.bus.enabled and config.bus.url else None,
         )
-        self.pipeline.command_source = self._command_moved
-        self.desired: Desired | None = None
-        self.last_desired_error: dict[str, str] | None = None
+        self.desired_state = DesiredState(self)
+        self.pipeline.command_source = self.desired_state.command_moved
         self._offline_since_ms: int | None = self.clock.mono_ms()
         self._decided_offline_before = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._told: tuple[int, str] = (0, "")
         self._stopping = asyncio.Event()
         self._api: Any = None
         self.api_port = 0
-        self._commands: dict[str, str] = self.journal.state("commands") or {}
-        self._commands_written_soon: set[str] = set()
         self.site: SharedDuties | None = None
         if config.duties.enabled:
             from . import site_wiring
@@ -150,11 +107,7 @@ class EdgeRuntime:
             state = self.journal.state(key)
             if isinstance(state, dict):
                 self.registry.restore(key.removeprefix("twin/"), state)
-        self._load_configured_models()
-        self._own = own_rules(self.config.decisions)
-        self.rule_documents = self._own_documents = own_documents(self.config.decisions)
-        self._apply_rules(self._own)
-        self._restore_desired()
+        self.desired_state.begin()
         engine_state = self.journal.state("engine")
         if isinstance(engine_state, dict):
             self.engine.import_state(engine_state, self.clock.mono_ms())
@@ -175,7 +128,7 @@ class EdgeRuntime:
         if self.config.devices.host.enabled:
             self._tasks.append(loop.create_task(self._sample_host(), name="host"))
         if self.config.workloads.enabled:
-            self._tasks.append(loop.create_task(self._workload_node().run(), name="workloads"))
+            self._tasks.append(loop.create_task(self.workload_node().run(), name="workloads"))
         if self.config.api.enabled:
             from .local_api.server import serve
 
@@ -207,6 +160,7 @@ class EdgeRuntime:
             if self.site is not None:
                 await self.site.leave()
             await self.bus.stop()
+        self.pipeline.keep_telemetry()
         self.journal.put_state("engine", self._engine_state())
         self._keep_detectors(MAX_DETECTORS, 0)
         self.journal.append("event", "shutdown", {"reason": reason})
@@ -256,8 +210,8 @@ class EdgeRuntime:
             stable_after_s=uplink.stable_after_s, inflight=uplink.inflight, batch_records=uplink.batch_records, batch_bytes=uplink.batch_bytes,
         )
         self.uplink = Uplink(
-            settings, self.journal, self.clock, self.metrics, presence=self._presence, on_desired=self._on_desired,
-            on_bad_desired=self._on_bad_desired, on_link=self._on_link, session=self.surroundings.session, entropy=self.surroundings.entropy,
+            settings, self.journal, self.clock, self.metrics, presence=self._presence, on_desired=self.desired_state.receive,
+            on_bad_desired=self.desired_state.refuse, on_link=self._on_link, session=self.surroundings.session, entropy=self.surroundings.entropy,
             pace=self.surroundings.pace,
         )
         self.uplink.start()
@@ -278,7 +232,8 @@ class EdgeRuntime:
             due = max(due + host.interval_s, loop.time())
             await asyncio.sleep(due - loop.time())
 
-    def _workload_node(self) -> Any:
+    def workload_node(self) -> Any:
+        """What tells the hub what this node has and answers for workloads."""
         from .workloads.node import WorkloadNode
 
         return WorkloadNode(self.config, self.journal, self.metrics)
@@ -288,9 +243,18 @@ class EdgeRuntime:
             await asyncio.sleep(self.surroundings.pace.tick_s)
             try:
                 self.pipeline.tick()
+                self._tell_changes()
             except Exception:
                 self.metrics.inc("tick_errors_total")
                 log.exception("time-driven rules failed")
+
+    def _tell_changes(self) -> None:
+        """The presence names devices and health: where they have changed the hub hears of it now, not with the next heartbeat."""
+        now = (len(self.registry.devices), "; ".join(self.health()))
+        if now != self._told:
+            self._told = now
+            if self.uplink is not None:
+                self.uplink.announce("changed")
 
     async def _keep_engine_state(self) -> None:
         last = False
@@ -349,196 +313,10 @@ class EdgeRuntime:
                 })
             alarmed = plan.alarm
 
-    # -- models and rules ----------------------------------------------------------------------------------------------------
-
-    def _load_configured_models(self) -> None:
-        if not self.config.decisions.models:
-            return
-        from .decisions.models import ModelError, load_model, read_manifest
-
-        for entry in self.config.decisions.models:
-            path = model_path(entry.manifest)
-            try:
-                manifest = read_manifest(path.read_bytes())
-                self.models[entry.name or manifest.name] = load_model(manifest, Path(entry.data) if entry.data else path.parent)
-            except (ModelError, OSError) as error:
-                self._model_refused(entry.name or entry.manifest, str(error))
-
-    def _model_refused(self, name: str, reason: str) -> None:
-        self.metrics.inc("models_refused_total")
-        log.error("model %s was refused: %s", name, reason)
-        self.journal.append("event", "model", {"name": name, "outcome": "refused", "reason": reason[:500]})
-
-    def _apply_rules(self, rules: RuleSet) -> None:
-        self.engine.replace_models(dict(self.models))
-        self.engine.replace_rules(rules)
-
-    # -- desired state -------------------------------------------------------------------------------------------------------
-
-    def _restore_desired(self) -> None:
-        value = self.journal.state("desired")
-        if value is None:
-            return
-        try:
-            desired = parse_desired(value, self.config.edge_id)
-            rules = self._check_desired(desired)
-        except (ContractError, RuleError) as error:
-            log.error("the kept desired state is not valid any more, own rules stay: %s", error)
-            return
-        self._take_desired(desired, rules, restored=True)
-
-    def _check_desired(self, desired: Desired) -> RuleSet | None:
-        """Everything that can be wrong with it, found before anything changes."""
-        rules = parse_rules(desired.rules) if desired.rules is not None else None
-        for device, twin in desired.twins.items():
-            check_twin(twin, f"spec.twins.{device}")
-        self._models_wanted = {}
-        for index, entry in enumerate(desired.models):
-            manifest, data = entry.get("manifest"), entry.get("data_b64")
-            if not isinstance(manifest, dict) or not isinstance(data, str):
-                raise ContractError(f"spec.models[{index}]", "has no manifest or no data_b64", "send both", "missing")
-            try:
-                raw = base64.b64decode(data, validate=True)
-            except (binascii.Error, ValueError):
-                raise ContractError(f"spec.models[{index}].data_b64", "is not base64", "encode the model's bytes as base64", "type") from None
-            name = str(manifest.get("name", ""))
-            if name in self._models_wanted:
-                raise ContractError(f"spec.models[{index}].manifest.name", f"{name[:64]!r} stands twice", "send one version of each model", "duplicate")
-            self._models_wanted[name] = (jsoncodec.encode(manifest).encode(), raw)
-        return rules
-
-    def _on_desired(self, desired: Desired) -> None:
-        if self.desired is not None and desired.generation <= self.desired.generation:
-            if desired.generation < self.desired.generation and self.uplink is not None:
-                self.uplink.announce("generation")
-            return
-        stamp = self.clock.stamp()
-        if desired.expires_ms and stamp.quality != "unsynced" and stamp.wall_ms > desired.expires_ms:
-            self._on_bad_desired(ContractError("expires_ms", "this desired state has expired", "issue it again", "expired"), desired.generation)
-            return
-        try:
-            rules = self._check_desired(desired)
-            models = self._activate_models()
-        except ContractError as error:
-            self._on_bad_desired(error, desired.generation)
-            return
-        except RuleError as error:
-            self._on_bad_desired(ContractError(f"spec.{error.field}", error.problem, error.remedy, "rule"), desired.generation)
-            return
-        replaced = [self.models[name] for name in models if name in self.models]
-        self.models.update(models)
-
-        def durable() -> None:
-            self._take_desired(desired, rules)
-            for model in replaced:
-                model.close()
-
-        self.journal.put_state("desired", desired.to_json(), durable)
-        self.journal.append("event", "desired.applied", {"generation": desired.generation})
-
-    def _activate_models(self) -> dict[str, Any]:
-        if not self._models_wanted:
-            return {}
-        from .decisions.models import ModelError, ModelStore
-
-        store = ModelStore(Path(self.config.data_dir) / "models")
-        loaded: dict[str, Any] = {}
-        try:
-            for name, (manifest, data) in self._models_wanted.items():
-                loaded[name] = store.load(store.put(manifest, data).sha256)
-            store.activate(loaded)
-        except (ModelError, OSError) as error:
-            for model in loaded.values():
-                model.close()
-            self._model_refused(name, str(error))
-            raise ContractError(f"spec.models.{name}", str(error), "send the model with the hash and shape of its manifest", "model") from None
-        for name, model in loaded.items():
-            self.journal.append("event", "model", {"name": name, "outcome": "activated", "sha256": model.manifest.sha256})
-        return loaded
-
-    def _take_desired(self, desired: Desired, rules: RuleSet | None, restored: bool = False) -> None:
-        if restored and desired.models:
-            from .decisions.models import ModelError, ModelStore
-
-            store = ModelStore(Path(self.config.data_dir) / "models")
-            for name, (manifest, data) in self._models_wanted.items():
-                try:
-                    self.models[name] = store.load(store.put(manifest, data).sha256)
-                except (ModelError, OSError) as error:
-                    self._model_refused(name, str(error))
-                    try:
-                        self.models[name] = store.active(name)[0]
-                    except ModelError as none:
-                        log.error("model %s has no last good version: %s", name, none)
-        self.desired = desired
-        self.pipeline.generation = desired.generation
-        self.last_desired_error = None
-        self.rule_documents = desired.rules if desired.rules is not None else self._own_documents
-        self._apply_rules(rules if rules is not None else self._own)
-        if self.site is not None:
-            self.site.tell_spec()
-        if self.journal.state("twins_generation") != desired.generation:
-            # Once per generation: a boot must not undo what was changed here since. In one group with the twins, so all of it or nothing.
-            for device, twin in desired.twins.items():
-                try:
-                    self.pipeline.desire(device, twin, replace=True)
-                except ContractError as error:
-                    log.error("desired twin of %s was refused: %s", device, error)
-            self.journal.put_state("twins_generation", desired.generation)
-        self._take_commands(desired)
-        if desired.workloads or self.journal.state("workloads"):
-            self._workload_node().take(desired.workloads)
-        if self.uplink is not None:
-            self.uplink.announce("desired")
-
-    def _take_commands(self, desired: Desired) -> None:
-        stamp = self.clock.stamp()
-        for command in desired.commands:
-            state = self._commands.get(command["id"])
-            if (state is not None and state != "running") or command["id"] in self._commands_written_soon:
-                continue  # done, or it is sent when its record is durable: two desired states may become durable in one commit
-            if stamp.wall_ms > command["expires_ms"] and stamp.quality != "unsynced":
-                if state is None:
-                    self._commands[command["id"]] = "expired"
-                    self._operation(command, "expired", "expired before it arrived")
-                continue
-            again = state == "running"
-            self._commands[command["id"]] = "running"
-
-            def durable(_record: Record | None, command: dict[str, Any] = command, again: bool = again) -> None:
-                self._commands_written_soon.discard(command["id"])
-                self.pipeline.order(command["id"], command["device"], command["name"], command["args"], command["expires_ms"], again)
-
-            if again:
-                durable(None)
-            else:
-                self._commands_written_soon.add(command["id"])
-                self._operation(command, "running", "", durable)
-        wanted = {command["id"] for command in desired.commands}
-        for known in [key for key in self._commands if key not in wanted][: max(0, len(self._commands) - COMMANDS_REMEMBERED)]:
-            del self._commands[known]
-        self.journal.put_state("commands", self._commands)
-
-    def _operation(self, command: dict[str, Any], state: str, reason: str, on_durable: Callable[[Record], None] | None = None) -> None:
-        operation = Operation(command["id"], "command", state, 0, "accepted", reason, {"device": command["device"], "name": command["name"]})
-        self.journal.append("event", "operation", operation.to_json(), on_durable)
-
-    def _command_moved(self, command_id: str, state: str) -> None:
-        if command_id in self._commands:  # the hub's; those of decisions are in the journal's effects
-            self._commands[command_id] = state
-            self.journal.put_state("commands", self._commands)
-
-    def _on_bad_desired(self, error: ContractError, generation: int) -> None:
-        if self.desired is not None and generation and generation <= self.desired.generation:
-            return
-        described = {"generation": generation, **error.to_json()}
-        text = {key: str(value) for key, value in described.items()}
-        if self.last_desired_error == text:
-            return  # the retained message comes back with every connection
-        self.last_desired_error = text
-        self.metrics.inc("desired_rejected_total", reason=error.reason)
-        log.error("desired state %d was refused: %s", generation, error)
-        self.journal.append("event", "desired.rejected", described)
+    @property
+    def desired(self) -> Desired | None:
+        """The hub's desired state in force."""
+        return self.desired_state.applied
 
     # -- the link ------------------------------------------------------------------------------------------------------------
 
@@ -593,8 +371,8 @@ class EdgeRuntime:
             problems += self.site.problems()
         if self.uplink is not None and self.uplink.lanes.quarantine:
             problems.append(f"the hub refuses this identity: {self.uplink.lanes.quarantine}")
-        if self.last_desired_error is not None:
-            problems.append(f"desired state {self.last_desired_error['generation']} was refused: {self.last_desired_error['field']}: {self.last_desired_error['problem']}")
+        if self.desired_state.last_error is not None:
+            problems.append(f"desired state {self.desired_state.last_error['generation']} was refused: {self.desired_state.last_error['field']}: {self.desired_state.last_error['problem']}")
         return problems
 
     def fatal(self) -> list[str]:

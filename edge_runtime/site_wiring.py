@@ -319,8 +319,8 @@ class SharedDuties:
         """Publish what a sibling needs to stand in for us, where it has changed."""
         runtime = self._runtime
         body = {
-            "edge": self._edge, "generation": runtime.desired.generation if runtime.desired else 0, "rules": runtime.rule_documents, "duties": list(self.member.duties),
-            "models": {name: model.manifest.sha256 for name, model in runtime.models.items()}, "small_models": self._small_models(),
+            "edge": self._edge, "generation": runtime.desired.generation if runtime.desired else 0, "rules": runtime.desired_state.rule_documents, "duties": list(self.member.duties),
+            "models": {name: model.manifest.sha256 for name, model in runtime.desired_state.models.items()}, "small_models": self._small_models(),
         }
         text = jsoncodec.encode(body).encode()
         if len(text) > MAX_MESSAGE_BYTES - 1024:
@@ -371,7 +371,7 @@ class SharedDuties:
             except RuleError as error:
                 held.append({"rule": "*", "reason": str(error)[:300]})
                 rules = RuleSet(())
-        ours = {model.manifest.sha256: model for model in self._runtime.models.values()}
+        ours = {model.manifest.sha256: model for model in self._runtime.desired_state.models.values()}
         if spec is not None and spec["small_models"] and (wanted := {spec["models"][name] for name in rules.models if name in spec["models"]} - set(ours)):
             self._borrow(spec, wanted)
             ours = {**self._lent, **ours}

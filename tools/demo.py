@@ -259,7 +259,7 @@ class Demo:
         import yaml
 
         from edge_runtime.decisions.models.tflite_engine import find_library
-        from edge_runtime.runtime import SHIPPED_MODELS
+        from edge_runtime.desired_state import SHIPPED_MODELS
 
         form = "tflite" if find_library() is not None else "portable"
         threshold = json.loads((SHIPPED_MODELS / "host-anomaly" / f"{form}.json").read_text())["threshold"]

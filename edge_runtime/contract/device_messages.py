@@ -12,6 +12,10 @@ from .schema import Field, Message
 from .topics import DEVICE_COMMAND, DEVICE_DESIRED, DEVICE_REGISTER, DEVICE_REPORTED, DEVICE_RESULT, DEVICE_TELEMETRY
 
 METRIC_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]{0,63}\Z")
+NAMES_REMEMBERED = 1_024
+"""Metric names that are known to be ones: a device sends the same few for ever. At 64 characters each at most 120 KiB."""
+
+_names: set[str] = set()
 MAX_FLATTEN_DEPTH = 4
 """Levels of nested objects that become dotted metric names."""
 
@@ -169,8 +173,11 @@ def _check_text(values: dict[str, Value], where: str) -> None:
 def _flatten(source: dict[str, Any], prefix: str, out: dict[str, Value], where: str, depth: int) -> None:
     for key, item in source.items():
         name = prefix + key
-        if not METRIC_PATTERN.match(name):
-            raise ContractError(f"{where}{name[:80]}", "is not a metric name", "use letters, digits and _ . : / -, 64 at most", "name")
+        if name not in _names:
+            if not METRIC_PATTERN.match(name):
+                raise ContractError(f"{where}{name[:80]}", "is not a metric name", "use letters, digits and _ . : / -, 64 at most", "name")
+            if len(_names) < NAMES_REMEMBERED:
+                _names.add(name)
         kind = type(item)
         if kind is float:
             if not math.isfinite(item):

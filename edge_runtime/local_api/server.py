@@ -106,7 +106,7 @@ class LocalApi:
             "generation": runtime.desired.generation if runtime.desired else 0, "decided": runtime.pipeline.decided,
             "decided_offline": runtime.pipeline.decided_offline, "readings": runtime.pipeline.readings_taken, "devices": len(runtime.registry.devices),
             "backlog_records": uplink.lanes.backlog() if uplink else None, "outage_hours": round(plan.outage_hours, 1), "health": runtime.health(),
-            "models": {name: {"engine": model.engine, "sha256": model.manifest.sha256} for name, model in runtime.models.items()},
+            "models": {name: {"engine": model.engine, "sha256": model.manifest.sha256} for name, model in runtime.desired_state.models.items()},
             "rules": [rule.id for rule in runtime.engine.rules.rules], "journal": self._marks(),
             "site": runtime.site.to_json() if runtime.site is not None else None,
         })

@@ -20,6 +20,21 @@ def open_descriptors() -> int:
         return 0
 
 
+def prefer(nice: int) -> bool:
+    """Give the calling thread this nice value (setpriority(2)) and say whether it has it.
+
+    Only a thread that still has the default, 0: what an operator chose holds. The threads that exist already keep theirs; threads and processes
+    started later by this one inherit it. Where control groups or sessions share the processor (cgroup `cpu.weight`, autogroup), it counts among the
+    threads of ours only.
+    """
+    try:
+        if nice and os.getpriority(os.PRIO_PROCESS, 0) == 0:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        return os.getpriority(os.PRIO_PROCESS, 0) == nice
+    except OSError:  # not root, and no RLIMIT_NICE
+        return False
+
+
 def one_heap() -> None:
     """One malloc arena for all threads (mallopt(3), M_ARENA_MAX): ours hardly compete, and each arena keeps pages of its own."""
     import ctypes

@@ -178,7 +178,7 @@ class Edge:
 
     def desire(self, generation: int, **spec: Any) -> None:
         """Desired state as the uplink hands it over; `expires_ms` is the document's."""
-        self.runtime._on_desired(self.document(generation, **spec))
+        self.runtime.desired_state.receive(self.document(generation, **spec))
 
     def document(self, generation: int, **spec: Any) -> Desired:
         """A parsed desired state of this edge."""
@@ -199,11 +199,11 @@ class Edges:
 
     async def start(
         self, *, port: int = 0, rules: tuple[dict[str, Any], ...] = (EACH,), data_dir: Path | None = None, api: ApiConfig | None = None, devices: DevicesConfig | None = None, decisions: DecisionsConfig | None = None,
-        wait: bool = True,
+        uplink: UplinkConfig | None = None, wait: bool = True,
     ) -> Edge:
-        """An edge without hub and host sampling; with `port` its bus is awaited (unless not `wait`)."""
+        """An edge without host sampling and, unless `uplink` says otherwise, hub; with `port` its bus is awaited (unless not `wait`)."""
         config = EdgeConfig(
-            edge_id="gw-1", node="gw-1", site="hall-2", data_dir=str(data_dir or self._data_dir), uplink=UplinkConfig(enabled=False, password="hunter2"),
+            edge_id="gw-1", node="gw-1", site="hall-2", data_dir=str(data_dir or self._data_dir), uplink=uplink or UplinkConfig(enabled=False, password="hunter2"),
             bus=BusConfig(url=f"mqtt://127.0.0.1:{port}" if port else ""), journal=JournalConfig(ballast_bytes=0, min_free_bytes=0),
             devices=replace(devices or DevicesConfig(), host=HostConfig(enabled=False)), decisions=decisions or DecisionsConfig(rules=rules), api=api or ApiConfig(port=0),
         )

@@ -40,11 +40,16 @@ class Obedient:
         self.fences = Fences()
         self.done: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
+        self._ids: set[str] = set()
         device.on_message = self._message
 
     def _message(self, leaf: str, body: dict[str, Any]) -> None:
-        if leaf == "command":
-            (self.done if self.fences.admits(body) else self.refused).append(body)
+        if leaf != "command":
+            return
+        if body.get("again") and body["id"] in self._ids:
+            return  # it was on its way when a connection broke: sent again, and said to be
+        self._ids.add(body["id"])
+        (self.done if self.fences.admits(body) else self.refused).append(body)
 
     def numbers(self) -> list[int]:
         """The readings that were counted, in order."""

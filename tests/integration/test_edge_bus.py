@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.config.schema import DevicesConfig
+from edge_runtime.config.schema import DevicesConfig, UplinkConfig
+from edge_runtime.contract.device_messages import Reading
 from edge_runtime.contract.records import Record
 
 from .edges import EACH, Device, Edge, Edges, LocalBroker
@@ -35,6 +36,26 @@ async def test_readings_before_registration_wait_and_are_decided_with_it(broker:
     shown = await edge.get("/api/v1/devices/boiler-1")
     assert (shown["kind"], shown["meta"], shown["readings"], shown["values"]) == ("boiler", {"bought": 2019}, 3, {"temp": 93})
     assert await edge.metric("early_readings") == 0
+
+
+async def test_a_new_device_and_an_illness_are_told_to_the_hub_at_once_and_once(broker: LocalBroker, edges: Edges, monkeypatch: pytest.MonkeyPatch) -> None:
+    edge = await edges.start(port=broker.port, uplink=UplinkConfig(url=f"mqtt://127.0.0.1:{broker.port}"))
+    assert edge.runtime.uplink is not None
+    told: list[tuple[list[str], str]] = []
+
+    def announce(_reason: str) -> None:
+        presence = edge.runtime._presence()
+        told.append((presence["devices"], presence["health"]))
+
+    await until(lambda: edge.runtime._told[1] == "", what="it is well")
+    monkeypatch.setattr(edge.runtime.uplink, "announce", announce)
+    async with Device(broker.port, "boiler-1") as device:
+        await device.say("telemetry", {"temp": 20})
+        await until(lambda: bool(told), what="the new device is told")
+        await device.say("telemetry", {"temp": 20})
+    monkeypatch.setattr(edge.runtime.desired_state, "last_error", {"generation": "3", "field": "spec", "problem": "bad"})
+    await until(lambda: len(told) > 1, what="the illness is told")
+    assert told == [(["boiler-1"], "ok"), (["boiler-1"], "desired state 3 was refused: spec: bad")]
 
 
 async def test_a_twin_goes_down_retained_and_comes_back_reported(broker: LocalBroker, edges: Edges) -> None:
@@ -209,7 +230,33 @@ async def test_commands_that_expire_while_the_bus_is_away_do_not_pile_up(edges: 
     await edge.runtime.journal.flush()
     assert len([body for body in await edge.records("event", "operation") if body["state"] == "expired"]) == 50
     # What is remembered of commands is for the hub's: a rule that fires for hours must not fill it.
-    assert edge.runtime._commands == {} and not edge.runtime.journal.state("commands")
+    assert edge.runtime.desired_state.commands == {} and not edge.runtime.journal.state("commands")
+
+
+async def test_telemetry_lets_the_command_go_first_and_waits_once_at_most(broker: LocalBroker, edges: Edges) -> None:
+    edge = await edges.start(port=broker.port)
+    pipeline, lane = edge.runtime.pipeline, edge.runtime.journal.lanes["telemetry"]
+    before = lane.waiting + lane.commits
+    pipeline._open_effects[1] = 1  # a command that the broker has not acknowledged
+
+    def reading(temp: float) -> None:
+        pipeline.readings("quiet", [Reading({"temp": temp})], lambda: None)
+        pipeline.batch_end()
+        pipeline.batch_sent()
+
+    reading(1)
+    assert len(pipeline._taken) == 1 and lane.waiting + lane.commits == before
+    reading(2)  # another turn: now they go down, whatever has become of the command
+    assert not pipeline._taken and lane.waiting + lane.commits > before
+    reading(3)
+    assert len(pipeline._taken) == 1
+    pipeline.tick()  # no turn comes any more
+    assert not pipeline._taken
+    pipeline._open_effects.clear()
+    reading(4)
+    assert not pipeline._taken
+    await edge.runtime.journal.flush()
+    assert [body["values"]["temp"] for body in await edge.records("telemetry")] == [1, 2, 3, 4]
 
 
 async def test_a_reading_is_acknowledged_only_when_it_is_durable(broker: LocalBroker, edges: Edges) -> None:

@@ -96,7 +96,7 @@ async def test_a_bad_part_refuses_the_whole_and_the_last_good_one_stays(edges: E
     status = await edge.get("/api/v1/status")
     assert (status["generation"], status["rules"], status["models"]["m"]["sha256"]) == (1, ["asks"], model(2)["manifest"]["sha256"]) and list(status["models"]) == ["m"]
     assert judged(edge, 41) == ["asks"] and judged(edge, 39) == []
-    assert edge.runtime.registry.devices["fan-1"].desired == {"speed": 1} and edge.runtime._commands == {}
+    assert edge.runtime.registry.devices["fan-1"].desired == {"speed": 1} and edge.runtime.desired_state.commands == {}
     (told,) = await edge.records("event", "desired.rejected")
     assert (told["generation"], told["field"]) == (2, field) and told["problem"] and told["remedy"]
     assert await edge.metric(f'desired_rejected_total{{reason="{reason}"}}') == 1
@@ -120,7 +120,7 @@ async def test_models_of_the_hub_serve_the_edges_own_rules(edges: Edges) -> None
     await applied(edge, 1)
     assert judged(edge, 41) == ["asks"] and judged(edge, 39) == []
     closed: list[str] = []
-    before = edge.runtime.models["m"]
+    before = edge.runtime.desired_state.models["m"]
     close = before.close
     before.close = lambda: (closed.append(before.manifest.sha256), close())
     edge.desire(2, models=[model(4)])
@@ -250,7 +250,7 @@ async def test_a_boot_does_not_undo_what_was_changed_here_since_the_hubs_word(ed
 async def test_two_models_of_one_name_are_refused(edges: Edges) -> None:
     edge = await edges.start()
     edge.desire(2, models=[model(2), model(3)])
-    assert edge.runtime.last_desired_error is not None and edge.runtime.last_desired_error["field"] == "spec.models[1].manifest.name"
+    assert edge.runtime.desired_state.last_error is not None and edge.runtime.desired_state.last_error["field"] == "spec.models[1].manifest.name"
     assert edge.runtime.desired is None
 
 

@@ -159,7 +159,7 @@ async def test_the_hubs_desired_state_outlives_a_restart(broker: LocalBroker, ed
     hubs = {**EACH, "id": "hubs", "if": {"value": "temp", "op": ">", "than": 30}}
     edge.desire(7, rules=[hubs], twins={"fan-1": {"speed": 1}}, commands=[{"id": "c-1", "device": "fan-1", "name": "on", "expires_ms": edge.now_ms() + 60_000}])
     async with Device(broker.port, "fan-1") as fan:
-        await until(lambda: edge.runtime._commands.get("c-1") not in (None, "running"), what="the desired state, and its command on its way")
+        await until(lambda: edge.runtime.desired_state.commands.get("c-1") not in (None, "running"), what="the desired state, and its command on its way")
         await edge.stop()
         edge = await edges.start(port=broker.port)
         status = await edge.get("/api/v1/status")

@@ -65,8 +65,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             await until(lambda: edge.uplink is not None and edge.uplink.up and edge.pipeline.decided >= 5, what="decisions")
             await until(lambda: (book := hub.ingest.books.get((EDGE, "decision"))) is not None and book.contiguous >= 5, what="decisions at the hub")
             await until(lambda: not edge.health(), what="a healthy edge")
-            assert edge.uplink is not None
-            edge.uplink.announce()  # else its health is told with the next heartbeat
             await until(lambda: hub.fleet.rows[EDGE].presence["health"] == "ok", what="its health at the hub")
             return edge
 

@@ -187,7 +187,7 @@ async def _goodbye(hub: Hub, edges: dict[str, Edge], broker: LocalBroker) -> Non
             await hub.change_desired("gw-2", {"commands": [one], "twins": {"boiler-1": {"mode": "no"}}})
             await until(lambda: second.runtime.metrics.value("commands_superseded_total") == 1, what="the command is superseded")
             states = [(body["state"], body["reason"]) for body in await second.records("event", "operation")]
-            assert states == [("running", ""), ("superseded", "boiler-1 is served by gw-1 now, not by this edge")] and second.runtime._commands == {"c-1": "superseded"}
+            assert states == [("running", ""), ("superseded", "boiler-1 is served by gw-1 now, not by this edge")] and second.runtime.desired_state.commands == {"c-1": "superseded"}
             assert boiler.got("desired") == [{"version": 1, "desired": {"mode": "eco"}}]
             await first.stop()
             await served_by(edges, "boiler-1", "gw-2")

@@ -12,12 +12,12 @@ from typing import Any
 from edge_runtime.clock import Stamp, SystemClock
 from edge_runtime.contract.records import Batch, Record
 from edge_runtime.decisions.engine import DecisionEngine
+from edge_runtime.desired_state import DesiredState
 from edge_runtime.devices.bus import Bus
 from edge_runtime.journal.database import Group, JournalDatabase
 from edge_runtime.journal.journal import Journal
 from edge_runtime.journal.lane import Lane
 from edge_runtime.pipeline import Pipeline
-from edge_runtime.runtime import EdgeRuntime
 from edge_runtime.uplink import link as uplink_link
 from edge_runtime.uplink.backoff import Backoff
 from edge_runtime.uplink.lanes import Lanes
@@ -168,13 +168,13 @@ def _drop_newest() -> list[tuple[Any, str, Any]]:
 
 @control("readings of one turn are written newest first", "kill")
 def _newest_first() -> list[tuple[Any, str, Any]]:
-    shipped = Pipeline._keep_telemetry
+    shipped = Pipeline.keep_telemetry
 
     def keep(self: Pipeline) -> None:
         self._taken.reverse()
         shipped(self)
 
-    return [(Pipeline, "_keep_telemetry", keep)]
+    return [(Pipeline, "keep_telemetry", keep)]
 
 
 @control("every receipt is taken for one of everything: records are freed that the hub never had", "partition", "flaky")
@@ -313,12 +313,12 @@ def _expiry_moves_at_replay() -> list[tuple[Any, str, Any]]:
 
 @control("after a restart the edge knows the generation but not its rules", "desired", "kill")
 def _rules_not_restored() -> list[tuple[Any, str, Any]]:
-    shipped = EdgeRuntime._take_desired
+    shipped = DesiredState._take_desired
 
-    def take(self: EdgeRuntime, desired: Any, rules: Any, restored: bool = False) -> None:
+    def take(self: DesiredState, desired: Any, rules: Any, restored: bool = False) -> None:
         shipped(self, desired, None if restored else rules, restored)
 
-    return [(EdgeRuntime, "_take_desired", take)]
+    return [(DesiredState, "_take_desired", take)]
 
 
 @control("a hub restored from a backup does not go above the generation that the edge has seen", "desired", "backup", "desired", "hub_restore")

@@ -426,7 +426,7 @@ class Oracle:
                 continue
             sizes: list[tuple[str, int, int]] = [
                 ("commands that wait", len(runtime.pipeline._commands), MAX_OUTSTANDING), ("open effects", len(runtime.pipeline._open_effects), MAX_OUTSTANDING * 8),
-                ("remembered commands", len(runtime._commands), 768), ("disk bytes", machine.disk.used, self.world.disk_limit),
+                ("remembered commands", len(runtime.desired_state.commands), 768), ("disk bytes", machine.disk.used, self.world.disk_limit),
             ]
             for name, lane in runtime.journal.lanes.items():
                 sizes.append((f"records waiting for {name}", lane.waiting, 3_000))

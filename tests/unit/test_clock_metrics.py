@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.clock import JUMP_MS, RELEASE_MS, SYNC_CHECK_INTERVAL_MS, SystemClock, kernel_synchronised
 from edge_runtime.metrics import MAX_SERIES, PREFIX, Metrics
-from edge_runtime.system.process import open_descriptors, resident_bytes
+from edge_runtime.system.process import open_descriptors, prefer, resident_bytes
 from edge_runtime.system.service import ServiceManager
 from tests.prometheus_text import parse_exposition
 
@@ -210,3 +211,29 @@ def test_where_nobody_listens_notify_says_so_and_raises_nothing(tmp_path: Path) 
     assert ServiceManager({}).notify(READY="1") is False
     assert ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "nobody")}).notify(READY="1") is False
     assert ServiceManager({"NOTIFY_SOCKET": "x" * 500}).notify(READY="1") is False
+
+
+def test_only_the_thread_that_asks_is_preferred_and_only_where_nobody_chose() -> None:
+    found: list[object] = []
+    chosen = threading.Event()
+    looked = threading.Event()
+
+    def other() -> None:
+        chosen.wait()
+        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+        looked.set()
+
+    def deciding() -> None:
+        found.append(prefer(5))  # downwards, which anyone may
+        found.append(prefer(7))  # somebody chose already
+        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+        chosen.set()
+        looked.wait()
+
+    threads = [threading.Thread(target=one) for one in (other, deciding)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True, False, 5, os.getpriority(os.PRIO_PROCESS, 0)]
+    assert prefer(0) == (os.getpriority(os.PRIO_PROCESS, 0) == 0)

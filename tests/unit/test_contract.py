@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_runtime.contract import ContractError, apidoc, jsoncodec, topics
@@ -38,6 +38,26 @@ def test_bad_payloads_are_refused_with_a_reason(payload: bytes, reason: str) -> 
         jsoncodec.decode(payload)
     assert caught.value.reason == reason
     assert caught.value.remedy
+
+
+@given(st.from_regex(r"-?(0|[1-9][0-9]{0,330})(\.[0-9]{1,12})?([eE][+-]?[0-9]{1,4})?", fullmatch=True))
+@example("9223372036854775807")
+@example("9223372036854775808")
+@example("1" + "0" * 309 + ".0")
+def test_a_message_that_is_not_walked_holds_no_number_that_a_walk_would_refuse(number: str) -> None:
+    def walked() -> bool:
+        try:
+            jsoncodec.check_tree(json.loads(number))
+        except ContractError:
+            return False
+        return True
+
+    try:
+        jsoncodec.decode(f'{{"a":{number}}}'.encode())
+        accepted = True
+    except ContractError:
+        accepted = False
+    assert accepted == walked()
 
 
 @given(st.binary(max_size=200))

@@ -129,6 +129,25 @@ async def test_a_decision_is_one_commit(tmp_path: Path) -> None:
     await journal.close()
 
 
+async def test_a_boot_whose_first_commit_fails_is_known_to_the_second(tmp_path: Path) -> None:
+    """Its number is written in the same transaction: remembered after a rollback, the records of the next try would belong to no boot and no reader would find them."""
+    journal = make(tmp_path)
+    lane = journal.lanes["journal"]
+    writer = lane.database.writer
+    writer.execute(f"PRAGMA max_page_count={writer.execute('PRAGMA page_count').fetchone()[0] + 1}")
+    journal.start()
+    done: list[Record] = []
+    journal.append("decision", "decision", {"n": "x" * 20_000}, done.append)
+    await until(lambda: lane.failed_commits > 0)
+    writer.execute("PRAGMA max_page_count=4294967294")
+    await journal.flush()
+    records = await check_whole(journal, "decision")
+    assert [record.boot for record in records] == [journal.boot] and len(done) == 1
+    assert (await append(journal, "decision", 1))[0].seq == 2
+    await check_whole(journal, "decision")
+    await journal.close()
+
+
 async def test_receipts_free_records_and_the_floor_keeps_the_chain(tmp_path: Path) -> None:
     journal = make(tmp_path, retain_receipted_records=10)
     journal.start()
