@@ -43,6 +43,8 @@ UNLIMITED_SLOTS = 1 << 31
 UP, SILENT, GONE = 0, 1, 2
 """Status of a node: heard from; not heard from in time; taken out of the cluster."""
 
+_CHAIN = ("first", "w_next", "w_prev")
+
 Gpus = tuple[int, ...]
 IntArray = npt.NDArray[np.int32]
 Event = tuple[Any, ...]
@@ -88,6 +90,8 @@ class Arrays:
         self.classes: list[Klass | None] = []
         self.classes_made = 0
         """Grows whenever a class number may have got another meaning, for those who keep something per class."""
+        self._recent: tuple[Shape | None, int, int] = (None, 0, 0)
+        """The shape that was asked for last, `classes_made` then, its class: a decision asks several times, and equal shapes take long to compare."""
         self.class_of: dict[Shape, int] = {}
         self.rows: dict[RowKey, int] = {}
         self.rows_by_label: dict[tuple[str, str], tuple[RowKey, ...]] = {}
@@ -163,9 +167,13 @@ class Arrays:
 
     def klass(self, shape: Shape) -> Klass:
         """The class of a shape, made where it is new, with facts that are up to date. Raises `Invalid` for a resource that no node ever had."""
-        number = self.class_of.get(shape)
-        found = self.classes[number] if number is not None else self._new_class(shape)
+        if self._recent[0] is shape and self._recent[1] == self.classes_made:
+            found = self.classes[self._recent[2]]
+        else:
+            number = self.class_of.get(shape)
+            found = self.classes[number] if number is not None else self._new_class(shape)
         assert found is not None
+        self._recent = shape, self.classes_made, found.id
         if found.facts is None or found.facts.version != self.attributes.version:
             found = replace(found, facts=classes.facts(self.attributes, found, self.cap, self.gpu_model, self.price, self.power))
             self._own("classes")[found.id] = found
@@ -183,6 +191,11 @@ class Arrays:
             self._shared.discard(name)
             setattr(self, name, getattr(self, name).copy())
         return getattr(self, name)
+
+    def _own_all(self, names: tuple[str, ...]) -> None:
+        if self._shared:
+            for name in names:
+                self._own(name)
 
     def _count(self, row: int) -> Ints:
         if row in self._shared_counts:
@@ -208,9 +221,10 @@ class Arrays:
 
     def _enlist(self, klass: Klass, slot: int, node: int, priority: int, start_ms: int) -> None:
         """Put a slot into its node's order of importance. O(priorities), and what of its own priority started later."""
+        self._own_all(_CHAIN)
         most = self.largest[priority][:, node]
         if kernels.active is not None:
-            kernels.active.enlist(self._own("first"), self._own("w_next"), self._own("w_prev"), self.last[priority], most, klass.request, self.w_priority, self.w_start,
+            kernels.active.enlist(self.first, self.w_next, self.w_prev, self.last[priority], most, klass.request, self.w_priority, self.w_start,
                                   slot, node, priority, start_ms)
             return
         np.maximum(most, klass.request, out=most)
@@ -219,11 +233,11 @@ class Arrays:
         if above == priority:
             while before >= 0 and self.w_priority[before] == priority and (self.w_start[before], before) > (start_ms, slot):
                 before = int(self.w_prev[before])
-        onward, backward = self._own("w_next"), self._own("w_prev")
+        onward, backward = self.w_next, self.w_prev
         after = int(self.first[node] if before < 0 else onward[before])
         backward[slot], onward[slot] = before, after
         if before < 0:
-            self._own("first")[node] = slot
+            self.first[node] = slot
         else:
             onward[before] = slot
         if after >= 0:
@@ -233,13 +247,14 @@ class Arrays:
 
     def _delist(self, slot: int, node: int, priority: int) -> None:
         """Take a slot out of its node's order."""
+        self._own_all(_CHAIN)
         if kernels.active is not None:
-            kernels.active.delist(self._own("first"), self._own("w_next"), self._own("w_prev"), self.last[priority], self.w_priority, slot, node, priority)
+            kernels.active.delist(self.first, self.w_next, self.w_prev, self.last[priority], self.w_priority, slot, node, priority)
             return
-        onward, backward = self._own("w_next"), self._own("w_prev")
+        onward, backward = self.w_next, self.w_prev
         before, after = int(backward[slot]), int(onward[slot])
         if before < 0:
-            self._own("first")[node] = after
+            self.first[node] = after
         else:
             onward[before] = after
         if after >= 0:

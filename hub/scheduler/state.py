@@ -19,6 +19,9 @@ from .model import SITE, Budget, Node, Quota, Workload
 from .topology import Sites
 from .units import GPU_WHOLE, MAX_QUANTITY, SLOTS, Invalid
 
+_SLOT = ("slot_of", "items", "seats", "vacant", "w_node", "w_priority", "w_class", "w_start", "w_ending", "w_fixed")
+_BOOKS = ("free", "load", "class_live", "stamp")
+
 
 class State(Arrays):
     """Nodes and what runs on them. `seed` orders nodes that score the same."""
@@ -176,10 +179,6 @@ class State(Arrays):
         inverse: Event = getattr(self, f"_{event[0]}")(*event[1:])
         return inverse
 
-    def _touch(self, node: int) -> None:
-        self.stamps += 1
-        self._own("stamp")[node] = self.stamps
-
     def _index(self, node: str) -> int:
         index = self.node_index.get(node)
         if index is None:
@@ -278,15 +277,16 @@ class State(Arrays):
 
     def _sit(self, klass: Klass, workload: Workload, seat: Seat, slot: int, now_ms: int) -> None:
         self._hold(klass, workload, seat, 1)
-        self._own("slot_of")[workload.id] = slot
-        self._own("items")[slot] = workload
-        self._own("seats")[slot] = seat
-        self._own("w_node")[slot] = seat.node
-        self._own("w_priority")[slot] = workload.priority
-        self._own("w_class")[slot] = klass.id
-        self._own("w_start")[slot] = now_ms
-        self._own("w_ending")[slot] = False
-        self._own("w_fixed")[slot] = not workload.preemptible
+        self._own_all(_SLOT)
+        self.slot_of[workload.id] = slot
+        self.items[slot] = workload
+        self.seats[slot] = seat
+        self.w_node[slot] = seat.node
+        self.w_priority[slot] = workload.priority
+        self.w_class[slot] = klass.id
+        self.w_start[slot] = now_ms
+        self.w_ending[slot] = False
+        self.w_fixed[slot] = not workload.preemptible
         if workload.preemptible:
             self._enlist(klass, slot, seat.node, workload.priority, now_ms)
 
@@ -296,14 +296,17 @@ class State(Arrays):
         assert item is not None and seat is not None
         if ending:
             self._ending(workload, False)
-        self._hold(self.klass(item.shape), item, seat, -1)
+        klass = self.classes[self.w_class[slot]]
+        assert klass is not None, "a class of which something runs is not swept"
+        self._hold(klass, item, seat, -1)
         if item.preemptible:
             self._delist(slot, seat.node, item.priority)
-        del self._own("slot_of")[workload]
-        self._own("items")[slot] = None
-        self._own("seats")[slot] = None
-        self._own("w_node")[slot] = -1
-        self._own("vacant").append(slot)
+        self._own_all(_SLOT)
+        del self.slot_of[workload]
+        self.items[slot] = None
+        self.seats[slot] = None
+        self.w_node[slot] = -1
+        self.vacant.append(slot)
         return ("back", item, seat, slot, start, ending)
 
     def _ending(self, workload: str, ending: bool) -> Event:
@@ -319,7 +322,8 @@ class State(Arrays):
         """Take (1) or give back (-1) everything that a workload of the class holds on a seat."""
         node, shape = seat.node, klass.shape
         milli = 0 if shape.gpu is None else shape.gpu.milli * shape.gpu.count
-        free, load, live = self._own("free"), self._own("load"), self._own("class_live")
+        self._own_all(_BOOKS)
+        free, load, live = self.free, self.load, self.class_live
         level = self._level(workload.priority) if workload.preemptible else None
         if kernels.active is not None:
             kernels.active.hold(free, load, live, free if level is None else level, level is not None, klass.resources, klass.amounts, node, klass.id, sign, milli)
@@ -351,7 +355,8 @@ class State(Arrays):
             used[klass.resources] += sign * klass.amounts[:, 0]
             used[MAX_RESOURCES] += sign * milli
             self._own("used_by")[workload.tenant] = used
-        self._touch(node)
+        self.stamps += 1
+        self.stamp[node] = self.stamps
 
     # nodes
 
