@@ -12,7 +12,7 @@ from .reasons import Fail
 from .units import GPU_WHOLE
 
 _DOWN, _CORDONED, _RESOURCES = np.uint32(Fail.DOWN), np.uint32(Fail.CORDONED), np.uint32(Fail.RESOURCES)
-_SPREAD = np.uint32(Fail.SPREAD)
+_SPREAD, _GPU = np.uint32(Fail.SPREAD), np.uint32(Fail.GPU)
 _BEST, _WHOLE, _LEAST, _OFFSET = int(BEST), int(GPU_WHOLE), int(LEAST), int(PRIORITY_OFFSET)
 
 
@@ -31,6 +31,17 @@ def base_bits(fails: Any, status: Any, cordon: Any, ignores_cordon: Any, free: A
             if free[row, node] < amount:
                 bits[node] |= _RESOURCES
     return bits
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def mark_gpu(bits: Any, nodes: Any, devices: Any, gpu_free: Any, gpu_mem: Any, milli: Any, memory: Any, count: Any) -> None:
+    """Marks those of `nodes` on which too few of the wanted devices can take their part."""
+    for at in range(len(nodes)):
+        node, room = nodes[at], 0
+        for device in range(devices.shape[1]):
+            room += devices[at, device] and gpu_free[node, device] >= milli and (memory == 0 or gpu_mem[node, device] >= memory)
+        if room < count:
+            bits[node] |= _GPU
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]

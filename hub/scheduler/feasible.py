@@ -24,7 +24,9 @@ def verdicts(state: State, klass: Klass) -> Bits:
             _mark(bits, state.cordon, Fail.CORDONED)
         short: Bools = np.logical_or.reduce(state.free[klass.resources] < klass.amounts)
         _mark(bits, short, Fail.RESOURCES)
-    if shape.gpu is not None:
+    if shape.gpu is not None and kernels.active is not None:
+        kernels.active.mark_gpu(bits, facts.gpu_nodes, facts.devices, state.gpu_free, state.gpu_mem, shape.gpu.milli, shape.gpu.memory, shape.gpu.count)
+    elif shape.gpu is not None:
         room = devices_for(state, klass, shape.gpu).sum(1)
         bits[facts.gpu_nodes[room < shape.gpu.count]] |= np.uint32(Fail.GPU)
     if shape.numa_single and state.numa_free.shape[1]:
