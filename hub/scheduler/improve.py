@@ -1,10 +1,7 @@
-"""A waiting backlog placed together, and made better: what none of its workloads could know alone.
+"""A waiting backlog made better step by step: what none of its workloads could know alone. `together.py` uses it where the programme is too large or proves nothing.
 
 First every unit (a gang, or one workload) greedily, the important and the hard to place first. Then steps of *destroy and repair* on the live arrays under the undo
 journal: a few units give up their places, come back in another order, and the step stands only where the objective did not get worse. What runs already is never moved.
-
-Objective, lexicographic: for each priority from the highest down how many workloads of the backlog are placed; then the least sum of the policy points that placements
-miss, where the nodes that would do in an empty cluster set the scale (`points`), plus the soft spreads' excess skew.
 
 Work is bounded by steps, not by time: the same backlog, state and seed give the same placements.
 """
@@ -21,9 +18,9 @@ from .classes import Klass
 from .feasible import verdicts
 from .model import Spread, Workload
 from .parse import peer_matches
-from .place import Pending, Placed, Scheduler
+from .place import Scheduler
 from .reasons import Ints
-from .units import CPU, MEMORY, Invalid
+from .units import CPU, MEMORY
 
 MAX_BACKLOG = 256
 """Workloads that are improved together: a step costs what it removes, but how many steps it takes grows with the backlog. Larger ones are placed greedily."""
@@ -45,18 +42,6 @@ class Weights:
     cost_optimization: int = 6
     node_affinity: int = 8
     topology_spread: int = 5
-
-
-@dataclass(frozen=True)
-class Result:
-    """`placed` in the order of the backlog; `value`: workloads per priority (highest first), then minus the points missed."""
-
-    placed: dict[str, Placed]
-    pending: dict[str, Pending]
-    value: tuple[int, ...]
-    greedy: tuple[int, ...]
-    """The value before improvement."""
-    steps: int
 
 
 @dataclass
@@ -121,7 +106,7 @@ def _large_enough(scheduler: Scheduler, klass: Klass, index: int) -> bool:
 
 
 class Backlog:
-    """One backlog on its way to its places. Use `place_together`."""
+    """One backlog on its way to its places. Use `together.place_together`."""
 
     def __init__(self, scheduler: Scheduler, workloads: Sequence[Workload], now_ms: int, seed: int, weights: Weights, levels: set[int]) -> None:
         self.scheduler, self.state, self.now_ms, self.weights = scheduler, scheduler.state, now_ms, weights
@@ -147,8 +132,6 @@ class Backlog:
             self.items.append(_Item(workload, klass, missed, nodes, self.units.index(unit), soft))
         self.levels = sorted(levels, reverse=True)
         self.softs = {(row, item.topology_key, item.max_skew): at.klass for at in self.items for item, row in at.soft}
-        self.best: tuple[int, ...] = ()
-        """The value after `improve`."""
         self.hopeful = [index for index in range(len(self.units)) if self._choice(index)]
         """Units for which nodes would do at least in an empty cluster."""
         self._connect()
@@ -178,7 +161,7 @@ class Backlog:
     # the objective
 
     def value(self) -> tuple[int, ...]:
-        """As `Result.value`."""
+        """As `together.Result.value`."""
         placed = dict.fromkeys(self.levels, 0)
         missed = 0
         for item in self.items:
@@ -270,11 +253,13 @@ class Backlog:
         value = self.value()
         for _ in range(steps):
             value = self.step(value)
-        self.best = value
-        return self._seats()
+        return self.seats()
 
-    def _seats(self) -> dict[str, Seat]:
-        return {item.workload.id: seat for item in self.items if (seat := self.state.seat(item.workload.id)) is not None}
+    def seats(self) -> dict[str, Seat]:
+        """Where the backlog's workloads are now, in the order in which they came there: it is one in which all of them can."""
+        came = {event[1].id: at for at, event in enumerate(self.state.log) if event[0] == "place"}
+        there = [(came.get(item.workload.id, -1), item.workload.id, seat) for item in self.items if (seat := self.state.seat(item.workload.id)) is not None]
+        return {name: seat for _, name, seat in sorted(there, key=lambda part: part[0])}
 
     def step(self, before: tuple[int, ...]) -> tuple[int, ...]:
         """One move in a trial, which stands where it made nothing worse. Gives the value after it."""
@@ -363,64 +348,3 @@ class Backlog:
             if node >= 0 and len(item.would_do):
                 total += int(item.points[node] - item.points[item.would_do].min())
         return total
-
-
-def place_together(
-    scheduler: Scheduler, workloads: Sequence[Workload], now_ms: int, *, seed: int = 0, steps: int | None = None, weights: Weights | None = None
-) -> Result:
-    """Place a backlog. Every unit that finds no place is pending, with the reason as the cluster then stands; so is what the cluster could never hold."""
-    pending: dict[str, Pending] = {}
-    for workload in workloads:
-        try:
-            scheduler.check(workload)
-        except Invalid as error:
-            pending[workload.id] = Pending(workload.id, str(error))
-    hopeless = {workload.gang for workload in workloads if workload.gang and workload.id in pending}
-    possible = [workload for workload in workloads if workload.id not in pending and workload.gang not in hopeless]
-    # Tried out on a snapshot: the cluster sees only where the backlog goes in the end.
-    trial = scheduler.on(scheduler.state.snapshot())
-    backlog = Backlog(trial, possible, now_ms, seed, weights or Weights(), {workload.priority for workload in workloads})
-    backlog.greedy()
-    start = backlog.value()
-    todo = (STEPS_PER_WORKLOAD * len(possible) if len(possible) <= MAX_BACKLOG else 0) if steps is None else steps
-    found = backlog.improve(todo)
-    placed = _commit(scheduler, possible, found, now_ms)
-    for workload in workloads:
-        if workload.id in pending or workload.id in placed:
-            continue
-        if workload.gang in hopeless:
-            pending[workload.id] = Pending(workload.id, f"gang {workload.gang} has a member that no node could ever hold")
-            continue
-        refused = quota.refusal(scheduler.state, workload)
-        pending[workload.id] = Pending(workload.id, refused) if refused else scheduler.pending(scheduler.decide(workload, now_ms))
-    return Result(placed, pending, backlog.best, start, todo)
-
-
-def _commit(scheduler: Scheduler, workloads: Sequence[Workload], seats: dict[str, Seat], now_ms: int) -> dict[str, Placed]:
-    """The seats that were found, each when its constraints hold in the cluster as it then stands: company first, spreads level by level.
-
-    What holds together but comes about in no order is left out, gangs as a whole.
-    """
-    state = scheduler.state
-    wanted = [workload for workload in workloads if workload.id in seats]
-    while True:
-        mark = state.begin()
-        waiting, placed = wanted, dict[str, Placed]()
-        while waiting:
-            later = []
-            for workload in waiting:
-                seat = seats[workload.id]
-                if verdicts(state, state.klass(workload.shape))[seat.node]:
-                    later.append(workload)
-                    continue
-                state.place(workload, seat, now_ms)
-                placed[workload.id] = Placed(workload.id, state.nodes[seat.node].name, seat)
-            if len(later) == len(waiting):
-                break
-            waiting = later
-        if not waiting:
-            state.keep(mark)
-            return placed
-        state.undo(mark)
-        stuck = {workload.gang or workload.id for workload in waiting}
-        wanted = [workload for workload in wanted if (workload.gang or workload.id) not in stuck]

@@ -63,7 +63,7 @@ def _refusal(state: State, tenant: str, wanted: Amounts) -> str | None:
         most = nominal + (borrow.get(name, 0) if quota.cohort else 0)
         if total > most:
             return f"tenant {tenant} would use {human(name, total)} of {human(name, most)}"
-        left = _unused(state, quota.cohort, name) - wanted[name]
+        left = unused(state, quota.cohort, name) - wanted[name]
         if left < 0:
             return f"tenant {tenant} would borrow {human(name, total - nominal)}, and cohort {quota.cohort} has {human(name, -left)} too little to lend"
     return None
@@ -93,7 +93,7 @@ def within_nominal(state: State, workload: Workload) -> bool:
     return all(held.get(name, 0) + wanted.get(name, 0) <= nominal for name, nominal in quota.nominal)
 
 
-def _unused(state: State, cohort: str, name: str) -> int:
+def unused(state: State, cohort: str, name: str) -> int:
     members = [quota for quota in state.quotas.values() if quota.cohort == cohort]
     return sum(dict(quota.nominal).get(name, 0) for quota in members) - sum(used(state, quota.tenant).get(name, 0) for quota in members)
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hub.scheduler import State, gang, node, quota, workload
-from hub.scheduler.improve import place_together
 from hub.scheduler.model import Kind, Workload
 from hub.scheduler.parse import quota as parse_quota
 from hub.scheduler.place import Scheduler
 from hub.scheduler.rank import WEIGHTS, Ranker
+from hub.scheduler.together import Result, place_together
 
 from .optimality_instances import Instance, as_scheduler_input
 from .optimality_judge import Broken
@@ -42,12 +42,17 @@ def placement_of(instance: Instance, scheduler: Scheduler) -> dict[str, Seat]:
     return found
 
 
-def together(instance: Instance, **how: Any) -> Mapping[str, Seat]:
-    """All of the instance as one backlog."""
+def backlog(instance: Instance, **how: Any) -> tuple[Mapping[str, Seat], Result]:
+    """All of the instance as one backlog: the placement, and what the library says of it."""
     scheduler, workloads, given = prepared(instance)
-    place_together(scheduler, workloads, 0, seed=instance.seed, **how)
+    result = place_together(scheduler, workloads, 0, seed=instance.seed, **how)
     check_log(scheduler, given)
-    return placement_of(instance, scheduler)
+    return placement_of(instance, scheduler), result
+
+
+def together(instance: Instance, **how: Any) -> Mapping[str, Seat]:
+    """The placement of `backlog` alone."""
+    return backlog(instance, **how)[0]
 
 
 def online(instance: Instance, without: str = "") -> Mapping[str, Seat]:

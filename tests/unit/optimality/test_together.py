@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from hub.scheduler import Scheduler, Seat, State, node, workload
 from hub.scheduler.audit import check_invariants
-from hub.scheduler.improve import place_together
 from hub.scheduler.parse import quota
+from hub.scheduler.together import place_together
 
 pytest.importorskip("ortools", reason="the judge needs ortools (extra bench)")
 
