@@ -9,8 +9,9 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from . import classes
+from . import classes, kernels
 from .attributes import Attributes
 from .classes import Facts, Klass, RowKey
 from .model import Budget, Node, Quota, Shape, Workload
@@ -42,7 +43,10 @@ UNLIMITED_SLOTS = 1 << 31
 UP, SILENT, GONE = 0, 1, 2
 """Status of a node: heard from; not heard from in time; taken out of the cluster."""
 
+_CHAIN = ("first", "w_next", "w_prev")
+
 Gpus = tuple[int, ...]
+IntArray = npt.NDArray[np.int32]
 Event = tuple[Any, ...]
 
 
@@ -84,6 +88,10 @@ class Arrays:
         self.load = np.zeros(0, np.int64)
         """Workloads on each node."""
         self.classes: list[Klass | None] = []
+        self.classes_made = 0
+        """Grows whenever a class number may have got another meaning, for those who keep something per class."""
+        self._recent: tuple[Shape | None, int, int] = (None, 0, 0)
+        """The shape that was asked for last, `classes_made` then, its class: a decision asks several times, and equal shapes take long to compare."""
         self.class_of: dict[Shape, int] = {}
         self.rows: dict[RowKey, int] = {}
         self.rows_by_label: dict[tuple[str, str], tuple[RowKey, ...]] = {}
@@ -105,12 +113,21 @@ class Arrays:
         self.w_ending = np.zeros(0, np.bool_)
         self.w_fixed = np.zeros(0, np.bool_)
         """Not preemptible."""
+        self.w_next = np.full(1, -1, np.int32)
+        self.w_prev = np.full(1, -1, np.int32)
+        """The neighbours of a slot in its node's order of importance, -1 where there is none; the one entry past the slots stays -1, so that -1 leads to itself."""
+        self.first = np.zeros(0, np.int32)
+        """[node]: the most important slot that may be preempted, -1 where there is none. More important: higher priority, then longer running, then the lower slot."""
         self.class_live = np.zeros(0, np.int64)
         self.class_request = np.zeros((len(BASE_RESOURCES), 0), np.int64)
         self.used_by: dict[str, Ints] = {}
         """Tenant to [resource] in use; row `len(resource_rows)` is milli-GPU."""
         self.levels: dict[int, Ints] = {}
         """Priority to [1 + resource, node] held by what may be preempted; row 0 is milli-GPU."""
+        self.last: dict[int, IntArray] = {}
+        """Priority to [node] the last slot of that priority in the node's order, -1 where there is none; has the keys of `levels`."""
+        self.largest: dict[int, Ints] = {}
+        """Priority to [resource, node]: no request in the node's order is larger. At least 1; what left may still be in it until a search looks (`loose`)."""
         self._shared_levels: set[int] = set()
         self.budgets: dict[str, Budget] = {}
         self.quotas: dict[str, Quota] = {}
@@ -121,9 +138,9 @@ class Arrays:
         self._undo: list[Event] = []
         self._trials = 0
         self._shared: set[str] = set()
-        self.touched: list[int] = []
-        """Nodes whose free capacity changed, in order, for those who keep something per node; `touched_base` counts what was dropped."""
-        self.touched_base = 0
+        self.stamp = np.zeros(0, np.int64)
+        """[node]: what `stamps` was when the node's free capacity last changed, for those who keep something per node."""
+        self.stamps = 0
         self.caches: dict[Any, Any] = {}
         """What policies keep about this state; never part of it."""
 
@@ -150,9 +167,13 @@ class Arrays:
 
     def klass(self, shape: Shape) -> Klass:
         """The class of a shape, made where it is new, with facts that are up to date. Raises `Invalid` for a resource that no node ever had."""
-        number = self.class_of.get(shape)
-        found = self.classes[number] if number is not None else self._new_class(shape)
+        if self._recent[0] is shape and self._recent[1] == self.classes_made:
+            found = self.classes[self._recent[2]]
+        else:
+            number = self.class_of.get(shape)
+            found = self.classes[number] if number is not None else self._new_class(shape)
         assert found is not None
+        self._recent = shape, self.classes_made, found.id
         if found.facts is None or found.facts.version != self.attributes.version:
             found = replace(found, facts=classes.facts(self.attributes, found, self.cap, self.gpu_model, self.price, self.power))
             self._own("classes")[found.id] = found
@@ -171,6 +192,11 @@ class Arrays:
             setattr(self, name, getattr(self, name).copy())
         return getattr(self, name)
 
+    def _own_all(self, names: tuple[str, ...]) -> None:
+        if self._shared:
+            for name in names:
+                self._own(name)
+
     def _count(self, row: int) -> Ints:
         if row in self._shared_counts:
             self._shared_counts.discard(row)
@@ -180,17 +206,69 @@ class Arrays:
     def _level(self, priority: int) -> Ints:
         if priority not in self.levels:
             if len(self.levels) >= MAX_LEVELS:
-                for empty in [known for known, held in self.levels.items() if not held.any()]:
-                    del self._own("levels")[empty]
+                for empty in [known for known, held in self.levels.items() if not held.any() and (self.last[known] < 0).all()]:
+                    del self._own("levels")[empty], self._own("last")[empty], self._own("largest")[empty]
             self._own("levels")[priority] = np.zeros((len(self.cap) + 1, self.size), np.int64)
+            self._own("last")[priority] = np.full(self.size, -1, np.int32)
+            self._own("largest")[priority] = np.ones((len(self.cap), self.size), np.int64)
             self._shared_levels.discard(priority)
         elif priority in self._shared_levels:
             self._shared_levels.discard(priority)
             self._own("levels")[priority] = self.levels[priority].copy()
+            self._own("last")[priority] = self.last[priority].copy()
+            self._own("largest")[priority] = self.largest[priority].copy()
         return self.levels[priority]
 
+    def _enlist(self, klass: Klass, slot: int, node: int, priority: int, start_ms: int) -> None:
+        """Put a slot into its node's order of importance. O(priorities), and what of its own priority started later."""
+        self._own_all(_CHAIN)
+        most = self.largest[priority][:, node]
+        if kernels.active is not None:
+            kernels.active.enlist(self.first, self.w_next, self.w_prev, self.last[priority], most, klass.request, self.w_priority, self.w_start,
+                                  slot, node, priority, start_ms)
+            return
+        np.maximum(most, klass.request, out=most)
+        above = min((level for level, last in self.last.items() if level >= priority and last[node] >= 0), default=None)
+        before = -1 if above is None else int(self.last[above][node])
+        if above == priority:
+            while before >= 0 and self.w_priority[before] == priority and (self.w_start[before], before) > (start_ms, slot):
+                before = int(self.w_prev[before])
+        onward, backward = self.w_next, self.w_prev
+        after = int(self.first[node] if before < 0 else onward[before])
+        backward[slot], onward[slot] = before, after
+        if before < 0:
+            self.first[node] = slot
+        else:
+            onward[before] = slot
+        if after >= 0:
+            backward[after] = slot
+        if after < 0 or self.w_priority[after] != priority:
+            self.last[priority][node] = slot
+
+    def _delist(self, slot: int, node: int, priority: int) -> None:
+        """Take a slot out of its node's order."""
+        self._own_all(_CHAIN)
+        if kernels.active is not None:
+            kernels.active.delist(self.first, self.w_next, self.w_prev, self.last[priority], self.w_priority, slot, node, priority)
+            return
+        onward, backward = self.w_next, self.w_prev
+        before, after = int(backward[slot]), int(onward[slot])
+        if before < 0:
+            self.first[node] = after
+        else:
+            onward[before] = after
+        if after >= 0:
+            backward[after] = before
+        if self.last[priority][node] == slot:
+            self.last[priority][node] = before if before >= 0 and self.w_priority[before] == priority else -1
+
+    def loose(self, priority: int) -> Ints:
+        """`largest` of a known priority, for a search that looked at chains to write what it saw. No part of the state depends on it."""
+        self._level(priority)
+        return self.largest[priority]
+
     def _room_for_level(self, workload: Workload) -> None:
-        if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all(held.any() for held in self.levels.values()):
+        if workload.preemptible and workload.priority not in self.levels and len(self.levels) >= MAX_LEVELS and all((last >= 0).any() for last in self.last.values()):
             raise Invalid("workload.priority", f"{workload.priority} would be one of more than {MAX_LEVELS} priorities that are in use", "use fewer different priorities")
 
     def _more_slots(self) -> None:
@@ -202,8 +280,9 @@ class Arrays:
         self._own("seats").extend([None] * (new - old))
         for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
             setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
-        self.w_node = np.pad(self.w_node, (0, new - old), constant_values=-1)
-        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node"}
+        for name in ("w_node", "w_next", "w_prev"):
+            setattr(self, name, np.pad(getattr(self, name), (0, new - old), constant_values=-1))
+        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node", "w_next", "w_prev"}
 
     def digest(self) -> str:
         """Of everything that decisions depend on: equal digests, equal states. Caches, counter rows (the workloads give them) and the order of interning play no part."""
@@ -233,6 +312,7 @@ class Arrays:
                 self.class_live = np.pad(self.class_live, (0, more))
                 self.class_request = np.pad(self.class_request, ((0, 0), (0, more)))
                 self._shared -= {"class_live", "class_request"}
+        self.classes_made += 1
         klass = classes.new(number, shape, self.resource_rows)
         self._own("class_request")[:, number] = klass.request
         fresh = [key for key in classes.keys_of(shape) if key not in self.rows]

@@ -23,6 +23,7 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
         for at, part in enumerate(node.numa):
             numa[index, at] = part.cpu, part.memory
     levels = {priority: np.zeros((len(state.cap) + 1, state.size), np.int64) for priority in state.levels}
+    orders: dict[int, list[tuple[int, int, int]]] = {}
     placed = 0
     for slot, item in enumerate(state.items):
         seat = state.seats[slot]
@@ -43,6 +44,7 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
             for name, amount in item.shape.request_map.items():
                 levels[item.priority][state.resource_rows[name] + 1, seat.node] += amount
             levels[item.priority][0, seat.node] += request.count * request.milli
+            orders.setdefault(seat.node, []).append((-item.priority, int(state.w_start[slot]), slot))
         for device in seat.gpus:
             gpu[seat.node, device] -= request.milli
             memory[seat.node, device] -= request.memory
@@ -62,6 +64,7 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
         assert np.array_equal(ours, theirs), f"{name} differs from what the workloads hold, at {np.argwhere(ours != theirs)[:3].tolist()}"
     for key, row in state.rows.items():
         assert np.array_equal(counts[row], state.counts[row]), f"counter row {key.what} {key.terms} {key.selector} differs"
+    _check_orders(state, orders)
     for priority, held in levels.items():
         assert np.array_equal(held, state.levels[priority]), f"what priority {priority} holds differs"
     for tenant in used.keys() | state.used_by.keys():
@@ -69,3 +72,22 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
     if not overcommit:
         assert (state.free >= 0).all(), f"overcommitted: {np.argwhere(state.free < 0)[:3].tolist()}"
         assert (state.gpu_free >= -1).all() and (gpu[state.gpu_free == -1] == -1).all(), "a device is overcommitted"
+
+
+def _check_orders(state: State, orders: dict[int, list[tuple[int, int, int]]]) -> None:
+    """The chains of what may be preempted, against (-priority, start, slot) of it per node."""
+    assert state.levels.keys() == state.last.keys() == state.largest.keys(), "the levels and what is known of their chains are not of the same priorities"
+    assert state.w_next[-1] == state.w_prev[-1] == -1, "the entry past the slots leads somewhere"
+    for node in range(state.size):
+        order = [slot for _, _, slot in sorted(orders.get(node, []))]
+        found, slot = list[int](), int(state.first[node])
+        while slot >= 0 and len(found) <= len(order):
+            assert state.w_prev[slot] == (found[-1] if found else -1), f"slot {slot} does not lead back"
+            found.append(slot)
+            slot = int(state.w_next[slot])
+        assert found == order, f"the order of importance on node {node} is {found[:8]} instead of {order[:8]}"
+        for priority, last in state.last.items():
+            expected = next((slot for slot in reversed(order) if state.w_priority[slot] == priority), -1)
+            assert last[node] == expected, f"the last of priority {priority} on node {node} is {last[node]} instead of {expected}"
+            requests = state.class_request[:, [state.w_class[slot] for slot in order if state.w_priority[slot] == priority]].max(1, initial=1)
+            assert (state.largest[priority][:, node] >= requests).all(), f"a request of priority {priority} on node {node} is larger than the largest that is known"

@@ -15,6 +15,9 @@ from .attributes import UNSCHEDULABLE_TAINT, Attributes
 from .model import Effect, Op, PeerTerm, Selector, Shape
 from .parse import peer_matches
 from .reasons import Bits, Bools, Fail, Ints
+from .units import BASE_RESOURCES, CPU, MEMORY, SLOTS
+
+CPU_ROW, MEMORY_ROW, SLOTS_ROW = (BASE_RESOURCES.index(name) for name in (CPU, MEMORY, SLOTS))
 
 
 class RowKey(NamedTuple):
@@ -42,6 +45,8 @@ class Klass:
     """[resource, 1]: how much of each."""
     request: Ints
     """[all resources] for the bookkeeping."""
+    weighed: Ints
+    """Rows that balance and packing look at: CPU, memory and what is asked for, but slots."""
     ignores_cordon: bool
     no_execute: bool
     """Whether some NoExecute taint could chase it (it does not tolerate all)."""
@@ -72,9 +77,10 @@ class Facts:
     preferred: Ints
     disliked: Ints
     any_disliked: bool
-    share: npt.NDArray[np.float64]
-    """The largest part of a resource of each node that one workload takes."""
-    cpu_share: npt.NDArray[np.float64]
+    cost: npt.NDArray[np.float64]
+    """The price of what one workload takes of each node: price times its largest share of a resource."""
+    work: npt.NDArray[np.float64]
+    """The power that its work adds to each node: its share of the CPUs of what the node takes when busy above idle."""
     any_price: bool
     any_power: bool
     gpu_nodes: Ints
@@ -87,14 +93,15 @@ def facts(attributes: Attributes, klass: "Klass", cap: Ints, gpu_model: "npt.NDA
     """Work them out: O(nodes) per requirement. `cap` is [resource, node], `gpu_model` [node, device]."""
     shape = klass.shape
     affine, disliked = attributes.affine(shape), attributes.disliked(shape)
-    share = klass.amounts / np.maximum(cap[klass.resources], 1)
+    share = (klass.amounts / np.maximum(cap[klass.resources], 1)).max(0, initial=0)  # a shape may ask for nothing but a device
+    cpu_share = np.minimum(klass.request[0] / np.maximum(cap[0], 1), 1.0)
     fails, nodes, devices = attributes.fails(shape, affine), np.empty(0, np.int64), np.empty((0, gpu_model.shape[1]), np.bool_)
     if shape.gpu is not None:
         nodes = np.flatnonzero(fails & np.uint32(Fail.GPU_MODEL) == 0)
         models = [attributes.models[model] for model in shape.gpu.models if model in attributes.models]
         devices = np.isin(gpu_model[nodes], models) if shape.gpu.models else gpu_model[nodes] >= 0
-    return Facts(attributes.version, fails, affine, attributes.preferred(shape), disliked, bool(disliked.any()), share.max(0, initial=0),
-                 np.minimum(klass.request[0] / np.maximum(cap[0], 1), 1.0), bool(price.any()), bool(power.any()), nodes, devices)
+    return Facts(attributes.version, fails, affine, attributes.preferred(shape), disliked, bool(disliked.any()), price * share,
+                 (power[1] - power[0]) * cpu_share, bool(price.any()), bool(power.any()), nodes, devices)
 
 
 def delta(key: RowKey, shape: Shape, namespaces: Mapping[str, Mapping[str, str]]) -> int:
@@ -175,6 +182,7 @@ def new(number: int, shape: Shape, resource_rows: Mapping[str, int]) -> Klass:
     for name, amount in asked.items():
         request[resource_rows[name]] = amount
     return Klass(
-        number, shape, resources, request[resources][:, None], request, any(item.tolerates(UNSCHEDULABLE_TAINT) for item in shape.tolerations),
+        number, shape, resources, request[resources][:, None], request, np.array([CPU_ROW, MEMORY_ROW, *(row for row in resources.tolist() if row > MEMORY_ROW and row != SLOTS_ROW)], np.int64),
+        any(item.tolerates(UNSCHEDULABLE_TAINT) for item in shape.tolerations),
         not any(not item.key and item.value is None and item.effect in (None, Effect.NO_EXECUTE) and item.for_ms is None for item in shape.tolerations),
     )

@@ -6,12 +6,14 @@ import numpy as np
 from numba import njit
 
 from .fragmentation import LEAST
+from .leastharm import PRIORITY_OFFSET
 from .rank import BEST
 from .reasons import Fail
 from .units import GPU_WHOLE
 
 _DOWN, _CORDONED, _RESOURCES = np.uint32(Fail.DOWN), np.uint32(Fail.CORDONED), np.uint32(Fail.RESOURCES)
-_BEST, _WHOLE, _LEAST = int(BEST), int(GPU_WHOLE), int(LEAST)
+_SPREAD, _GPU = np.uint32(Fail.SPREAD), np.uint32(Fail.GPU)
+_BEST, _WHOLE, _LEAST, _OFFSET = int(BEST), int(GPU_WHOLE), int(LEAST), int(PRIORITY_OFFSET)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -32,27 +34,112 @@ def base_bits(fails: Any, status: Any, cordon: Any, ignores_cordon: Any, free: A
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def mark_gpu(bits: Any, nodes: Any, devices: Any, gpu_free: Any, gpu_mem: Any, milli: Any, memory: Any, count: Any) -> None:
+    """Marks those of `nodes` on which too few of the wanted devices can take their part."""
+    for at in range(len(nodes)):
+        node, room = nodes[at], 0
+        for device in range(devices.shape[1]):
+            room += devices[at, device] and gpu_free[node, device] >= milli and (memory == 0 or gpu_mem[node, device] >= memory)
+        if room < count:
+            bits[node] |= _GPU
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def in_domain(domain: Any, size: Any, counts: Any) -> Any:
+    """[node] the sum of `counts` over the node's domain, 0 where it has none."""
+    sums, result = np.zeros(size, np.int64), np.zeros(len(domain), np.int64)
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            sums[domain[node]] += counts[node]
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            result[node] = sums[domain[node]]
+    return result
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def mark_spread(bits: Any, eligible: Any, domain: Any, size: Any, counts: Any, own: Any, max_skew: Any, min_domains: Any) -> None:
+    """Marks the nodes on which one hard spread constraint would become too uneven."""
+    sums, there = np.zeros(size, np.int64), np.zeros(size, np.bool_)
+    for node in range(len(domain)):
+        if eligible[node]:
+            sums[domain[node]] += counts[node]
+            there[domain[node]] = True
+    known, least = 0, np.int64(0)
+    for at in range(size):
+        if there[at]:
+            least = sums[at] if known == 0 else min(least, sums[at])
+            known += 1
+    if known == 0:
+        return
+    if known < min_domains:
+        least = np.int64(0)
+    for node in range(len(domain)):
+        if domain[node] >= 0 and sums[domain[node]] + own - least > max_skew:
+            bits[node] |= _SPREAD
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def spread_sums(counted: Any, scored: Any, domain: Any, size: Any, counts: Any) -> Any:
+    """[domain] the sum of `counts` over the nodes that are counted, and how many domains have a node that is scored."""
+    sums, seen = np.zeros(size, np.float64), np.zeros(size, np.bool_)
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            if counted[node]:
+                sums[domain[node]] += counts[node]
+            seen[domain[node]] |= scored[node]
+    return sums, seen.sum()
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def add_spread(total: Any, domain: Any, sums: Any, weight: Any, more: Any) -> None:
+    """Adds to [node] `total` what one soft spread constraint costs."""
+    for node in range(len(domain)):
+        if domain[node] >= 0:
+            total[node] += sums[domain[node]] * weight + more
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _even(cap: Any, used: Any, count: Any) -> Any:
+    """Of one node: 100 less the deviation of the used shares; `used` and `cap` are [resource] of `count`."""
+    there, total = 0, 0.0
+    for row in range(count):
+        if cap[row] > 0:
+            there += 1
+            total += min(used[row] / cap[row], 1.0)
+    if count == 2:
+        spread = abs(min(used[0] / cap[0], 1.0) - min(used[1] / cap[1], 1.0)) / 2 if there == 2 else 0.0
+    else:
+        there = max(there, 1)
+        mean, squares = total / there, 0.0
+        for row in range(count):
+            if cap[row] > 0:
+                off = min(used[row] / cap[row], 1.0) - mean
+                squares += off * off
+        spread = np.sqrt(squares / there)
+    return int((1.0 - spread) * _BEST)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _full(cap: Any, used: Any, weights: Any, count: Any, packing: Any) -> Any:
+    """Of one node: the used (packing) or free share of the resources by weight."""
+    score, total = 0, 0
+    for row in range(count):
+        have = cap[row]
+        if have > 0:
+            part = min(used[row], have) if packing else max(have - used[row], 0)
+            score += part * _BEST // have * weights[row]
+            total += weights[row]
+    return score // max(total, 1)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def balance(cap: Any, used: Any) -> Any:
     """[node] 100 less the deviation of the used shares."""
     count, size = cap.shape
     result = np.empty(size, np.int64)
     for node in range(size):
-        there, total = 0, 0.0
-        for row in range(count):
-            if cap[row, node] > 0:
-                there += 1
-                total += min(used[row, node] / cap[row, node], 1.0)
-        if count == 2:
-            spread = abs(min(used[0, node] / cap[0, node], 1.0) - min(used[1, node] / cap[1, node], 1.0)) / 2 if there == 2 else 0.0
-        else:
-            there = max(there, 1)
-            mean, squares = total / there, 0.0
-            for row in range(count):
-                if cap[row, node] > 0:
-                    off = min(used[row, node] / cap[row, node], 1.0) - mean
-                    squares += off * off
-            spread = np.sqrt(squares / there)
-        result[node] = int((1.0 - spread) * _BEST)
+        result[node] = _even(cap[:, node], used[:, node], count)
     return result
 
 
@@ -62,15 +149,55 @@ def fullness(cap: Any, used: Any, weights: Any, packing: Any) -> Any:
     count, size = cap.shape
     result = np.empty(size, np.int64)
     for node in range(size):
-        score, total = 0, 0
-        for row in range(count):
-            have = cap[row, node]
-            if have > 0:
-                part = min(used[row, node], have) if packing else max(have - used[row, node], 0)
-                score += part * _BEST // have * weights[row]
-                total += weights[row]
-        result[node] = score // max(total, 1)
+        result[node] = _full(cap[:, node], used[:, node], weights, count, packing)
     return result
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def add_scores(
+    total: Any, feasible: Any, cap: Any, free: Any, rows: Any, request: Any, cost: Any, any_price: Any, work: Any, power: Any, load: Any, any_power: Any,
+    even_weight: Any, packing_weight: Any, headroom_weight: Any, cost_weight: Any, energy_weight: Any,
+) -> None:
+    """Adds the scores of `rank.FUSED` by their weights to [node] `total`, which becomes -1 where a node will not do."""
+    size, count = len(total), len(rows)
+    have, used, ones = np.empty(count, np.int64), np.empty(count, np.int64), np.ones(count, np.int64)
+    cheap, dear, low, high = np.inf, -np.inf, np.inf, -np.inf
+    for node in range(size):
+        if not feasible[node]:
+            total[node] = -1
+            continue
+        for at in range(count):
+            have[at] = cap[rows[at], node]
+            used[at] = have[at] + request[rows[at]] - free[rows[at], node]
+        if even_weight:
+            total[node] += even_weight * _even(have, used, count)
+        if packing_weight:
+            total[node] += packing_weight * _full(have, used, ones, count, True)
+        if headroom_weight:
+            total[node] += headroom_weight * _full(have, used, ones, count, False)
+        cheap, dear = min(cheap, cost[node]), max(dear, cost[node])
+        drawn = (power[0, node] if load[node] == 0 else 0) + work[node]
+        low, high = min(low, drawn), max(high, drawn)
+    by_cost, by_power = cost_weight != 0 and any_price and dear > cheap, energy_weight != 0 and any_power and high > low
+    if not by_cost and not by_power:
+        return
+    for node in range(size):
+        if feasible[node]:
+            if by_cost:
+                total[node] += cost_weight * int(min(max(_BEST * (dear - cost[node]) / (dear - cheap), 0.0), 100.0))
+            if by_power:
+                drawn = (power[0, node] if load[node] == 0 else 0) + work[node]
+                total[node] += energy_weight * int(min(max(_BEST * (high - drawn) / (high - low), 0.0), 100.0))
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def best(total: Any, tie: Any) -> Any:
+    """The node with the highest total, the one with the least tie among equals; -1 where no total is 0 or more."""
+    found = -1
+    for node in range(len(total)):
+        if total[node] >= 0 and (found < 0 or total[node] > total[found] or (total[node] == total[found] and tie[node] < tie[found])):
+            found = node
+    return found
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -148,41 +275,161 @@ def gradients(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def reprieve(free: Any, need: Any, held: Any) -> Any:
-    """[victim] whether it must go, taken back in order; empty where all together do not make enough room. `held` is [resource, victim]."""
-    rows, count = held.shape
-    spare = free - need
-    for row in range(rows):
-        for victim in range(count):
-            spare[row] += held[row, victim]
-        if spare[row] < 0:
-            return np.empty(0, np.bool_)
-    gone = np.zeros(count, np.bool_)
-    for victim in range(count):
-        for row in range(rows):
-            if spare[row] < held[row, victim]:
-                gone[victim] = True
-        if not gone[victim]:
-            for row in range(rows):
-                spare[row] -= held[row, victim]
-    return gone
+def hold(free: Any, load: Any, live: Any, held: Any, counted: Any, rows: Any, amounts: Any, node: Any, kind: Any, sign: Any, milli: Any) -> None:
+    """`State._hold` of resources: taken (1) or given back (-1); `held` is the level of what may be preempted, used where `counted`."""
+    for at in range(len(rows)):
+        free[rows[at], node] -= sign * amounts[at, 0]
+        if counted:
+            held[rows[at] + 1, node] += sign * amounts[at, 0]
+    load[node] += sign
+    live[kind] += sign
+    if counted:
+        held[0, node] += sign * milli
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def single_victims(priorities: Any, fixed: Any, nodes: Any, kinds: Any, able: Any, free: Any, request: Any, rows: Any, amounts: Any, protected: Any, priority: Any) -> Any:
-    """Slots of one priority on able nodes whose going alone makes room, ascending."""
-    found = np.empty(len(nodes), np.int64)
-    count = 0
-    for slot in range(len(nodes)):
-        node = nodes[slot]
-        if node < 0 or priorities[slot] != priority or fixed[slot] or not able[node] or protected[kinds[slot]]:
+def enlist(first: Any, onward: Any, backward: Any, last: Any, most: Any, request: Any, w_priority: Any, w_start: Any, slot: Any, node: Any, priority: Any, start_ms: Any) -> None:
+    """`Arrays._enlist`; `most` is [resource] of the node and priority."""
+    for row in range(len(most)):
+        most[row] = max(most[row], request[row])
+    before, after = -1, first[node]
+    while after >= 0 and w_priority[after] > priority:
+        before, after = after, onward[after]
+    if after >= 0 and w_priority[after] == priority:
+        before = last[node]
+        while before >= 0 and w_priority[before] == priority and (w_start[before] > start_ms or (w_start[before] == start_ms and before > slot)):
+            before = backward[before]
+        after = first[node] if before < 0 else onward[before]
+    backward[slot], onward[slot] = before, after
+    if before < 0:
+        first[node] = slot
+    else:
+        onward[before] = slot
+    if after >= 0:
+        backward[after] = slot
+    if after < 0 or w_priority[after] != priority:
+        last[node] = slot
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def delist(first: Any, onward: Any, backward: Any, last: Any, w_priority: Any, slot: Any, node: Any, priority: Any) -> None:
+    """`Arrays._delist`."""
+    before, after = backward[slot], onward[slot]
+    if before < 0:
+        first[node] = after
+    else:
+        onward[before] = after
+    if after >= 0:
+        backward[after] = before
+    if last[node] == slot:
+        last[node] = before if before >= 0 and w_priority[before] == priority else -1
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def least_harm(
+    fresh: Any, left: Any, spare: Any, largest: Any, free: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any,
+    w_priority: Any, w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any,
+) -> Any:
+    """The node of the least harm (-1: none), its victims' slots, and the nodes that hold more than `limit`: one level of priority of `leastharm.search`.
+
+    `left` [node], `spare` and `largest` [resource, node] are brought on to this level (`fresh`: the first one), `most` of it is tightened where a chain was looked at.
+    `held` has the milli-GPU first.
+    """
+    size, count = len(left), len(rows)
+    overfull = np.zeros(size, np.bool_)
+    fewest = np.zeros(size, np.int64)
+    chosen, alone = -1, -1
+    for node in range(size):
+        if not left[node]:
             continue
-        enough = True
-        for at in range(len(rows)):
-            if free[rows[at], node] + request[rows[at], kinds[slot]] < amounts[at, 0]:
-                enough = False
-                break
-        if enough:
-            found[count] = slot
-            count += 1
-    return found[:count]
+        opens, few = True, 0
+        for at in range(count):
+            row, need = rows[at], amounts[at, 0]
+            spare[at, node] += held[row + 1, node]
+            largest[at, node] = most[row, node] if fresh else max(largest[at, node], most[row, node])
+            opens = opens and spare[at, node] >= need
+            short = need - free[row, node]
+            if short > few * largest[at, node]:
+                few = 1 if short <= largest[at, node] else 2 if short <= 2 * largest[at, node] else -(-short // largest[at, node])
+        if not opens:
+            continue
+        left[node] = False
+        fewest[node] = few
+        if few != 1:
+            continue
+        slot, steps, mine = first[node], 0, -1
+        while slot >= 0 and w_priority[slot] > priority:
+            slot = w_next[slot]
+        for at in range(count):
+            most[rows[at], node] = 1
+        while slot >= 0 and steps < limit:
+            if w_priority[slot] == priority:
+                enough = True
+                for at in range(count):
+                    amount = class_request[rows[at], w_class[slot]]
+                    most[rows[at], node] = max(most[rows[at], node], amount)
+                    if free[rows[at], node] + amount < amounts[at, 0]:
+                        enough = False
+                if enough and (mine < 0 or w_start[slot] > w_start[mine]):
+                    mine = slot
+            slot = w_next[slot]
+            steps += 1
+        if slot >= 0:
+            overfull[node] = True
+            for at in range(count):
+                most[rows[at], node] = held[rows[at] + 1, node]
+        elif mine >= 0 and (chosen < 0 or w_start[mine] > w_start[alone] or (w_start[mine] == w_start[alone] and tie[node] < tie[chosen])):
+            chosen, alone = node, mine
+    if chosen >= 0:
+        return chosen, np.array([alone], np.int64), np.flatnonzero(overfull)
+    best_weight, best_count, best_start = np.int64(0), 0, np.int64(0)
+    victims, mine_gone, room = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(count, np.int64)
+    for node in range(size):
+        if fewest[node] == 0 or overfull[node]:
+            continue
+        if chosen >= 0:
+            few = max(fewest[node], 2)
+            least = priority + _OFFSET + (few - 1) * (lowest + _OFFSET)
+            if least > best_weight or (least == best_weight and few > best_count):
+                continue
+            latest = w_start[last[node]]
+            if least == best_weight and few == best_count and (latest < best_start or (latest == best_start and tie[node] > tie[chosen])):
+                continue
+        for at in range(count):
+            room[at] = spare[at, node] - amounts[at, 0]
+        slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
+        while slot >= 0 and w_priority[slot] > priority:
+            slot = w_next[slot]
+        for at in range(count):
+            most[rows[at], node] = 1
+        while slot >= 0 and steps < limit:
+            stays = True
+            for at in range(count):
+                amount = class_request[rows[at], w_class[slot]]
+                if w_priority[slot] == priority:
+                    most[rows[at], node] = max(most[rows[at], node], amount)
+                if room[at] < amount:
+                    stays = False
+            if stays:
+                for at in range(count):
+                    room[at] -= class_request[rows[at], w_class[slot]]
+            else:
+                if gone == 0:
+                    start = w_start[slot]
+                mine_gone[gone] = slot
+                gone += 1
+                weight += w_priority[slot] + _OFFSET
+            slot = w_next[slot]
+            steps += 1
+        if slot >= 0:
+            overfull[node] = True
+            for at in range(count):
+                most[rows[at], node] = held[rows[at] + 1, node]
+            continue
+        less = chosen < 0 or weight < best_weight or (
+            weight == best_weight and (gone < best_count or (gone == best_count and (start > best_start or (start == best_start and tie[node] < tie[chosen]))))
+        )
+        if gone > 0 and less:
+            chosen, best_weight, best_count, best_start = node, weight, gone, start
+            victims[:gone] = mine_gone[:gone]
+    return chosen, victims[:best_count].copy(), np.flatnonzero(overfull)

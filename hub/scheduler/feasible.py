@@ -24,7 +24,9 @@ def verdicts(state: State, klass: Klass) -> Bits:
             _mark(bits, state.cordon, Fail.CORDONED)
         short: Bools = np.logical_or.reduce(state.free[klass.resources] < klass.amounts)
         _mark(bits, short, Fail.RESOURCES)
-    if shape.gpu is not None:
+    if shape.gpu is not None and kernels.active is not None:
+        kernels.active.mark_gpu(bits, facts.gpu_nodes, facts.devices, state.gpu_free, state.gpu_mem, shape.gpu.milli, shape.gpu.memory, shape.gpu.count)
+    elif shape.gpu is not None:
         room = devices_for(state, klass, shape.gpu).sum(1)
         bits[facts.gpu_nodes[room < shape.gpu.count]] |= np.uint32(Fail.GPU)
     if shape.numa_single and state.numa_free.shape[1]:
@@ -73,6 +75,9 @@ def in_domain(state: State, key: str, counts: Ints) -> Ints:
     if key == HOST:
         return counts
     domain, size = state.attributes.domains(key)
+    if kernels.active is not None:
+        compiled: Ints = kernels.active.in_domain(domain, size, counts)
+        return compiled
     sums = np.bincount(domain + 1, weights=counts, minlength=size + 1)
     sums[0] = 0
     result: Ints = sums[domain + 1].astype(np.int64)
@@ -119,6 +124,9 @@ def _spread(state: State, klass: Klass, affine: Bools, bits: Bits) -> None:
         eligible = eligible & keyed
     for item, row, own in hard:
         domain, size = state.attributes.domains(item.topology_key)
+        if kernels.active is not None:
+            kernels.active.mark_spread(bits, eligible, domain, size, state.counts[row], own, item.max_skew, item.min_domains)
+            continue
         index = np.where(eligible, domain, size)
         there = np.bincount(index, minlength=size + 1)[:size] > 0
         if not there.any():

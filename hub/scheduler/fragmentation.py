@@ -130,18 +130,14 @@ class Fragmentation:
 
     def kept(self, state: State, klass: Klass) -> tuple[Ints, Ints]:
         """[node] scores and devices for a class, brought up to date."""
-        position = state.touched_base + len(state.touched)
         mine = state.caches.setdefault(self, {})
         known = mine.get(klass.shape)
-        changed = np.zeros(state.size, np.bool_)
-        if known is None or known[0] < state.touched_base or known[3] != state.attributes.version:
+        stale = state.facts(klass).gpu_nodes
+        if known is None or known[3] != state.attributes.version:
             scores, devices = np.zeros(state.size, np.int64), np.zeros(state.size, np.int64)
-            changed[:] = True
         else:
-            _, scores, devices, _ = known
-            changed[state.touched[known[0] - state.touched_base:]] = True
-        nodes = state.facts(klass).gpu_nodes
-        stale = nodes[changed[nodes]]
+            position, scores, devices, _ = known
+            stale = stale[state.stamp[stale] > position]
         for start in range(0, len(stale), CHUNK):
             part = stale[start: start + CHUNK]
             gain, device = self._gradients(state, klass, part)
@@ -149,7 +145,7 @@ class Fragmentation:
             devices[part] = device
         if len(mine) >= MAX_CLASSES:
             mine.clear()
-        mine[klass.shape] = (position, scores, devices, state.attributes.version)
+        mine[klass.shape] = (state.stamps, scores, devices, state.attributes.version)
         return scores, devices
 
     def score(self, view: View) -> Ints | None:

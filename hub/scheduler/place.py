@@ -19,6 +19,9 @@ MAX_RETRIES = 8
 """Decisions that may be overtaken by a change of the cluster before the caller hears of it."""
 
 
+_BIT_OF = {flag.name or "": int(flag).bit_length() - 1 for flag in Fail}
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Where a workload should go, as of `position` of the state; `seat` None: nowhere, `bits` say why. Nothing has changed yet."""
@@ -281,7 +284,7 @@ class Scheduler:
 def tally(bits: Bits) -> dict[str, int]:
     """How many nodes failed each filter, most first."""
     each = np.unpackbits(bits.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little").sum(0)
-    counts = ((flag.name or "", int(each[int(flag).bit_length() - 1])) for flag in Fail)
+    counts = ((name, int(each[at])) for name, at in _BIT_OF.items())
     return dict(sorted(((name, count) for name, count in counts if count), key=lambda item: -item[1]))
 
 

@@ -1,7 +1,8 @@
 """Making room for a workload of higher priority with the least harm.
 
 Harm of a plan, compared in this order (kube's): disruption budgets violated, highest priority that must go, their sum, their number, how long the oldest of the
-highest has run. A victim that can be moved elsewhere is migrated, which is no harm. Works on vectors down to a few nodes, and exactly on those.
+highest has run. A victim that can be moved elsewhere is migrated, which is no harm. Where room alone decides, all nodes are compared (`leastharm`); where devices,
+zones or other workloads decide too, plans are worked out exactly on a few.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from . import kernels
 from .arrays import Seat
 from .classes import Klass
 from .feasible import gpu_room, verdicts
+from .leastharm import MAX_NODE_VICTIMS, Victims, harm_of, search
 from .model import Workload
 from .place import Pending, Placed, Scheduler
 from .reasons import UNRESOLVABLE, Bits, Bools, Ints
@@ -20,13 +21,10 @@ from .state import State
 from .units import GPU_WHOLE
 
 CANDIDATES = 8
-"""Nodes on which plans are worked out victim by victim, those with the smallest shortage first; each costs about 50 us."""
+"""Nodes on which plans are worked out victim by victim where more than room decides (devices, zones, peers), those with the smallest shortage first; each costs about 50 us."""
 
-MAX_NODE_VICTIMS = 1024
-"""Workloads of one node that a plan looks at."""
 
-PRIORITY_OFFSET = 1 << 31
-"""Added to every priority before they are summed, so that more victims always weigh more (kube's rule)."""
+_UNRESOLVABLE = np.uint32(UNRESOLVABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +97,23 @@ def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, *, everywhere:
     """Whose going does the least harm, before anybody is migrated."""
     state = scheduler.state
     klass = state.klass(workload.shape)
-    open_nodes: Bools = (bits & np.uint32(UNRESOLVABLE)) == 0
+    open_nodes: Bools = (bits & _UNRESOLVABLE) == 0
     if not open_nodes.any():
         return None
     if everywhere or only is not None:
         nodes = np.flatnonzero(open_nodes) if only is None else _nodes_of(state, only, open_nodes)
         return min(_on_nodes(scheduler, workload, klass, nodes, only), key=lambda made: (made.harm, int(state.tie[made.node])), default=None)
+    if _by_room(klass):
+        found, overfull = search(state, workload, klass, open_nodes)
+        if found is not None or not overfull.size:
+            return None if found is None else _planned(state, workload, found)
+        open_nodes = np.isin(np.arange(state.size), overfull)
+    return _of_few(scheduler, workload, klass, open_nodes)
+
+
+def _of_few(scheduler: Scheduler, workload: Workload, klass: Klass, open_nodes: Bools) -> Plan | None:
+    """The least harmful plan on the nodes that each level of priority opens and that are the least short, where more than room decides."""
+    state = scheduler.state
     best: Plan | None = None
     available = state.free[klass.resources].copy()
     gpu, gpu_free = workload.shape.gpu, np.maximum(state.gpu_free, 0).sum(1, dtype=np.int64) if workload.shape.gpu is not None else None
@@ -118,15 +127,9 @@ def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, *, everywhere:
             able &= gpu_free >= gpu.count * gpu.milli
         if not able.any():
             continue
-        single = None if gpu is not None or _tangled(klass) or workload.shape.numa_single else _one_victim(state, klass, able, workload.priority, priority)
-        made = None if single is None else on_node(scheduler, workload, klass, single[0], frozenset((single[1],)))
-        if made is not None:
-            found = [made]
-        else:
-            nodes = _least_short(state, klass, able)
-            tried[nodes] = True
-            found = _on_nodes(scheduler, workload, klass, nodes)
-        for made in found:
+        nodes = _least_short(state, klass, able)
+        tried[nodes] = True
+        for made in _on_nodes(scheduler, workload, klass, nodes):
             if best is None or (made.harm, int(state.tie[made.node])) < (best.harm, int(state.tie[best.node])):
                 best = made
         if best is not None and best.violations == 0 and best.harm[1] <= priority:
@@ -172,32 +175,24 @@ def _execute(scheduler: Scheduler, made: Plan, now_ms: int) -> tuple[Placed, tup
 
 def _on_nodes(scheduler: Scheduler, workload: Workload, klass: Klass, nodes: Ints, only: "frozenset[str] | None" = None) -> list[Plan]:
     """The plans of several nodes, those that have one."""
-    found = []
-    for node, slots in zip(nodes.tolist(), _lower(scheduler.state, workload, nodes, only), strict=True):
-        made = _plan_of(scheduler, workload, klass, node, slots)
-        if made is not None:
-            found.append(made)
-    return found
+    return [made for node in nodes.tolist() if (made := on_node(scheduler, workload, klass, node, only)) is not None]
 
 
 def on_node(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, only: "frozenset[str] | None" = None) -> Plan | None:
     """The plan of one node; None where it has none."""
-    return _plan_of(scheduler, workload, klass, node, _lower(scheduler.state, workload, np.array([node]), only)[0])
+    return _plan_of(scheduler, workload, klass, node, _lower(scheduler.state, workload, node, only))
 
 
-def _lower(state: State, workload: Workload, nodes: Ints, only: "frozenset[str] | None") -> list[list[int]]:
-    """Per node the slots of those that may have to go, the most important first: higher priority, then longer running."""
-    marked = np.zeros(state.size + 1, np.bool_)
-    marked[nodes] = True
-    there = marked[state.w_node] & ~state.w_fixed
-    if only is None:
-        there &= state.w_priority < workload.priority
-    slots = np.flatnonzero(there)
-    slots = slots[np.lexsort((state.w_start[slots], -state.w_priority[slots], state.w_node[slots]))]
-    at = state.w_node[slots]
-    ends = zip(np.searchsorted(at, nodes).tolist(), np.searchsorted(at, nodes, "right").tolist(), strict=True)
-    found = [slots[start:end][:MAX_NODE_VICTIMS].tolist() for start, end in ends]
-    return found if only is None else [[slot for slot in mine if (item := state.items[slot]) is not None and item.id in only] for mine in found]
+def _lower(state: State, workload: Workload, node: int, only: "frozenset[str] | None") -> list[int]:
+    """The slots of those that may have to go, the most important first: higher priority, then longer running."""
+    found: list[int] = []
+    slot = int(state.first[node])
+    while slot >= 0 and len(found) < MAX_NODE_VICTIMS:
+        item = state.items[slot]
+        if item is not None and (item.priority < workload.priority if only is None else item.id in only):
+            found.append(slot)
+        slot = int(state.w_next[slot])
+    return found
 
 
 def _plan_of(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, lower: list[int]) -> Plan | None:
@@ -211,17 +206,21 @@ def _plan_of(scheduler: Scheduler, workload: Workload, klass: Klass, node: int, 
     victims = [slot for slot, out in zip(order, gone, strict=True) if out] if gone else []
     if not victims:
         return None
-    violations = sum(gone[: len(protected)])
-    priorities, started = state.w_priority[victims].tolist(), state.w_start[victims].tolist()
-    highest = max(priorities)
-    oldest = min(start for start, priority in zip(started, priorities, strict=True) if priority == highest)
-    harm = (violations, highest, sum(priorities) + PRIORITY_OFFSET * len(victims), len(victims), -oldest)
-    return Plan(workload, node, tuple(item.id for slot in victims if (item := state.items[slot]) is not None), violations, harm)
+    return _planned(state, workload, Victims(node, tuple(victims), harm_of(state, victims, sum(gone[: len(protected)]))))
+
+
+def _planned(state: State, workload: Workload, found: Victims) -> Plan:
+    return Plan(workload, found.node, tuple(item.id for slot in found.slots if (item := state.items[slot]) is not None), found.harm[0], found.harm)
 
 
 def _nodes_of(state: State, workloads: frozenset[str], open_nodes: Bools) -> Ints:
     found: Ints = np.unique(np.array([seat.node for name in workloads if (seat := state.seat(name)) is not None], np.int64))
     return found[open_nodes[found]]
+
+
+def _by_room(klass: Klass) -> bool:
+    """Whether nothing but the room on a node decides if it may be there, once others have gone."""
+    return klass.shape.gpu is None and not klass.shape.numa_single and not _tangled(klass)
 
 
 def _tangled(klass: Klass) -> bool:
@@ -249,9 +248,6 @@ def _reprieve(state: State, klass: Klass, node: int, order: Sequence[int]) -> li
     """Which of `order` must go, by room alone; empty where not even all of them make enough. Plain integers: a handful of victims, two or three resources."""
     rows = klass.resources
     amounts_held = state.class_request[rows[:, None], state.w_class[list(order)]]
-    if kernels.active is not None and klass.shape.gpu is None:
-        compiled: list[bool] = kernels.active.reprieve(state.free[rows, node], klass.amounts[:, 0], amounts_held).tolist()
-        return compiled
     held = amounts_held.T.tolist()
     spare = (state.free[rows, node] - klass.amounts[:, 0]).tolist()
     with_gpu = klass.shape.gpu is not None
@@ -320,42 +316,6 @@ def _reprieve_tangled(scheduler: Scheduler, klass: Klass, node: int, order: Sequ
         return gone
     finally:
         state.undo(mark)
-
-
-def _one_victim(state: State, klass: Klass, able: Bools, below: int, priority: int) -> tuple[int, str] | None:
-    """The node and workload of priority `priority` whose going alone makes room, the one that has run the shortest; None where there is none."""
-    protected = _protected(state)
-    if kernels.active is not None:
-        found: Ints = kernels.active.single_victims(
-            state.w_priority, state.w_fixed, state.w_node, state.w_class, able, state.free, state.class_request, klass.resources, klass.amounts, protected, priority)
-    else:
-        there = state.w_priority == priority
-        there &= ~state.w_fixed
-        there &= np.append(able, False)[state.w_node]
-        chosen = np.flatnonzero(there)
-        nodes, kinds = state.w_node[chosen], state.w_class[chosen]
-        enough = ~protected[kinds]
-        for at, row in enumerate(klass.resources.tolist()):
-            if (state.free[row] < klass.amounts[at, 0]).any():
-                enough &= state.class_request[row][kinds] + state.free[row][nodes] >= klass.amounts[at, 0]
-        found = chosen[enough]
-    if not found.size:
-        return None
-    youngest = found[state.w_start[found] == state.w_start[found].max()]
-    slot = int(youngest[np.argmin(state.tie[state.w_node[youngest]])])
-    item = state.items[slot]
-    assert item is not None and priority < below
-    return int(state.w_node[slot]), item.id
-
-
-def _protected(state: State) -> Bools:
-    """[class] whether a budget that allows nothing covers it."""
-    spent = [budget for budget in state.budgets.values() if budget.allowed <= 0]
-    flags = np.zeros(len(state.class_live), np.bool_)
-    for klass in state.classes if spent else ():
-        if klass is not None and state.class_live[klass.id]:
-            flags[klass.id] = any(budget.namespace == klass.shape.namespace and budget.selector.requirements and budget.selector.matches(dict(klass.shape.labels)) for budget in spent)
-    return flags
 
 
 def _least_short(state: State, klass: Klass, able: Bools) -> Ints:

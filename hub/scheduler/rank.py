@@ -10,17 +10,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from . import kernels
-from .classes import Facts, Klass
+from .classes import CPU_ROW, MEMORY_ROW, Facts, Klass
 from .feasible import in_domain
 from .model import Kind
 from .reasons import Bools, Ints
 from .state import State
-from .units import BASE_RESOURCES, CPU, MEMORY, SLOTS, Invalid
+from .units import Invalid
 
 BEST = 100
 """The most that a policy gives."""
-
-CPU_ROW, MEMORY_ROW, SLOTS_ROW = (BASE_RESOURCES.index(name) for name in (CPU, MEMORY, SLOTS))
 
 RESOURCE_ROWS = (CPU_ROW, MEMORY_ROW)
 """CPU and memory: always among the resources that balance and packing look at."""
@@ -104,11 +102,10 @@ def stretched(raw: "np.ndarray[Any, Any]", feasible: Bools, *, reverse: bool = F
 
 
 def _looked_at(view: View, weights: Mapping[str, int] | None) -> tuple[Ints, Ints]:
-    """Resource rows and weights: CPU, memory and what is asked for, but slots; or those given. Extended ones count only where they are asked for."""
+    """Resource rows and weights: those that the class weighs, or those given. Extended ones count only where they are asked for."""
     rows = view.state.resource_rows
     if weights is None:
-        wanted = [row for row in view.klass.resources.tolist() if row > MEMORY_ROW and row != SLOTS_ROW]
-        return np.array([*RESOURCE_ROWS, *wanted], np.int64), np.ones(2 + len(wanted), np.int64)
+        return view.klass.weighed, np.ones(len(view.klass.weighed), np.int64)
     chosen = [(rows[name], weight) for name, weight in weights.items() if name in rows and (rows[name] in RESOURCE_ROWS or rows[name] in view.klass.resources)]
     return np.array([row for row, _ in chosen], np.int64), np.array([weight for _, weight in chosen], np.int64)
 
@@ -220,6 +217,10 @@ class SoftSpread:
         total = np.zeros(state.size)
         for item, row in soft:
             domain, size = state.attributes.domains(item.topology_key)
+            if kernels.active is not None:
+                compiled, values = kernels.active.spread_sums(counted, scored, domain, size, state.counts[row])
+                kernels.active.add_spread(total, domain, compiled, np.log(values + 2.0), item.max_skew - 1)
+                continue
             sums = np.bincount(np.where(counted, domain, -1) + 1, weights=state.counts[row], minlength=size + 1)[1:]
             values = np.count_nonzero(np.bincount(np.where(scored, domain, -1) + 1, minlength=size + 1)[1:])
             total += np.where(domain >= 0, np.append(sums, 0.0)[domain] * np.log(values + 2.0) + (item.max_skew - 1), 0.0)
@@ -239,7 +240,7 @@ class Cost:
         """The dearest node that will do gets 0, the cheapest 100."""
         if not view.facts.any_price:
             return None
-        return stretched(view.state.price * view.facts.share, view.feasible, reverse=True)
+        return stretched(view.facts.cost, view.feasible, reverse=True)
 
 
 class Energy:
@@ -250,8 +251,7 @@ class Energy:
         state = view.state
         if not view.facts.any_power:
             return None
-        idle, busy = state.power
-        return stretched(np.where(state.load == 0, idle, 0) + (busy - idle) * view.facts.cpu_share, view.feasible, reverse=True)
+        return stretched(np.where(state.load == 0, state.power[0], 0) + view.facts.work, view.feasible, reverse=True)
 
 
 class Warm:
@@ -288,6 +288,9 @@ POLICIES: Mapping[str, Policy] = {
     "peer_affinity": Peers(), "packing": Fullness(packing=True), "headroom": Fullness(packing=False), "energy": Energy(), "warm": Warm(),
 }
 """Those that come with the library."""
+
+FUSED = ("resource_balance", "packing", "headroom", "cost_optimization", "energy")
+"""Those that depend on nothing but the node's own numbers: where kernels are compiled, one pass over the nodes that will do scores them all."""
 
 _COMMON = {"resource_balance": 10, "node_affinity": 8, "cost_optimization": 6, "topology_spread": 5, "peer_affinity": 5, "taint_preference": 3, "scarcity": 6, "fragmentation": 8, "energy": 1}
 
@@ -327,15 +330,31 @@ class Ranker:
     def total(self, view: View) -> Ints:
         """[node] weighted sums, -1 where the node will not do."""
         total = np.zeros(view.state.size, np.int64)
-        for _, weight, scores in self.parts(view):
-            total += scores * weight
-        return np.where(view.feasible, total, -1)
+        left = self.weights_of(view.klass)
+        fused = self._fused(left) if kernels.active is not None else None
+        for name, weight in left.items():
+            scores = self.policies[name].score(view)
+            if scores is not None:
+                total += scores * weight
+        if fused is None:
+            return np.where(view.feasible, total, -1)
+        state, facts, klass = view.state, view.facts, view.klass
+        kernels.active.add_scores(
+            total, view.feasible, state.cap, state.free, klass.weighed, klass.request, facts.cost, facts.any_price, facts.work, state.power, state.load, facts.any_power, *fused)
+        return total
+
+    def _fused(self, weights: dict[str, int]) -> list[int]:
+        """Takes the policies that one kernel scores together out of `weights`, and gives the weights of each in the kernel's order."""
+        return [weights.pop(name, 0) if self.policies.get(name) == POLICIES[name] else 0 for name in FUSED]
 
 
 def best(state: State, total: Ints) -> int | None:
     """The node with the highest total, the first in the seed's order among equals; None where none will do."""
     if not total.size:
         return None
+    if kernels.active is not None:
+        found = kernels.active.best(total, state.tie)
+        return None if found < 0 else found
     most = total.max()
     if most < 0:
         return None

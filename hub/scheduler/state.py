@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from . import kernels
 from .arrays import MAX_LOG, MAX_NODES, MAX_RESOURCES, SILENT, UNLIMITED_SLOTS, UP, Arrays, Event, Seat
 from .attributes import Attributes
 from .classes import Klass
 from .model import SITE, Budget, Node, Quota, Workload
 from .topology import Sites
 from .units import GPU_WHOLE, MAX_QUANTITY, SLOTS, Invalid
+
+_SLOT = ("slot_of", "items", "seats", "vacant", "w_node", "w_priority", "w_class", "w_start", "w_ending", "w_fixed")
+_BOOKS = ("free", "load", "class_live", "stamp")
 
 
 class State(Arrays):
@@ -46,12 +50,12 @@ class State(Arrays):
     def snapshot(self) -> "State":
         """A state of its own for what-if; O(classes), arrays are copied when either side writes them. Its log starts empty."""
         other = copy(self)
-        names = {name for name, value in vars(self).items() if isinstance(value, np.ndarray | dict | list | Attributes | Sites)} - {"log", "_undo", "touched", "counts", "caches"}
+        names = {name for name, value in vars(self).items() if isinstance(value, np.ndarray | dict | list | Attributes | Sites)} - {"log", "_undo", "counts", "caches"}
         self._shared, other._shared = set(names), set(names)
         self._shared_counts, other._shared_counts = set(range(len(self.counts))), set(range(len(self.counts)))
         self._shared_levels, other._shared_levels = set(self.levels), set(self.levels)
         other.counts = list(self.counts)
-        other.log, other._undo, other._trials, other.touched, other.touched_base = [], [], 0, [], self.touched_base + len(self.touched)
+        other.log, other._undo, other._trials = [], [], 0
         other.caches = {}
         return other
 
@@ -175,12 +179,6 @@ class State(Arrays):
         inverse: Event = getattr(self, f"_{event[0]}")(*event[1:])
         return inverse
 
-    def _touch(self, node: int) -> None:
-        self.touched.append(node)
-        if len(self.touched) >= MAX_LOG:
-            del self.touched[: MAX_LOG // 2]
-            self.touched_base += MAX_LOG // 2
-
     def _index(self, node: str) -> int:
         index = self.node_index.get(node)
         if index is None:
@@ -245,10 +243,11 @@ class State(Arrays):
             if name == "attributes":
                 self.attributes.version = version + 1
         if "counts" in fields:
+            self.classes_made += 1
             self._shared.discard("counts")
             self._shared_counts, self._shared_levels = set(range(len(self.counts))), set(self.levels)
-        self.touched_base += len(self.touched) + 1
-        self.touched.clear()
+        self.stamps += 1
+        self.stamp = np.full(self.size, self.stamps)
         return ()
 
     def _place(self, workload: Workload, seat: Seat, now_ms: int) -> Event:
@@ -278,15 +277,18 @@ class State(Arrays):
 
     def _sit(self, klass: Klass, workload: Workload, seat: Seat, slot: int, now_ms: int) -> None:
         self._hold(klass, workload, seat, 1)
-        self._own("slot_of")[workload.id] = slot
-        self._own("items")[slot] = workload
-        self._own("seats")[slot] = seat
-        self._own("w_node")[slot] = seat.node
-        self._own("w_priority")[slot] = workload.priority
-        self._own("w_class")[slot] = klass.id
-        self._own("w_start")[slot] = now_ms
-        self._own("w_ending")[slot] = False
-        self._own("w_fixed")[slot] = not workload.preemptible
+        self._own_all(_SLOT)
+        self.slot_of[workload.id] = slot
+        self.items[slot] = workload
+        self.seats[slot] = seat
+        self.w_node[slot] = seat.node
+        self.w_priority[slot] = workload.priority
+        self.w_class[slot] = klass.id
+        self.w_start[slot] = now_ms
+        self.w_ending[slot] = False
+        self.w_fixed[slot] = not workload.preemptible
+        if workload.preemptible:
+            self._enlist(klass, slot, seat.node, workload.priority, now_ms)
 
     def _release(self, workload: str) -> Event:
         slot = self.slot_of[workload]
@@ -294,12 +296,17 @@ class State(Arrays):
         assert item is not None and seat is not None
         if ending:
             self._ending(workload, False)
-        self._hold(self.klass(item.shape), item, seat, -1)
-        del self._own("slot_of")[workload]
-        self._own("items")[slot] = None
-        self._own("seats")[slot] = None
-        self._own("w_node")[slot] = -1
-        self._own("vacant").append(slot)
+        klass = self.classes[self.w_class[slot]]
+        assert klass is not None, "a class of which something runs is not swept"
+        self._hold(klass, item, seat, -1)
+        if item.preemptible:
+            self._delist(slot, seat.node, item.priority)
+        self._own_all(_SLOT)
+        del self.slot_of[workload]
+        self.items[slot] = None
+        self.seats[slot] = None
+        self.w_node[slot] = -1
+        self.vacant.append(slot)
         return ("back", item, seat, slot, start, ending)
 
     def _ending(self, workload: str, ending: bool) -> Event:
@@ -314,12 +321,21 @@ class State(Arrays):
     def _hold(self, klass: Klass, workload: Workload, seat: Seat, sign: int) -> None:
         """Take (1) or give back (-1) everything that a workload of the class holds on a seat."""
         node, shape = seat.node, klass.shape
-        self._own("free")[klass.resources, node] -= klass.amounts[:, 0] if sign > 0 else -klass.amounts[:, 0]
-        self._own("load")[node] += sign
-        self._own("class_live")[klass.id] += sign
-        milli = 0
+        milli = 0 if shape.gpu is None else shape.gpu.milli * shape.gpu.count
+        self._own_all(_BOOKS)
+        free, load, live = self.free, self.load, self.class_live
+        level = self._level(workload.priority) if workload.preemptible else None
+        if kernels.active is not None:
+            kernels.active.hold(free, load, live, free if level is None else level, level is not None, klass.resources, klass.amounts, node, klass.id, sign, milli)
+        else:
+            amounts = klass.amounts[:, 0] if sign > 0 else -klass.amounts[:, 0]
+            free[klass.resources, node] -= amounts
+            load[node] += sign
+            live[klass.id] += sign
+            if level is not None:
+                level[klass.resources + 1, node] += amounts
+                level[0, node] += sign * milli
         if shape.gpu is not None:
-            milli = shape.gpu.milli * shape.gpu.count
             devices = list(seat.gpus)
             self._own("gpu_free")[node, devices] -= sign * shape.gpu.milli
             if shape.gpu.memory:
@@ -339,17 +355,15 @@ class State(Arrays):
             used[klass.resources] += sign * klass.amounts[:, 0]
             used[MAX_RESOURCES] += sign * milli
             self._own("used_by")[workload.tenant] = used
-        if workload.preemptible:
-            level = self._level(workload.priority)
-            level[klass.resources + 1, node] += sign * klass.amounts[:, 0]
-            level[0, node] += sign * milli
-        self._touch(node)
+        self.stamps += 1
+        self.stamp[node] = self.stamps
 
     # nodes
 
     def _nodes(self, nodes: tuple[Node, ...], now_ms: int) -> Event:
         kept = ("attributes", "sites", "resource_rows", "nodes", "node_index", "cap", "free", "gpu_free", "gpu_mem", "gpu_model", "numa_free", "status", "cordon", "beat_ms",
-                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts", "levels")
+                "price", "power", "tie", "site_of", "load", "class_live", "class_request", "classes", "class_of", "rows", "rows_by_label", "rows_anywhere", "classes_by_label", "counts",
+                "levels", "first", "last", "largest")
         before: dict[str, Any] = {name: getattr(self, name) for name in kept}
         for name in kept:
             setattr(self, name, before[name].copy() if name != "counts" else list(before["counts"]))
@@ -365,8 +379,8 @@ class State(Arrays):
         for node in nodes:
             self._describe(self.node_index[node.name], node, now_ms)
         self.classes = [None if item is None else replace(item, request=self.class_request[:, item.id].copy()) for item in self.classes]
-        self.touched_base += len(self.touched) + 1
-        self.touched.clear()
+        self.stamps += 1
+        self.stamp = np.full(self.size, self.stamps)
         return ("restore", before)
 
     def _widen(self, more: int, devices: int, zones: int) -> None:
@@ -384,6 +398,9 @@ class State(Arrays):
         self.power = np.pad(self.power, ((0, 0), (0, more)))
         self.counts = [np.pad(row, (0, more)) for row in self.counts] if more else self.counts
         self.levels = {priority: np.pad(held, ((0, rows), (0, more))) for priority, held in self.levels.items()}
+        self.last = {priority: np.pad(last, (0, more), constant_values=-1) for priority, last in self.last.items()}
+        self.largest = {priority: np.pad(most, ((0, rows), (0, more)), constant_values=1) for priority, most in self.largest.items()}
+        self.first = np.pad(self.first, (0, more), constant_values=-1)
         self._shared_levels = set()
         if more:
             self._shared_counts = set()
@@ -414,4 +431,3 @@ class State(Arrays):
         if site is not None:
             self.sites.learn_place(site, node)
             self.site_of[index] = self.sites.ids[site]
-        self._touch(index)

@@ -3,15 +3,20 @@
 A decision is everything from the workload to the booked seat (`reserve`, or a whole gang, or the preemption plan and its execution); what it takes per workload is
 the sample. Departures keep the number of live workloads and are not timed. An independent checker verifies every placement afterwards.
 
-Every round is the same run from the same seed, and must end in the same state bit by bit. The value is the median of the rounds' p99 of wall time. Beside it stands
-`undisturbed`: of each decision the least processor time of all rounds, which other work on the machine inflates least.
+Every round is the same run from the same seed, and must end in the same state bit by bit. Printed are p50, p99 and p99.9 by wall clock and by processor time of the
+deciding thread, over all decisions and per kind, where `preemption` is what made others go or move, and `whole_gang` is a gang's time not divided by its members.
+
+Judged is `undisturbed`: of each decision the least processor time of the deciding thread over the rounds, then the p99 of these. The rounds decide the same in the same
+state, so what differs between them is not the scheduler's: other processes take the core (wall clock) and empty its caches (processor time too). What is slow in every
+round stays slow. On a machine that does nothing else all three are near each other; `--judge processor` or `--judge wall` takes the median of the rounds' p99 instead.
 """
 
 import gc
 import random
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 if not __package__:
@@ -29,6 +34,10 @@ LIVE_PER_NODE = 10
 
 LIMITS_US = {1_000: (1_000.0, 300.0), 10_000: (5_000.0, 5_000.0)}
 """Nodes to p99 bars in us: numpy, numba."""
+
+JUDGES = {
+    "undisturbed": "p99 of each decision's least processor time over the rounds", "processor": "the median of the rounds' p99 by processor time", "wall": "the median of the rounds' p99 by wall clock",
+}
 
 APPS = 150
 """Applications in the stream; each has one or two shapes."""
@@ -163,7 +172,7 @@ class Run:
                 self.events.append(("place", self.raw[name], seat))
 
     def step(self) -> tuple[str, int, int, int]:
-        """One arrival, and departures down to the target: the part, nanoseconds of wall and processor time, workloads in it."""
+        """One arrival, and departures down to the target: the kind, nanoseconds of wall and processor time, workloads in it."""
         what, members = self.stream.next()
         spent, worked, placed, gone = self.decide(what, [workload(item) for item in members])
         self.book(members, placed, gone)
@@ -174,7 +183,7 @@ class Run:
             name = self.live.pop()
             self.scheduler.release(name)
             self.events.append(("release", name, None))
-        return what, spent, worked, len(members)
+        return "preemption" if gone else what, spent, worked, len(members)
 
     def problems(self) -> tuple[int, list[str]]:
         """What the independent checker says about the whole run."""
@@ -202,22 +211,61 @@ def fill(run: Run, warm_up: int = WARM_UP) -> None:
         run.step()
 
 
+def quantiles(values: list[float]) -> Json:
+    """us: of all, and of the slowest."""
+    return {"p50": round(percentile(values, 0.5), 1), "p99": round(percentile(values, 0.99), 1), "p999": round(percentile(values, 0.999), 1), "max": round(max(values), 1)}
+
+
+@dataclass(slots=True)
+class Round:
+    """What the decisions of one round took, us per workload, in their order; `whole` is of gangs, us of processor time per gang."""
+
+    kinds: list[str] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    work: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+    def add(self, kind: str, spent: int, worked: int, count: int) -> None:
+        """One decision, ns, of `count` workloads."""
+        self.kinds.append(kind)
+        self.wall.append(spent / count / 1000)
+        self.work.append(worked / count / 1000)
+        if count > 1:
+            self.whole.append(worked / 1000)
+
+
+def by_kind(rounds: list[Round]) -> Json:
+    """Per kind of decision: how many of one round, times, and how many of the slowest hundredth of all decisions (least processor time of all rounds) are of it."""
+    wall, work = defaultdict(list), defaultdict(list)
+    for one in rounds:
+        for kind, spent, worked in zip(one.kinds, one.wall, one.work, strict=True):
+            wall[kind].append(spent)
+            work[kind].append(worked)
+    least = sorted(zip(least_work(rounds), rounds[0].kinds, strict=True), reverse=True)
+    slowest = Counter(kind for _, kind in least[: max(1, len(least) // 100)])
+    return {kind: {"count": len(work[kind]) // len(rounds), "of_the_slowest_1_percent": slowest[kind], "wall": quantiles(wall[kind]), "processor": quantiles(work[kind])} for kind in sorted(work)}
+
+
+def least_work(rounds: list[Round]) -> list[float]:
+    """Of each decision the least processor time of all rounds, us."""
+    return [min(samples) for samples in zip(*(one.work for one in rounds), strict=True)]
+
+
 def main() -> int:
-    """Exit status 0 where p99 is under the bar and the checker finds nothing."""
+    """Exit status 0 where the judged p99 is under the bar and the checker finds nothing."""
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--nodes", type=int, default=1_000)
     parser.add_argument("--live", type=int, default=0, help="live workloads (10 per node, at most 10,000, where 0)")
     parser.add_argument("--decisions", type=int, default=3_000, help="timed decisions per round")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--numba", choices=("auto", "on", "off"), default="auto", help="compiled kernels: where installed, required, never")
+    parser.add_argument("--judge", choices=tuple(JUDGES), default="undisturbed", help="which p99 is held against the bar")
     options = parser.parse_args()
     about = machine()
     compiled = kernels.use(options.numba)
     live = options.live or min(10_000, LIVE_PER_NODE * options.nodes)
     bar = next((limits for size, limits in sorted(LIMITS_US.items()) if options.nodes <= size), LIMITS_US[10_000])[1 if compiled else 0]
-    rounds: list[list[float]] = []
-    work: list[list[float]] = []
-    by_part: dict[str, list[float]] = defaultdict(list)
+    rounds: list[Round] = []
     digests: set[str] = set()
     for _ in range(options.rounds):
         run = Run(options.nodes, live, options.seed)
@@ -225,31 +273,26 @@ def main() -> int:
         note(options, f"{len(run.live)} live on {options.nodes} nodes")
         gc.collect()
         gc.freeze()
-        wall, busy = [], []
+        rounds.append(Round())
         for _ in range(options.decisions):
-            what, spent, worked, count = run.step()
-            wall.append(spent / count / 1000)
-            busy.append(worked / count / 1000)
-            by_part[what].append(worked / count / 1000)
+            rounds[-1].add(*run.step())
         gc.unfreeze()
-        rounds.append(wall)
-        work.append(busy)
         digests.add(run.scheduler.state.digest())
     state = run.scheduler.state
     used = 1 - state.free[:2].sum(1) / state.cap[:2].sum(1)
     placements, problems = run.problems()
-    p99 = sorted(percentile(samples, 0.99) for samples in rounds)
-    every = [value for samples in rounds for value in samples]
-    least = [min(samples) for samples in zip(*work, strict=True)]
-    value = p99[len(p99) // 2]
+    p99 = {name: sorted(round(percentile(getattr(one, name), 0.99), 1) for one in rounds) for name in ("work", "wall")}
+    undisturbed = quantiles(least_work(rounds))
+    value = undisturbed["p99"] if options.judge == "undisturbed" else p99["work" if options.judge == "processor" else "wall"][len(rounds) // 2]
+    gangs = [spent for one in rounds for spent in one.whole]
     return report(
-        options, about, f"placement latency p99, {live} live x {options.nodes} nodes, {'numba' if compiled else 'numpy'}", round(value, 1), "us", value < bar and not problems and len(digests) == 1,
-        spread_={"p99_of_rounds": [round(item, 1) for item in p99], "p50": round(percentile(every, 0.5), 1), "p999": round(percentile(every, 0.999), 1), "max": round(max(every), 1),
-                 "processor_p50": round(percentile([item for busy in work for item in busy], 0.5), 1), "processor_p99": round(percentile([item for busy in work for item in busy], 0.99), 1),
-                 "undisturbed_p50": round(percentile(least, 0.5), 1), "undisturbed_p99": round(percentile(least, 0.99), 1)},
+        options, about, f"placement latency p99, {live} live x {options.nodes} nodes, {'numba' if compiled else 'numpy'}", value, "us", value < bar and not problems and len(digests) == 1,
+        spread_={"judged": JUDGES[options.judge], "processor_p99_of_rounds": p99["work"], "wall_p99_of_rounds": p99["wall"],
+                 "processor": quantiles([spent for one in rounds for spent in one.work]), "wall": quantiles([spent for one in rounds for spent in one.wall]),
+                 "undisturbed": undisturbed},
         inputs={"nodes": options.nodes, "live": len(run.live), "decisions": options.decisions, "rounds": options.rounds, "seed": options.seed, "bar_us": bar,
                 "used_cpu_memory": [round(float(item), 3) for item in used]},
-        details={"processor_us_by_part": {name: {"p50": round(percentile(values, 0.5), 1), "p99": round(percentile(values, 0.99), 1), "count": len(values)} for name, values in sorted(by_part.items())},
+        details={"us_by_kind": by_kind(rounds), "whole_gang_processor": quantiles(gangs) if gangs else None,
                  "outcomes": dict(run.outcomes), "rounds_end_in_the_same_state": len(digests) == 1, "checked_placements": placements, "checker_problems": len(problems), "problems": problems[:5]},
     )
 

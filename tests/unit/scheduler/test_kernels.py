@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 
 from hub.scheduler import Invalid, Placed, Ranker, Scheduler, State, kernels, node, preempt, workload
+from hub.scheduler.audit import check_invariants
 from hub.scheduler.fragmentation import Fragmentation, Typical
 from tests.unit.scheduler import streams
+from tools.bench.scheduler_latency import Run, fill
 
 
 @pytest.fixture
@@ -17,27 +19,55 @@ def numpy_again() -> Iterator[None]:
     kernels.use("off")
 
 
-def run(nodes: list[streams.Json], events: list[tuple[str, Any]], choice: str) -> tuple[str, list[tuple[str, int] | None]]:
-    """All placements of a stream and the digest at the end."""
+Outcome = tuple[str, int, tuple[str, ...]] | None
+"""Node, score and victims of a reservation; None where it waits."""
+
+
+def run(nodes: list[streams.Json], events: list[tuple[str, Any]], choice: str) -> tuple[str, list[Outcome]]:
+    """All placements of a stream and the digest at the end; the books are looked at after each."""
     kernels.use(choice)
     state = State(seed=11)
     state.add_nodes([node({**entry, "price": 1_000 * len(entry["labels"]) + at, "idle_mw": 10 * at, "busy_mw": 500}) for at, entry in enumerate(nodes)])
     typical = [Typical(1000, 1, 500, (), 400_000), Typical(500, 1, 1000, ("T4",), 300_000), Typical(250, 2, 1000, (), 200_000), Typical(1000, 0, 0, (), 100_000)]
     scheduler = Scheduler(state, Ranker({"fragmentation": Fragmentation(typical)}))
-    placed: list[tuple[str, int] | None] = []
+    placed: list[Outcome] = []
     for what, value in events:
         if what == "reserve":
             item = workload(value)
             decision = scheduler.decide(item, 0)
             answer = preempt.reserve(scheduler, item, 0)
             done = answer.placed if isinstance(answer, preempt.Made) else answer
-            placed.append((done.node, decision.score) if isinstance(done, Placed) else None)
+            placed.append((done.node, decision.score, answer.plan.victims if isinstance(answer, preempt.Made) else ()) if isinstance(done, Placed) else None)
         elif what == "release" and state.slot_of:
             scheduler.release(sorted(state.slot_of)[value % len(state.slot_of)])
+        check_invariants(state)
     return state.digest(), placed
 
 
-@settings(max_examples=20)
+def test_a_mixed_stream_ends_in_the_same_state(numpy_again: None) -> None:
+    pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
+    ends = []
+    for choice in ("on", "off"):
+        kernels.use(choice)
+        stream = Run(30, 300, 7)
+        fill(stream, 500)
+        check_invariants(stream.scheduler.state)
+        ends.append((stream.scheduler.state.digest(), dict(stream.outcomes)))
+    assert ends[0] == ends[1] and ends[0][1]["preemptions"] > 0
+
+
+def test_a_kernel_that_forgets_is_seen(numpy_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
+    nodes = [{"name": "n0", "capacity": {"cpu": 4, "memory": "8Gi"}, "labels": {}}]
+    events: list[tuple[str, Any]] = [("reserve", {"id": f"w{at}", "requests": {"cpu": 1, "memory": "1Gi"}}) for at in range(3)] + [("release", 1)]
+    assert run(nodes, events, "on") == run(nodes, events, "off")
+    kernels.use("on")
+    monkeypatch.setattr(kernels.active, "delist", lambda *_: None)
+    with pytest.raises(AssertionError, match="order of importance"):
+        run(nodes, events, "on")
+
+
+@settings(max_examples=25)
 @given(streams.node_list(), streams.stream())
 def test_numba_and_numpy_decide_the_same(nodes: list[streams.Json], events: list[tuple[str, Any]]) -> None:
     pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
