@@ -241,7 +241,7 @@ class Agenda(Placing):
     def _position(self, now_ms: int) -> tuple[Any, ...]:
         """Where the books are: a timetable that was made at another place is made anew."""
         state = self.state
-        return state.touched_base + len(state.touched), state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes(), self.version, self.timed_version
+        return state.changes - self.beats, state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes(), self.version, self.timed_version
 
     def _gone(self, now_ms: int) -> Bools:
         """[node] those with which nothing is planned: taken out, or silent for long."""

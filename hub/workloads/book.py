@@ -73,6 +73,8 @@ class Book:
         self.started_ms = 0
         self.version = 0
         """Grows when capacity may have come free: what waits is tried again then."""
+        self.beats = 0
+        """Events of the state that only say that a node was heard from."""
         self.timed_version = 0
         """Grows when what the timetable knows of jobs is no longer so."""
 
@@ -225,6 +227,11 @@ class Book:
         """Whether an agent runs there, which has to be told and has to answer."""
         row = self.tables.nodes.get(node)
         return row is not None and row.origin == "edge"
+
+    def beat(self, node: str, now_ms: int) -> None:
+        """The node is heard from."""
+        self.state.beat(node, now_ms)
+        self.beats += 1
 
     def is_up(self, node: str) -> bool:
         """Whether the node is heard from."""

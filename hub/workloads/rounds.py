@@ -80,7 +80,7 @@ class Rounds:
                 if state.status[index] == SILENT:
                     planner.version += 1
                 if state.status[index] != UP or not 0 <= now_ms - int(state.beat_ms[index]) < BEAT_EVERY_MS:
-                    state.beat(name, now_ms)
+                    planner.beat(name, now_ms)
             elif state.status[index] == UP:
                 state.set_status(name, SILENT)
 
