@@ -94,6 +94,7 @@ def run(config: object) -> int:
     from .system.process import one_heap, prefer
 
     one_heap()
+    prefer(config.nice)
     configure(config.logging.level, config.logging.format)
     # PyYAML is not needed any more; its modules stay out of the agent's memory.
     for name in [name for name in sys.modules if name == "yaml" or name.startswith(("yaml.", "_yaml", "argparse"))]:
@@ -106,7 +107,6 @@ def run(config: object) -> int:
         except BaseException:
             await runtime.stop("failed to start")
             raise
-        prefer(config.nice)  # here, when the journal's threads are there: they need none of it
         await runtime.wait()
 
     try:

@@ -152,7 +152,6 @@ class Pipeline:
         self._open_effects: dict[int, int] = {}
         self._last_decision = journal.durable("decision")
         self._taken: list[tuple[str, list[Reading], Stamp, _Countdown]] = []
-        self._put_off = False
 
     # -- sensing -------------------------------------------------------------------------------------------------------------
 
@@ -188,10 +187,9 @@ class Pipeline:
         # Written down after the decisions that they led to are committed: nothing acts on telemetry.
         self._taken.append((device, readings, stamp, count))
         if len(self._taken) >= TAKEN_MAX:
-            self.keep_telemetry()
+            self._keep_telemetry()
 
-    def keep_telemetry(self) -> None:
-        """Write down the readings that have been taken."""
+    def _keep_telemetry(self) -> None:
         taken, self._taken = self._taken, []
         for device, readings, stamp, count in taken:
             for reading in readings:
@@ -211,14 +209,13 @@ class Pipeline:
     def host_reading(self, device: str, values: dict[str, Value]) -> None:
         """A reading of the host itself: nobody waits for it, and it is nobody's but ours."""
         self._read(device, [Reading(values)], _nothing)
-        self.keep_telemetry()
+        self._keep_telemetry()
 
     def tick(self) -> None:
         """Let time-driven rules decide (durations, silence)."""
         stamp = self._clock.stamp()
         for decision in self.engine.tick(stamp.mono_ms) if self.duties is None else self.duties.tick(stamp.mono_ms):
             self._decide(decision, stamp, _nobody_waits)
-        self.keep_telemetry()
 
     # -- deciding ------------------------------------------------------------------------------------------------------------
 
@@ -355,16 +352,8 @@ class Pipeline:
         self._journal.commit_now()
 
     def batch_sent(self) -> None:
-        """The commands of that commit are on their way: time for the telemetry.
-
-        Not at once where there are commands: the broker and the device want the processor now. The broker's acknowledgement brings us here again, in
-        a fraction of a millisecond; if it does not, the next message or the next tick does.
-        """
-        if self._open_effects and self._taken and not self._put_off:
-            self._put_off = True
-            return
-        self._put_off = False
-        self.keep_telemetry()
+        """The commands of that commit are on their way: time for the telemetry."""
+        self._keep_telemetry()
         self._journal.breathe()
 
     def bus_up(self) -> None:
@@ -452,7 +441,7 @@ class Pipeline:
         for reading in early:
             self.registry.seen(device, reading, stamp.mono_ms)
         self._take(device, early, stamp, _nothing)
-        self.keep_telemetry()
+        self._keep_telemetry()
         self._journal.put_state(f"twin/{device}", found.to_state(), done)
 
     def _registered(self, device: Device, early: int) -> None:

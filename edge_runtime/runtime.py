@@ -160,7 +160,6 @@ class EdgeRuntime:
             if self.site is not None:
                 await self.site.leave()
             await self.bus.stop()
-        self.pipeline.keep_telemetry()
         self.journal.put_state("engine", self._engine_state())
         self._keep_detectors(MAX_DETECTORS, 0)
         self.journal.append("event", "shutdown", {"reason": reason})

@@ -20,16 +20,11 @@ from .mqtt_session import MqttSession
 from .pace import Pace
 from .system.process import return_free_memory
 
-COLLECT_AFTER = 5_000
-"""Containers made and not freed before the collector looks at the youngest: readings that wait for their commit are a few hundred, which Python's
-700 would go through, for a third of a millisecond, about fifteen times a second. Cycles are rare here: at most about a megabyte of them waits."""
-
 
 def settle() -> None:
     """After start-up: what is there stays, so the collector need not look at it again, and free pages go back to the system."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
     return_free_memory()
 
 

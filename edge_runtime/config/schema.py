@@ -155,7 +155,7 @@ class EdgeConfig:
     node: str = key("", "the node it runs on; empty: the edge's name")
     labels: dict[str, str] = key(dict, "labels, text to text", factory=True)
     data_dir: str = key("", "where the journal and the models are; empty: $STATE_DIRECTORY, else ~/.local/share/novacron/edge")
-    nice: int = key(-10, "priority of the thread that decides (nice value) where the system allows it: other programs of this host do not hold a decision up; 0 leaves it", low=-20, high=19)
+    nice: int = key(-10, "priority of the agent (nice value) where the system allows it: other programs of this host do not hold a decision up; 0 leaves it", low=-20, high=19)
     uplink: UplinkConfig = key(UplinkConfig, "", factory=True)
     bus: BusConfig = key(BusConfig, "", factory=True)
     journal: JournalConfig = key(JournalConfig, "", factory=True)

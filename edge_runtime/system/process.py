@@ -23,8 +23,8 @@ def open_descriptors() -> int:
 def prefer(nice: int) -> bool:
     """Give the calling thread this nice value (setpriority(2)) and say whether it has it.
 
-    Only a thread that still has the default, 0: what an operator chose holds. The threads that exist already keep theirs; threads and processes
-    started later by this one inherit it. Where control groups or sessions share the processor (cgroup `cpu.weight`, autogroup), it counts among the
+    Only a thread that still has the default, 0: what an operator chose holds. To be called before other threads are there: they inherit it, and must
+    have it too, or one that holds the interpreter's lock would be kept from the processor while the thread that decides waits for that lock. Where control groups or sessions share the processor (cgroup `cpu.weight`, autogroup), it counts among the
     threads of ours only.
     """
     try:

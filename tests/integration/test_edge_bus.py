@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from edge_runtime.config.schema import DevicesConfig, UplinkConfig
-from edge_runtime.contract.device_messages import Reading
 from edge_runtime.contract.records import Record
 
 from .edges import EACH, Device, Edge, Edges, LocalBroker
@@ -231,32 +230,6 @@ async def test_commands_that_expire_while_the_bus_is_away_do_not_pile_up(edges: 
     assert len([body for body in await edge.records("event", "operation") if body["state"] == "expired"]) == 50
     # What is remembered of commands is for the hub's: a rule that fires for hours must not fill it.
     assert edge.runtime.desired_state.commands == {} and not edge.runtime.journal.state("commands")
-
-
-async def test_telemetry_lets_the_command_go_first_and_waits_once_at_most(broker: LocalBroker, edges: Edges) -> None:
-    edge = await edges.start(port=broker.port)
-    pipeline, lane = edge.runtime.pipeline, edge.runtime.journal.lanes["telemetry"]
-    before = lane.waiting + lane.commits
-    pipeline._open_effects[1] = 1  # a command that the broker has not acknowledged
-
-    def reading(temp: float) -> None:
-        pipeline.readings("quiet", [Reading({"temp": temp})], lambda: None)
-        pipeline.batch_end()
-        pipeline.batch_sent()
-
-    reading(1)
-    assert len(pipeline._taken) == 1 and lane.waiting + lane.commits == before
-    reading(2)  # another turn: now they go down, whatever has become of the command
-    assert not pipeline._taken and lane.waiting + lane.commits > before
-    reading(3)
-    assert len(pipeline._taken) == 1
-    pipeline.tick()  # no turn comes any more
-    assert not pipeline._taken
-    pipeline._open_effects.clear()
-    reading(4)
-    assert not pipeline._taken
-    await edge.runtime.journal.flush()
-    assert [body["values"]["temp"] for body in await edge.records("telemetry")] == [1, 2, 3, 4]
 
 
 async def test_a_reading_is_acknowledged_only_when_it_is_durable(broker: LocalBroker, edges: Edges) -> None:

@@ -168,13 +168,13 @@ def _drop_newest() -> list[tuple[Any, str, Any]]:
 
 @control("readings of one turn are written newest first", "kill")
 def _newest_first() -> list[tuple[Any, str, Any]]:
-    shipped = Pipeline.keep_telemetry
+    shipped = Pipeline._keep_telemetry
 
     def keep(self: Pipeline) -> None:
         self._taken.reverse()
         shipped(self)
 
-    return [(Pipeline, "keep_telemetry", keep)]
+    return [(Pipeline, "_keep_telemetry", keep)]
 
 
 @control("every receipt is taken for one of everything: records are freed that the hub never had", "partition", "flaky")
