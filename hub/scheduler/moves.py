@@ -192,8 +192,6 @@ class Course:
         self.rules = _rules(self.state)
         self._places = self.state.attributes
         """What the nodes' labels said before `give_up`."""
-        self.given_up: list[int] = []
-        """Nodes that are to be empty."""
 
     def live(self, item: Workload) -> bool:
         """Whether the workload goes on while it moves."""
@@ -201,7 +199,6 @@ class Course:
 
     def give_up(self, names: Sequence[str]) -> None:
         """These nodes are to be empty: they take nothing, and their domains count for no spread, as if they were gone."""
-        self.given_up = [self.state.node_index[name] for name in names]
         self.state.add_nodes([replace(self.state.nodes[self.state.node_index[name]], labels=()) for name in names])
         for name in names:
             self.state.set_status(name, GONE)
@@ -252,23 +249,6 @@ class Course:
             return text or self._needed(item, seat.node, target)
         finally:
             state.undo(mark)
-
-    def leads(self, item: Workload, target: int) -> bool:
-        """Whether it would leave what it must be with behind on nodes that are to be empty: there the filters see nobody any more, so it could go first."""
-        affinity, seat = self.state.klass(item.shape).affinity, self.state.seat(item.id)
-        if affinity is None or not self.given_up or seat is None:
-            return False
-        row, keys, _ = affinity
-        counts = self.state.counts[row].copy()
-        counts[seat.node] -= sum(change for bumped, change in self.state.klass(item.shape).bumps if bumped == row)
-        if not counts[self.given_up].any():
-            return False
-        for key in keys:
-            domain = self._places.domains(key)[0]
-            there = np.arange(self.state.size) == target if key == HOST else (domain == domain[target]) & (domain >= 0)
-            if not counts[there].any():
-                return True
-        return False
 
     def begin(self, item: Workload, target: int, start_ms: int, hop: bool = False) -> Move | str:
         """Begin a move, or say why not."""
@@ -413,16 +393,11 @@ def order(course: Course, targets: Mapping[str, int]) -> Plan:
     busy_before, waits, start = bool(course.busy), False, 0
     while pending:
         step: list[Move] = []
-        for leads in (False, True):  # who would leave its company behind goes first only where nobody else can begin
-            for name in [name for name in queue if name in pending]:
-                if not leads and course.leads(items[name], pending[name]):
-                    continue
-                move = course.begin(items[name], pending[name], start)
-                if isinstance(move, Move):
-                    step.append(move)
-                    del pending[name]
-            if step or busy_before:
-                break
+        for name in [name for name in queue if name in pending]:
+            move = course.begin(items[name], pending[name], start)
+            if isinstance(move, Move):
+                step.append(move)
+                del pending[name]
         if not step:
             if busy_before:
                 course.end_all()
