@@ -337,12 +337,18 @@ def test_what_has_nowhere_to_go_stays_on_a_drained_node_and_moves_when_there_is_
     assert placement_log.doubles(desk.kept.log()) == []
 
 
-def test_a_budget_lets_only_so_many_go_at_once() -> None:
+def three_under_a_budget() -> Desk:
+    """Three containers on gw-1, of which one at a time may go; gw-2 is empty."""
     desk = Desk()
     desk.node("gw-1", "edge")
     desk.submit(*(work(f"a{n}", labels={"app": "a"}) for n in range(3)))
     desk.node("gw-2", "edge")
     desk.do(lambda planner, _: planner.put_budget("b", {"selector": {"labels": {"app": "a"}}, "allowed": 1}))
+    return desk
+
+
+def test_a_budget_lets_only_so_many_go_at_once() -> None:
+    desk = three_under_a_budget()
     rounds = Rounds(desk.planner)
     desk.do(lambda planner, now: planner.cordon("gw-1", "drain", now))
     for done in range(3):

@@ -17,7 +17,7 @@ from tools.bench import placement_log
 
 from .kept import Desk
 from .test_agenda import batch
-from .test_planner import entries, round_of, said, work
+from .test_planner import entries, round_of, said, three_under_a_budget, work
 
 Json = dict[str, Any]
 
@@ -197,11 +197,7 @@ def test_a_node_is_emptied_with_room_made_for_what_finds_none_and_a_budget_kept(
 
 
 def test_budgets_hold_back_moves_until_the_one_before_runs() -> None:
-    desk = Desk()
-    desk.node("gw-1", "edge")
-    desk.submit(*(work(f"a{n}", labels={"app": "a"}) for n in range(3)))
-    desk.node("gw-2", "edge")
-    desk.do(lambda planner, _: planner.put_budget("b", {"selector": {"labels": {"app": "a"}}, "allowed": 1}))
+    desk = three_under_a_budget()
     rounds = Rounds(desk.planner)
     both: dict[str, bool | int] = {"gw-1": True, "gw-2": True}
     round_of(desk, rounds, **both)
