@@ -5,6 +5,7 @@ release date) and grows with monotonic time, marked `unsynced`, until the operat
 """
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -64,7 +65,7 @@ class SystemClock:
 
     def __init__(
         self, floor_ms: int = RELEASE_MS, *, wall: Callable[[], float] = time.time,
-        mono: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME), synchronised: Callable[[], bool] = kernel_synchronised,
+        mono: Callable[[], float] = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME), synchronised: Callable[[], bool] = kernel_synchronised,
     ) -> None:
         self._wall = wall
         self._mono = mono
@@ -88,7 +89,7 @@ class SystemClock:
 
     def stamp(self) -> Stamp:
         """Now, with its quality."""
-        mono_ms = self.mono_ms()
+        mono_ms = int(self._mono() * 1000)
         wall_ms = int(self._wall() * 1000)
         offset = wall_ms - mono_ms
         if self._offset_ms is not None and abs(offset - self._offset_ms) > JUMP_MS:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from .contract.errors import ContractError
 from .lean_imports import import_paho, packet_properties
-from .mqtt_buffers import buffered_client
+from .mqtt_client import traffic_client
 
 log = logging.getLogger(__name__)
 
@@ -125,11 +125,11 @@ class MqttSession:
         self._persistent = persistent
         self._keepalive_s = keepalive_s
         self._receive_max = receive_max
-        self._client: Any = None  # a `BufferedClient`
+        self._client: Any = None  # a `TrafficClient`
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[SessionClosed] = self._loop.create_future()
         self._connected: asyncio.Future[None] = self._loop.create_future()
-        self._acks: dict[int, Callable[[], None]] = {}
+        self._acks: dict[int, Callable[[], None] | None] = {}
         self._subscribed: dict[int, asyncio.Future[None]] = {}
         self._misc: asyncio.TimerHandle | None = None
         self._socket: Any = None  # a socket or an SSLSocket
@@ -154,14 +154,12 @@ class MqttSession:
         from paho.mqtt.enums import CallbackAPIVersion
 
         protocol = paho.MQTTv5 if self.protocol5 else paho.MQTTv311
-        client = buffered_client()(
+        client = traffic_client()(
             CallbackAPIVersion.VERSION2, client_id=self.client_id, protocol=protocol, manual_ack=True, reconnect_on_failure=False,
             clean_session=None if self.protocol5 else not self._persistent,
         )
         self._client = client
         client.connect_timeout = CONNECT_TIMEOUT_S
-        client.max_inflight_messages_set(0)
-        client.max_queued_messages_set(0)
         if self.endpoint.username:
             client.username_pw_set(self.endpoint.username, self.endpoint.password)
         if self.endpoint.tls:
@@ -171,7 +169,8 @@ class MqttSession:
         client.on_connect = self._connected_callback
         client.on_disconnect = self._disconnected_callback
         client.on_message = self._message_callback
-        client.on_publish = self._published_callback
+        client.on_taken = self._taken
+        client.on_acknowledged = self._acknowledged
         client.on_subscribe = self._subscribed_callback
         client.on_socket_register_write = self._want_write_callback
         arguments: dict[str, Any] = {}
@@ -264,7 +263,9 @@ class MqttSession:
                 waiter.set_exception(error)
                 waiter.exception()
         self._acks.clear()
-        self._client = None
+        if self._client is not None:
+            self._client.ended = True
+            self._client = None
 
     # -- the loop's side -----------------------------------------------------------------------------------------------------
 
@@ -273,17 +274,13 @@ class MqttSession:
         if client is None or sock is None:
             return
         self._corked = True
-        client.begin_turn()
         try:
-            for _ in range(READ_PACKETS):
-                result = client.loop_read()
-                if self.closed.done():
-                    return
-                if result != 0:
-                    self._end(SessionClosed("the connection was lost"))
-                    return
-                if not client.has_more:
-                    break
+            fine = client.take(READ_PACKETS)
+            if self.closed.done():
+                return
+            if not fine:
+                self._end(SessionClosed("the connection was lost"))
+                return
             if self.after_read is not None:
                 self.after_read()
                 if self.closed.done():
@@ -351,29 +348,46 @@ class MqttSession:
     def _disconnected_callback(self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, _properties: Any) -> None:
         self._end(SessionClosed(f"disconnected: {reason_code}", taken_over=getattr(reason_code, "value", 0) == SESSION_TAKEN_OVER))
 
-    def _message_callback(self, client: Any, _userdata: Any, message: Any) -> None:
-        mid, qos = message.mid, message.qos
-        if qos == 0:
-            acknowledge = _nothing
-        else:
-            def acknowledge() -> None:
-                # A new connection has a new client: an acknowledgement that comes late for the old one is void.
-                if self._client is client and client is not None:
-                    client.ack(mid, qos)
+    def _taken(self, topic: bytes, payload: bytes, mid: int) -> None:
+        client = self._client
 
+        def acknowledge() -> None:
+            # A new connection has a new client: an acknowledgement that comes late for the old one is void.
+            if self._client is client and client is not None:
+                client.acknowledge(mid)
+                if not self._corked and not self._flush_soon:
+                    self._flush_soon = True
+                    self._loop.call_soon(self._flush)
+
+        self._hand_over(topic, payload, acknowledge if mid else _nothing)
+
+    def _message_callback(self, client: Any, _userdata: Any, message: Any) -> None:
+        """A message that paho has read: QoS 2, or with properties."""
+        mid, qos = message.mid, message.qos
+        if qos == 1:
+            self._taken(message._topic, message.payload, mid)
+            return
+
+        def acknowledge() -> None:
+            if self._client is client and client is not None:
+                client.ack(mid, qos)
+
+        self._hand_over(message._topic, message.payload, acknowledge if qos else _nothing)
+
+    def _hand_over(self, raw_topic: bytes, payload: bytes, acknowledge: Callable[[], None]) -> None:
         try:
-            topic = message.topic
+            topic = raw_topic.decode()
         except UnicodeDecodeError:
             log.warning("a message whose topic is not UTF-8 was dropped")
             acknowledge()
             return
         try:
-            self._on_message(topic, message.payload, acknowledge)
+            self._on_message(topic, payload, acknowledge)
         except Exception:
             log.exception("handling a message on %s failed", topic)
             acknowledge()
 
-    def _published_callback(self, _client: Any, _userdata: Any, mid: int, _reason_code: Any, _properties: Any) -> None:
+    def _acknowledged(self, mid: int) -> None:
         callback = self._acks.pop(mid, None)
         if callback is not None:
             callback()
@@ -405,26 +419,27 @@ class MqttSession:
             self._end(SessionClosed("the broker did not answer SUBSCRIBE"))
             raise self.closed.result() from None
 
-    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: int | None = None, on_ack: Callable[[], None] | None = None) -> bool:
-        """Hand one message to the socket; `on_ack` runs when the broker has acknowledged it (QoS 1).
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Callable[[], None] | None = None) -> bool:
+        """Hand one message to the socket at QoS 1; `on_ack` runs when the broker has acknowledged it.
 
         Args:
-            expiry_s: MQTT 5 message expiry; a 3.1.1 broker does not get it, the payload's own expiry holds.
+            topic: without wildcards.
+            expiry_s: MQTT 5 message expiry (3.3.2.3.3); a 3.1.1 broker does not get it, the payload's own expiry holds.
 
         Returns:
             False where the connection is gone: nothing was sent and `on_ack` will not run.
         """
-        if self._client is None:
+        client = self._client
+        if client is None:
             return False
-        properties: Any = _Expiry(expiry_s) if expiry_s is not None and self.protocol5 else None
+        properties = b""
+        if self.protocol5:
+            properties = b"\0" if expiry_s is None else b"\x05\x02" + min(max(1, expiry_s), 0xFFFFFFFF).to_bytes(4, "big")
+        mid = client.send(topic.encode(), payload, retain, properties, self._acks)
+        if mid == 0:
+            return False
+        self._acks[mid] = on_ack
         # Sent at once and not at the end of this turn of the loop: what stands in the turn's queue would hold a command up.
-        self._flush_soon = True
-        info = self._client.publish(topic, payload, qos, retain, properties)
-        if info.rc != 0:
-            self._flush_soon = False
-            return False
-        if on_ack is not None:
-            self._acks[info.mid] = on_ack
         self._flush()
         return True
 
@@ -440,19 +455,6 @@ class MqttSession:
         finally:
             self._corked = False
             self._flush()
-
-
-class _Expiry:
-    """A message expiry interval (MQTT 5, 3.3.2.3.3) packed as paho's `Properties` would pack it, which costs as much as the rest of a publish."""
-
-    __slots__ = ("_packed",)
-
-    def __init__(self, seconds: int) -> None:
-        self._packed = b"\x05\x02" + min(max(1, seconds), 0xFFFFFFFF).to_bytes(4, "big")
-
-    def pack(self) -> bytes:
-        """Length and properties."""
-        return self._packed
 
 
 def _nothing() -> None:

@@ -1,6 +1,5 @@
 """Messages of the local bus: between a device and its edge. No version field: a device may be a one-line script."""
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +125,7 @@ class Reading:
 
 
 def parse_telemetry(value: Any) -> list[Reading]:
-    """The readings of one telemetry message, in order.
+    """The readings of one telemetry message, in order. Looks at every value that it takes, so `jsoncodec.decode` need not.
 
     Raises:
         ContractError: names the metric and what would mend it. Nothing of a message with an error is used.
@@ -172,7 +171,7 @@ def _check_text(values: dict[str, Value], where: str) -> None:
 
 def _flatten(source: dict[str, Any], prefix: str, out: dict[str, Value], where: str, depth: int) -> None:
     for key, item in source.items():
-        name = prefix + key
+        name = prefix + key if prefix else key
         if name not in _names:
             if not METRIC_PATTERN.match(name):
                 raise ContractError(f"{where}{name[:80]}", "is not a metric name", "use letters, digits and _ . : / -, 64 at most", "name")
@@ -180,7 +179,7 @@ def _flatten(source: dict[str, Any], prefix: str, out: dict[str, Value], where: 
                 _names.add(name)
         kind = type(item)
         if kind is float:
-            if not math.isfinite(item):
+            if item - item != 0.0:  # infinite: NaN is not JSON
                 raise ContractError(where + name, "is not finite", "send a finite number or null", "nan")
             out[name] = item
         elif kind is int:
@@ -199,5 +198,5 @@ def _flatten(source: dict[str, Any], prefix: str, out: dict[str, Value], where: 
             _flatten(item, name + ".", out, where, depth + 1)
         elif item is not None:
             raise ContractError(where + name, f"is {kind.__name__}", "send a number, text, boolean or object", "type")
-        if len(out) > MAX_METRICS:
-            raise ContractError(where.rstrip(".") or "payload", f"has over {MAX_METRICS} metrics", "split the reading", "limit")
+    if len(out) > MAX_METRICS:  # a message is 256 KiB at most, so that the loop has an end before this
+        raise ContractError(where.rstrip(".") or "payload", f"has over {MAX_METRICS} metrics", "split the reading", "limit")

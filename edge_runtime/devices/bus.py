@@ -25,6 +25,9 @@ RETRY_CAP_S = 10.0
 OUR_LEAVES = ("desired", "command")
 DEVICE_SPEAKS = ("telemetry", "register", "reported", "result")
 
+TOPICS_REMEMBERED = 4_096
+"""Topics that were read before: those of a thousand devices, 0.7 MB at most with the longest names."""
+
 Done = Callable[[], None]
 
 
@@ -95,6 +98,7 @@ class Bus:
         self._make_session = session
         self._aside = aside
         self._session: MqttSession | None = None
+        self._topics: dict[str, tuple[str, str]] = {}
         self._subscribed = False
         self._task: asyncio.Task[None] | None = None
         self.last_error = ""
@@ -176,9 +180,14 @@ class Bus:
             done()
             return
         try:
-            device, leaf = topics.parse(topic, "device", DEVICE_SPEAKS)
+            known = self._topics.get(topic)
+            if known is None:
+                known = topics.parse(topic, "device", DEVICE_SPEAKS)
+                if len(self._topics) < TOPICS_REMEMBERED:
+                    self._topics[topic] = known
+            device, leaf = known
             if leaf == "telemetry":
-                self._sink.readings(device, parse_telemetry(jsoncodec.decode(payload)), done)
+                self._sink.readings(device, parse_telemetry(jsoncodec.decode(payload, look=False)), done)
             elif not payload:
                 done()  # a cleared retained message
             elif leaf == "register":

@@ -66,6 +66,10 @@ class StreamMarks:
     dropped: int = 0
     effects: int = 0
 
+    def copy(self) -> "StreamMarks":
+        """One of its own, at a fifth of what `dataclasses.replace` takes: there is one per commit."""
+        return StreamMarks(self.next_seq, self.receipted, self.floor, self.floor_chain, self.chain, self.dropped, self.effects)
+
 
 @dataclass(slots=True)
 class Group:
@@ -209,9 +213,13 @@ class JournalDatabase:
         connection = self.writer
         if len(group.records) == 1 and not group.marks and not group.state:
             (stream, rows), = group.records.items()
-            if len(rows) == 1 and rows[0][0].boot in self._boots:
+            number = self._boots.get(rows[0][0].boot)
+            if len(rows) == 1 and number is not None:
                 # One decision: a single statement is a transaction of its own, at a third of the calls.
-                self._insert(connection, stream, rows)
+                record, chain = rows[0]
+                connection.execute(
+                    _insert_of(stream, 1), (record.seq, number, record.mono_ms, record.wall_ms, record.quality, record.kind, record.body, chain),
+                )
                 return
         connection.execute("BEGIN IMMEDIATE")
         try:

@@ -6,7 +6,7 @@ import random
 import sqlite3
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -287,7 +287,7 @@ class Journal:
 
     def marks(self, stream: str) -> StreamMarks:
         """A copy of the stream's durable marks."""
-        return replace(self._lane_of[stream].marks[stream])
+        return self._lane_of[stream].marks[stream].copy()
 
     def durable(self, stream: str) -> int:
         """The last durable seq of the stream."""

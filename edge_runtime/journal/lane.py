@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..clock import Stamp
@@ -339,7 +339,7 @@ class Lane:
         # Marks that an append moves are found again in the last record; writing them as well would cost a page per commit.
         now = self._loop.time()
         if self._dirty and (not rows or now - self._marks_stored >= MARKS_DELAY_S):
-            group.marks = {stream: self._after.get(stream) or replace(self.marks[stream]) for stream in self._dirty}
+            group.marks = {stream: self._after.get(stream) or self.marks[stream].copy() for stream in self._dirty}
             self._marks_stored = now
             self._dirty = set()
         self._state = {}
@@ -354,7 +354,7 @@ class Lane:
             self._awaited -= item.callback is not None
             marks = self._after.get(item.stream)
             if marks is None:
-                marks = self._after[item.stream] = group.marks.get(item.stream) or replace(self.marks[item.stream])
+                marks = self._after[item.stream] = group.marks.get(item.stream) or self.marks[item.stream].copy()
                 group.records[item.stream] = []
             record = Record(marks.next_seq, self._boot, *item.stamp, item.kind, item.body)
             marks.chain = record.chain(marks.chain)

@@ -35,8 +35,28 @@ def machine() -> dict[str, Any]:
         model = platform.processor()
     return {
         "cpu": model, "cores": os.cpu_count(), "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1), "kernel": platform.release(),
-        "arch": platform.machine(), "python": platform.python_version(), "load_before": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d"),
+        "arch": platform.machine(), "python": platform.python_version(), "python_from": sys.base_prefix, "load_before": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d"),
     }
+
+
+class Stolen:
+    """How much of the processors' time the hypervisor gave to others since this was made: what a virtual machine's latencies then show is not ours."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    @staticmethod
+    def _read() -> tuple[int, int]:
+        try:
+            ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        except (OSError, ValueError, IndexError):
+            return 0, 0
+        return ticks[7] if len(ticks) > 7 else 0, sum(ticks)
+
+    def percent(self) -> float:
+        """Percent of all processors' time; 0 where the kernel does not say."""
+        (stolen, total), (stolen_before, total_before) = self._read(), self._before
+        return round(100 * (stolen - stolen_before) / max(1, total - total_before), 2)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

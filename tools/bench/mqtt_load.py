@@ -7,7 +7,7 @@ through the broker) as well as in every other.
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,22 @@ class Latency:
     received: int
     lost: int
     twice: int
+    times: tuple[float, ...] = ()
+    """Every round trip."""
+
+    @staticmethod
+    def of(times: Sequence[float], sent: int, lost: int, twice: int) -> "Latency":
+        """From round trips in milliseconds."""
+        return Latency(
+            percentile(times, 0.5), percentile(times, 0.9), percentile(times, 0.99), percentile(times, 0.999), max(times, default=float("nan")), sent, len(times), lost, twice, tuple(times),
+        )
+
+    @staticmethod
+    def pooled(parts: "Sequence[Latency]") -> "Latency":
+        """Several stretches as one."""
+        return Latency.of(
+            [time_ms for part in parts for time_ms in part.times], sum(part.sent for part in parts), sum(part.lost for part in parts), sum(part.twice for part in parts),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Rounded for the report."""
@@ -121,9 +137,7 @@ class Load:
         times, twice, lost = [value * 1000 for value in self._times], self._twice, len(self._sent)
         self._times, self._twice = [], 0
         self._sent.clear()
-        return Latency(
-            percentile(times, 0.5), percentile(times, 0.9), percentile(times, 0.99), percentile(times, 0.999), max(times, default=float("nan")), count, len(times), lost, twice
-        )
+        return Latency.of(times, count, lost, twice)
 
     def paced(self, rate: float, seconds: float) -> Latency:
         """`rate` messages per second, evenly spaced, whatever comes back."""

@@ -28,7 +28,7 @@ class Model:
         self.manifest = manifest
         self.engine = engine.name
         self._engine = engine
-        self._log = tuple(feature.transform == "log1p" for feature in manifest.inputs)
+        self._inputs = tuple((feature.name, feature.transform == "log1p", feature.mean, feature.scale) for feature in manifest.inputs)
 
     def predict(self, values: Mapping[str, object]) -> list[float]:
         """Outputs of the model.
@@ -36,17 +36,18 @@ class Model:
         Raises:
             ModelInputError: a feature is missing, not a number or not finite.
         """
-        vector = []
-        for feature, logarithm in zip(self.manifest.inputs, self._log, strict=True):
-            value = values.get(feature.name)
+        vector: list[float] = []
+        for name, logarithm, mean, scale in self._inputs:
+            value = values.get(name)
             if type(value) is not float and type(value) is not int:
-                raise ModelInputError(feature.name, "is missing" if value is None else f"is {type(value).__name__}", "send it as a number")
+                raise ModelInputError(name, "is missing" if value is None else f"is {type(value).__name__}", "send it as a number")
             if logarithm:
-                value = math.log1p(max(0.0, value))
-            scaled = (value - feature.mean) / feature.scale
-            if not math.isfinite(scaled):
-                raise ModelInputError(feature.name, "is not finite", "send a finite number")
-            vector.append(scaled)
+                value = math.log1p(value) if value > 0 else 0.0
+            vector.append((value - mean) / scale)
+        if not math.isfinite(sum(vector)):
+            for (name, *_), scaled in zip(self._inputs, vector, strict=True):  # finite ones can have an infinite sum
+                if not math.isfinite(scaled):
+                    raise ModelInputError(name, "is not finite", "send a finite number")
         outputs = self._engine.run(vector)
         if self.manifest.output == "reconstruction_mse":
             total = 0.0
