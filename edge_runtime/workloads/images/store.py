@@ -74,8 +74,10 @@ class ImageStore:
         self._repair()
 
     def close(self) -> None:
-        """Let another process have it."""
-        os.close(self._held)
+        """Let another process have it; a second call does nothing."""
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
 
     # -- asking --------------------------------------------------------------------------------------------------------------
 

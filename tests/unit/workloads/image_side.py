@@ -110,6 +110,6 @@ def tree(folder: Path) -> dict[str, tuple[str, Any]]:
                 found[relative] = ("folder", None)
             elif os.path.isfile(path):
                 found[relative] = ("file", Path(path).read_bytes())
-            else:
+            elif os.path.lexists(path):  # overlayfs lists a mark that takes away what was not there, and then says that it does not exist
                 found[relative] = ("other", None)
     return found
