@@ -319,7 +319,7 @@ class ContainerDriver:
 
     async def logs(self, key: Key, most: int) -> Output:
         self._instance(key)
-        (out, cut), (err, also) = (await asyncio.to_thread(_tail, self._path(key) / f"{stream}.log", most) for stream in ("stdout", "stderr"))
+        (out, cut), (err, also) = await asyncio.to_thread(lambda: [_tail(self._path(key) / f"{stream}.log", most) for stream in ("stdout", "stderr")])
         return Output(out, err, cut or also)
 
     async def exec(self, key: Key, args: Sequence[str], timeout_s: float) -> Ran:

@@ -18,17 +18,15 @@ from .probe_program import program
 MEMORY = 16 << 20
 """Bytes that the probe's container may have."""
 
+
 VERSION_S = 10.0
 """A runtime that does not tell its version within this is taken as absent."""
 
-_LATER = "not built yet"
-
-
 async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Capabilities]:
     """The best of the ways that worked, and the report."""
-    cannot: dict[Ability, str] = {
-        ability: f"{_LATER}: needs CRIU 4.2" for ability in (Ability.CHECKPOINT, Ability.RESTORE, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY)
-    } | {Ability.SNAPSHOT: _LATER, Ability.ROOTLESS: "the driver mounts layers and makes control groups, which needs root"}
+    cannot = dict.fromkeys(
+        (Ability.CHECKPOINT, Ability.RESTORE, Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+    ) | {Ability.ROOTLESS: "the driver mounts layers and makes control groups, which needs root"}
     ways, runtime, reasons = None, "", []
     code = program(platform.machine())
     if os.geteuid() != 0:
