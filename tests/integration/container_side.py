@@ -14,7 +14,7 @@ from edge_runtime.workloads.images import ImageStore, Limits
 from tests.unit.workloads.image_side import Entry, layer, layout
 
 BUSYBOX = Path("/bin/busybox")
-APPLETS = "cat dd echo false grep head id ls mkdir mount nproc ping ps sh sleep stat touch true tr unshare wc yes".split()
+APPLETS = ["cat", "dd", "echo", "false", "grep", "head", "id", "ls", "mkdir", "mount", "nproc", "ping", "ps", "sh", "sleep", "stat", "touch", "true", "tr", "unshare", "wc", "yes"]
 LIMITS = Limits(keep_free=0)
 
 

@@ -95,10 +95,10 @@ async def test_another_user_has_no_capability(driver: ContainerDriver) -> None:
 async def test_memory_processes_and_processor_are_limited(driver: ContainerDriver) -> None:
     status, _, _ = await output(driver, "hungry", "x=$(yes 0123456789abcdef | head -c 100000000); echo ${#x}", limits={"memory": "24Mi"})
     assert status.exit is not None and (status.exit.out_of_memory or status.exit.signal == 9 or status.exit.code == 137), status
-    key = await started(driver, "forks", "sh -c 'for i in 1 2 3 4 5 6 7 8; do sleep 60 & done'; exec sleep 60", limits={"pids": 5}, requests={"memory": 32 << 20, "cpu": 500})
+    key = await started(driver, "forks", "sh -c 'while :; do sleep 60 & done'; exec sleep 60", limits={"pids": 16}, requests={"memory": 32 << 20, "cpu": 500})
     await until(lambda: _complains(driver, key, b"fork"))
     told = await driver.stats(key)
-    assert 1 < told.processes <= 5 and 0 < told.memory_bytes <= 32 << 20 and told.cpu_ns > 0
+    assert 12 < told.processes <= 16 and 0 < told.memory_bytes <= 32 << 20 and told.cpu_ns > 0
     groups = cgroups.read()
     assert groups.memory_limit("/novacron/forks.1") == 32 << 20
     await driver.delete(key)
@@ -196,6 +196,7 @@ async def test_a_root_that_cannot_be_written(driver: ContainerDriver) -> None:
 @pytest.mark.parametrize(("order", "says"), [
     ({"image": "nothing:1"}, "not on this node"), ({"spec": {"user": "nobody"}}, "not in the image's /etc/passwd"), ({"spec": {"command": ["x"], "privileged": True}}, "privileged: is not known"),
     ({"requests": {"disk": 1 << 60}}, "bytes are asked for"), ({"spec": {"limits": {"memory": "900Ti"}}}, "more than this node has"), ({"spec": {"capabilities": ["CAP_SYS_ADMIN"]}}, "choose from"),
+    ({"spec": {"limits": {"pids": 5}}}, "the runtime's own"),
 ])
 async def test_what_cannot_be_is_refused_before_anything_is_touched(order: dict[str, Any], says: str, driver: ContainerDriver) -> None:
     key = Key("refused", 1)

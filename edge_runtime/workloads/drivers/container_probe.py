@@ -12,6 +12,7 @@ from ..images import Config
 from . import cgroups
 from .cgroups import Groups
 from .container import ContainerDriver, Settings, Ways, searched
+from .container_spec import MIN_PIDS
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
 from .probe_program import program
 
@@ -84,7 +85,7 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
         layer.mkdir(mode=0o755)
         (layer / "probe").write_bytes(code)
         (layer / "probe").chmod(0o755)
-        order = Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": 4}, "read_only_root": True})
+        order = Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True})
         config = Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
         try:
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)

@@ -36,7 +36,9 @@ DEFAULT_MEMORY, DEFAULT_PIDS = 256 << 20, 512
 MIN_MEMORY = 6 << 20
 """Bytes; with less, a runtime cannot start anything."""
 
-MAX_PIDS = 32_768
+MIN_PIDS, MAX_PIDS = 16, 32_768
+"""What starts a container is a program with threads of its own, and counts too: with 5 it fails now and then, without a word."""
+
 MAX_MOUNTS = 32
 MAX_TEXTS, MAX_TEXT = 1024, 32_768
 """Arguments or variables, and bytes of one: execve(2) takes 128 KiB each, and 2 MiB in all."""
@@ -110,8 +112,8 @@ def limits(order: Order) -> Limit:
     if cpu and cpu < 10:
         raise Refused("spec.limits.cpu", f"{cpu} milli-CPU are less than the kernel's least quota", "give it 10m or more")
     pids = told.get("pids", DEFAULT_PIDS)
-    if not isinstance(pids, int) or isinstance(pids, bool) or not 1 <= pids <= MAX_PIDS:
-        raise Refused("spec.limits.pids", f"{str(pids)[:40]} is no number from 1 to {MAX_PIDS}", "say how many processes and threads it needs")
+    if not isinstance(pids, int) or isinstance(pids, bool) or not MIN_PIDS <= pids <= MAX_PIDS:
+        raise Refused("spec.limits.pids", f"{str(pids)[:40]} is no number from {MIN_PIDS} to {MAX_PIDS}", "say how many processes and threads it needs; the runtime's own count while it starts")
     return Limit(memory, cpu, pids, order.requests.get("cpu", 0) or 100)
 
 
