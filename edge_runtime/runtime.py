@@ -74,6 +74,7 @@ class EdgeRuntime:
         self._told: tuple[int, str] = (0, "")
         self._stopping = asyncio.Event()
         self._api: Any = None
+        self._workloads: Any = None
         self.api_port = 0
         self.site: SharedDuties | None = None
         if config.duties.enabled:
@@ -232,10 +233,12 @@ class EdgeRuntime:
             await asyncio.sleep(due - loop.time())
 
     def workload_node(self) -> Any:
-        """What tells the hub what this node has and answers for workloads."""
-        from .workloads.node import WorkloadNode
+        """What tells the hub what this node has, answers for workloads and runs them."""
+        if self._workloads is None:
+            from .workloads.node import WorkloadNode
 
-        return WorkloadNode(self.config, self.journal, self.metrics)
+            self._workloads = WorkloadNode(self.config, self.journal, self.metrics)
+        return self._workloads
 
     async def _tick_forever(self) -> None:
         while True:

@@ -355,7 +355,11 @@ class ContainerDriver:
         return self._status(key)
 
     async def instances(self) -> Sequence[Status]:
-        return [self._status(Key(entry["id"], entry["epoch"])) for entry in (await asyncio.to_thread(self._present)).values()]
+        found = []
+        for entry in (await asyncio.to_thread(self._present)).values():
+            with suppress(Refused):  # it was deleted in between
+                found.append(self._status(Key(entry["id"], entry["epoch"])))
+        return found
 
     async def prune(self, budget: int) -> list[str]:
         """Keep images within `budget` bytes; never what an instance stands on."""

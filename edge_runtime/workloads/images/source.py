@@ -189,12 +189,12 @@ def opened(path: Path) -> Files:
     raise ImageError("source", f"{path} is neither a folder nor a file", "name an OCI layout, or an archive of one")
 
 
-def plan(files: Files, reference: str, here: Platform, limits: Limits) -> Plan:
-    """Read what an image is. `reference` chooses among several; empty: there must be one."""
+def plan(files: Files, reference: str, here: Platform, limits: Limits, *, strict: bool = False) -> Plan:
+    """Read what an image is. `reference` chooses among several; empty: there must be one. `strict`: the only one must go by it too."""
     if files.size("oci-layout") is not None:
-        return _oci(files, reference, here, limits)
+        return _oci(files, reference, here, limits, strict)
     if files.size("manifest.json") is not None:
-        return _docker(files, reference, here, limits)
+        return _docker(files, reference, here, limits, strict)
     raise ImageError("source", "has neither oci-layout nor manifest.json", "make it with `docker save`, `podman save`, `skopeo copy ... oci-archive:FILE` or `buildx --output type=oci`")
 
 
@@ -216,14 +216,14 @@ def _blob(files: Files, pointer: Descriptor, what: str) -> bytes:
     return raw
 
 
-def _oci(files: Files, reference: str, here: Platform, limits: Limits) -> Plan:
+def _oci(files: Files, reference: str, here: Platform, limits: Limits, strict: bool) -> Plan:
     layout = documents.loads(_whole(files, "oci-layout", "oci-layout"), "oci-layout")
     if layout.get("imageLayoutVersion") != "1.0.0":
         raise ImageError("oci-layout", f"version {str(layout.get('imageLayoutVersion'))[:20]!r} is not 1.0.0", "write the layout again with a current tool")
     listed = documents.entries(documents.loads(_whole(files, "index.json", "index.json"), "index.json"))
     if reference:
         # A layout with one image under another name, or under none, is meant as well: what is asked for becomes its name here.
-        listed = documents.named(listed, reference) or (listed if len({one.digest for one in listed}) == 1 else ())
+        listed = documents.named(listed, reference) or (listed if len({one.digest for one in listed}) == 1 and not strict else ())
         if not listed:
             raise ImageError("reference", f"{reference[:100]} is not in it", "name one that is: see index.json")
     elif len({one.annotations.get(documents.FULL_NAME, one.annotations.get(documents.REF_NAME)) for one in listed}) > 1:
@@ -250,13 +250,13 @@ def _oci(files: Files, reference: str, here: Platform, limits: Limits) -> Plan:
     return Plan(chosen.digest, names, config, tuple(layers))
 
 
-def _docker(files: Files, reference: str, here: Platform, limits: Limits) -> Plan:
+def _docker(files: Files, reference: str, here: Platform, limits: Limits, strict: bool) -> Plan:
     raw = _whole(files, "manifest.json", "manifest.json")
     listed: Any = documents.loads(b'{"images":' + raw + b"}", "manifest.json").get("images")
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise ImageError("manifest.json", "is not a list of images", "save the image again")
     found = [one for one in listed if reference in documents.texts(one.get("RepoTags"), "RepoTags")] if reference else listed
-    found = found or (listed if len(listed) == 1 else [])
+    found = found or (listed if len(listed) == 1 and not strict else [])
     if len(found) != 1:
         raise ImageError("reference", f"{reference[:100] or 'no name'} does not mean one of the {len(listed)} images in it", "say which one")
     entry: Mapping[str, Any] = found[0]

@@ -35,6 +35,9 @@ _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}\Z")
 MAX_NAMES = 64
 """Names that one image goes by; the oldest are forgotten beyond it."""
 
+MAX_ARCHIVES = 256
+"""Sources in a folder that are looked at for one image."""
+
 MAX_RECORD = 8 << 20
 """Bytes of an image's document: a config of the largest size, and its names."""
 
@@ -108,17 +111,34 @@ class ImageStore:
 
     # -- adding --------------------------------------------------------------------------------------------------------------
 
-    def add(self, path: Path, reference: str = "") -> Image:
+    def find_or_take(self, reference: str, archives: Path) -> Image:
+        """`find`, and where it is not here, the first of the sources in a folder that has an image of this very name."""
+        try:
+            return self.find(reference)
+        except ImageError as error:
+            absent, broken = error, []
+        for path in sorted(archives.iterdir())[:MAX_ARCHIVES] if archives.is_dir() else ():
+            try:
+                return self.add(path, reference, strict=True)
+            except ImageError as error:
+                if error.field != "reference":
+                    broken.append(f"{path.name}: {error}")
+        if broken:
+            raise ImageError("image", f"{absent.problem}, and of what is in {archives} some cannot be taken: {'; '.join(broken)[:1000]}", "put a good archive there")
+        raise ImageError("image", absent.problem, f"put an OCI layout, or an archive of one or of docker save, into {archives}")
+
+    def add(self, path: Path, reference: str = "", *, strict: bool = False) -> Image:
         """Take an image from an OCI layout (a folder, or a tar of one) or from a `docker save` archive; all or nothing.
 
         Args:
             reference: which of several, and a name that it goes by from now on; of other images with this name it is taken away.
+            strict: only what goes by this name there already; else the only image of a source may get any name.
         """
         if reference and not _REFERENCE.match(reference):
             raise ImageError("reference", f"{reference[:100]!r} is no name of an image", "use 1 to 255 letters, digits and . _ : / @ + -")
         with self._lock:
             try:
-                found = plan(opened(path), reference, self._here, self.limits)
+                found = plan(opened(path), reference, self._here, self.limits, strict=strict)
                 return self._take(found, tuple(dict.fromkeys(name for name in (reference, *found.names) if _REFERENCE.match(name))))
             except OSError as error:
                 raise ImageError("image", f"could not be read or kept: {error.strerror}", "look at the disk of the data folder, and at the source") from None
