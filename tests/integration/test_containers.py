@@ -247,6 +247,24 @@ async def test_a_killed_keeper_is_told_and_nothing_is_left_of_its_container(driv
     assert all(not os.path.exists(folder) for folder in groups.folders("/novacron/orphan.1"))
 
 
+async def test_another_agent_takes_over_what_runs_and_starts_nothing_twice(driver: ContainerDriver) -> None:
+    key = await started(driver, "mine", "echo began; sleep 600")
+    next_one = ContainerDriver(driver._folder.parent, driver._store, driver._settings)
+    next_one._capabilities, next_one._ways = driver._capabilities, driver._ways
+    before = await driver.status(key)
+    assert await next_one.start(key) == before and [status.key for status in await next_one.instances()] == [key]
+    await until(lambda: _says(driver, key, b"began"))
+    # The control: without the lock, and what the keeper wrote down, it is started again.
+    keeper = driver._keepers.popitem()[1]
+    for name in ("lock", "running.json"):
+        (driver._path(key) / name).unlink()
+    (driver._path(key) / "lock").touch()
+    await next_one.start(key)
+    await until(lambda: _says(driver, key, b"began\nbegan"))
+    await next_one.delete(key)
+    await asyncio.to_thread(keeper.wait)
+
+
 async def test_many_at_once(driver: ContainerDriver) -> None:
     keys = await asyncio.gather(*(started(driver, f"many-{at}", f"exit {at}") for at in range(6)))
     ends = await asyncio.gather(*(driver.wait(key) for key in keys))
