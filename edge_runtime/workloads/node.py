@@ -96,7 +96,6 @@ class WorkloadNode:
             await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
-        self._tidy()
 
     def _tidy(self) -> None:
         """Keep images within their budget, when there is time."""

@@ -44,7 +44,7 @@ class Runner:
 
     Args:
         bring: takes the image of a reference into the store where it can; raises `DriverError`.
-        tidy: called when an instance was removed.
+        tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
     """
 
@@ -67,7 +67,7 @@ class Runner:
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
-        for workload in {*wanted, *there}:
+        for workload in {*wanted, *there, *self._tasks}:
             self._changed.setdefault(workload, asyncio.Event()).set()
             if workload not in self._tasks:
                 self._tasks[workload] = asyncio.create_task(self._tend(workload), name=f"workload {workload}")
@@ -149,6 +149,7 @@ class Runner:
             raise Refused("spec", "is not an object", "see what a container's spec has")
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         await self._driver.prepare(Order(key, image, requests, spec))
+        self._tidy()  # only now: what is prepared stands on its image, and keeps it
         return await self._driver.start(key)
 
     async def _until(self, key: Key, changed: asyncio.Event) -> Status | None:
@@ -163,8 +164,10 @@ class Runner:
             await asyncio.gather(end, other, return_exceptions=True)
 
     def _say(self, entry: Mapping[str, Any], state: str, reason: str) -> None:
-        """Once each, and nothing after an end."""
+        """Once each, nothing after an end, and nothing of what is not listed any more."""
         key, order = _said(entry), ("accepted", "running", *ENDS)
+        if all(_said(listed) != key for listed in self._wanted.get(entry["id"], ())):
+            return
         before = self._told.get(key)
         if before in ENDS or (before is not None and order.index(state) <= order.index(before)):
             return
