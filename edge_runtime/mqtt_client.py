@@ -67,8 +67,6 @@ def _make(paho: Any) -> Any:
             self._left = b""
             self._skip = 0
             self._gathered = bytearray()
-            # Read into one buffer: `recv` would take and give back READ_BYTES of heap at each read, between whatever stays, and the heap would fray.
-            self._into = memoryview(bytearray(READ_BYTES))
             self.has_more = False
             """A whole packet was read that has not been taken yet."""
             self.ended = False
@@ -87,14 +85,13 @@ def _make(paho: Any) -> Any:
             buffer = self._left
             if not self.has_more:  # else there is enough to do, and what is read ahead has a limit
                 try:
-                    count = self._sock.recv_into(self._into)
-                except (BlockingIOError, paho.ssl.SSLWantReadError, paho.ssl.SSLWantWriteError):
+                    data = self._sock_recv(READ_BYTES)
+                except BlockingIOError:
                     return True
-                except (OSError, AttributeError):
-                    return False  # lost, or closed by paho
-                if not count:
+                except OSError:
                     return False
-                data = bytes(self._into[:count])
+                if not data:
+                    return False
                 self._last_bytes_received = self._last_msg_in = time.monotonic()  # the name in paho 2.2 and the one before
                 if self._skip:
                     skipped = min(self._skip, len(data))
