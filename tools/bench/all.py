@@ -19,6 +19,7 @@ BENCHES = (
     "outage",
     "nab",
     "site_failover",
+    "container_start",
     "scheduler_latency",
     "k8s_cases",
     "vbp",

@@ -114,6 +114,10 @@ class ContainerDriver:
         """A folder for what is needed for a moment; emptied at start."""
         return self._new
 
+    def folder(self, key: Key) -> Path:
+        """An instance's folder, there or not."""
+        return self._path(key)
+
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
     async def probe(self) -> Capabilities:
