@@ -43,11 +43,11 @@ class WorkloadNode:
 
     async def run(self) -> None:
         """Probe the drivers, then make true what is wanted, and tell what this node has, at boot and when it has changed. Until cancelled; what runs then goes on."""
-        if not self._probed:
-            await self._probe()
-        if self._entries is not None:
-            self._answer(self._entries)
         try:
+            if not self._probed:
+                await self._probe()
+            if self._entries is not None:
+                self._answer(self._entries)
             await asyncio.gather(self._tell(), self._follow())
         finally:
             if self._runner is not None:
@@ -73,6 +73,9 @@ class WorkloadNode:
         except (ImageError, OSError) as error:
             self._why = str(error)
             log.error("containers cannot be run: %s", error)
+        except Exception as error:  # what a host can come up with has no end; the agent's other work goes on
+            self._why = f"the probe failed: {error}"
+            log.exception("containers cannot be run")
         self._probed = True
 
     async def _follow(self) -> None:

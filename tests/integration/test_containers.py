@@ -287,6 +287,30 @@ async def test_a_runtime_that_is_not_there_or_does_not_work_is_reported(tmp_path
     store.close()
 
 
+async def test_a_path_that_overlayfs_would_misread_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    store = made_store(tmp_path / "a,b")
+    told = await made_driver(tmp_path / "a,b", store).probe()
+    assert not told.usable and "path has ," in told.cannot[Ability.START]
+    store.close()
+
+
+async def test_crun_is_taken_where_it_passes_and_else_its_own_words_are_the_reason(tmp_path: Path) -> None:
+    if searched("crun") is None:
+        pytest.skip("no crun (as root: apt install crun)")
+    store = made_store(tmp_path)
+    driver = made_driver(tmp_path, store, runtimes=("crun",))
+    told = await driver.probe()
+    if told.usable:
+        _, out, _ = await output(driver, "other", "echo by another")
+        assert out == "by another\n"
+    else:
+        assert told.cannot[Ability.START].startswith("crun: crun create: ")
+        both = await made_driver(tmp_path, store, runtimes=("crun", "runc")).probe()
+        assert both.usable and both.runtime.startswith("runc")
+    store.close()
+
+
 def test_no_mount_of_a_container_is_seen_on_the_host(driver: ContainerDriver) -> None:
     key = asyncio.run(started(driver, "hidden", "sleep 60"))
     assert "novacron" not in Path("/proc/self/mounts").read_text()

@@ -66,6 +66,11 @@ class Node:
         self.agent.kill()
         self.agent.__exit__()
 
+    def stop(self) -> None:
+        """SIGTERM, as at an update."""
+        assert self.agent is not None
+        self.agent.__exit__()
+
     def end(self) -> None:
         """Kill the agent where it runs, and everything that it left."""
         if self.agent is not None:
@@ -112,6 +117,10 @@ async def test_workloads_run_end_stop_and_outlive_a_killed_agent(tmp_path: Path)
             await until(lambda: not node.there("good") and not node.there("bad"), 30.0, what="what ended is removed once the hub has heard of it")
             pids = {name: node.pid(name) for name in ("lasting", "later")}
 
+            assert node.agent is not None
+            agents = os.getpriority(os.PRIO_PROCESS, node.agent.pid)
+            assert all(os.getpriority(os.PRIO_PROCESS, pid) == max(0, agents) for pid in pids.values()), "the agent prefers itself, not what it starts"
+
             await asyncio.to_thread(node.kill)
             assert all(alive(pid) for pid in pids.values())
             os.kill(pids["later"], signal.SIGUSR1)
@@ -120,6 +129,10 @@ async def test_workloads_run_end_stop_and_outlive_a_killed_agent(tmp_path: Path)
             await until(lambda: states(hub, "later") == ["accepted", "running", "failed"], 60.0, what="the end that nobody saw")
             assert ("later", 1, "failed", "exit code 9") in said(hub)
             assert node.pid("lasting") == pids["lasting"] and alive(pids["lasting"]) and states(hub, "lasting") == ["accepted", "running"]
+
+            await asyncio.to_thread(node.stop)
+            await asyncio.to_thread(node.start)
+            assert node.pid("lasting") == pids["lasting"] and alive(pids["lasting"])
 
             await hub.workloads.ask(lambda planner, now: planner.cancel("lasting", now))
             await until(lambda: states(hub, "lasting") == ["accepted", "running", "stopped"], 60.0, what="the stop")

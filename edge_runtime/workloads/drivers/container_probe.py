@@ -32,6 +32,8 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
     code = program(platform.machine())
     if os.geteuid() != 0:
         reasons.append("the agent does not run as root")
+    elif odd := set(",:\\") & set(str(driver.scratch)):
+        reasons.append(f"the data folder's path has {' '.join(sorted(odd))} in it, which overlayfs takes for its own")
     elif groups.lacks:
         reasons.append(groups.lacks)
     elif code is None:

@@ -243,6 +243,22 @@ def test_a_kill_at_any_step_leaves_whole_things(word: str, time: int, tmp_path: 
     after.close()
 
 
+def test_control_a_layer_that_is_unpacked_in_its_place_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it not for the rename, a kill while unpacking would leave half a layer under its name."""
+    source, directory = layout(tmp_path / "in", [BASE, TOP]), tmp_path / "store"
+
+    def in_place(stream: Any, folder: Path, *rest: Any, **more: Any) -> Any:
+        os.rename(folder, directory / "layers" / folder.name)
+        raise SystemExit
+
+    monkeypatch.setattr(stores, "unpack", in_place)
+    _killed(directory, ("never", 1), lambda store: store.add(source))
+    monkeypatch.undo()
+    after = ImageStore(directory, limits=LIMITS, own=AS_ROOT)
+    assert not all(tree(folder) for folder in after.lower(after.add(source)))
+    after.close()
+
+
 def test_opening_repairs(store: ImageStore, tmp_path: Path) -> None:
     image = store.add(layout(tmp_path / "in", [BASE, TOP]))
     (store.directory / "new/half").mkdir()
