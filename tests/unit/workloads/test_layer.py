@@ -72,7 +72,7 @@ ESCAPES: tuple[list[Entry], ...] = (
 
 
 @given(HOSTILE)
-@settings(max_examples=150)
+@settings(max_examples=100)
 @example(ESCAPES[0])
 @example(ESCAPES[1])
 @example(ESCAPES[2])
@@ -228,7 +228,7 @@ STACK = st.lists(LAYER, min_size=1, max_size=3)
 
 @needs_root
 @given(STACK)
-@settings(max_examples=80, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @example([[("file", "a/b", b"1")], [("file", ".wh.a", b""), ("file", "a/c", b"2")]])
 @example([[("file", "a/b", b"1")], [("file", "a/c", b"2"), ("file", ".wh.a", b"")]])
 @example([[("file", "a/b", b"1")], [("file", ".wh.a", b""), ("folder", "a", b"")]])
