@@ -9,7 +9,6 @@ What is on the disk is the truth: who holds an instance's lock lives, and what i
 
 import asyncio
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -17,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
+from .instance import alive, bounded, line, read, readable, sync_folder, tail, write
 from .users import ids
 
 T = TypeVar("T")
@@ -51,9 +51,6 @@ LEFT_S = 10.0
 
 LOOK_S = 0.02
 """Pause between two looks at a lock, for which there is no event."""
-
-MAX_EXEC_OUTPUT = 1 << 20
-"""Bytes kept of each stream of a command; what comes after is read and dropped."""
 
 SAID = 2000
 """Characters of a runtime's own words in an error."""
@@ -189,10 +186,10 @@ class ContainerDriver:
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime),
         }
         for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
-            _write(laid / file, value)
+            write(laid / file, value)
         (laid / "lock").touch(mode=0o600)
         os.rename(laid, folder)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     # -- start, end ----------------------------------------------------------------------------------------------------------
 
@@ -231,7 +228,7 @@ class ContainerDriver:
         assert keeper.stdout is not None
         with keeper.stdout:
             os.set_blocking(keeper.stdout.fileno(), True)
-            return _line(keeper.stdout.fileno(), START_S)
+            return line(keeper.stdout.fileno(), START_S)
 
     async def wait(self, key: Key) -> Status:
         while True:
@@ -245,7 +242,7 @@ class ContainerDriver:
                 await asyncio.sleep(LOOK_S)
                 continue
             try:
-                await _readable(watched)
+                await readable(watched)
             finally:
                 os.close(watched)
 
@@ -332,7 +329,7 @@ class ContainerDriver:
 
     async def logs(self, key: Key, most: int) -> Output:
         self._instance(key)
-        (out, cut), (err, also) = await asyncio.to_thread(lambda: [_tail(self._path(key) / f"{stream}.log", most) for stream in ("stdout", "stderr")])
+        (out, cut), (err, also) = await asyncio.to_thread(lambda: [tail(self._path(key) / f"{stream}.log", most) for stream in ("stdout", "stderr")])
         return Output(out, err, cut or also)
 
     async def exec(self, key: Key, args: Sequence[str], timeout_s: float) -> Ran:
@@ -348,7 +345,7 @@ class ContainerDriver:
         assert process.stdout is not None and process.stderr is not None
         try:
             async with asyncio.timeout(timeout_s):
-                (out, cut), (err, also), code = await asyncio.gather(_bounded(process.stdout), _bounded(process.stderr), process.wait())
+                (out, cut), (err, also), code = await asyncio.gather(bounded(process.stdout), bounded(process.stderr), process.wait())
         except TimeoutError:
             raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time") from None
         finally:
@@ -384,7 +381,7 @@ class ContainerDriver:
         found = {}
         for entry in os.scandir(self._folder):
             if entry.name != self._new.name:
-                value = _read(Path(entry.path, "instance.json"))
+                value = read(Path(entry.path, "instance.json"))
                 if value is not None and isinstance(value.get("id"), str) and isinstance(value.get("epoch"), int):
                     found[entry.name] = value
         return found
@@ -393,7 +390,7 @@ class ContainerDriver:
         return self._folder / _name(key)
 
     def _instance(self, key: Key) -> dict[str, Any]:
-        value = _read(self._path(key) / "instance.json")
+        value = read(self._path(key) / "instance.json")
         if value is None:
             raise Refused("id", f"there is no container {_name(key)} here", "prepare it first")
         return value
@@ -402,7 +399,7 @@ class ContainerDriver:
         """The lock first: where it is free, nothing changes any more."""
         self._instance(key)
         folder, held = self._path(key), self._held(key)
-        end, running = _read(folder / "exit.json"), _read(folder / "running.json")
+        end, running = read(folder / "exit.json"), read(folder / "running.json")
         if end is not None:
             if "failed" in end:
                 return Status(key, Phase.ENDED, reason=str(end["failed"]))
@@ -410,8 +407,8 @@ class ContainerDriver:
             return Status(key, Phase.ENDED, exit=told, reason=told.reason)
         if running is None:
             return Status(key, Phase.PREPARED)
-        alive = held or _alive(running)
-        if not alive:
+        lives = held or alive(running)
+        if not lives:
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
         frozen = self._groups.frozen(f"{cgroups.PARENT}/{folder.name}")
         return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]), reason="" if held else "its keeper was killed: what it writes and how it ends will not be known")
@@ -438,7 +435,7 @@ class ContainerDriver:
 
     def _watched(self, key: Key) -> int | None:
         """A descriptor that becomes readable at the end of its keeper, or of its first process where it has none; None where neither is there yet, or any more."""
-        running = _read(self._path(key) / "running.json")
+        running = read(self._path(key) / "running.json")
         if running is None:
             return None
         held = self._held(key)
@@ -447,7 +444,7 @@ class ContainerDriver:
         except OSError:
             return None
         # Asked again after the descriptor is there: then it is of the process that was meant, not of a later one with its number.
-        if held == self._held(key) and (held or _alive(running)):
+        if held == self._held(key) and (held or alive(running)):
             return found
         os.close(found)
         return None
@@ -462,7 +459,7 @@ class ContainerDriver:
             del self._keepers[pid]
 
     def _keeper_said(self, key: Key) -> str:
-        data, _ = _tail(self._path(key) / "keeper.err", SAID)
+        data, _ = tail(self._path(key) / "keeper.err", SAID)
         return data.decode("utf-8", "replace").strip()
 
     def _one(self, key: Key) -> asyncio.Lock:
@@ -480,7 +477,7 @@ class ContainerDriver:
         assert process.stderr is not None
         try:
             async with asyncio.timeout(COMMAND_S):
-                (said, _), code = await asyncio.gather(_bounded(process.stderr), process.wait())
+                (said, _), code = await asyncio.gather(bounded(process.stderr), process.wait())
         except TimeoutError:
             raise Failed(words[0], f"the runtime did not come back within {COMMAND_S:g} s", "look at the node: its kernel or disk hangs") from None
         finally:
@@ -500,91 +497,6 @@ class ContainerDriver:
 def _name(key: Key) -> str:
     """A folder, a control group and the runtime's name of it. Ids have no `+`, runtimes take no colon."""
     return f"{key.id.replace(':', '+')}.{key.epoch}"
-
-
-def _alive(running: Mapping[str, Any]) -> bool:
-    """Whether the first process that was written down is there: of this boot, with this start."""
-    try:
-        if Path("/proc/sys/kernel/random/boot_id").read_text().strip() != running["boot"]:
-            return False
-        fields = Path(f"/proc/{int(running['pid'])}/stat").read_bytes().rpartition(b")")[2].split()
-        return int(fields[19]) == running["started"] and fields[0] not in (b"Z", b"X")
-    except (OSError, ValueError, KeyError, IndexError):
-        return False
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-    loop.add_reader(descriptor, event.set)
-    try:
-        await event.wait()
-    finally:
-        loop.remove_reader(descriptor)
-
-
-async def _bounded(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
-    """All of a stream, of which the first `MAX_EXEC_OUTPUT` bytes are kept; whether that was not all."""
-    kept, cut = bytearray(), False
-    while data := await stream.read(1 << 16):
-        room = MAX_EXEC_OUTPUT - len(kept)
-        cut = cut or len(data) > room
-        kept += data[:room]
-    return bytes(kept), cut
-
-
-def _line(descriptor: int, seconds: float) -> str:
-    """One line of a pipe, without its end; empty where there is none in time."""
-    import select
-
-    found, end = b"", time.monotonic() + seconds
-    while not found.endswith(b"\n") and len(found) < 100:
-        if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
-            break
-        data = os.read(descriptor, 1)
-        if not data:
-            break
-        found += data
-    return found.decode("ascii", "replace").strip()
-
-
-def _tail(path: Path, most: int) -> tuple[bytes, bool]:
-    """The last bytes of a log and the one before it; whether there was more."""
-    found, more = b"", False
-    for file in (path, path.with_name(path.name + ".1")):
-        try:
-            with open(file, "rb") as handle:
-                size = os.fstat(handle.fileno()).st_size
-                take = min(size, max(0, most - len(found)))
-                more = more or size > take
-                handle.seek(size - take)
-                found = handle.read(take) + found
-        except FileNotFoundError:
-            continue
-    return found, more
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _write(path: Path, value: Any) -> None:
-    with open(path, "w") as handle:
-        json.dump(value, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open_files() -> int:
