@@ -13,6 +13,7 @@ What moves a reservation, and which way:
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 
 import numpy as np
 
@@ -54,6 +55,13 @@ class Timetable:
         self._human = human or (lambda resource, amount: f"{amount} {resource}")
         self._when = when or (lambda ms: f"{ms} ms")
         self._reorder_most, self._backfill_depth = reorder_most, backfill_depth
+
+    def copy(self, when: Callable[[int], str] | None = None) -> "Timetable":
+        """An independent one, for what-if; `when` as at the begin, the same where it is None."""
+        other = copy(self)
+        other.names, other.profile, other._gone, other._when = list(self.names), self.profile.copy(), set(self._gone), when or self._when
+        other.running, other.reserved, other.waiting, other._order = dict(self.running), dict(self.reserved), dict(self.waiting), dict(self._order)
+        return other
 
     def submit(self, job: Job, now_ms: int) -> Admission:
         """Admit a job or say why not. A job without a deadline is always admitted, unless it could never run. Raises ValueError for a malformed one."""

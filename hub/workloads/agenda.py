@@ -12,7 +12,7 @@ for it, leaves promises alone, and none of them has to know of the timetable.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ..scheduler.reasons import WORDS, Bools, Fail
 from ..scheduler.units import GPU_WHOLE, LEAVING, SLOTS
 from ..store.workloads import NodeRow, PlacementRow, WorkloadRow
 from .book import Guard, short
-from .documents import ACCEPT, REFUSE, Conflict, Submitted
+from .documents import ACCEPT, REFUSE, Missed, Submitted
 from .placing import Placing, Together, together
 
 REORDER_MOST = 32
@@ -94,6 +94,14 @@ class Agenda(Placing):
         self._table = None
         return problems
 
+    def fork(self) -> Self:
+        """As `Book.fork`; with a timetable of its own, which is as true as this one's."""
+        other = super().fork()
+        other._begun, other._members, other._never = [], dict(self._members), dict(self._never)
+        if self._table is not None:
+            other._table = self._table.copy(lambda ms: when(ms, other._now))
+        return other
+
     def begin(self) -> None:
         """Start a plan, or a part of one."""
         super().begin()
@@ -152,7 +160,7 @@ class Agenda(Placing):
     # -- admission, rounds ---------------------------------------------------------------------------------------------------
 
     def _admit(self, fresh: Collection[str], now_ms: int) -> None:
-        """Plan jobs that came just now. Raises `Conflict` for one that will miss its deadline and is not to be taken then."""
+        """Plan jobs that came just now. Raises `Missed` for one that will miss its deadline and is not to be taken then."""
         table, late = self._synced(now_ms, besides=fresh)
         self._now = now_ms
         for key, names in self._groups():
@@ -173,11 +181,11 @@ class Agenda(Placing):
         self._push(now_ms)
 
     def _admit_dated(self, table: Timetable, key: str, names: tuple[str, ...], when_late: str, now_ms: int) -> None:
-        """A promise, or none. Raises `Conflict` where it is not to be taken without one."""
+        """A promise, or none. Raises `Missed` where it is not to be taken without one."""
         job = f"{MAX_RESERVED} jobs have room reserved already" if len(table.reserved) >= MAX_RESERVED else self._job(key, names, now_ms, table)
         if isinstance(job, str):
             if when_late == REFUSE and len(names) >= self.tables.items[names[0]].item.gang_size:
-                raise Conflict("workload.deadline_ms", f"{names[0]!r} cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
+                raise Missed(names[0], f"cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
             self._left = True
             self._hold_off(names, job, now_ms)
             return
@@ -507,12 +515,12 @@ def when(ms: int, now_ms: int) -> str:
     return datetime.fromtimestamp(ms // 1000, UTC).strftime("%H:%M:%S UTC" if ms // DAY_MS == now_ms // DAY_MS else "%Y-%m-%d %H:%M:%S UTC")
 
 
-def _missed(name: str, verdict: Admission) -> Conflict:
+def _missed(name: str, verdict: Admission) -> Missed:
     """The refusal of a job that misses its deadline: by how much, for want of what, until when; and what would make it."""
     remedies = ", or ".join(f"it makes it {remedy.text}" for remedy in verdict.remedies[:1]) + "".join(f", or {remedy.text}" for remedy in verdict.remedies[1:])
     why = verdict.reason.text if verdict.reason is not None else ""
-    text = f"{name!r} will miss it by {duration(verdict.late_ms)}: {why}" if verdict.late_ms is not None else f"{name!r} cannot be promised: {why}"
-    return Conflict("workload.deadline_ms", text, (f"{remedies}; " if remedies else "") + f"with when_late: {ACCEPT} it is taken all the same")
+    text = f"will miss it by {duration(verdict.late_ms)}: {why}" if verdict.late_ms is not None else f"cannot be promised: {why}"
+    return Missed(name, text, (f"{remedies}; " if remedies else "") + f"with when_late: {ACCEPT} it is taken all the same", verdict.forecast)
 
 
 def _promise(plan: Mapping[str, Any]) -> dict[str, Any]:

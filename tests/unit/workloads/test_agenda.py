@@ -396,7 +396,7 @@ def overbooked(desk: Desk) -> list[str]:
     return found
 
 
-def play(steps: list[tuple[str, int]]) -> None:
+def play(steps: list[tuple[str, int]]) -> Desk:
     desk = Desk()
     for number in range(2):
         desk.node(f"n{number}")
@@ -436,6 +436,7 @@ def play(steps: list[tuple[str, int]]) -> None:
     round_of(desk, rounds)
     assert overbooked(desk) == []
     assert placement_log.overcommit(desk.kept.log(), desk.now) == (0, []) and placement_log.doubles(desk.kept.log()) == []
+    return desk
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
