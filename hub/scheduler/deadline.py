@@ -12,13 +12,14 @@ What moves a reservation, and which way:
 | a node vanishes, a job overruns | those it hit are placed anew; where that breaks a promise, all are, if fewer promises break; who is late is told, with the reason |
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from typing import Any
 
 import numpy as np
 
 from .batch import Admission, Forecast, Hold, Job, Late, Reason, Remedy, duration
-from .profile import FAR, Bools, Ints, Overcommitted, Profile
+from .profile import FAR, Bools, Ints, Profile
 
 OVERRUN_PERMILLE = 250
 """A job that runs beyond its reservation is expected to need this much of its estimate more, each time anew: few corrections for a bad estimate, little held for a slight one."""
@@ -114,19 +115,16 @@ class Timetable:
             if lasting:
                 self.profile.hold_until(node, lasting)
 
-    def restore(self, holds: Iterable[Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
-        """Reservations as they were kept, each where and when it was, whatever the job's allowed nodes say now; what no longer fits so, and jobs that have none (`loose`), are placed anew. Returns the promises that this broke."""
-        self._advance(now_ms)
+    def stand(self, profile: Profile, gone: Iterable[int], running: Mapping[str, Hold], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
+        """Begin with what a profile holds already: what runs, and of what was planned (in its order) what is `kept`. The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke."""
+        self._now, self.profile, self._gone, self.running = now_ms, profile, set(gone), dict(running)
+        self._sequence = len(running)
+        self._order = dict(zip(running, range(1, len(running) + 1), strict=True))
         hit = list[Hold]()
-        for hold in sorted(holds, key=lambda hold: (hold.start_ms, hold.job.id)):
-            self._check(hold.job)
+        for hold in planned:
             self._enlist(hold.job)
-            due = Hold(hold.job, hold.nodes, max(hold.start_ms, now_ms), hold.end_ms, hold.need)
-            try:
-                if due.end_ms - now_ms < hold.job.duration_ms:  # it was called for too late
-                    raise Overcommitted
-                self._hold_or_not(due)
-            except Overcommitted:
+            due = kept.get(hold.job.id)
+            if due is None:
                 hit.append(hold)
             else:
                 self.reserved[hold.job.id] = due
@@ -147,9 +145,9 @@ class Timetable:
         self._advance(now_ms)
         late = self._extend_overruns(now_ms) + self._overdue(now_ms)
         started = []
-        for hold in sorted(self.reserved.values(), key=lambda hold: (hold.start_ms, self._key(hold.job))):
-            if hold.start_ms <= now_ms:
-                started.append(self._start(hold))
+        due = [hold for hold in self.reserved.values() if hold.start_ms <= now_ms]
+        for hold in sorted(due, key=lambda hold: (hold.start_ms, self._key(hold.job))):
+            started.append(self._start(hold))
         return started + self._backfill(now_ms), late
 
     def next_ms(self) -> int | None:
@@ -228,8 +226,9 @@ class Timetable:
     def _advance(self, now_ms: int) -> None:
         if now_ms < self._now:
             raise ValueError(f"time went back from {self._now} to {now_ms} ms")
-        self._now = now_ms
-        self.profile.advance(now_ms)
+        if now_ms > self._now:
+            self._now = now_ms
+            self.profile.advance(now_ms)
 
     def _find(self, profile: Profile, job: Job, now_ms: int, nodes: Bools | None = None) -> Hold | None:
         """The earliest place, on all nodes that the job may use or on those of `nodes`."""
@@ -300,9 +299,14 @@ class Timetable:
             self._release(self.profile, hold, now_ms)
             del self.reserved[hold.job.id]
             self.waiting[hold.job.id] = hold.job
-        started, head = [], False
+        started, head, failed = [], False, set[tuple[Any, ...]]()
         for job in sorted(self.waiting.values(), key=self._key)[:self._backfill_depth]:
+            kin = job.need, job.planned_ms, job.members, id(job.allowed)
+            if head and kin in failed:
+                continue  # others were only added since one like it could not start
             found = self._find(self.profile, job, now_ms)
+            if found is None or found.start_ms > now_ms:
+                failed.add(kin)
             if found is None or (found.start_ms > now_ms and head):
                 continue
             self._hold(self.profile, found)
@@ -415,7 +419,8 @@ class Timetable:
         usable[list(self._gone)] = False
         if not usable.any():
             return Reason("no node that it may use is there")
-        room = Profile(self.base, 0).members(need, 0, 1, job.members)
+        asked = need > 0
+        room = np.clip((self.base[:, asked] // need[asked]).min(axis=1), 0, job.members)
         if int(room[usable].sum()) >= job.members:
             return None
         largest = self.base[usable].max(axis=0)

@@ -49,8 +49,17 @@ class Profile:
     def copy(self) -> "Profile":
         """An independent one, for what-if."""
         other = object.__new__(Profile)
-        other._times, other._free, other._steps = self._times.copy(), self._free.copy(), self._steps.copy()
+        width = max(_FIRST_WIDTH, int(self._steps.max(initial=0)))
+        other._times, other._free, other._steps = self._times[:, :width].copy(), self._free[:, :width].copy(), self._steps.copy()
         return other
+
+    def copy_node(self, other: "Profile", node: int) -> None:
+        """The node as it is in another profile of the same nodes."""
+        steps = int(other._steps[node])
+        while steps > self._times.shape[1]:
+            self._widen()
+        self._times[node, steps:] = FAR
+        self._times[node, :steps], self._free[node, :steps], self._steps[node] = other._times[node, :steps], other._free[node, :steps], steps
 
     @property
     def nodes(self) -> int:
@@ -67,7 +76,7 @@ class Profile:
         self._times, self._free, self._steps = np.concatenate([self._times, times]), np.concatenate([self._free, row]), np.append(self._steps, 1)
         return self.nodes - 1
 
-    def set_node(self, node: int, free: Sequence[int], now_ms: int) -> None:
+    def set_node(self, node: int, free: Sequence[int] | Ints, now_ms: int) -> None:
         """From now on the node has exactly `free` (0 where it vanished); only for a node without holds."""
         self._times[node], self._times[node, 0] = FAR, now_ms
         self._free[node, 0] = free
@@ -76,6 +85,11 @@ class Profile:
     def at(self, node: int, when_ms: int) -> Ints:
         """[R]: what is free on a node at one time."""
         free: Ints = self._free[node, self._index(node, when_ms)].copy()
+        return free
+
+    def first(self, rows: Ints) -> Ints:
+        """[rows, R]: what is free at the profile's start."""
+        free: Ints = self._free[rows, 0]
         return free
 
     def steps(self, node: int) -> list[tuple[int, tuple[int, ...]]]:

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads import agenda
-from hub.workloads.agenda import PATIENCE_MS, Agenda, when
+from hub.workloads.agenda import Agenda
 from hub.workloads.documents import Conflict, read_list
 from hub.workloads.placing import Placing
 from hub.workloads.rounds import LOST_AFTER_MS, Rounds
+from hub.workloads.timetables import PATIENCE_MS, when
 from hub.workloads.views import explain, nodes_view, usage
 from tools.bench import placement_log
 

@@ -1,0 +1,128 @@
+"""What one timetable after the other begins with: the profile of what runs and of what is reserved, of which only the nodes where something changed are made anew. Pure.
+
+A timetable is made again whenever anything else was placed. What that changes is a node or two; to book all jobs on all nodes each time costs a hundred times as much. The
+outcome is that of a new `Timetable` on which everything is booked (`adopt_all`, `node_gone`, `restore`); the tests hold one against the other.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .batch import Hold, Job, Late
+from .deadline import Timetable
+from .profile import Bools, Ints, Overcommitted, Profile
+
+
+class Standing:
+    """Holds are compared by identity: give the same object for what has not changed. Time never goes back."""
+
+    def __init__(self) -> None:
+        self._base = np.zeros((0, 0), np.int64)
+        self._gone: Bools = np.zeros(0, np.bool_)
+        self._held = self._base
+        """[N, R]: what running jobs hold, whatever the time."""
+        self._running: dict[str, Hold] = {}
+        self._there: dict[int, dict[str, Hold]] = {}
+        """Node to what runs there."""
+        self._reserved: dict[str, Hold] = {}
+        """What `_full` has reserved."""
+        self._bare = self._full = Profile(self._base, 0)
+        """With what runs; and with what is reserved besides."""
+
+    def timetable(self, resources: Sequence[str], names: Sequence[str], room: Ints, gone: Bools, running: Mapping[str, Hold], reserved: Iterable[Hold], loose: Iterable[Job], now_ms: int, *,
+                  human: Callable[[str, int], str], when: Callable[[int], str], reorder_most: int, backfill_depth: int) -> tuple[Timetable, list[Late]]:
+        """A timetable, and the promises that are broken by what has changed.
+
+        Args:
+            room: [N, R], what batch may use of each node besides what it holds there.
+            gone: [N], nodes with which nothing is planned.
+            running: each on one node that is not gone; one that should have ended is taken to end now.
+            reserved: where and when each was; what no longer fits so is placed anew.
+            loose: jobs with a deadline that have no place.
+        """
+        if room.shape != self._base.shape:
+            self._forget(room, now_ms)
+        self._bare.advance(now_ms)
+        self._full.advance(now_ms)
+        dirty = self._run(running)
+        base = room + self._held
+        dirty.update(np.flatnonzero((base != self._base).any(axis=1) | (gone != self._gone)).tolist())
+        self._base, self._gone = base, gone
+        for node in dirty:
+            self._bare.set_node(node, base[node] * (not gone[node]), now_ms)
+            lasting = [(hold.end_ms, hold.need) for hold in self._there.get(node, {}).values() if hold.end_ms > now_ms]
+            if lasting and not gone[node]:
+                self._bare.hold_until(node, lasting)
+        ordered = sorted(reserved, key=_by_start)
+        self._reserve({hold.job.id: hold for hold in ordered if hold.end_ms - now_ms >= hold.job.duration_ms}, dirty, now_ms)
+        kept = {name: hold if hold.start_ms >= now_ms else Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need) for name, hold in self._reserved.items()}
+        table = Timetable(resources, names, base, now_ms, human, when, reorder_most, backfill_depth)
+        return table, table.stand(self._full.copy(), np.flatnonzero(gone).tolist(), running, ordered, kept, loose, now_ms)
+
+    def _forget(self, room: Ints, now_ms: int) -> None:
+        """Other nodes or other resources: nothing of what was holds."""
+        nodes = len(room)
+        self._base, self._held, self._gone = np.full_like(room, -1), np.zeros_like(room), np.zeros(nodes, np.bool_)
+        self._running, self._there, self._reserved = {}, {}, {}
+        self._bare, self._full = Profile(np.zeros_like(room), now_ms), Profile(np.zeros_like(room), now_ms)
+
+    def _run(self, running: Mapping[str, Hold]) -> set[int]:
+        """What runs now; the nodes where that has changed."""
+        before, dirty = self._running, set[int]()
+        ended = [before[name] for name in before.keys() - running.keys()]
+        begun = []
+        for name, hold in running.items():
+            known = before.get(name)
+            if known is not hold:
+                begun.append(hold)
+                if known is not None:
+                    ended.append(known)
+        for hold in ended:
+            node = hold.nodes[0]
+            self._held[node] -= hold.need
+            del self._there[node][hold.job.id]
+            dirty.add(node)
+        for hold in begun:
+            node = hold.nodes[0]
+            self._held[node] += hold.need
+            self._there.setdefault(node, {})[hold.job.id] = hold
+            dirty.add(node)
+        self._running = dict(running)
+        return dirty
+
+    def _reserve(self, due: Mapping[str, Hold], dirty: set[int], now_ms: int) -> None:
+        """Reserve what is due, in its order, where something changed; what does not fit there is left out."""
+        before = self._reserved
+        for name in before.keys() - due.keys():
+            dirty.update(before[name].nodes)
+        for name, hold in due.items():
+            known = before.get(name)
+            if known is not hold:
+                dirty.update(hold.nodes, () if known is None else known.nodes)
+        while (more := self._try(due, dirty, now_ms)) is not None:
+            dirty.update(more)  # a gang that no longer fits on one of its nodes frees the others
+
+    def _try(self, due: Mapping[str, Hold], dirty: set[int], now_ms: int) -> tuple[int, ...] | None:
+        """Reserve on the dirty nodes; the nodes that are dirty too, where it has to begin again."""
+        for node in dirty:
+            self._full.copy_node(self._bare, node)
+        missed = set[str]()
+        for name, hold in due.items():
+            mine = () if dirty.isdisjoint(hold.nodes) else [node for node in hold.nodes if node in dirty]
+            taken = 0
+            try:
+                for node in mine:
+                    self._full.take(node, max(hold.start_ms, now_ms), hold.end_ms, hold.need)
+                    taken += 1
+            except Overcommitted:
+                if len(mine) < len(hold.nodes):
+                    return hold.nodes
+                for node in mine[:taken]:
+                    self._full.give(node, max(hold.start_ms, now_ms), hold.end_ms, hold.need)
+                missed.add(name)
+        self._reserved = {name: hold for name, hold in due.items() if name not in missed}
+        return None
+
+
+def _by_start(hold: Hold) -> tuple[int, str]:
+    return hold.start_ms, hold.job.id
