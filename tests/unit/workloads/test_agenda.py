@@ -397,40 +397,46 @@ def overbooked(desk: Desk) -> list[str]:
     return found
 
 
+def act(desk: Desk, rounds: Rounds, what: str, draw: int) -> Rounds:
+    """One step of many; the rounds that go on from there."""
+    name, node, offset = f"w{draw % 10}", f"n{draw % 3}", (desk.now - NOW) / S
+    cpu = (1, 2, 4)[draw // 10 % 3]
+    try:
+        if what in ("dated", "undated"):
+            seconds = (10, 60, 300)[draw // 30 % 3]
+            desk.submit(batch(name, cpu, seconds, offset + seconds * (1.3, 2, 5)[draw // 90 % 3] if what == "dated" else None, priority=draw // 270 % 2, **({"when_late": "accept"} if what == "dated" and draw % 2 else {})))
+        elif what == "gang":
+            desk.submit(*(batch(f"{name}-{end}", cpu, 60, offset + 300 if draw % 2 else None, gang={"id": name, "size": 2}) for end in "ab"))
+        elif what == "work":
+            desk.submit(work(name, cpu, priority=draw // 30 % 2))
+    except (Conflict, Invalid):
+        pass
+    if what in ("cancel", "done"):
+        for ended in (name, f"{name}-a"):
+            desk.do(lambda planner, now, name=ended: planner.cancel(name, now))
+    elif what == "round":
+        round_of(desk, rounds)
+    elif what == "long round":
+        round_of(desk, rounds, 30 * S)
+    elif what == "kill":
+        assert desk.restart() == []
+        rounds = Rounds(desk.planner)
+    elif what == "remove":
+        desk.do(lambda planner, now, node=node: planner.remove_node(node, False, now))
+    elif what == "add":
+        desk.node(node)
+    elif what in ("drain", "uncordon"):
+        desk.do(lambda planner, now, node=node, what=what: planner.cordon(node, "drain" if what == "drain" else "", now))
+    return rounds
+
+
 def play(steps: list[tuple[str, int]]) -> Desk:
     desk = Desk()
     for number in range(2):
         desk.node(f"n{number}")
     rounds = Rounds(desk.planner)
     for what, draw in steps:
-        name, node, offset = f"w{draw % 10}", f"n{draw % 3}", (desk.now - NOW) / S
-        cpu = (1, 2, 4)[draw // 10 % 3]
-        try:
-            if what in ("dated", "undated"):
-                seconds = (10, 60, 300)[draw // 30 % 3]
-                desk.submit(batch(name, cpu, seconds, offset + seconds * (1.3, 2, 5)[draw // 90 % 3] if what == "dated" else None, priority=draw // 270 % 2, **({"when_late": "accept"} if what == "dated" and draw % 2 else {})))
-            elif what == "gang":
-                desk.submit(*(batch(f"{name}-{end}", cpu, 60, offset + 300 if draw % 2 else None, gang={"id": name, "size": 2}) for end in "ab"))
-            elif what == "work":
-                desk.submit(work(name, cpu, priority=draw // 30 % 2))
-        except (Conflict, Invalid):
-            pass
-        if what in ("cancel", "done"):
-            for ended in (name, f"{name}-a"):
-                desk.do(lambda planner, now, name=ended: planner.cancel(name, now))
-        elif what == "round":
-            round_of(desk, rounds)
-        elif what == "long round":
-            round_of(desk, rounds, 30 * S)
-        elif what == "kill":
-            assert desk.restart() == []
-            rounds = Rounds(desk.planner)
-        elif what == "remove":
-            desk.do(lambda planner, now, node=node: planner.remove_node(node, False, now))
-        elif what == "add":
-            desk.node(node)
-        elif what in ("drain", "uncordon"):
-            desk.do(lambda planner, now, node=node, what=what: planner.cordon(node, "drain" if what == "drain" else "", now))
+        rounds = act(desk, rounds, what, draw)
         check_invariants(desk.planner.state)
         if what in ("round", "long round"):
             assert overbooked(desk) == []
