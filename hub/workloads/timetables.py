@@ -191,13 +191,13 @@ class Timed(Guarding):
     def _planned(self, key: str, names: tuple[str, ...], now_ms: int) -> _Known | str:
         """The job of rows that wait and what is reserved for it; what was made of the same rows is the same object. A string says why it cannot be planned now."""
         rows = tuple([self.tables.rows[name] for name in names])
-        known = self._jobs.get(key)
-        if known is not None and len(known.rows) == len(rows) and all(map(is_, known.rows, rows)):
+        item, known = self.tables.items[names[0]].item, self._jobs.get(key)
+        if known is not None and len(known.rows) == len(rows) and all(map(is_, known.rows, rows)) and item.tenant not in self.state.quotas:
             return known
         job = self._job(key, names, now_ms)
         if isinstance(job, str):
             return job
-        item, plan, hold = self.tables.items[names[0]].item, rows[0].plan, None
+        plan, hold = rows[0].plan, None
         nodes = [self.state.node_index[node] for node in plan.get("nodes", ()) if node in self.state.node_index]
         if len(nodes) == job.members and self._without(self._may(item.shape, now_ms)[1], names, now_ms)[nodes].all():
             hold = Hold(job, tuple(nodes), plan["start_ms"], plan["end_ms"], np.array(job.need, np.int64))
