@@ -179,9 +179,12 @@ class Profile:
 
     def _first_starts(self, rows: Ints, need: Ints, duration_ms: int, not_before_ms: int) -> Ints:
         """First start of one member on each node of `rows`; FAR: never."""
-        times = self._times[rows]
+        times, free = (self._times, self._free) if len(rows) == self.nodes else (self._times[rows], self._free[rows])
         real = times < FAR
-        short = real & (self._free[rows] < need).any(axis=2)
+        short: Bools = free[:, :, 0] < need[0]
+        for row in range(1, len(need)):  # a reduction over so few would take five times as long
+            short |= free[:, :, row] < need[row]
+        short &= real
         next_short = np.minimum.accumulate(np.where(short, times, FAR)[:, ::-1], axis=1)[:, ::-1]
         begin = np.maximum(times, not_before_ms)
         good = real & ~short & (_ends(times) > begin) & (next_short - begin >= duration_ms)

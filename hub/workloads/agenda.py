@@ -10,6 +10,7 @@ The rows keep what is planned (`WorkloadRow.plan`); the timetable (`hub.schedule
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +29,8 @@ from .timetables import BACKFILL_DEPTH, DAY_MS, MAX_RESERVED, MAX_STALE, Timed, 
 
 PUSHES = 8
 """Jobs of one turn for which others may have to go."""
+
+_UNWRITTEN = None, None
 
 WAITS = "waits for room: what is reserved for others stays theirs"
 
@@ -257,10 +260,11 @@ class Agenda(Timed):
             before = self._written = {}
             self._written_day = day
         for holds in (table.reserved, table.running):
-            for key, hold in holds.items():
-                known = before.get(key)
-                if known is not None and known[0] is hold and known[1] is rows.get(key) and key not in because:
-                    continue
+            changed = [
+                (key, hold) for key, hold, row, (held, written) in zip(holds, holds.values(), map(rows.get, holds), map(before.get, holds, repeat(_UNWRITTEN)), strict=True)
+                if held is not hold or written is not row or key in because
+            ]
+            for key, hold in changed:
                 self._plan(key, hold, because.get(key, ""), now_ms)
                 row = rows.get(key)
                 if row is not None:

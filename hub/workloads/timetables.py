@@ -7,6 +7,7 @@ also after a plan was taken back. `Standing` then books only what is another obj
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import repeat
 from operator import is_, itemgetter
 from typing import Any, Self
 
@@ -56,6 +57,10 @@ class _Known:
     hold: Hold | None
 
 
+_Run = tuple[WorkloadRow | None, int, Hold | None]
+_UNKNOWN: _Run = None, -1, None
+
+
 class Timed(Guarding):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
 
@@ -80,10 +85,14 @@ class Timed(Guarding):
 
     def _forget_jobs(self) -> None:
         self._standing = Standing()
+        self._names: list[str] = []
         self._nodes: tuple[Any, ...] = ()
         """What of nodes the following depends on."""
-        self._runs: dict[str, tuple[WorkloadRow, int, Hold | None]] = {}
-        """Workload that runs to its row, its slot in the state, and what it holds; None on a node with which nothing is planned."""
+        self._runs: dict[str, _Run] = {}
+        """Job that waits or runs to its row, its slot in the state, and what it holds; None where it waits."""
+        self._off = b""
+        self._found: dict[str, Hold] = {}
+        """Of these what holds something, by its slot, on nodes that were not off."""
         self._jobs: dict[str, _Known] = {}
         self._allowed: dict[Shape, tuple[Bools, Bools]] = {}
         """[node] where a shape may start now, and where it may have room reserved."""
@@ -214,7 +223,8 @@ class Timed(Guarding):
         nodes = state.attributes.version, state.node_index, state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes()
         if not self._nodes or nodes[1] is not self._nodes[1] or nodes != self._nodes:
             self._nodes = nodes
-            self._runs, self._jobs, self._allowed = {}, {}, {}
+            self._runs, self._jobs, self._allowed, self._off = {}, {}, {}, b""
+            self._names = [node.name for node in state.nodes]
 
     # -- made anew -----------------------------------------------------------------------------------------------------------
 
@@ -253,7 +263,7 @@ class Timed(Guarding):
         for _, names in dated[MAX_RESERVED:]:
             self._hold_off(names, f"{MAX_RESERVED} jobs have room reserved already", now_ms)
         table, late = self._standing.timetable(
-            (*state.resource_rows, bookings.GPU_COLUMN), [node.name for node in state.nodes], room, gone, running, holds, loose, now_ms,
+            (*state.resource_rows, bookings.GPU_COLUMN), self._names, room, gone, running, holds, loose, now_ms,
             human=human, when=lambda ms: when(ms, self._now), reorder_most=REORDER_MOST, backfill_depth=BACKFILL_DEPTH,
         )
         undated.sort(key=lambda each: -self.tables.items[each[1][0]].item.priority)
@@ -270,22 +280,24 @@ class Timed(Guarding):
 
     def _running(self, off: Bools, now_ms: int) -> tuple[Mapping[str, Hold], list[str]]:
         """What runs, by its slot, on nodes that are not `off`; and who waits."""
-        rows, before, runs, waiting = self.tables.rows, self._runs, dict[str, tuple[WorkloadRow, int, Hold | None]](), list[str]()
-        for name in self.tables.timed:
-            row = rows[name]
-            if row.state == "pending":
-                waiting.append(name)
-                continue
-            known = before.get(name)
-            runs[name] = known if known is not None and known[0] is row else self._run(row, now_ms)
-        self._runs = runs
-        found = dict[str, Hold]()
-        for row, _, hold in sorted(runs.values(), key=itemgetter(1)):
-            if hold is not None and not off[hold.nodes[0]]:
-                found[row.id] = hold if hold.end_ms >= now_ms else replace(hold, end_ms=now_ms)
-        return found, waiting
+        timed, runs = self.tables.timed, self._runs
+        rows = list(map(self.tables.rows.__getitem__, timed))
+        changed = [row for row, (known, _, _) in zip(rows, map(runs.get, timed, repeat(_UNKNOWN)), strict=True) if row is not known]
+        ended = runs.keys() - timed.keys()
+        for name in ended:
+            del runs[name]
+        for row in changed:
+            runs[row.id] = (row, -1, None) if row.state == "pending" else self._run(row, now_ms)
+        if changed or ended or self._off != off.tobytes():
+            self._off = off.tobytes()
+            self._found = {hold.job.id: hold for _, _, hold in sorted(runs.values(), key=itemgetter(1)) if hold is not None and not off[hold.nodes[0]]}
+        found = self._found
+        over = [name for name, hold in found.items() if hold.end_ms < now_ms]
+        if over:
+            found = {**found, **{name: replace(found[name], end_ms=now_ms) for name in over}}
+        return found, [row.id for row in rows if row.state == "pending"]
 
-    def _run(self, row: WorkloadRow, now_ms: int) -> tuple[WorkloadRow, int, Hold | None]:
+    def _run(self, row: WorkloadRow, now_ms: int) -> _Run:
         """A job that runs: its row, its slot, what it holds."""
         state, item = self.state, self.tables.items[row.id].item
         slot = state.slot_of.get(row.id)
