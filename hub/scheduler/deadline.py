@@ -41,11 +41,11 @@ class Timetable:
     """The plan of one pool. Every method takes the time now, which never goes back; one that raises has changed nothing."""
 
     def __init__(self, resources: Sequence[str], names: Sequence[str], free: Ints, now_ms: int, human: Callable[[str, int], str] | None = None,
-                 when: Callable[[int], str] | None = None, reorder_most: int = REORDER_MAX, backfill_depth: int = BACKFILL_DEPTH) -> None:
-        """`free`: [N, R], what batch may use of each node. `human` writes a quantity of a resource, `when` a time."""
+                 when: Callable[[int], str] | None = None, reorder_most: int = REORDER_MAX, backfill_depth: int = BACKFILL_DEPTH, profile: Profile | None = None) -> None:
+        """`free`: [N, R], what batch may use of each node. `human` writes a quantity of a resource, `when` a time. `profile`: with what is held from the begin, see `stand`."""
         self.resources, self.names = tuple(resources), list(names)
         self.base = free.astype(np.int64)
-        self.profile = Profile(self.base, now_ms)
+        self.profile = profile or Profile(self.base, now_ms)
         self.running: dict[str, Hold] = {}
         self.reserved: dict[str, Hold] = {}
         self.waiting: dict[str, Job] = {}
@@ -115,9 +115,9 @@ class Timetable:
             if lasting:
                 self.profile.hold_until(node, lasting)
 
-    def stand(self, profile: Profile, gone: Iterable[int], running: Mapping[str, Hold], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
-        """Begin with what a profile holds already: what runs, and of what was planned (in its order) what is `kept`. The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke."""
-        self._now, self.profile, self._gone, self.running = now_ms, profile, set(gone), dict(running)
+    def stand(self, gone: Iterable[int], running: Mapping[str, Hold], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
+        """Begin with what the profile holds already: what runs, and of what was planned (in its order) what is `kept`. The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke."""
+        self._gone, self.running = set(gone), dict(running)
         self._sequence = len(running)
         self._order = dict(zip(running, range(1, len(running) + 1), strict=True))
         hit = list[Hold]()
@@ -302,7 +302,7 @@ class Timetable:
         started, head, failed = [], False, set[tuple[Any, ...]]()
         for job in sorted(self.waiting.values(), key=self._key)[:self._backfill_depth]:
             kin = job.need, job.planned_ms, job.members, id(job.allowed)
-            if head and kin in failed:
+            if head and (kin in failed or not self._fits_now(job)):
                 continue  # others were only added since one like it could not start
             found = self._find(self.profile, job, now_ms)
             if found is None or found.start_ms > now_ms:
@@ -317,6 +317,11 @@ class Timetable:
                 del self.waiting[job.id]
                 head = True
         return started
+
+    def _fits_now(self, job: Job) -> bool:
+        """Whether some node that it may use has room for one member at this moment: else it does not start now."""
+        fitting, allowed = _at_least(self.profile.first(), np.array(job.need, np.int64)), self._allowed(job)
+        return bool((fitting if allowed is None else fitting & allowed).any())
 
     def _move_up(self, now_ms: int, freed: Iterable[int]) -> list[Forecast]:
         """Each reservation, in its order, as early as the room on the freed nodes lets it. Its own place is free while it looks, so it never gets later.
@@ -419,6 +424,8 @@ class Timetable:
         usable[list(self._gone)] = False
         if not usable.any():
             return Reason("no node that it may use is there")
+        if job.members == 1 and bool((usable & _at_least(self.base, need)).any()):
+            return None
         asked = need > 0
         room = np.clip((self.base[:, asked] // need[asked]).min(axis=1), 0, job.members)
         if int(room[usable].sum()) >= job.members:
@@ -490,3 +497,11 @@ class Timetable:
         room = np.where(usable, self.profile.members(need, latest_ms, job.planned_ms, job.members), 0)
         count = -(-max(0, job.members - int(room.sum())) // int(each[like])) if each[like] else 0
         return [Remedy("nodes", f"with {count} more node{'s' if count > 1 else ''} like {self.names[like]}", count)] if count else []
+
+
+def _at_least(free: Ints, need: Ints) -> Bools:
+    """[N]: where there is as much as is needed of what is needed. One resource after the other: a reduction over so few takes longer."""
+    found: Bools = np.ones(len(free), np.bool_)
+    for row in np.flatnonzero(need).tolist():
+        found &= free[:, row] >= need[row]
+    return found

@@ -87,9 +87,9 @@ class Profile:
         free: Ints = self._free[node, self._index(node, when_ms)].copy()
         return free
 
-    def first(self, rows: Ints) -> Ints:
-        """[rows, R]: what is free at the profile's start."""
-        free: Ints = self._free[rows, 0]
+    def first(self, rows: Ints | None = None) -> Ints:
+        """[N, R]: what is free on each node (of `rows`) at the profile's start."""
+        free: Ints = self._free[:, 0] if rows is None else self._free[rows, 0]
         return free
 
     def steps(self, node: int) -> list[tuple[int, tuple[int, ...]]]:

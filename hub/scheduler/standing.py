@@ -56,8 +56,8 @@ class Standing:
         ordered = sorted(reserved, key=_by_start)
         self._reserve({hold.job.id: hold for hold in ordered if hold.end_ms - now_ms >= hold.job.duration_ms}, dirty, now_ms)
         kept = {name: hold if hold.start_ms >= now_ms else Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need) for name, hold in self._reserved.items()}
-        table = Timetable(resources, names, base, now_ms, human, when, reorder_most, backfill_depth)
-        return table, table.stand(self._full.copy(), np.flatnonzero(gone).tolist(), running, ordered, kept, loose, now_ms)
+        table = Timetable(resources, names, base, now_ms, human, when, reorder_most, backfill_depth, self._full.copy())
+        return table, table.stand(np.flatnonzero(gone).tolist(), running, ordered, kept, loose, now_ms)
 
     def _forget(self, room: Ints, now_ms: int) -> None:
         """Other nodes or other resources: nothing of what was holds."""
@@ -69,14 +69,10 @@ class Standing:
     def _run(self, running: Mapping[str, Hold]) -> set[int]:
         """What runs now; the nodes where that has changed."""
         before, dirty = self._running, set[int]()
-        ended = [before[name] for name in before.keys() - running.keys()]
-        begun = []
-        for name, hold in running.items():
-            known = before.get(name)
-            if known is not hold:
-                begun.append(hold)
-                if known is not None:
-                    ended.append(known)
+        begun = [hold for hold, known in zip(running.values(), map(before.get, running), strict=True) if known is not hold]
+        ended = [before[hold.job.id] for hold in begun if hold.job.id in before]
+        if begun or len(before) != len(running):
+            ended += [before[name] for name in before.keys() - running.keys()]
         for hold in ended:
             node = hold.nodes[0]
             self._held[node] -= hold.need

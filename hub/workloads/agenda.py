@@ -261,8 +261,8 @@ class Agenda(Timed):
             self._written_day = day
         for holds in (table.reserved, table.running):
             changed = [
-                (key, hold) for key, hold, row, (held, written) in zip(holds, holds.values(), map(rows.get, holds), map(before.get, holds, repeat(_UNWRITTEN)), strict=True)
-                if held is not hold or written is not row or key in because
+                (key, hold) for key, hold, row, known in zip(holds, holds.values(), map(rows.get, holds), map(before.get, holds, repeat(_UNWRITTEN)), strict=True)
+                if known[0] is not hold or known[1] is not row or key in because
             ]
             for key, hold in changed:
                 self._plan(key, hold, because.get(key, ""), now_ms)

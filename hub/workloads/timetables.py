@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import repeat
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any, Self
 
 import numpy as np
@@ -90,9 +90,8 @@ class Timed(Guarding):
         """What of nodes the following depends on."""
         self._runs: dict[str, _Run] = {}
         """Job that waits or runs to its row, its slot in the state, and what it holds; None where it waits."""
-        self._off = b""
-        self._found: dict[str, Hold] = {}
-        """Of these what holds something, by its slot, on nodes that were not off."""
+        self._slots: dict[int, Hold] = {}
+        """Slot in the state to what the job that sits there holds."""
         self._jobs: dict[str, _Known] = {}
         self._allowed: dict[Shape, tuple[Bools, Bools]] = {}
         """[node] where a shape may start now, and where it may have room reserved."""
@@ -223,7 +222,7 @@ class Timed(Guarding):
         nodes = state.attributes.version, state.node_index, state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes()
         if not self._nodes or nodes[1] is not self._nodes[1] or nodes != self._nodes:
             self._nodes = nodes
-            self._runs, self._jobs, self._allowed, self._off = {}, {}, {}, b""
+            self._runs, self._slots, self._jobs, self._allowed = {}, {}, {}, {}
             self._names = [node.name for node in state.nodes]
 
     # -- made anew -----------------------------------------------------------------------------------------------------------
@@ -284,14 +283,18 @@ class Timed(Guarding):
         rows = list(map(self.tables.rows.__getitem__, timed))
         changed = [row for row, (known, _, _) in zip(rows, map(runs.get, timed, repeat(_UNKNOWN)), strict=True) if row is not known]
         ended = runs.keys() - timed.keys()
+        for slot in [runs[name][1] for name in (*ended, *(row.id for row in changed if row.id in runs))]:
+            if slot >= 0:
+                del self._slots[slot]
         for name in ended:
             del runs[name]
         for row in changed:
-            runs[row.id] = (row, -1, None) if row.state == "pending" else self._run(row, now_ms)
-        if changed or ended or self._off != off.tobytes():
-            self._off = off.tobytes()
-            self._found = {hold.job.id: hold for _, _, hold in sorted(runs.values(), key=itemgetter(1)) if hold is not None and not off[hold.nodes[0]]}
-        found = self._found
+            run = runs[row.id] = (row, -1, None) if row.state == "pending" else self._run(row, now_ms)
+            if run[2] is not None:
+                self._slots[run[1]] = run[2]
+        found = {(hold := self._slots[slot]).job.id: hold for slot in sorted(self._slots)}
+        if off.any():
+            found = {name: hold for name, hold in found.items() if not off[hold.nodes[0]]}
         over = [name for name, hold in found.items() if hold.end_ms < now_ms]
         if over:
             found = {**found, **{name: replace(found[name], end_ms=now_ms) for name in over}}
