@@ -47,7 +47,8 @@ def timetable(state: State, now_ms: int, margin_permille: int = MARGIN_PERMILLE,
         free[seat.node] += held
         running.append(hold(item, seat.node, int(state.w_start[slot]), held, now_ms, ends.get(item.id), margin_permille))
     found = Timetable(names, [node.name for node in state.nodes], free, now_ms, human, when, reorder_most, backfill_depth)
-    found.adopt_all(running, now_ms)
+    for each in running:
+        found.adopt(each, now_ms)
     for node in np.flatnonzero(lost).tolist():
         found.node_gone(node, now_ms)
     return found

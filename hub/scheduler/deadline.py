@@ -49,6 +49,8 @@ class Timetable:
         self.running: dict[str, Hold] = {}
         self.reserved: dict[str, Hold] = {}
         self.waiting: dict[str, Job] = {}
+        self.touched: set[str] = set()
+        """Jobs whose hold is another since the caller last cleared this."""
         self._gone: set[int] = set()
         self._order: dict[str, int] = {}
         self._sequence = 0
@@ -62,6 +64,7 @@ class Timetable:
         other = copy(self)
         other.names, other.profile, other._gone, other._when = list(self.names), self.profile.copy(), set(self._gone), when or self._when
         other.running, other.reserved, other.waiting, other._order = dict(self.running), dict(self.reserved), dict(self.waiting), dict(self._order)
+        other.touched = set(self.touched)
         return other
 
     def submit(self, job: Job, now_ms: int) -> Admission:
@@ -81,7 +84,7 @@ class Timetable:
         if direct is not None and direct.end_ms <= job.deadline_ms:
             self._enlist(job)
             self._hold(self.profile, direct)
-            self.reserved[job.id] = direct
+            self._reserve(direct)
             return Admission(True, self._forecast(direct))
         self._enlist(job)
         reordered = self._reorder(job, now_ms) if len(self.reserved) <= self._reorder_most else None
@@ -90,6 +93,7 @@ class Timetable:
             return self._refusal(job, direct, now_ms)
         before = self.reserved
         self.profile, self.reserved = reordered
+        self.touched.update(self.reserved)
         moved = tuple(self._forecast(hold) for name, hold in self.reserved.items() if name != job.id and (hold.start_ms, hold.nodes) != (before[name].start_ms, before[name].nodes))
         return Admission(True, self._forecast(self.reserved[job.id]), moved=moved)
 
@@ -100,20 +104,6 @@ class Timetable:
         self._hold_or_not(Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
         self._enlist(hold.job)
         self.running[hold.job.id] = hold
-
-    def adopt_all(self, holds: Iterable[Hold], now_ms: int) -> None:
-        """Book all that runs at once, each on one node; only before anything else is. Raises as `adopt`."""
-        self._advance(now_ms)
-        on_node: dict[int, list[Hold]] = {}
-        for hold in holds:
-            self._check(hold.job)
-            self._enlist(hold.job)
-            self.running[hold.job.id] = hold
-            on_node.setdefault(hold.nodes[0], []).append(hold)
-        for node, there in on_node.items():
-            lasting = [(hold.end_ms, hold.need) for hold in there if hold.end_ms > now_ms]
-            if lasting:
-                self.profile.hold_until(node, lasting)
 
     def stand(self, gone: Iterable[int], running: Mapping[str, Hold], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
         """Begin with what the profile holds already: what runs, and of what was planned (in its order) what is `kept`. The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke."""
@@ -128,6 +118,7 @@ class Timetable:
                 hit.append(hold)
             else:
                 self.reserved[hold.job.id] = due
+        self.touched.update(name for name, due in kept.items() if due.start_ms <= now_ms)
         for job in loose:
             self._check(job)
             self._enlist(job)
@@ -256,7 +247,12 @@ class Timetable:
         self.reserved.pop(hold.job.id, None)
         self.waiting.pop(hold.job.id, None)
         self.running[hold.job.id] = hold
+        self.touched.add(hold.job.id)
         return hold
+
+    def _reserve(self, hold: Hold) -> None:
+        self.reserved[hold.job.id] = hold
+        self.touched.add(hold.job.id)
 
     def _forecast(self, hold: Hold) -> Forecast:
         deadline = hold.job.deadline_ms
@@ -313,7 +309,7 @@ class Timetable:
             if found.start_ms <= now_ms:
                 started.append(self._start(found))
             else:
-                self.reserved[job.id] = found
+                self._reserve(found)
                 del self.waiting[job.id]
                 head = True
         return started
@@ -340,7 +336,7 @@ class Timetable:
             better = found if found is not None and found.start_ms < hold.start_ms else hold
             self._hold(self.profile, better)
             if better is not hold:
-                self.reserved[hold.job.id] = better
+                self._reserve(better)
                 open_nodes[list(hold.nodes)] = True
                 moved.append(self._forecast(better))
         return moved
@@ -376,6 +372,7 @@ class Timetable:
                         self.waiting[hold.job.id] = hold.job
                 kept = anew
         self.profile, self.reserved, _ = kept
+        self.touched.update(self.reserved)
         late = []
         for job in dated:
             if job.id not in self.reserved:
@@ -404,6 +401,7 @@ class Timetable:
             longer = Hold(hold.job, hold.nodes, now_ms, end, hold.need)
             self._hold(self.profile, longer)
             self.running[hold.job.id] = Hold(hold.job, hold.nodes, hold.start_ms, end, hold.need)
+            self.touched.add(hold.job.id)
             because = f"job {hold.job.id} runs longer than its estimate of {duration(hold.job.duration_ms)} and its margin"
             itself = self._forecast(self.running[hold.job.id])
             late += [Late(itself, because)] if itself.late_ms else []

@@ -1,7 +1,7 @@
 """What one timetable after the other begins with: the profile of what runs and of what is reserved, of which only the nodes where something changed are made anew. Pure.
 
 A timetable is made again whenever anything else was placed. What that changes is a node or two; to book all jobs on all nodes each time costs a hundred times as much. The
-outcome is that of a new `Timetable` on which everything is booked (`adopt_all`, `node_gone`, `restore`); the tests hold one against the other.
+outcome is that of a new `Timetable` on which everything is booked (`adopt`, `node_gone`); the tests hold one against the other.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -10,7 +10,6 @@ The rows keep what is planned (`WorkloadRow.plan`); the timetable (`hub.schedule
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
 from typing import Any, Self
 
 import numpy as np
@@ -25,12 +24,10 @@ from .book import short
 from .documents import ACCEPT, REFUSE, Missed, Submitted
 from .guards import guard_id
 from .placing import Together
-from .timetables import BACKFILL_DEPTH, DAY_MS, MAX_RESERVED, MAX_STALE, Timed, promise, when
+from .timetables import BACKFILL_DEPTH, DAY_MS, MAX_RESERVED, Timed, promise, when
 
 PUSHES = 8
 """Jobs of one turn for which others may have to go."""
-
-_UNWRITTEN = None, None
 
 WAITS = "waits for room: what is reserved for others stays theirs"
 
@@ -42,8 +39,8 @@ class Agenda(Timed):
         super().__init__(seed, scheduler)
         self._more = False
         """The last turn looked at as many jobs as it may, and started some: the next round goes on."""
-        self._written: dict[str, tuple[Hold, WorkloadRow]] = {}
-        """Job of one workload to the hold that its row speaks of, as the row was then."""
+        self._unwritten = self.ledger.watch(self.tables.rows)
+        """Rows that have changed since what is planned was last kept in them."""
         self._written_day = 0
         """Reasons write a time of another day with its date."""
 
@@ -63,7 +60,9 @@ class Agenda(Timed):
     def fork(self) -> Self:
         """As `Book.fork`."""
         other = super().fork()
-        other._written = {}
+        other._unwritten = other.ledger.watch(other.tables.rows)
+        other._unwritten.keys.update(self._unwritten.keys)
+        other._unwritten.lost = self._unwritten.lost
         return other
 
     def attempt(self, workload: str, now_ms: int) -> bool:
@@ -254,23 +253,27 @@ class Agenda(Timed):
     # -- what is kept of it --------------------------------------------------------------------------------------------------
 
     def _write(self, table: Timetable, because: Mapping[str, str], now_ms: int) -> None:
-        """Keep in the rows what is planned. A row that was written for the same hold, and is still the same, says so already."""
-        day, before, rows = now_ms // DAY_MS, self._written, self.tables.rows
-        if day != self._written_day or len(before) > 2 * (len(table.reserved) + len(table.running)) + MAX_STALE:
-            before = self._written = {}
-            self._written_day = day
-        for holds in (table.reserved, table.running):
-            changed = [
-                (key, hold) for key, hold, row, known in zip(holds, holds.values(), map(rows.get, holds), map(before.get, holds, repeat(_UNWRITTEN)), strict=True)
-                if known[0] is not hold or known[1] is not row or key in because
-            ]
-            for key, hold in changed:
+        """Keep in the rows what is planned: of the holds that changed, and where a row did."""
+        day, news = now_ms // DAY_MS, self._unwritten
+        keys = {**because, **dict.fromkeys(table.touched)}
+        if news.lost or day != self._written_day:
+            keys = dict.fromkeys((*table.reserved, *table.running))
+        for name in news.keys:
+            keys[name] = keys[self._job_of(name)] = ""
+        for key in keys:
+            hold = table.reserved.get(key) or table.running.get(key)
+            if hold is not None:
                 self._plan(key, hold, because.get(key, ""), now_ms)
-                row = rows.get(key)
-                if row is not None:
-                    before[key] = hold, row
         for key in table.waiting:
             self._hold_off(self._members.get(key, ()), because.get(key, WAITS), now_ms)
+        self._written_day = day
+        table.touched.clear()
+        news.clear()
+
+    def _job_of(self, workload: str) -> str:
+        """What the timetable calls the job of a workload, unless part of its gang runs."""
+        known = self.tables.items.get(workload)
+        return f"gang {known.item.gang}" if known is not None and known.item.gang else workload
 
     def _plan(self, key: str, hold: Hold, because: str, now_ms: int) -> None:
         for name in self._members.get(key, (key,)):

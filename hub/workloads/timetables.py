@@ -7,7 +7,6 @@ also after a plan was taken back. `Standing` then books only what is another obj
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import repeat
 from operator import is_
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from ..scheduler import Invalid, Scheduler, Shape, State, bookings, quota
 from ..scheduler.arrays import GONE, SILENT, UP
 from ..scheduler.batch import Hold, Job, Late
 from ..scheduler.deadline import Timetable
-from ..scheduler.reasons import Bools, Ints
+from ..scheduler.reasons import Bools
 from ..scheduler.standing import Standing
 from ..scheduler.units import human
 from ..store.workloads import WorkloadRow
@@ -57,10 +56,6 @@ class _Known:
     hold: Hold | None
 
 
-_Run = tuple[WorkloadRow | None, int, Hold | None]
-_UNKNOWN: _Run = None, -1, None
-
-
 class Timed(Guarding):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
 
@@ -88,10 +83,15 @@ class Timed(Guarding):
         self._names: list[str] = []
         self._nodes: tuple[Any, ...] = ()
         """What of nodes the following depends on."""
-        self._runs: dict[str, _Run] = {}
-        """Job that waits or runs to its row, its slot in the state, and what it holds; None where it waits."""
-        self._slots: dict[int, Hold] = {}
-        """Slot in the state to what the job that sits there holds."""
+        self._news, self._order = self.ledger.watch(self.tables.rows), self.ledger.watch(self.tables.timed)
+        self._anew = True
+        """Nothing is known of jobs: all of them are looked at."""
+        self._known: dict[str, int] = {}
+        """Job that waits or runs to its slot in the state, -1 where it has none."""
+        self._slots: dict[int, tuple[str, Hold]] = {}
+        """Slot to the job that sits there, and what it holds."""
+        self._waiting: dict[str, bool] = {}
+        """Those that wait, in the order of the table."""
         self._jobs: dict[str, _Known] = {}
         self._allowed: dict[Shape, tuple[Bools, Bools]] = {}
         """[node] where a shape may start now, and where it may have room reserved."""
@@ -222,7 +222,7 @@ class Timed(Guarding):
         nodes = state.attributes.version, state.node_index, state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes()
         if not self._nodes or nodes[1] is not self._nodes[1] or nodes != self._nodes:
             self._nodes = nodes
-            self._runs, self._slots, self._jobs, self._allowed = {}, {}, {}, {}
+            self._anew, self._jobs, self._allowed = True, {}, {}
             self._names = [node.name for node in state.nodes]
 
     # -- made anew -----------------------------------------------------------------------------------------------------------
@@ -278,40 +278,48 @@ class Timed(Guarding):
         return table, late
 
     def _running(self, off: Bools, now_ms: int) -> tuple[Mapping[str, Hold], list[str]]:
-        """What runs, by its slot, on nodes that are not `off`; and who waits."""
-        timed, runs = self.tables.timed, self._runs
-        rows = list(map(self.tables.rows.__getitem__, timed))
-        changed = [row for row, (known, _, _) in zip(rows, map(runs.get, timed, repeat(_UNKNOWN)), strict=True) if row is not known]
-        ended = runs.keys() - timed.keys()
-        for slot in [runs[name][1] for name in (*ended, *(row.id for row in changed if row.id in runs))]:
-            if slot >= 0:
-                del self._slots[slot]
-        for name in ended:
-            del runs[name]
-        for row in changed:
-            run = runs[row.id] = (row, -1, None) if row.state == "pending" else self._run(row, now_ms)
-            if run[2] is not None:
-                self._slots[run[1]] = run[2]
-        found = {(hold := self._slots[slot]).job.id: hold for slot in sorted(self._slots)}
+        """What runs, by its slot, on nodes that are not `off`; and who waits, in the order of the table."""
+        rows, timed, news, order = self.tables.rows, self.tables.timed, self._news, self._order
+        if self._anew or news.lost or order.lost:
+            self._anew, self._known, self._slots, self._waiting, names = False, {}, {}, {}, list(timed)
+        else:
+            names = [name for name in news.keys if name in timed or name in self._known]
+        known, slots, waiting, moved = self._known, self._slots, self._waiting, order.moved
+        before = {name: known.pop(name, None) for name in names}
+        for slot in before.values():  # all leave their slots before any is taken
+            if slot is not None:
+                slots.pop(slot, None)
+        for name in names:
+            if name not in timed:
+                waiting.pop(name, None)
+            elif (row := rows[name]).state == "pending":
+                moved = moved or before[name] not in (None, -1)
+                known[name], waiting[name] = -1, True
+            else:
+                waiting.pop(name, None)
+                known[name] = self._run(row, now_ms)
+        if moved:
+            self._waiting = waiting = {name: True for name in timed if rows[name].state == "pending"}
+        news.clear()
+        order.clear()
+        found = dict([slots[slot] for slot in sorted(slots)])
         if off.any():
             found = {name: hold for name, hold in found.items() if not off[hold.nodes[0]]}
         over = [name for name, hold in found.items() if hold.end_ms < now_ms]
         if over:
             found = {**found, **{name: replace(found[name], end_ms=now_ms) for name in over}}
-        return found, [row.id for row in rows if row.state == "pending"]
+        return found, list(waiting)
 
-    def _run(self, row: WorkloadRow, now_ms: int) -> _Run:
-        """A job that runs: its row, its slot, what it holds."""
+    def _run(self, row: WorkloadRow, now_ms: int) -> int:
+        """Know what a job holds that runs; its slot, -1 where the state has none."""
         state, item = self.state, self.tables.items[row.id].item
         slot = state.slot_of.get(row.id)
         seat = None if slot is None else state.seats[slot]
         if slot is None or seat is None:
-            return row, -1, None
+            return -1
         end = row.plan.get("end_ms")
-        return row, slot, bookings.hold(item, seat.node, int(state.w_start[slot]), self._need(item.shape), now_ms, None if end is None else int(end))
-
-    def _need(self, shape: Shape) -> Ints:
-        return bookings.need(self.state, shape)
+        self._slots[slot] = row.id, bookings.hold(item, seat.node, int(state.w_start[slot]), bookings.need(state, item.shape), now_ms, None if end is None else int(end))
+        return slot
 
     def _submit_undated(self, table: Timetable, key: str, names: tuple[str, ...], now_ms: int) -> None:
         known = self._planned(key, names, now_ms)
