@@ -53,6 +53,10 @@ class Timetable:
         """Jobs whose hold is another since the caller last cleared this."""
         self._gone: set[int] = set()
         self._order: dict[str, int] = {}
+        self._slots: Mapping[str, int] = {}
+        """What ran at the begin goes by these, before what was started since."""
+        self._soonest = FAR
+        """Nothing that runs ends before."""
         self._sequence = 0
         self._now = now_ms
         self._human = human or (lambda resource, amount: f"{amount} {resource}")
@@ -64,7 +68,7 @@ class Timetable:
         other = copy(self)
         other.names, other.profile, other._gone, other._when = list(self.names), self.profile.copy(), set(self._gone), when or self._when
         other.running, other.reserved, other.waiting, other._order = dict(self.running), dict(self.reserved), dict(self.waiting), dict(self._order)
-        other.touched = set(self.touched)
+        other.touched, other._slots = set(self.touched), dict(self._slots)
         return other
 
     def submit(self, job: Job, now_ms: int) -> Admission:
@@ -104,12 +108,14 @@ class Timetable:
         self._hold_or_not(Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
         self._enlist(hold.job)
         self.running[hold.job.id] = hold
+        self._soonest = min(self._soonest, hold.end_ms)
 
-    def stand(self, gone: Iterable[int], running: Mapping[str, Hold], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
-        """Begin with what the profile holds already: what runs, and of what was planned (in its order) what is `kept`. The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke."""
-        self._gone, self.running = set(gone), dict(running)
-        self._sequence = len(running)
-        self._order = dict(zip(running, range(1, len(running) + 1), strict=True))
+    def stand(self, gone: Iterable[int], running: Mapping[str, Hold], slots: Mapping[str, int], soonest: int, planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
+        """Begin with what the profile holds already: what runs (in the order of `slots`; none ends before `soonest`), and of what was planned (in its order) what is `kept`.
+
+        The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke.
+        """
+        self._gone, self.running, self._slots, self._soonest = set(gone), dict(running), slots, soonest
         hit = list[Hold]()
         for hold in planned:
             self._enlist(hold.job)
@@ -154,7 +160,7 @@ class Timetable:
             if self.waiting.pop(job_id, None) is not None:
                 del self._order[job_id]
             return []
-        del self._order[job_id]
+        self._order.pop(job_id, None)
         self._release(self.profile, hold, now_ms)
         return self._move_up(now_ms, hold.nodes)
 
@@ -194,7 +200,7 @@ class Timetable:
     # -- placing
 
     def _check(self, job: Job) -> None:
-        if job.id in self._order:
+        if job.id in self._order or job.id in self.running:
             raise ValueError(f"job {job.id}: is planned already; end it first, or use another id")
         if len(job.need) != len(self.resources) or any(value < 0 for value in job.need) or not any(job.need):
             raise ValueError(f"job {job.id}: need must hold {len(self.resources)} quantities of 0 or more, not all 0, one for each of {', '.join(self.resources)}")
@@ -208,7 +214,7 @@ class Timetable:
         return np.concatenate([job.allowed, np.zeros(self.profile.nodes - len(job.allowed), bool)])
 
     def _key(self, job: Job) -> tuple[int, int, int]:
-        return -job.priority, job.deadline_ms if job.deadline_ms is not None else FAR, self._order[job.id]
+        return -job.priority, job.deadline_ms if job.deadline_ms is not None else FAR, self._order.get(job.id, 0)
 
     def _enlist(self, job: Job) -> None:
         self._sequence += 1
@@ -248,6 +254,7 @@ class Timetable:
         self.waiting.pop(hold.job.id, None)
         self.running[hold.job.id] = hold
         self.touched.add(hold.job.id)
+        self._soonest = min(self._soonest, hold.end_ms)
         return hold
 
     def _reserve(self, hold: Hold) -> None:
@@ -258,6 +265,10 @@ class Timetable:
         deadline = hold.job.deadline_ms
         late = max(0, hold.end_ms - deadline) if deadline is not None else 0
         return Forecast(hold.job.id, hold.start_ms, hold.start_ms + hold.job.duration_ms, hold.end_ms, late, hold.nodes)
+
+    def _seated(self) -> list[Hold]:
+        """What runs, in its order."""
+        return sorted(self.running.values(), key=lambda hold: slot if (slot := self._slots.get(hold.job.id, -1)) >= 0 else FAR)
 
     def _promised_by(self, hold: Hold) -> int:
         """Until when a reservation may be through: its deadline, or as late as it is now where that is lost already."""
@@ -393,8 +404,10 @@ class Timetable:
 
     def _extend_overruns(self, now_ms: int) -> list[Late]:
         """Jobs that still run past their reservation keep what they have; reservations in their way are placed anew."""
-        late = []
-        for hold in [hold for hold in self.running.values() if hold.end_ms <= now_ms]:
+        late = list[Late]()
+        if self._soonest > now_ms:
+            return late
+        for hold in [hold for hold in self._seated() if hold.end_ms <= now_ms]:
             end = now_ms + max(MIN_EXTENSION_MS, hold.job.duration_ms * OVERRUN_PERMILLE // 1000)
             nodes = set(hold.nodes)
             hit = self._lift(lambda other, nodes=nodes, end=end: other.start_ms < end and not nodes.isdisjoint(other.nodes), now_ms, running=False)  # type: ignore[misc]
@@ -406,6 +419,7 @@ class Timetable:
             itself = self._forecast(self.running[hold.job.id])
             late += [Late(itself, because)] if itself.late_ms else []
             late += self._settle(hit, now_ms, because)
+        self._soonest = min((hold.end_ms for hold in self.running.values()), default=FAR)
         return late
 
     def _overdue(self, now_ms: int) -> list[Late]:
@@ -462,7 +476,7 @@ class Timetable:
         row = int(np.argmax(short / np.maximum(self.base[node], 1)))
         name = self.resources[row]
         holders = tuple(
-            hold.job.id for hold in (*self.running.values(), *self.reserved.values())
+            hold.job.id for hold in (*self._seated(), *self.reserved.values())
             if node in hold.nodes and hold.need[row] > 0 and hold.start_ms < latest_ms + job.planned_ms and hold.end_ms > latest_ms
         )
         if short[row] <= 0:
@@ -474,7 +488,7 @@ class Timetable:
         """Jobs that alone would make room by ending earlier; the one that has to change the least. Each is tried."""
         allowed = self._allowed(job)
         best: Remedy | None = None
-        for hold in self.running.values():
+        for hold in self._seated():
             if hold.end_ms <= latest_ms or not any(allowed is None or allowed[node] for node in hold.nodes) or (best is not None and hold.end_ms - latest_ms >= best.amount):
                 continue
             trial = self.profile.copy()

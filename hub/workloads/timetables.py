@@ -86,10 +86,9 @@ class Timed(Guarding):
         self._news, self._order = self.ledger.watch(self.tables.rows), self.ledger.watch(self.tables.timed)
         self._anew = True
         """Nothing is known of jobs: all of them are looked at."""
-        self._known: dict[str, int] = {}
-        """Job that waits or runs to its slot in the state, -1 where it has none."""
-        self._slots: dict[int, tuple[str, Hold]] = {}
-        """Slot to the job that sits there, and what it holds."""
+        self._off = b""
+        self._slots: dict[str, int] = {}
+        """Job that waits or runs to its slot in the state, -1 where it waits."""
         self._waiting: dict[str, bool] = {}
         """Those that wait, in the order of the table."""
         self._jobs: dict[str, _Known] = {}
@@ -238,7 +237,7 @@ class Timed(Guarding):
         rows, state, gone = self.tables.rows, self.state, self._gone(now_ms)
         room = bookings.room(state) + self._guarded()
         over: Bools = np.logical_or.reduce(room < 0, axis=1)  # a node that became smaller than what it holds: nothing there is planned with
-        running, waiting = self._running(gone | over, now_ms)
+        changes, waiting = self._running(gone | over, now_ms)
         left_out = set(besides)
         holds, loose, late_comers = list[Hold](), list[Job](), list[tuple[str, tuple[str, ...]]]()
         dated, undated = list[tuple[str, tuple[str, ...]]](), list[tuple[str, tuple[str, ...]]]()
@@ -262,9 +261,10 @@ class Timed(Guarding):
         for _, names in dated[MAX_RESERVED:]:
             self._hold_off(names, f"{MAX_RESERVED} jobs have room reserved already", now_ms)
         table, late = self._standing.timetable(
-            (*state.resource_rows, bookings.GPU_COLUMN), self._names, room, gone, running, holds, loose, now_ms,
+            (*state.resource_rows, bookings.GPU_COLUMN), self._names, room, gone, changes, self._slots, holds, loose, now_ms,
             human=human, when=lambda ms: when(ms, self._now), reorder_most=REORDER_MOST, backfill_depth=BACKFILL_DEPTH,
         )
+        self._anew = False
         undated.sort(key=lambda each: -self.tables.items[each[1][0]].item.priority)
         self._left = len(dated) > MAX_RESERVED
         for number, (key, names) in enumerate(undated):
@@ -277,49 +277,42 @@ class Timed(Guarding):
             self._jobs = {key: known for key, known in self._jobs.items() if key in live}
         return table, late
 
-    def _running(self, off: Bools, now_ms: int) -> tuple[Mapping[str, Hold], list[str]]:
-        """What runs, by its slot, on nodes that are not `off`; and who waits, in the order of the table."""
+    def _running(self, off: Bools, now_ms: int) -> tuple[dict[str, Hold | None], list[str]]:
+        """Of what runs on nodes that are not `off`, what is different from what is standing (None: it runs no more); and who waits, in the order of the table."""
         rows, timed, news, order = self.tables.rows, self.tables.timed, self._news, self._order
-        if self._anew or news.lost or order.lost:
-            self._anew, self._known, self._slots, self._waiting, names = False, {}, {}, {}, list(timed)
+        if self._anew or news.lost or order.lost or off.tobytes() != self._off:
+            self._standing, self._off, self._slots, self._waiting, names = Standing(), off.tobytes(), {}, {}, list(timed)
         else:
-            names = [name for name in news.keys if name in timed or name in self._known]
-        known, slots, waiting, moved = self._known, self._slots, self._waiting, order.moved
-        before = {name: known.pop(name, None) for name in names}
-        for slot in before.values():  # all leave their slots before any is taken
-            if slot is not None:
-                slots.pop(slot, None)
+            names = [name for name in news.keys if name in timed or name in self._slots]
+        slots, waiting, moved, changes = self._slots, self._waiting, order.moved, dict[str, Hold | None]()
         for name in names:
+            before = slots.pop(name, None)
+            if before is not None and before >= 0:
+                changes[name] = None
             if name not in timed:
                 waiting.pop(name, None)
             elif (row := rows[name]).state == "pending":
-                moved = moved or before[name] not in (None, -1)
-                known[name], waiting[name] = -1, True
+                moved = moved or (before is not None and before >= 0)  # it stands where it was, not behind all others
+                slots[name], waiting[name] = -1, True
             else:
                 waiting.pop(name, None)
-                known[name] = self._run(row, now_ms)
+                slots[name], changes[name] = self._run(row, off, now_ms)
         if moved:
             self._waiting = waiting = {name: True for name in timed if rows[name].state == "pending"}
         news.clear()
         order.clear()
-        found = dict([slots[slot] for slot in sorted(slots)])
-        if off.any():
-            found = {name: hold for name, hold in found.items() if not off[hold.nodes[0]]}
-        over = [name for name, hold in found.items() if hold.end_ms < now_ms]
-        if over:
-            found = {**found, **{name: replace(found[name], end_ms=now_ms) for name in over}}
-        return found, list(waiting)
+        self._anew = True  # what is told here is told once: all of it again, where it does not come to stand
+        return changes, list(waiting)
 
-    def _run(self, row: WorkloadRow, now_ms: int) -> int:
-        """Know what a job holds that runs; its slot, -1 where the state has none."""
+    def _run(self, row: WorkloadRow, off: Bools, now_ms: int) -> tuple[int, Hold | None]:
+        """The slot of a job that runs, and what it holds."""
         state, item = self.state, self.tables.items[row.id].item
         slot = state.slot_of.get(row.id)
         seat = None if slot is None else state.seats[slot]
-        if slot is None or seat is None:
-            return -1
+        if slot is None or seat is None or off[seat.node]:
+            return slot or 0, None
         end = row.plan.get("end_ms")
-        self._slots[slot] = row.id, bookings.hold(item, seat.node, int(state.w_start[slot]), bookings.need(state, item.shape), now_ms, None if end is None else int(end))
-        return slot
+        return slot, bookings.hold(item, seat.node, int(state.w_start[slot]), bookings.need(state, item.shape), now_ms, None if end is None else int(end))
 
     def _submit_undated(self, table: Timetable, key: str, names: tuple[str, ...], now_ms: int) -> None:
         known = self._planned(key, names, now_ms)
