@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .batch import Admission, Forecast, Hold, Job, Late, Reason, Remedy, duration
-from .profile import FAR, Bools, Ints, Profile
+from .profile import FAR, Bools, Ints, Profile, at_least
 
 OVERRUN_PERMILLE = 250
 """A job that runs beyond its reservation is expected to need this much of its estimate more, each time anew: few corrections for a bad estimate, little held for a slight one."""
@@ -327,7 +327,7 @@ class Timetable:
 
     def _fits_now(self, job: Job) -> bool:
         """Whether some node that it may use has room for one member at this moment: else it does not start now."""
-        fitting, allowed = _at_least(self.profile.first(), np.array(job.need, np.int64)), self._allowed(job)
+        fitting, allowed = at_least(self.profile.first(), np.array(job.need, np.int64)), self._allowed(job)
         return bool((fitting if allowed is None else fitting & allowed).any())
 
     def _move_up(self, now_ms: int, freed: Iterable[int]) -> list[Forecast]:
@@ -436,7 +436,7 @@ class Timetable:
         usable[list(self._gone)] = False
         if not usable.any():
             return Reason("no node that it may use is there")
-        if job.members == 1 and bool((usable & _at_least(self.base, need)).any()):
+        if job.members == 1 and bool((usable & at_least(self.base, need)).any()):
             return None
         asked = need > 0
         room = np.clip((self.base[:, asked] // need[asked]).min(axis=1), 0, job.members)
@@ -509,11 +509,3 @@ class Timetable:
         room = np.where(usable, self.profile.members(need, latest_ms, job.planned_ms, job.members), 0)
         count = -(-max(0, job.members - int(room.sum())) // int(each[like])) if each[like] else 0
         return [Remedy("nodes", f"with {count} more node{'s' if count > 1 else ''} like {self.names[like]}", count)] if count else []
-
-
-def _at_least(free: Ints, need: Ints) -> Bools:
-    """[N]: where there is as much as is needed of what is needed. One resource after the other: a reduction over so few takes longer."""
-    found: Bools = np.ones(len(free), np.bool_)
-    for row in np.flatnonzero(need).tolist():
-        found &= free[:, row] >= need[row]
-    return found
