@@ -14,6 +14,7 @@ What moves a reservation, and which way:
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from operator import ge, gt
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class Timetable:
         """What ran at the begin goes by these, before what was started since."""
         self._soonest = FAR
         """Nothing that runs ends before."""
+        self._witness: dict[tuple[int, ...], int] = {}
+        """Need to a node that could hold it when empty: looked at first."""
         self._sequence = 0
         self._now = now_ms
         self._human = human or (lambda resource, amount: f"{amount} {resource}")
@@ -68,6 +71,7 @@ class Timetable:
         other = copy(self)
         other.names, other.profile, other._gone, other._when = list(self.names), self.profile.copy(), set(self._gone), when or self._when
         other.running, other.reserved, other.waiting, other._order = dict(self.running), dict(self.reserved), dict(self.waiting), dict(self._order)
+        other._witness = {}
         other.touched, other._slots = set(self.touched), dict(self._slots)
         return other
 
@@ -110,12 +114,12 @@ class Timetable:
         self.running[hold.job.id] = hold
         self._soonest = min(self._soonest, hold.end_ms)
 
-    def stand(self, gone: Iterable[int], running: Mapping[str, Hold], slots: Mapping[str, int], soonest: int, planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
-        """Begin with what the profile holds already: what runs (in the order of `slots`; none ends before `soonest`), and of what was planned (in its order) what is `kept`.
+    def stand(self, gone: Iterable[int], running: Mapping[str, Hold], slots: Mapping[str, int], soonest: int, witness: dict[tuple[int, ...], int], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
+        """Begin with what the profile holds already: what runs (in the order of `slots`; none ends before `soonest`), where needs once fitted, and of what was planned (in its order) what is `kept`.
 
         The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke.
         """
-        self._gone, self.running, self._slots, self._soonest = set(gone), dict(running), slots, soonest
+        self._gone, self.running, self._slots, self._soonest, self._witness = set(gone), dict(running), slots, soonest, witness
         hit = list[Hold]()
         for hold in planned:
             self._enlist(hold.job)
@@ -306,11 +310,11 @@ class Timetable:
             self._release(self.profile, hold, now_ms)
             del self.reserved[hold.job.id]
             self.waiting[hold.job.id] = hold.job
-        started, head, failed = [], False, set[tuple[Any, ...]]()
+        started, head, failed, most = [], False, set[tuple[Any, ...]](), self.profile.first().max(axis=0, initial=0).tolist()
         for job in sorted(self.waiting.values(), key=self._key)[:self._backfill_depth]:
             kin = job.need, job.planned_ms, job.members, id(job.allowed)
-            if head and (kin in failed or not self._fits_now(job)):
-                continue  # others were only added since one like it could not start
+            if head and (kin in failed or any(map(gt, job.need, most)) or not self._fits_now(job)):
+                continue  # others were only added since
             found = self._find(self.profile, job, now_ms)
             if found is None or found.start_ms > now_ms:
                 failed.add(kin)
@@ -432,12 +436,20 @@ class Timetable:
     def _never(self, job: Job) -> Reason | None:
         """Why it could not even run in an empty pool."""
         need, allowed = np.array(job.need, np.int64), self._allowed(job)
-        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed.copy()
-        usable[list(self._gone)] = False
+        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed
+        if self._gone:
+            usable = usable.copy()
+            usable[list(self._gone)] = False
         if not usable.any():
             return Reason("no node that it may use is there")
-        if job.members == 1 and bool((usable & at_least(self.base, need)).any()):
-            return None
+        if job.members == 1:
+            witness = self._witness.get(job.need, -1)
+            if 0 <= witness < len(usable) and usable[witness] and all(map(ge, self.base[witness].tolist(), job.need)):
+                return None
+            able = usable & at_least(self.base, need)
+            if able.any():
+                self._witness[job.need] = int(able.argmax())
+                return None
         asked = need > 0
         room = np.clip((self.base[:, asked] // need[asked]).min(axis=1), 0, job.members)
         if int(room[usable].sum()) >= job.members:

@@ -13,6 +13,9 @@ from .batch import Hold, Job, Late
 from .deadline import Timetable
 from .profile import FAR, Bools, Ints, Overcommitted, Profile
 
+MAX_WITNESSES = 4_096
+"""Needs for which a node is remembered: more than there are different ones among all jobs that are planned, mostly."""
+
 
 class Standing:
     """Reservations are compared by identity: give the same object for what has not changed. Time never goes back."""
@@ -29,6 +32,8 @@ class Standing:
         """Node to what runs there."""
         self._reserved: dict[str, Hold] = {}
         """What `_full` has reserved."""
+        self._witness: dict[tuple[int, ...], int] = {}
+        """Shared with each timetable: need to a node that could hold it when empty, a hint that is checked."""
         self._bare = self._full = Profile(self._base, 0)
         """With what runs; and with what is reserved besides."""
 
@@ -57,11 +62,13 @@ class Standing:
             lasting = [(hold.end_ms, hold.need) for hold in self._there.get(node, {}).values() if hold.end_ms > now_ms]
             if lasting and not gone[node]:
                 self._bare.hold_until(node, lasting)
+        if len(self._witness) > MAX_WITNESSES:
+            self._witness = {}
         ordered = sorted(reserved, key=_by_start)
         self._reserve({hold.job.id: hold for hold in ordered if hold.end_ms - now_ms >= hold.job.duration_ms}, dirty, now_ms)
         kept = {name: hold if hold.start_ms >= now_ms else Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need) for name, hold in self._reserved.items()}
         table = Timetable(resources, names, base, now_ms, human, when, reorder_most, backfill_depth, self._full.copy())
-        return table, table.stand(np.flatnonzero(gone).tolist(), self._running, slots, self._soonest, ordered, kept, loose, now_ms)
+        return table, table.stand(np.flatnonzero(gone).tolist(), self._running, slots, self._soonest, self._witness, ordered, kept, loose, now_ms)
 
     def _forget(self, room: Ints, now_ms: int) -> None:
         """Other nodes or other resources: nothing of what was holds."""
