@@ -497,20 +497,27 @@ class Timetable:
         return Reason(text + (f", held by {', '.join(holders)}" if holders else ""), name, self.names[node], int(short[row]), found.start_ms, holders)
 
     def _earlier_ends(self, job: Job, latest_ms: int, now_ms: int) -> list[Remedy]:
-        """Jobs that alone would make room by ending earlier; the one that has to change the least. Each is tried."""
-        allowed = self._allowed(job)
-        best: Remedy | None = None
-        for hold in self._seated():
-            if hold.end_ms <= latest_ms or not any(allowed is None or allowed[node] for node in hold.nodes) or (best is not None and hold.end_ms - latest_ms >= best.amount):
+        """Jobs that alone would make room by ending earlier; the one that has to change the least. Each is tried, from that one on."""
+        allowed, need = self._allowed(job), np.array(job.need, np.int64)
+        free = self.profile.least(latest_ms, 1)
+        late = [hold for hold in self._seated() if hold.end_ms > latest_ms]
+        for hold in sorted(late, key=lambda hold: hold.end_ms):
+            mine = [node for node in set(hold.nodes) if allowed is None or allowed[node]]
+            usable: Bools | None = None
+            if job.members == 1:  # as things are it found no place in time; so it would start on these nodes, and run at that moment
+                mine = [node for node in mine if (free[node] + hold.need * hold.nodes.count(node) >= need).all()]
+                usable = np.zeros(self.profile.nodes, np.bool_)
+                usable[mine] = True
+            if not mine:
                 continue
             trial = self.profile.copy()
             for node in hold.nodes:
                 trial.give(node, max(latest_ms, now_ms), hold.end_ms, hold.need)
-            found = self._find(trial, job, now_ms)
+            found = self._find(trial, job, now_ms, usable)
             if found is not None and found.start_ms <= latest_ms:
                 early = hold.end_ms - latest_ms
-                best = Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {self._when(latest_ms)}", early, hold.job.id)
-        return [best] if best is not None else []
+                return [Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {self._when(latest_ms)}", early, hold.job.id)]
+        return []
 
     def _more_nodes(self, job: Job, latest_ms: int) -> list[Remedy]:
         """How many empty nodes more, like the one that holds most members, would do."""

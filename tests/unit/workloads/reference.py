@@ -11,7 +11,7 @@ import numpy as np
 
 from hub.scheduler import Invalid, Placed, Scheduler, Seat, Shape, State, Workload, bookings, preempt, quota
 from hub.scheduler.arrays import GONE, SILENT
-from hub.scheduler.batch import MARGIN_PERMILLE, Admission, Hold, Job, Late, Reason, duration
+from hub.scheduler.batch import MARGIN_PERMILLE, Admission, Hold, Job, Late, Reason, Remedy, duration
 from hub.scheduler.deadline import MIN_EXTENSION_MS, OVERRUN_PERMILLE, Timetable
 from hub.scheduler.model import GpuRequest, Kind
 from hub.scheduler.profile import FAR, Overcommitted, Profile
@@ -130,6 +130,72 @@ class OldTimetable(Timetable):
             text = f"asks for {self._human(name, int(need[row]))}; no node that it may use has more than {self._human(name, int(largest[row]))} for batch"
             return Reason(text, name, short=int(need[row] - largest[row]))
         return Reason(f"asks for {job.members} members side by side; the nodes that it may use hold {int(room[usable].sum())} when empty")
+
+    def _refusal(self, job: Job, found: Hold | None, now_ms: int) -> Admission:
+        """Why it misses and what alone would make it."""
+        assert job.deadline_ms is not None
+        if found is None:
+            return Admission(False, None, None, Reason("no node that it may use is ever free for it"))
+        forecast, late = self._forecast(found), found.end_ms - job.deadline_ms
+        remedies = [Remedy("deadline", f"with the deadline {duration(late)} later", late)]
+        latest = job.deadline_ms - job.planned_ms
+        estimate = Job(job.id, job.need, job.duration_ms, job.deadline_ms, job.priority, job.members, 0, job.allowed)
+        bare = self._find(self.profile, estimate, now_ms)
+        if job.margin_permille and bare is not None and bare.end_ms <= job.deadline_ms:
+            remedies.append(Remedy("margin", f"if the estimate of {duration(job.duration_ms)} is taken without its margin", job.margin_permille))
+        if latest < now_ms:
+            text = f"it takes {duration(job.planned_ms)} (with a margin of {job.margin_permille / 10:g} %) and {duration(max(0, job.deadline_ms - now_ms))} are left"
+            return Admission(False, forecast, late, Reason(text), tuple(remedies))
+        reason = self._shortage(job, found, latest)
+        return Admission(False, forecast, late, reason, (*self._earlier_ends(job, latest, now_ms), *self._more_nodes(job, latest), *remedies))
+
+    def _shortage(self, job: Job, found: Hold, latest_ms: int) -> Reason:
+        """Which resource, on the node where it can start first, until when."""
+        node = found.nodes[-1]
+        wanted = found.need * found.nodes.count(node)
+        short = wanted - self.profile.least(latest_ms, job.planned_ms)[node]
+        row = int(np.argmax(short / np.maximum(self.base[node], 1)))
+        name = self.resources[row]
+        holders = tuple(
+            hold.job.id for hold in (*self.running.values(), *self.reserved.values())
+            if node in hold.nodes and hold.need[row] > 0 and hold.start_ms < latest_ms + job.planned_ms and hold.end_ms > latest_ms
+        )
+        if short[row] <= 0:
+            return Reason(f"its {job.members} members fit side by side only from {self._when(found.start_ms)} on", until_ms=found.start_ms, node=self.names[node], held_by=holders)
+        text = f"{self._human(name, int(short[row]))} short on {self.names[node]} until {self._when(found.start_ms)}"
+        return Reason(text + (f", held by {', '.join(holders)}" if holders else ""), name, self.names[node], int(short[row]), found.start_ms, holders)
+
+    def _earlier_ends(self, job: Job, latest_ms: int, now_ms: int) -> list[Remedy]:
+        """Jobs that alone would make room by ending earlier; the one that has to change the least. Each is tried."""
+        allowed = self._allowed(job)
+        best: Remedy | None = None
+        for hold in self.running.values():
+            if hold.end_ms <= latest_ms or not any(allowed is None or allowed[node] for node in hold.nodes) or (best is not None and hold.end_ms - latest_ms >= best.amount):
+                continue
+            trial = self.profile.copy()
+            for node in hold.nodes:
+                trial.give(node, max(latest_ms, now_ms), hold.end_ms, hold.need)
+            found = self._find(trial, job, now_ms)
+            if found is not None and found.start_ms <= latest_ms:
+                early = hold.end_ms - latest_ms
+                best = Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {self._when(latest_ms)}", early, hold.job.id)
+        return [best] if best is not None else []
+
+    def _more_nodes(self, job: Job, latest_ms: int) -> list[Remedy]:
+        """How many empty nodes more, like the one that holds most members, would do."""
+        need, allowed = np.array(job.need, np.int64), self._allowed(job)
+        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed
+        each = np.where(usable, Profile(self.base, 0).members(need, 0, 1, job.members), 0)
+        like = int(each.argmax())
+        room = np.where(usable, self.profile.members(need, latest_ms, job.planned_ms, job.members), 0)
+        count = -(-max(0, job.members - int(room.sum())) // int(each[like])) if each[like] else 0
+        return [Remedy("nodes", f"with {count} more node{'s' if count > 1 else ''} like {self.names[like]}", count)] if count else []
+
+    def _find(self, profile: Profile, job: Job, now_ms: int, nodes: Bools | None = None) -> Hold | None:
+        """The earliest place, on all nodes that the job may use or on those of `nodes`."""
+        need = np.array(job.need, np.int64)
+        slot = profile.earliest(need, job.planned_ms, now_ms, self._allowed(job) if nodes is None else nodes, job.members)
+        return Hold(job, slot.nodes, slot.start_ms, slot.start_ms + job.planned_ms, need) if slot is not None else None
 
 
 class Reference(Planner):
