@@ -10,8 +10,9 @@ import numpy as np
 
 from .arrays import UP
 from .batch import MARGIN_PERMILLE, Hold, Job
-from .deadline import BACKFILL_DEPTH, REORDER_MAX, Timetable
+from .deadline import Timetable
 from .model import Kind, Shape, Workload
+from .outlook import BACKFILL_DEPTH, REORDER_MAX
 from .reasons import Bools, Ints
 from .state import State
 from .units import LEAVING, Invalid, human
