@@ -300,11 +300,16 @@ class EdgeRuntime:
     async def _watch(self) -> None:
         """Signs of life to systemd, only while the agent is healthy enough to decide; memory return; storage alarms."""
         alarmed = False
+        loop = asyncio.get_running_loop()
+        tidy_at = loop.time() + self.surroundings.pace.tidy_s
         while True:
             watch_s = self.surroundings.pace.watch_s
             await asyncio.sleep(min(watch_s, self.service.watchdog_s / 3) if self.service.watchdog_s else watch_s)
             if self.service.watchdog_s:
                 self.service.notify(WATCHDOG="1", STATUS=self._status_line())
+            if loop.time() >= tidy_at:
+                tidy_at = loop.time() + self.surroundings.pace.tidy_s
+                self.surroundings.tidy()
             plan = self.journal.storage_plan
             if plan.alarm and not alarmed:
                 self.journal.append("event", "storage", {
