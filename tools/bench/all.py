@@ -26,6 +26,7 @@ BENCHES = (
     "openb",
     "scheduler_batch",
     "scheduler_concurrency",
+    "timed_submit",
     "power_cut",
     "soak",
     "scheduler_optimality",
