@@ -2,6 +2,10 @@
 
 import os
 
+HEAP_TUNABLES = "glibc.malloc.tcache_count=0"
+"""What GLIBC_TUNABLES should hold where the agent is started (the systemd unit does). With malloc's caches, an agent under load whose link flaps grows by megabytes an hour with
+nothing more in use: chunks of half a page to a page, kept apart, that nothing fits into. Elsewhere than on glibc it means nothing."""
+
 
 def resident_bytes() -> int:
     """Resident set size, bytes."""
@@ -36,11 +40,15 @@ def prefer(nice: int) -> bool:
 
 
 def one_heap() -> None:
-    """One malloc arena for all threads (mallopt(3), M_ARENA_MAX): ours hardly compete, and each arena keeps pages of its own."""
+    """One malloc arena for all threads (mallopt(3), M_ARENA_MAX): ours hardly compete, and each arena keeps pages of its own. And no bins of small chunks that are not
+    joined with their neighbours (M_MXFAST): what is freed between messages then serves for what comes next, and the heap does not fray. The other half of that is the
+    cache of each thread, which only the environment can switch off, before the start: `HEAP_TUNABLES`."""
     import ctypes
 
     try:
-        ctypes.CDLL(None).mallopt(-8, 1)
+        library = ctypes.CDLL(None)
+        library.mallopt(-8, 1)
+        library.mallopt(1, 0)
     except (OSError, AttributeError):
         return
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.system.process import HEAP_TUNABLES
+
 from .harness import ROOT, Memory, die_with_parent, free_port, memory_of, stop
 
 DEVICE = "bench"
@@ -87,7 +89,7 @@ class Agent:
         """What the agent told its service manager, in order."""
 
     def __enter__(self) -> "Agent":
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": self._notify, "MALLOC_ARENA_MAX": "1", **self._environment}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": self._notify, "MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": HEAP_TUNABLES, **self._environment}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [*self._wrap, sys.executable, "-OO", "-X", "no_debug_ranges", *self._program, "run", "--config", str(self._config)]
         self.process = subprocess.Popen(command, env=env, preexec_fn=die_with_parent, cwd=ROOT)
