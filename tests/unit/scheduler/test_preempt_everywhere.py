@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import Pending, Placed, Scheduler, State, kernels, leastharm, node, parse, preempt, workload
+from hub.scheduler import Scheduler, State, kernels, node, parse, preempt, workload
 from hub.scheduler.audit import check_invariants
-
-from . import preempt_reference as reference
+from tests.unit.scheduler import preempt_reference as reference
 
 Json = dict[str, Any]
 
