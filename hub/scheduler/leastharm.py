@@ -277,9 +277,10 @@ class _Group:
             for position in range(len(gone)):
                 rest = spare - part_held[:, position]
                 out = np.logical_or.reduce(rest < 0)
-                for part in parts:
-                    out |= ~part.enough_without(position) & among[position]
-                for part in parts:
+                holding = [part for part in parts if part.holds[position]]
+                for part in holding:
+                    out |= among[position] & ~part.enough_without(position)
+                for part in holding:
                     part.take(position, among[position] & ~out)
                 gone[position] |= out
                 spare = np.where(out, spare, rest)
@@ -320,8 +321,10 @@ class _Freed:
         self.parts = parts
         needs = group.level.needs
         free, self.serves, self.none = parts.at(needs, group.nodes)
-        self.held = parts.given(needs, group.slots, group.there)
+        self.held = parts.given(needs, group.slots, group.there & ~self.none)
         self.free = free + self.held.sum(2)
+        self.holds: list[bool] = self.held.any((0, 1, 3)).tolist()
+        """[position] whether any workload there holds a part."""
 
     def enough(self) -> Bools:
         """[node] whether it will do as things are."""

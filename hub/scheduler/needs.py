@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import GONE
+from .arrays import GONE, IntArray
 from .classes import Klass
 from .feasible import in_domain
 from .model import Link, Shape
@@ -74,44 +74,46 @@ def changes_of(state: State) -> Changes:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Devices or zones of which `count` must each have `need` [unit] free."""
+    """Devices or zones of which `count` must each have `need` [unit] free. `units`: those that are asked for (milli-GPU and memory of a device, CPU and memory of a zone)."""
 
     need: Ints
+    units: tuple[int, ...]
     count: int
     gpus: bool
 
     def at(self, needs: "Needs", nodes: Ints) -> tuple[Ints, Bools, Bools]:
-        """[part, unit, node] what is free; [part, node] whether a part may serve; [node] whether the node needs none."""
+        """[unit, part, node] what is free; [part, node] whether a part may serve; [node] whether the node needs none."""
         state = needs.state
         if self.gpus:
             facts = state.facts(needs.klass)
-            free = np.stack((state.gpu_free[nodes].T.astype(np.int64), state.gpu_mem[nodes].T), 1)
+            free = np.stack([(state.gpu_free, state.gpu_mem)[unit][nodes].T.astype(np.int64) for unit in self.units])
             return free, facts.devices[np.searchsorted(facts.gpu_nodes, nodes)].T, np.zeros(len(nodes), np.bool_)
-        zones = state.numa_free[nodes]
-        return zones.transpose(1, 2, 0), np.ones((zones.shape[1], len(nodes)), np.bool_), np.array([not state.nodes[node].numa for node in nodes.tolist()], np.bool_)
+        zones: Ints = state.numa_free[nodes][:, :, self.units].transpose(2, 1, 0)
+        return zones, np.ones(zones.shape[1:], np.bool_), np.array([not state.nodes[node].numa for node in nodes.tolist()], np.bool_)
 
-    def given(self, needs: "Needs", slots: Any, there: Any) -> Ints:
-        """[part, unit, *slots.shape] what these slots give back; nothing where not `there`."""
+    def given(self, needs: "Needs", slots: IntArray, there: Bools) -> Ints:
+        """[unit, part, *slots.shape] what these slots give back; nothing where not `there`."""
         state = needs.state
         if self.gpus:
-            bits = np.where(there, state.w_gpus[slots], 0)
-            width = state.gpu_free.shape[1]
-            on = (bits[None] >> np.arange(width, dtype=np.int32).reshape(-1, *[1] * bits.ndim)) & 1
-            amounts = changes_of(state).gpus[:2, state.w_class[slots]]
-            result: Ints = on[:, None].astype(np.int64) * amounts[None]
+            width = np.arange(state.gpu_free.shape[1], dtype=np.int32)
+            on = (np.where(there, state.w_gpus[slots], 0) >> width.reshape(-1, *[1] * slots.ndim)) & 1
+            result: Ints = on * changes_of(state).gpus[list(self.units)][:, None, state.w_class[slots]]
             return result
-        held = np.zeros((state.numa_free.shape[1], 2, *slots.shape), np.int64)
-        for where in zip(*np.nonzero(there), strict=True):
-            seat = state.seats[slots[where]]
-            for zone, cpu, memory in seat.numa if seat is not None else ():
-                held[(zone, 0, *where)] += cpu
-                held[(zone, 1, *where)] += memory
-        return held
+        held = np.zeros((len(self.units), state.numa_free.shape[1], slots.size), np.int64)
+        flat = np.flatnonzero(there)
+        seats = [(at, seat.numa) for at, slot in zip(flat.tolist(), slots.ravel()[flat].tolist(), strict=True) if (seat := state.seats[slot]) is not None and seat.numa]
+        shares = np.array([(at, *share) for at, numa in seats for share in numa], np.int64).reshape(-1, 4)
+        for index, unit in enumerate(self.units):
+            held[index, shares[:, 1], shares[:, 0]] = shares[:, 2 + unit]
+        return held.reshape(*held.shape[:2], *slots.shape)
 
     def enough(self, free: Ints, serves: Bools, none: Bools) -> Bools:
-        """[node] whether it will do with [part, unit, node] `free`."""
-        good = (free >= self.need[None, :, None]).all(1) & serves
-        return none | (np.count_nonzero(good, 0) >= self.count)
+        """[node] whether it will do with [unit, part, node] `free`."""
+        good = serves
+        for amounts, need in zip(free, self.need.tolist(), strict=True):
+            good = good & (amounts >= need)
+        found: Bools = none | (np.logical_or.reduce(good) if self.count == 1 else np.add.reduce(good) >= self.count)
+        return found
 
 
 class Needs:
@@ -213,12 +215,14 @@ class Needs:
 
 
 def _parts(shape: Shape) -> list[Parts]:
-    found = []
-    if shape.gpu is not None:
-        found.append(Parts(np.array([shape.gpu.milli, shape.gpu.memory], np.int64), shape.gpu.count, gpus=True))
-    if shape.numa_single:
-        need = shape.request_map
-        found.append(Parts(np.array([need.get(CPU, 0), need.get(MEMORY, 0)], np.int64), 1, gpus=False))
+    found, request = [], shape.request_map
+    gpu = shape.gpu
+    asked = [((gpu.milli, gpu.memory), gpu.count, True)] if gpu is not None else []
+    asked += [((request.get(CPU, 0), request.get(MEMORY, 0)), 1, False)] if shape.numa_single else []
+    for amounts, count, gpus in asked:
+        units = tuple(unit for unit, amount in enumerate(amounts) if amount)
+        if units:
+            found.append(Parts(np.array([amounts[unit] for unit in units], np.int64), units, count, gpus))
     return found
 
 
