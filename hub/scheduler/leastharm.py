@@ -272,16 +272,16 @@ class _Group:
         self.vain = self.nodes[~fits]
         gone = np.zeros_like(self.there)
         violating = self._violating()
-        for among in (self.there,) if violating is None else (violating, self.there & ~violating):
-            part_held = held if violating is None else np.where(among, held, 0)
+        for turn in (self.there,) if violating is None else (violating, self.there & ~violating):
+            turn_held = held if violating is None else np.where(turn, held, 0)
             for position in range(len(gone)):
-                rest = spare - part_held[:, position]
+                rest = spare - turn_held[:, position]
                 out = np.logical_or.reduce(rest < 0)
                 holding = [part for part in parts if part.holds[position]]
                 for part in holding:
-                    out |= among[position] & ~part.enough_without(position)
+                    out |= turn[position] & ~part.enough_without(position)
                 for part in holding:
-                    part.take(position, among[position] & ~out)
+                    part.take(position, turn[position] & ~out)
                 gone[position] |= out
                 spare = np.where(out, spare, rest)
         gone &= self.there & fits
@@ -323,7 +323,7 @@ class _Freed:
         free, self.serves, self.none = parts.at(needs, group.nodes)
         self.held = parts.given(needs, group.slots, group.there & ~self.none)
         self.free = free + self.held.sum(2)
-        self.holds: list[bool] = self.held.any((0, 1, 3)).tolist()
+        self.holds: Bools = np.logical_or.reduce(self.held, (0, 1, 3))
         """[position] whether any workload there holds a part."""
 
     def enough(self) -> Bools:

@@ -184,7 +184,7 @@ class Needs:
         self.free, self.given = np.concatenate((*free, *(item[0][None] for item in self.others))), np.concatenate((*given, table))
         self.amounts = np.concatenate((*amounts, np.zeros(len(self.others), np.int64)))[:, None]
         self.rows = np.arange(len(self.free))
-        slots = self._victims(table.any(0), priority)
+        slots = self._victims(np.logical_or.reduce(table), priority)
         amounts_of = table[:, state.w_class[slots]]
         leaving = state.w_ending[slots]
         if leaving.any():

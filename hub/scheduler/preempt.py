@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from . import leastharm
 from .arrays import Seat
 from .feasible import verdicts
 from .leastharm import Victims, on_nodes, search
@@ -28,6 +29,8 @@ class Plan:
     victims: tuple[str, ...]
     violations: int
     harm: tuple[int, ...] = ()
+    in_part: int = 0
+    """Nodes that hold more than a plan looks at (`leastharm.MAX_NODE_VICTIMS`): one of them may do less harm."""
     moves: tuple[tuple[str, Seat], ...] = field(default=())
 
     @property
@@ -55,7 +58,7 @@ def reserve(scheduler: Scheduler, workload: Workload, now_ms: int) -> Placed | P
     placed = scheduler.commit(decision, now_ms)
     if placed is not None:
         return placed
-    chosen = _choose(scheduler, workload, decision.bits) if workload.preempts else None
+    chosen = _choose(scheduler, workload, decision.bits)[0] if workload.preempts else None
     if chosen is None:
         return scheduler.pending(decision)
     victims = {name: item for name in chosen.victims if (item := scheduler.state.workload(name)) is not None}
@@ -76,7 +79,7 @@ def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, only: "frozen
     """
     if not workload.preempts and only is None:
         return None
-    chosen = _choose(scheduler, workload, verdicts(scheduler.state, scheduler.state.klass(workload.shape)), only)
+    chosen, _ = _choose(scheduler, workload, verdicts(scheduler.state, scheduler.state.klass(workload.shape)), only)
     if chosen is None:
         return None
     mark = scheduler.state.begin()
@@ -85,23 +88,43 @@ def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, only: "frozen
     return None if done is None else replace(chosen, moves=done[1])
 
 
+def outlook(scheduler: Scheduler, workload: Workload) -> str:
+    """For people: what preemption would do for a workload that fits nowhere, and whether a limit kept it from looking at all of it."""
+    if not workload.preempts:
+        return ""
+    state = scheduler.state
+    chosen, in_part = _choose(scheduler, workload, verdicts(state, state.klass(workload.shape)))
+    if chosen is None:
+        said = "preemption finds nothing: no node would do without those of lower priority"
+    else:
+        count = len(chosen.victims)
+        said = f"preemption would take {count} workload{'s' if count > 1 else ''} from {state.nodes[chosen.node].name} (highest priority {chosen.harm[1]})"
+    if in_part:
+        said += f"; {in_part} node{'s hold' if in_part > 1 else ' holds'} more than {leastharm.MAX_NODE_VICTIMS} workloads that may go, and {'were' if in_part > 1 else 'was'} looked at in part only"
+    return said
+
+
 def on_node(scheduler: Scheduler, workload: Workload, node: int) -> Plan | None:
     """Kube's plan of one node, before anybody is migrated; None where it has none."""
     state = scheduler.state
-    return _planned(state, workload, on_nodes(state, workload, state.klass(workload.shape), np.array([node])))
+    klass = state.klass(workload.shape)
+    return None if verdicts(state, klass)[node] & _UNRESOLVABLE else _planned(state, workload, on_nodes(state, workload, klass, np.array([node])))
 
 
-def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, only: "frozenset[str] | None" = None) -> Plan | None:
-    """Whose going does the least harm, before anybody is migrated."""
+def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, only: "frozenset[str] | None" = None) -> tuple[Plan | None, int]:
+    """Whose going does the least harm, before anybody is migrated; and how many nodes hold too much to be looked at whole."""
     state = scheduler.state
     klass = state.klass(workload.shape)
     open_nodes: Bools = (bits & _UNRESOLVABLE) == 0
     if not open_nodes.any():
-        return None
+        return None, 0
     if only is not None:
-        return _planned(state, workload, on_nodes(state, workload, klass, _nodes_of(state, only, open_nodes), only))
+        return _planned(state, workload, on_nodes(state, workload, klass, _nodes_of(state, only, open_nodes), only)), 0
     found, overfull = search(state, workload, klass, open_nodes)
-    return _planned(state, workload, on_nodes(state, workload, klass, np.unique(overfull)) if found is None and overfull.size else found)
+    in_part = len(np.unique(overfull)) if overfull.size else 0
+    if found is None and in_part:
+        found = on_nodes(state, workload, klass, np.unique(overfull))
+    return _planned(state, workload, found, in_part), in_part
 
 
 def carry_out(scheduler: Scheduler, made: Plan, now_ms: int) -> Placed | None:
@@ -139,10 +162,10 @@ def _execute(scheduler: Scheduler, made: Plan, now_ms: int) -> tuple[Placed, tup
     return Placed(made.workload.id, state.nodes[made.node].name, seat), tuple(moves)
 
 
-def _planned(state: State, workload: Workload, found: Victims | None) -> Plan | None:
+def _planned(state: State, workload: Workload, found: Victims | None, in_part: int = 0) -> Plan | None:
     if found is None:
         return None
-    return Plan(workload, found.node, tuple(item.id for slot in found.slots if (item := state.items[slot]) is not None), found.harm[0], found.harm)
+    return Plan(workload, found.node, tuple(item.id for slot in found.slots if (item := state.items[slot]) is not None), found.harm[0], found.harm, in_part)
 
 
 def _nodes_of(state: State, workloads: frozenset[str], open_nodes: Bools) -> Ints:

@@ -73,6 +73,20 @@ def alone(scheduler: Scheduler, asked: Any, node: int, lower: list[tuple[Any, in
     return found
 
 
+def lower_on(scheduler: Scheduler, asked: Any, node: int) -> list[tuple[Any, int, Any, bool]]:
+    """Those that may have to go from a node, the most important first: workload, start, seat, whether it is on its way out."""
+    state = scheduler.state
+    slots = [slot for slot, item in enumerate(state.items) if item is not None and state.w_node[slot] == node and item.preemptible and item.priority < asked.priority]
+    slots.sort(key=lambda slot: (-int(state.w_priority[slot]), int(state.w_start[slot]), slot))
+    return [(state.items[slot], int(state.w_start[slot]), state.seats[slot], bool(state.w_ending[slot])) for slot in slots]
+
+
+def of_node(scheduler: Scheduler, asked: Any, node: int) -> tuple[Harm, tuple[str, ...]] | None:
+    """Kube's plan of a node; None where it has none."""
+    lower = lower_on(scheduler, asked, node)
+    return kube(scheduler, asked, node, lower) if lower else None
+
+
 def least(scheduler: Scheduler, asked: Any) -> Found | None:
     """The least harmful of all plans of all nodes."""
     state = scheduler.state
@@ -81,12 +95,7 @@ def least(scheduler: Scheduler, asked: Any) -> Found | None:
     for node in range(state.size):
         if int(bits[node]) & int(UNRESOLVABLE):
             continue
-        slots = [slot for slot, item in enumerate(state.items) if item is not None and state.w_node[slot] == node and item.preemptible and item.priority < asked.priority]
-        slots.sort(key=lambda slot: (-int(state.w_priority[slot]), int(state.w_start[slot]), slot))
-        lower = [(state.items[slot], int(state.w_start[slot]), state.seats[slot], bool(state.w_ending[slot])) for slot in slots]
-        if not lower:
-            continue
-        whole = kube(scheduler, asked, node, lower)
+        whole = of_node(scheduler, asked, node)
         if whole is not None:
-            plans += [(worst, int(state.tie[node]), names) for worst, names in [whole, *alone(scheduler, asked, node, lower)]]
+            plans += [(worst, int(state.tie[node]), names) for worst, names in [whole, *alone(scheduler, asked, node, lower_on(scheduler, asked, node))]]
     return min(plans, default=None)

@@ -4,12 +4,16 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hub.scheduler import Scheduler, State, kernels, node, parse, preempt, workload
+from hub.scheduler import Scheduler, Seat, State, kernels, leastharm, needs, node, parse, preempt, workload
 from hub.scheduler.audit import check_invariants
+from hub.scheduler.explain import explain
+from hub.scheduler.feasible import verdicts
+from hub.scheduler.reasons import UNRESOLVABLE
 from tests.unit.scheduler import preempt_reference as reference
 
 Json = dict[str, Any]
@@ -128,3 +132,82 @@ def differs(kind: str, seed: int) -> str:
 @given(st.sampled_from(KINDS), st.integers(0, 1 << 40))
 def test_the_harm_is_the_least_of_all_nodes(kind: str, seed: int) -> None:
     assert not differs(kind, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_harm_is_the_least_for_every_kind(kind: str) -> None:
+    for seed in range(SEEDS):
+        assert not differs(kind, seed), seed
+
+
+def test_kubes_plan_of_a_single_node_is_the_references() -> None:
+    for seed in range(SEEDS):
+        scheduler, asked = cluster("all", random.Random(f"single {seed}"))
+        closed = verdicts(scheduler.state, scheduler.state.klass(asked.shape)) & np.uint32(UNRESOLVABLE) != 0
+        for on in range(scheduler.state.size):
+            expected = None if closed[on] else reference.of_node(scheduler, asked, on)
+            made = preempt.on_node(scheduler, asked, on)
+            assert (None if made is None else (made.harm, made.victims)) == expected, (seed, on)
+
+
+def plant(patch: pytest.MonkeyPatch, what: str) -> None:
+    """Plant one bug."""
+    match what:
+        case "nodes left out":  # the rule that was: the eight nodes that lack the least
+            shipped = preempt.search
+            patch.setattr(preempt, "search", lambda state, asked, klass, nodes: shipped(state, asked, klass, nodes & (np.cumsum(nodes) <= 8)))
+        case "own domain decides":
+            def evenness(state: State, klass: Any, at: int, eligible: Any) -> Any:
+                rule, domain = klass.shape.spread[at], state.attributes.domains(klass.shape.spread[at].topology_key)[0]
+                sums = np.bincount(np.where(eligible, domain + 1, 0), np.where(eligible, state.counts[klass.spread_rows[at]], 0)).astype(int)
+                least = sums[np.unique(domain[eligible]) + 1].min() if eligible.any() else 0
+                return np.where(eligible, rule.max_skew - klass.spread_self[at] + least - sums[np.where(eligible, domain + 1, 0)], needs.UNBOUNDED)
+            patch.setattr(needs, "_evenness", evenness)
+        case "peers of other nodes overlooked":
+            patch.setattr(needs, "in_domain", lambda state, key, counts: counts)
+        case "peers that go too":
+            planted = needs._with_peers_after
+            patch.setattr(needs, "_with_peers_after", lambda state, klass, gone: planted(state, klass, np.zeros_like(gone)))
+        case "parts by their sum":
+            patch.setattr(needs, "_parts", lambda shape: [])
+        case "the way is as long as ever":
+            patch.setattr(needs, "_way", lambda state, link: np.zeros(state.size, np.int64))
+        case "not looked at again":
+            plan = leastharm._Group.plan
+
+            def once(self: Any) -> Any:
+                found = plan(self)
+                self.vain = self.vain[:0]
+                return found
+
+            patch.setattr(leastharm._Group, "plan", once)
+
+
+@pytest.mark.parametrize(("what", "kind"), [
+    ("nodes left out", "room"), ("nodes left out", "gpu"), ("own domain decides", "spread"), ("peers of other nodes overlooked", "anti"), ("peers of other nodes overlooked", "excluded"),
+    ("peers that go too", "affinity"), ("parts by their sum", "gpu"), ("parts by their sum", "numa"), ("the way is as long as ever", "link"), ("not looked at again", "numa"),
+])
+def test_a_planted_bug_is_seen(what: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, what)
+    with pytest.raises(AssertionError):
+        for seed in range(10 * SEEDS):
+            assert not differs(kind, seed)
+
+
+def test_nodes_that_hold_too_much_are_counted_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State(seed=1)
+    state.add_nodes([node({"name": f"n{at}", "capacity": {"cpu": 8, "memory": "8Gi"}}) for at in range(2)])
+    scheduler = Scheduler(state)
+    for at in range(9):
+        on = at // 7
+        state.place(workload({"id": f"w{at}", "requests": {"cpu": 1 if at < 7 else 4, "memory": "100Mi"}, "priority": 0 if at < 7 else 3}), Seat(on), 0)
+    state.place(workload({"id": "w9", "requests": {"cpu": 1}}), Seat(0), 0)
+    asked = workload({"id": "in", "requests": {"cpu": 5}, "priority": 5})
+    made = preempt.plan(scheduler, asked, 0)
+    assert made is not None and made.node == 0 and made.in_part == 0
+    monkeypatch.setattr(leastharm, "MAX_NODE_VICTIMS", 5)
+    worse = preempt.plan(scheduler, asked, 0)
+    assert worse is not None and worse.node == 1 and worse.in_part == 1
+    said = explain(scheduler, asked, 0).making_room
+    assert said == "preemption would take 2 workloads from n1 (highest priority 3); 1 node holds more than 5 workloads that may go, and was looked at in part only"
+    assert explain(scheduler, workload({"id": "low", "requests": {"cpu": 5}}), 0).making_room == "preemption finds nothing: no node would do without those of lower priority"
