@@ -340,11 +340,11 @@ class _Freed:
 
 
 def _compiled(level: Level, sums: Sums) -> tuple[Victims | None, Ints]:
-    """One level by the compiled kernel, which brings the sums on to it; there are no budgets, and rows say it all."""
+    """One level by the compiled kernel, which brings the sums on to it; there are no budgets, and rows and devices say it all."""
     state, needs, priority = level.state, level.needs, level.priority
     node, victims, overfull = kernels.active.least_harm(
         sums.fresh, sums.left, sums.spare, sums.largest, needs.free, needs.held(priority), needs.most(priority), state.first, state.last[priority], needs.rows, needs.amounts,
-        needs.given, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS,
+        needs.given, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS, *needs.devices(),
     )
     sums.fresh = False
     if node < 0:

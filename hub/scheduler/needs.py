@@ -22,6 +22,8 @@ from .units import CPU, MEMORY
 UNBOUNDED = 1 << 60
 """Free where a row asks nothing of a node; below 0, where nobody's going helps. No sum of what workloads hold comes near it."""
 
+_NO_DEVICES: Ints = np.zeros((0, 0), np.int64)
+
 
 @dataclass(slots=True)
 class Changes:
@@ -164,8 +166,18 @@ class Needs:
 
     @property
     def compilable(self) -> bool:
-        """Whether rows say it all, and the class of a workload all that it gives back."""
-        return not self.parts and not self.ending.size
+        """Whether rows and devices say it all, and the class of a workload all that it gives back of the rows."""
+        return not self.ending.size and all(part.gpus for part in self.parts)
+
+    def devices(self) -> tuple[int, int, int, Ints, Ints, Bools, IntArray, Ints]:
+        """What the compiled search asks of devices: how many (0: none), milli and memory of each; free milli and memory, [node, device] whether it may serve; what slots and classes hold."""
+        state, gpu = self.state, self.klass.shape.gpu
+        if gpu is None:
+            return 0, 0, 0, _NO_DEVICES, _NO_DEVICES, _NO_DEVICES.astype(np.bool_), state.w_gpus, _NO_DEVICES
+        facts = state.facts(self.klass)
+        serves = np.zeros(state.gpu_free.shape, np.bool_)
+        serves[facts.gpu_nodes] = facts.devices
+        return gpu.count, gpu.milli, gpu.memory, state.gpu_free.astype(np.int64), state.gpu_mem, serves, state.w_gpus, changes_of(state).gpus
 
     def _combine(self, priority: int | None) -> None:
         """One set of rows: resources, GPU in all, the others."""
