@@ -74,6 +74,7 @@ class EdgeRuntime:
         self._told: tuple[int, str] = (0, "")
         self._stopping = asyncio.Event()
         self._api: Any = None
+        self._workloads: Any = None
         self.api_port = 0
         self.site: SharedDuties | None = None
         if config.duties.enabled:
@@ -232,10 +233,12 @@ class EdgeRuntime:
             await asyncio.sleep(due - loop.time())
 
     def workload_node(self) -> Any:
-        """What tells the hub what this node has and answers for workloads."""
-        from .workloads.node import WorkloadNode
+        """What tells the hub what this node has, answers for workloads and runs them."""
+        if self._workloads is None:
+            from .workloads.node import WorkloadNode
 
-        return WorkloadNode(self.config, self.journal, self.metrics)
+            self._workloads = WorkloadNode(self.config, self.journal, self.metrics)
+        return self._workloads
 
     async def _tick_forever(self) -> None:
         while True:
@@ -300,11 +303,16 @@ class EdgeRuntime:
     async def _watch(self) -> None:
         """Signs of life to systemd, only while the agent is healthy enough to decide; memory return; storage alarms."""
         alarmed = False
+        loop = asyncio.get_running_loop()
+        tidy_at = loop.time() + self.surroundings.pace.tidy_s
         while True:
             watch_s = self.surroundings.pace.watch_s
             await asyncio.sleep(min(watch_s, self.service.watchdog_s / 3) if self.service.watchdog_s else watch_s)
             if self.service.watchdog_s:
                 self.service.notify(WATCHDOG="1", STATUS=self._status_line())
+            if loop.time() >= tidy_at:
+                tidy_at = loop.time() + self.surroundings.pace.tidy_s
+                self.surroundings.tidy()
             plan = self.journal.storage_plan
             if plan.alarm and not alarmed:
                 self.journal.append("event", "storage", {

@@ -41,6 +41,7 @@ class Surroundings:
         engine: makes the decision engine.
         pace: how often periodic duties run.
         settle: called once when everything is up.
+        tidy: called every `Pace.tidy_s`.
         wal_bytes, reserve_block: see `JournalDatabase.grow_wal` and `SideFile.reserve`.
     """
 
@@ -52,5 +53,6 @@ class Surroundings:
     engine: Callable[[RuleSet, Mapping[str, Predictor]], DecisionEngine] = DecisionEngine
     pace: Pace = field(default_factory=Pace)
     settle: Callable[[], None] = settle
+    tidy: Callable[[], None] = return_free_memory
     wal_bytes: int = WAL_GROWN_BYTES
     reserve_block: int = RESERVE_BLOCK

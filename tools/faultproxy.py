@@ -5,6 +5,7 @@
 
 import argparse
 import asyncio
+import errno
 import socket
 import struct
 import sys
@@ -14,6 +15,9 @@ CHUNK_BYTES = 65_536
 
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER that makes close send RST: what a device that lost its power looks like to a stateful firewall."""
+
+TAKEN_S = 60.0
+"""While the port is closed, the kernel may give it to somebody's outgoing connection: those end."""
 
 
 class FaultProxy:
@@ -37,8 +41,16 @@ class FaultProxy:
         self.cuts = 0
 
     async def start(self) -> None:
-        """Listen."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port or self._listen_port)
+        """Listen. Raises OSError where the port stays taken for `TAKEN_S`."""
+        end = asyncio.get_running_loop().time() + TAKEN_S
+        while True:
+            try:
+                self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port or self._listen_port)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not self.port or asyncio.get_running_loop().time() >= end:
+                    raise
+                await asyncio.sleep(0.05)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def cut(self) -> None:

@@ -189,6 +189,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "storage": ("event", "what was trimmed or refused, and why"),
     "node.capacity": ("event", "what this node has for workloads: kind, capacity {cpu, memory, disk, ...}, gpus, numa, labels, taints, images, runs [workload kinds]"),
     "workload": ("event", "id, epoch, state (accepted, running, refused, stopped, done, failed), reason"),
+    "workload.driver": ("event", "what a driver's probe found: driver, kind, usable, runtime, arch, cgroup, kernel, can [abilities], cannot {ability: reason}"),
     "model": ("event", "name, sha256, outcome (activated, refused), and the reason"),
 }
 """Every record kind of this version: its stream and its body's fields. Unknown kinds are stored as they are."""

@@ -46,7 +46,7 @@ def one_heap() -> None:
 
 
 def return_free_memory() -> None:
-    """Give freed heap pages back to the system (malloc_trim(3)); start-up leaves about a megabyte of them."""
+    """Give freed heap pages back to the system (malloc_trim(3)); start-up leaves about a megabyte of them, and each minute of messages some."""
     import ctypes
 
     try:

@@ -1,15 +1,19 @@
-"""What the agent answers to the workloads of desired state while it has no driver for them. Pure."""
+"""What the agent answers to those workloads of desired state for which it has no driver. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..contract.workloads import STOPPED
 
+MAX_REASON = 1000
+"""Characters of a reason."""
 
-def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs: Sequence[str], enabled: bool) -> tuple[list[dict[str, Any]], list[str]]:
+
+def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs: Sequence[str], enabled: bool, why: str = "") -> tuple[list[dict[str, Any]], list[str]]:
     """Bodies of `workload` records, one for each entry that was not answered before; and which entries are answered now.
 
-    An entry that shall stop is answered `stopped`: nothing of it runs. One that shall run is refused with the reason, so that the hub places it elsewhere.
+    An entry that shall stop is answered `stopped` where nothing can run here (else its driver answers: the entry does not say its kind). One that shall run is refused with the
+    reason, so that the hub places it elsewhere. `why`: why there is no driver.
     """
     before, now, reports = set(answered), [], []
     for entry in entries:
@@ -18,11 +22,13 @@ def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs:
         if key in before:
             continue
         if entry["wanted"] == STOPPED:
+            if runs and enabled:
+                continue
             state, reason = "stopped", ""
         elif not enabled:
             state, reason = "refused", "workloads are not enabled on this edge"
         elif entry["kind"] not in runs:
-            state, reason = "refused", f"no driver for kind {entry['kind']} on this edge"
+            state, reason = "refused", f"no driver for kind {entry['kind']} on this edge{': ' * bool(why)}{why}"[:MAX_REASON]
         else:
             continue  # its driver answers
         reports.append({"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason})

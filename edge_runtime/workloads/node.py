@@ -1,17 +1,21 @@
-"""This node towards the hub's scheduler: tells what it has, answers what it shall run."""
+"""This node towards the hub's scheduler: tells what it has, answers what it shall run, runs it."""
 
 import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import EdgeConfig
 from ..journal import Journal
 from ..metrics import Metrics
-from . import drivers
 from .answers import answers
 from .capacity import changed, describe
+
+if TYPE_CHECKING:
+    from .drivers.container import ContainerDriver
+    from .images import ImageStore
+    from .runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +24,89 @@ ANSWERED = "workloads"
 
 
 class WorkloadNode:
-    """One node; says everything through the journal."""
+    """One node; says everything through the journal.
+
+    Attributes:
+        runs: the kinds of workload for which there is a driver here; none before the drivers have been probed.
+    """
 
     def __init__(self, config: EdgeConfig, journal: Journal, metrics: Metrics) -> None:
         self._config, self._journal, self._metrics = config, journal, metrics
+        self.runs: tuple[str, ...] = ()
+        self._why = ""
+        self._entries: Sequence[dict[str, Any]] | None = None
+        self._probed = not config.workloads.enabled or not config.workloads.runtimes
+        self._taken = asyncio.Event()
+        self._store: ImageStore | None = None
+        self._driver: ContainerDriver | None = None
+        self._runner: Runner | None = None
 
     async def run(self) -> None:
-        """Tell what this node has: at boot, and when it has changed. Until cancelled."""
+        """Probe the drivers, then make true what is wanted, and tell what this node has, at boot and when it has changed. Until cancelled; what runs then goes on."""
+        try:
+            if not self._probed:
+                await self._probe()
+            if self._entries is not None:
+                self._answer(self._entries)
+            await asyncio.gather(self._tell(), self._follow())
+        finally:
+            if self._runner is not None:
+                await self._runner.close()
+            if self._store is not None:
+                self._store.close()
+
+    async def _probe(self) -> None:
+        from .drivers.container import ContainerDriver, Settings
+        from .drivers.face import Ability
+        from .images import ImageError, ImageStore
+        from .runner import Runner
+
+        workloads, folder = self._config.workloads, (Path(self._config.data_dir) / "workloads").resolve()
+        try:
+            self._store = await asyncio.to_thread(ImageStore, folder / "images")
+            self._driver = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts))
+            told = await self._driver.probe()
+            self.runs, self._why = (("container",), "") if told.usable else ((), told.cannot[Ability.START])
+            self._journal.append("event", "workload.driver", {**told.to_json(), "cpu_flags": len(told.cpu_flags)})
+            if told.usable:
+                self._runner = Runner(self._driver, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"))
+        except (ImageError, OSError) as error:
+            self._why = str(error)
+            log.error("containers cannot be run: %s", error)
+        except Exception as error:  # what a host can come up with has no end; the agent's other work goes on
+            self._why = f"the probe failed: {error}"
+            log.exception("containers cannot be run")
+        self._probed = True
+
+    async def _follow(self) -> None:
+        """Hand what is wanted to the runner, the newest only."""
+        while self._runner is not None:
+            await self._taken.wait()
+            self._taken.clear()
+            try:
+                await self._runner.take([entry for entry in self._entries or () if entry["wanted"] != "running" or entry["kind"] in self.runs])
+            except OSError as error:
+                self._metrics.inc("workload_errors_total")
+                log.error("what runs here could not be looked at: %s", error)
+
+    async def _bring(self, reference: str) -> None:
+        """Take an image from the archives that were put into `<data>/workloads/archives`, where the store does not have it yet."""
+        from .drivers.face import Refused
+        from .images import ImageError
+
+        assert self._store is not None
+        try:
+            await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+
+    def _tidy(self) -> None:
+        """Keep images within their budget, when there is time."""
+        if self._driver is not None:
+            task = asyncio.ensure_future(self._driver.prune(self._config.workloads.images_bytes))
+            task.add_done_callback(lambda done: None if done.cancelled() or done.exception() is None else log.warning("images could not be pruned: %s", done.exception()))
+
+    async def _tell(self) -> None:
         told: dict[str, Any] | None = None
         while True:
             try:
@@ -43,15 +123,21 @@ class WorkloadNode:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels=config.labels, taints=workloads.taints, runs=drivers(), reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels=config.labels, taints=workloads.taints, runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
         )
 
     def take(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Answer the workloads of a desired state that was taken; each entry once, also over restarts."""
+        """Answer the workloads of a desired state that was taken; each entry once, also over restarts. What comes before the drivers have been probed is answered then."""
+        self._entries = list(entries)
+        if self._probed:
+            self._answer(self._entries)
+
+    def _answer(self, entries: Sequence[dict[str, Any]]) -> None:
         answered = self._journal.state(ANSWERED) or []
-        reports, now = answers(entries, answered, drivers(), self._config.workloads.enabled)
+        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self._why)
         for body in reports:
             self._journal.append("event", "workload", body)
         if now != answered:
             self._journal.put_state(ANSWERED, now)
+        self._taken.set()

@@ -66,7 +66,7 @@ WHAT_IF = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One row of the table; `handler` names a method of `HubApi`; `changes`: the placing task does it, which may be busy or find that it contradicts what stands."""
+    """One row of the table; `handler` names a method of `HubApi`; `changes`: the placing task does it, which may be busy or find that it `contradicts` what stands."""
 
     method: str
     path: str
@@ -77,6 +77,7 @@ class Operation:
     body: dict[str, Any] | None = None
     open: bool = False
     changes: bool = False
+    contradicts: bool = False
 
 
 _STREAM = ("stream", {"type": "string", "enum": ["decision", "event", "telemetry"]}, "the stream")
@@ -114,7 +115,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/workloads/{workload}", "workload", "One workload with its placements", OBJECT),
     Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
     Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
-    Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, and what would move, if; changes nothing", OBJECT, body=WHAT_IF),
+    Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, what would move, and which deadlines would be promised, if; changes nothing", OBJECT, body=WHAT_IF, contradicts=True),
     Operation("get", "/api/v1/nodes", "nodes", "Nodes by name: what each has and what is in use", LIST, (("limit", {"type": "integer", "minimum": 1, "default": 10_000}, "at most so many"),)),
     Operation("put", "/api/v1/nodes/{node}", "put_node", "Declare a node that has no agent", OBJECT, body=NODE, changes=True),
     Operation("delete", "/api/v1/nodes/{node}", "delete_node", "Take a node out; what it held is placed anew", OBJECT, changes=True),
@@ -154,8 +155,9 @@ def document() -> dict[str, Any]:
         if not operation.open:
             responses["401"] = {"description": "no valid token", **error}
             responses["400"] = {"description": "a field is wrong; it is named", **error}
-        if operation.changes:
+        if operation.changes or operation.contradicts:
             responses["409"] = {"description": "it contradicts what stands", **error}
+        if operation.changes:
             responses["503"] = {"description": "busy, or the store refused: nothing was done", **error}
         if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant", "rebalance")):
             responses["404"] = {"description": "not known", **error}

@@ -12,7 +12,7 @@ from edge_runtime.contract.errors import ContractError
 
 from ..scheduler import Invalid
 from ..store.workloads import FINAL_STATES, LIVE_STATES
-from ..workloads import views
+from ..workloads import views, whatif
 from ..workloads.documents import name_of, read_list, read_node
 from ..workloads.planner import Planner
 from ..workloads.rebalancing import MAX_DRAINED
@@ -119,17 +119,18 @@ class WorkloadApi:
             raise Invalid(unknown[0][:80], "is not known here", "send workloads, lose or add")
         parts = {key: value.get(key, []) for key in ("workloads", "lose", "add")}
         for key, part in parts.items():
-            if not isinstance(part, list) or len(part) > views.MAX_WHAT_IF:
-                raise Invalid(key, "is not a list, or too long", f"send a list of at most {views.MAX_WHAT_IF}")
+            if not isinstance(part, list) or len(part) > whatif.MAX_WHAT_IF:
+                raise Invalid(key, "is not a list, or too long", f"send a list of at most {whatif.MAX_WHAT_IF}")
         entries = read_list(parts["workloads"]) if parts["workloads"] else []
         lose = [name_of(name, f"lose[{index}]") for index, name in enumerate(parts["lose"])]
-        add = []
+        add: dict[str, Any] = {}
         for index, node in enumerate(parts["add"]):
             name = name_of(node.get("name") if isinstance(node, dict) else None, f"add[{index}].name")
-            add.append(read_node(node, name)[1])
-        now = self._hub.workloads.now_ms()
-        trial = await self._hub.workloads.look(lambda planner: planner.trial())
-        return answer(await self._hub.think(lambda: views.what_if(trial, entries, lose, add, now)))
+            if name in add:
+                raise Invalid(f"add[{index}].name", f"{name!r} stands twice", "give each node its own name")
+            add[name] = read_node(node, name)[0]
+        now, fork = await self._hub.workloads.look(lambda planner: (self._hub.workloads.now_ms(), planner.fork()))
+        return answer(await self._hub.think(lambda: whatif.what_if(fork, entries, lose, add, now)))
 
     # -- nodes ---------------------------------------------------------------------------------------------------------------
 

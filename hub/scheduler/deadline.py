@@ -12,12 +12,16 @@ What moves a reservation, and which way:
 | a node vanishes, a job overruns | those it hit are placed anew; where that breaks a promise, all are, if fewer promises break; who is late is told, with the reason |
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from operator import gt
+from typing import Any
 
 import numpy as np
 
-from .batch import Admission, Forecast, Hold, Job, Late, Reason, Remedy, duration
-from .profile import FAR, Bools, Ints, Overcommitted, Profile
+from .batch import Admission, Forecast, Hold, Job, Late, Reason, duration
+from .outlook import Outlook
+from .profile import FAR, Profile
 
 OVERRUN_PERMILLE = 250
 """A job that runs beyond its reservation is expected to need this much of its estimate more, each time anew: few corrections for a bad estimate, little held for a slight one."""
@@ -28,32 +32,18 @@ MIN_EXTENSION_MS = 1_000
 MAX_JOBS = 10_000
 """Jobs running, reserved and waiting at once; more are refused with the reason."""
 
-REORDER_MAX = 300
-"""Reservations up to which a submit tries other orders of all of them; beyond it only the holes are tried: bounds a submit to about a second at 1,000 nodes."""
 
-BACKFILL_DEPTH = 1_000
-"""Jobs without a deadline that one turn looks at, in their order: bounds a turn's time."""
-
-
-class Timetable:
+class Timetable(Outlook):
     """The plan of one pool. Every method takes the time now, which never goes back; one that raises has changed nothing."""
 
-    def __init__(self, resources: Sequence[str], names: Sequence[str], free: Ints, now_ms: int, human: Callable[[str, int], str] | None = None,
-                 when: Callable[[int], str] | None = None, reorder_most: int = REORDER_MAX, backfill_depth: int = BACKFILL_DEPTH) -> None:
-        """`free`: [N, R], what batch may use of each node. `human` writes a quantity of a resource, `when` a time."""
-        self.resources, self.names = tuple(resources), list(names)
-        self.base = free.astype(np.int64)
-        self.profile = Profile(self.base, now_ms)
-        self.running: dict[str, Hold] = {}
-        self.reserved: dict[str, Hold] = {}
-        self.waiting: dict[str, Job] = {}
-        self._gone: set[int] = set()
-        self._order: dict[str, int] = {}
-        self._sequence = 0
-        self._now = now_ms
-        self._human = human or (lambda resource, amount: f"{amount} {resource}")
-        self._when = when or (lambda ms: f"{ms} ms")
-        self._reorder_most, self._backfill_depth = reorder_most, backfill_depth
+    def copy(self, when: Callable[[int], str] | None = None) -> "Timetable":
+        """An independent one, for what-if; `when` as at the begin, the same where it is None."""
+        other = copy(self)
+        other.names, other.profile, other._gone, other._when = list(self.names), self.profile.copy(), set(self._gone), when or self._when
+        other.running, other.reserved, other.waiting, other._order = dict(self.running), dict(self.reserved), dict(self.waiting), dict(self._order)
+        other._witness = {}
+        other.touched, other._slots = set(self.touched), dict(self._slots)
+        return other
 
     def submit(self, job: Job, now_ms: int) -> Admission:
         """Admit a job or say why not. A job without a deadline is always admitted, unless it could never run. Raises ValueError for a malformed one."""
@@ -72,7 +62,7 @@ class Timetable:
         if direct is not None and direct.end_ms <= job.deadline_ms:
             self._enlist(job)
             self._hold(self.profile, direct)
-            self.reserved[job.id] = direct
+            self._reserve(direct)
             return Admission(True, self._forecast(direct))
         self._enlist(job)
         reordered = self._reorder(job, now_ms) if len(self.reserved) <= self._reorder_most else None
@@ -81,6 +71,7 @@ class Timetable:
             return self._refusal(job, direct, now_ms)
         before = self.reserved
         self.profile, self.reserved = reordered
+        self.touched.update(self.reserved)
         moved = tuple(self._forecast(hold) for name, hold in self.reserved.items() if name != job.id and (hold.start_ms, hold.nodes) != (before[name].start_ms, before[name].nodes))
         return Admission(True, self._forecast(self.reserved[job.id]), moved=moved)
 
@@ -91,37 +82,23 @@ class Timetable:
         self._hold_or_not(Hold(hold.job, hold.nodes, now_ms, hold.end_ms, hold.need))
         self._enlist(hold.job)
         self.running[hold.job.id] = hold
+        self._soonest = min(self._soonest, hold.end_ms)
 
-    def adopt_all(self, holds: Iterable[Hold], now_ms: int) -> None:
-        """Book all that runs at once, each on one node; only before anything else is. Raises as `adopt`."""
-        self._advance(now_ms)
-        on_node: dict[int, list[Hold]] = {}
-        for hold in holds:
-            self._check(hold.job)
-            self._enlist(hold.job)
-            self.running[hold.job.id] = hold
-            on_node.setdefault(hold.nodes[0], []).append(hold)
-        for node, there in on_node.items():
-            lasting = [(hold.end_ms, hold.need) for hold in there if hold.end_ms > now_ms]
-            if lasting:
-                self.profile.hold_until(node, lasting)
+    def stand(self, gone: Iterable[int], running: Mapping[str, Hold], slots: Mapping[str, int], soonest: int, witness: dict[tuple[int, ...], int], planned: Iterable[Hold], kept: Mapping[str, Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
+        """Begin with what the profile holds already: what runs (in the order of `slots`; none ends before `soonest`), where needs once fitted, and of what was planned (in its order) what is `kept`.
 
-    def restore(self, holds: Iterable[Hold], loose: Iterable[Job], now_ms: int) -> list[Late]:
-        """Reservations as they were kept, each where and when it was, whatever the job's allowed nodes say now; what no longer fits so, and jobs that have none (`loose`), are placed anew. Returns the promises that this broke."""
-        self._advance(now_ms)
+        The rest of it, and `loose` jobs, are placed anew. Returns the promises that this broke.
+        """
+        self._gone, self.running, self._slots, self._soonest, self._witness = set(gone), dict(running), slots, soonest, witness
         hit = list[Hold]()
-        for hold in sorted(holds, key=lambda hold: (hold.start_ms, hold.job.id)):
-            self._check(hold.job)
+        for hold in planned:
             self._enlist(hold.job)
-            due = Hold(hold.job, hold.nodes, max(hold.start_ms, now_ms), hold.end_ms, hold.need)
-            try:
-                if due.end_ms - now_ms < hold.job.duration_ms:  # it was called for too late
-                    raise Overcommitted
-                self._hold_or_not(due)
-            except Overcommitted:
+            due = kept.get(hold.job.id)
+            if due is None:
                 hit.append(hold)
             else:
                 self.reserved[hold.job.id] = due
+        self.touched.update(name for name, due in kept.items() if due.start_ms <= now_ms)
         for job in loose:
             self._check(job)
             self._enlist(job)
@@ -139,9 +116,9 @@ class Timetable:
         self._advance(now_ms)
         late = self._extend_overruns(now_ms) + self._overdue(now_ms)
         started = []
-        for hold in sorted(self.reserved.values(), key=lambda hold: (hold.start_ms, self._key(hold.job))):
-            if hold.start_ms <= now_ms:
-                started.append(self._start(hold))
+        due = [hold for hold in self.reserved.values() if hold.start_ms <= now_ms]
+        for hold in sorted(due, key=lambda hold: (hold.start_ms, self._key(hold.job))):
+            started.append(self._start(hold))
         return started + self._backfill(now_ms), late
 
     def next_ms(self) -> int | None:
@@ -157,7 +134,7 @@ class Timetable:
             if self.waiting.pop(job_id, None) is not None:
                 del self._order[job_id]
             return []
-        del self._order[job_id]
+        self._order.pop(job_id, None)
         self._release(self.profile, hold, now_ms)
         return self._move_up(now_ms, hold.nodes)
 
@@ -189,29 +166,18 @@ class Timetable:
         self._move_up(now_ms, [node])
         return node
 
-    def forecast(self, job_id: str) -> Forecast | None:
-        """Of a job that runs or holds a reservation."""
-        hold = self.running.get(job_id) or self.reserved.get(job_id)
-        return self._forecast(hold) if hold is not None else None
-
     # -- placing
 
     def _check(self, job: Job) -> None:
-        if job.id in self._order:
+        if job.id in self._order or job.id in self.running:
             raise ValueError(f"job {job.id}: is planned already; end it first, or use another id")
         if len(job.need) != len(self.resources) or any(value < 0 for value in job.need) or not any(job.need):
             raise ValueError(f"job {job.id}: need must hold {len(self.resources)} quantities of 0 or more, not all 0, one for each of {', '.join(self.resources)}")
         if job.duration_ms <= 0 or job.members < 1 or job.margin_permille < 0:
             raise ValueError(f"job {job.id}: duration_ms must be above 0, members 1 or more, margin_permille 0 or more")
 
-    def _allowed(self, job: Job) -> Bools | None:
-        """Nodes that came after the job's list was made are not on it."""
-        if job.allowed is None or len(job.allowed) == self.profile.nodes:
-            return job.allowed
-        return np.concatenate([job.allowed, np.zeros(self.profile.nodes - len(job.allowed), bool)])
-
     def _key(self, job: Job) -> tuple[int, int, int]:
-        return -job.priority, job.deadline_ms if job.deadline_ms is not None else FAR, self._order[job.id]
+        return -job.priority, job.deadline_ms if job.deadline_ms is not None else FAR, self._order.get(job.id, 0)
 
     def _enlist(self, job: Job) -> None:
         self._sequence += 1
@@ -220,14 +186,9 @@ class Timetable:
     def _advance(self, now_ms: int) -> None:
         if now_ms < self._now:
             raise ValueError(f"time went back from {self._now} to {now_ms} ms")
-        self._now = now_ms
-        self.profile.advance(now_ms)
-
-    def _find(self, profile: Profile, job: Job, now_ms: int, nodes: Bools | None = None) -> Hold | None:
-        """The earliest place, on all nodes that the job may use or on those of `nodes`."""
-        need = np.array(job.need, np.int64)
-        slot = profile.earliest(need, job.planned_ms, now_ms, self._allowed(job) if nodes is None else nodes, job.members)
-        return Hold(job, slot.nodes, slot.start_ms, slot.start_ms + job.planned_ms, need) if slot is not None else None
+        if now_ms > self._now:
+            self._now = now_ms
+            self.profile.advance(now_ms)
 
     @staticmethod
     def _hold(profile: Profile, hold: Hold) -> None:
@@ -249,12 +210,13 @@ class Timetable:
         self.reserved.pop(hold.job.id, None)
         self.waiting.pop(hold.job.id, None)
         self.running[hold.job.id] = hold
+        self.touched.add(hold.job.id)
+        self._soonest = min(self._soonest, hold.end_ms)
         return hold
 
-    def _forecast(self, hold: Hold) -> Forecast:
-        deadline = hold.job.deadline_ms
-        late = max(0, hold.end_ms - deadline) if deadline is not None else 0
-        return Forecast(hold.job.id, hold.start_ms, hold.start_ms + hold.job.duration_ms, hold.end_ms, late, hold.nodes)
+    def _reserve(self, hold: Hold) -> None:
+        self.reserved[hold.job.id] = hold
+        self.touched.add(hold.job.id)
 
     def _promised_by(self, hold: Hold) -> int:
         """Until when a reservation may be through: its deadline, or as late as it is now where that is lost already."""
@@ -292,16 +254,21 @@ class Timetable:
             self._release(self.profile, hold, now_ms)
             del self.reserved[hold.job.id]
             self.waiting[hold.job.id] = hold.job
-        started, head = [], False
+        started, head, failed, most = [], False, set[tuple[Any, ...]](), self.profile.first().max(axis=0, initial=0).tolist()
         for job in sorted(self.waiting.values(), key=self._key)[:self._backfill_depth]:
+            kin = job.need, job.planned_ms, job.members, id(job.allowed)
+            if head and (kin in failed or any(map(gt, job.need, most)) or not self._fits_now(job)):
+                continue  # others were only added since
             found = self._find(self.profile, job, now_ms)
+            if found is None or found.start_ms > now_ms:
+                failed.add(kin)
             if found is None or (found.start_ms > now_ms and head):
                 continue
             self._hold(self.profile, found)
             if found.start_ms <= now_ms:
                 started.append(self._start(found))
             else:
-                self.reserved[job.id] = found
+                self._reserve(found)
                 del self.waiting[job.id]
                 head = True
         return started
@@ -323,7 +290,7 @@ class Timetable:
             better = found if found is not None and found.start_ms < hold.start_ms else hold
             self._hold(self.profile, better)
             if better is not hold:
-                self.reserved[hold.job.id] = better
+                self._reserve(better)
                 open_nodes[list(hold.nodes)] = True
                 moved.append(self._forecast(better))
         return moved
@@ -359,6 +326,7 @@ class Timetable:
                         self.waiting[hold.job.id] = hold.job
                 kept = anew
         self.profile, self.reserved, _ = kept
+        self.touched.update(self.reserved)
         late = []
         for job in dated:
             if job.id not in self.reserved:
@@ -379,101 +347,25 @@ class Timetable:
 
     def _extend_overruns(self, now_ms: int) -> list[Late]:
         """Jobs that still run past their reservation keep what they have; reservations in their way are placed anew."""
-        late = []
-        for hold in [hold for hold in self.running.values() if hold.end_ms <= now_ms]:
+        late = list[Late]()
+        if self._soonest > now_ms:
+            return late
+        for hold in [hold for hold in self._seated() if hold.end_ms <= now_ms]:
             end = now_ms + max(MIN_EXTENSION_MS, hold.job.duration_ms * OVERRUN_PERMILLE // 1000)
             nodes = set(hold.nodes)
             hit = self._lift(lambda other, nodes=nodes, end=end: other.start_ms < end and not nodes.isdisjoint(other.nodes), now_ms, running=False)  # type: ignore[misc]
             longer = Hold(hold.job, hold.nodes, now_ms, end, hold.need)
             self._hold(self.profile, longer)
             self.running[hold.job.id] = Hold(hold.job, hold.nodes, hold.start_ms, end, hold.need)
+            self.touched.add(hold.job.id)
             because = f"job {hold.job.id} runs longer than its estimate of {duration(hold.job.duration_ms)} and its margin"
             itself = self._forecast(self.running[hold.job.id])
             late += [Late(itself, because)] if itself.late_ms else []
             late += self._settle(hit, now_ms, because)
+        self._soonest = min((hold.end_ms for hold in self.running.values()), default=FAR)
         return late
 
     def _overdue(self, now_ms: int) -> list[Late]:
         """Reservations that this turn comes too late for: what is left of them no longer covers the estimate. A slighter delay is the margin's."""
         hit = self._lift(lambda hold: hold.start_ms < now_ms and hold.end_ms - now_ms < hold.job.duration_ms, now_ms, running=False)
         return self._settle(hit, now_ms, "its start was called for too late") if hit else []
-
-    # -- saying why
-
-    def _never(self, job: Job) -> Reason | None:
-        """Why it could not even run in an empty pool."""
-        need, allowed = np.array(job.need, np.int64), self._allowed(job)
-        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed.copy()
-        usable[list(self._gone)] = False
-        if not usable.any():
-            return Reason("no node that it may use is there")
-        room = Profile(self.base, 0).members(need, 0, 1, job.members)
-        if int(room[usable].sum()) >= job.members:
-            return None
-        largest = self.base[usable].max(axis=0)
-        row = int(np.argmax(need - largest))
-        if need[row] > largest[row]:
-            name = self.resources[row]
-            text = f"asks for {self._human(name, int(need[row]))}; no node that it may use has more than {self._human(name, int(largest[row]))} for batch"
-            return Reason(text, name, short=int(need[row] - largest[row]))
-        return Reason(f"asks for {job.members} members side by side; the nodes that it may use hold {int(room[usable].sum())} when empty")
-
-    def _refusal(self, job: Job, found: Hold | None, now_ms: int) -> Admission:
-        """Why it misses and what alone would make it."""
-        assert job.deadline_ms is not None
-        if found is None:
-            return Admission(False, None, None, Reason("no node that it may use is ever free for it"))
-        forecast, late = self._forecast(found), found.end_ms - job.deadline_ms
-        remedies = [Remedy("deadline", f"with the deadline {duration(late)} later", late)]
-        latest = job.deadline_ms - job.planned_ms
-        estimate = Job(job.id, job.need, job.duration_ms, job.deadline_ms, job.priority, job.members, 0, job.allowed)
-        bare = self._find(self.profile, estimate, now_ms)
-        if job.margin_permille and bare is not None and bare.end_ms <= job.deadline_ms:
-            remedies.append(Remedy("margin", f"if the estimate of {duration(job.duration_ms)} is taken without its margin", job.margin_permille))
-        if latest < now_ms:
-            text = f"it takes {duration(job.planned_ms)} (with a margin of {job.margin_permille / 10:g} %) and {duration(max(0, job.deadline_ms - now_ms))} are left"
-            return Admission(False, forecast, late, Reason(text), tuple(remedies))
-        reason = self._shortage(job, found, latest)
-        return Admission(False, forecast, late, reason, (*self._earlier_ends(job, latest, now_ms), *self._more_nodes(job, latest), *remedies))
-
-    def _shortage(self, job: Job, found: Hold, latest_ms: int) -> Reason:
-        """Which resource, on the node where it can start first, until when."""
-        node = found.nodes[-1]
-        wanted = found.need * found.nodes.count(node)
-        short = wanted - self.profile.least(latest_ms, job.planned_ms)[node]
-        row = int(np.argmax(short / np.maximum(self.base[node], 1)))
-        name = self.resources[row]
-        holders = tuple(
-            hold.job.id for hold in (*self.running.values(), *self.reserved.values())
-            if node in hold.nodes and hold.need[row] > 0 and hold.start_ms < latest_ms + job.planned_ms and hold.end_ms > latest_ms
-        )
-        if short[row] <= 0:
-            return Reason(f"its {job.members} members fit side by side only from {self._when(found.start_ms)} on", until_ms=found.start_ms, node=self.names[node], held_by=holders)
-        text = f"{self._human(name, int(short[row]))} short on {self.names[node]} until {self._when(found.start_ms)}"
-        return Reason(text + (f", held by {', '.join(holders)}" if holders else ""), name, self.names[node], int(short[row]), found.start_ms, holders)
-
-    def _earlier_ends(self, job: Job, latest_ms: int, now_ms: int) -> list[Remedy]:
-        """Jobs that alone would make room by ending earlier; the one that has to change the least. Each is tried."""
-        allowed = self._allowed(job)
-        best: Remedy | None = None
-        for hold in self.running.values():
-            if hold.end_ms <= latest_ms or not any(allowed is None or allowed[node] for node in hold.nodes) or (best is not None and hold.end_ms - latest_ms >= best.amount):
-                continue
-            trial = self.profile.copy()
-            for node in hold.nodes:
-                trial.give(node, max(latest_ms, now_ms), hold.end_ms, hold.need)
-            found = self._find(trial, job, now_ms)
-            if found is not None and found.start_ms <= latest_ms:
-                early = hold.end_ms - latest_ms
-                best = Remedy("earlier end", f"if {hold.job.id} ends {duration(early)} earlier, at {self._when(latest_ms)}", early, hold.job.id)
-        return [best] if best is not None else []
-
-    def _more_nodes(self, job: Job, latest_ms: int) -> list[Remedy]:
-        """How many empty nodes more, like the one that holds most members, would do."""
-        need, allowed = np.array(job.need, np.int64), self._allowed(job)
-        usable = np.ones(self.profile.nodes, bool) if allowed is None else allowed
-        each = np.where(usable, Profile(self.base, 0).members(need, 0, 1, job.members), 0)
-        like = int(each.argmax())
-        room = np.where(usable, self.profile.members(need, latest_ms, job.planned_ms, job.members), 0)
-        count = -(-max(0, job.members - int(room.sum())) // int(each[like])) if each[like] else 0
-        return [Remedy("nodes", f"with {count} more node{'s' if count > 1 else ''} like {self.names[like]}", count)] if count else []

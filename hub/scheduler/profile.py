@@ -49,8 +49,17 @@ class Profile:
     def copy(self) -> "Profile":
         """An independent one, for what-if."""
         other = object.__new__(Profile)
-        other._times, other._free, other._steps = self._times.copy(), self._free.copy(), self._steps.copy()
+        width = max(_FIRST_WIDTH, int(self._steps.max(initial=0)))
+        other._times, other._free, other._steps = self._times[:, :width].copy(), self._free[:, :width].copy(), self._steps.copy()
         return other
+
+    def copy_node(self, other: "Profile", node: int) -> None:
+        """The node as it is in another profile of the same nodes."""
+        steps = int(other._steps[node])
+        while steps > self._times.shape[1]:
+            self._widen()
+        self._times[node, steps:] = FAR
+        self._times[node, :steps], self._free[node, :steps], self._steps[node] = other._times[node, :steps], other._free[node, :steps], steps
 
     @property
     def nodes(self) -> int:
@@ -67,7 +76,7 @@ class Profile:
         self._times, self._free, self._steps = np.concatenate([self._times, times]), np.concatenate([self._free, row]), np.append(self._steps, 1)
         return self.nodes - 1
 
-    def set_node(self, node: int, free: Sequence[int], now_ms: int) -> None:
+    def set_node(self, node: int, free: Sequence[int] | Ints, now_ms: int) -> None:
         """From now on the node has exactly `free` (0 where it vanished); only for a node without holds."""
         self._times[node], self._times[node, 0] = FAR, now_ms
         self._free[node, 0] = free
@@ -76,6 +85,11 @@ class Profile:
     def at(self, node: int, when_ms: int) -> Ints:
         """[R]: what is free on a node at one time."""
         free: Ints = self._free[node, self._index(node, when_ms)].copy()
+        return free
+
+    def first(self, rows: Ints | None = None) -> Ints:
+        """[N, R]: what is free on each node (of `rows`) at the profile's start."""
+        free: Ints = self._free[:, 0] if rows is None else self._free[rows, 0]
         return free
 
     def steps(self, node: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -165,9 +179,12 @@ class Profile:
 
     def _first_starts(self, rows: Ints, need: Ints, duration_ms: int, not_before_ms: int) -> Ints:
         """First start of one member on each node of `rows`; FAR: never."""
-        times = self._times[rows]
+        times, free = (self._times, self._free) if len(rows) == self.nodes else (self._times[rows], self._free[rows])
         real = times < FAR
-        short = real & (self._free[rows] < need).any(axis=2)
+        short: Bools = free[:, :, 0] < need[0]
+        for row in range(1, len(need)):  # a reduction over so few would take five times as long
+            short |= free[:, :, row] < need[row]
+        short &= real
         next_short = np.minimum.accumulate(np.where(short, times, FAR)[:, ::-1], axis=1)[:, ::-1]
         begin = np.maximum(times, not_before_ms)
         good = real & ~short & (_ends(times) > begin) & (next_short - begin >= duration_ms)
@@ -212,6 +229,14 @@ class Profile:
         self._times[node, :kept], self._free[node, :kept] = self._times[node, :steps][keep], self._free[node, :steps][keep]
         self._times[node, kept:], self._free[node, kept:] = FAR, 0
         self._steps[node] = kept
+
+
+def at_least(free: Ints, need: Ints) -> Bools:
+    """[N]: where there is as much as is needed of what is needed. One resource after the other: a reduction over so few takes longer."""
+    found: Bools = np.ones(len(free), np.bool_)
+    for row in np.flatnonzero(need).tolist():
+        found &= free[:, row] >= need[row]
+    return found
 
 
 def _ends(times: Ints) -> Ints:

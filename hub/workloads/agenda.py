@@ -1,85 +1,48 @@
 """Batch jobs that say how long they run: promised at submit, planned ahead, started when their time has come. Pure.
 
-The rows keep what is planned (`WorkloadRow.plan`); the timetable (`hub.scheduler.deadline`) is built from them and from the scheduler's state where that has changed since.
+The rows keep what is planned (`WorkloadRow.plan`); the timetable (`hub.scheduler.deadline`) is made of them and of the scheduler's state where that has changed since.
 
     submit ──> admit ──> turn: what starts now is placed ──> rows: what is planned, who is late ──> guards
     rounds ──> replan ──^
 
-A *guard* is an entry of the state that keeps on a node the room that reservations will need beyond what ends until then. So every decision of the scheduler, whoever asks
-for it, leaves promises alone, and none of them has to know of the timetable.
+`Timed` keeps the timetable true, `Guarding` keeps free what is reserved; this is what is decided with them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from ..scheduler import Invalid, Placed, Scheduler, Seat, Shape, State, Workload, bookings, preempt, quota
-from ..scheduler.arrays import GONE, SILENT
+from ..scheduler import Invalid, Placed, Scheduler, State, preempt, quota
 from ..scheduler.batch import MARGIN_PERMILLE, Admission, Hold, Job, Late, duration
 from ..scheduler.deadline import Timetable
-from ..scheduler.model import GpuRequest, Kind
 from ..scheduler.profile import FAR
-from ..scheduler.reasons import WORDS, Bools, Fail
-from ..scheduler.units import GPU_WHOLE, LEAVING, SLOTS
+from ..scheduler.reasons import WORDS, Fail
 from ..store.workloads import NodeRow, PlacementRow, WorkloadRow
-from .book import Guard, short
-from .documents import ACCEPT, REFUSE, Conflict, Submitted
-from .placing import Placing, Together, together
-
-REORDER_MOST = 32
-"""Reservations up to which a submit tries other orders of all of them: under 100 ms at 1,000 nodes, which all others wait."""
-
-BACKFILL_DEPTH = 64
-"""Jobs without a deadline that one turn looks at, in their order: as many as a round tries of what has no duration."""
-
-MAX_TRIED = 256
-"""Jobs without a deadline that are looked at when the timetable is made anew, those included that no node can take: 100 ms at 1,000 nodes."""
-
-MAX_RESERVED = 1_000
-"""Jobs with room reserved at one time: each costs some 0.1 ms whenever the timetable is made anew."""
+from .book import short
+from .documents import ACCEPT, REFUSE, Missed, Submitted
+from .guards import guard_id
+from .placing import Together
+from .timetables import BACKFILL_DEPTH, DAY_MS, MAX_RESERVED, Timed, promise, when
 
 PUSHES = 8
 """Jobs of one turn for which others may have to go."""
 
-PATIENCE_MS = 60_000
-"""A node may be silent for so long before what is reserved there is planned anew: an edge that restarts is back long before."""
-
-DAY_MS = 86_400_000
-
-LAST_DATE_MS = 253_402_300_799_000
-"""The last millisecond that a date can be written for, in the year 9999."""
-
 WAITS = "waits for room: what is reserved for others stays theirs"
 
-GUARD = "\0guard "
-"""Begins the id of a guard; no name from outside may have a zero byte. It ends as those of workloads on the move do, so that nothing would move it."""
 
-
-class Agenda(Placing):
+class Agenda(Timed):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
 
     def __init__(self, seed: int = 0, scheduler: Callable[[State], Scheduler] = Scheduler) -> None:
         super().__init__(seed, scheduler)
-        self._table: Timetable | None = None
-        """The timetable, while it is true at `_where`."""
-        self._where: tuple[Any, ...] = ()
-        self._now = 0
-        """When the timetable was last looked at."""
-        self._edits = 0
-        """Grows when the timetable changes."""
-        self._begun: list[int] = []
-        """For each plan under way, `_edits` at its begin where the timetable was true then, else -1."""
         self._more = False
         """The last turn looked at as many jobs as it may, and started some: the next round goes on."""
-        self._left = False
-        """Some jobs are not in the timetable yet."""
-        self._members: dict[str, tuple[str, ...]] = {}
-        """Job of the timetable to its workloads."""
-        self._never: dict[str, str] = {}
-        """Jobs that are not in the timetable, and why; those that it could not place are among the members all the same."""
+        self._unwritten = self.ledger.watch(self.tables.rows)
+        """Rows that have changed since what is planned was last kept in them."""
+        self._written_day = 0
+        """Reasons write a time of another day with its date."""
 
     # -- as for all workloads ------------------------------------------------------------------------------------------------
 
@@ -94,45 +57,17 @@ class Agenda(Placing):
         self._table = None
         return problems
 
-    def begin(self) -> None:
-        """Start a plan, or a part of one."""
-        super().begin()
-        self._begun.append(self._edits if self._table is not None and self._position(self._now) == self._where else -1)
-
-    def undo(self) -> None:
-        """Take back everything since the last `begin`."""
-        super().undo()
-        if self._begun.pop() == self._edits:
-            self._where = self._position(self._now)  # the books are as they were, and so is the timetable
-        else:
-            self._table = None
-
-    def keep(self) -> None:
-        """Let everything since the last `begin` stand."""
-        super().keep()
-        self._begun.pop()
+    def fork(self) -> Self:
+        """As `Book.fork`."""
+        other = super().fork()
+        other._unwritten = other.ledger.watch(other.tables.rows)
+        other._unwritten.keys.update(self._unwritten.keys)
+        other._unwritten.lost = self._unwritten.lost
+        return other
 
     def attempt(self, workload: str, now_ms: int) -> bool:
         """Place a waiting workload; one whose start is planned waits for its turn."""
         return self.tables.rows[workload].state != "pending" if workload in self.tables.timed else super().attempt(workload, now_ms)
-
-    def close(self, placement: PlacementRow, now_ms: int, why: str) -> None:
-        """The placement holds nothing any more. What a job gives back early is kept for those that were to come after it, until the next turn."""
-        item = self.tables.items[placement.workload].item
-        super().close(placement, now_ms, why)
-        if self.is_timed(placement.workload) and self._reserved_on(placement.node):
-            kept = (replace(item.shape, namespace=GUARD, labels=()), tuple(placement.seat.get("gpus", ())))
-            before = self.tables.guards.get(placement.node, ())
-            self._put_guard(placement.node, len(before), kept, now_ms)
-            self.ledger.put(self.tables.guards, placement.node, (*before, kept))
-
-    def _reserved_on(self, node: str, besides: str = "") -> bool:
-        """Whether something waits that has room reserved on the node."""
-        rows = self.tables.rows
-        return any(node in rows[name].plan.get("nodes", ()) and rows[name].state == "pending" and name != besides for name in self.tables.timed)
-
-    def _spoken_for(self, workload: str, node: str, victims: Iterable[str]) -> bool:
-        return any(name in self.tables.timed for name in victims) and self._reserved_on(node, workload)
 
     def _first_try(self, fresh: Sequence[str], now_ms: int) -> Together | None:
         timed = [name for name in fresh if self.is_timed(name)]
@@ -146,17 +81,19 @@ class Agenda(Placing):
         item = self.tables.items[row.id].item
         if item.duration_ms is not None and self.is_timed(row.id):
             planned = -(-item.duration_ms * (1000 + MARGIN_PERMILLE) // 1000)
-            plan = {**_promise(row.plan), "start_ms": now_ms, "end_ms": now_ms + planned, "nodes": [placed.node]}
+            plan = {**promise(row.plan), "start_ms": now_ms, "end_ms": now_ms + planned, "nodes": [placed.node]}
             self.set(replace(self.tables.rows[row.id], plan=plan))
 
     # -- admission, rounds ---------------------------------------------------------------------------------------------------
 
-    def _admit(self, fresh: Collection[str], now_ms: int) -> None:
-        """Plan jobs that came just now. Raises `Conflict` for one that will miss its deadline and is not to be taken then."""
+    def _admit(self, fresh: Sequence[str], now_ms: int) -> None:
+        """Plan jobs that came just now. Raises `Missed` for one that will miss its deadline and is not to be taken then."""
         table, late = self._synced(now_ms, besides=fresh)
         self._now = now_ms
-        for key, names in self._groups():
-            if not any(name in fresh for name in names):
+        alone = not any(self.tables.items[name].item.gang for name in fresh)  # a gang may have members that came earlier
+        mine = set(fresh)
+        for key, names in self._groups(fresh if alone else [name for name in self.tables.timed if self.tables.rows[name].state == "pending"]):
+            if mine.isdisjoint(names):
                 continue
             entry = self.tables.items[names[0]]
             if key in table.reserved or key in table.waiting:
@@ -173,11 +110,11 @@ class Agenda(Placing):
         self._push(now_ms)
 
     def _admit_dated(self, table: Timetable, key: str, names: tuple[str, ...], when_late: str, now_ms: int) -> None:
-        """A promise, or none. Raises `Conflict` where it is not to be taken without one."""
+        """A promise, or none. Raises `Missed` where it is not to be taken without one."""
         job = f"{MAX_RESERVED} jobs have room reserved already" if len(table.reserved) >= MAX_RESERVED else self._job(key, names, now_ms, table)
         if isinstance(job, str):
             if when_late == REFUSE and len(names) >= self.tables.items[names[0]].item.gang_size:
-                raise Conflict("workload.deadline_ms", f"{names[0]!r} cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
+                raise Missed(names[0], f"cannot be promised: {job}", f"with when_late: {ACCEPT} it is taken all the same")
             self._left = True
             self._hold_off(names, job, now_ms)
             return
@@ -228,120 +165,7 @@ class Agenda(Placing):
                 self.set(replace(row, plan={"promise_ms": verdict.forecast.by_ms, "because": short(verdict.reason.text if verdict.reason else "")}))
         return again
 
-    def _hold_off(self, names: Iterable[str], reason: str, now_ms: int) -> None:
-        """They are not planned now, for that reason."""
-        for name in names:
-            row = self.tables.rows[name]
-            if "start_ms" in row.plan:
-                self.set(replace(row, plan=_promise(row.plan)))
-            self._waits(name, reason, now_ms)
-
-    # -- the timetable -------------------------------------------------------------------------------------------------------
-
-    def _position(self, now_ms: int) -> tuple[Any, ...]:
-        """Where the books are: a timetable that was made at another place is made anew."""
-        state = self.state
-        return state.changes - self.beats, state.status.tobytes(), state.cordon.tobytes(), self._gone(now_ms).tobytes(), self.version, self.timed_version
-
-    def _gone(self, now_ms: int) -> Bools:
-        """[node] those with which nothing is planned: taken out, or silent for long."""
-        state = self.state
-        gone: Bools = (state.status == GONE) | ((state.status == SILENT) & (now_ms - state.beat_ms > PATIENCE_MS))
-        return gone
-
-    def _groups(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Jobs that wait: their name in the timetable, and their workloads. A gang is one job, unless part of it runs (one was lost)."""
-        rows, items = self.tables.rows, self.tables.items
-        running = {items[name].item.gang for name in self.tables.timed if rows[name].state == "placed"}
-        found: dict[str, list[str]] = {}
-        for name in self.tables.timed:
-            if rows[name].state == "pending":
-                gang = items[name].item.gang
-                found.setdefault(f"gang {gang}" if gang and gang not in running else name, []).append(name)  # no id has a space
-        for key, names in found.items():
-            yield key, tuple(names)
-
-    def _job(self, key: str, names: Sequence[str], now_ms: int, table: Timetable | None = None) -> Job | str:
-        """As the timetable takes it, or why it cannot be planned now. `table`: what is reserved there counts for the quota too."""
-        item = self.tables.items[names[0]].item
-        if key != names[0] and len(names) < item.gang_size:
-            return f"gang {item.gang}: waits for {item.gang_size - len(names)} more of {item.gang_size} members"
-        try:
-            made = bookings.job(self.state, item)
-        except Invalid as error:
-            return f"{error.field} {error.problem}; {error.remedy}"
-        asked = [self.tables.items[name].item for name in names]
-        if item.tenant in self.state.quotas:
-            held = [self.tables.items[name].item for other in (table.reserved if table is not None else ()) for name in self._members.get(other, ())]
-            refusal = quota.refusal(self.state, together([*asked, *(other for other in held if other.tenant == item.tenant)]))
-            if refusal is not None:
-                return refusal
-        allowed = made.allowed
-        assert allowed is not None
-        allowed[[node for name in names for node in self._avoided(self.tables.rows[name], now_ms)]] = False
-        return replace(made, id=key, members=len(names), deadline_ms=self._deadline(names[0]), allowed=allowed)
-
-    def _synced(self, now_ms: int, besides: Collection[str] = ()) -> tuple[Timetable, list[Late]]:
-        """The timetable as the books are now, without the jobs of `besides`; and the promises that are broken by what has changed."""
-        if self._table is not None and self._position(now_ms) == self._where:
-            self._now = now_ms
-            return self._table, []
-        rows, state, gone = self.tables.rows, self.state, self._gone(now_ms)
-        ends = {name: int(rows[name].plan["end_ms"]) for name in self.tables.timed if rows[name].state == "placed" and "end_ms" in rows[name].plan}
-        guards = [_guard_id(node, number) for node, kept in self.tables.guards.items() for number in range(len(kept))]
-        table = bookings.timetable(state, now_ms, ends=ends, guards=guards, gone=gone, when=lambda ms: when(ms, self._now), reorder_most=REORDER_MOST, backfill_depth=BACKFILL_DEPTH)
-        self._now, self._members, self._never = now_ms, {}, {}
-        self._edits += 1
-        holds, loose = list[Hold](), list[Job]()
-        dated, undated = list[tuple[str, tuple[str, ...]]](), list[tuple[str, tuple[str, ...]]]()
-        for key, names in self._groups():
-            if not any(name in besides for name in names):
-                (undated if self._deadline(names[0]) is None and "start_ms" not in rows[names[0]].plan else dated).append((key, names))
-        for key, names in dated[:MAX_RESERVED]:
-            job = self._job(key, names, now_ms)
-            if isinstance(job, str):
-                self._never[key] = job
-                self._hold_off(names, job, now_ms)
-                continue
-            self._members[key] = names
-            plan = rows[names[0]].plan
-            nodes = [state.node_index[node] for node in plan.get("nodes", ()) if node in state.node_index]
-            usable = (state.facts(state.klass(self.tables.items[names[0]].item.shape)).fails == 0) & ~state.cordon & ~gone
-            usable[[node for name in names for node in self._avoided(rows[name], now_ms)]] = False
-            if len(nodes) == job.members and usable[nodes].all():
-                holds.append(Hold(job, tuple(nodes), plan["start_ms"], plan["end_ms"], np.array(job.need, np.int64)))
-            elif job.deadline_ms is not None:
-                loose.append(job)
-            else:
-                undated.append((key, names))
-        for _, names in dated[MAX_RESERVED:]:
-            self._hold_off(names, f"{MAX_RESERVED} jobs have room reserved already", now_ms)
-        late = table.restore(holds, loose, now_ms)
-        undated.sort(key=lambda each: -self.tables.items[each[1][0]].item.priority)
-        self._left = len(dated) > MAX_RESERVED
-        for number, (key, names) in enumerate(undated):
-            if number >= MAX_TRIED or len(table.waiting) >= BACKFILL_DEPTH:
-                self._left = True
-                break
-            self._submit_undated(table, key, names, now_ms)
-        return table, late
-
-    def _deadline(self, workload: str) -> int | None:
-        """What is promised to a job, or what it asks for."""
-        promise: int | None = self.tables.rows[workload].plan.get("promise_ms", self.tables.items[workload].item.deadline_ms)
-        return promise
-
-    def _submit_undated(self, table: Timetable, key: str, names: tuple[str, ...], now_ms: int) -> None:
-        job = self._job(key, names, now_ms)
-        why = job if isinstance(job, str) else ""
-        if not isinstance(job, str):
-            self._members[key] = names
-            verdict = table.submit(job, now_ms)
-            self._edits += verdict.admitted
-            why = "" if verdict.admitted else verdict.text
-        if why:
-            self._never[key] = why
-            self._hold_off(names, why, now_ms)
+    # -- turns ---------------------------------------------------------------------------------------------------------------
 
     def _turn(self, table: Timetable, now_ms: int, late: list[Late]) -> None:
         """Start what starts now, then keep what is planned."""
@@ -408,7 +232,7 @@ class Agenda(Placing):
             mark = state.begin()
             for node in own:
                 for number in range(len(self.tables.guards.get(node, ()))):
-                    state.release(_guard_id(node, number))
+                    state.release(guard_id(node, number))
             plan = preempt.plan(self.scheduler, item, now_ms)
             state.undo(mark)
             if plan is None or self._reserved_on(state.nodes[plan.node].name, item.id):
@@ -429,12 +253,27 @@ class Agenda(Placing):
     # -- what is kept of it --------------------------------------------------------------------------------------------------
 
     def _write(self, table: Timetable, because: Mapping[str, str], now_ms: int) -> None:
-        for key, hold in table.reserved.items():
-            self._plan(key, hold, because.get(key, ""), now_ms)
-        for key, hold in table.running.items():
-            self._plan(key, hold, because.get(key, ""), now_ms)
+        """Keep in the rows what is planned: of the holds that changed, and where a row did."""
+        day, news = now_ms // DAY_MS, self._unwritten
+        keys = {**because, **dict.fromkeys(table.touched)}
+        if news.lost or day != self._written_day:
+            keys = dict.fromkeys((*table.reserved, *table.running))
+        for name in news.keys:
+            keys[name] = keys[self._job_of(name)] = ""
+        for key in keys:
+            hold = table.reserved.get(key) or table.running.get(key)
+            if hold is not None:
+                self._plan(key, hold, because.get(key, ""), now_ms)
         for key in table.waiting:
             self._hold_off(self._members.get(key, ()), because.get(key, WAITS), now_ms)
+        self._written_day = day
+        table.touched.clear()
+        news.clear()
+
+    def _job_of(self, workload: str) -> str:
+        """What the timetable calls the job of a workload, unless part of its gang runs."""
+        known = self.tables.items.get(workload)
+        return f"gang {known.item.gang}" if known is not None and known.item.gang else workload
 
     def _plan(self, key: str, hold: Hold, because: str, now_ms: int) -> None:
         for name in self._members.get(key, (key,)):
@@ -446,79 +285,15 @@ class Agenda(Placing):
             if row.state == "placed":
                 plan, reason = {**row.plan, "end_ms": hold.end_ms}, end
             else:
-                plan = {**_promise(row.plan), "start_ms": hold.start_ms, "end_ms": hold.end_ms, "nodes": names}
+                plan = {**promise(row.plan), "start_ms": hold.start_ms, "end_ms": hold.end_ms, "nodes": names}
                 reason = f"is to start at {when(hold.start_ms, now_ms)} on {', '.join(dict.fromkeys(names))}" + (f"; {end}" if end else "")
             plan = {name: value for name, value in plan.items() if name != "because"} | ({"because": why} if why else {})
             if row.plan != plan or row.reason != short(reason):
                 self.set(replace(row, plan=plan, reason=short(reason), changed_ms=now_ms if row.plan != plan else row.changed_ms))
 
-    # -- guards --------------------------------------------------------------------------------------------------------------
-
-    def _guard(self, table: Timetable, now_ms: int) -> None:
-        """Keep on each node the most that reservations ever need beyond what ends until then."""
-        wanted: dict[str, tuple[Guard, ...]] = {}
-        nodes = sorted({node for hold in table.reserved.values() for node in hold.nodes})
-        if nodes:
-            least = table.profile.least(now_ms, FAR - now_ms, np.array(nodes, np.int64))
-            for at, node in enumerate(nodes):
-                kept = self._shapes(node, (table.profile.at(node, now_ms) - least[at]).tolist())
-                if kept:
-                    wanted[self.state.nodes[node].name] = kept
-        for name in [name for name, kept in self.tables.guards.items() if wanted.get(name) != kept]:
-            self._lift(name)
-        for name, kept in wanted.items():
-            if name not in self.tables.guards:
-                for number, guard in enumerate(kept):
-                    self._put_guard(name, number, guard, now_ms)
-                self.ledger.put(self.tables.guards, name, kept)
-
-    def _put_guard(self, node: str, number: int, guard: Guard, now_ms: int) -> None:
-        shape, gpus = guard
-        self.state.adopt(Workload(_guard_id(node, number), shape, preemptible=False), Seat(self.state.node_index[node], gpus), now_ms)
-
-    def _shapes(self, node: int, lack: list[int]) -> tuple[Guard, ...]:
-        """What stands for so much ([resources, milli-GPU]) on a node; GPUs by the devices that have most to give."""
-        requests = {name: amount for name, amount in zip(self.state.resource_rows, lack, strict=False) if amount > 0}
-        found: list[Guard] = []
-        if requests:
-            found.append((Shape(Kind.BATCH, GUARD, (), tuple(sorted({SLOTS: 0, **requests}.items()))), ()))
-        milli = lack[-1]
-        own = {device: shape.gpu.milli for shape, gpus in self.tables.guards.get(self.state.nodes[node].name, ()) if shape.gpu is not None for device in gpus}
-        free = {device: int(value) + own.get(device, 0) for device, value in enumerate(self.state.gpu_free[node]) if value >= 0}
-        for device in sorted(free, key=lambda device: (-free[device], device)):
-            part = min(milli, free[device], GPU_WHOLE)
-            if part <= 0:
-                break
-            milli -= part
-            found.append((Shape(Kind.BATCH, GUARD, (), ((SLOTS, 0),), GpuRequest(1, part)), (device,)))
-        return tuple(found)
-
-    def _lift(self, node: str) -> None:
-        for number in range(len(self.tables.guards.get(node, ()))):
-            self.state.release(_guard_id(node, number))
-        if node in self.tables.guards:
-            self.ledger.put(self.tables.guards, node, None)
-
-
-def when(ms: int, now_ms: int) -> str:
-    """`14:03:20 UTC`, with the date where that is another day."""
-    if ms > LAST_DATE_MS:
-        return f"{ms} ms"
-    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%H:%M:%S UTC" if ms // DAY_MS == now_ms // DAY_MS else "%Y-%m-%d %H:%M:%S UTC")
-
-
-def _missed(name: str, verdict: Admission) -> Conflict:
+def _missed(name: str, verdict: Admission) -> Missed:
     """The refusal of a job that misses its deadline: by how much, for want of what, until when; and what would make it."""
     remedies = ", or ".join(f"it makes it {remedy.text}" for remedy in verdict.remedies[:1]) + "".join(f", or {remedy.text}" for remedy in verdict.remedies[1:])
     why = verdict.reason.text if verdict.reason is not None else ""
-    text = f"{name!r} will miss it by {duration(verdict.late_ms)}: {why}" if verdict.late_ms is not None else f"{name!r} cannot be promised: {why}"
-    return Conflict("workload.deadline_ms", text, (f"{remedies}; " if remedies else "") + f"with when_late: {ACCEPT} it is taken all the same")
-
-
-def _promise(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a plan outlives a new one."""
-    return {key: plan[key] for key in ("promise_ms",) if key in plan}
-
-
-def _guard_id(node: str, number: int) -> str:
-    return f"{GUARD}{node} {number}{LEAVING}"
+    text = f"will miss it by {duration(verdict.late_ms)}: {why}" if verdict.late_ms is not None else f"cannot be promised: {why}"
+    return Missed(name, text, (f"{remedies}; " if remedies else "") + f"with when_late: {ACCEPT} it is taken all the same", verdict.forecast)

@@ -5,8 +5,9 @@ old one until the agent says that it has stopped, and the new one, of which its 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 from edge_runtime.contract.workloads import RUNNING, STOPPED
 
@@ -103,6 +104,15 @@ class Book:
         if not self._marks:
             self.ledger.forget()
             self.tables.closed.clear()
+
+    def fork(self) -> Self:
+        """A book of its own that knows the same: what is done to it changes nothing here. Only between plans: rows are never changed in place, so the tables are copied and they are not."""
+        assert not self._marks, "a plan is under way"
+        other = copy(self)
+        other.scheduler = self.scheduler.on(self.state.snapshot())
+        other.tables = Tables(**{each.name: dict(getattr(self.tables, each.name)) for each in fields(Tables)})
+        other.ledger, other._marks = Ledger(), []
+        return other
 
     def changes(self) -> WorkloadChanges:
         """What the plan under way would write."""

@@ -12,6 +12,7 @@ from edge_runtime.contract.schema import ID_PATTERN
 from edge_runtime.contract.workloads import KINDS
 
 from ..scheduler import Invalid, Node, Workload, parse
+from ..scheduler.batch import Forecast
 from ..scheduler.model import Kind
 from ..scheduler.parse import MAX_TIME_MS
 from ..scheduler.units import SLOTS, whole
@@ -38,6 +39,19 @@ class Conflict(ValueError):
     def __init__(self, field: str, problem: str, remedy: str) -> None:
         super().__init__(f"{field}: {problem}; {remedy}")
         self.field, self.problem, self.remedy = field, problem, remedy
+
+
+class Missed(Conflict):
+    """A deadline that is not promised.
+
+    Attributes:
+        workload: whose; of a gang the first.
+        forecast: when and where it would run at the earliest, and by how much it would be late; None where that is not known.
+    """
+
+    def __init__(self, workload: str, problem: str, remedy: str, forecast: Forecast | None = None) -> None:
+        super().__init__("workload.deadline_ms", f"{workload!r} {problem}", remedy)
+        self.workload, self.forecast = workload, forecast
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the planner knows, as the API shows it; and what would be, if. Pure."""
+"""What the planner knows, as the API shows it. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,22 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from ..scheduler import Invalid, Node, Pending, Placed, Scheduler, Shape, Workload, preempt, quota
+from ..scheduler import Invalid, Shape
 from ..scheduler import explain as explaining
-from ..scheduler import gang as gangs
 from ..scheduler.arrays import GONE, SILENT, UNLIMITED_SLOTS
 from ..scheduler.model import GPU_MILLI
 from ..scheduler.reasons import WORDS, Fail
 from ..scheduler.units import GPU_WHOLE, SLOTS, human
 from ..store.workloads import PlacementRow, WorkloadRow
-from .documents import RUNS, Submitted
+from .documents import RUNS
 from .planner import Planner
 
 MAX_EXPLAINED = 50
 """Nodes of one explanation, those that lack least first."""
-
-MAX_WHAT_IF = 256
-"""Workloads, and nodes, of one question."""
 
 STATUS = {0: "up", SILENT: "silent", GONE: "gone"}
 
@@ -155,63 +151,3 @@ def _only_runs(planner: Planner, shape: Shape, node: str) -> bool:
     """Whether the missing driver alone makes the node's labels not match."""
     labels = dict(planner.state.nodes[planner.state.node_index[node]].labels)
     return shape.node_terms is None and all(labels.get(key) == value for key, value in shape.node_selector if not key.startswith(RUNS))
-
-
-def what_if(trial: Scheduler, entries: Sequence[Submitted], lose: Sequence[str], add: Sequence[Node], now_ms: int) -> dict[str, Any]:
-    """What would become of it, on a snapshot: nodes added, then lost, then workloads added. Raises `Invalid`."""
-    state = trial.state
-    for name in lose:
-        if name not in state.node_index or state.status[state.node_index[name]] == GONE:
-            raise Invalid("lose", f"{name[:64]!r} is no node", "list /api/v1/nodes")
-    for node in add:
-        if node.name in state.node_index and state.status[state.node_index[node.name]] != GONE:
-            raise Invalid("add", f"{node.name!r} is a node already", "give it another name")
-    if add:
-        state.add_nodes(add, now_ms)
-    moved: list[dict[str, Any]] = []
-    waiting: list[dict[str, Any]] = []
-    placed: list[dict[str, Any]] = []
-    for name in lose:
-        for item in trial.vanish(name, now_ms):
-            if item.to is not None:
-                moved.append({"workload": item.workload, "from": item.source, "to": item.to, "how": item.how})
-            else:
-                waiting.append({"workload": item.workload, "from": item.source, "reason": item.reason})
-    for entry in entries:
-        if not entry.item.gang:
-            _suppose(trial, entry.item, now_ms, placed, waiting, moved)
-    for name in dict.fromkeys(entry.item.gang for entry in entries if entry.item.gang):
-        _suppose_gang(trial, [entry.item for entry in entries if entry.item.gang == name], now_ms, placed, waiting)
-    return {"placed": placed, "waiting": waiting, "moved": moved}
-
-
-def _suppose(trial: Scheduler, item: Workload, now_ms: int, placed: list[Any], waiting: list[Any], moved: list[Any]) -> None:
-    try:
-        refusal = quota.refusal(trial.state, item)
-        outcome = Pending(item.id, refusal) if refusal is not None else preempt.reserve(trial, item, now_ms)
-    except Invalid as error:
-        outcome = Pending(item.id, f"{error.field} {error.problem}; {error.remedy}")
-    if isinstance(outcome, Pending):
-        waiting.append({"workload": item.id, "from": "", "reason": outcome.reason})
-        return
-    if isinstance(outcome, preempt.Made):
-        source = trial.state.nodes[outcome.plan.node].name
-        moved += [{"workload": name, "from": source, "to": trial.state.nodes[seat.node].name, "how": "migrate"} for name, seat in outcome.plan.moves]
-        waiting += [{"workload": other.id, "from": source, "reason": f"preempted by {item.id}"} for other in outcome.evicted]
-        outcome = outcome.placed
-    placed.append(_seated(outcome))
-
-
-def _suppose_gang(trial: Scheduler, items: list[Workload], now_ms: int, placed: list[Any], waiting: list[Any]) -> None:
-    try:
-        found = gangs.reserve(trial, items, now_ms)
-    except Invalid as error:
-        found = gangs.Refused(items[0].gang, f"{error.field} {error.problem}; {error.remedy}", True)
-    if isinstance(found, gangs.Refused):
-        waiting += [{"workload": item.id, "from": "", "reason": f"gang {item.gang}: {found.reason}"} for item in items]
-    else:
-        placed += [_seated(one) for one in found.placed]
-
-
-def _seated(outcome: Placed) -> dict[str, Any]:
-    return {"workload": outcome.workload, "node": outcome.node, "gpus": [int(gpu) for gpu in outcome.seat.gpus]}

@@ -74,6 +74,13 @@ def test_a_planned_start_is_shown(novactl: Run, tmp_path: Path) -> None:
     file.write_text(json.dumps({"id": "j3", "kind": "batch", "requests": {"cpu": 3}, "duration_ms": 60_000, "deadline_ms": 5, **node}))
     status, _, err = novactl("workload", "submit", str(file))
     assert status == 1 and "will miss it by" in err and err.count("\n") == 1
+    status, out, _ = novactl("workload", "what-if", str(file))
+    assert status == 1 and "refused" in out and "will miss it by" in out and out.count(" UTC") >= 2 and "when_late: accept" in out
+    assert json.loads(novactl("workload", "what-if", str(file), "--json")[1])["jobs"][0]["late_ms"] > 0
+    file.write_text(json.dumps([{"id": "j4", "kind": "batch", "requests": {"cpu": 1}, "duration_ms": 60_000}, {"id": "c4", "requests": {"cpu": 1}}]))
+    status, out, _ = novactl("workload", "what-if", str(file), "--lose", "n-2")
+    assert status == 0 and "j4" in out and "c4" in out and "n-1" in out
+    assert "not known" in novactl("explain", "workload", "j4")[2]
     for name in ("j1", "j2"):
         novactl("workload", "cancel", name)
 
@@ -99,7 +106,7 @@ def test_rebalance_plan_go_list_cancel(novactl: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("workload", "submit"), "file is missing"), (("workload", "submit", "/nowhere"), "cannot be read"), (("workload", "cancel"), "id is missing"), (("workload", "cancel", "none"), "not known"),
+    (("workload", "submit"), "file is missing"), (("workload", "what-if"), "file is missing"), (("workload", "what-if", "/nowhere"), "cannot be read"), (("workload", "submit", "/nowhere"), "cannot be read"), (("workload", "cancel"), "id is missing"), (("workload", "cancel", "none"), "not known"),
     (("explain", "workload"), "id is missing"), (("explain", "workload", "none"), "not known"), (("explain", "gw/1", "more"), "too much"), (("node", "drain", "none"), "not known"),
     (("workload", "list", "--state", "odd"), "unknown"), (("rebalance", "cancel"), "id is missing"), (("rebalance", "cancel", "none"), "not known"), (("rebalance", "go", "--drain", "none"), "is no node"),
 ])

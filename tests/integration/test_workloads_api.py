@@ -59,7 +59,12 @@ def test_a_deadline_is_promised_or_refused_with_the_reason_and_the_start_is_show
     refusal = error_of(text)
     assert status == 409 and refusal["field"] == "workload.deadline_ms" and "'d-c' will miss it by " in refusal["problem"] and "CPU short on d-1 until " in refusal["problem"] and "when_late" in refusal["remedy"]
     assert served.ask("GET", "/api/v1/workloads/d-c")[0] == 404
+    [thought] = served.json("/api/v1/what-if", "POST", {"workloads": [job("d-c", 100, 300)]})["jobs"]
+    assert thought["verdict"] == "refused" and thought["late_ms"] > 0 and thought["planned_nodes"] == ["d-1"] and "'d-c' will miss it by " in thought["reason"] and "when_late" in thought["remedy"]
+    [thought] = served.json("/api/v1/what-if", "POST", {"workloads": [job("d-c", 100, 300, when_late="accept")]})["jobs"]
+    assert served.ask("GET", "/api/v1/workloads/d-c")[0] == 404
     taken = served.json("/api/v1/workloads", "POST", job("d-c", 100, 300, when_late="accept"))["workloads"][0]
+    assert (thought["verdict"], thought["planned_ms"], thought["planned_end_ms"]) == ("late", taken["planned_ms"], taken["planned_end_ms"])
     assert taken["late_ms"] > 0 and "CPU short" in taken["late_because"] and taken["planned_ms"] - said[1]["planned_ms"] == 120_000
     assert served.json("/api/v1/workloads/d-b/explain")["planned_ms"] == said[1]["planned_ms"] == next(one for one in served.json("/api/v1/workloads") if one["workload"] == "d-b")["planned_ms"]
     for name in ("d-a", "d-b", "d-c"):
@@ -86,7 +91,7 @@ def test_what_if_knows_gangs_priority_and_quotas(served: Served) -> None:
     ]})
     assert {one["workload"] for one in said["placed"]} == {"p-high", "g0", "g1"}
     waiting = {one["workload"]: one["reason"] for one in said["waiting"]}
-    assert waiting["p-low"] == "preempted by p-high" and "tenant poor" in waiting["p-poor"] and "1 members" in waiting["h0"]
+    assert waiting["p-low"] == "preempted by p-high" and "tenant poor" in waiting["p-poor"] and "waits for 1 more of 2 members" in waiting["h0"]
     assert served.json("/api/v1/workloads/p-low")["state"] == "placed"
     served.json("/api/v1/workloads/p-low", "DELETE")
     served.json("/api/v1/nodes/p-1", "DELETE")
@@ -152,7 +157,9 @@ def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
     ("GET", "/api/v1/workloads?state=odd", None, 400, "state"), ("GET", "/api/v1/workloads/none", None, 404, "workload"), ("DELETE", "/api/v1/workloads/none", None, 404, "workload"),
     ("GET", "/api/v1/workloads/none/explain", None, 404, "workload"), ("POST", "/api/v1/what-if", b"[]", 400, "body"), ("POST", "/api/v1/what-if", b'{"lose":["none"]}', 400, "lose"),
     ("POST", "/api/v1/what-if", b'{"add":[{"name":"n-1"}]}', 400, "add"), ("POST", "/api/v1/what-if", b'{"add":[5]}', 400, "add[0]"), ("POST", "/api/v1/what-if", b'{"lose":5}', 400, "lose"),
-    ("POST", "/api/v1/what-if", b'{"x":5}', 400, "x"), ("PUT", "/api/v1/nodes/a%20b", b"{}", 400, "node"), ("PUT", "/api/v1/nodes/q", b'{"capacity":{"cpu":"many"}}', 400, "node.capacity.cpu"),
+    ("POST", "/api/v1/what-if", b'{"x":5}', 400, "x"), ("POST", "/api/v1/what-if", b'{"workloads":[{"id":"q","kind":"batch","duration_ms":-5}]}', 400, "workloads[0].duration_ms"),
+    ("POST", "/api/v1/what-if", b'{"workloads":[{"id":"q","kind":"batch","duration_ms":5,"deadline_ms":1e30}]}', 400, "workloads[0].deadline_ms"), ("POST", "/api/v1/what-if", b'{"workloads":[{"id":"w-1"}]}', 409, "workload."),
+    ("POST", "/api/v1/what-if", b'{"add":[{"name":"z"},{"name":"z"}]}', 400, "add[1].name"), ("PUT", "/api/v1/nodes/a%20b", b"{}", 400, "node"), ("PUT", "/api/v1/nodes/q", b'{"capacity":{"cpu":"many"}}', 400, "node.capacity.cpu"),
     ("PUT", "/api/v1/nodes/q", b'{"name":"other"}', 400, "node.name"), ("PUT", "/api/v1/nodes/q", b"[]", 400, "body"), ("DELETE", "/api/v1/nodes/none", None, 404, "node"), ("POST", "/api/v1/nodes/none/drain", None, 404, "node"),
     ("PUT", "/api/v1/budgets/b", b'{"allowed":-1e99}', 400, "budget"), ("PUT", "/api/v1/budgets/b", b'{"selector":[]}', 400, "budget.selector"), ("DELETE", "/api/v1/budgets/none", None, 404, "budget"),
     ("PUT", "/api/v1/quotas/t", b'{"nominal":{"cpu":"x"}}', 400, "quota.nominal.cpu"), ("DELETE", "/api/v1/quotas/none", None, 404, "quota"),

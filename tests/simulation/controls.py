@@ -92,6 +92,22 @@ def _acknowledge_before_commit() -> list[tuple[Any, str, Any]]:
     return [(Bus, "_message", message)]
 
 
+@control("the number of a boot is remembered although the commit that gave it was undone", "restart", "disk_full")
+def _boot_of_an_undone_commit() -> list[tuple[Any, str, Any]]:
+    shipped = JournalDatabase.commit
+
+    def commit(self: JournalDatabase, group: Group) -> None:
+        class Remembers(dict[str, int]):
+            def __delitem__(self, boot: str) -> None:
+                return
+
+        if not isinstance(self._boots, Remembers):
+            self._boots = Remembers(self._boots)
+        shipped(self, group)
+
+    return [(JournalDatabase, "commit", commit)]
+
+
 @control("effects run when the commit begins, not when it is done", "power_cut")
 def _act_before_commit() -> list[tuple[Any, str, Any]]:
     shipped = Lane._submit

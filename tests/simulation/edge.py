@@ -230,7 +230,7 @@ class Machine:
         around = Surroundings(
             clock=clock, storage=self.disk, entropy=world.oracle.entropy(self), session=self._session,  # type: ignore[arg-type]
             worker=lambda name, _loop: SimWorker(name, loop), engine=lambda rules, models: Watched(rules, models, partial(world.oracle.evaluated, self)),
-            pace=world.pace, settle=lambda: None, wal_bytes=world.scenario.wal_bytes, reserve_block=100,
+            pace=world.pace, settle=lambda: None, tidy=lambda: None, wal_bytes=world.scenario.wal_bytes, reserve_block=100,
         )
         try:
             self.runtime = EdgeRuntime(self._config(), ServiceManager({}), around)

@@ -1,5 +1,6 @@
 """The slope of a series of memory sizes: found where there is one, not found in noise and jumps."""
 
+import math
 import random
 from statistics import fmean
 
@@ -41,6 +42,16 @@ def test_what_comes_before_the_warm_part_is_left_out() -> None:
     samples = rss(0, 3)
     samples.rss = [(second, kib - 8_000 * (1 - second / 240) if second < 240 else kib) for second, kib in samples.rss]
     assert not leaks(samples.slope(240)) and leaks(samples.slope(0))
+
+
+def test_what_fills_up_flattens_by_thirds_and_a_leak_does_not() -> None:
+    filling, leaking = Samples(), rss(1500, 2, jumps=0)
+    filling.rss = filling.anonymous = [(float(second), 44_000 - 2_000 * math.exp(-second / 150)) for second in range(MINUTES * 60)]
+    leaking.anonymous = leaking.rss
+    first, _, last = (part["anonymous"] for part in filling.thirds(60))
+    assert last < first / 10
+    assert all(part["rss"] == pytest.approx(1500, rel=0.3) for part in leaking.thirds(60))
+    assert Samples(rss=[(float(second), 1.0) for second in range(100)]).thirds(0) == []
 
 
 def test_open_files_that_stay_are_counted_and_those_that_pass_are_not() -> None:

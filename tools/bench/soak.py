@@ -28,7 +28,7 @@ from ..ending import ended
 from .agent import Agent
 from .harness import ROOT, arguments, die_with_parent, free_port, machine, memory_of, note, private_mosquitto, report
 from .outage import Device
-from .slope import Slope, blocks, theil_sen
+from .slope import POINTS_MIN, Slope, blocks, theil_sen
 
 MINUTES = 20.0
 WARM_SHARE = 0.35
@@ -54,26 +54,49 @@ FILES_MORE = 4
 
 @dataclass(slots=True)
 class Samples:
-    """(seconds, KiB) of RSS and (seconds, count) of open files."""
+    """(seconds, KiB) of RSS and of its anonymous part (heap and stacks, without pages of files), and (seconds, count) of open files."""
 
     rss: list[tuple[float, float]] = field(default_factory=list)
+    anonymous: list[tuple[float, float]] = field(default_factory=list)
     files: list[tuple[float, float]] = field(default_factory=list)
 
     def take(self, pid: int, at_s: float) -> None:
         """Look at a process once."""
         self.rss.append((at_s, memory_of(pid).rss / 1024))
+        self.anonymous.append((at_s, anonymous_kib(pid)))
         self.files.append((at_s, float(len(os.listdir(f"/proc/{pid}/fd")))))
 
     def slope(self, warm_s: float, block_s: float = BLOCK_S) -> Slope:
         """KiB per hour after `warm_s`."""
-        found = theil_sen(blocks([(at_s, kib) for at_s, kib in self.rss if at_s >= warm_s], block_s))
-        return Slope(found.value * 3600, found.low * 3600, found.high * 3600)
+        return per_hour(self.rss, warm_s, self.rss[-1][0] + 1, block_s)
+
+    def thirds(self, warm_s: float) -> list[dict[str, float]]:
+        """KiB per hour of RSS and of its anonymous part in each third after `warm_s`: what only fills up flattens, a leak does not. Empty where a third is too short."""
+        length = (self.rss[-1][0] + 1 - warm_s) / 3
+        if length < (POINTS_MIN + 1) * BLOCK_S:
+            return []
+        spans = [(warm_s + part * length, warm_s + (part + 1) * length) for part in range(3)]
+        return [{"rss": round(per_hour(self.rss, *span).value, 1), "anonymous": round(per_hour(self.anonymous, *span).value, 1)} for span in spans]
 
     def files_grown(self, warm_s: float) -> float:
         """Open files in the last quarter above those in the first after `warm_s`: least of each, which a passing connection does not touch."""
         counts = [count for at_s, count in self.files if at_s >= warm_s]
         quarter = max(1, len(counts) // 4)
         return min(counts[-quarter:]) - min(counts[:quarter])
+
+
+def anonymous_kib(pid: int) -> float:
+    """RssAnon of a process (proc_pid_status(5))."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return float(line.split()[1])
+    return 0.0
+
+
+def per_hour(series: list[tuple[float, float]], first_s: float, end_s: float, block_s: float = BLOCK_S) -> Slope:
+    """The slope of (seconds, KiB) from `first_s` to before `end_s`, KiB per hour."""
+    found = theil_sen(blocks([(at_s, kib) for at_s, kib in series if first_s <= at_s < end_s], block_s))
+    return Slope(found.value * 3600, found.low * 3600, found.high * 3600)
 
 
 def leaks(slope: Slope) -> bool:
@@ -160,7 +183,7 @@ def main() -> int:
     return report(
         options, about, "memory does not grow while the link flaps under load", round(slope.value, 1), "KiB per hour (Theil-Sen)", ok,
         spread_={"low_95": round(slope.low, 1), "high_95": round(slope.high, 1)}, inputs={"minutes": options.minutes, "readings_per_second": options.rate, "seed": options.seed, "bar_kib_per_hour": BAR_KIB_PER_HOUR},
-        details={**went, "rss_mib_first": round(rss[0] / 1024, 2), "rss_mib_last": round(rss[-1] / 1024, 2), "rss_mib_max": round(max(rss) / 1024, 2), "open_files_grown": files, "samples": len(samples.rss)},
+        details={**went, "rss_mib_first": round(rss[0] / 1024, 2), "rss_mib_last": round(rss[-1] / 1024, 2), "rss_mib_max": round(max(rss) / 1024, 2), "by_thirds_kib_per_hour": samples.thirds(warm_s), "open_files_grown": files, "samples": len(samples.rss)},
     )
 
 

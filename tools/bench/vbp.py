@@ -163,7 +163,9 @@ def main() -> int:
         print(f"vbp: no sets in {DATA}; give --data and --results, or {os.path.relpath(DATA)} as described in --help", file=sys.stderr)
         return 2
     began = time.perf_counter()
-    vector.pack(np.array([[6, 3], [5, 5], [5, 4], [4, 6], [3, 3], [3, 2], [2, 2]]), np.array([10, 10]), lambda: False, steps_max=1000)
+    # Five bins where the bound says four: the search is reached, so that it is compiled here and not within the first instance's second.
+    if not vector.pack(np.array([[6, 1], [1, 6], [6, 6], [6, 1], [4, 5], [5, 4], [5, 5], [3, 6]]), np.array([10, 10]), lambda: False, steps_max=1000).steps:
+        raise AssertionError("the packing that is to compile the search does not reach it")
     compile_s = time.perf_counter() - began
     found = {}
     try:

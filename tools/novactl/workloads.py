@@ -15,6 +15,9 @@ Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
 
 GIB = 1 << 30
 
+LAST_DATE_MS = 253_402_300_799_000
+"""The last millisecond that a date can be written for, in the year 9999."""
+
 
 def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.ArgumentParser], show: Show, plain: Callable[[str], str]) -> None:
     """Add `rebalance`, `workload`, `nodes` and `node` to the parser; `show(value, as_json, rows, head)` prints, `plain` makes text safe for a terminal."""
@@ -23,6 +26,8 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
         hub = hub_api(options.hub, options.token)
         if options.what == "submit":
             return _submit(hub, options, show)
+        if options.what == "what-if":
+            return _what_if(hub, options, show, plain)
         if options.what == "cancel":
             answer = hub.call("DELETE", _path(options.name))
             show(answer, options.json, [_row(answer)], HEAD)
@@ -69,12 +74,13 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("what", nargs="?", default="plan", choices=("plan", "go", "list", "cancel"))
     parser.add_argument("id", nargs="?", default="", help="cancel: which")
     parser.add_argument("--drain", action="append", default=[], metavar="NODE", help="empty this node; may be given several times")
-    parser = command("workload", workload, "workloads: submit FILE (- for standard input), list, cancel ID")
-    parser.add_argument("what", choices=("submit", "list", "cancel"))
+    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID")
+    parser.add_argument("what", choices=("submit", "what-if", "list", "cancel"))
     parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
     parser.add_argument("--state", default="", help="list: in this state only")
     parser.add_argument("--node", default="", help="list: on this node only")
     parser.add_argument("--limit", type=int, default=100, help="list: at most so many")
+    parser.add_argument("--lose", action="append", default=[], metavar="NODE", help="what-if: as if this node were gone; may be given several times")
     command("nodes", nodes, "every node: what it has and what is in use")
     parser = command("node", node, "one node: drain NAME, cordon NAME, uncordon NAME")
     parser.add_argument("what", choices=("drain", "cordon", "uncordon"))
@@ -92,7 +98,14 @@ def _start(one: dict[str, Any]) -> str:
     """When a waiting job is to start, and where."""
     if one["state"] != "pending" or one["planned_ms"] is None:
         return ""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(one["planned_ms"] / 1000)) + f" on {', '.join(dict.fromkeys(one['planned_nodes']))}"
+    return f"{_at(one['planned_ms'])} on {', '.join(dict.fromkeys(one['planned_nodes']))}"
+
+
+def _at(ms: int | None) -> str:
+    """A time for people; in ms where no date can be written for it."""
+    if ms is None or ms > LAST_DATE_MS:
+        return "" if ms is None else f"{ms} ms"
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ms / 1000))
 
 
 def _node_row(one: dict[str, Any]) -> list[Any]:
@@ -115,19 +128,42 @@ def _path(name: str) -> str:
     return f"/api/v1/workloads/{quote(name, safe='')}"
 
 
-def _submit(hub: Api, options: Any, show: Show) -> int:
+def _documents(options: Any) -> Any:
+    """The file that is named, as JSON. Raises `CommandError`."""
     if not options.name:
-        raise CommandError("workload submit: the file is missing; give a JSON file with a workload or a list of them, or -")
+        raise CommandError(f"workload {options.what}: the file is missing; give a JSON file with a workload or a list of them, or -")
     try:
-        documents = json.loads(Path(options.name).read_text() if options.name != "-" else sys.stdin.read())
+        return json.loads(Path(options.name).read_text() if options.name != "-" else sys.stdin.read())
     except (OSError, ValueError) as error:
-        raise CommandError(f"workload submit: {options.name} cannot be read ({error}); give a JSON file with a workload or a list of them") from None
-    answer = hub.call("POST", "/api/v1/workloads", documents)
+        raise CommandError(f"workload {options.what}: {options.name} cannot be read ({error}); give a JSON file with a workload or a list of them") from None
+
+
+def _submit(hub: Api, options: Any, show: Show) -> int:
+    answer = hub.call("POST", "/api/v1/workloads", _documents(options))
     show(answer, options.json, [_row(one) for one in answer["workloads"]], HEAD)
     together = answer["together"]
     if together is not None and not options.json:
         print(f"{together['placed']} placed {together['how']}, at most {together['bound']} could be")
     return 0
+
+
+def _what_if(hub: Api, options: Any, show: Show, plain: Callable[[str], str]) -> int:
+    """What a submit would say now; fails where a deadline would be refused, as the submit would."""
+    documents = _documents(options)
+    answer = hub.call("POST", "/api/v1/what-if", {"workloads": documents if isinstance(documents, list) else [documents], "lose": options.lose})
+    jobs = {one["workload"]: one for one in answer["jobs"]}
+    rows = [[one["workload"], "placed", one["node"], *_times(jobs.get(one["workload"])), ""] for one in answer["placed"]]
+    rows += [[one["workload"], jobs.get(one["workload"], {}).get("verdict", "waits"), "", *_times(jobs.get(one["workload"])), one["reason"]] for one in answer["waiting"]]
+    rows += [[one["workload"], "moves", one["to"], "", "", f"from {one['from']}, by a {one['how']}"] for one in answer["moved"]]
+    show(answer, options.json, rows, ["workload", "verdict", "node", "starts", "ends by", "reason"])
+    refused = [one for one in answer["jobs"] if one["verdict"] == "refused"]
+    for one in refused if not options.json else ():
+        print(plain(f"{one['workload']}: {one['remedy']}"))
+    return 1 if refused else 0
+
+
+def _times(job: dict[str, Any] | None) -> tuple[str, str]:
+    return ("", "") if job is None else (_at(job["planned_ms"]), _at(job["planned_end_ms"]))
 
 
 def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:

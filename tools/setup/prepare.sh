@@ -73,6 +73,8 @@ if [ "$kind" = dev ]; then
   [ -n "$(find /usr/lib -path "*faketime/libfaketime.so.1" -print -quit 2>/dev/null)" ] || packages+=(libfaketime)
   command -v openssl >/dev/null 2>&1 || packages+=(openssl)
   command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /usr/sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
+  command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
+  [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"

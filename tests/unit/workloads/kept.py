@@ -14,7 +14,8 @@ NOW = 1_795_500_000_000
 class Kept:
     """Applies changes as a store does."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Planner] = Planner) -> None:
+        self.kind = kind
         self.workloads: dict[str, WorkloadRow] = {}
         self.placements: dict[tuple[str, int], PlacementRow] = {}
         self.nodes: dict[str, NodeRow] = {}
@@ -37,7 +38,7 @@ class Kept:
 
     def planner(self, now_ms: int) -> tuple[Planner, list[str]]:
         """A planner as a hub that starts would build it."""
-        planner = Planner()
+        planner = self.kind()
         rows = sorted((row for row in self.placements.values() if row.to_ms is None), key=lambda row: (row.from_ms, row.workload, row.epoch))
         problems = planner.load(self.nodes.values(), self.workloads.values(), rows, self.budgets, self.quotas, read_workload, now_ms, self.rebalances, self.epochs)
         self.apply(planner.changes())
@@ -56,8 +57,8 @@ class Kept:
 class Desk:
     """A planner with its store and clock: each call is one plan that is kept."""
 
-    def __init__(self) -> None:
-        self.kept, self.now = Kept(), NOW
+    def __init__(self, kind: type[Planner] = Planner) -> None:
+        self.kept, self.now = Kept(kind), NOW
         self.planner, _ = self.kept.planner(self.now)
 
     def do(self, work: Callable[[Planner, int], Any], after_ms: int = 1) -> Any:

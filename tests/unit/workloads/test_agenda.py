@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads import agenda
-from hub.workloads.agenda import PATIENCE_MS, Agenda, when
+from hub.workloads.agenda import Agenda
 from hub.workloads.documents import Conflict, read_list
 from hub.workloads.placing import Placing
 from hub.workloads.rounds import LOST_AFTER_MS, Rounds
+from hub.workloads.timetables import PATIENCE_MS, when
 from hub.workloads.views import explain, nodes_view, usage
 from tools.bench import placement_log
 
@@ -396,46 +397,53 @@ def overbooked(desk: Desk) -> list[str]:
     return found
 
 
-def play(steps: list[tuple[str, int]]) -> None:
+def act(desk: Desk, rounds: Rounds, what: str, draw: int) -> Rounds:
+    """One step of many; the rounds that go on from there."""
+    name, node, offset = f"w{draw % 10}", f"n{draw % 3}", (desk.now - NOW) / S
+    cpu = (1, 2, 4)[draw // 10 % 3]
+    try:
+        if what in ("dated", "undated"):
+            seconds = (10, 60, 300)[draw // 30 % 3]
+            desk.submit(batch(name, cpu, seconds, offset + seconds * (1.3, 2, 5)[draw // 90 % 3] if what == "dated" else None, priority=draw // 270 % 2, **({"when_late": "accept"} if what == "dated" and draw % 2 else {})))
+        elif what == "gang":
+            desk.submit(*(batch(f"{name}-{end}", cpu, 60, offset + 300 if draw % 2 else None, gang={"id": name, "size": 2}) for end in "ab"))
+        elif what == "work":
+            desk.submit(work(name, cpu, priority=draw // 30 % 2))
+    except (Conflict, Invalid):
+        pass
+    if what in ("cancel", "done"):
+        for ended in (name, f"{name}-a"):
+            desk.do(lambda planner, now, name=ended: planner.cancel(name, now))
+    elif what == "round":
+        round_of(desk, rounds)
+    elif what == "long round":
+        round_of(desk, rounds, 30 * S)
+    elif what == "kill":
+        assert desk.restart() == []
+        rounds = Rounds(desk.planner)
+    elif what == "remove":
+        desk.do(lambda planner, now, node=node: planner.remove_node(node, False, now))
+    elif what == "add":
+        desk.node(node)
+    elif what in ("drain", "uncordon"):
+        desk.do(lambda planner, now, node=node, what=what: planner.cordon(node, "drain" if what == "drain" else "", now))
+    return rounds
+
+
+def play(steps: list[tuple[str, int]]) -> Desk:
     desk = Desk()
     for number in range(2):
         desk.node(f"n{number}")
     rounds = Rounds(desk.planner)
     for what, draw in steps:
-        name, node, offset = f"w{draw % 10}", f"n{draw % 3}", (desk.now - NOW) / S
-        cpu = (1, 2, 4)[draw // 10 % 3]
-        try:
-            if what in ("dated", "undated"):
-                seconds = (10, 60, 300)[draw // 30 % 3]
-                desk.submit(batch(name, cpu, seconds, offset + seconds * (1.3, 2, 5)[draw // 90 % 3] if what == "dated" else None, priority=draw // 270 % 2, **({"when_late": "accept"} if what == "dated" and draw % 2 else {})))
-            elif what == "gang":
-                desk.submit(*(batch(f"{name}-{end}", cpu, 60, offset + 300 if draw % 2 else None, gang={"id": name, "size": 2}) for end in "ab"))
-            elif what == "work":
-                desk.submit(work(name, cpu, priority=draw // 30 % 2))
-        except (Conflict, Invalid):
-            pass
-        if what in ("cancel", "done"):
-            for ended in (name, f"{name}-a"):
-                desk.do(lambda planner, now, name=ended: planner.cancel(name, now))
-        elif what == "round":
-            round_of(desk, rounds)
-        elif what == "long round":
-            round_of(desk, rounds, 30 * S)
-        elif what == "kill":
-            assert desk.restart() == []
-            rounds = Rounds(desk.planner)
-        elif what == "remove":
-            desk.do(lambda planner, now, node=node: planner.remove_node(node, False, now))
-        elif what == "add":
-            desk.node(node)
-        elif what in ("drain", "uncordon"):
-            desk.do(lambda planner, now, node=node, what=what: planner.cordon(node, "drain" if what == "drain" else "", now))
+        rounds = act(desk, rounds, what, draw)
         check_invariants(desk.planner.state)
         if what in ("round", "long round"):
             assert overbooked(desk) == []
     round_of(desk, rounds)
     assert overbooked(desk) == []
     assert placement_log.overcommit(desk.kept.log(), desk.now) == (0, []) and placement_log.doubles(desk.kept.log()) == []
+    return desk
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)

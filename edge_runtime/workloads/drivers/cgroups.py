@@ -1,0 +1,113 @@
+"""Control groups of this host: which layout there is, and what a group uses. Version 1, version 2, or both at once (hybrid: the controllers are in version 1)."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .face import Stats
+
+PARENT = "/novacron"
+"""The group above all containers, in every hierarchy."""
+
+KEEPERS = "/novacron-keepers"
+"""The group of those that watch over containers: outside of the agent's, which a service manager ends as a whole, and of the containers'."""
+
+NEEDED = ("memory", "cpu", "pids", "freezer", "devices")
+"""Controllers that a container needs in version 1; version 2 has the last two without a controller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Where they are mounted: by controller (version 1; named hierarchies as `name=systemd`), and version 2's, empty where there is none.
+
+    Attributes:
+        unified_controllers: what version 2 has to give.
+    """
+
+    mounts: Mapping[str, str]
+    unified: str
+    unified_controllers: frozenset[str]
+
+    @property
+    def layout(self) -> str:
+        """`v1`, `v2`, `hybrid` or `none`."""
+        if any(not name.startswith("name=") for name in self.mounts):
+            return "hybrid" if self.unified else "v1"
+        return "v2" if self.unified else "none"
+
+    @property
+    def lacks(self) -> str:
+        """What containers need and is not there, in words; empty where all is."""
+        if self.layout == "none":
+            return "no control groups are mounted"
+        have = self.unified_controllers if self.layout == "v2" else self.mounts.keys()
+        missing = [name for name in (NEEDED[:3] if self.layout == "v2" else NEEDED) if name not in have]
+        return f"the cgroup controllers {', '.join(missing)} are missing" if missing else ""
+
+    def folders(self, group: str) -> list[str]:
+        """A group's folder in every hierarchy in which a process can simply be put (not cpuset: an empty one takes none)."""
+        tops = [mount for name, mount in self.mounts.items() if name != "cpuset"] + ([self.unified] if self.unified else [])
+        return list(dict.fromkeys(top + group for top in tops))
+
+    def memory_events(self, group: str) -> list[str]:
+        """Files that tell of kills for want of memory."""
+        return [f"{self.unified}{group}/memory.events"] if self.layout == "v2" else [f"{self.mounts['memory']}{group}/memory.oom_control"] if "memory" in self.mounts else []
+
+    def memory_limit(self, group: str) -> int:
+        """Bytes; -1 where none can be read."""
+        path = f"{self.unified}{group}/memory.max" if self.layout == "v2" else f"{self.mounts.get('memory', '')}{group}/memory.limit_in_bytes"
+        return _number(path)
+
+    def stats(self, group: str) -> Stats:
+        """What a group uses; -1 for what cannot be read."""
+        if self.layout == "v2":
+            top = self.unified + group
+            spent = next((int(line.split()[1]) * 1000 for line in _text(f"{top}/cpu.stat").splitlines() if line.startswith("usage_usec ")), -1)
+            return Stats(spent, _number(f"{top}/memory.current"), _number(f"{top}/pids.current"))
+        return Stats(
+            _number(f"{self.mounts.get('cpuacct', '')}{group}/cpuacct.usage"), _number(f"{self.mounts.get('memory', '')}{group}/memory.usage_in_bytes"), _number(f"{self.mounts.get('pids', '')}{group}/pids.current"),
+        )
+
+    def frozen(self, group: str) -> bool:
+        """Whether all in it stands still."""
+        if self.layout == "v2":
+            return "frozen 1" in _text(f"{self.unified}{group}/cgroup.events").splitlines()
+        return _text(f"{self.mounts.get('freezer', '')}{group}/freezer.state").strip() == "FROZEN"
+
+    @property
+    def accounts_swap(self) -> bool:
+        """Whether there is swap, and a group's use of it can be limited."""
+        swaps = len(_text("/proc/swaps").splitlines()) > 1
+        return swaps and (self.layout == "v2" or os.path.exists(f"{self.mounts.get('memory', '')}/memory.memsw.limit_in_bytes"))
+
+
+def read(mountinfo: str | None = None) -> Groups:
+    """This host's, by /proc/self/mountinfo."""
+    mounts: dict[str, str] = {}
+    unified, given = "", frozenset[str]()
+    for line in (_text("/proc/self/mountinfo") if mountinfo is None else mountinfo).splitlines():
+        before, _, after = line.partition(" - ")
+        left, right = before.split(), after.split()
+        if len(left) < 5 or len(right) < 3:
+            continue
+        where = left[4]
+        if right[0] == "cgroup2" and not unified:
+            unified, given = where, frozenset(_text(f"{where}/cgroup.controllers").split())
+        elif right[0] == "cgroup":
+            for option in right[2].split(","):
+                if option.startswith("name=") or option in ("memory", "cpu", "cpuacct", "cpuset", "pids", "freezer", "devices", "blkio"):
+                    mounts.setdefault(option, where)
+    return Groups(mounts, unified, given)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _number(path: str) -> int:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else -1

@@ -1,0 +1,514 @@
+"""Containers, by an OCI runtime (runc, or crun where it passes the probe) that is run directly; each is watched over by a keeper of its own (`keeper`), which outlives the agent.
+
+    <dir>/containers/<name>/     one instance: instance.json, config.json, keeper.json, disk/ (what it changed), and what its keeper writes
+    <dir>/containers/.new/       what is being laid out or removed; emptied at start
+    <dir>/runtime/               the runtime's own state
+
+What is on the disk is the truth: who holds an instance's lock lives, and what is written down has happened. So an agent that comes after a killed one knows as much as that one did.
+"""
+
+import asyncio
+import fcntl
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..images import Config, Image, ImageError, ImageStore
+from . import cgroups
+from .container_spec import ID_RANGE, Host, configuration, stop_signal
+from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
+from .instance import alive, bounded, line, read, readable, sync_folder, tail, write
+from .users import ids
+
+T = TypeVar("T")
+
+FIRST_ID = 0x7000_0000
+"""First id on the host of the user namespaces' ranges: above those that systemd gives to containers of its own, and far above those of /etc/subuid."""
+
+MAX_INSTANCES = 512
+"""Instances on the disk, the ended ones too."""
+
+ROOT = "/run/novacron/root"
+"""Where a container's root is mounted, in its keeper's mount namespace: each has its own there. Not in the data folder, which the container's root may not enter."""
+
+COMMAND_S = 60.0
+"""A runtime that takes longer for one command hangs."""
+
+START_S = 150.0
+"""A keeper that has said nothing by then hangs: it gives each of two commands of the runtime a minute."""
+
+LEFT_S = 10.0
+"""A container that was killed, and its keeper, are gone by then; more means that the kernel holds on to a process."""
+
+LOOK_S = 0.02
+"""Pause between two looks at a lock, for which there is no event."""
+
+SAID = 2000
+"""Characters of a runtime's own words in an error."""
+
+_KEEPER = Path(__file__).with_name("keeper.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How containers are run.
+
+    Attributes:
+        runtimes: programs to try, in this order.
+        log_bytes: kept of each stream of a container.
+        allowed_mounts: folders of the node that may be mounted into containers, with all below them.
+        users: give each container a user namespace where the host can.
+    """
+
+    runtimes: tuple[str, ...] = ("runc", "crun")
+    log_bytes: int = 4 << 20
+    allowed_mounts: tuple[str, ...] = ()
+    users: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What has been found to work here: the runtime's command, whether with user namespaces, whether with seccomp."""
+
+    runtime: tuple[str, ...]
+    users: bool
+    seccomp: bool
+
+
+class ContainerDriver:
+    """The driver of containers; see `face.Driver`. Needs root.
+
+    Args:
+        directory: its own, in the agent's data folder; absolute.
+        store: where the images are.
+    """
+
+    def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
+        self._folder, self._store, self._settings = directory / "containers", store, settings
+        self._new, self._state = self._folder / ".new", directory / "runtime"
+        self._groups = cgroups.read()
+        self._capabilities: Capabilities | None = None
+        self._ways: Ways | None = None
+        self._keepers: dict[int, subprocess.Popen[bytes]] = {}
+        self._busy: dict[str, asyncio.Lock] = {}
+        self._laying = asyncio.Lock()
+        for folder in (directory, self._folder, self._new, self._state):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for leaving in self._new.iterdir():
+            shutil.rmtree(leaving, ignore_errors=True)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is needed for a moment; emptied at start."""
+        return self._new
+
+    def folder(self, key: Key) -> Path:
+        """An instance's folder, there or not."""
+        return self._path(key)
+
+    # -- what can be done ----------------------------------------------------------------------------------------------------
+
+    async def probe(self) -> Capabilities:
+        """Run a container, with everything that can be had, and say what worked."""
+        from .container_probe import find  # needs this module
+
+        self._ways, self._capabilities = await find(self, self._settings, self._groups)
+        return self._capabilities
+
+    async def _ready(self, ability: Ability = Ability.START) -> Ways:
+        if self._capabilities is None:
+            await self.probe()
+        assert self._capabilities is not None
+        self._capabilities.demand(Ability.START)
+        self._capabilities.demand(ability)
+        assert self._ways is not None
+        return self._ways
+
+    # -- prepare -------------------------------------------------------------------------------------------------------------
+
+    async def prepare(self, order: Order) -> Status:
+        ways = await self._ready()
+        async with self._laying:
+            folder = self._path(order.key)
+            if not folder.exists():
+                try:
+                    image = await asyncio.to_thread(self._store.find, order.image)
+                    lower = self._store.lower(image)
+                    await asyncio.to_thread(self.lay_out, order, image.config, lower, ways, image)
+                except ImageError as error:
+                    raise Refused(error.field, error.problem, error.remedy) from None
+                except OSError as error:
+                    raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
+        return self._status(order.key)
+
+    def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None) -> None:
+        """Write an instance's folder, all or nothing; blocks."""
+        present = self._present()
+        if len(present) >= MAX_INSTANCES:
+            raise Refused("instances", f"there are {len(present)} on this node, the most there may be", "delete those that have ended")
+        told = os.statvfs(self._folder)
+        free, asked = told.f_bavail * told.f_frsize, order.requests.get("disk", 0)
+        if free < asked:
+            raise Refused("requests.disk", f"{asked} bytes are asked for, {free} are free", "ask for less, free space, or place it on another node")
+        taken = {entry.get("slot") for entry in present.values()}
+        slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
+        base = FIRST_ID + slot * ID_RANGE if ways.users else None
+        name, folder = _name(order.key), self._path(order.key)
+        host = Host(
+            platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
+        )
+        group = f"{cgroups.PARENT}/{name}"
+        document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))
+        laid = self._new / name
+        shutil.rmtree(laid, ignore_errors=True)
+        laid.mkdir(mode=0o700)
+        (laid / "lower").mkdir()
+        (laid / "disk").mkdir()
+        for part in ("upper", "work"):
+            (laid / "disk" / part).mkdir()
+        top = os.stat(lower[0])
+        os.chmod(laid / "disk/upper", top.st_mode & 0o7777)
+        os.chown(laid / "disk/upper", top.st_uid + (base or 0), top.st_gid + (base or 0))  # the root folder itself comes from the upper layer
+        keeper = {
+            "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
+            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "groups": self._groups.folders(cgroups.KEEPERS),
+        }
+        instance = {
+            "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime),
+        }
+        for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
+            write(laid / file, value)
+        (laid / "lock").touch(mode=0o600)
+        os.rename(laid, folder)
+        sync_folder(self._folder)
+
+    # -- start, end ----------------------------------------------------------------------------------------------------------
+
+    async def start(self, key: Key) -> Status:
+        await self._ready()
+        async with self._one(key):
+            return await self.begin(key)
+
+    async def begin(self, key: Key) -> Status:
+        """`start` without asking for capabilities: the probe comes here."""
+        status = self._status(key)
+        if status.phase is not Phase.PREPARED or self._held(key):
+            return status
+        await self._forget(key)
+        word = await asyncio.to_thread(self._launch, self._path(key))
+        status = self._status(key)
+        if word != "running" and status.phase is not Phase.RUNNING:
+            raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
+        return status
+
+    def _launch(self, folder: Path) -> str:
+        """Start the keeper and wait for its word; blocks. It takes the lock over from us: between us and it, it is never free."""
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(folder / "keeper.err", "wb") as errors:
+                keeper = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(_KEEPER), str(folder), str(lock)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, cwd="/", start_new_session=True, pass_fds=(lock,),
+                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
+                )
+        except BlockingIOError:
+            return ""
+        finally:
+            os.close(lock)
+        self._keepers[keeper.pid] = keeper
+        assert keeper.stdout is not None
+        with keeper.stdout:
+            os.set_blocking(keeper.stdout.fileno(), True)
+            return line(keeper.stdout.fileno(), START_S)
+
+    async def wait(self, key: Key) -> Status:
+        while True:
+            status, watched = self._status(key), self._watched(key)
+            if status.phase is Phase.PREPARED and not self._held(key):
+                raise Refused("id", f"{_name(key)} was never started", "start it first")
+            if status.phase in (Phase.ENDED, Phase.LOST):
+                self._reap()
+                return status
+            if watched is None:  # between two states
+                await asyncio.sleep(LOOK_S)
+                continue
+            try:
+                await readable(watched)
+            finally:
+                os.close(watched)
+
+    async def stop(self, key: Key, grace_s: float) -> Status:
+        status = self._status(key)
+        if status.phase is Phase.PAUSED:
+            await self._runtime(key, "resume", _name(key))
+        if status.phase in (Phase.RUNNING, Phase.PAUSED):
+            await self._kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(self.wait(key), grace_s)
+            await self._kill(key, signal.SIGKILL)
+            return await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
+        return status
+
+    async def delete(self, key: Key) -> None:
+        folder = self._path(key)
+        async with self._one(key):
+            if not folder.exists():
+                return
+            status = self._status(key)
+            if status.phase in (Phase.RUNNING, Phase.PAUSED):
+                await self._kill(key, signal.SIGKILL)
+                if status.phase is Phase.PAUSED:
+                    with suppress(Failed):
+                        await self._runtime(key, "resume", _name(key))
+                await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
+            try:
+                await asyncio.wait_for(self._unheld(key), LEFT_S / 2)
+            except TimeoutError:  # what is written down is not what runs: somebody was in this folder
+                await self._forget(key)
+                await self._within(self._unheld(key), LEFT_S, "its keeper does not end")
+            self._reap()
+            await self._forget(key)
+            gone = self._new / f"{folder.name}.gone"
+            await asyncio.to_thread(shutil.rmtree, gone, True)
+            os.rename(folder, gone)
+            await asyncio.to_thread(shutil.rmtree, gone, True)
+        self._busy.pop(folder.name, None)
+
+    async def _kill(self, key: Key, number: int) -> None:
+        try:
+            await self._runtime(key, "kill", _name(key), str(int(number)))
+        except Failed:
+            if self._status(key).phase in (Phase.RUNNING, Phase.PAUSED):  # else it ended in between
+                raise
+
+    async def _forget(self, key: Key) -> None:
+        """What the runtime still knows of it."""
+        state = self._state / _name(key)
+        if state.exists():
+            try:
+                await self._runtime(key, "delete", "--force", _name(key))
+            except Failed:
+                if state.exists():  # else its keeper did it at the same moment
+                    raise
+
+    # -- pause, stats, logs, exec --------------------------------------------------------------------------------------------
+
+    async def pause(self, key: Key) -> Status:
+        await self._ready(Ability.PAUSE)
+        return await self.freeze(key)
+
+    async def freeze(self, key: Key) -> Status:
+        """`pause` without asking for capabilities; raises `Failed` where it does not stand still then."""
+        async with self._one(key):
+            if self._running(key).phase is Phase.RUNNING:
+                await self._runtime(key, "pause", _name(key))
+        status = self._status(key)
+        if status.phase is Phase.RUNNING:
+            raise Failed("pause", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
+        return status
+
+    async def resume(self, key: Key) -> Status:
+        await self._ready(Ability.PAUSE)
+        async with self._one(key):
+            if self._running(key).phase is Phase.PAUSED:
+                await self._runtime(key, "resume", _name(key))
+        return self._status(key)
+
+    async def stats(self, key: Key) -> Stats:
+        self._running(key)
+        return self._groups.stats(f"{cgroups.PARENT}/{_name(key)}")
+
+    async def logs(self, key: Key, most: int) -> Output:
+        self._instance(key)
+        (out, cut), (err, also) = await asyncio.to_thread(lambda: [tail(self._path(key) / f"{stream}.log", most) for stream in ("stdout", "stderr")])
+        return Output(out, err, cut or also)
+
+    async def exec(self, key: Key, args: Sequence[str], timeout_s: float) -> Ran:
+        await self._ready(Ability.EXEC)
+        if not args or any("\0" in one for one in args):
+            raise Refused("args", "are empty, or have a zero byte", "give a command")
+        if self._running(key).phase is Phase.PAUSED:
+            raise Refused("id", f"{_name(key)} is paused", "resume it first")
+        note = self._path(key) / f"exec-{time.monotonic_ns()}.pid"
+        process = await asyncio.create_subprocess_exec(
+            *self._command(key), "exec", "--pid-file", str(note), _name(key), *args, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            async with asyncio.timeout(timeout_s):
+                (out, cut), (err, also), code = await asyncio.gather(bounded(process.stdout), bounded(process.stderr), process.wait())
+        except TimeoutError:
+            raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time") from None
+        finally:
+            if process.returncode is None:
+                # The runtime waits for the command, so its pid is its own still; without it the command would live on.
+                with suppress(OSError, ValueError):
+                    os.kill(int(note.read_text()), signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            note.unlink(missing_ok=True)
+        return Ran(Exit(code, max(0, code - 128) if 128 < code <= 192 else 0), Output(out, err, cut or also))
+
+    # -- what is there -------------------------------------------------------------------------------------------------------
+
+    async def status(self, key: Key) -> Status:
+        return self._status(key)
+
+    async def instances(self) -> Sequence[Status]:
+        found = []
+        for entry in (await asyncio.to_thread(self._present)).values():
+            with suppress(Refused):  # it was deleted in between
+                found.append(self._status(Key(entry["id"], entry["epoch"])))
+        return found
+
+    async def prune(self, budget: int) -> list[str]:
+        """Keep images within `budget` bytes; never what an instance stands on."""
+        async with self._laying:
+            used = {layer for entry in self._present().values() for layer in entry.get("layers", ())}
+            return await asyncio.to_thread(self._store.prune, budget, used)
+
+    def _present(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for entry in os.scandir(self._folder):
+            if entry.name != self._new.name:
+                value = read(Path(entry.path, "instance.json"))
+                if value is not None and isinstance(value.get("id"), str) and isinstance(value.get("epoch"), int):
+                    found[entry.name] = value
+        return found
+
+    def _path(self, key: Key) -> Path:
+        return self._folder / _name(key)
+
+    def _instance(self, key: Key) -> dict[str, Any]:
+        value = read(self._path(key) / "instance.json")
+        if value is None:
+            raise Refused("id", f"there is no container {_name(key)} here", "prepare it first")
+        return value
+
+    def _status(self, key: Key) -> Status:
+        """The lock first: where it is free, nothing changes any more."""
+        self._instance(key)
+        folder, held = self._path(key), self._held(key)
+        end, running = read(folder / "exit.json"), read(folder / "running.json")
+        if end is not None:
+            if "failed" in end:
+                return Status(key, Phase.ENDED, reason=str(end["failed"]))
+            told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
+            return Status(key, Phase.ENDED, exit=told, reason=told.reason)
+        if running is None:
+            return Status(key, Phase.PREPARED)
+        lives = held or alive(running)
+        if not lives:
+            return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
+        frozen = self._groups.frozen(f"{cgroups.PARENT}/{folder.name}")
+        return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]), reason="" if held else "its keeper was killed: what it writes and how it ends will not be known")
+
+    def _running(self, key: Key) -> Status:
+        status = self._status(key)
+        if status.phase not in (Phase.RUNNING, Phase.PAUSED):
+            raise Refused("id", f"{_name(key)} does not run ({status.phase.value})", "start it first")
+        return status
+
+    def _held(self, key: Key) -> bool:
+        """Whether its keeper lives."""
+        try:
+            lock = os.open(self._path(key) / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+
+    def _watched(self, key: Key) -> int | None:
+        """A descriptor that becomes readable at the end of its keeper, or of its first process where it has none; None where neither is there yet, or any more."""
+        running = read(self._path(key) / "running.json")
+        if running is None:
+            return None
+        held = self._held(key)
+        try:
+            found = os.pidfd_open(int(running["keeper" if held else "pid"]))
+        except OSError:
+            return None
+        # Asked again after the descriptor is there: then it is of the process that was meant, not of a later one with its number.
+        if held == self._held(key) and (held or alive(running)):
+            return found
+        os.close(found)
+        return None
+
+    async def _unheld(self, key: Key) -> None:
+        while self._held(key):
+            await asyncio.sleep(LOOK_S)
+
+    def _reap(self) -> None:
+        """Keepers of ours that have ended leave no zombies."""
+        for pid in [pid for pid, keeper in self._keepers.items() if keeper.poll() is not None]:
+            del self._keepers[pid]
+
+    def _keeper_said(self, key: Key) -> str:
+        data, _ = tail(self._path(key) / "keeper.err", SAID)
+        return data.decode("utf-8", "replace").strip()
+
+    def _one(self, key: Key) -> asyncio.Lock:
+        return self._busy.setdefault(_name(key), asyncio.Lock())
+
+    # -- the runtime ---------------------------------------------------------------------------------------------------------
+
+    def _command(self, key: Key) -> list[str]:
+        """The runtime that the instance was made for; at the ordinary priority, whatever ours is."""
+        better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
+        return [*(("nice", "-n", str(better)) if better else ()), *self._instance(key)["runtime"], "--root", str(self._state)]
+
+    async def _runtime(self, key: Key, *words: str) -> None:
+        process = await asyncio.create_subprocess_exec(*self._command(key), *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True)
+        assert process.stderr is not None
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                (said, _), code = await asyncio.gather(bounded(process.stderr), process.wait())
+        except TimeoutError:
+            raise Failed(words[0], f"the runtime did not come back within {COMMAND_S:g} s", "look at the node: its kernel or disk hangs") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if code != 0:
+            raise Failed(words[0], f"the runtime says: {said.decode('utf-8', 'replace').strip()[:SAID] or code}", "look at the node")
+
+    async def _within(self, what: Awaitable[T], seconds: float, problem: str) -> T:
+        try:
+            return await asyncio.wait_for(what, seconds)
+        except TimeoutError:
+            raise Failed("stop", problem, "look at the node: a process that cannot be killed waits for its kernel or disk") from None
+
+
+def _name(key: Key) -> str:
+    """A folder, a control group and the runtime's name of it. Ids have no `+`, runtimes take no colon."""
+    return f"{key.id.replace(':', '+')}.{key.epoch}"
+
+
+def _open_files() -> int:
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def searched(name: str) -> str | None:
+    """A program's path, also where only root's PATH has it."""
+    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin")))

@@ -1,0 +1,139 @@
+"""The probe of the container driver: runs a container of the smallest program with everything, then with less, and says what worked and why the rest did not."""
+
+import asyncio
+import os
+import platform
+import subprocess
+import tempfile
+import uuid
+from pathlib import Path
+
+from ..images import Config
+from . import cgroups
+from .cgroups import Groups
+from .container import ContainerDriver, Settings, Ways, searched
+from .container_spec import MIN_PIDS
+from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
+from .probe_program import program
+
+MEMORY = 16 << 20
+"""Bytes that the probe's container may have."""
+
+
+VERSION_S = 10.0
+"""A runtime that does not tell its version within this is taken as absent."""
+
+async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Capabilities]:
+    """The best of the ways that worked, and the report."""
+    cannot = dict.fromkeys(
+        (Ability.CHECKPOINT, Ability.RESTORE, Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+    ) | {Ability.ROOTLESS: "the driver mounts layers and makes control groups, which needs root"}
+    ways, runtime, reasons = None, "", []
+    code = program(platform.machine())
+    if os.geteuid() != 0:
+        reasons.append("the agent does not run as root")
+    elif odd := set(",:\\") & set(str(driver.scratch)):
+        reasons.append(f"the data folder's path has {' '.join(sorted(odd))} in it, which overlayfs takes for its own")
+    elif groups.lacks:
+        reasons.append(groups.lacks)
+    elif code is None:
+        reasons.append(f"there is no program to probe with for {platform.machine()}")
+    else:
+        for name in settings.runtimes:
+            path = searched(name)
+            if path is None:
+                reasons.append(f"{name} is not installed")
+                continue
+            ways, lacking = await _tried(driver, settings, groups, path, code)
+            if ways is not None:
+                runtime = await asyncio.to_thread(_version, path)
+                cannot |= lacking
+                break
+            reasons.append(f"{name}: {lacking[Ability.START]}")
+    if ways is None:
+        reason = "; ".join(reasons) + " (as root: apt install runc)" * any("not installed" in one for one in reasons)
+        cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), reason)
+    return ways, Capabilities("container", "container", runtime, platform.machine(), _flags(), groups.layout, platform.release(), cannot)
+
+
+async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
+    """With user namespace and seccomp, then without the one, the other, both; what had to be left out, with the words of the try in which it was there."""
+    lacking: dict[Ability, str] = {}
+    for users, seccomp in ((True, True), (False, True), (True, False), (False, False)):
+        if users and not settings.users:
+            lacking[Ability.USER_NAMESPACE] = "switched off by the configuration"
+            continue
+        ways = Ways((path,), users, seccomp)
+        try:
+            more = await _run(driver, groups, ways, code)
+        except (Refused, Failed, OSError) as error:
+            why = error.problem if isinstance(error, (Refused, Failed)) else str(error)
+            lacking[Ability.USER_NAMESPACE if users else Ability.SECCOMP if seccomp else Ability.START] = why
+            continue
+        if users:
+            lacking.pop(Ability.USER_NAMESPACE, None)
+        if seccomp:
+            lacking.pop(Ability.SECCOMP, None)
+        return ways, lacking | more
+    return None, lacking
+
+
+async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes) -> dict[Ability, str]:
+    """One container from its beginning to its end; raises where it does not run as it should, returns what else did not work."""
+    key = Key(f"probe-{uuid.uuid4().hex[:12]}", 1)
+    more: dict[Ability, str] = {}
+    with tempfile.TemporaryDirectory(dir=driver.scratch) as top:
+        layer = Path(top, "layer")
+        layer.mkdir(mode=0o755)
+        (layer / "probe").write_bytes(code)
+        (layer / "probe").chmod(0o755)
+        order = Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True})
+        config = Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
+        try:
+            await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
+            status = await driver.begin(key)
+            group = f"{cgroups.PARENT}/{key.id}.{key.epoch}"
+            if status.phase is not Phase.RUNNING:
+                raise Failed("start", f"the probe's container did not stay: {status.reason or status.phase.value}", "see the reason")
+            if groups.memory_limit(group) != MEMORY:
+                raise Failed("limits", f"its memory limit is {groups.memory_limit(group)} instead of {MEMORY}", "give containers control groups of their own")
+            if ways.users and _outside_root(status.pid) == 0:
+                raise Failed("users", "its root is the host's in spite of the user namespace", "look at the kernel")
+            try:
+                await driver.freeze(key)
+            except Failed as error:
+                more[Ability.PAUSE] = error.problem
+            ended = await driver.stop(key, 0.0)
+            if ended.exit is None or not ended.exit.signal:
+                raise Failed("stop", f"the probe's container was killed, and ended by {ended.reason or ended.phase.value}", "see the reason")
+        finally:
+            await driver.delete(key)
+    return more
+
+
+def _outside_root(pid: int) -> int:
+    """The user id on the host of a process; -1 where it is gone."""
+    try:
+        return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:"))
+    except (OSError, StopIteration):
+        return -1
+
+
+def _version(path: str) -> str:
+    try:
+        said = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=VERSION_S).stdout
+    except (OSError, subprocess.SubprocessError):
+        return os.path.basename(path)
+    return (said.splitlines() or [os.path.basename(path)])[0][:200]
+
+
+def _flags() -> tuple[str, ...]:
+    """The processor's features, as the kernel tells them."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features", "isa"):
+                return tuple(sorted(value.split()))
+    except OSError:
+        pass
+    return ()

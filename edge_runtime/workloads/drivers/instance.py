@@ -1,0 +1,100 @@
+"""What the container driver reads and writes of an instance's folder, and how it watches processes that are not its children."""
+
+import asyncio
+import json
+import os
+import select
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_EXEC_OUTPUT = 1 << 20
+"""Bytes kept of each stream of a command; what comes after is read and dropped."""
+
+
+def alive(running: Mapping[str, Any]) -> bool:
+    """Whether the first process that was written down is there: of this boot, with this start."""
+    try:
+        if Path("/proc/sys/kernel/random/boot_id").read_text().strip() != running["boot"]:
+            return False
+        fields = Path(f"/proc/{int(running['pid'])}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(fields[19]) == running["started"] and fields[0] not in (b"Z", b"X")
+    except (OSError, ValueError, KeyError, IndexError):
+        return False
+
+
+async def readable(descriptor: int) -> None:
+    """Until a descriptor can be read; of a pidfd: until its process has ended."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(descriptor, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+async def bounded(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """All of a stream, of which the first `MAX_EXEC_OUTPUT` bytes are kept; whether that was not all."""
+    kept, cut = bytearray(), False
+    while data := await stream.read(1 << 16):
+        room = MAX_EXEC_OUTPUT - len(kept)
+        cut = cut or len(data) > room
+        kept += data[:room]
+    return bytes(kept), cut
+
+
+def line(descriptor: int, seconds: float) -> str:
+    """One line of a pipe, without its end; empty where there is none in time."""
+    found, end = b"", time.monotonic() + seconds
+    while not found.endswith(b"\n") and len(found) < 100:
+        if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+            break
+        data = os.read(descriptor, 1)
+        if not data:
+            break
+        found += data
+    return found.decode("ascii", "replace").strip()
+
+
+def tail(path: Path, most: int) -> tuple[bytes, bool]:
+    """The last bytes of a log and the one before it; whether there was more."""
+    found, more = b"", False
+    for file in (path, path.with_name(path.name + ".1")):
+        try:
+            with open(file, "rb") as handle:
+                size = os.fstat(handle.fileno()).st_size
+                take = min(size, max(0, most - len(found)))
+                more = more or size > take
+                handle.seek(size - take)
+                found = handle.read(take) + found
+        except FileNotFoundError:
+            continue
+    return found, more
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none, or where it is not whole."""
+    try:
+        value: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write(path: Path, value: Any) -> None:
+    """A document, on the disk when this returns; in a folder that has not got its name yet."""
+    with open(path, "w") as handle:
+        json.dump(value, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder, on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

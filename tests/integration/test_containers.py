@@ -1,0 +1,318 @@
+"""The container driver with real containers: what they may, what they may not, and how their lives are told."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.workloads.drivers import cgroups
+from edge_runtime.workloads.drivers.container import FIRST_ID, ContainerDriver, Ways, searched
+from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
+
+from .container_side import driver, made_driver, made_store, output, reason_against, started
+from .waiting import until, until_sync
+
+__all__ = ["driver"]
+
+pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
+
+
+async def test_the_probe_runs_a_container_and_tells_what_can_be_done(driver: ContainerDriver) -> None:
+    told = await driver.probe()
+    assert told.usable and told.runtime.startswith("runc") and told.cgroup in ("v1", "v2", "hybrid") and told.cpu_flags
+    assert {"start", "stop", "pause", "exec", "limits", "seccomp"} <= set(told.to_json()["can"])
+    with pytest.raises(Refused, match="no code for it yet"):
+        told.demand(Ability.CHECKPOINT)
+    assert await driver.instances() == []
+
+
+async def test_a_life_from_prepare_to_delete(driver: ContainerDriver) -> None:
+    key = Key("life:a", 7)
+    order = Order(key, "box:1")
+    assert (await driver.prepare(order)).phase is Phase.PREPARED
+    assert (await driver.prepare(order)).phase is Phase.PREPARED
+    await driver.start(key)
+    ended = await driver.wait(key)
+    assert ended.exit is not None and ended.exit.code == 3 and ended.reason == "exit code 3"
+    assert await driver.start(key) == ended and await driver.stop(key, 1.0) == ended
+    told = await driver.logs(key, 100)
+    assert (told.stdout, told.stderr) == (b"hello\n", b"trouble\n")
+    assert [status.key for status in await driver.instances()] == [key]
+    await driver.delete(key)
+    await driver.delete(key)
+    with pytest.raises(Refused, match="no container"):
+        await driver.status(key)
+
+
+async def test_what_a_container_sees_and_may(driver: ContainerDriver) -> None:
+    status, out, err = await output(driver, "inside", """
+        grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status; echo fds $(ls /proc/self/fd | wc -l); echo pid $$; ls -l /proc/$$/fd/0
+        echo net $(ls /sys/class/net); echo old $(ls /srv/old) srv $(ls /srv); echo host $(cat /proc/sys/kernel/hostname)
+        stat -c '%u %g' /bin/busybox; touch /made && echo made; unshare -U true || echo no namespace; mount -t tmpfs none /tmp || echo no mount; echo x > /proc/sys/kernel/hostname || echo no sysctl
+    """)
+    assert status.exit is not None and status.exit.code == 0, err
+    # Four descriptors: the three, and the folder that ls reads.
+    for told in ("CapEff:\t00000000000004fb", "NoNewPrivs:\t1", "Seccomp:\t2", "fds 4", "pid 1", "-> /dev/null", "net lo", "old c", "srv old", "host inside", "0 0", "made", "no namespace", "no mount", "no sysctl"):
+        assert told in out, (told, out, err)
+
+
+async def test_control_without_seccomp_a_namespace_can_be_had(driver: ContainerDriver, tmp_path: Path) -> None:
+    store = made_store(tmp_path)
+    loose = made_driver(tmp_path, store)
+    loose._capabilities, loose._ways = await driver.probe(), Ways((str(searched("runc")),), True, False)
+    _, out, _ = await output(loose, "loose", "unshare -U true && echo a namespace")
+    store.close()
+    assert "a namespace" in out
+
+
+async def test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary(driver: ContainerDriver) -> None:
+    key = await started(driver, "nobody", "touch /mine; sleep 60")
+    pid = (await driver.status(key)).pid
+    can = (await driver.probe()).can(Ability.USER_NAMESPACE)
+    owner = os.stat(f"/proc/{pid}").st_uid
+    assert (owner >= FIRST_ID) == can and os.getpriority(os.PRIO_PROCESS, pid) == max(0, os.getpriority(os.PRIO_PROCESS, 0))
+    assert os.getsid(pid) != os.getsid(0)
+    made = driver._path(key) / "disk/upper/mine"
+    await until(made.exists)
+    assert made.stat().st_uid == owner
+    other = await started(driver, "nobody2", "sleep 60")
+    assert not can or os.stat(f"/proc/{(await driver.status(other)).pid}").st_uid != owner
+    for one in (key, other):
+        await driver.delete(one)
+
+
+async def test_another_user_has_no_capability(driver: ContainerDriver) -> None:
+    _, out, _ = await output(driver, "user", "id -u; id -g; grep CapEff /proc/self/status", user="app")
+    assert out.split() == ["1000", "1001", "CapEff:", "0" * 16]
+    _, out, _ = await output(driver, "user", "id -u; id -g", user="app:staff")
+    assert out.split() == ["1000", "50"]
+
+
+async def test_memory_processes_and_processor_are_limited(driver: ContainerDriver) -> None:
+    status, _, _ = await output(driver, "hungry", "x=$(yes 0123456789abcdef | head -c 100000000); echo ${#x}", limits={"memory": "24Mi"})
+    assert status.exit is not None and (status.exit.out_of_memory or status.exit.signal == 9 or status.exit.code == 137), status
+    key = await started(driver, "forks", "sh -c 'while :; do sleep 60 & done'; exec sleep 60", limits={"pids": 16}, requests={"memory": 32 << 20, "cpu": 500})
+    await until(lambda: _complains(driver, key, b"fork"))
+    told = await driver.stats(key)
+    assert 12 < told.processes <= 16 and 0 < told.memory_bytes <= 32 << 20 and told.cpu_ns > 0
+    groups = cgroups.read()
+    assert groups.memory_limit("/novacron/forks.1") == 32 << 20
+    await driver.delete(key)
+    key = await started(driver, "slow", "sleep 60", limits={"cpu": "200m"})
+    quota = Path(groups.unified, "novacron/slow.1/cpu.max") if groups.layout == "v2" else Path(groups.mounts["cpu"], "novacron/slow.1/cpu.cfs_quota_us")
+    assert quota.read_text().split()[0] == "20000"
+    await driver.delete(key)
+    assert all(not os.path.exists(folder) for folder in groups.folders("/novacron/slow.1"))
+
+
+async def test_it_is_asked_to_end_and_then_killed(driver: ContainerDriver) -> None:
+    polite = await started(driver, "polite", "trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.05; done")
+    deaf = await started(driver, "deaf", "trap '' TERM; echo up; while :; do sleep 0.05; done")
+    for key in (polite, deaf):
+        await until(lambda key=key: _says(driver, key, b"up"))
+    ended = await driver.stop(polite, 30.0)
+    assert ended.exit is not None and ended.exit.code == 5 and (await driver.logs(polite, 100)).stdout == b"up\nbye\n"
+    ended = await driver.stop(deaf, 0.2)
+    assert ended.exit is not None and ended.exit.signal == signal.SIGKILL
+    for key in (polite, deaf):
+        await driver.delete(key)
+
+
+async def _says(driver: ContainerDriver, key: Key, word: bytes) -> bool:
+    return word in (await driver.logs(key, 1000)).stdout
+
+
+async def _complains(driver: ContainerDriver, key: Key, word: bytes) -> bool:
+    return word in (await driver.logs(key, 1000)).stderr
+
+
+async def test_pause_stops_all_of_it_and_stop_ends_a_paused_one(driver: ContainerDriver) -> None:
+    key = await started(driver, "still", "trap 'exit 0' TERM; while :; do echo tick; sleep 0.02; done")
+    await until(lambda: _says(driver, key, b"tick"))
+    assert (await driver.pause(key)).phase is Phase.PAUSED and (await driver.pause(key)).phase is Phase.PAUSED
+    before = (await driver.stats(key)).cpu_ns
+    with pytest.raises(Refused, match="is paused"):
+        await driver.exec(key, ["true"], 5.0)
+    assert (await driver.stats(key)).cpu_ns == before
+    assert (await driver.resume(key)).phase is Phase.RUNNING
+    await until(lambda: _more(driver, key, before))
+    await driver.pause(key)
+    ended = await driver.stop(key, 20.0)
+    assert ended.exit is not None and ended.exit.code == 0
+    await driver.delete(key)
+
+
+async def _more(driver: ContainerDriver, key: Key, before: int) -> bool:
+    return (await driver.stats(key)).cpu_ns > before
+
+
+async def test_commands_in_it(driver: ContainerDriver) -> None:
+    key = await started(driver, "exec", "echo own > /tmp/file; sleep 60", user="app", env={"GREETING": "hi"})
+    ran = await driver.exec(key, ["sh", "-c", "id -u; echo $GREETING; grep CapEff /proc/self/status; echo no >&2; exit 4"], 20.0)
+    assert ran.exit.code == 4 and ran.output.stderr == b"no\n" and ran.output.stdout.split() == [b"1000", b"hi", b"CapEff:", b"0" * 16]
+    many = await driver.exec(key, ["sh", "-c", "yes | head -c 3000000"], 20.0)
+    assert many.output.cut and len(many.output.stdout) == 1 << 20
+    processes = (await driver.stats(key)).processes
+    with pytest.raises(Failed, match="longer than 0.3 s"):
+        await driver.exec(key, ["sleep", "50"], 0.3)
+    await until(lambda: _processes(driver, key, processes))
+    await driver.delete(key)
+
+
+async def _processes(driver: ContainerDriver, key: Key, wanted: int) -> bool:
+    return (await driver.stats(key)).processes == wanted
+
+
+async def test_output_stays_within_its_limit(driver: ContainerDriver) -> None:
+    key = await started(driver, "talker", "yes 0123456789 | head -c 1100000; echo end")
+    await driver.wait(key)
+    told = await driver.logs(key, 1 << 20)
+    assert told.stdout.endswith(b"\nend\n") and 32_768 <= len(told.stdout) <= 65_536
+    assert sum(file.stat().st_size for file in driver._path(key).glob("stdout.log*")) <= 65_536
+    assert (await driver.logs(key, 4)).stdout == b"end\n" and (await driver.logs(key, 4)).cut
+    await driver.delete(key)
+
+
+async def test_mounts(driver: ContainerDriver) -> None:
+    allowed = driver._settings.allowed_mounts[0]
+    script = "cat /data/file; touch /data/x || echo read only; touch /rw/y && echo written; grep -c 'tmpfs /scratch .*size=1024k' /proc/mounts"
+    os.chmod(allowed, 0o777)
+    _, out, err = await output(driver, "mounts", script, mounts=[{"target": "/data", "source": allowed}, {"target": "/rw", "source": allowed, "read_only": False}, {"target": "/scratch", "tmpfs": "1Mi"}])
+    assert out == "from the noderead only\nwritten\n1\n", err
+    for source in ("/etc", f"{allowed}/../..", f"{allowed}/way-out", "relative"):
+        with pytest.raises(Refused, match="not in a folder that this node allows"):
+            await driver.prepare(Order(Key("mounts", 1), "box:1", {}, {"command": ["true"], "mounts": [{"target": "/data", "source": source}]}))
+
+
+async def test_a_root_that_cannot_be_written(driver: ContainerDriver) -> None:
+    _, out, _ = await output(driver, "fixed", "touch /x || echo no", read_only_root=True)
+    assert out == "no\n"
+
+
+@pytest.mark.parametrize(("order", "says"), [
+    ({"image": "nothing:1"}, "not on this node"), ({"spec": {"user": "nobody"}}, "not in the image's /etc/passwd"), ({"spec": {"command": ["x"], "privileged": True}}, "privileged: is not known"),
+    ({"requests": {"disk": 1 << 60}}, "bytes are asked for"), ({"spec": {"limits": {"memory": "900Ti"}}}, "more than this node has"), ({"spec": {"capabilities": ["CAP_SYS_ADMIN"]}}, "choose from"),
+    ({"spec": {"limits": {"pids": 5}}}, "the runtime's own"),
+])
+async def test_what_cannot_be_is_refused_before_anything_is_touched(order: dict[str, Any], says: str, driver: ContainerDriver) -> None:
+    key = Key("refused", 1)
+    with pytest.raises(Refused, match=says):
+        await driver.prepare(Order(**{"key": key, "image": "box:1", **order}))
+    assert await driver.instances() == [] and not any(driver.scratch.iterdir())
+
+
+async def test_a_program_that_is_not_there_is_told_and_leaves_nothing_running(driver: ContainerDriver) -> None:
+    key = Key("absent", 1)
+    await driver.prepare(Order(key, "box:1", {}, {"command": ["no-such-program"]}))
+    with pytest.raises(Failed, match="no-such-program"):
+        await driver.start(key)
+    ended = await driver.status(key)
+    assert ended.phase is Phase.ENDED and "no-such-program" in ended.reason
+    await driver.delete(key)
+    assert not any(driver._state.iterdir())
+
+
+async def test_images_in_use_stay(driver: ContainerDriver, tmp_path: Path) -> None:
+    store = made_store(tmp_path)
+    own = made_driver(tmp_path, store)
+    own._capabilities, own._ways = await driver.probe(), driver._ways
+    key = Key("user", 1)
+    await own.prepare(Order(key, "box:1"))
+    store.remove(store.find("box:1").digest)
+    assert await own.prune(0) == [] and store.used_bytes() > 0
+    assert (await own.start(key)).phase in (Phase.RUNNING, Phase.ENDED)
+    await own.wait(key)
+    await own.delete(key)
+    await own.prune(0)
+    assert store.used_bytes() == 0
+    store.close()
+
+
+async def test_a_killed_keeper_is_told_and_nothing_is_left_of_its_container(driver: ContainerDriver) -> None:
+    key = await started(driver, "orphan", "sleep 600")
+    keeper = driver._keepers.popitem()[1]
+    os.kill(keeper.pid, signal.SIGKILL)
+    await asyncio.to_thread(keeper.wait)
+    status = await driver.status(key)
+    assert status.phase is Phase.RUNNING and "keeper was killed" in status.reason
+    ended = await driver.stop(key, 0.1)
+    assert ended.phase is Phase.LOST and "nobody saw" in ended.reason
+    await driver.delete(key)
+    assert not any(driver._state.iterdir())
+    groups = cgroups.read()
+    assert all(not os.path.exists(folder) for folder in groups.folders("/novacron/orphan.1"))
+
+
+async def test_another_agent_takes_over_what_runs_and_starts_nothing_twice(driver: ContainerDriver) -> None:
+    key = await started(driver, "mine", "echo began; sleep 600")
+    next_one = ContainerDriver(driver._folder.parent, driver._store, driver._settings)
+    next_one._capabilities, next_one._ways = driver._capabilities, driver._ways
+    before = await driver.status(key)
+    assert await next_one.start(key) == before and [status.key for status in await next_one.instances()] == [key]
+    await until(lambda: _says(driver, key, b"began"))
+    # The control: without the lock, and what the keeper wrote down, it is started again.
+    keeper = driver._keepers.popitem()[1]
+    for name in ("lock", "running.json"):
+        (driver._path(key) / name).unlink()
+    (driver._path(key) / "lock").touch()
+    await next_one.start(key)
+    await until(lambda: _says(driver, key, b"began\nbegan"))
+    await next_one.delete(key)
+    await asyncio.to_thread(keeper.wait)
+
+
+async def test_many_at_once(driver: ContainerDriver) -> None:
+    keys = await asyncio.gather(*(started(driver, f"many-{at}", f"exit {at}") for at in range(6)))
+    ends = await asyncio.gather(*(driver.wait(key) for key in keys))
+    assert [end.exit and end.exit.code for end in ends] == list(range(6))
+    await asyncio.gather(*(driver.delete(key) for key in keys))
+    assert await driver.instances() == []
+
+
+async def test_a_runtime_that_is_not_there_or_does_not_work_is_reported(tmp_path: Path) -> None:
+    store = made_store(tmp_path)
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    driver = made_driver(tmp_path, store, runtimes=("no-such-runtime", str(broken)))
+    told = await driver.probe()
+    assert not told.usable and "no-such-runtime is not installed" in told.cannot[Ability.START] and "broken" in told.cannot[Ability.START]
+    with pytest.raises(Refused, match="cannot do this here"):
+        await driver.prepare(Order(Key("a", 1), "box:1"))
+    assert await driver.instances() == []
+    store.close()
+
+
+async def test_a_path_that_overlayfs_would_misread_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    store = made_store(tmp_path / "a,b")
+    told = await made_driver(tmp_path / "a,b", store).probe()
+    assert not told.usable and "path has ," in told.cannot[Ability.START]
+    store.close()
+
+
+async def test_crun_is_taken_where_it_passes_and_else_its_own_words_are_the_reason(tmp_path: Path) -> None:
+    if searched("crun") is None:
+        pytest.skip("no crun (as root: apt install crun)")
+    store = made_store(tmp_path)
+    driver = made_driver(tmp_path, store, runtimes=("crun",))
+    told = await driver.probe()
+    if told.usable:
+        _, out, _ = await output(driver, "other", "echo by another")
+        assert out == "by another\n"
+    else:
+        assert told.cannot[Ability.START].startswith("crun: crun create: ")
+        both = await made_driver(tmp_path, store, runtimes=("crun", "runc")).probe()
+        assert both.usable and both.runtime.startswith("runc")
+    store.close()
+
+
+def test_no_mount_of_a_container_is_seen_on_the_host(driver: ContainerDriver) -> None:
+    key = asyncio.run(started(driver, "hidden", "sleep 60"))
+    assert "novacron" not in Path("/proc/self/mounts").read_text()
+    asyncio.run(driver.delete(key))
+    until_sync(lambda: not subprocess.run(["pgrep", "-f", f"keeper.py {driver._path(key)} "], capture_output=True).stdout)
