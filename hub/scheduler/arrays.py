@@ -113,6 +113,8 @@ class Arrays:
         self.w_ending = np.zeros(0, np.bool_)
         self.w_fixed = np.zeros(0, np.bool_)
         """Not preemptible."""
+        self.w_gpus = np.zeros(0, np.int32)
+        """The devices of a slot, a bit each."""
         self.w_next = np.full(1, -1, np.int32)
         self.w_prev = np.full(1, -1, np.int32)
         """The neighbours of a slot in its node's order of importance, -1 where there is none; the one entry past the slots stays -1, so that -1 leads to itself."""
@@ -278,11 +280,11 @@ class Arrays:
         new = min(MAX_WORKLOADS, max(1024, 2 * old))
         self._own("items").extend([None] * (new - old))
         self._own("seats").extend([None] * (new - old))
-        for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed"):
+        for name in ("w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_gpus"):
             setattr(self, name, np.pad(getattr(self, name), (0, new - old)))
         for name in ("w_node", "w_next", "w_prev"):
             setattr(self, name, np.pad(getattr(self, name), (0, new - old), constant_values=-1))
-        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_node", "w_next", "w_prev"}
+        self._shared -= {"w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_gpus", "w_node", "w_next", "w_prev"}
 
     def digest(self) -> str:
         """Of everything that decisions depend on: equal digests, equal states. Caches, counter rows (the workloads give them) and the order of interning play no part."""

@@ -45,6 +45,7 @@ def check_invariants(state: State, *, overcommit: bool = False) -> None:
                 levels[item.priority][state.resource_rows[name] + 1, seat.node] += amount
             levels[item.priority][0, seat.node] += request.count * request.milli
             orders.setdefault(seat.node, []).append((-item.priority, int(state.w_start[slot]), slot))
+        assert state.w_gpus[slot] == sum(1 << device for device in seat.gpus), f"{item.id}: its devices differ"
         for device in seat.gpus:
             gpu[seat.node, device] -= request.milli
             memory[seat.node, device] -= request.memory

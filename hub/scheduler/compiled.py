@@ -326,16 +326,37 @@ def delist(first: Any, onward: Any, backward: Any, last: Any, w_priority: Any, s
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def _shift(milli: Any, memory: Any, bits: Any, class_gpus: Any, kind: Any, sign: Any) -> None:
+    """What a workload holds of the devices of its node is given back (1) or taken again (-1)."""
+    for device in range(len(milli)):
+        if (bits >> device) & 1:
+            milli[device] += sign * class_gpus[0, kind]
+            memory[device] += sign * class_gpus[1, kind]
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _room(have_milli: Any, have_memory: Any, serves: Any, node: Any, milli: Any, memory: Any) -> Any:
+    """How many devices of a node can take their part."""
+    found = 0
+    for device in range(len(have_milli)):
+        if serves[node, device] and have_milli[device] >= milli and (memory == 0 or have_memory[device] >= memory):
+            found += 1
+    return found
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def least_harm(
     fresh: Any, left: Any, spare: Any, largest: Any, free: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any,
-    w_priority: Any, w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any,
+    w_priority: Any, w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any, devices: Any, milli: Any, memory: Any, gpu_free: Any, gpu_mem: Any, serves: Any, w_gpus: Any,
+    class_gpus: Any,
 ) -> Any:
     """The node of the least harm (-1: none), its victims' slots, and the nodes that hold more than `limit`: one level of priority of `leastharm.search`.
 
     `left` [node], `spare` and `largest` [resource, node] are brought on to this level (`fresh`: the first one), `most` of it is tightened where a chain was looked at.
-    `held` has the milli-GPU first.
+    `held` has the milli-GPU first. `devices` (0: none), each of `milli` and `memory`: those of a node that `serves` [node, device]; `w_gpus` are bits, `class_gpus` [milli, memory; class].
     """
-    size, count = len(left), len(rows)
+    size, count, width = len(left), len(rows), gpu_free.shape[1]
+    have_milli, have_memory = np.empty(width, np.int64), np.empty(width, np.int64)
     overfull = np.zeros(size, np.bool_)
     fewest = np.zeros(size, np.int64)
     chosen, alone = -1, -1
@@ -351,8 +372,10 @@ def least_harm(
             short = need - free[row, node]
             if short > few * largest[at, node]:
                 few = 1 if short <= largest[at, node] else 2 if short <= 2 * largest[at, node] else -(-short // largest[at, node])
-        if not opens:
+        if not opens or (devices > 0 and last[node] < 0):
             continue
+        if devices > 0:
+            few = max(few, 1)
         left[node] = False
         fewest[node] = few
         if few != 1:
@@ -370,6 +393,11 @@ def least_harm(
                     most[rows[at], node] = max(most[rows[at], node], amount)
                     if free[rows[at], node] + amount < amounts[at, 0]:
                         enough = False
+                if enough and devices > 0 and (mine < 0 or w_start[slot] > w_start[mine]):
+                    for device in range(width):
+                        have_milli[device], have_memory[device] = gpu_free[node, device], gpu_mem[node, device]
+                    _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], 1)
+                    enough = _room(have_milli, have_memory, serves, node, milli, memory) >= devices
                 if enough and (mine < 0 or w_start[slot] > w_start[mine]):
                     mine = slot
             slot = w_next[slot]
@@ -400,6 +428,18 @@ def least_harm(
         slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
         while slot >= 0 and w_priority[slot] > priority:
             slot = w_next[slot]
+        if devices > 0:
+            for device in range(width):
+                have_milli[device], have_memory[device] = gpu_free[node, device], gpu_mem[node, device]
+            other = slot
+            while other >= 0 and steps < limit:
+                _shift(have_milli, have_memory, w_gpus[other], class_gpus, w_class[other], 1)
+                other = w_next[other]
+                steps += 1
+            if other < 0 and _room(have_milli, have_memory, serves, node, milli, memory) < devices:
+                left[node] = True
+                continue
+            steps = 0
         for at in range(count):
             most[rows[at], node] = 1
         while slot >= 0 and steps < limit:
@@ -410,6 +450,11 @@ def least_harm(
                     most[rows[at], node] = max(most[rows[at], node], amount)
                 if room[at] < amount:
                     stays = False
+            if stays and devices > 0 and w_gpus[slot] != 0:
+                _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], -1)
+                stays = _room(have_milli, have_memory, serves, node, milli, memory) >= devices
+                if not stays:
+                    _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], 1)
             if stays:
                 for at in range(count):
                     room[at] -= class_request[rows[at], w_class[slot]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import quota
+from . import preempt, quota
 from .classes import Klass
 from .feasible import shortage, verdicts
 from .model import Effect, Workload
@@ -37,13 +37,17 @@ class NodeAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`place`: the node it is on; `summary`: one sentence; `failed`: filter to number of nodes; `nodes`: the best that will do, then the nearest misses."""
+    """`place`: the node it is on; `summary`: one sentence; `failed`: filter to number of nodes; `nodes`: the best that will do, then the nearest misses.
+
+    `making_room`: what preemption would do where no node will do.
+    """
 
     workload: str
     place: str | None
     summary: str
     failed: dict[str, int]
     nodes: tuple[NodeAnswer, ...]
+    making_room: str = ""
 
 
 def explain(scheduler: Scheduler, workload: Workload, now_ms: int, limit: int = 20) -> Explanation:
@@ -94,7 +98,8 @@ def _explain(scheduler: Scheduler, workload: Workload, now_ms: int, limit: int, 
         summary = f"{count} of {state.size} nodes will do"
     else:
         summary = f"0 of {state.size} nodes will do: " + "; ".join(f"{number}: {WORDS[Fail[name]]}" for name, number in failed.items())
-    return Explanation(workload.id, place, summary, failed, tuple(answers))
+    making_room = preempt.outlook(scheduler, workload) if not count and place is None and refused is None else ""
+    return Explanation(workload.id, place, summary, failed, tuple(answers), making_room)
 
 
 def reasons(state: State, klass: Klass, node: int, bits: Bits) -> tuple[str, ...]:

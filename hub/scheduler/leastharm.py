@@ -1,8 +1,9 @@
-"""Where preemption does the least harm, by room alone: every node at once, no pass over the workloads.
+"""Where preemption does the least harm: every node at once, whatever decides beside room (`needs`).
 
 Per node the slots that may be preempted are chained in order of importance (`arrays.first`, `w_next`), and what each priority holds is summed (`levels`). A level of
-priority opens nodes: those with room enough were everything up to it gone. Of these, one victim that is enough is best; else kube's plan is worked out on all of them
-(all go, the most important are taken back while the workload still fits), those with the smallest shortage first, until no plan of the others could be better.
+priority opens nodes: those where every row of the workload's needs is met were everything up to it gone. Of these, one victim that is enough is best; else kube's plan is
+worked out on all of them (all go, the most important are taken back while the workload still fits), those that lack the least first, until no plan of the others could be better.
+Where devices or zones decide too, a level may open a node in vain: it is then looked at again with the next.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from . import kernels
 from .arrays import IntArray
 from .classes import Klass
 from .model import Workload
+from .needs import Needs, Parts
 from .reasons import Bools, Ints
 from .state import State
 
@@ -90,7 +92,7 @@ class Level:
     """One priority that opens nodes to a class. No chain is looked at above `top`; `lowest` is the least priority of all."""
 
     state: State
-    klass: Klass
+    needs: Needs
     priority: int
     top: int
     lowest: int
@@ -113,38 +115,45 @@ class Level:
 class Sums:
     """What the levels up to one add up to."""
 
-    def __init__(self, state: State, klass: Klass, open_nodes: Bools) -> None:
+    def __init__(self, needs: Needs, open_nodes: Bools) -> None:
+        self.needs = needs
         self.left: Bools = open_nodes.copy()
         """[node] whether no level has opened it so far."""
-        self.spare: Ints = state.free[klass.resources]
-        """[resource, node] what would be free were all up to the level gone."""
+        self.spare: Ints = needs.free[needs.rows]
+        """[row, node] what would be free were all up to the level gone."""
         self.largest: Ints = np.empty_like(self.spare)
-        """[resource, node] no request of a victim is larger."""
+        """[row, node] no victim gives back more."""
         self.fresh = True
 
     def opened(self, level: Level) -> tuple[Ints, Ints]:
         """The nodes that the next level opens, and how few victims could be enough there."""
-        state, rows, need = level.state, level.klass.resources, level.klass.amounts
-        self.spare += state.levels[level.priority][rows + 1]
-        self.largest = state.largest[level.priority][rows] if self.fresh else np.maximum(self.largest, state.largest[level.priority][rows])
+        needs, need = self.needs, self.needs.amounts
+        most = needs.most(level.priority)[needs.rows]
+        self.spare += needs.held(level.priority)[needs.rows + 1]
+        self.largest = most if self.fresh else np.maximum(self.largest, most)
         self.fresh = False
-        nodes = np.flatnonzero(self.left & np.logical_and.reduce(self.spare >= need))
+        enough = self.left & np.logical_and.reduce(self.spare >= need)
+        if needs.parts:
+            enough &= level.state.last[level.priority] >= 0  # a node that was opened in vain has nothing new otherwise
+        nodes = np.flatnonzero(enough)
         self.left[nodes] = False
-        short = need - state.free[rows]
+        short = need - needs.free[needs.rows]
         fewest: Ints = (-(-short // self.largest)).max(0)[nodes]
-        return nodes, fewest
+        return nodes, np.maximum(fewest, 1) if needs.parts else fewest
 
 
 def search(state: State, workload: Workload, klass: Klass, open_nodes: Bools) -> tuple[Victims | None, Ints]:
     """The least harmful victims on the open nodes, None where there are none; and the nodes that hold too much to be looked at whole."""
     watched = guards(state)
+    needs = Needs(state, klass, workload.priority)
     best: Victims | None = None
     missed: list[Ints] = []
-    sums = Sums(state, klass, open_nodes)
+    sums = Sums(needs, open_nodes if needs.reach is None else open_nodes & needs.reach)
     lowest = min(state.levels, default=0)
+    by_kernel = kernels.active is not None and not watched and needs.compilable
     for priority in sorted(level for level in state.levels if level < workload.priority):
-        level = Level(state, klass, priority, workload.priority - 1 if watched else priority, lowest, watched)
-        found, overfull = _compiled(level, sums) if kernels.active is not None and not watched else _by_groups(level, *sums.opened(level), best)
+        level = Level(state, needs, priority, workload.priority - 1 if watched else priority, lowest, watched)
+        found, overfull = _compiled(level, sums) if by_kernel else _by_groups(level, sums, best)
         if overfull.size:
             missed.append(overfull)
         if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
@@ -155,9 +164,29 @@ def search(state: State, workload: Workload, klass: Klass, open_nodes: Bools) ->
     return best, np.concatenate(missed) if missed else _NONE
 
 
-def _by_groups(level: Level, nodes: Ints, fewest: Ints, best: Victims | None) -> tuple[Victims | None, Ints]:
-    """The least harm on the nodes that a level opens, `best` unless something is better; and the nodes that were not looked at whole. `fewest`: no plan has fewer victims."""
+def on_nodes(state: State, workload: Workload, klass: Klass, nodes: Ints, only: "frozenset[str] | None" = None) -> Victims | None:
+    """The least harmful of kube's plans of a few nodes, each worked out on the first `MAX_NODE_VICTIMS` that may have to go; None where there is none.
+
+    `only`: no other workloads may have to go, whatever their priority.
+    """
+    needs = Needs(state, klass, workload.priority if only is None else None)
+    top = workload.priority - 1 if only is None else max(state.levels, default=0)
+    allowed = None if only is None else np.array([slot for name in only if (slot := state.slot_of.get(name)) is not None], np.int64)
+    level = Level(state, needs, top, top, min(state.levels, default=0), guards(state))
+    if needs.reach is not None:
+        nodes = nodes[needs.reach[nodes]]
+    best: Victims | None = None
+    for start in range(0, len(nodes), GROUP):
+        found = _Group(level, nodes[start: start + GROUP], allowed, partly=True).plan()
+        if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
+            best = found
+    return best
+
+
+def _by_groups(level: Level, sums: Sums, best: Victims | None) -> tuple[Victims | None, Ints]:
+    """The least harm on the nodes that a level opens, `best` unless something is better; and the nodes that were not looked at whole."""
     state = level.state
+    nodes, fewest = sums.opened(level)
     if not nodes.size:
         return best, _NONE
     alone = nodes[fewest == 1]
@@ -180,36 +209,41 @@ def _by_groups(level: Level, nodes: Ints, fewest: Ints, best: Victims | None) ->
             group = _Group(level, nodes[part])
             missed.append(group.overfull)
             found = group.plan()
+            sums.left[group.vain] = True
             if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
                 best = found
     return best, np.concatenate(missed) if missed else _NONE
 
 
 class _Group:
-    """The chains of some nodes side by side: [position, node], the most important first."""
+    """The chains of some nodes side by side: [position, node], the most important first. `allowed`: no other slots may go. `partly`: the first part of a chain that is too long will do."""
 
-    def __init__(self, level: Level, nodes: Ints) -> None:
-        self.level, state, klass = level, level.state, level.klass
+    def __init__(self, level: Level, nodes: Ints, allowed: Ints | None = None, *, partly: bool = False) -> None:
+        self.level, state, needs = level, level.state, level.needs
         at = level.starts(nodes)
         chain: list[IntArray] = []
         while len(chain) < MAX_NODE_VICTIMS and at.max(initial=-1) >= 0:
             chain.append(at)
             at = state.w_next[at]
         slots = np.stack(chain) if chain else np.empty((0, len(nodes)), np.int32)
-        whole = at < 0
+        whole = (at < 0) | partly
         self.overfull: Ints = nodes[~whole]
         self.nodes, self.slots = (nodes, slots) if whole.all() else (nodes[whole], slots[:, whole])
         self.there = self.slots >= 0
+        if allowed is not None:
+            self.there &= np.isin(self.slots, allowed)
         self.kinds = np.where(self.there, state.w_class[self.slots], 0)
         self.priorities = state.w_priority[self.slots]
-        short = klass.amounts - state.free[klass.resources[:, None], self.nodes]
-        lacking = (short > 0).any(1)
-        self.short = short[lacking]
-        """[resource that is short somewhere, node]; the others decide nothing."""
-        rows = klass.resources[lacking]
-        self.held = np.where(self.there, state.class_request[rows][:, self.kinds], 0)
-        seen = np.where(self.priorities == level.priority, self.held, 0).max(1, initial=1)
-        state.loose(level.priority)[rows[:, None], self.nodes] = seen
+        self.short = needs.amounts - needs.free[needs.rows[:, None], self.nodes]
+        """[row, node]"""
+        self.held = needs.holdings(self.slots, self.there)
+        if needs.plain and not partly:
+            seen = np.where(self.priorities == level.priority, self.held, 0).max(1, initial=1)
+            needs.most(level.priority)[needs.rows[:, None], self.nodes] = seen
+        lacking = (self.short > 0).any(1)
+        self.short, self.held = self.short[lacking], self.held[lacking]  # the other rows decide nothing
+        self.vain: Ints = _NONE
+        """Nodes where not even all of the chain are enough, once `plan` has looked."""
 
     def one(self) -> Victims | None:
         """The victim of the level's priority that is enough alone and violates no budget, the one that has run the shortest."""
@@ -218,10 +252,14 @@ class _Group:
         for guard in self.level.watched:
             if guard.allowed <= 0:
                 enough &= ~guard.covered(self)
-        if not enough.any():
-            return None
         position, at = np.nonzero(enough)
         slots, nodes = self.slots[position, at], self.nodes[at]
+        for parts in self.level.needs.parts:
+            free, serves, none = parts.at(self.level.needs, nodes)
+            good = parts.enough(free + parts.given(self.level.needs, slots, np.ones(len(slots), np.bool_)), serves, none)
+            slots, nodes = slots[good], nodes[good]
+        if not slots.size:
+            return None
         slot = int(slots[np.lexsort((slots, state.tie[nodes], -state.w_start[slots]))[0]])
         return Victims(int(state.w_node[slot]), (slot,), harm_of(state, (slot,), 0))
 
@@ -229,14 +267,24 @@ class _Group:
         """The least harmful of kube's plans, one per node."""
         state, held = self.level.state, self.held
         spare = held.sum(1) - self.short
+        parts = [_Freed(part, self) for part in self.level.needs.parts]
+        fits = np.logical_and.reduce([np.logical_and.reduce(spare >= 0), *(part.enough() for part in parts)])
+        self.vain = self.nodes[~fits]
         gone = np.zeros_like(self.there)
         violating = self._violating()
-        for part in (held,) if violating is None else (np.where(violating, held, 0), np.where(violating, 0, held)):
+        for turn in (self.there,) if violating is None else (violating, self.there & ~violating):
+            turn_held = held if violating is None else np.where(turn, held, 0)
             for position in range(len(gone)):
-                rest = spare - part[:, position]
+                rest = spare - turn_held[:, position]
                 out = np.logical_or.reduce(rest < 0)
+                holding = [part for part in parts if part.holds[position]]
+                for part in holding:
+                    out |= turn[position] & ~part.enough_without(position)
+                for part in holding:
+                    part.take(position, turn[position] & ~out)
                 gone[position] |= out
                 spare = np.where(out, spare, rest)
+        gone &= self.there & fits
         count = gone.sum(0)
         violations = np.zeros_like(count) if violating is None else (gone & violating).sum(0)
         highest = np.where(gone, self.priorities, -PRIORITY_OFFSET).max(0, initial=-PRIORITY_OFFSET)
@@ -266,13 +314,37 @@ class _Group:
         return found
 
 
+class _Freed:
+    """The parts of a group's nodes, all victims gone; those that stay take theirs again."""
+
+    def __init__(self, parts: Parts, group: _Group) -> None:
+        self.parts = parts
+        needs = group.level.needs
+        free, self.serves, self.none = parts.at(needs, group.nodes)
+        self.held = parts.given(needs, group.slots, group.there & ~self.none)
+        self.free = free + self.held.sum(2)
+        self.holds: Bools = np.logical_or.reduce(self.held, (0, 1, 3))
+        """[position] whether any workload there holds a part."""
+
+    def enough(self) -> Bools:
+        """[node] whether it will do as things are."""
+        return self.parts.enough(self.free, self.serves, self.none)
+
+    def enough_without(self, position: int) -> Bools:
+        """[node] whether it would do if the workload at `position` stayed."""
+        return self.parts.enough(self.free - self.held[:, :, position], self.serves, self.none)
+
+    def take(self, position: int, stays: Bools) -> None:
+        """The workload at `position` stays on some of the nodes."""
+        self.free -= np.where(stays, self.held[:, :, position], 0)
+
+
 def _compiled(level: Level, sums: Sums) -> tuple[Victims | None, Ints]:
-    """One level by the compiled kernel, which brings the sums on to it; there are no budgets."""
-    state, klass, priority = level.state, level.klass, level.priority
-    most = state.loose(priority)
+    """One level by the compiled kernel, which brings the sums on to it; there are no budgets, and rows and devices say it all."""
+    state, needs, priority = level.state, level.needs, level.priority
     node, victims, overfull = kernels.active.least_harm(
-        sums.fresh, sums.left, sums.spare, sums.largest, state.free, state.levels[priority], most, state.first, state.last[priority], klass.resources, klass.amounts,
-        state.class_request, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS,
+        sums.fresh, sums.left, sums.spare, sums.largest, needs.free, needs.held(priority), needs.most(priority), state.first, state.last[priority], needs.rows, needs.amounts,
+        needs.given, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS, *needs.devices(),
     )
     sums.fresh = False
     if node < 0:

@@ -19,7 +19,7 @@ from .model import SITE, Budget, Node, Quota, Workload
 from .topology import Sites
 from .units import GPU_WHOLE, MAX_QUANTITY, SLOTS, Invalid
 
-_SLOT = ("slot_of", "items", "seats", "vacant", "w_node", "w_priority", "w_class", "w_start", "w_ending", "w_fixed")
+_SLOT = ("slot_of", "items", "seats", "vacant", "w_node", "w_priority", "w_class", "w_start", "w_ending", "w_fixed", "w_gpus")
 _BOOKS = ("free", "load", "class_live", "stamp")
 
 
@@ -287,6 +287,7 @@ class State(Arrays):
         self.w_start[slot] = now_ms
         self.w_ending[slot] = False
         self.w_fixed[slot] = not workload.preemptible
+        self.w_gpus[slot] = sum(1 << device for device in seat.gpus)
         if workload.preemptible:
             self._enlist(klass, slot, seat.node, workload.priority, now_ms)
 

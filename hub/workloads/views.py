@@ -142,6 +142,8 @@ def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
             "node": node.node, "fits": not failed, "failed": [name.lower() for name in failed], "why": why, "remedy": remedy, "shortage": node.shortage, "score": node.score,
             "parts": {policy: {"weight": weight, "score": score} for policy, (weight, score) in node.parts.items()},
         })
+    if said.making_room and not row.node:
+        answer["advice"].append(said.making_room)
     return {**answer, "summary": said.summary, "failed": {name.lower(): count for name, count in said.failed.items()}}
 
 

@@ -298,8 +298,8 @@ def preempted(case: Json, namespaces: Mapping[str, Mapping[str, str]]) -> tuple[
     incoming = workload(case["pod"], case, "\0incoming", incoming=True)
     klass = state.klass(incoming.shape)
     open_nodes = np.flatnonzero((verdicts(state, klass) & np.uint32(UNRESOLVABLE)) == 0).tolist()
-    plans = [made for at in open_nodes if incoming.preempts and (made := preempt.on_node(scheduler, incoming, klass, at)) is not None]
-    chosen = preempt.plan(scheduler, incoming, 0, everywhere=True)
+    plans = [made for at in open_nodes if incoming.preempts and (made := preempt.on_node(scheduler, incoming, at)) is not None]
+    chosen = preempt.plan(scheduler, incoming, 0)
     return {state.nodes[made.node].name: (sorted(made.victims), made.violations) for made in plans}, None if chosen is None else state.nodes[chosen.node].name
 
 

@@ -45,6 +45,15 @@ APPS = 150
 MIX = (("plain", 44), ("spread", 10), ("anti_affinity", 8), ("affinity", 6), ("taint", 7), ("gpu", 11), ("soft", 8), ("gang", 3), ("preempt", 3))
 """Parts of the stream in percent."""
 
+CONSTRAINTS: tuple[dict[str, Any], ...] = (
+    {"anti_affinity": [{"topology_key": "host", "selector": {"labels": {"app": "plain-0"}}}]},
+    {"anti_affinity": [{"topology_key": "rack", "selector": {"labels": {"app": "anti_affinity-0"}}}]},
+    {"spread": [{"topology_key": "zone", "selector": {"labels": {"app": "spread-0"}}, "max_skew": 1}]},
+    {"affinity": [{"topology_key": "zone", "selector": {"labels": {"app": "affinity-0"}}}]},
+    {"gpu": {"milli": 1000}}, {"gpu": {"milli": 500}}, {"labels": {"app": "anti_affinity-1"}}, {"numa": "single"},
+)
+"""What `--constrained` asks of those who preempt, in turn: hosts and racks without others, even zones, where others are, devices, where others keep them away, one zone of the machine."""
+
 GANG_SIZE = 4
 WARM_UP = 2_000
 """Decisions before the timed ones: every shape has been seen, and those of high priority have filled what was left."""
@@ -52,8 +61,8 @@ WARM_UP = 2_000
 Json = dict[str, Any]
 
 
-def cluster(count: int, rng: random.Random) -> list[Json]:
-    """Nodes of five kinds in 5 zones, a tenth with GPUs, a tenth tainted."""
+def cluster(count: int, rng: random.Random, constrained: bool = False) -> list[Json]:
+    """Nodes of five kinds in 5 zones, a tenth with GPUs, a tenth tainted; all of two NUMA zones where `constrained`."""
     nodes = []
     for index in range(count):
         size = rng.choice((16, 16, 16, 16, 24))
@@ -61,6 +70,8 @@ def cluster(count: int, rng: random.Random) -> list[Json]:
             "name": f"n{index}", "capacity": {"cpu": size, "memory": f"{4 * size}Gi", "slots": 110}, "region": "eu" if index % 3 else "us", "zone": f"z{index % 5}", "rack": f"r{index % 40}",
             "labels": {"disk": rng.choice(("ssd", "hdd"))}, "price": size * 40_000 + rng.randrange(20_000), "idle_mw": 90_000, "busy_mw": 90_000 + 6_000 * size,
         }
+        if constrained:
+            made["numa"] = [{"cpu": size // 2, "memory": f"{2 * size}Gi"}] * 2
         if index % 10 == 3:
             made["gpus"] = [{"model": rng.choice(("T4", "A100")), "memory": "16Gi", "count": rng.choice((2, 4, 8))}]
         if index % 10 == 7:
@@ -101,9 +112,11 @@ def template(what: str, app: int, rng: random.Random) -> Json:
 class Stream:
     """The same seed gives the same arrivals."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, constrained: bool = False) -> None:
         self.rng = random.Random(seed)
         self.templates = {what: [template(what, app, self.rng) for app in range(max(2, APPS * share // 100))] for what, share in MIX}
+        if constrained:
+            self.templates["preempt"] = [{**shape, **more} for shape in self.templates["preempt"] for more in CONSTRAINTS]
         self.made = 0
 
     def next(self) -> tuple[str, list[Json]]:
@@ -123,13 +136,13 @@ class Stream:
 class Run:
     """A cluster that is kept at a number of live workloads."""
 
-    def __init__(self, nodes: int, live: int, seed: int) -> None:
+    def __init__(self, nodes: int, live: int, seed: int, constrained: bool = False) -> None:
         self.rng = random.Random(seed + 1)
-        self.specs = cluster(nodes, random.Random(seed))
+        self.specs = cluster(nodes, random.Random(seed), constrained)
         state = State(seed)
         state.add_nodes([node(item) for item in self.specs])
         self.scheduler = Scheduler(state)
-        self.stream, self.target = Stream(seed + 2), live
+        self.stream, self.target = Stream(seed + 2, constrained), live
         self.events: list[tuple[str, Any, Any]] = []
         self.live: list[str] = []
         self.raw: dict[str, Json] = {}
@@ -193,7 +206,7 @@ class Run:
             if what == "release":
                 checker.released(value)
             else:
-                checker.placed(value, names[seat.node], seat.gpus)
+                checker.placed(value, names[seat.node], seat.gpus, seat.numa[0][0] if len(seat.numa) == 1 else None)
         return checker.placements, checker.problems
 
 
@@ -259,6 +272,7 @@ def main() -> int:
     parser.add_argument("--decisions", type=int, default=3_000, help="timed decisions per round")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--numba", choices=("auto", "on", "off"), default="auto", help="compiled kernels: where installed, required, never")
+    parser.add_argument("--constrained", action="store_true", help="those who preempt ask for more than room: devices, zones, peers, spread")
     parser.add_argument("--judge", choices=tuple(JUDGES), default="wall", help="which p99 is held against the bar")
     options = parser.parse_args()
     about = machine()
@@ -268,7 +282,7 @@ def main() -> int:
     rounds: list[Round] = []
     digests: set[str] = set()
     for _ in range(options.rounds):
-        run = Run(options.nodes, live, options.seed)
+        run = Run(options.nodes, live, options.seed, options.constrained)
         fill(run)
         note(options, f"{len(run.live)} live on {options.nodes} nodes")
         gc.collect()
@@ -290,7 +304,7 @@ def main() -> int:
         spread_={"judged": JUDGES[options.judge], "processor_p99_of_rounds": p99["work"], "wall_p99_of_rounds": p99["wall"],
                  "processor": quantiles([spent for one in rounds for spent in one.work]), "wall": quantiles([spent for one in rounds for spent in one.wall]),
                  "undisturbed": undisturbed},
-        inputs={"nodes": options.nodes, "live": len(run.live), "decisions": options.decisions, "rounds": options.rounds, "seed": options.seed, "bar_us": bar,
+        inputs={"nodes": options.nodes, "live": len(run.live), "decisions": options.decisions, "rounds": options.rounds, "seed": options.seed, "constrained": options.constrained, "bar_us": bar,
                 "used_cpu_memory": [round(float(item), 3) for item in used]},
         details={"us_by_kind": by_kind(rounds), "whole_gang_processor": quantiles(gangs) if gangs else None,
                  "outcomes": dict(run.outcomes), "rounds_end_in_the_same_state": len(digests) == 1, "checked_placements": placements, "checker_problems": len(problems), "problems": problems[:5]},

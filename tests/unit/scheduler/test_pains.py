@@ -82,26 +82,24 @@ def test_reclaim_frees_gpus_where_they_are_of_use_kueue_5243() -> None:
 
 def test_no_budget_is_violated_without_need_kubernetes_91492() -> None:
     """A budget-protected pod of lower priority stays where an unprotected one of higher priority makes room as well."""
-    for everywhere in (False, True):
-        scheduler = cluster({}, {})
-        scheduler.state.set_budget(parse_budget({"name": "db", "selector": {"labels": {"app": "db"}}, "allowed": 0}))
-        put(scheduler, "db-0", 0, labels={"app": "db"}, priority=1, requests={"cpu": 4})
-        put(scheduler, "web", 0, priority=2, requests={"cpu": 4})
-        put(scheduler, "db-1", 1, labels={"app": "db"}, priority=1, requests={"cpu": 8})
-        made = preempt.plan(scheduler, item("w", priority=10, requests={"cpu": 4}), 0, everywhere=everywhere)
-        assert made is not None and (made.victims, made.violations) == (("web",), 0)
+    scheduler = cluster({}, {})
+    scheduler.state.set_budget(parse_budget({"name": "db", "selector": {"labels": {"app": "db"}}, "allowed": 0}))
+    put(scheduler, "db-0", 0, labels={"app": "db"}, priority=1, requests={"cpu": 4})
+    put(scheduler, "web", 0, priority=2, requests={"cpu": 4})
+    put(scheduler, "db-1", 1, labels={"app": "db"}, priority=1, requests={"cpu": 8})
+    made = preempt.plan(scheduler, item("w", priority=10, requests={"cpu": 4}), 0)
+    assert made is not None and (made.victims, made.violations) == (("web",), 0)
 
 
 def test_one_plan_counts_its_own_disruptions_kubernetes_91492() -> None:
     """The budget allows one: a plan that needs two of the same application on one node loses to one that needs a single other workload of higher priority."""
-    for everywhere in (False, True):
-        scheduler = cluster({}, {})
-        scheduler.state.set_budget(parse_budget({"name": "db", "selector": {"labels": {"app": "db"}}, "allowed": 1}))
-        for name in ("db-0", "db-1"):
-            put(scheduler, name, 0, labels={"app": "db"}, priority=1, requests={"cpu": 4})
-        put(scheduler, "web", 1, priority=5, requests={"cpu": 8})
-        made = preempt.plan(scheduler, item("w", priority=10, requests={"cpu": 8}), 0, everywhere=everywhere)
-        assert made is not None and made.victims == ("web",)
+    scheduler = cluster({}, {})
+    scheduler.state.set_budget(parse_budget({"name": "db", "selector": {"labels": {"app": "db"}}, "allowed": 1}))
+    for name in ("db-0", "db-1"):
+        put(scheduler, name, 0, labels={"app": "db"}, priority=1, requests={"cpu": 4})
+    put(scheduler, "web", 1, priority=5, requests={"cpu": 8})
+    made = preempt.plan(scheduler, item("w", priority=10, requests={"cpu": 8}), 0)
+    assert made is not None and made.victims == ("web",)
 
 
 def test_every_node_is_scored_kubernetes_95709() -> None:
