@@ -1,11 +1,15 @@
 """A store in memory for planners: what was written, and nothing else, survives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from hub.store.workloads import NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
+from hub.workloads import placing
 from hub.workloads.documents import read_list, read_workload
 from hub.workloads.planner import Planner
+from hub.workloads.rounds import Heard, Rounds
 from tools.bench.placement_log import Held, Log
 
 NOW = 1_795_500_000_000
@@ -87,3 +91,25 @@ class Desk:
     def restart(self) -> list[str]:
         self.planner, problems = self.kept.planner(self.now)
         return problems
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps() -> Iterator[None]:
+    """Lists are searched briefly: it is the books that are looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "TOGETHER_STEPS", 500)
+        yield
+
+
+def work(name: str, cpu: Any = 1, **more: Any) -> dict[str, Any]:
+    return {"id": name, "kind": "container", "requests": {"cpu": cpu}, **more}
+
+
+def round_of(desk: Desk, rounds: Rounds | None = None, after_ms: int = 1000, **online: bool | int) -> None:
+    """One round; `online`: node to True, or to when it was last seen."""
+    heard = {name: Heard(value is True, desk.now if value is True else int(value)) for name, value in online.items()}
+    desk.do(lambda planner, now: (rounds or Rounds(planner)).reconcile(heard, now), after_ms)
+
+
+def said(desk: Desk, edge: str, workload: str, epoch: int, state: str, reason: str = "") -> None:
+    desk.do(lambda planner, now: planner.said(edge, {"id": workload, "epoch": epoch, "state": state, "reason": reason}, now))

@@ -17,8 +17,8 @@ from hub.workloads.timetables import PATIENCE_MS, when
 from hub.workloads.views import explain, nodes_view, usage
 from tools.bench import placement_log
 
-from .kept import NOW, Desk
-from .test_planner import entries, round_of, said, work
+from .kept import NOW, Desk, round_of, said, work
+from .test_planner import entries
 
 Json = dict[str, Any]
 S = 1000

@@ -15,10 +15,9 @@ from hub.workloads.documents import Conflict, read_list
 from hub.workloads.rounds import Rounds
 from hub.workloads.timetables import Timed
 
-from .kept import NOW, Desk
+from .kept import NOW, Desk, round_of, said, work
 from .reference import Reference
 from .test_agenda import STEP, S, act, batch
-from .test_planner import round_of, said, work
 
 Json = dict[str, Any]
 Step = tuple[str, int]

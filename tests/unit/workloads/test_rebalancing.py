@@ -15,9 +15,9 @@ from hub.workloads.rebalancing import KEPT, MOVE_PATIENCE_MS, WORTH, Rebalancing
 from hub.workloads.rounds import Rounds
 from tools.bench import placement_log
 
-from .kept import Desk
+from .kept import Desk, round_of, said, work
 from .test_agenda import batch
-from .test_planner import entries, round_of, said, three_under_a_budget, work
+from .test_planner import entries, three_under_a_budget
 
 Json = dict[str, Any]
 

@@ -111,7 +111,7 @@ def entry(workload: str, epoch: int, wanted: str = "running", **spec: Any) -> di
 
 def made(disk: Disk, driver: type[InMemory] = InMemory) -> Runner:
     async def bring(reference: str) -> None:
-        await asyncio.sleep(0)
+        """The image is there."""
 
     return Runner(driver(disk), disk, bring, lambda: None, lambda: None)
 
