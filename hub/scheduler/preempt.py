@@ -72,14 +72,14 @@ def reserve(scheduler: Scheduler, workload: Workload, now_ms: int) -> Placed | P
     return Made(done[0], made, tuple(victims[name] for name in made.evicted))
 
 
-def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, only: "frozenset[str] | None" = None) -> Plan | None:
+def plan(scheduler: Scheduler, workload: Workload, now_ms: int, *, only: "frozenset[str] | None" = None, among: Bools | None = None) -> Plan | None:
     """The least harmful plan, changing nothing; None where no plan helps.
 
-    `only`: no other workloads may be victims, whatever their priority (reclaiming what a tenant borrowed).
+    `only`: no other workloads may be victims, whatever their priority (reclaiming what a tenant borrowed). `among` restricts the nodes.
     """
     if not workload.preempts and only is None:
         return None
-    chosen, _ = _choose(scheduler, workload, verdicts(scheduler.state, scheduler.state.klass(workload.shape)), only)
+    chosen, _ = _choose(scheduler, workload, verdicts(scheduler.state, scheduler.state.klass(workload.shape)), only, among)
     if chosen is None:
         return None
     mark = scheduler.state.begin()
@@ -111,11 +111,13 @@ def on_node(scheduler: Scheduler, workload: Workload, node: int) -> Plan | None:
     return None if verdicts(state, klass)[node] & _UNRESOLVABLE else _planned(state, workload, on_nodes(state, workload, klass, np.array([node])))
 
 
-def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, only: "frozenset[str] | None" = None) -> tuple[Plan | None, int]:
+def _choose(scheduler: Scheduler, workload: Workload, bits: Bits, only: "frozenset[str] | None" = None, among: Bools | None = None) -> tuple[Plan | None, int]:
     """Whose going does the least harm, before anybody is migrated; and how many nodes hold too much to be looked at whole."""
     state = scheduler.state
     klass = state.klass(workload.shape)
     open_nodes: Bools = (bits & _UNRESOLVABLE) == 0
+    if among is not None:
+        open_nodes &= among
     if not open_nodes.any():
         return None, 0
     if only is not None:

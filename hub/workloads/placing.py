@@ -272,11 +272,12 @@ class Placing(Book):
         leaving = [key for key in self.tables.room.get(item.id, ()) if key in self.tables.open]
         if leaving:
             return f"waits for {len(leaving)} workloads to leave {self.tables.open[leaving[0]].node}"
-        plan = None if over_quota else preempt.plan(self.scheduler, item, now_ms)
+        among = self._among(row, now_ms, None)
+        plan = None if over_quota else preempt.plan(self.scheduler, item, now_ms, among=among)
         limits = self.state.quotas.get(item.tenant)
         if plan is None and limits is not None and limits.cohort and quota.within_nominal(self.state, item):
-            plan = preempt.plan(self.scheduler, item, now_ms, only=quota.borrowers(self.state, limits.cohort, limits.tenant))
-        if plan is None or plan.node in self._avoided(row, now_ms) or any(name not in self.tables.rows for name in plan.victims):
+            plan = preempt.plan(self.scheduler, item, now_ms, only=quota.borrowers(self.state, limits.cohort, limits.tenant), among=among)
+        if plan is None or any(name not in self.tables.rows for name in plan.victims):
             return why_not
         if self._spoken_for(item.id, self.state.nodes[plan.node].name, plan.victims):
             return why_not

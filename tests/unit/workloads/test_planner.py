@@ -283,6 +283,25 @@ def test_a_refusal_is_remembered_and_backs_off_with_its_reason() -> None:
     assert desk.row("a").state == "failed" and desk.row("a").reason == "exit 1" and entries(desk, "gw-1") == []
 
 
+def test_others_make_room_on_the_next_best_node_where_the_best_one_is_avoided() -> None:
+    desk = Desk()
+    desk.node("gw-1", "edge")
+    desk.submit(work("high", 4, priority=10))
+    said(desk, "gw-1", "high", 1, "refused", "no such image")
+    desk.submit(work("low", 4))
+    desk.node("gw-2", "edge")
+    desk.submit(work("middle", 4, priority=1))
+    assert [desk.row(name).node for name in ("high", "low", "middle")] == ["", "gw-1", "gw-2"], "the least harm would be done on the node that refused"
+    rounds, online = Rounds(desk.planner), {"gw-1": True, "gw-2": True}
+    round_of(desk, rounds, **online)
+    assert desk.row("high").reason == "waits for 1 workloads to leave gw-2"
+    assert (desk.row("low").state, desk.row("middle").state) == ("placed", "pending")
+    said(desk, "gw-2", "middle", 1, "stopped")
+    round_of(desk, rounds, **online)
+    assert desk.row("high").node == "gw-2"
+    check_invariants(desk.planner.state)
+
+
 def test_a_drained_edge_gives_away_what_it_has_and_the_new_node_is_told_only_when_the_old_one_has_stopped() -> None:
     desk = Desk()
     desk.node("gw-1", "edge")
