@@ -350,35 +350,45 @@ def least_harm(
     w_priority: Any, w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any, devices: Any, milli: Any, memory: Any, gpu_free: Any, gpu_mem: Any, serves: Any, w_gpus: Any,
     class_gpus: Any,
 ) -> Any:
-    """The node of the least harm (-1: none), its victims' slots, and the nodes that hold more than `limit`: one level of priority of `leastharm.search`.
+    """The node of the least harm (-1: none), its victims' slots, the sum of their weights, and the nodes that hold more than `limit`: one level of priority of `leastharm.search`.
 
-    `left` [node], `spare` and `largest` [resource, node] are brought on to this level (`fresh`: the first one), `most` of it is tightened where a chain was looked at.
+    `left` [node], `spare` and `largest` [resource, node] are brought on to this level (`fresh`: the first one, which sets them), `most` of it is tightened where a chain was looked at.
+    Nodes are walked in order of how few victims could do, and only while they could be better than what was found.
     `held` has the milli-GPU first. `devices` (0: none), each of `milli` and `memory`: those of a node that `serves` [node, device]; `w_gpus` are bits, `class_gpus` [milli, memory; class].
     """
     size, count, width = len(left), len(rows), gpu_free.shape[1]
     have_milli, have_memory = np.empty(width, np.int64), np.empty(width, np.int64)
-    overfull = np.zeros(size, np.bool_)
-    fewest = np.zeros(size, np.int64)
-    chosen, alone = -1, -1
+    overfull = np.empty(0, np.int64)
+    opened, fewest, members = np.empty(size, np.int64), np.empty(size, np.int64), 0
+    chosen, alone, least = -1, -1, limit
+    opens, atleast = left.copy(), np.zeros(size, np.int64)
+    for at in range(count):
+        need, have, gives, most_now, sums, most_so_far = amounts[at, 0], free[rows[at]], held[rows[at] + 1], most[rows[at]], spare[at], largest[at]
+        before, most_before = (have, most_now) if fresh else (sums, most_so_far)
+        for node in range(size):
+            room, most_of = before[node] + gives[node], max(most_before[node], most_now[node])
+            sums[node], most_so_far[node] = room, most_of
+            short = need - have[node]
+            opens[node] &= room >= need
+            atleast[node] = max(atleast[node], int(short > 0) + int(short > most_of) + int(short > 2 * most_of))
     for node in range(size):
-        if not left[node]:
+        if not opens[node] or (devices > 0 and last[node] < 0):
             continue
-        opens, few = True, 0
-        for at in range(count):
-            row, need = rows[at], amounts[at, 0]
-            spare[at, node] += held[row + 1, node]
-            largest[at, node] = most[row, node] if fresh else max(largest[at, node], most[row, node])
-            opens = opens and spare[at, node] >= need
-            short = need - free[row, node]
-            if short > few * largest[at, node]:
-                few = 1 if short <= largest[at, node] else 2 if short <= 2 * largest[at, node] else -(-short // largest[at, node])
-        if not opens or (devices > 0 and last[node] < 0):
-            continue
+        left[node] = False
+        few = atleast[node]
+        if few > 2:
+            for at in range(count):
+                few = max(few, -((free[rows[at], node] - amounts[at, 0]) // largest[at, node]))
         if devices > 0:
             few = max(few, 1)
-        left[node] = False
-        fewest[node] = few
-        if few != 1:
+        if few > 0:
+            opened[members], fewest[members] = node, min(few, limit)
+            least = min(least, fewest[members])
+            members += 1
+    for member in range(members if least == 1 else 0):
+        node = opened[member]
+        latest = w_start[last[node]]
+        if fewest[member] != 1 or (chosen >= 0 and (latest < w_start[alone] or (latest == w_start[alone] and tie[node] > tie[chosen]))):
             continue
         slot, steps, mine = first[node], 0, -1
         while slot >= 0 and w_priority[slot] > priority:
@@ -403,78 +413,87 @@ def least_harm(
             slot = w_next[slot]
             steps += 1
         if slot >= 0:
-            overfull[node] = True
+            overfull = np.append(overfull, node)
+            fewest[member] = 0
             for at in range(count):
                 most[rows[at], node] = held[rows[at] + 1, node]
         elif mine >= 0 and (chosen < 0 or w_start[mine] > w_start[alone] or (w_start[mine] == w_start[alone] and tie[node] < tie[chosen])):
             chosen, alone = node, mine
     if chosen >= 0:
-        return chosen, np.array([alone], np.int64), np.flatnonzero(overfull)
+        return chosen, np.array([alone], np.int64), np.int64(priority + _OFFSET), overfull
     best_weight, best_count, best_start = np.int64(0), 0, np.int64(0)
     victims, mine_gone, room = np.empty(limit, np.int64), np.empty(limit, np.int64), np.empty(count, np.int64)
-    for node in range(size):
-        if fewest[node] == 0 or overfull[node]:
-            continue
-        if chosen >= 0:
-            few = max(fewest[node], 2)
-            least = priority + _OFFSET + (few - 1) * (lowest + _OFFSET)
-            if least > best_weight or (least == best_weight and few > best_count):
+    turn = least
+    while members > 0 and turn <= limit:
+        following = limit + 1
+        for member in range(members):
+            if fewest[member] != turn:
+                if fewest[member] > turn:
+                    following = min(following, fewest[member])
                 continue
-            latest = w_start[last[node]]
-            if least == best_weight and few == best_count and (latest < best_start or (latest == best_start and tie[node] > tie[chosen])):
-                continue
-        for at in range(count):
-            room[at] = spare[at, node] - amounts[at, 0]
-        slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
-        while slot >= 0 and w_priority[slot] > priority:
-            slot = w_next[slot]
-        if devices > 0:
-            for device in range(width):
-                have_milli[device], have_memory[device] = gpu_free[node, device], gpu_mem[node, device]
-            other = slot
-            while other >= 0 and steps < limit:
-                _shift(have_milli, have_memory, w_gpus[other], class_gpus, w_class[other], 1)
-                other = w_next[other]
-                steps += 1
-            if other < 0 and _room(have_milli, have_memory, serves, node, milli, memory) < devices:
-                left[node] = True
-                continue
-            steps = 0
-        for at in range(count):
-            most[rows[at], node] = 1
-        while slot >= 0 and steps < limit:
-            stays = True
+            node = opened[member]
+            if chosen >= 0:
+                few = max(turn, 2)
+                bound = priority + _OFFSET + (few - 1) * (lowest + _OFFSET)
+                if bound > best_weight or (bound == best_weight and few > best_count):
+                    following = limit + 1  # nor does a node that needs more do better
+                    break
+                latest = w_start[last[node]]
+                if bound == best_weight and few == best_count and (latest < best_start or (latest == best_start and tie[node] > tie[chosen])):
+                    continue
             for at in range(count):
-                amount = class_request[rows[at], w_class[slot]]
-                if w_priority[slot] == priority:
-                    most[rows[at], node] = max(most[rows[at], node], amount)
-                if room[at] < amount:
-                    stays = False
-            if stays and devices > 0 and w_gpus[slot] != 0:
-                _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], -1)
-                stays = _room(have_milli, have_memory, serves, node, milli, memory) >= devices
-                if not stays:
-                    _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], 1)
-            if stays:
+                room[at] = spare[at, node] - amounts[at, 0]
+            slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
+            while slot >= 0 and w_priority[slot] > priority:
+                slot = w_next[slot]
+            if devices > 0:
+                for device in range(width):
+                    have_milli[device], have_memory[device] = gpu_free[node, device], gpu_mem[node, device]
+                other = slot
+                while other >= 0 and steps < limit:
+                    _shift(have_milli, have_memory, w_gpus[other], class_gpus, w_class[other], 1)
+                    other = w_next[other]
+                    steps += 1
+                if other < 0 and _room(have_milli, have_memory, serves, node, milli, memory) < devices:
+                    left[node] = True
+                    continue
+                steps = 0
+            for at in range(count):
+                most[rows[at], node] = 1
+            while slot >= 0 and steps < limit:
+                stays = True
                 for at in range(count):
-                    room[at] -= class_request[rows[at], w_class[slot]]
-            else:
-                if gone == 0:
-                    start = w_start[slot]
-                mine_gone[gone] = slot
-                gone += 1
-                weight += w_priority[slot] + _OFFSET
-            slot = w_next[slot]
-            steps += 1
-        if slot >= 0:
-            overfull[node] = True
-            for at in range(count):
-                most[rows[at], node] = held[rows[at] + 1, node]
-            continue
-        less = chosen < 0 or weight < best_weight or (
-            weight == best_weight and (gone < best_count or (gone == best_count and (start > best_start or (start == best_start and tie[node] < tie[chosen]))))
-        )
-        if gone > 0 and less:
-            chosen, best_weight, best_count, best_start = node, weight, gone, start
-            victims[:gone] = mine_gone[:gone]
-    return chosen, victims[:best_count].copy(), np.flatnonzero(overfull)
+                    amount = class_request[rows[at], w_class[slot]]
+                    if w_priority[slot] == priority:
+                        most[rows[at], node] = max(most[rows[at], node], amount)
+                    if room[at] < amount:
+                        stays = False
+                if stays and devices > 0 and w_gpus[slot] != 0:
+                    _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], -1)
+                    stays = _room(have_milli, have_memory, serves, node, milli, memory) >= devices
+                    if not stays:
+                        _shift(have_milli, have_memory, w_gpus[slot], class_gpus, w_class[slot], 1)
+                if stays:
+                    for at in range(count):
+                        room[at] -= class_request[rows[at], w_class[slot]]
+                else:
+                    if gone == 0:
+                        start = w_start[slot]
+                    mine_gone[gone] = slot
+                    gone += 1
+                    weight += w_priority[slot] + _OFFSET
+                slot = w_next[slot]
+                steps += 1
+            if slot >= 0:
+                overfull = np.append(overfull, node)
+                for at in range(count):
+                    most[rows[at], node] = held[rows[at] + 1, node]
+                continue
+            less = chosen < 0 or weight < best_weight or (
+                weight == best_weight and (gone < best_count or (gone == best_count and (start > best_start or (start == best_start and tie[node] < tie[chosen]))))
+            )
+            if gone > 0 and less:
+                chosen, best_weight, best_count, best_start = node, weight, gone, start
+                victims[:gone] = mine_gone[:gone]
+        turn = following
+    return chosen, victims[:best_count].copy(), best_weight, overfull

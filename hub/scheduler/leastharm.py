@@ -119,8 +119,8 @@ class Sums:
         self.needs = needs
         self.left: Bools = open_nodes.copy()
         """[node] whether no level has opened it so far."""
-        self.spare: Ints = needs.free[needs.rows]
-        """[row, node] what would be free were all up to the level gone."""
+        self.spare: Ints = np.empty((len(needs.rows), len(open_nodes)), np.int64)
+        """[row, node] what would be free were all up to the level gone; as `largest` set by the first level."""
         self.largest: Ints = np.empty_like(self.spare)
         """[row, node] no victim gives back more."""
         self.fresh = True
@@ -129,7 +129,7 @@ class Sums:
         """The nodes that the next level opens, and how few victims could be enough there."""
         needs, need = self.needs, self.needs.amounts
         most = needs.most(level.priority)[needs.rows]
-        self.spare += needs.held(level.priority)[needs.rows + 1]
+        np.add(needs.free[needs.rows] if self.fresh else self.spare, needs.held(level.priority)[needs.rows + 1], out=self.spare)
         self.largest = most if self.fresh else np.maximum(self.largest, most)
         self.fresh = False
         enough = self.left & np.logical_and.reduce(self.spare >= need)
@@ -152,8 +152,10 @@ def search(state: State, workload: Workload, klass: Klass, open_nodes: Bools) ->
     lowest = min(state.levels, default=0)
     by_kernel = kernels.active is not None and not watched and needs.compilable
     for priority in sorted(level for level in state.levels if level < workload.priority):
-        level = Level(state, needs, priority, workload.priority - 1 if watched else priority, lowest, watched)
-        found, overfull = _compiled(level, sums) if by_kernel else _by_groups(level, sums, best)
+        if by_kernel:
+            found, overfull = _compiled(sums, priority, lowest)
+        else:
+            found, overfull = _by_groups(Level(state, needs, priority, workload.priority - 1 if watched else priority, lowest, watched), sums, best)
         if overfull.size:
             missed.append(overfull)
         if found is not None and (best is None or (found.harm, int(state.tie[found.node])) < (best.harm, int(state.tie[best.node]))):
@@ -339,15 +341,17 @@ class _Freed:
         self.free -= np.where(stays, self.held[:, :, position], 0)
 
 
-def _compiled(level: Level, sums: Sums) -> tuple[Victims | None, Ints]:
+def _compiled(sums: Sums, priority: int, lowest: int) -> tuple[Victims | None, Ints]:
     """One level by the compiled kernel, which brings the sums on to it; there are no budgets, and rows and devices say it all."""
-    state, needs, priority = level.state, level.needs, level.priority
-    node, victims, overfull = kernels.active.least_harm(
+    needs = sums.needs
+    state = needs.state
+    node, victims, weight, overfull = kernels.active.least_harm(
         sums.fresh, sums.left, sums.spare, sums.largest, needs.free, needs.held(priority), needs.most(priority), state.first, state.last[priority], needs.rows, needs.amounts,
-        needs.given, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, level.lowest, MAX_NODE_VICTIMS, *needs.devices(),
+        needs.given, state.w_next, state.w_class, state.w_priority, state.w_start, state.tie, priority, lowest, MAX_NODE_VICTIMS, *needs.devices(),
     )
     sums.fresh = False
     if node < 0:
         return None, overfull
     slots = tuple(victims.tolist())
-    return Victims(int(node), slots, harm_of(state, slots, 0)), overfull
+    first = slots[0]  # in the order of importance: of the highest priority, and of these the one that has run the longest
+    return Victims(node, slots, (0, int(state.w_priority[first]), weight, len(slots), -int(state.w_start[first]))), overfull

@@ -23,6 +23,8 @@ UNBOUNDED = 1 << 60
 """Free where a row asks nothing of a node; below 0, where nobody's going helps. No sum of what workloads hold comes near it."""
 
 _NO_DEVICES: Ints = np.zeros((0, 0), np.int64)
+_NO_SERVING: Bools = np.zeros((0, 0), np.bool_)
+_NO_ROWS: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -128,7 +130,7 @@ class Needs:
         """(free [node], class to what one of it gives back, whether those on their way out count no more)."""
         self.plain = not self.parts and not self.others
         self.rows, self.amounts, self.free, self.given = klass.resources, klass.amounts, state.free, state.class_request
-        self.ending: Ints = np.array([], np.int64)
+        self.ending: Ints = _NO_ROWS
         """Rows in which those that are on their way out count no more."""
         self.reach: Bools | None = None
         """[node] whether the workloads that it must be with are still there were all victims of the node gone; None: it needs none."""
@@ -173,7 +175,7 @@ class Needs:
         """What the compiled search asks of devices: how many (0: none), milli and memory of each; free milli and memory, [node, device] whether it may serve; what slots and classes hold."""
         state, gpu = self.state, self.klass.shape.gpu
         if gpu is None:
-            return 0, 0, 0, _NO_DEVICES, _NO_DEVICES, _NO_DEVICES.astype(np.bool_), state.w_gpus, _NO_DEVICES
+            return 0, 0, 0, _NO_DEVICES, _NO_DEVICES, _NO_SERVING, state.w_gpus, _NO_DEVICES
         facts = state.facts(self.klass)
         serves = np.zeros(state.gpu_free.shape, np.bool_)
         serves[facts.gpu_nodes] = facts.devices
@@ -227,8 +229,10 @@ class Needs:
 
 
 def _parts(shape: Shape) -> list[Parts]:
-    found, request = [], shape.request_map
     gpu = shape.gpu
+    if gpu is None and not shape.numa_single:
+        return []
+    found, request = [], shape.request_map
     asked = [((gpu.milli, gpu.memory), gpu.count, True)] if gpu is not None else []
     asked += [((request.get(CPU, 0), request.get(MEMORY, 0)), 1, False)] if shape.numa_single else []
     for amounts, count, gpus in asked:
@@ -240,6 +244,8 @@ def _parts(shape: Shape) -> list[Parts]:
 
 def _others(state: State, klass: Klass) -> Iterable[tuple[Ints, dict[int, int], bool]]:
     """The rows beside resources."""
+    if not (klass.anti or klass.excluded_by or klass.shape.spread or klass.shape.links):
+        return
     apart = [(row, key) for row, key in dict.fromkeys((*klass.anti, *klass.excluded_by)) if state.counts[row].any()]
     hard = [at for at, item in enumerate(klass.shape.spread) if item.hard]
     if not apart and not hard and not klass.shape.links:

@@ -187,6 +187,8 @@ class Peers:
     def score(self, view: View) -> Ints | None:
         """As kube's InterPodAffinity."""
         state, klass = view.state, view.klass
+        if not (klass.likes or klass.liked_by or klass.needed_by):
+            return None
         by_key: dict[str, Ints] = {}
         parts = [(row, key, weight) for row, key, weight in klass.likes] + [(row, key, 1) for row, key in klass.liked_by]
         parts += [(row, key, self.need_weight) for row, key in klass.needed_by] if self.need_weight else []
@@ -206,6 +208,8 @@ class SoftSpread:
     def score(self, view: View) -> Ints | None:
         """As kube's PodTopologySpread: domains of few values weigh less, by log(values + 2)."""
         state, klass = view.state, view.klass
+        if not klass.shape.spread:
+            return None
         soft = [(item, row) for item, row in zip(klass.shape.spread, klass.spread_rows, strict=True) if not item.hard]
         if not soft:
             return None
@@ -292,6 +296,9 @@ POLICIES: Mapping[str, Policy] = {
 FUSED = ("resource_balance", "packing", "headroom", "cost_optimization", "energy")
 """Those that depend on nothing but the node's own numbers: where kernels are compiled, one pass over the nodes that will do scores them all."""
 
+MAX_SUMS = 256
+"""Different weights of which a ranker remembers what to add up: workloads name their own, and those that do are few."""
+
 _COMMON = {"resource_balance": 10, "node_affinity": 8, "cost_optimization": 6, "topology_spread": 5, "peer_affinity": 5, "taint_preference": 3, "scarcity": 6, "fragmentation": 8, "energy": 1}
 
 WEIGHTS: Mapping[Kind, Mapping[str, int]] = {
@@ -306,6 +313,8 @@ class Ranker:
     def __init__(self, policies: Mapping[str, Policy] | None = None, weights: Mapping[Kind, Mapping[str, int]] | None = None) -> None:
         self.policies = {**POLICIES, **(policies or {})}
         self.weights = weights or WEIGHTS
+        self._sums: dict[tuple[Kind, tuple[tuple[str, int], ...], bool], tuple[tuple[tuple[Policy, int], ...], tuple[int, ...]]] = {}
+        """What `total` adds up, by kind, a shape's own weights and whether kernels are compiled: policies and their weights; weights of those that one kernel scores together."""
 
     def check(self, weights: Iterable[tuple[str, int]]) -> None:
         """Raises `Invalid` for a weight of a policy that is not here."""
@@ -330,18 +339,28 @@ class Ranker:
     def total(self, view: View) -> Ints:
         """[node] weighted sums, -1 where the node will not do."""
         total = np.zeros(view.state.size, np.int64)
-        left = self.weights_of(view.klass)
-        fused = self._fused(left) if kernels.active is not None else None
-        for name, weight in left.items():
-            scores = self.policies[name].score(view)
+        policies, fused = self._summed(view.klass)
+        for policy, weight in policies:
+            scores = policy.score(view)
             if scores is not None:
                 total += scores * weight
-        if fused is None:
+        if kernels.active is None:
             return np.where(view.feasible, total, -1)
         state, facts, klass = view.state, view.facts, view.klass
         kernels.active.add_scores(
             total, view.feasible, state.cap, state.free, klass.weighed, klass.request, facts.cost, facts.any_price, facts.work, state.power, state.load, facts.any_power, *fused)
         return total
+
+    def _summed(self, klass: Klass) -> tuple[tuple[tuple[Policy, int], ...], tuple[int, ...]]:
+        key = klass.shape.kind, klass.shape.weights, kernels.active is not None
+        found = self._sums.get(key)
+        if found is None:
+            if len(self._sums) >= MAX_SUMS:
+                self._sums.clear()
+            left = self.weights_of(klass)
+            fused = tuple(self._fused(left)) if kernels.active is not None else ()
+            found = self._sums[key] = tuple((self.policies[name], weight) for name, weight in left.items()), fused
+        return found
 
     def _fused(self, weights: dict[str, int]) -> list[int]:
         """Takes the policies that one kernel scores together out of `weights`, and gives the weights of each in the kernel's order."""
