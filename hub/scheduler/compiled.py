@@ -100,6 +100,24 @@ def add_spread(total: Any, domain: Any, sums: Any, weight: Any, more: Any) -> No
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def spread_scores(total: Any, scored: Any, keyed: Any) -> Any:
+    """[node] what soft spread costs in `total` as 0 to 100, the cheapest the most; 0 where a node is not `keyed`, and everywhere where none is scored."""
+    size = len(total)
+    scores = np.zeros(size, np.int64)
+    most, least, none = np.int64(0), np.int64(0), True
+    for node in range(size):
+        if scored[node]:
+            cost = np.int64(total[node])
+            most, least = cost if none else max(most, cost), cost if none else min(least, cost)
+            none = False
+    if not none:
+        for node in range(size):
+            if keyed[node]:
+                scores[node] = _BEST if most == 0 else _BEST * (most + least - np.int64(total[node])) // most
+    return scores
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _even(cap: Any, used: Any, count: Any) -> Any:
     """Of one node: 100 less the deviation of the used shares; `used` and `cap` are [resource] of `count`."""
     there, total = 0, 0.0
@@ -326,6 +344,56 @@ def delist(first: Any, onward: Any, backward: Any, last: Any, w_priority: Any, s
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def evenness(eligible: Any, domain: Any, size: Any, counts: Any, may_lead: Any, min_domains: Any, unbounded: Any) -> Any:
+    """[node] how many more its domain may hold: as many as the least of the other domains and `may_lead`; `unbounded` where nothing is compared."""
+    sums, there = np.zeros(size, np.int64), np.zeros(size, np.bool_)
+    free = np.full(len(domain), unbounded, np.int64)
+    for node in range(len(domain)):
+        if eligible[node]:
+            sums[domain[node]] += counts[node]
+            there[domain[node]] = True
+    known, first, second = 0, np.int64(0), np.int64(0)
+    for at in range(size):
+        if there[at]:
+            if known == 0 or sums[at] < first:
+                first, second = sums[at], first
+            elif known == 1 or sums[at] < second:
+                second = sums[at]
+            known += 1
+    few = known < min_domains
+    if known == 0 or (known == 1 and not few):
+        return free
+    for node in range(len(domain)):
+        if eligible[node]:
+            mine = sums[domain[node]]
+            free[node] = may_lead - mine + (0 if few else second if mine == first else first)
+    return free
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def add_victims(w_class: Any, w_node: Any, w_priority: Any, w_fixed: Any, w_ending: Any, slots: Any, table: Any, ends: Any, levels: Any, sums: Any) -> Any:
+    """Adds to [level, row, node] `sums` what workloads that may have to go give back of rows by [row, class] `table`: those of one of the priorities `levels`. Gives whether one of them is on its way
+    out; of these nothing is added where `ends` [row]."""
+    leaving = False
+    counts = np.zeros(table.shape[1], np.bool_)
+    for kind in range(len(counts)):
+        for row in range(len(table)):
+            counts[kind] |= table[row, kind] != 0
+    for slot in range(slots):
+        kind = w_class[slot]
+        if not counts[kind] or w_node[slot] < 0 or w_fixed[slot]:
+            continue
+        for level in range(len(levels)):
+            if levels[level] == w_priority[slot]:
+                leaving |= w_ending[slot]
+                for row in range(len(table)):
+                    if not (ends[row] and w_ending[slot]):
+                        sums[level, row, w_node[slot]] += table[row, kind]
+                break
+    return leaving
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _shift(milli: Any, memory: Any, bits: Any, class_gpus: Any, kind: Any, sign: Any) -> None:
     """What a workload holds of the devices of its node is given back (1) or taken again (-1)."""
     for device in range(len(milli)):
@@ -345,6 +413,21 @@ def _room(have_milli: Any, have_memory: Any, serves: Any, node: Any, milli: Any,
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def _scarce(free: Any, rows: Any, amounts: Any) -> Any:
+    """Those rows and amounts that are not free on every node: the others decide nothing, whoever goes."""
+    count = 0
+    few, least = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    for at in range(len(rows)):
+        have = free[rows[at]]
+        for node in range(len(have)):
+            if have[node] < amounts[at, 0]:
+                few[count], least[count] = rows[at], amounts[at, 0]
+                count += 1
+                break
+    return few[:count], least[:count]
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def least_harm(
     fresh: Any, left: Any, spare: Any, largest: Any, free: Any, held: Any, most: Any, first: Any, last: Any, rows: Any, amounts: Any, class_request: Any, w_next: Any, w_class: Any,
     w_priority: Any, w_start: Any, tie: Any, priority: Any, lowest: Any, limit: Any, devices: Any, milli: Any, memory: Any, gpu_free: Any, gpu_mem: Any, serves: Any, w_gpus: Any,
@@ -356,14 +439,16 @@ def least_harm(
     Nodes are walked in order of how few victims could do, and only while they could be better than what was found.
     `held` has the milli-GPU first. `devices` (0: none), each of `milli` and `memory`: those of a node that `serves` [node, device]; `w_gpus` are bits, `class_gpus` [milli, memory; class].
     """
-    size, count, width = len(left), len(rows), gpu_free.shape[1]
+    size, width = len(left), gpu_free.shape[1]
+    rows, amounts = _scarce(free, rows, amounts)
+    count = len(rows)
     have_milli, have_memory = np.empty(width, np.int64), np.empty(width, np.int64)
     overfull = np.empty(0, np.int64)
     opened, fewest, members = np.empty(size, np.int64), np.empty(size, np.int64), 0
     chosen, alone, least = -1, -1, limit
     opens, atleast = left.copy(), np.zeros(size, np.int64)
     for at in range(count):
-        need, have, gives, most_now, sums, most_so_far = amounts[at, 0], free[rows[at]], held[rows[at] + 1], most[rows[at]], spare[at], largest[at]
+        need, have, gives, most_now, sums, most_so_far = amounts[at], free[rows[at]], held[rows[at] + 1], most[rows[at]], spare[at], largest[at]
         before, most_before = (have, most_now) if fresh else (sums, most_so_far)
         for node in range(size):
             room, most_of = before[node] + gives[node], max(most_before[node], most_now[node])
@@ -378,7 +463,7 @@ def least_harm(
         few = atleast[node]
         if few > 2:
             for at in range(count):
-                few = max(few, -((free[rows[at], node] - amounts[at, 0]) // largest[at, node]))
+                few = max(few, -((free[rows[at], node] - amounts[at]) // largest[at, node]))
         if devices > 0:
             few = max(few, 1)
         if few > 0:
@@ -401,7 +486,7 @@ def least_harm(
                 for at in range(count):
                     amount = class_request[rows[at], w_class[slot]]
                     most[rows[at], node] = max(most[rows[at], node], amount)
-                    if free[rows[at], node] + amount < amounts[at, 0]:
+                    if free[rows[at], node] + amount < amounts[at]:
                         enough = False
                 if enough and devices > 0 and (mine < 0 or w_start[slot] > w_start[mine]):
                     for device in range(width):
@@ -442,7 +527,7 @@ def least_harm(
                 if bound == best_weight and few == best_count and (latest < best_start or (latest == best_start and tie[node] > tie[chosen])):
                     continue
             for at in range(count):
-                room[at] = spare[at, node] - amounts[at, 0]
+                room[at] = spare[at, node] - amounts[at]
             slot, steps, gone, weight, start = first[node], 0, 0, np.int64(0), np.int64(0)
             while slot >= 0 and w_priority[slot] > priority:
                 slot = w_next[slot]

@@ -156,18 +156,18 @@ def choose_devices(state: State, node: int, gpu: GpuRequest) -> tuple[int, ...] 
 
 def numa_share(state: State, node: int, shape: Shape) -> tuple[tuple[int, int, int], ...] | None:
     """What a workload takes of the zones of a node: one zone where it must (the tightest that fits), else spread over the freest; None where it does not fit."""
-    zones = len(state.nodes[node].numa)
-    cpu, memory = shape.request_map.get(CPU, 0), shape.request_map.get(MEMORY, 0)
+    zones, need = len(state.nodes[node].numa), dict(shape.requests)
+    cpu, memory = need.get(CPU, 0), need.get(MEMORY, 0)
     if not zones or not (cpu or memory):
         return ()
-    free = state.numa_free[node, :zones]
+    free: list[list[int]] = state.numa_free[node, :zones].tolist()
     if shape.numa_single:
-        fits = [zone for zone in range(zones) if free[zone, 0] >= cpu and free[zone, 1] >= memory]
-        best = min(fits, key=lambda zone: (int(free[zone, 0]), int(free[zone, 1]), zone), default=None)
+        fits = [zone for zone in range(zones) if free[zone][0] >= cpu and free[zone][1] >= memory]
+        best = min(fits, key=lambda zone: (*free[zone], zone), default=None)
         return None if best is None else ((best, cpu, memory),)
     shares = []
-    for zone in sorted(range(zones), key=lambda zone: (-int(free[zone, 0]), zone)):
-        share = (zone, min(cpu, max(0, int(free[zone, 0]))), min(memory, max(0, int(free[zone, 1]))))
+    for zone in sorted(range(zones), key=lambda zone: (-free[zone][0], zone)):
+        share = (zone, min(cpu, max(0, free[zone][0])), min(memory, max(0, free[zone][1])))
         cpu, memory = cpu - share[1], memory - share[2]
         if share[1] or share[2]:
             shares.append(share)

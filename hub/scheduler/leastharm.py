@@ -201,6 +201,8 @@ def _by_groups(level: Level, sums: Sums, best: Victims | None) -> tuple[Victims 
     nodes, fewest = nodes[fewest > 0], np.clip(fewest[fewest > 0], 2, MAX_NODE_VICTIMS)
     latest = state.w_start[state.last[level.priority][nodes]]
     for count in np.flatnonzero(np.bincount(fewest)).tolist():
+        if best is not None and best.harm < (0, level.priority, level.least_weight(count), count):
+            break
         chosen = np.flatnonzero(fewest == count)
         chosen = chosen[np.lexsort((state.tie[nodes[chosen]], -latest[chosen]))]
         for start in range(0, len(chosen), GROUP):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import kernels
 from .arrays import GONE, IntArray
 from .classes import Klass
 from .feasible import in_domain
@@ -23,7 +24,9 @@ UNBOUNDED = 1 << 60
 """Free where a row asks nothing of a node; below 0, where nobody's going helps. No sum of what workloads hold comes near it."""
 
 _NO_DEVICES: Ints = np.zeros((0, 0), np.int64)
+_NO_MILLI: IntArray = np.zeros((0, 0), np.int32)
 _NO_SERVING: Bools = np.zeros((0, 0), np.bool_)
+_NEVER: Bools = np.zeros(1, np.bool_)
 _NO_ROWS: Ints = np.zeros(0, np.int64)
 
 
@@ -171,15 +174,15 @@ class Needs:
         """Whether rows and devices say it all, and the class of a workload all that it gives back of the rows."""
         return not self.ending.size and all(part.gpus for part in self.parts)
 
-    def devices(self) -> tuple[int, int, int, Ints, Ints, Bools, IntArray, Ints]:
+    def devices(self) -> tuple[int, int, int, IntArray, Ints, Bools, IntArray, Ints]:
         """What the compiled search asks of devices: how many (0: none), milli and memory of each; free milli and memory, [node, device] whether it may serve; what slots and classes hold."""
         state, gpu = self.state, self.klass.shape.gpu
         if gpu is None:
-            return 0, 0, 0, _NO_DEVICES, _NO_DEVICES, _NO_SERVING, state.w_gpus, _NO_DEVICES
+            return 0, 0, 0, _NO_MILLI, _NO_DEVICES, _NO_SERVING, state.w_gpus, _NO_DEVICES
         facts = state.facts(self.klass)
         serves = np.zeros(state.gpu_free.shape, np.bool_)
         serves[facts.gpu_nodes] = facts.devices
-        return gpu.count, gpu.milli, gpu.memory, state.gpu_free.astype(np.int64), state.gpu_mem, serves, state.w_gpus, changes_of(state).gpus
+        return gpu.count, gpu.milli, gpu.memory, state.gpu_free, state.gpu_mem, serves, state.w_gpus, changes_of(state).gpus
 
     def _combine(self, priority: int | None) -> None:
         """One set of rows: resources, GPU in all, the others."""
@@ -198,11 +201,22 @@ class Needs:
         self.free, self.given = np.concatenate((*free, *(item[0][None] for item in self.others))), np.concatenate((*given, table))
         self.amounts = np.concatenate((*amounts, np.zeros(len(self.others), np.int64)))[:, None]
         self.rows = np.arange(len(self.free))
+        if not self.others:
+            return
+        ends: Bools = np.array([item[2] for item in self.others])
+        if kernels.active is not None:
+            levels = np.array([level for level in state.levels if priority is None or level < priority], np.int64)
+            sums = np.zeros((len(levels), len(table), state.size), np.int64)
+            leaving_too = kernels.active.add_victims(state.w_class, state.w_node, state.w_priority, state.w_fixed, state.w_ending, state.slots, table, ends, levels, sums)
+            self._sums = dict(zip(levels.tolist(), sums, strict=True))
+            if leaving_too:
+                self.ending = base + np.flatnonzero(ends)
+            return
         slots = self._victims(np.logical_or.reduce(table), priority)
         amounts_of = table[:, state.w_class[slots]]
         leaving = state.w_ending[slots]
         if leaving.any():
-            self.ending = base + np.flatnonzero([item[2] for item in self.others])
+            self.ending = base + np.flatnonzero(ends)
             amounts_of[self.ending[:, None] - base, np.flatnonzero(leaving)] = 0
         levels = state.w_priority[slots]
         for level in np.unique(levels).tolist():
@@ -223,6 +237,12 @@ class Needs:
         kinds = np.zeros(len(self.state.class_live), np.int64)
         kinds[list(each.keys())] = list(each.values())
         found = np.zeros(self.state.size, np.int64)
+        if kernels.active is not None:
+            state = self.state
+            levels = np.array([level for level in state.levels if priority is None or level < priority], np.int64)
+            sums = np.zeros((len(levels), 1, state.size), np.int64)
+            kernels.active.add_victims(state.w_class, state.w_node, state.w_priority, state.w_fixed, state.w_ending, state.slots, kinds[None], _NEVER, levels, sums)
+            return sums.sum((0, 1))
         slots = self._victims(kinds != 0, priority)
         np.add.at(found, self.state.w_node[slots], kinds[self.state.w_class[slots]])
         return found
@@ -271,6 +291,9 @@ def _evenness(state: State, klass: Klass, at: int, eligible: Bools) -> Ints:
     """
     item, own = klass.shape.spread[at], klass.spread_self[at]
     domain, size = state.attributes.domains(item.topology_key)
+    if kernels.active is not None:
+        compiled: Ints = kernels.active.evenness(eligible, domain, size, state.counts[klass.spread_rows[at]], item.max_skew - own, item.min_domains, UNBOUNDED)
+        return compiled
     nodes = np.flatnonzero(eligible)
     free = np.full(state.size, UNBOUNDED, np.int64)
     if not nodes.size:

@@ -68,7 +68,7 @@ def reserve(scheduler: Scheduler, workload: Workload, now_ms: int) -> Placed | P
         scheduler.state.undo(mark)
         return scheduler.pending(decision)
     scheduler.state.keep(mark)
-    made = replace(chosen, moves=done[1])
+    made = replace(chosen, moves=done[1]) if done[1] else chosen
     return Made(done[0], made, tuple(victims[name] for name in made.evicted))
 
 

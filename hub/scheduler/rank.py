@@ -228,6 +228,9 @@ class SoftSpread:
             sums = np.bincount(np.where(counted, domain, -1) + 1, weights=state.counts[row], minlength=size + 1)[1:]
             values = np.count_nonzero(np.bincount(np.where(scored, domain, -1) + 1, minlength=size + 1)[1:])
             total += np.where(domain >= 0, np.append(sums, 0.0)[domain] * np.log(values + 2.0) + (item.max_skew - 1), 0.0)
+        if kernels.active is not None:
+            scores: Ints = kernels.active.spread_scores(total, scored, keyed)
+            return scores
         cost = total.astype(np.int64)
         seen = cost[scored]
         if not seen.size:

@@ -348,7 +348,7 @@ class State(Arrays):
                 numa[node, zone, 1] -= sign * memory
         for row, change in klass.bumps:
             self._count(row)[node] += sign * change
-        if any(link.min_kbps for link in shape.links):
+        if shape.links and any(link.min_kbps for link in shape.links):
             self._own("sites").use(int(self.site_of[node]), shape.links, sign)
         if workload.tenant:
             used = self.used_by.get(workload.tenant)

@@ -1,15 +1,20 @@
 """The compiled kernels decide exactly what numpy decides."""
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hub.scheduler import Invalid, Placed, Ranker, Scheduler, State, kernels, node, preempt, workload
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.fragmentation import Fragmentation, Typical
+from hub.scheduler.needs import Needs
 from tests.unit.scheduler import streams
+from tests.unit.scheduler.test_preempt_everywhere import KINDS, cluster
 from tools.bench.scheduler_latency import Run, fill
 
 
@@ -75,6 +80,45 @@ def test_numba_and_numpy_decide_the_same(nodes: list[streams.Json], events: list
         assert run(nodes, events, "on") == run(nodes, events, "off")
     finally:
         kernels.use("off")
+
+
+def needed(kind: str, seed: int, choice: str) -> list[Any]:
+    """All that a search asks of what a workload needs, of one random cluster."""
+    kernels.use("off")
+    scheduler, asked = cluster(kind, random.Random(f"{kind} {seed}"))
+    kernels.use(choice)
+    state = scheduler.state
+    needs = Needs(state, state.klass(asked.shape), asked.priority)
+    levels = sorted(level for level in state.levels if level < asked.priority)
+    return [needs.free[needs.rows], needs.amounts, needs.ending, needs.reach, *((needs.held(level)[needs.rows + 1], needs.most(level)[needs.rows]) for level in levels)]
+
+
+def differs(kind: str, seed: int) -> bool:
+    ours, theirs = needed(kind, seed, "on"), needed(kind, seed, "off")
+    return len(ours) != len(theirs) or not all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(0, 1 << 40))
+def test_what_a_workload_needs_is_the_same(kind: str, seed: int) -> None:
+    pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
+    try:
+        assert not differs(kind, seed)
+    finally:
+        kernels.use("off")
+
+
+@pytest.mark.parametrize("planted", ["who is on the way out counts", "no second least"])
+def test_a_kernel_that_adds_up_wrongly_is_seen(planted: str, numpy_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
+    kernels.use("on")
+    shipped = kernels.active.add_victims
+    if planted == "no second least":
+        monkeypatch.setattr(kernels.active, "evenness", lambda eligible, domain, size, counts, lead, least, _: lead - in_domain(domain, size, np.where(eligible, counts, 0)))
+        in_domain = kernels.active.in_domain
+    else:
+        monkeypatch.setattr(kernels.active, "add_victims", lambda *given: shipped(*given[:7], np.zeros(len(given[7]), np.bool_), *given[8:]))
+    assert any(differs("spread", seed) for seed in range(20))
 
 
 def test_without_numba_on_is_refused_and_auto_falls_back(monkeypatch: pytest.MonkeyPatch, numpy_again: None) -> None:
