@@ -242,7 +242,8 @@ class Needs:
             levels = np.array([level for level in state.levels if priority is None or level < priority], np.int64)
             sums = np.zeros((len(levels), 1, state.size), np.int64)
             kernels.active.add_victims(state.w_class, state.w_node, state.w_priority, state.w_fixed, state.w_ending, state.slots, kinds[None], _NEVER, levels, sums)
-            return sums.sum((0, 1))
+            np.sum(sums, (0, 1), out=found)
+            return found
         slots = self._victims(kinds != 0, priority)
         np.add.at(found, self.state.w_node[slots], kinds[self.state.w_class[slots]])
         return found

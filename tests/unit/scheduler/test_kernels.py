@@ -112,10 +112,9 @@ def test_what_a_workload_needs_is_the_same(kind: str, seed: int) -> None:
 def test_a_kernel_that_adds_up_wrongly_is_seen(planted: str, numpy_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
     kernels.use("on")
-    shipped = kernels.active.add_victims
+    shipped, in_domain = kernels.active.add_victims, kernels.active.in_domain
     if planted == "no second least":
         monkeypatch.setattr(kernels.active, "evenness", lambda eligible, domain, size, counts, lead, least, _: lead - in_domain(domain, size, np.where(eligible, counts, 0)))
-        in_domain = kernels.active.in_domain
     else:
         monkeypatch.setattr(kernels.active, "add_victims", lambda *given: shipped(*given[:7], np.zeros(len(given[7]), np.bool_), *given[8:]))
     assert any(differs("spread", seed) for seed in range(20))
