@@ -13,6 +13,7 @@ from hub.scheduler import Invalid, Placed, Ranker, Scheduler, State, kernels, no
 from hub.scheduler.audit import check_invariants
 from hub.scheduler.fragmentation import Fragmentation, Typical
 from hub.scheduler.needs import Needs
+from hub.scheduler.rank import SoftSpread, View
 from tests.unit.scheduler import streams
 from tests.unit.scheduler.test_preempt_everywhere import KINDS, cluster
 from tools.bench.scheduler_latency import Run, fill
@@ -118,6 +119,26 @@ def test_a_kernel_that_adds_up_wrongly_is_seen(planted: str, numpy_again: None, 
     else:
         monkeypatch.setattr(kernels.active, "add_victims", lambda *given: shipped(*given[:7], np.zeros(len(given[7]), np.bool_), *given[8:]))
     assert any(differs("spread", seed) for seed in range(20))
+
+
+def soft_scores(choice: str) -> list[list[int]]:
+    """How soft spread scores the nodes of one filled cluster, for each class that asks for it, all nodes and only some being left."""
+    kernels.use("off")
+    stream = Run(30, 300, 7)
+    fill(stream, 100)
+    kernels.use(choice)
+    state = stream.scheduler.state
+    views = [View(state, item, state.facts(state.klass(item.shape)), np.arange(30) % every == 0, 0) for item in state.classes if item is not None and item.shape.spread for every in (1, 3, 40)]
+    return [scores.tolist() for view in views if (scores := SoftSpread().score(view)) is not None]
+
+
+def test_soft_spread_scores_the_same_and_a_kernel_that_takes_all_nodes_for_scored_is_seen(numpy_again: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="numba is not installed: numpy does the work")
+    expected = soft_scores("off")
+    assert len(expected) > 10 and soft_scores("on") == expected
+    shipped = kernels.active.spread_scores
+    monkeypatch.setattr(kernels.active, "spread_scores", lambda total, scored, keyed: shipped(total, keyed, keyed))
+    assert soft_scores("on") != expected
 
 
 def test_without_numba_on_is_refused_and_auto_falls_back(monkeypatch: pytest.MonkeyPatch, numpy_again: None) -> None:
