@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ImageError
-from .layer import CHUNK, Counted, Limits, opener, settle, unpack
-from .manifest import Config, Platform
+from .layer import CHUNK, Counted, Limits, Unpacked, opener, settle, unpack
+from .manifest import MODULE_FILE, MODULES, Config, Platform
 from .source import Layer, Plan, opened, plan
 
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
@@ -181,9 +181,13 @@ class ImageStore:
             self._copy(layer, blob)
             self._step("unpack")
             folder.mkdir(mode=0o755)
-            with open(blob, "rb") as handle:
-                told = unpack(opener(layer.media, handle), folder, layer.diff_id, limits, own=self._own)
-            blob.unlink()
+            if layer.media in MODULES:
+                os.rename(blob, folder / MODULE_FILE)
+                told = Unpacked(layer.size, 1)
+            else:
+                with open(blob, "rb") as handle:
+                    told = unpack(opener(layer.media, handle), folder, layer.diff_id, limits, own=self._own)
+                blob.unlink()
             self._step("settle")
             settle(folder)
             self._put(self._layers / f"{layer.diff_id}.json", asdict(told))
