@@ -153,7 +153,7 @@ class Runner:
                     if ended is None:
                         if changed.is_set():
                             return
-                        ended = await driver.stop(key, GRACE_S)
+                        await driver.stop(key, GRACE_S)
                         self._say(entry, "failed", f"its deadline of {how.deadline_s:g} s has passed")
                         self._forget_tries({said})
                         return

@@ -173,7 +173,7 @@ class Host:
             self._bury(worker)
 
     def _call_due(self, call: Call) -> None:
-        if call.answer or not call.body and not call.began:  # its caller takes or sends nothing
+        if call.answer or (not call.body and not call.began):  # its caller takes or sends nothing
             self._drop(call)
             return
         worker = next((one for one in self._workers.values() if one.call is call), None)

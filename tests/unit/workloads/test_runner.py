@@ -110,10 +110,11 @@ def entry(workload: str, epoch: int, wanted: str = "running", **spec: Any) -> di
 
 
 def made(disk: Disk, driver: type[InMemory] = InMemory) -> Runner:
-    async def bring(reference: str) -> None:
+    async def bring(kind: str, reference: str) -> str:
         """The image is there."""
+        return "memory"
 
-    return Runner(driver(disk), disk, bring, lambda: None, lambda: None)
+    return Runner({"memory": driver(disk)}, disk, bring, lambda: None, lambda: None)
 
 
 WANTED = st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 3), st.sampled_from(("running", "stopped"))), max_size=4, unique_by=lambda one: one[:2])
