@@ -313,7 +313,7 @@ class FunctionDriver:
             status = self._status(key)
             if word != "running" and status.phase is not Phase.RUNNING and not (status.phase is Phase.ENDED and status.exit is not None):
                 raise Failed("start", status.reason or "its host ended without a word", "see the reason; delete it before it is tried again")
-        if status.phase is Phase.RUNNING:
+        if status.phase is Phase.RUNNING and not self._instance(key)["told"]["job"]:
             self._serving[key.id] = key
         return status
 
