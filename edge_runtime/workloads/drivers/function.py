@@ -38,7 +38,7 @@ from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase
 from .function_call import Answer, ask
 from .function_frames import PROBE, PROBE_MEMORY
 from .function_spec import limits
-from .instance import alive, line, read, readable, sync_folder, tail, write
+from .instance import alive, read, readable, sync_folder, tail, write
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,9 @@ MAX_CALLS = 256
 
 SPAWNER_S, START_S, COMPILE_S = 30.0, 30.0, 120.0
 """A spawner, a host, a compiler that has said nothing by then hangs. The engine is loaded from disk in the first; the last may have used its minute of processor time on a slow machine."""
+
+MAX_WORD = 4096
+"""Bytes of what a host or compiler says first."""
 
 LEFT_S = 10.0
 """A host that was killed is gone by then."""
@@ -97,6 +100,10 @@ class FunctionDriver:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for leaving in self._new.iterdir():
             shutil.rmtree(leaving, ignore_errors=True) if leaving.is_dir() else leaving.unlink()
+        # Instances are not awaited on the disk when they are made: what a power cut left of one is no instance, and nothing of it runs.
+        for entry in os.scandir(self._folder):
+            if not entry.name.startswith(".") and read(Path(entry.path, "instance.json")) is None:
+                shutil.rmtree(entry.path, ignore_errors=True)
 
     def folder(self, key: Key) -> Path:
         """An instance's folder, there or not."""
@@ -277,11 +284,10 @@ class FunctionDriver:
             **asdict(limit), "args": [order.key.id, *limit.args], "what": "run", "job": order.job, "folder": str(folder), "uid": FIRST_ID + slot if os.geteuid() == 0 else 0, "log_bytes": self._settings.log_bytes,
         }
         (laid / "lock").touch(mode=0o600)
-        write(laid / "instance.json", {
+        (laid / "instance.json").write_text(json.dumps({
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": [digest] if image else [], "module": digest, "compiled_ms": compiled_ms, "told": told,
-        })
+        }))
         os.rename(laid, folder)
-        sync_folder(self._folder)
 
     # -- start, end ----------------------------------------------------------------------------------------------------------
 
@@ -527,7 +533,11 @@ class FunctionDriver:
             finally:
                 os.close(says)
         try:
-            return await asyncio.to_thread(line, hears, seconds, 2100)
+            async with asyncio.timeout(seconds):
+                await readable(hears)
+            return os.read(hears, MAX_WORD).decode("utf-8", "replace").strip()  # what is written at once, up to a pipe's page, is read at once
+        except TimeoutError:
+            return ""
         finally:
             os.close(hears)
 

@@ -1,6 +1,6 @@
 """What stands between the agent and one function: a process of its own that outlives the agent, keeps workers ready, hands them calls, and ends what takes too long.
 
-A spawner, started by the agent and gone with it, has the interpreter and the engine loaded; it forks a host for each function, so that a start costs a fork. A host forks its workers. The host
+A spawner, started by the agent and gone with it, has the interpreter and the engine loaded; it forks a host for each function, the next one ahead of its need. A host forks its workers. The host
 alone keeps its rights (it must end workers of another user); it reads nothing that a module's program wrote but frames of bounded size.
 
     running.json    pid, start and boot of the host: written when an instance stands ready
@@ -15,12 +15,14 @@ import heapq
 import json
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +45,9 @@ IDLE_S = 60.0
 
 MAX_DEATHS = 5
 """Workers in a row that ended before they were ready: the function cannot be run."""
+
+SPARE_AFTER_S = 0.02
+"""The next host is forked so long after the last one was told what to be: not while that one starts."""
 
 COMPILE_S, COMPILE_BYTES, COMPILED_BYTES = 60, 1 << 30, 512 << 20
 """Processor time, memory and output of a compiler: a module of 10 MB takes a few seconds."""
@@ -478,21 +483,49 @@ def spawner() -> int:
     once.run(b"")
     once.end()
     gc.freeze()  # what is there now stays: a collection would write to all of it, and so copy what is shared
+    next_one = spare(own, channel)
     channel.send(b"ready")
     while True:
+        if next_one.fileno() < 0 and not select.select([channel], [], [], SPARE_AFTER_S)[0]:
+            next_one = spare(own, channel)
         data, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 3)
         if not data:
             return 0
-        told = json.loads(data)
-        if os.fork() == 0:
+        if json.loads(data)["what"] == "run":
+            if next_one.fileno() < 0:
+                next_one = spare(own, channel, descriptors)
+            with contextlib.suppress(OSError):  # it was killed: the agent hears no word
+                socket.send_fds(next_one, [data], descriptors)
+            next_one.close()
+        elif os.fork() == 0:
             try:
                 channel.close()
-                os.setsid()
-                host(own, told, descriptors) if told["what"] == "run" else compiler(told, descriptors)
+                next_one.close()
+                compiler(json.loads(data), descriptors)
             finally:
                 os._exit(1)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def spare(own: wasmtime.Engine, channel: socket.socket, held: Sequence[int] = ()) -> socket.socket:
+    """A host that waits to be told of its function: the fork is done before it is needed. Returns the socket to it; it ends with that. `held`: what it shall not inherit, a lock above all."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        try:
+            channel.close()
+            ours.close()
+            for descriptor in held:
+                os.close(descriptor)
+            os.setsid()
+            data, descriptors, _, _ = socket.recv_fds(theirs, MAX_REQUEST, 3)
+            theirs.close()
+            if data:
+                host(own, json.loads(data), descriptors)
+        finally:
+            os._exit(1)
+    theirs.close()
+    return ours
 
 
 def isolate() -> None:

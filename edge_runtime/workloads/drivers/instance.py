@@ -45,17 +45,17 @@ async def bounded(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
     return bytes(kept), cut
 
 
-def line(descriptor: int, seconds: float, most: int = 100) -> str:
-    """One line of a pipe of up to `most` bytes, without its end; empty where there is none in time."""
+def line(descriptor: int, seconds: float) -> str:
+    """One line of a pipe, without its end; empty where there is none in time."""
     found, end = b"", time.monotonic() + seconds
-    while not found.endswith(b"\n") and len(found) < most:
+    while not found.endswith(b"\n") and len(found) < 100:
         if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
             break
         data = os.read(descriptor, 1)
         if not data:
             break
         found += data
-    return found.decode("utf-8", "replace").strip()
+    return found.decode("ascii", "replace").strip()
 
 
 def tail(path: Path, most: int) -> tuple[bytes, bool]:

@@ -38,6 +38,9 @@ MAX_NAMES = 64
 MAX_ARCHIVES = 256
 """Sources in a folder that are looked at for one image."""
 
+FRESH_MS = 60_000
+"""The image that was asked for last need not be written down as that again within a minute: two waits for the disk less in the start of what runs from it."""
+
 MAX_RECORD = 8 << 20
 """Bytes of an image's document: a config of the largest size, and its names."""
 
@@ -93,9 +96,13 @@ class ImageStore:
         """The image of a name, or of `sha256:<digest>` (also after `@`); raises `ImageError`. It counts as asked for now."""
         with self._lock:
             digest = reference.rpartition("@")[2].removeprefix("sha256:")
-            for image in self._all():
+            images = self._all()
+            for image in images:
                 if reference in image.names or f"{reference}:latest" in image.names or digest == image.digest:
-                    used = replace(image, used_ms=int(time.time() * 1000))
+                    now = int(time.time() * 1000)
+                    if image is images[0] and 0 <= now - image.used_ms < FRESH_MS:
+                        return image
+                    used = replace(image, used_ms=now)
                     self._write(used)
                     return used
         raise ImageError("image", f"{reference[:100]} is not on this node", "bring it here: an OCI layout, or an archive of one or of docker save")
