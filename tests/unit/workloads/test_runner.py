@@ -27,7 +27,8 @@ class Disk:
         self.trouble: list[str] = []
 
     def append(self, stream: str, kind: str, body: dict[str, Any]) -> None:
-        self.records.append((body["id"], body["epoch"], body["state"]))
+        if kind == "workload":
+            self.records.append((body["id"], body["epoch"], body["state"]))
 
     def state(self, key: str) -> Any:
         return self.documents.get(key)
