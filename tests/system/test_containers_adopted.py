@@ -55,7 +55,7 @@ class Node:
 
     def start(self) -> None:
         self.agent = Agent(0, api=False, uplink_port=self._port, model="", host=False, data=self.data, extra={
-            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"]}, "decisions": {},
+            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"], "functions": False}, "decisions": {},
             "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
         })
         self.agent.__enter__()
