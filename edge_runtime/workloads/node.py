@@ -57,8 +57,9 @@ class WorkloadNode:
         finally:
             if self._runner is not None:
                 await self._runner.close()
-            if self._functions is not None:
-                await asyncio.to_thread(self._functions.close)
+            for driver in (self._functions, self._containers):
+                if driver is not None:
+                    await asyncio.to_thread(driver.close)
             if self._store is not None:
                 self._store.close()
 

@@ -117,6 +117,7 @@ async def all_rounds(options: Any, folder: Path, store: ImageStore) -> tuple[dic
             note(options, f"round {number + 1}: container median {median(found['container'][-1]['start_s']) * 1000:.0f} ms")
     else:
         cannot["container"] = told.to_json()["cannot"]["start"]
+    containers.close()
     return found, cannot, peer
 
 
