@@ -135,7 +135,7 @@ def main() -> int:
         store.close()
     times: dict[str, list[list[float]]] = {name: [row[name] for row in found["function"]] for name in ("function cold", "function warm")}
     times["container"] = [[second * 1000 for second in row["start_s"]] for row in found["container"]]
-    told = {
+    told: dict[str, dict[str, Any]] = {
         name: {"median": spread([median(row) for row in rows]), "least": round(min(min(row) for row in rows), 3), "worst": round(max(max(row) for row in rows), 3), "bar": BAR_MS[name],
                "ok": min(median(row) for row in rows) < BAR_MS[name]}
         for name, rows in times.items() if rows

@@ -115,8 +115,11 @@ class FunctionDriver:
             process, channel = self._spawner
             self._spawner = None
             channel.close()
-            with process:
-                pass
+            try:
+                process.wait(LEFT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class FunctionDriver:
         raw = await asyncio.to_thread(_whole, module, MAX_MODULE)
         if sha256(raw).hexdigest() != digest:
             raise Refused("image", f"the module on this node is not what its digest sha256:{digest} says", "remove the image, and bring it again")
-        target = self._new / f"{digest}.code"
+        target = self._new / f"{digest}-{secrets.token_hex(4)}.code"
         given = _memory_file(raw)
         out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -526,7 +529,7 @@ class FunctionDriver:
                     try:
                         socket.send_fds(self._spawner[1], [request], given)
                         break
-                    except OSError as error:  # it was killed
+                    except OSError as error:  # it was killed, or hangs
                         await asyncio.to_thread(self.close)
                         if attempt == 2:
                             raise Failed("start", f"the process that starts functions cannot be reached: {error.strerror}", "look at the node") from None
@@ -566,6 +569,7 @@ class FunctionDriver:
                 pass
             raise Failed("start", f"the process that starts functions did not come up: {words or 'no word'}", "look at the node")
         process.stderr.close()
+        ours.setblocking(False)  # a spawner that does not listen must not hold the agent up
         return process, ours
 
 
