@@ -172,7 +172,7 @@ class Runner:
         left_s = self._left_s(said, how)
         if not how.again(ended, tries) or (left_s is not None and left_s <= pause_s(tries)):
             if ended.phase in (Phase.ENDED, Phase.LOST):
-                after = f" (after {tries} restarts)" if tries else ""
+                after = f" (after {tries} restart{'s' * (tries > 1)})" if tries else ""
                 self._say(entry, "done" if succeeded(ended) else "failed", ended.reason + after if ended.reason else "")
                 self._forget_tries({said})
             return False

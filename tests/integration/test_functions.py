@@ -211,6 +211,34 @@ async def test_nothing_kept_warm_means_that_each_call_is_cold_and_still_answered
     await driver.delete(key)
 
 
+async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host of this process's making, so that it has less patience."""
+    made: list[int] = []
+
+    async def fork(told: dict[str, Any], descriptors: list[int], seconds: float) -> str:
+        read, write = os.pipe()
+        made.append(os.fork())
+        if made[-1] == 0:
+            function_host.host(function_worker.engine(), told, [descriptors[0], write, descriptors[1]])
+        os.close(write)
+        try:
+            return (await asyncio.to_thread(os.read, read, 100)).decode().strip()
+        finally:
+            os.close(read)
+
+    key = Key("patient", 1)
+    await driver.prepare(Order(key, "echo:1", {}, {"concurrency": 3, "warm": 1}))
+    monkeypatch.setattr(function_host, "IDLE_S", 0.1)
+    monkeypatch.setattr(driver, "_spawn", fork)
+    await driver.start(key)
+    answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
+    assert {one.stdout for one in answers} == {b"hello x"} and any(one.cold for one in answers)
+    await until(lambda: len(workers(driver, key)) == 1, what="only the one that is kept ready is left")
+    assert not (await driver.call("patient", b"y")).cold
+    await driver.delete(key)
+    await asyncio.to_thread(os.waitpid, made[0], 0)
+
+
 async def test_a_worker_that_is_killed_costs_its_call_alone(driver: FunctionDriver) -> None:
     key = await started(driver, "loop", timeout_s=60, concurrency=1)
     call = asyncio.create_task(driver.call("loop", b""))

@@ -101,7 +101,8 @@ async def test_functions_are_called_outlive_a_killed_agent_and_stop(tmp_path: Pa
         try:
             await asyncio.to_thread(node.start)
             await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and sorted(hub.workloads.planner.runs("bench-edge")) == sorted(kinds), 60.0, what="a node that runs functions")
-            more = [work("box", "container", "box", command=["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"]), work("boxed", "batch", "box", command=["sh", "-c", "exit 4"])] if CONTAINERS else []
+            more = [work("box", "container", "box", command=["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"]), work("boxed", "batch", "box", command=["sh", "-c", "exit 4"]),
+                    work("flaky", "container", "box", command=["sh", "-c", "exit 5"], restart="on-failure", retries=2)] if CONTAINERS else []
             await submit(
                 hub, work("greet", "function", "echo"), work("stuck", "function", "loop", timeout_s=0.2), work("broken", "function", "trap"), work("job", "batch", "exit"), work("good", "batch", "echo", restart="never"),
                 work("again", "batch", "exit", retries=1), work("odd", "function", "echo", privileged=True), work("absent", "function", "nowhere"), *more,
@@ -110,13 +111,15 @@ async def test_functions_are_called_outlive_a_killed_agent_and_stop(tmp_path: Pa
             await until(lambda: all(states(hub, name) == ["accepted", "running"] for name in ("greet", "stuck", "broken")), 60.0, what="the functions")
             await until(lambda: "refused" in states(hub, "odd") and "refused" in states(hub, "absent"), 60.0, what="refusals")
             reasons = {name: reason for name, _, state, reason in said(hub) if state in ("refused", "failed")}
-            assert reasons["job"] == "exit code 3" and reasons["again"] == "exit code 3 (after 1 restarts)" and "spec.privileged" in reasons["odd"] and "nowhere:1 is not on this node" in reasons["absent"]
+            assert reasons["job"] == "exit code 3" and reasons["again"] == "exit code 3 (after 1 restart)" and "spec.privileged" in reasons["odd"] and "nowhere:1 is not on this node" in reasons["absent"]
             if CONTAINERS:
-                await until(lambda: states(hub, "box") == ["accepted", "running"] and states(hub, "boxed")[-1:] == ["failed"], 60.0, what="the containers beside them")
+                await until(lambda: states(hub, "box") == ["accepted", "running"] and states(hub, "boxed")[-1:] == states(hub, "flaky")[-1:] == ["failed"], 60.0, what="the containers beside them")
                 assert [reason for name, _, _, reason in said(hub) if name == "boxed"][-1] == "exit code 4"
+                assert [reason for name, _, _, reason in said(hub) if name == "flaky"][-1] == "exit code 5 (after 2 restarts)"
             bodies = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload",), 0, 1000)[0]]
             assert next(one for one in bodies if one["id"] == "greet" and one["state"] == "running")["load_ms"] > 0
-            assert [json.loads(item.record.body)["tries"] for _, item in hub.store.read_events_after(("workload.restart",), 0, 1000)[0]] == [1]
+            again = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload.restart",), 0, 1000)[0]]
+            assert sorted((one["id"], one["tries"]) for one in again) == [("again", 1), *([("flaky", 1), ("flaky", 2)] if CONTAINERS else [])]
 
             status, answer, headers = await node.call("greet", b"world")
             assert (status, answer, headers["Novacron-Cold"]) == (200, b"hello world", "0")
