@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from ..contract.workloads import RUNNING, STOPPED
-from .drivers.face import Driver, DriverError, Key, Order, Phase, Refused, Status
+from .drivers.face import Driver, DriverError, Failed, Key, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ GRACE_S = 10.0
 
 AGAIN_S = 15.0
 """After an operation that failed (a process that cannot be killed, a disk that fails) it is tried again."""
+
+LOOK_S, LOOKS = 0.25, 600
+"""Pause between two looks at a start that an earlier agent began, and their number: what a driver gives a start at most (150 s)."""
 
 ENDS = ("refused", "stopped", "done", "failed")
 
@@ -221,7 +224,7 @@ class Runner:
                 await driver.status(key)
             except Refused:
                 continue
-            return driver, await driver.start(key)  # what is on the disk, from an earlier agent too
+            return driver, await _started(driver, key)  # what is on the disk, from an earlier agent too
         if entry.get("gpus"):
             raise Refused("gpus", "there is no driver here that can give a workload GPU devices", "place it on a node whose driver can")
         image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")
@@ -229,7 +232,7 @@ class Runner:
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         await driver.prepare(Order(key, image, requests, spec, entry["kind"] == "batch"))
         self._tidy()  # only now: what is prepared stands on its image, and keeps it
-        return driver, await driver.start(key)
+        return driver, await _started(driver, key)
 
     async def _until(self, driver: Driver, key: Key, changed: asyncio.Event, left_s: float | None) -> Status | None:
         """How it ended; None where something else is wanted first, or `left_s` seconds have passed."""
@@ -257,6 +260,16 @@ class Runner:
 
 def _said(entry: Mapping[str, Any]) -> str:
     return f"{entry['id']}/{entry['epoch']}/{entry['wanted']}"
+
+
+async def _started(driver: Driver, key: Key) -> Status:
+    """Start it. Where an earlier agent, which was killed, had begun that, it is still under way: it is waited for, and not done twice."""
+    for _ in range(LOOKS):
+        status = await driver.start(key)
+        if status.phase is not Phase.PREPARED:
+            return status
+        await asyncio.sleep(LOOK_S)
+    raise Failed("start", "its start, which an earlier agent began, does not come to an end", "look at the node; it is removed now")
 
 
 def _spec(entry: Mapping[str, Any]) -> Mapping[str, Any]:

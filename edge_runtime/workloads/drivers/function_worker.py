@@ -148,7 +148,8 @@ class Kept:
 def confine(uid: int, memory: int, file_bytes: int = 0) -> None:
     """Give up all that a module's program has no use for: rights, files, processes, memory beyond its own. `uid` 0: there is no other user to become. `file_bytes`: what it may write to a file."""
     parent = os.getppid()
-    taken = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData:"))  # noqa: SIM115 - closed at once
+    with open("/proc/self/statm") as handle:
+        taken = int(handle.read().split()[5]) * resource.getpagesize()  # data and stack: a little more than what the limit counts
     with open("/proc/self/oom_score_adj", "w") as handle:
         handle.write("900")
     for what, most in (

@@ -252,3 +252,28 @@ class Careless(InMemory):
 async def test_control_a_driver_that_stops_nothing_is_caught() -> None:
     with pytest.raises(AssertionError):
         await live([("take", [("a", 1, "running")]), ("take", [("a", 2, "running")])], Careless)
+
+
+class Underway(InMemory):
+    """A start that an earlier agent began is still under way at the first two looks."""
+
+    async def start(self, key: Key) -> Status:
+        self._disk.trouble.append("looked")
+        return await super().start(key) if len(self._disk.trouble) > 2 else await self.status(key)
+
+
+async def test_a_start_that_is_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "LOOK_S", 0.0)
+    disk = Disk()
+    runner = made(disk, Underway)
+    await runner.take([entry("a", 1)])
+    await quiet()
+    assert disk.records == [("a", 1, "accepted"), ("a", 1, "running")] and disk.starts == {Key("a", 1): 1}
+    await runner.close()
+    monkeypatch.setattr(runners, "LOOKS", 2)  # and not for ever
+    disk = Disk()
+    runner = made(disk, Underway)
+    await runner.take([entry("a", 1)])
+    await quiet()
+    assert disk.records == [("a", 1, "accepted"), ("a", 1, "failed")] and disk.instances == {}
+    await runner.close()
