@@ -154,3 +154,37 @@ async def test_functions_are_called_outlive_a_killed_agent_and_stop(tmp_path: Pa
                 await until(lambda: states(hub, "box") == ["accepted", "running", "stopped"], 60.0, what="the container's stop")
         finally:
             await asyncio.to_thread(node.end)
+
+
+def holders(lock: Path) -> list[int]:
+    """Processes that have a file open."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found += [int(entry.name) for one in os.listdir(entry / "fd") if os.readlink(entry / "fd" / one) == str(lock)][:1]
+            except OSError:
+                continue
+    return found
+
+
+async def test_an_agent_killed_during_a_start_starts_nothing_twice(tmp_path: Path) -> None:
+    """As soon as a file is there, which comes later in the start each time."""
+    marks = ("", "call.sock", "running.json")
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        node = Node(tmp_path, hub)
+        try:
+            await asyncio.to_thread(node.start)
+            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and "function" in hub.workloads.planner.runs("bench-edge"), 60.0, what="a node that runs functions")
+            for at, mark in enumerate(marks):
+                await submit(hub, work(f"once-{at}", "function", "echo"))
+                await until((node.folder(f"once-{at}") / mark).exists, 30.0, what=f"{mark} of once-{at}")
+                await asyncio.to_thread(node.kill)
+                await asyncio.to_thread(node.start)
+            names = [f"once-{at}" for at in range(len(marks))]
+            await until(lambda: all(states(hub, name) == ["accepted", "running"] for name in names), 60.0, what="all of them")
+            for name in names:
+                assert (await node.call(name, b"me"))[:2] == (200, b"hello me")
+                assert holders(node.folder(name) / "lock") == [node.pid(name)], "one host, and nobody else, holds the lock"
+        finally:
+            await asyncio.to_thread(node.end)
