@@ -1,6 +1,6 @@
 """What stands between the agent and one function: a process of its own that outlives the agent, keeps workers ready, hands them calls, and ends what takes too long.
 
-A spawner, started by the agent and gone with it, has the interpreter and the engine loaded; it forks a host for each function, the next one ahead of its need. A host forks its workers. The host
+A spawner, started by the agent and gone with it, has the interpreter and the engine loaded; it forks a host for each function, the next one, with its first worker, ahead of its need. A host forks its further workers. The host
 alone keeps its rights (it must end workers of another user); it reads nothing that a module's program wrote but frames of bounded size.
 
     running.json    pid, start and boot of the host: written when an instance stands ready
@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import wasmtime
 
 from .function_frames import ANSWERS, ASKS, CALL, CRASHED, ERR, EXITED, MAX_INPUT, OUT, PROBE, PROBE_MEMORY, READY, REFUSED, SAYS, TIMED_OUT, TRAPPED
-from .function_worker import MAX_STDERR, MAX_TRAP, BadModule, Program, compile_module, confine, engine, work
+from .function_worker import MAX_STDERR, MAX_TRAP, BadModule, Program, compile_module, confine, engine, exactly, work
 
 MAX_REQUEST = 65_536
 """Bytes of what the agent asks of a spawner: paths, arguments and variables."""
@@ -107,12 +107,15 @@ class Host:
 
     Args:
         told: `folder`, `uid`, `job` (run it once, to its end), `timeout_s`, `warm`, `concurrency`, `queue`, `log_bytes`.
-        reply: pipe to the agent; hears `running` or `ended` once.
+        own: the engine.
+        descriptors: its lock, its pipe to the agent (which hears `running` or `ended` once), the verified native code.
         began: monotonic seconds of its start.
     """
 
-    def __init__(self, told: dict[str, Any], program: Program, reply: int, lock: int, began: float) -> None:
-        self._told, self._program, self._reply, self._lock, self._began = told, program, reply, lock, began
+    def __init__(self, told: dict[str, Any], own: wasmtime.Engine, descriptors: list[int], began: float) -> None:
+        self._told, self._engine, self._began = told, own, began
+        self._lock, self._reply, self._code = descriptors
+        self._program: Program | None = None
         self._job = bool(told["job"])
         self._select = selectors.DefaultSelector()
         self._workers: dict[int, Worker] = {}
@@ -140,9 +143,15 @@ class Host:
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def run(self) -> dict[str, Any]:
-        """Until it has ended; how."""
-        self._spawn()
+    def run(self, first: tuple[int, socket.socket] | None) -> dict[str, Any]:
+        """Until it has ended; how. `first`: pid of a worker that was forked ahead, and the socket to it."""
+        if first is None:
+            self._spawn()
+        else:
+            told = json.dumps(self._told).encode()
+            socket.send_fds(first[1], [CALL.pack(len(told))], [self._code])
+            first[1].sendall(told)
+            self._take(*first)
         while self._end is None:
             now = time.monotonic()
             for key, _ in self._select.select(max(0.0, self._dues[0][0] - now) if self._dues else None):
@@ -296,6 +305,8 @@ class Host:
     # -- workers -------------------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
+        if self._program is None:
+            self._program = linked(self._engine, self._told, self._code)
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
@@ -306,16 +317,19 @@ class Host:
                 for one in (ours, self._listener, *self._woken, *(worker.link for worker in self._workers.values()), *(call.client for call in self._calls.values())):
                     if one is not None:
                         one.close()
-                for descriptor in (self._lock, self._reply, *(log.file for log in self._logs.values())):
+                for descriptor in (self._lock, self._reply, self._code, *(log.file for log in self._logs.values())):
                     with contextlib.suppress(OSError):
                         os.close(descriptor)
                 work(theirs, self._program, self._told["uid"], self._job)
             finally:
                 os._exit(1)
         theirs.close()
-        ours.setblocking(False)
-        worker = self._workers[pid] = Worker(pid, ours)
-        self._select.register(ours, selectors.EVENT_READ, (self._hear, worker))
+        self._take(pid, ours)
+
+    def _take(self, pid: int, link: socket.socket) -> None:
+        link.setblocking(False)
+        worker = self._workers[pid] = Worker(pid, link)
+        self._select.register(link, selectors.EVENT_READ, (self._hear, worker))
         if self._job and self._told["timeout_s"]:
             self._due(time.monotonic() + self._told["timeout_s"], worker)
 
@@ -424,16 +438,18 @@ class Host:
             self._end = {"code": 143 if self._job else 0, "signal": signal.SIGTERM if self._job else 0, "out_of_memory": False, "at_ms": int(time.time() * 1000)}
 
 
-def host(own: wasmtime.Engine, told: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """A host's life, in the process that was forked for it. `descriptors`: its lock, its pipe to the agent, the verified native code."""
-    began = time.monotonic()
-    lock, reply, code = descriptors
+def linked(own: wasmtime.Engine, told: dict[str, Any], code: int) -> Program:
+    """The program of verified native code. By `pread`: others read the same file."""
+    module = wasmtime.Module.deserialize(own, os.pread(code, os.fstat(code).st_size, 0))
+    return Program(own, module, told["args"], told["env"], told["memory"], told["output_bytes"])
+
+
+def host(own: wasmtime.Engine, told: dict[str, Any], descriptors: list[int], first: tuple[int, socket.socket] | None = None) -> NoReturn:
+    """A host's life, in the process that was forked for it; the arguments are those of `Host`."""
     life: Host | None = None
     try:
-        with os.fdopen(code, "rb") as handle:
-            module = wasmtime.Module.deserialize(own, handle.read())
-        life = Host(told, Program(own, module, told["args"], told["env"], told["memory"], told["output_bytes"]), reply, lock, began)
-        result = life.run()
+        life = Host(told, own, descriptors, time.monotonic())
+        result = life.run(first)
     except Exception as error:
         result = {"failed": f"{type(error).__name__}: {error}"[:MAX_TRAP], "at_ms": int(time.time() * 1000)}
     with contextlib.suppress(OSError):
@@ -509,7 +525,11 @@ def spawner() -> int:
 
 
 def spare(own: wasmtime.Engine, channel: socket.socket, held: Sequence[int] = ()) -> socket.socket:
-    """A host that waits to be told of its function: the fork is done before it is needed. Returns the socket to it; it ends with that. `held`: what it shall not inherit, a lock above all."""
+    """A host, and its first worker, that wait to be told of their function: the forks are done before they are needed. Returns the socket to the host; both end with that.
+
+    Args:
+        held: what they shall not inherit, a lock above all.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         try:
@@ -518,14 +538,35 @@ def spare(own: wasmtime.Engine, channel: socket.socket, held: Sequence[int] = ()
             for descriptor in held:
                 os.close(descriptor)
             os.setsid()
+            link, its = socket.socketpair()
+            pid = os.fork()
+            if pid == 0:
+                theirs.close()
+                link.close()
+                first_worker(own, its)
+            its.close()
             data, descriptors, _, _ = socket.recv_fds(theirs, MAX_REQUEST, 3)
             theirs.close()
             if data:
-                host(own, json.loads(data), descriptors)
+                host(own, json.loads(data), descriptors, (pid, link))
         finally:
             os._exit(1)
     theirs.close()
     return ours
+
+
+def first_worker(own: wasmtime.Engine, link: socket.socket) -> NoReturn:
+    """A worker that was forked before there was a function for it: it links the program by itself, while its host listens for calls."""
+    try:
+        head, descriptors, _, _ = socket.recv_fds(link, CALL.size, 1)
+        if not head:
+            os._exit(0)
+        told = json.loads(exactly(link, CALL.unpack(head)[0]))
+        program = linked(own, told, descriptors[0])
+        os.close(descriptors[0])
+        work(link, program, told["uid"], told["job"])
+    finally:
+        os._exit(1)
 
 
 def isolate() -> None:

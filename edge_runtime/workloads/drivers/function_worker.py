@@ -184,7 +184,7 @@ def work(link: socket.socket, program: Program, uid: int, job: bool) -> NoReturn
         else:
             instance = program.ready(kept.say)
         link.sendall(SAYS.pack(READY, 0, 0, 0, 0))
-        stdin = b"" if job else _exactly(link, CALL.unpack(_exactly(link, CALL.size))[0])
+        stdin = b"" if job else exactly(link, CALL.unpack(exactly(link, CALL.size))[0])
         how, code, words = instance.run(stdin)
         instance.end()  # its memory goes before the next one's comes
         out, err = kept.parts
@@ -194,7 +194,8 @@ def work(link: socket.socket, program: Program, uid: int, job: bool) -> NoReturn
             os._exit(0)
 
 
-def _exactly(link: socket.socket, size: int) -> bytes:
+def exactly(link: socket.socket, size: int) -> bytes:
+    """So many bytes; the process ends where its host has."""
     found = bytearray()
     while len(found) < size:
         data = link.recv(size - len(found))
