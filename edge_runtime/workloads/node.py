@@ -146,9 +146,13 @@ class WorkloadNode:
             await asyncio.to_thread(self._store.prune, self._config.workloads.images_bytes, modules)
 
     async def call(self, function: str, body: bytes, timeout_s: float | None) -> "Answer | None":
-        """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`."""
-        if self._functions is None or "function" not in self._usable:
-            return None
+        """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`. What an earlier agent left is called before the probe has ended."""
+        if self._functions is None:
+            if self._probed:
+                return None
+            from .drivers.face import Refused
+
+            raise Refused("node", "the agent has just started, and looks at what it can run", "come again")
         answer = await self._functions.call(function, body, timeout_s)
         self._metrics.inc("function_calls_total", outcome=answer.what.replace(" ", "_"))
         if answer.cold:
