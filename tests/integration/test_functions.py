@@ -14,6 +14,7 @@ from edge_runtime.workloads.drivers import function_host, function_worker
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.function import FIRST_ID, FunctionDriver
 from edge_runtime.workloads.drivers.function_call import Answer
+from edge_runtime.workloads.drivers.function_code import NativeCode
 from edge_runtime.workloads.images import ImageError, ImageStore, Limits
 from tests.unit.workloads.image_side import AS_ROOT, layer, layout, sha
 
@@ -345,14 +346,14 @@ async def test_native_code_is_made_once_and_what_was_changed_is_not_loaded(tmp_p
     digest = sha(module("echo"))
     try:
         await called(driver, "echo")
-        path = driver._code_path(digest)
+        path = driver._code.path(digest)
         made = path.stat().st_ino
         await called(driver, "echo")
         assert path.stat().st_ino == made, "it was not compiled again"
         good = path.read_bytes()
         changed = good[:9000] + bytes([good[9000] ^ 1]) + good[9001:]
         # Code of another module, whole and loadable, under this one's name; then a changed byte; then a forged hash; then another engine's.
-        other = driver._code_path(sha(module("exit")))
+        other = driver._code.path(sha(module("exit")))
         await called(driver, "exit")
         told = path.with_suffix(".hash").read_text()
         for data, hashed in ((other.read_bytes(), told), (changed, told), (changed, json.dumps({"hash": sha(changed)})), (other.read_bytes(), other.with_suffix(".hash").read_text()), (b"", told)):
@@ -373,8 +374,8 @@ async def test_control_without_the_hash_another_modules_code_is_run(tmp_path: Pa
     try:
         await called(driver, "echo")
         await called(driver, "exit")
-        driver._code_path(sha(module("echo"))).write_bytes(driver._code_path(sha(module("exit"))).read_bytes())
-        monkeypatch.setattr(FunctionDriver, "_hash", lambda self, digest, data: json.loads(self._code_path(digest).with_suffix(".hash").read_text())["hash"] if self._code_path(digest).with_suffix(".hash").exists() else "0")
+        driver._code.path(sha(module("echo"))).write_bytes(driver._code.path(sha(module("exit"))).read_bytes())
+        monkeypatch.setattr(NativeCode, "_hash", lambda self, digest, data: json.loads(self.path(digest).with_suffix(".hash").read_text())["hash"] if self.path(digest).with_suffix(".hash").exists() else "0")
         assert (await called(driver, "echo", b"me")).code == 3
     finally:
         driver.close()

@@ -11,7 +11,6 @@ As with containers, the disk is the truth: who holds an instance's lock lives, a
 import asyncio
 import contextlib
 import fcntl
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -26,8 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b, sha256
-from hmac import compare_digest
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +34,10 @@ from ..images.manifest import MODULE_FILE
 from . import cgroups
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Refused, Stats, Status
 from .function_call import Answer, ask
+from .function_code import NativeCode, engine_version, memory_file, whole
 from .function_frames import PROBE, PROBE_MEMORY
 from .function_spec import limits
-from .instance import alive, read, readable, sync_folder, tail, write
+from .instance import alive, read, readable, tail
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +49,6 @@ COMPILER_ID = FIRST_ID - 1
 
 MAX_INSTANCES = 256
 """Instances on the disk, the ended ones too."""
-
-MAX_MODULE = 64 << 20
-"""Bytes of a module: a Python interpreter with its library has 25 MB."""
-
-MAX_CODE = 64
-"""Modules whose native code is kept; the ones that were not used longest go."""
 
 MAX_CALLS = 256
 """Calls of the agent under way, of all functions: each holds a socket and an answer of at most 1 MiB."""
@@ -89,14 +82,15 @@ class FunctionDriver:
 
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
         self._folder, self._store, self._settings = directory / "functions", store, settings
-        self._new, self._code = self._folder / ".new", self._folder / ".code"
+        self._new = self._folder / ".new"
+        self._code = NativeCode(self._folder / ".code", self._new)
         self._capabilities: Capabilities | None = None
         self._spawner: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying, self._spawning = asyncio.Lock(), asyncio.Lock()
         self._serving: dict[str, Key] = {}
         self._calls = 0
-        for folder in (directory, self._folder, self._new, self._code):
+        for folder in (directory, self._folder, self._new, self._folder / ".code"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for leaving in self._new.iterdir():
             shutil.rmtree(leaving, ignore_errors=True) if leaving.is_dir() else leaving.unlink()
@@ -133,7 +127,7 @@ class FunctionDriver:
         if importlib.util.find_spec("wasmtime") is None:
             why = "wasmtime is not installed (pip install 'novacron[functions]')"
         else:
-            runtime = f"wasmtime {self._engine()}"
+            runtime = f"wasmtime {engine_version()}"
             try:
                 await self._try()
             except (Refused, Failed, OSError) as error:
@@ -168,22 +162,18 @@ class FunctionDriver:
         assert self._capabilities is not None
         self._capabilities.demand(Ability.START)
 
-    @staticmethod
-    def _engine() -> str:
-        return importlib.metadata.version("wasmtime")
-
     # -- native code ---------------------------------------------------------------------------------------------------------
 
     async def _compiled(self, digest: str, module: Path) -> int:
         """A descriptor's worth of verified native code is on the disk after this; milliseconds that compiling took, 0 where it was there."""
-        if await asyncio.to_thread(self._verified, digest) is not None:
+        if await asyncio.to_thread(self._code.verified, digest) is not None:
             return 0
         began = time.monotonic()
-        raw = await asyncio.to_thread(_whole, module, MAX_MODULE)
+        raw = await asyncio.to_thread(whole, module)
         if sha256(raw).hexdigest() != digest:
             raise Refused("image", f"the module on this node is not what its digest sha256:{digest} says", "remove the image, and bring it again")
         target = self._new / f"{digest}-{secrets.token_hex(4)}.code"
-        given = _memory_file(raw)
+        given = memory_file(raw)
         out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             word = await self._spawn({"what": "compile", "uid": COMPILER_ID if os.geteuid() == 0 else 0}, [given, out], COMPILE_S)
@@ -191,66 +181,12 @@ class FunctionDriver:
                 raise Refused("image", word[4:], "build it for wasm32-wasi, preview 1")
             if word != "compiled":
                 raise Failed("image", f"the module could not be compiled: {word or 'its compiler took too much time or memory'}", "look at the node, or build a smaller module")
-            await asyncio.to_thread(self._keep, digest, target, out)
+            await asyncio.to_thread(self._code.keep, digest, target, out)
         finally:
             os.close(given)
             os.close(out)
             target.unlink(missing_ok=True)
         return round((time.monotonic() - began) * 1000)
-
-    def _keep(self, digest: str, target: Path, descriptor: int) -> None:
-        """Sign and name it. The hash comes first: code without one is not loaded."""
-        data = target.read_bytes()
-        path = self._code_path(digest)
-        write(path.with_suffix(".hash"), {"hash": self._hash(digest, data)})
-        os.fsync(descriptor)
-        os.replace(target, path)
-        sync_folder(self._code)
-        kept = sorted(self._code.glob("*.code"), key=lambda one: one.stat().st_mtime, reverse=True)
-        for old in kept[MAX_CODE:]:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".hash").unlink(missing_ok=True)
-
-    def _verified(self, digest: str) -> bytes | None:
-        """Native code of a module, where it is there and ours."""
-        path = self._code_path(digest)
-        told = read(path.with_suffix(".hash"))
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        if told is None or not compare_digest(str(told.get("hash")), self._hash(digest, data)):
-            log.warning("the native code of module %s is not what was compiled here: it is not loaded, and made anew", digest)
-            path.unlink(missing_ok=True)
-            return None
-        os.utime(path)
-        return data
-
-    def _hash(self, digest: str, data: bytes) -> str:
-        keyed = blake2b(key=self._secret(), digest_size=32)
-        keyed.update(f"{digest} {self._engine()} {platform.machine()}\n".encode())
-        keyed.update(data)
-        return keyed.hexdigest()
-
-    def _secret(self) -> bytes:
-        path = self._code / "key"
-        try:
-            secret = path.read_bytes()
-            if len(secret) == 32:
-                return secret
-        except FileNotFoundError:
-            pass
-        secret = secrets.token_bytes(32)
-        temporary = self._new / "key"
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as handle:
-            handle.write(secret)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        return secret
-
-    def _code_path(self, digest: str) -> Path:
-        return self._code / f"{digest}-{self._engine()}.code"
 
     # -- prepare -------------------------------------------------------------------------------------------------------------
 
@@ -304,13 +240,13 @@ class FunctionDriver:
         status = self._status(key)
         if status.phase is Phase.PREPARED and not self._held(key):
             instance = self._instance(key)
-            if (code := await asyncio.to_thread(self._verified, instance["module"])) is None:
+            if (code := await asyncio.to_thread(self._code.verified, instance["module"])) is None:
                 await self._again(instance)
-                code = await asyncio.to_thread(self._verified, instance["module"])
+                code = await asyncio.to_thread(self._code.verified, instance["module"])
             if code is None:
                 raise Failed("start", "its native code is not what was compiled here", "look at who writes to the data folder")
             lock = os.open(self.folder(key) / "lock", os.O_RDWR | os.O_CLOEXEC)
-            native = _memory_file(code)
+            native = memory_file(code)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 word = await self._spawn(instance["told"], [lock, native], START_S)
@@ -549,7 +485,7 @@ class FunctionDriver:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = Path(__file__).parents[3]
         groups = cgroups.read().folders(cgroups.KEEPERS)
-        program = f"import sys; sys.path.insert(0, {str(root)!r}); from edge_runtime.workloads.drivers.function_host import spawner; sys.exit(spawner())"
+        program = f"import sys; sys.path.insert(0, {str(root)!r}); from edge_runtime.workloads.drivers.function_spawner import spawner; sys.exit(spawner())"
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-c", program, str(theirs.fileno()), json.dumps(groups)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/", start_new_session=True,
@@ -576,24 +512,6 @@ class FunctionDriver:
 def _name(key: Key) -> str:
     """A folder. Ids have no `+`."""
     return f"{key.id.replace(':', '+')}.{key.epoch}"
-
-
-def _whole(path: Path, most: int) -> bytes:
-    with open(path, "rb") as handle:
-        if os.fstat(handle.fileno()).st_size > most:
-            raise Refused("image", f"the module has more than {most} bytes", "build a smaller one")
-        return handle.read()
-
-
-def _memory_file(data: bytes) -> int:
-    """A descriptor of these bytes, which nobody can change any more."""
-    descriptor = os.memfd_create("code", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view):]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return descriptor
 
 
 def _used(pid: int) -> Stats:
