@@ -26,7 +26,7 @@ from .function_worker import MAX_TRAP, BadModule, Program, compile_module, confi
 MAX_REQUEST = 65_536
 """Bytes of what the agent asks of a spawner: paths, arguments and variables."""
 
-SPARE_AFTER_S = 0.02
+SPARE_AFTER_S = 0.005
 """The next host is forked so long after the last one was told what to be: not while that one starts."""
 
 COMPILE_S, COMPILE_BYTES, COMPILED_BYTES = 60, 1 << 30, 512 << 20
