@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ class Host:
                 found[name] = (told["pid"], told["started"])
         return found
 
+    def at_least(self, count: int) -> bool:
+        """Whether so many run."""
+        return len(self.running()) >= count
+
+    def at_most(self, count: int) -> bool:
+        """Whether no more than so many run."""
+        return len(self.running()) <= count
+
     def names(self) -> list[str]:
         """Folders of instances."""
         return sorted(entry.name for entry in os.scandir(self.folder) if not entry.name.startswith(".")) if self.folder.exists() else []
@@ -181,6 +190,11 @@ def states(hub: Hub) -> dict[str, str]:
     return {name: row.state for name, row in hub.workloads.rows.items()}
 
 
+async def cancel(hub: Hub, name: str) -> None:
+    """As the API does."""
+    await hub.workloads.ask(lambda planner, now: planner.cancel(name, now))
+
+
 async def killed(host: Host, found: Found) -> None:
     """Kill the agent, have it back, and look whether what ran is the same."""
     before = {name: one for name, one in host.running().items() if lives(*one)}
@@ -207,12 +221,12 @@ async def run(options: Any, folder: Path, found: Found) -> None:
     host = Host(folder, hub.broker.port, options.workloads)
     try:
         await asyncio.to_thread(host.start)
-        await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge"), "a node that runs containers")
+        await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and bool(hub.workloads.planner.runs("bench-edge")), "a node that runs containers")
         await hub.workloads.submit(read_list([document(number) for number in range(options.workloads)]))
         lasting = sum(kind_of(number) == "lasting" for number in range(options.workloads))
         starting, stopping = max(1, options.kills * 4 // 10), max(1, options.kills * 2 // 10)
         for number in range(starting):  # at so much of them, somewhere within the start of one
-            await until(lambda number=number: len(host.running()) >= lasting * (number + 1) // (starting + 1), "the next part of them")
+            await until(partial(host.at_least, lasting * (number + 1) // (starting + 1)), "the next part of them")
             await asyncio.sleep(chance.uniform(0, 0.2))
             await killed(host, found)
             note(options, f"killed while {len(host.running())} of {lasting} lasting ones ran")
@@ -234,9 +248,9 @@ async def run(options: Any, folder: Path, found: Found) -> None:
         pids = dict(host.running())
         for number in range(options.workloads):
             if kind_of(number) == "lasting":
-                await hub.workloads.ask(lambda planner, now, name=f"lasting-{number}": planner.cancel(name, now))
+                await cancel(hub, f"lasting-{number}")
         for number in range(stopping):
-            await until(lambda number=number: len(host.running()) <= lasting * (stopping - number) // (stopping + 1), "the stop of the next part")
+            await until(partial(host.at_most, lasting * (stopping - number) // (stopping + 1)), "the stop of the next part")
             await asyncio.to_thread(host.kill)
             await asyncio.to_thread(host.start)
             note(options, f"killed while {len(host.running())} ran that shall stop")
