@@ -57,8 +57,8 @@ MAX_DUTY_BYTES = 65_536
 MAX_SITE_NUMBER = 2**53 - 1
 """Largest number of a site's table: what every JSON reader holds exactly."""
 
-MAX_WORKLOADS = 128
-"""Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node)."""
+MAX_WORKLOADS = 256
+"""Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node); a kibibyte each where all are there."""
 
 MAX_WORKLOAD_BYTES = 16_384
 """Bytes of one workload's document: sixteen of them fit a desired state at the least, and none is a disk image by mistake."""

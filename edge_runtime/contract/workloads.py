@@ -34,5 +34,6 @@ REPORT_FIELDS = (
     Field("epoch", "integer", "the epoch of the placement it speaks of", minimum=1),
     Field("state", "enum", "what became of it", choices=REPORTED),
     Field("reason", "string", "why", required=False, default=""),
+    Field("load_ms", "number", "of `running`: how long the start took until it stood ready; 0 where that was not measured", required=False, default=0, minimum=0),
 )
 """The body of a `workload` record."""
