@@ -7,6 +7,8 @@ All members share one broker, and every publish comes back in the broker's order
 2.  *Start.* Who is given a device starts with it only when every other member has said that it goes by the same table, or has been silent so
     long that its lease is over on any clock, and a heartbeat of our own that was sent after that has come back. So whoever may have served
     the device has either read that it is not its own any more and stopped, or cannot act.
+    A workload is a duty too, under its own name (`WORKLOAD`). What runs outlives the agent and a short break, so its lease is longer (`RUN_LEASE_MS`),
+    and it is ended at the end of that lease whoever is alive; others wait longer before they start it (`RUN_WAIT_MS`), and a goodbye shortens nothing.
 3.  *Number.* One counter for elections and tables, kept by every member across restarts; only a table with a higher number is taken over.
 
 Safety comes from 1 and 2 alone, whoever leads and however many believe they do; the election (first claim of a number wins, in the broker's
@@ -14,10 +16,11 @@ order) is there so that somebody writes tables. What a broker remembers is not t
 of now, and where the broker has forgotten it, all duties are given anew.
 """
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..contract.limits import MAX_SITE_DEVICES, MAX_SITE_MEMBERS, MAX_SITE_NUMBER
-from ..contract.site_messages import Duty, Heartbeat, Table
+from ..contract.site_messages import Duty, Heartbeat, Table, is_workload
 from .assign import Candidate, assign, home_of
 
 HEARTBEAT_MS = 1_000
@@ -31,6 +34,21 @@ WAIT_MS = LEASE_MS + 500
 
 SILENT_MS = LEASE_MS + 2_000
 """Silence after which a member counts as dead: two heartbeats more than its lease, so that a short pause moves nothing."""
+
+RUN_LEASE_MS = 30_000
+"""How long what runs may go on after the last proof that it is ours: an update of the agent and a restart of the broker fit in. The keeper of a container ends it then."""
+
+RUN_WAIT_MS = RUN_LEASE_MS + 4_500
+"""How long the silence of another must last before nothing runs there any more: 8 % for the clocks, and two seconds for its end."""
+
+RUN_SILENT_MS = RUN_WAIT_MS + 1_500
+"""Silence after which the workloads of a member are given to others, while no hub is there."""
+
+HUB_AWAY_MS = SILENT_MS
+"""Nobody who is there may have had a hub for so long: a short break of the uplinks moves nothing."""
+
+HUB_SLACK_MS = 120_000
+"""A hub that was still there so long after a member was last heard does not count as having decided about it: an uplink that is gone is noticed after a keepalive or two."""
 
 SETTLE_MS = 2_000
 """How long a leader in office may say that it does not lead (it restarted, it has just won) before others claim."""
@@ -117,6 +135,35 @@ OURS, WAITS, OTHERS = "ours", "waits", "others"
 """How a device stands to us: act on it; ours, or perhaps, but not yet; another's."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the members of a site stand, as its leader sees it, for who shall run which workload.
+
+    Attributes:
+        live: who is there, the leader too.
+        gone: who has been silent for so long that nothing runs there any more.
+        cut_off: nobody who is there has a hub.
+        binding: members that are gone, of which the last word still counts: no hub can have decided about them since.
+    """
+
+    live: frozenset[str]
+    gone: frozenset[str]
+    cut_off: bool
+    binding: frozenset[str]
+
+
+Place = Callable[[Mapping[str, Duty], Standing, int, bool, int], dict[str, Duty]]
+"""`place(before, standing, number, anew, now)`: the duties of workloads; as `assign` of devices."""
+
+
+@dataclass(slots=True)
+class Occupied:
+    """A workload that may run here. `until_ms`: what runs is ended then, where the lease is not renewed; 0 where that is not known."""
+
+    duty: Duty
+    until_ms: int = 0
+
+
 @dataclass(slots=True)
 class Peer:
     """What is known of another member in this connection; times by our clock."""
@@ -153,6 +200,12 @@ class Member:
     peers: dict[str, Peer] = field(default_factory=dict)
     started: dict[str, Duty] = field(default_factory=dict)
     releasing: dict[str, Duty] = field(default_factory=dict)
+    hub: bool = False
+    """Our own uplink is up."""
+    place: Place | None = None
+    """Who shall run which workload; None where nobody here can tell."""
+    occupied: dict[str, Occupied] = field(default_factory=dict)
+    """Workloads that may run here, over connections and boots, until `vacated` or `drained`."""
     refused: int = 0
     """Members and devices beyond the limits, and messages of another process under our name."""
     _applied: tuple[int, str] = (0, "")
@@ -180,6 +233,10 @@ class Member:
     _repeated_ms: int = 0
     _assigned_ms: int = 0
     _anew: bool = False
+    _heard: dict[str, int] = field(default_factory=dict)
+    """When each member was last heard, on whatever connection."""
+    _hub_ms: int = 0
+    """When anybody was last heard to have a hub."""
 
     # -- what others ask -----------------------------------------------------------------------------------------------------
 
@@ -198,6 +255,22 @@ class Member:
         """The duty under which a command for what was decided on `device` may go out now; None for not."""
         duty = self.started.get(device) or self.releasing.get(device)
         return duty if duty is not None and self.leased(now) else None
+
+    def overdue(self, now: int) -> list[str]:
+        """Workloads here whose time is over: what runs must end now; `vacated` when it has."""
+        return [key for key, held in self.occupied.items() if key not in self.started and held.until_ms <= now]
+
+    def vacated(self, key: str) -> None:
+        """It does not run here any more."""
+        if key not in self.started:
+            self.occupied.pop(key, None)
+
+    def free(self, key: str, now: int) -> bool:
+        """It is certain that no other member runs this workload, nor will by the table in force."""
+        if self.table is None or not self.leased(now) or self._applied != self.table.identity:
+            return False
+        given = self.table.duties.get(key)
+        return (given is None or given.edge == self.edge) and self._ended_elsewhere(self.table.identity)
 
     def server(self, device: str) -> str:
         """Who serves the device; empty where that is not known."""
@@ -253,6 +326,8 @@ class Member:
             return []
         self._expire(now)
         actions = self._know(beat.number)
+        if beat.hub:
+            self._hub_ms = now
         if beat.edge == self.edge:
             return actions + self._returned(beat, now)
         peer = self.peers.get(beat.edge)
@@ -269,6 +344,8 @@ class Member:
         if peer.heartbeat.leads and not beat.leads:
             peer.follows_since_ms = now
         peer.heartbeat, peer.heard_ms = beat, now
+        if beat.edge in self._heard or len(self._heard) < MAX_SITE_MEMBERS:
+            self._heard[beat.edge] = now
         self.home(beat.edge, beat.duties)
         return actions + self._consider(now)
 
@@ -297,7 +374,11 @@ class Member:
                 self.started.clear()
                 actions.append(Forget())
             self._old_lease_ms = None
-        return actions + self._consider(now)
+        actions += self._consider(now)
+        for key in self.started:
+            if is_workload(key):
+                self.occupied[key] = Occupied(self.started[key], beat.sent_ms + RUN_LEASE_MS)
+        return actions
 
     def claimed(self, edge: str, number: int, now: int) -> list[Action]:
         """A claim came round, perhaps our own: the first with a number above all known ones wins."""
@@ -333,7 +414,11 @@ class Member:
         before = self.started
         self.table = self._last = table
         self.started = {device: duty for device, duty in before.items() if table.duties.get(device) == duty}
-        lost = {device: duty for device, duty in before.items() if device not in self.started}
+        lost = {device: duty for device, duty in before.items() if device not in self.started and not is_workload(device)}
+        for key, held in self.occupied.items():  # in a break too: it may run still, and must not be said to have stopped. With a new number it goes on where it is
+            given = table.duties.get(key)
+            if given is None or given.edge != self.edge:
+                lost[key] = held.duty
         if table.leader != self.edge:
             self._resign(keep_claim=True)
         self._vacant_ms = None
@@ -351,6 +436,8 @@ class Member:
         if self.table is None or self.table.identity != table or not self.session:
             return []
         self.releasing.clear()
+        for key in [key for key in self.occupied if (given := self.table.duties.get(key)) is None or given.edge != self.edge]:
+            del self.occupied[key]
         return self._apply(table, now)
 
     def _apply(self, table: tuple[int, str], now: int) -> list[Action]:
@@ -401,9 +488,9 @@ class Member:
         return Beat(self._heartbeat(now))
 
     def _heartbeat(self, now: int) -> Heartbeat:
-        load = sum(duty.edge == self.edge for duty in self.table.duties.values()) if self.table is not None else 0
+        load = sum(duty.edge == self.edge and not is_workload(key) for key, duty in self.table.duties.items()) if self.table is not None else 0
         return Heartbeat(
-            self.edge, self.boot, self.session, now, self.number, self._applied[0], self._applied[1], self.capacity, load, self.duties, self.leads
+            self.edge, self.boot, self.session, now, self.number, self._applied[0], self._applied[1], self.capacity, load, self.duties, self.leads, hub=self.hub
         )
 
     def _know(self, number: int) -> list[Action]:
@@ -421,10 +508,28 @@ class Member:
         if self.table is None or not self.leased(now) or self._applied != self.table.identity:
             return []
         fresh = {device: duty for device, duty in self.table.duties.items() if duty.edge == self.edge and device not in self.started}
-        if not fresh or not self._stopped_elsewhere(self.table.identity):
+        if not fresh:
+            return []
+        stopped, ended = self._stopped_elsewhere(self.table.identity), self._ended_elsewhere(self.table.identity)
+        fresh = {key: duty for key, duty in fresh.items() if (ended or self._unbroken(key, now) if is_workload(key) else stopped)}
+        if not fresh:
             return []
         self.started |= fresh
+        assert self._lease_ms is not None
+        self.occupied |= {key: Occupied(duty, self._lease_ms + RUN_LEASE_MS) for key, duty in fresh.items() if is_workload(key)}
         return [Start(fresh)]
+
+    def _unbroken(self, key: str, now: int) -> bool:
+        """It runs here on a lease that is not over: the others wait longer than that since they last heard from us, and hear from us again before they may start."""
+        held = self.occupied.get(key)
+        return held is not None and now < held.until_ms
+
+    def _ended_elsewhere(self, table: tuple[int, str]) -> bool:
+        """As `_stopped_elsewhere`, of what outlives an agent."""
+        assert self._lease_ms is not None
+        if self._lease_ms < self.up_ms + RUN_WAIT_MS:
+            return False
+        return all((peer.heartbeat.table, peer.heartbeat.leader) == table or self._lease_ms >= peer.heard_ms + RUN_WAIT_MS for peer in self.peers.values())
 
     def _stopped_elsewhere(self, table: tuple[int, str]) -> bool:
         """Nobody but us can act on what `table` gives to us: proven by what the broker took before a heartbeat of ours."""
@@ -446,6 +551,19 @@ class Member:
             return self._lease_ms >= self.up_ms + SILENT_MS
         return peer.heartbeat.leaving or self._lease_ms >= peer.heard_ms + SILENT_MS
 
+    def _gone(self, edge: str) -> bool:
+        """Nothing of what it ran runs there any more, as far as one who reads everything can tell."""
+        assert self._lease_ms is not None
+        peer = self.peers.get(edge)
+        return self._lease_ms >= (self.up_ms if peer is None else peer.heard_ms) + RUN_SILENT_MS
+
+    def _standing(self, names: Collection[str]) -> Standing:
+        assert self._lease_ms is not None
+        live = {self.edge, *(name for name in self.peers if not self._silent(name))}
+        gone = frozenset(name for name in {*names, *self.peers} - {self.edge} if self._gone(name))
+        cut_off = not self.hub and self._lease_ms >= max(self._hub_ms, self.up_ms) + HUB_AWAY_MS
+        return Standing(frozenset(live), gone, cut_off, frozenset(name for name in gone if self._hub_ms < self._heard.get(name, -HUB_SLACK_MS) + HUB_SLACK_MS))
+
     def _live(self, now: int) -> list[Candidate]:
         live = [Candidate(self.edge, self.capacity, now - self.up_ms >= STABLE_MS)]
         return live + [
@@ -463,12 +581,17 @@ class Member:
         if self.number >= MAX_SITE_NUMBER or (mine and 0 <= now - self._assigned_ms < ASSIGN_MS):
             return []
         self._assigned_ms = now
-        before = self._last.duties if self._last is not None else {}
+        last = self._last.duties if self._last is not None else {}
+        before = {device: duty for device, duty in last.items() if not is_workload(device)}
         number = self.number + 1 if mine else self._won_number
         for device in before:
             self._noticed.setdefault(device, now)
         spoke = sorted(device for device, at_ms in self._noticed.items() if now - at_ms < FORGET_MS)
-        duties = assign(before, spoke[:MAX_SITE_DEVICES], self._live(now), self._home_of, number, anew=self._anew and not mine)
+        anew = self._anew and not mine
+        duties = assign(before, spoke[:MAX_SITE_DEVICES], self._live(now), self._home_of, number, anew=anew)
+        if self.place is not None:
+            run = {key: duty for key, duty in last.items() if is_workload(key)}
+            duties |= self.place(run, self._standing({duty.edge for duty in run.values()} | self._heard.keys()), number, anew, now)
         if mine and self.table is not None and duties == self.table.duties:
             return self._repeat(now)
         self._sent_table = Table(number, self.edge, duties)
