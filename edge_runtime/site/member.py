@@ -591,7 +591,7 @@ class Member:
         duties = assign(before, spoke[:MAX_SITE_DEVICES], self._live(now), self._home_of, number, anew=anew)
         if self.place is not None:
             run = {key: duty for key, duty in last.items() if is_workload(key)}
-            duties |= self.place(run, self._standing({duty.edge for duty in run.values()} | self._heard.keys()), number, anew, now)
+            duties |= self.place(run, self._standing({duty.edge for duty in run.values()} | self._heard.keys() | self._homes.keys()), number, anew, now)
         if mine and self.table is not None and duties == self.table.duties:
             return self._repeat(now)
         self._sent_table = Table(number, self.edge, duties)

@@ -102,8 +102,8 @@ class Shift:
             origin, entry = entries[key]
             old = before.get(key)
             known = old is not None and old.epoch == entry["epoch"]
-            edge = old.edge if known and old is not None else origin
-            if standing.cut_off and (edge in standing.gone or self._ended(edge, entry) == "refused"):
+            edge = old.edge if known and old is not None and self._ended(old.edge, entry) != "refused" else origin
+            if standing.cut_off and edge in standing.gone:
                 homeless.append((key, origin, entry))
             fence = old.fence if old is not None and known and old.edge == edge and not anew else number
             duties[key] = Duty(edge, fence, origin, entry["epoch"])

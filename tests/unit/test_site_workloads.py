@@ -1,0 +1,136 @@
+"""Workloads of a site: never does one run twice, whoever is killed, stopped or cut off, and whatever the leader decides; each broken rule is found."""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.contract.site_messages import Table
+from edge_runtime.site.member import LEASE_MS, Member
+
+from .workload_world import KEYS, Sites
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(("kill", "power", "boot", "boot", "stop", "cut", "broker", "pass")), st.integers(1, 3), st.integers(0, 45_000), st.integers(0, 50_000)), max_size=12,
+)
+Steps = list[tuple[str, int, int, int]]
+
+
+def play(world: Sites, steps: Steps) -> None:
+    """Disturb, with the given pauses in between."""
+    for what, member, pause_ms, length_ms in steps:
+        node = world.nodes[f"e{member}"]
+        if what in ("kill", "power") and node.member is not None:
+            (world.kill if what == "kill" else world.power)(node)
+        elif what == "boot" and node.member is None:
+            world.boot(node)
+        elif what == "stop":
+            world.stop(node, length_ms)
+        elif what == "cut":
+            world.cut(node, length_ms, pause_ms % 3_000)
+        elif what == "broker":
+            world.restart_broker(("kept", "lost", "old")[pause_ms % 3], length_ms // 4)
+        world.run(world.now + pause_ms)
+
+
+def random_steps(seed: int) -> Steps:
+    draw = random.Random(seed)
+    kinds = ("kill", "kill", "power", "boot", "boot", "boot", "stop", "cut", "broker", "pass")
+    return [(draw.choice(kinds), draw.randint(1, 3), draw.choice((20, 2_000, 12_000, 40_000)), draw.randint(0, 50_000)) for _ in range(14)]
+
+
+def there_and_back(world: Sites) -> None:
+    """e1 is killed, its workloads run at another, and are given back the moment it is there; the broker has forgotten who had them."""
+    world.kill(world.nodes["e1"])
+    world.run(world.now + 90_000)
+    world.restart_broker("lost", 0)
+    world.boot(world.nodes["e1"])
+    world.given = dict.fromkeys(KEYS, "e1")
+    world.run(world.now + 30_000)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2**32), STEPS, st.sampled_from((50, 400, 3_000, 9_000)))
+def test_never_does_a_workload_run_twice(seed: int, steps: Steps, slowest_ms: int) -> None:
+    world = Sites(seed, slowest_ms=slowest_ms)
+    world.run(50_000)
+    play(world, steps)
+    assert world.problems == []
+
+
+def test_many_random_schedules_hold_and_things_do_run() -> None:
+    runs = 0
+    for seed in range(25):
+        world = Sites(seed, slowest_ms=(50, 400, 3_000, 9_000)[seed % 4])
+        world.run(50_000)
+        there_and_back(world)
+        play(world, random_steps(seed))
+        assert world.problems == [], (seed, world.problems[:3])
+        runs += world.runs
+    assert runs > 100
+
+
+class GoodbyeEndsAll(Member):
+    """Believes that nothing runs at a member that is silent as long as a device's lease."""
+
+    def _ended_elsewhere(self, table: tuple[int, str]) -> bool:
+        return self._stopped_elsewhere(table)
+
+
+class ForgetsWhatRuns(Member):
+    """Says that it goes by a table that gives what runs here to others, since it has not started it in this connection."""
+
+    def tabled(self, table: Table, now: int) -> list[Any]:
+        kept = self.occupied
+        self.occupied = {key: held for key, held in kept.items() if key in self.started}
+        try:
+            return super().tabled(table, now)
+        finally:
+            self.occupied = kept | self.occupied
+
+
+class AlwaysUnbroken(Member):
+    """Goes on with what it once had, however long ago."""
+
+    def _unbroken(self, key: str, now: int) -> bool:
+        return key in self.occupied
+
+
+class LastsTooLong(Member):
+    """Takes the lease as longer than the others wait."""
+
+    def heard(self, beat: Any, now: int) -> list[Any]:
+        actions = super().heard(beat, now)
+        for key in self.started:
+            if key in self.occupied and beat.edge == self.edge:
+                self.occupied[key].until_ms += 3 * LEASE_MS
+        return actions
+
+
+@pytest.mark.parametrize("broken", [GoodbyeEndsAll, ForgetsWhatRuns, AlwaysUnbroken, LastsTooLong])
+def test_each_broken_rule_is_found(broken: type[Member]) -> None:
+    for seed in range(150):
+        world = Sites(seed, make=broken, slowest_ms=(50, 400, 3_000, 9_000)[seed % 4])
+        world.run(50_000)
+        if seed % 3 == 0:
+            there_and_back(world)
+        play(world, random_steps(seed))
+        if world.problems:
+            return
+    pytest.fail(f"{broken.__name__} was never caught")
+
+
+def test_what_runs_goes_on_over_a_restart_of_its_agent_and_of_the_broker() -> None:
+    world = Sites(1)
+    world.draw.random = lambda: 0.5  # type: ignore[method-assign]
+    world.run(50_000)
+    assert all(world.running(key) == ["e1"] for key in KEYS) and world.runs == len(KEYS)
+    world.kill(world.nodes["e1"])
+    world.run(world.now + 12_000)
+    world.boot(world.nodes["e1"])
+    world.run(world.now + 50_000)
+    world.restart_broker("lost", 4_000)
+    world.run(world.now + 50_000)
+    assert all(world.running(key) == ["e1"] for key in KEYS) and world.runs == len(KEYS) and world.problems == []
