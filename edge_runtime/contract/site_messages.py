@@ -47,8 +47,9 @@ def _number(doc: str, name: str = "number") -> Field:
 
 def _check_member(message: dict[str, Any]) -> None:
     check_patterns(message["duties"], "duties")
-    if message["leader"] and not ID_PATTERN.match(message["leader"]):
-        raise ContractError("leader", f"{message['leader'][:80]!r} is not a name", "send the leader of the table in force, or nothing", "name")
+    for key in ("leader", "run_leader"):
+        if message[key] and not ID_PATTERN.match(message[key]):
+            raise ContractError(key, f"{message[key][:80]!r} is not a name", "send the leader of the table in force, or nothing", "name")
 
 
 def check_patterns(patterns: Any, field: str) -> None:
@@ -74,12 +75,14 @@ MEMBER = Message(
         Field("duties", "array", "patterns of the devices that have their home here", required=False, default=[], max_items=MAX_DUTY_PATTERNS),
         Field("leads", "boolean", "it is the leader"),
         Field("leaving", "boolean", "its last message: it has stopped with every device; its workloads may go on", required=False, default=False),
+        Field("run_table", "integer", "the same of the table's workloads, which take longer to stop", required=False, default=0, minimum=0, maximum=MAX_SITE_NUMBER),
+        Field("run_leader", "string", "the leader of that one", required=False, default="", max_items=64),
         Field("hub", "boolean", "it is connected to its hub; where it is not said it may be", required=False, default=True),
     ),
     after=_check_member,
     example={
         "v": 1, "site": "plant-a", "edge": "gw-1", "boot": "6f1c0a9e2b7d4c55", "session": 1, "sent": 8123456, "number": 7, "table": 7, "leader": "gw-2", "capacity": 1.0,
-        "load": 3, "duties": ["boiler-*"], "leads": False, "leaving": False, "hub": True,
+        "load": 3, "duties": ["boiler-*"], "leads": False, "leaving": False, "run_table": 7, "run_leader": "gw-2", "hub": True,
     },
 )
 CLAIM = Message(
@@ -267,13 +270,15 @@ class Heartbeat:
     leads: bool
     leaving: bool = False
     hub: bool = False
+    run_table: int = 0
+    run_leader: str = ""
 
     def to_json(self, site: str) -> dict[str, Any]:
         """The message as it travels."""
         return {
             "v": PROTOCOL_VERSION, "site": site, "edge": self.edge, "boot": self.boot, "session": self.session, "sent": self.sent_ms, "number": self.number,
             "table": self.table, "leader": self.leader, "capacity": self.capacity, "load": self.load, "duties": list(self.duties), "leads": self.leads,
-            "leaving": self.leaving, "hub": self.hub,
+            "leaving": self.leaving, "run_table": self.run_table, "run_leader": self.run_leader, "hub": self.hub,
         }
 
 
@@ -297,7 +302,7 @@ def parse_heartbeat(payload: bytes, site: str, edge: str) -> Heartbeat:
     data = parse(MEMBER, payload, site, edge)
     return Heartbeat(
         data["edge"], data["boot"], data["session"], data["sent"], data["number"], data["table"], data["leader"], float(data["capacity"]), data["load"],
-        tuple(data["duties"]), data["leads"], data["leaving"], data["hub"],
+        tuple(data["duties"]), data["leads"], data["leaving"], data["hub"], data["run_table"], data["run_leader"],
     )
 
 

@@ -9,6 +9,7 @@ All members share one broker, and every publish comes back in the broker's order
     the device has either read that it is not its own any more and stopped, or cannot act.
     A workload is a duty too, under its own name (`WORKLOAD`). What runs outlives the agent and a short break, so its lease is longer (`RUN_LEASE_MS`),
     and it is ended at the end of that lease whoever is alive; others wait longer before they start it (`RUN_WAIT_MS`), and a goodbye shortens nothing.
+    To end it takes longer too, so a member says apart from the rest which table its workloads go by.
 3.  *Number.* One counter for elections and tables, kept by every member across restarts; only a table with a higher number is taken over.
 
 Safety comes from 1 and 2 alone, whoever leads and however many believe they do; the election (first claim of a number wins, in the broker's
@@ -106,6 +107,14 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Vacate:
+    """End these workloads, then call `Member.ended(table)`."""
+
+    duties: dict[str, Duty]
+    table: tuple[int, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """These duties are ours to act on from now."""
 
@@ -129,7 +138,7 @@ class Elected:
     number: int
 
 
-Action = Beat | Keep | Claim | Publish | Release | Start | Resume | Forget | Elected
+Action = Beat | Keep | Claim | Publish | Release | Vacate | Start | Resume | Forget | Elected
 
 OURS, WAITS, OTHERS = "ours", "waits", "others"
 """How a device stands to us: act on it; ours, or perhaps, but not yet; another's."""
@@ -205,10 +214,11 @@ class Member:
     place: Place | None = None
     """Who shall run which workload; None where nobody here can tell."""
     occupied: dict[str, Occupied] = field(default_factory=dict)
-    """Workloads that may run here, over connections and boots, until `vacated` or `drained`."""
+    """Workloads that may run here, over connections and boots, until `vacated` or `ended`."""
     refused: int = 0
     """Members and devices beyond the limits, and messages of another process under our name."""
     _applied: tuple[int, str] = (0, "")
+    _run_applied: tuple[int, str] = (0, "")
     _lease_ms: int | None = None
     """When the newest heartbeat that came back on this connection was sent."""
     _old_lease_ms: int | None = None
@@ -267,7 +277,7 @@ class Member:
 
     def free(self, key: str, now: int) -> bool:
         """It is certain that no other member runs this workload, nor will by the table in force."""
-        if self.table is None or not self.leased(now) or self._applied != self.table.identity:
+        if self.table is None or not self.leased(now) or self._run_applied != self.table.identity:
             return False
         given = self.table.duties.get(key)
         return (given is None or given.edge == self.edge) and self._ended_elsewhere(self.table.identity)
@@ -285,7 +295,7 @@ class Member:
         if self._lease_ms is not None:
             self._old_lease_ms = self._lease_ms
         self.session, self.up_ms, self._lease_ms, self._lapsed, self._subscribed = session, now, None, False, False
-        self.table, self._applied, self._beat_ms = None, (0, ""), None
+        self.table, self._applied, self._run_applied, self._beat_ms = None, (0, ""), (0, ""), None
         self.releasing.clear()
         self.peers.clear()
         self._resign()
@@ -415,13 +425,14 @@ class Member:
         self.table = self._last = table
         self.started = {device: duty for device, duty in before.items() if table.duties.get(device) == duty}
         lost = {device: duty for device, duty in before.items() if device not in self.started and not is_workload(device)}
-        for key, held in self.occupied.items():  # in a break too: it may run still, and must not be said to have stopped. With a new number it goes on where it is
-            given = table.duties.get(key)
-            if given is None or given.edge != self.edge:
-                lost[key] = held.duty
         if table.leader != self.edge:
             self._resign(keep_claim=True)
         self._vacant_ms = None
+        leaving = self._leaving()
+        if leaving:
+            actions.append(Vacate(leaving, table.identity))
+        else:
+            self._run_applied = table.identity
         if lost or self.releasing:
             # Not at once: what has been decided is acted on first. Until `drained` the others see us go by the old table and wait.
             if self.leased(now):
@@ -436,9 +447,22 @@ class Member:
         if self.table is None or self.table.identity != table or not self.session:
             return []
         self.releasing.clear()
-        for key in [key for key in self.occupied if (given := self.table.duties.get(key)) is None or given.edge != self.edge]:
-            del self.occupied[key]
         return self._apply(table, now)
+
+    def ended(self, table: tuple[int, str], now: int) -> list[Action]:
+        """What `Vacate` asked for is done."""
+        self._expire(now)
+        if self.table is None or self.table.identity != table or not self.session:
+            return []
+        for key in self._leaving():
+            del self.occupied[key]
+        self._run_applied = table
+        return [*([self._beat(now)] if self._subscribed else []), *self._consider(now)]
+
+    def _leaving(self) -> dict[str, Duty]:
+        """Workloads that may run here and are another's, or nobody's, by the table; over breaks and boots too. What is ours under a new number goes on."""
+        duties = self.table.duties if self.table is not None else {}
+        return {key: held.duty for key, held in self.occupied.items() if self.table is not None and ((given := duties.get(key)) is None or given.edge != self.edge)}
 
     def _apply(self, table: tuple[int, str], now: int) -> list[Action]:
         self._applied = table
@@ -490,7 +514,8 @@ class Member:
     def _heartbeat(self, now: int) -> Heartbeat:
         load = sum(duty.edge == self.edge and not is_workload(key) for key, duty in self.table.duties.items()) if self.table is not None else 0
         return Heartbeat(
-            self.edge, self.boot, self.session, now, self.number, self._applied[0], self._applied[1], self.capacity, load, self.duties, self.leads, hub=self.hub
+            self.edge, self.boot, self.session, now, self.number, self._applied[0], self._applied[1], self.capacity, load, self.duties, self.leads, hub=self.hub,
+            run_table=self._run_applied[0], run_leader=self._run_applied[1],
         )
 
     def _know(self, number: int) -> list[Action]:
@@ -505,13 +530,14 @@ class Member:
         return self._start(now) + self._lead(now) + self._candidate(now)
 
     def _start(self, now: int) -> list[Action]:
-        if self.table is None or not self.leased(now) or self._applied != self.table.identity:
+        if self.table is None or not self.leased(now):
             return []
+        devices, runs = self._applied == self.table.identity, self._run_applied == self.table.identity
         fresh = {device: duty for device, duty in self.table.duties.items() if duty.edge == self.edge and device not in self.started}
         if not fresh:
             return []
-        stopped, ended = self._stopped_elsewhere(self.table.identity), self._ended_elsewhere(self.table.identity)
-        fresh = {key: duty for key, duty in fresh.items() if (ended or self._unbroken(key, now) if is_workload(key) else stopped)}
+        stopped, ended = devices and self._stopped_elsewhere(self.table.identity), self._ended_elsewhere(self.table.identity)
+        fresh = {key: duty for key, duty in fresh.items() if (runs and (ended or self._unbroken(key, now)) if is_workload(key) else stopped)}
         if not fresh:
             return []
         self.started |= fresh
@@ -529,7 +555,7 @@ class Member:
         assert self._lease_ms is not None
         if self._lease_ms < self.up_ms + RUN_WAIT_MS:
             return False
-        return all((peer.heartbeat.table, peer.heartbeat.leader) == table or self._lease_ms >= peer.heard_ms + RUN_WAIT_MS for peer in self.peers.values())
+        return all((peer.heartbeat.run_table, peer.heartbeat.run_leader) == table or self._lease_ms >= peer.heard_ms + RUN_WAIT_MS for peer in self.peers.values())
 
     def _stopped_elsewhere(self, table: tuple[int, str]) -> bool:
         """Nobody but us can act on what `table` gives to us: proven by what the broker took before a heartbeat of ours."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edge_runtime.contract.site_messages import WORKLOAD, Duty
-from edge_runtime.site.member import Member, Occupied, Release, Standing, Start
+from edge_runtime.site.member import Member, Occupied, Standing, Start, Vacate
 
 from .site_world import Node, World
 
@@ -59,14 +59,14 @@ class Sites(World):
                         self.written.setdefault(node.name, {})[key] = action.duties[key]
                         self.runs += self.until.get((node.name, key), 0) <= self.now + node.skew_ms
                         self.until[node.name, key] = member.occupied[key].until_ms
-            elif isinstance(action, Release):
+            elif isinstance(action, Vacate):
                 self.at(self._delay(), lambda action=action: self._end(node, member, action))  # type: ignore[misc]
-        super()._act(node, member, [action for action in actions if not isinstance(action, Release)])
+        super()._act(node, member, [action for action in actions if not isinstance(action, Vacate)])
         for key in KEYS:
             if key in member.started and member.leased(self.now + node.skew_ms) and (node.name, key) in self.until:
                 self.until[node.name, key] = member.occupied[key].until_ms
 
-    def _end(self, node: Node, member: Member, action: Release) -> None:
+    def _end(self, node: Node, member: Member, action: Vacate) -> None:
         if node.member is not member:
             return
         if self.now < node.stopped_until:
@@ -75,7 +75,7 @@ class Sites(World):
         for key in action.duties:
             if key not in member.started:
                 self.until.pop((node.name, key), None)
-        self._give(node, member, lambda now: member.drained(action.table, now))
+        self._give(node, member, lambda now: member.ended(action.table, now))
         self.written[node.name] = {key: duty for key, duty in self.written.get(node.name, {}).items() if key in member.occupied}
 
     def running(self, key: str) -> list[str]:
