@@ -183,7 +183,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "device.registered": ("event", "device, kind, name, early (readings kept before registration)"),
     "twin.reported": ("event", "device, reported, version"),
     "alert": ("event", "rule, device, severity, text, decision"),
-    "site": ("event", "what (elected, taken, released, held back), number, duties (device, origin, fence, from or to), or rules that cannot move and why"),
+    "site": ("event", "what (elected, taken, released, held back), number, duties (device, origin, fence, from or to), workloads likewise, or rules that cannot move and why"),
     "operation": ("event", "an operation's new state: see operations"),
     "lost": ("any", "nothing: this seq may have been used before a damaged journal was rebuilt"),
     "storage": ("event", "what was trimmed or refused, and why"),

@@ -51,4 +51,4 @@ REPORT_FIELDS = (
 
 def may_move(document: Mapping[str, Any]) -> bool:
     """Whether a workload's document lets siblings of its node take it over."""
-    return document.get(WHEN_CUT_OFF, STAY) == MOVE
+    return bool(document.get(WHEN_CUT_OFF, STAY) == MOVE)

@@ -615,8 +615,10 @@ class Member:
         spoke = sorted(device for device, at_ms in self._noticed.items() if now - at_ms < FORGET_MS)
         anew = self._anew and not mine
         duties = assign(before, spoke[:MAX_SITE_DEVICES], self._live(now), self._home_of, number, anew=anew)
-        if self.place is not None:
-            run = {key: duty for key, duty in last.items() if is_workload(key)}
+        run = {key: duty for key, duty in last.items() if is_workload(key)}
+        if self.place is None:
+            duties |= run
+        else:
             duties |= self.place(run, self._standing({duty.edge for duty in run.values()} | self._heard.keys() | self._homes.keys()), number, anew, now)
         if mine and self.table is not None and duties == self.table.duties:
             return self._repeat(now)

@@ -94,7 +94,8 @@ class Shift:
         entries = self._entries(before, standing)
         duties: dict[str, Duty] = {}
         for key, duty in before.items():
-            if key not in entries and 0 <= now - self._listed_ms.setdefault(key, now) < DROP_MS and duty.edge not in standing.gone:
+            over = any(load["ended"].get(f"{key.removeprefix(WORKLOAD)}/{duty.epoch}", "refused") != "refused" for load in self.loads.values())
+            if key not in entries and not over and 0 <= now - self._listed_ms.setdefault(key, now) < DROP_MS and duty.edge not in standing.gone:
                 duties[key] = Duty(duty.edge, number if anew else duty.fence, duty.origin, duty.epoch)
         self._listed_ms = {key: now if key in entries else self._listed_ms[key] for key in {*entries, *duties}}
         homeless: list[tuple[str, str, Json]] = []

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from ..contract.workloads import RUNNING, STOPPED
-from .drivers.face import Driver, DriverError, Key, Order, Phase, Refused, Status
+from ..contract.workloads import RUNNING, STOPPED, WHEN_CUT_OFF
+from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 
 log = logging.getLogger(__name__)
 
@@ -46,23 +46,28 @@ class Runner:
         bring: takes the image of a reference into the store where it can; raises `DriverError`.
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
+        said: called when something was said.
     """
 
-    def __init__(self, driver: Driver, journal: Journal, bring: Callable[[str], Awaitable[None]], tidy: Callable[[], Any], errors: Callable[[], None]) -> None:
-        self._driver, self._journal, self._bring, self._tidy, self._errors = driver, journal, bring, tidy, errors
+    def __init__(self, driver: Driver, journal: Journal, bring: Callable[[str], Awaitable[None]], tidy: Callable[[], Any], errors: Callable[[], None], said: Callable[[], None] = lambda: None) -> None:
+        self._driver, self._journal, self._bring, self._tidy, self._errors, self._on_said = driver, journal, bring, tidy, errors, said
         self._wanted: dict[str, list[Mapping[str, Any]]] = {}
+        self._may: Mapping[str, bool] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         told = journal.state(REPORTED)
         self._told: dict[str, str] = {key: state for key, state in told.items() if isinstance(state, str)} if isinstance(told, dict) else {}
 
-    async def take(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """From now on these are wanted, and nothing else. Returns at once; the tasks see to it."""
+    async def take(self, entries: Iterable[Mapping[str, Any]], may: Mapping[str, bool] | None = None) -> None:
+        """From now on these are wanted, and nothing else. Returns at once; the tasks see to it.
+
+        `may`: of those (`id/epoch`) that run on a lease whether they may run here now. One that may not is ended, and nothing is said of that: it is wanted still.
+        """
         wanted: dict[str, list[Mapping[str, Any]]] = {}
         for entry in entries:
             wanted.setdefault(entry["id"], []).append(entry)
         there = {status.key.id for status in await self._driver.instances()}
-        self._wanted = wanted
+        self._wanted, self._may = wanted, dict(may or {})
         listed = {_said(entry) for those in wanted.values() for entry in those}
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
@@ -71,6 +76,15 @@ class Runner:
             self._changed.setdefault(workload, asyncio.Event()).set()
             if workload not in self._tasks:
                 self._tasks[workload] = asyncio.create_task(self._tend(workload), name=f"workload {workload}")
+
+    async def ended(self, workload: str) -> None:
+        """Until nothing of a workload is under way or runs, where nothing of it may."""
+        while (task := self._tasks.get(workload)) is not None:
+            await asyncio.wait((task,))
+
+    def ends(self) -> dict[str, str]:
+        """`id/epoch` to how it ended, of what is listed."""
+        return {key.removesuffix(f"/{RUNNING}"): state for key, state in self._told.items() if state in ENDS and key.endswith(f"/{RUNNING}")}
 
     async def close(self) -> None:
         """Let go; what runs goes on."""
@@ -102,8 +116,14 @@ class Runner:
         """Once: end what is not wanted, then run what is, until it ends or something else is wanted."""
         entries = self._wanted.get(workload, [])
         wanted = max((entry for entry in entries if entry["wanted"] == RUNNING), key=lambda entry: int(entry["epoch"]), default=None)
+        may = self._may.get(f"{workload}/{wanted['epoch']}") if wanted is not None else None
         for status in await self._driver.instances():
-            if status.key.id == workload and (wanted is None or status.key.epoch != wanted["epoch"]):
+            if status.key.id != workload:
+                continue
+            leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
+            if wanted is not None and not leaves and may is not None and status.phase is Phase.ENDED:
+                self._finished(wanted, status)
+            elif leaves or (may is not None and (not may or status.phase is Phase.LOST)):
                 await self._driver.stop(status.key, GRACE_S)
                 await self._driver.delete(status.key)
                 self._tidy()
@@ -112,7 +132,9 @@ class Runner:
                 self._say(entry, "stopped", "")
             elif entry is not wanted:
                 self._say(entry, "refused", f"epoch {wanted['epoch'] if wanted else 0} of it is wanted here too")
-        if wanted is not None and self._told.get(_said(wanted)) not in ENDS:
+        if wanted is not None and "refusal" in wanted:
+            self._say(wanted, "refused", str(wanted["refusal"]))
+        if wanted is not None and may is not False and self._told.get(_said(wanted)) not in ENDS:
             await self._run(wanted, changed)
 
     async def _run(self, entry: Mapping[str, Any], changed: asyncio.Event) -> None:
@@ -128,6 +150,12 @@ class Runner:
         if status.phase in (Phase.RUNNING, Phase.PAUSED):
             self._say(entry, "running", status.reason)
             status = await self._until(key, changed) or status
+        if status.phase is Phase.LOST and status.leased:
+            raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
+        else:
+            self._finished(entry, status)
+
+    def _finished(self, entry: Mapping[str, Any], status: Status) -> None:
         if status.phase is Phase.LOST:
             self._say(entry, "failed", status.reason)
         elif status.phase is Phase.ENDED:
@@ -148,7 +176,10 @@ class Runner:
         if not isinstance(spec, dict):
             raise Refused("spec", "is not an object", "see what a container's spec has")
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
-        await self._driver.prepare(Order(key, image, requests, spec))
+        leased = f"{key.id}/{key.epoch}" in self._may
+        if leased and not isinstance(self._driver, Leases):
+            raise Refused(WHEN_CUT_OFF, "this driver cannot end what it runs by itself", "let it stay, or place it on a node whose driver can")
+        await self._driver.prepare(Order(key, image, requests, spec, leased))
         self._tidy()  # only now: what is prepared stands on its image, and keeps it
         return await self._driver.start(key)
 
@@ -172,8 +203,13 @@ class Runner:
         if before in ENDS or (before is not None and order.index(state) <= order.index(before)):
             return
         self._told[key] = state
-        self._journal.append("event", "workload", {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000]})
+        body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000]}
+        if not entry.get("for"):
+            self._journal.append("event", "workload", body)
+        elif state not in ("accepted", "refused"):  # before it runs here it is nobody's but the site's: a sibling may have it next
+            self._journal.append("event", "workload", {**body, "for": entry["for"], "fence": entry["fence"]})
         self._journal.put_state(REPORTED, dict(self._told))
+        self._on_said()
 
 
 def _said(entry: Mapping[str, Any]) -> str:

@@ -149,6 +149,8 @@ class Status:
     pid: int = 0
     exit: Exit | None = None
     reason: str = ""
+    leased: bool = False
+    """It runs only as long as `Leases.renew` says; where that ended it, it is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +188,14 @@ class Order:
         image: reference of the image.
         requests: what the scheduler has set aside: `cpu` in milli-CPU, `memory` and `disk` in bytes.
         spec: the document's `spec`: what the driver wants to know.
+        leased: it shall run only as long as `Leases.renew` says, also where the agent is dead.
     """
 
     key: Key
     image: str
     requests: Mapping[str, int] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
+    leased: bool = False
 
 
 class Driver(Protocol):
@@ -220,6 +224,17 @@ class Driver(Protocol):
 
     async def delete(self, key: Key) -> None:
         """Stop it at once where it runs and remove all of it. What is not there is deleted already."""
+
+
+@runtime_checkable
+class Leases(Protocol):
+    """Drivers that end what runs by themselves when its time is over."""
+
+    def renew(self, key: Key, until_ms: int) -> None:
+        """It may run until then, milliseconds of CLOCK_BOOTTIME; also before it is prepared."""
+
+    def lease_ms(self, key: Key) -> int:
+        """Until when it may run, 0 where nobody said."""
 
 
 @runtime_checkable
