@@ -116,14 +116,13 @@ class SiteWorkloads:
                     log.error("workloads that are another's now could not be ended: %s; trying again in %.0f s", error, AGAIN_S)
                     await asyncio.sleep(AGAIN_S)
             gone = [workload for workload in names if workload not in self._granted and WORKLOAD + workload not in self._member.started]
-            told = [{"workload": workload, "origin": duty.origin, "fence": duty.fence, "epoch": duty.epoch, "to": self._member.server(WORKLOAD + workload)} for workload in gone if (duty := self._runs.get(workload)) is not None]
+            told = [{"workload": workload, "origin": duty.origin, "fence": duty.fence, "to": self._member.server(WORKLOAD + workload)} for workload in gone if (duty := self._runs.get(workload)) is not None]
             for workload in gone:
-                self._runs.pop(workload, None)
+                if (duty := self._runs.pop(workload, None)) is not None:
+                    lease.remove(lease.folder_of(self._runtime.config.data_dir, workload, duty.epoch))
                 self._renewed.pop(workload, None)
                 if self._member.server(WORKLOAD + workload) != self._edge:
                     self._held.pop(workload, None)
-            for one in told:
-                lease.remove(lease.folder_of(self._runtime.config.data_dir, one["workload"], one["epoch"]))
             if told:
                 self._tell_event("released", told)
             self._keep(done)

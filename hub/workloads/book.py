@@ -309,6 +309,11 @@ class Book:
             self.set(replace(row, node=to.node, changed_ms=now_ms))
         self.version += 1
 
+    def settle(self, row: WorkloadRow, placement: PlacementRow, now_ms: int) -> None:
+        """A workload that waits runs on a node, as a fact."""
+        self.state.adopt(self.tables.items[row.id].item, self._seat(self.state.node_index[placement.node], placement.seat), now_ms)
+        self.given(row, placement, now_ms)
+
     def intrude(self, placement: PlacementRow, now_ms: int) -> None:
         """Something runs on a node that is not wanted there: it holds its seat until the agent says that it has stopped."""
         key = (placement.workload, placement.epoch)

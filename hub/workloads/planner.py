@@ -249,9 +249,13 @@ class Planner(Agenda):
         if placement is None:
             if body["state"] in ENDED:
                 return
-            self.intrude(PlacementRow(workload, epoch, edge, seat, now_ms, why="its site ran it here while it was cut off; it is placed otherwise since"), now_ms)
+            found = PlacementRow(workload, epoch, edge, seat, now_ms)
+            if row.state == "pending" and row.epoch == epoch:
+                self.settle(row, found, now_ms)
+                return
+            self.intrude(replace(found, why="its site ran it here while it was cut off; it is placed otherwise since"), now_ms)
         else:
-            self.carry(placement, replace(placement, node=edge, seat=seat, said=""), now_ms)
+            self.carry(placement, replace(placement, node=edge, seat=seat, from_ms=max(now_ms, placement.from_ms), said=""), now_ms)
 
     def _old_news(self, edge: str, workload: str, epoch: int, now_ms: int) -> None:
         """An edge speaks of no open placement of its own: of one that has ended, or of one that this hub gave before it was restored from an older backup.
