@@ -29,6 +29,9 @@ KEPT = "site_workloads"
 RENEW_MS = 1_000
 """A lease is written again when it has grown by so much: a heartbeat."""
 
+MAX_OVER = 64
+"""Ends of what siblings had that are remembered, the newest: twice what one edge may be given."""
+
 AGAIN_S = 5.0
 """What could not be ended is tried again after so long."""
 
@@ -51,6 +54,8 @@ class SiteWorkloads:
         """Workload to the entry that a sibling had, with `for`, `fence` and `generation`."""
         self._moves: set[str] = set()
         """`id/epoch` of entries of ours that the site may have given to others."""
+        self._over: dict[str, str] = {}
+        """`id/epoch` of what siblings had to how it ended here, or that it cannot run here: told until nobody asks any more."""
         self._certain: set[str] = set()
         """Those that have stopped everywhere."""
         self._renewed: dict[str, int] = {}
@@ -65,6 +70,7 @@ class SiteWorkloads:
             self._runs = {workload: Duty(self._edge, int(fence), str(origin), int(epoch)) for workload, (fence, origin, epoch) in kept["runs"].items()}
             self._held = {str(entry["id"]): dict(entry) for entry in kept["held"] if entry["for"]}
             self._moves = {str(name) for name in kept["moves"]}
+            self._over = {str(name): str(state) for name, state in kept["over"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             log.error("what the site let run here is not known any more: %s", error)
         for workload, duty in self._runs.items():
@@ -72,7 +78,7 @@ class SiteWorkloads:
 
     def _keep(self, then: Callable[[], None] | None = None) -> None:
         runs = {workload: [duty.fence, duty.origin, duty.epoch] for workload, duty in self._runs.items()}
-        self._runtime.journal.put_state(KEPT, {"runs": runs, "held": list(self._held.values()), "moves": sorted(self._moves)}, then)
+        self._runtime.journal.put_state(KEPT, {"runs": runs, "held": list(self._held.values()), "moves": sorted(self._moves), "over": self._over}, then)
 
     # -- what the member decides ---------------------------------------------------------------------------------------------
 
@@ -237,6 +243,8 @@ class SiteWorkloads:
         listed, ends = {name_of(entry): entry for entry in shared}, node.ends()
         # What we refuse ourselves the hub hears of; a sibling's we only leave to the next one.
         ended = {name: state if listed[name].get("for") or state != "refused" else "stopped" for name, state in ends.items() if name in listed}
+        self._remember({name: state for name, state in ended.items() if listed[name].get("for")})
+        ended = {**self._over, **ended}
         ended |= {name_of(entry): "stopped" for entry in entries if entry["wanted"] == STOPPED and name_of(entry) in self._moves}
         generation = self._runtime.desired.generation if self._runtime.desired else 0
         body = {
@@ -249,6 +257,14 @@ class SiteWorkloads:
             log.error("what this edge tells of its workloads is over %d bytes: no sibling hears of what has changed", MAX_MESSAGE_BYTES)
         elif text != self._told and self._link.say("load", self._edge, body):
             self._told = text
+
+    def _remember(self, over: Mapping[str, str]) -> None:
+        new = {name: state for name, state in over.items() if self._over.get(name) != state}
+        if new:
+            self._over |= new
+            while len(self._over) > MAX_OVER:
+                del self._over[next(iter(self._over))]
+            self._keep()
 
     # -- told to people ------------------------------------------------------------------------------------------------------
 

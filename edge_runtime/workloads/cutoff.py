@@ -159,18 +159,13 @@ class Shift:
             if entry["gpus"]:
                 self.unplaced[key] = "it has GPU devices, which no driver of an edge can give it"
                 continue
-            barred = {edge for edge in site.nodes if self._ended(edge, entry) == "refused"}
-            for edge in barred:
-                site.nodes[edge].cordoned, kept = True, site.nodes[edge].cordoned
-                if kept:
-                    barred = barred - {edge}
+            for edge, node in site.nodes.items():
+                node.up = self._ended(edge, entry) != "refused"
             try:
                 seat = site.place(document)
                 why = "" if seat else _words(site.verdicts(document))
             except ContractError as error:
                 seat, why = None, str(error)
-            for edge in barred:
-                site.nodes[edge].cordoned = False
             if seat is None:
                 self.unplaced[key] = why
             else:
