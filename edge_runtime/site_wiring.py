@@ -301,6 +301,10 @@ class SharedDuties:
 
     def load(self, edge: str, load: dict[str, Any]) -> None:
         """See `site.link.Effects`."""
+        if edge == self._edge and (self.workloads is None or self.workloads.known):
+            if self.workloads is None and (load["entries"] or load["capacity"]):  # workloads are not enabled any more
+                self.link.say("load", edge, {"edge": edge, "generation": load["generation"]})
+            return
         loads = self.shift().loads
         if edge in loads or len(loads) < MAX_SITE_MEMBERS:
             loads[edge] = load

@@ -61,6 +61,8 @@ class SiteWorkloads:
         self._renewed: dict[str, int] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
         self._told = ""
+        self.known = False
+        """We have said what runs here, in this process."""
         self._restore(runtime.journal.state(KEPT))
 
     def _restore(self, kept: Any) -> None:
@@ -86,9 +88,10 @@ class SiteWorkloads:
         """These may run here from now: written down first, so that a later process knows of it."""
         fresh = {key.removeprefix(WORKLOAD): duty for key, duty in duties.items()}
         new = {workload: duty for workload, duty in fresh.items() if self._runs.get(workload) != duty}
+        kept = False
         for workload, duty in fresh.items():
             self._runs[workload] = duty
-            self._hold(workload, duty)
+            kept = self._hold(workload, duty) or kept
 
         def grant() -> None:
             for workload, duty in fresh.items():
@@ -99,6 +102,7 @@ class SiteWorkloads:
 
         if new:
             self._tell_event("taken", [{"workload": workload, "origin": duty.origin, "fence": duty.fence} for workload, duty in new.items()])
+        if new or kept:
             self._keep(grant)
         else:
             grant()
@@ -140,19 +144,20 @@ class SiteWorkloads:
         self._ending[task] = made = asyncio.get_running_loop().create_task(end(), name=f"ending {task}")
         made.add_done_callback(lambda ended: self._ending.pop(task, None) if self._ending.get(task) is ended else None)
 
-    def _hold(self, workload: str, duty: Duty) -> None:
-        """Keep the entry of what a sibling had, where we do not have one of our own."""
+    def _hold(self, workload: str, duty: Duty) -> bool:
+        """Keep the entry of what a sibling had, where we do not have one of our own; whether that has changed anything."""
         if any(entry["id"] == workload and entry["epoch"] == duty.epoch and entry["wanted"] == RUNNING for entry in self._runtime.workload_node().entries):
-            self._held.pop(workload, None)
-            return
+            return self._held.pop(workload, None) is not None
         held = self._held.get(workload)
         if held is not None and held["epoch"] == duty.epoch:
-            held["fence"] = duty.fence
-            return
+            self._held[workload] = {**held, "fence": duty.fence}
+            return bool(held["fence"] != duty.fence)
         found = self._shift.entry(WORKLOAD + workload, duty)
         if found is not None and (workload in self._held or len(self._held) < MAX_SHARED_WORKLOADS):
             entry, source, generation = found
             self._held[workload] = {**entry, "for": source, "generation": generation, "fence": duty.fence}
+            return True
+        return False
 
     # -- time ----------------------------------------------------------------------------------------------------------------
 
@@ -251,7 +256,7 @@ class SiteWorkloads:
             "edge": self._edge, "generation": generation, "capacity": node.told or {}, "entries": [{"for": "", "generation": generation, **_plain(entry)} for entry in shared],
             "others": others(entry for entry in entries if entry["wanted"] == RUNNING and not may_move(entry["document"])), "ended": ended,
         }
-        self._shift.loads[self._edge] = body
+        self._shift.loads[self._edge], self.known = body, True
         text = jsoncodec.encode(body)
         if len(text) > MAX_MESSAGE_BYTES - 1024:
             log.error("what this edge tells of its workloads is over %d bytes: no sibling hears of what has changed", MAX_MESSAGE_BYTES)

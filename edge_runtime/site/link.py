@@ -47,7 +47,7 @@ class Effects(Protocol):
         """What a sibling decides by."""
 
     def load(self, edge: str, load: dict[str, Any]) -> None:
-        """What a sibling has for workloads, and what it shall run."""
+        """What a member has for workloads, and what it shall run; also what we said, in an earlier life perhaps."""
 
     def handed(self, state: dict[str, Any]) -> None:
         """The hand-over state of one device."""
@@ -125,9 +125,7 @@ class SiteLink:
                     self.member.home(name, tuple(spec["duties"]))
                     self._effects.spec(name, spec)
             elif leaf == "load":
-                load = parse(LOAD, payload, self.site, name)
-                if name != self.member.edge:
-                    self._effects.load(name, load)
+                self._effects.load(name, parse(LOAD, payload, self.site, name))
             else:
                 self._effects.handed(parse(DUTY, payload, self.site, name))
         except ContractError as error:

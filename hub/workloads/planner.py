@@ -239,8 +239,10 @@ class Planner(Agenda):
         """
         workload, epoch, fence = body["id"], body["epoch"], body["fence"]
         key, row, node = (workload, epoch), self.tables.rows.get(workload), self.tables.nodes.get(edge)
-        if row is None or node is None or edge not in self.state.node_index or epoch > row.epoch:
-            raise Conflict("for", f"{edge} runs {workload!r} of epoch {epoch} by its site's own doing, and that is not known here", "see what the edge runs")
+        if row is None or epoch > row.epoch:
+            return  # from before this hub was restored: as any other word of such an epoch
+        if node is None or edge not in self.state.node_index:
+            raise Conflict("for", f"{edge} runs {workload!r} of epoch {epoch} by its site's own doing, and it is no node here", "see what the edge runs")
         placement = self.tables.open.get(key)
         site = placement.seat.get("site") if placement is not None else None
         if site is not None and fence <= site["fence"]:

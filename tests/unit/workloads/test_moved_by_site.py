@@ -116,13 +116,13 @@ def test_what_waits_since_its_node_was_taken_out_is_found_running() -> None:
     sound(desk)
 
 
-def test_what_is_not_known_is_refused() -> None:
+def test_an_epoch_from_before_a_restore_makes_what_stands_go_on_above_it_and_a_stranger_is_refused() -> None:
     desk, origin, (other, _) = site()
-    with pytest.raises(Conflict, match="epoch 2"):
-        moved(desk, other, origin, 7, epoch=2)
-    with pytest.raises(Conflict, match="not known"):
-        desk.do(lambda planner, now: planner.said(other, {"id": "x", "epoch": 1, "state": "running", "reason": "", "for": origin, "fence": 7}, now))
-    assert desk.row("w").node == origin
+    moved(desk, other, origin, 7, epoch=2)
+    assert (desk.row("w").node, desk.row("w").epoch) == (origin, 3) and entries(desk, other) == []
+    with pytest.raises(Conflict, match="no node here"):
+        moved(desk, "gw-9", origin, 7)
+    sound(desk)
 
 
 def test_the_silence_of_its_node_alone_never_places_it_anew() -> None:
