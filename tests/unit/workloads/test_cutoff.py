@@ -1,5 +1,6 @@
 """The leader's part: who gets what when a site is cut off, by capacity, and what each member shares for it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_while_everybody_is_there_each_has_its_own() -> None:
 
 
 def test_what_was_on_one_that_is_gone_goes_where_it_fits_by_capacity() -> None:
-    loads = {
+    loads: dict[str, Mapping[str, Any]] = {
         "gw-1": load("gw-1", [entry("a", cpu="2"), entry("b", cpu="2"), entry("c", cpu="3", priority=5), entry("d", cpu="9")]),
         "gw-2": load("gw-2", [], stays=[{"id": "m", "requests": {"cpu": "1500m"}}]), "gw-3": load("gw-3", [entry("x", cpu="1")]),
     }
@@ -102,7 +103,7 @@ def test_the_hubs_word_ends_what_the_site_did() -> None:
 
 
 def test_what_has_ended_is_not_begun_again_and_what_one_refuses_another_gets() -> None:
-    loads = {"gw-1": load("gw-1", [entry("a"), entry("b")]), "gw-2": load("gw-2", [], ended={"b/1": "refused"}), "gw-3": load("gw-3", [], cpu=1, ended={"a/1": "done"})}
+    loads: dict[str, Mapping[str, Any]] = {"gw-1": load("gw-1", [entry("a"), entry("b")]), "gw-2": load("gw-2", [], ended={"b/1": "refused"}), "gw-3": load("gw-3", [], cpu=1, ended={"a/1": "done"})}
     found = table(Shift(loads), standing(("gw-2", "gw-3")), {"workload/b": Duty("gw-2", 6, "gw-1", 1)}, 7)
     assert found == {"workload/b": Duty("gw-3", 7, "gw-1", 1)}
 
@@ -118,7 +119,7 @@ def test_nobody_who_is_there_gets_more_than_fits(rows: list[tuple[str, str, int,
     assert {key.removeprefix("workload/"): duty.epoch for key, duty in after.items()} == best
     for key, duty in after.items():
         assert duty == before[key] or (cut_off and before[key].edge not in live and duty.edge in live and duty.fence == 6)
-    asked = {}
+    asked: dict[str, list[tuple[str, int]]] = {}
     for key, duty in after.items():
         found = shift.entry(key, duty)
         assert found is not None
