@@ -32,6 +32,9 @@ RENEW_MS = 1_000
 MAX_OVER = 64
 """Ends of what siblings had that are remembered, the newest: twice what one edge may be given."""
 
+KEEPER_MS = 2_000
+"""A keeper looks at its lease every second, and ends what runs in the next."""
+
 AGAIN_S = 5.0
 """What could not be ended is tried again after so long."""
 
@@ -121,11 +124,14 @@ class SiteWorkloads:
             while True:
                 try:
                     await asyncio.gather(*(node.ended(workload) for workload in names))
+                    if not node.driven:  # what an earlier agent started runs until its keeper ends it
+                        over = max((held.until_ms for workload in names if (held := self._member.occupied.get(WORKLOAD + workload)) is not None), default=0) + KEEPER_MS
+                        await asyncio.sleep(max(0, over - self._now()) / 1000)
                     break
                 except OSError as error:
                     log.error("workloads that are another's now could not be ended: %s; trying again in %.0f s", error, AGAIN_S)
                     await asyncio.sleep(AGAIN_S)
-            gone = [workload for workload in names if workload not in self._granted and WORKLOAD + workload not in self._member.started]
+            gone = [workload for workload in names if workload not in self._granted and self._member.may_send(WORKLOAD + workload, self._now()) is None]
             told = [{"workload": workload, "origin": duty.origin, "fence": duty.fence, "to": self._member.server(WORKLOAD + workload)} for workload in gone if (duty := self._runs.get(workload)) is not None]
             for workload in gone:
                 if (duty := self._runs.pop(workload, None)) is not None:
@@ -163,19 +169,22 @@ class SiteWorkloads:
 
     def tick(self) -> None:
         """Renew leases, end what is overdue, say what has become certain."""
-        now = self._runtime.clock.mono_ms()
+        now = self._now()
         self._renew()
         for key in self._member.overdue(now):
             workload = key.removeprefix(WORKLOAD)
             if workload not in self._ending:
-                self._end(workload, [workload], lambda key=key: self._member.vacated(key))  # type: ignore[misc]
+                self._end(workload, [workload], lambda key=key: self._member.vacated(key, self._now()))  # type: ignore[misc]
         stopped = [entry for entry in self._runtime.workload_node().entries if entry["wanted"] == STOPPED and name_of(entry) in self._moves - self._certain]
         if certain := {name_of(entry) for entry in stopped if self._member.free(WORKLOAD + entry["id"], now)}:
             self._certain |= certain
             self._runtime.workload_node().again()
 
+    def _now(self) -> int:
+        return self._runtime.clock.mono_ms()
+
     def _renew(self) -> None:
-        now = self._runtime.clock.mono_ms()
+        now = self._now()
         for workload, duty in self._granted.items():
             key = WORKLOAD + workload
             if self._member.started.get(key) != duty or not self._member.leased(now):

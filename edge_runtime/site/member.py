@@ -268,11 +268,12 @@ class Member:
 
     def overdue(self, now: int) -> list[str]:
         """Workloads here whose time is over: what runs must end now; `vacated` when it has."""
-        return [key for key, held in self.occupied.items() if key not in self.started and held.until_ms <= now]
+        return [key for key, held in self.occupied.items() if held.until_ms <= now and self.may_send(key, now) is None]
 
-    def vacated(self, key: str) -> None:
-        """It does not run here any more."""
-        if key not in self.started:
+    def vacated(self, key: str, now: int) -> None:
+        """It does not run here any more, where it has not become ours again meanwhile."""
+        if self.may_send(key, now) is None:
+            self.started.pop(key, None)
             self.occupied.pop(key, None)
 
     def free(self, key: str, now: int) -> bool:

@@ -129,6 +129,11 @@ class WorkloadNode:
         return self._ready.is_set()
 
     @property
+    def driven(self) -> bool:
+        """There is a driver that sees and ends what runs."""
+        return self._runner is not None
+
+    @property
     def entries(self) -> Sequence[dict[str, Any]]:
         """What desired state lists."""
         return self._entries or ()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.contract.site_messages import Table
-from edge_runtime.site.member import LEASE_MS, Member
+from edge_runtime.site.member import LEASE_MS, RUN_LEASE_MS, Member
 
 from .workload_world import KEYS, Sites
 
@@ -134,3 +134,21 @@ def test_what_runs_goes_on_over_a_restart_of_its_agent_and_of_the_broker() -> No
     world.restart_broker("lost", 4_000)
     world.run(world.now + 50_000)
     assert all(world.running(key) == ["e1"] for key in KEYS) and world.runs == len(KEYS) and world.problems == []
+
+
+def test_who_is_cut_off_ends_what_runs_in_time_and_begins_anew_when_it_is_back() -> None:
+    world = Sites(1, members=1)
+    world.draw.random = lambda: 0.5  # type: ignore[method-assign]
+    world.run(60_000)
+    node = world.nodes["e1"]
+    assert node.member is not None and all(world.running(key) == ["e1"] for key in KEYS)
+    world.cut(node, RUN_LEASE_MS + 20_000, 0)
+    world.run(world.now + RUN_LEASE_MS - 3_000)
+    assert node.member.overdue(world.now + node.skew_ms) == [] and all(world.running(key) == ["e1"] for key in KEYS)
+    world.run(world.now + 4_000)
+    assert node.member.overdue(world.now + node.skew_ms) == list(KEYS) and not any(world.running(key) for key in KEYS)
+    for key in KEYS:
+        node.member.vacated(key, world.now + node.skew_ms)
+    assert node.member.overdue(world.now + node.skew_ms) == [] and node.member.occupied == {}
+    world.run(world.now + 80_000)
+    assert all(world.running(key) == ["e1"] for key in KEYS) and world.runs == 2 * len(KEYS) and world.problems == []
