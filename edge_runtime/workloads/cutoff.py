@@ -27,6 +27,9 @@ OTHER_KEYS = ("id", "kind", "requests", "labels", "namespace", "anti_affinity")
 OTHERS_BYTES = 32_768
 """Bytes of them; beyond it only what they ask for is told."""
 
+UNREADABLE = (ContractError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+"""What a document that no hub has checked may lead to."""
+
 Json = Mapping[str, Any]
 
 
@@ -164,8 +167,8 @@ class Shift:
             try:
                 seat = site.place(document)
                 why = "" if seat else _words(site.verdicts(document))
-            except ContractError as error:
-                seat, why = None, str(error)
+            except UNREADABLE as error:
+                seat, why = None, f"it cannot be read ({error})"
             if seat is None:
                 self.unplaced[key] = why
             else:
@@ -179,7 +182,7 @@ class Shift:
                 continue
             try:
                 site.add({**load["capacity"], "name": edge})
-            except ContractError:
+            except UNREADABLE:
                 continue
             for document in load["others"]:
                 _book(site, edge, {**document, "id": f"{edge}\0{document['id']}"})
@@ -192,7 +195,7 @@ def _book(site: Site, edge: str, document: Json) -> None:
         for name, amount in document.get("requests", {}).items():
             quantity(name, amount)
         site.hold(document, seat_on(site.nodes[edge], document) or Seat(edge))
-    except (ContractError, KeyError, TypeError, ValueError, AttributeError):
+    except UNREADABLE:
         site.nodes[edge].free["slots"] = site.nodes[edge].free.get("slots", 0) - 1
 
 

@@ -151,3 +151,20 @@ def test_the_table_lists_at_most_so_many_those_that_it_had_first() -> None:
     last = {"workload/w6-29": Duty("gw-6", 4, "gw-6", 1)}
     found = table(shift, Standing(frozenset(shift.loads), frozenset(), False, frozenset()), last)
     assert len(found) == MAX_SITE_WORKLOADS and found["workload/w6-29"] == last["workload/w6-29"]
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(("cpu", "memory", "key", "op", "values", "labels", "term", "weight", "names", "required", "preferred", "topology_key", "selector", "max_skew", "requirements")), inner, max_size=3), max_leaves=8)
+KEYS = st.sampled_from(("requests", "labels", "tolerations", "node_selector", "node_affinity", "node_kinds", "residency", "affinity", "anti_affinity", "spread", "numa", "links", "priority", "kind", "namespace"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(KEYS, JSON, max_size=3), st.dictionaries(KEYS, JSON, max_size=3), st.dictionaries(st.sampled_from(("capacity", "labels", "taints", "numa", "gpus", "runs", "kind")), JSON, max_size=3))
+def test_whatever_a_member_tells_the_leader_goes_on(document: Json, other: Json, capacity: Json) -> None:
+    odd = entry("odd")
+    odd["document"] |= document
+    shift = Shift({"gw-1": load("gw-1", [odd, entry("sane")]), "gw-2": load("gw-2", []), "gw-3": {**load("gw-3", [], stays=[{**other, "id": "m"}]), "capacity": capacity}})
+    before = table(shift, standing())
+    after = table(shift, standing(("gw-2", "gw-3")), before, 6)
+    assert after.keys() == before.keys() == {"workload/odd", "workload/sane"}
+    assert after["workload/sane"].edge != "gw-1" or "workload/sane" in shift.unplaced
