@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.contract.site_messages import Table
-from edge_runtime.site.member import LEASE_MS, RUN_LEASE_MS, Member
+from edge_runtime.site.member import LEASE_MS, RUN_LEASE_MS, RUN_SILENT_MS, Member
 
-from .workload_world import KEYS, Sites
+from .workload_world import KEYS, Placed, Sites
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(("kill", "power", "boot", "boot", "stop", "cut", "broker", "pass")), st.integers(1, 3), st.integers(0, 45_000), st.integers(0, 50_000)), max_size=12,
@@ -152,3 +152,51 @@ def test_who_is_cut_off_ends_what_runs_in_time_and_begins_anew_when_it_is_back()
     assert node.member.overdue(world.now + node.skew_ms) == [] and node.member.occupied == {}
     world.run(world.now + 80_000)
     assert all(world.running(key) == ["e1"] for key in KEYS) and world.runs == 2 * len(KEYS) and world.problems == []
+
+
+def load(edge: str, entries: int, cpu: int) -> dict[str, Any]:
+    """What an edge tells that runs so many workloads of one CPU each."""
+    documents = [{"id": f"{edge}-{at}", "requests": {"cpu": 1}, "when_cut_off": "move"} for at in range(entries)]
+    return {
+        "generation": 1, "capacity": {"kind": "edge", "capacity": {"cpu": cpu, "memory": "8Gi"}, "runs": ["container"]}, "others": [], "ended": {},
+        "entries": [{"id": one["id"], "epoch": 1, "gpus": [], "document": one, "for": "", "generation": 1} for one in documents],
+    }
+
+
+LOADS = {"e1": load("e1", 3, 4), "e2": load("e2", 1, 2), "e3": load("e3", 1, 2), "e4": load("e4", 1, 2), "e5": load("e5", 2, 2)}
+OF_FIRST = [f"workload/e1-{at}" for at in range(3)]
+
+
+def test_five_edges_the_cloud_is_gone_one_dies_and_what_it_ran_runs_by_capacity_once() -> None:
+    for power in (False, True):
+        world = Placed(7, LOADS, hub=True)
+        world.run(60_000)
+        assert all(world.running(key) == [key.removeprefix("workload/").partition("-")[0]] for key in world.keys)
+        before = {key: world.running(key) for key in world.keys}
+        world.connect(False)
+        world.run(world.now + 30_000)
+        (world.power if power else world.kill)(world.nodes["e1"])
+        if power:
+            world.kill(world.nodes["e1"])
+        world.run(world.now + RUN_SILENT_MS + 15_000)
+        assert sorted(name for key in OF_FIRST for name in world.running(key)) == ["e2", "e3", "e4"], "each has room for one more, e5 for none"
+        assert {key: world.running(key) for key in world.keys if key not in OF_FIRST} == {key: there for key, there in before.items() if key not in OF_FIRST}
+        moved, runs = {key: world.running(key) for key in world.keys}, world.runs
+        world.boot(world.nodes["e1"])
+        world.run(world.now + 120_000)
+        assert {key: world.running(key) for key in world.keys} == moved and world.runs == runs, "who comes back does not start what a sibling has"
+        assert world.problems == []
+
+
+def test_while_the_cloud_is_there_or_was_there_long_after_nothing_moves() -> None:
+    world = Placed(8, LOADS, hub=True)
+    world.run(60_000)
+    world.power(world.nodes["e1"])
+    world.run(world.now + 130_000)
+    assert not any(world.running(key) for key in OF_FIRST)
+    world.connect(False)
+    world.run(world.now + 120_000)
+    assert not any(world.running(key) for key in OF_FIRST), "the hub had time to decide"
+    world.boot(world.nodes["e1"])
+    world.run(world.now + 60_000)
+    assert all(world.running(key) == ["e1"] for key in OF_FIRST) and world.problems == []
