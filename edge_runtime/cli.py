@@ -91,10 +91,11 @@ def run(config: object) -> int:
     from .decisions.rules import RuleError
     from .logs import configure
     from .runtime import EdgeRuntime
-    from .system.process import one_heap, prefer
+    from .system.process import one_heap, prefer, short_turns
 
     one_heap()
     prefer(config.nice)
+    short_turns()
     configure(config.logging.level, config.logging.format)
     # PyYAML is not needed any more; its modules stay out of the agent's memory.
     for name in [name for name in sys.modules if name == "yaml" or name.startswith(("yaml.", "_yaml", "argparse"))]:

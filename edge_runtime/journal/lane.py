@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 GROUP_MAX = 1000
 """Records of one transaction: about 3 ms here, so that the first of them does not wait long for the last."""
 
-ACK_DELAY_S = 0.05
-"""How long a record that somebody waits for (a device's QoS 1 message is acknowledged after the commit) may wait for others: twenty
+ACK_DELAY_S = 0.1
+"""How long a record that somebody waits for (a device's QoS 1 message is acknowledged after the commit) may wait for others: ten to twenty
 fsyncs a second under steady load, so that telemetry hardly slows the decisions' own fsync down."""
 
-EARLY_S = 0.025
+EARLY_S = 0.04
 """How much before its time a group that nobody is in a hurry for may begin when the loop has just handled a message: its fsync then falls into
 the pause before the next message, not beside that message's own."""
 
@@ -43,7 +43,12 @@ CALLBACK_SLICE = 16
 ACK_BATCH = 16
 QUIET_S = 0.005
 """So many waiting records and nothing new for so long: the broker has probably used its window up (20 unacknowledged messages per client
-is common) and waits for us, so they are committed at once."""
+is common) and waits for us, so they are committed at once. From then on a group begins at three quarters of that many: who waits for a silence has lost
+its 5 ms already."""
+
+AWAITED_EASE = 0.000_2
+"""By so much of a record each group lets that number grow again: the broker may have got a larger window, or the silence was a device's. One
+silence in some ten minutes then shows it anew."""
 
 INLINE_LIMIT_S = 0.002
 """While commits take less than this on average they are made on the event loop: two changes of thread cost as much as the commit. On a
@@ -55,9 +60,9 @@ INLINE_RECORD_S = 0.000_02
 INLINE_WEIGHT = 0.1
 """Weight of the newest commit in that average: one slow commit of 20 ms moves the next ones to the thread."""
 
-PAGE_BYTES = 3_000
+PAGE_FILL = 0.75
 FRAMES_PER_PAGE = 4
-"""For counting WAL frames: bytes of records that fill a page of 4 KiB on average, and frames that a new page brings (itself, its parent, the
+"""For estimating what is in the WAL: the part of a page that records fill, and frames that a new page brings (itself, its parent, the
 pointer map, the header). Checkpoints are made on the thread through a
 connection of their own: inside a commit one takes 3 ms and more, which is what p99.9 then shows."""
 
@@ -163,7 +168,8 @@ class Lane:
         self._on_commit = on_commit
         self._on_full = on_full
         self._make_worker = worker
-        self._checkpoint_frames = database.checkpoint_frames
+        self._checkpoint_bytes = database.checkpoint_bytes
+        self._frame_bytes = database.frame_bytes
         self.marks: dict[str, StreamMarks] = database.marks()
         """Durable marks, as of the last commit."""
         self._dirty: set[str] = set()
@@ -177,12 +183,14 @@ class Lane:
         self._paused = 0
         self._group_waiters: list[asyncio.Future[None]] = []
         self._awaited = 0
+        self._awaited_most: float = GROUP_MAX
+        """A group that somebody waits for begins at so many; see `ACK_BATCH`."""
         self._last_awaited = 0.0
         self._quiet_timer: asyncio.TimerHandle | None = None
         self._inline = not droppable
         self._commit_s = 0.0
         self._lock = threading.Lock()
-        self._frames = 0.0
+        self._wal_bytes = 0.0
         self._after: dict[str, StreamMarks] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.worker: Worker | None = None
@@ -263,6 +271,7 @@ class Lane:
             return
         left = self._last_awaited + QUIET_S - self._loop.time()
         if left <= 0.0005:
+            self._awaited_most = max(ACK_BATCH / 2, self._awaited * 0.75)
             self._kick(0.0)
         else:
             self._quiet_timer = self._loop.call_later(left, self._quiet)
@@ -316,8 +325,10 @@ class Lane:
             self._begin()
 
     def breathe(self) -> None:
-        """A message has just been handled: a good moment for a group that is due soon."""
-        if self._timer is not None and self._loop is not None and not self.error and self._timer.when() - self._loop.time() <= EARLY_S:
+        """A message has just been handled: a good moment for a group that is due soon, or for which the broker will soon wait."""
+        if self._timer is None or self._loop is None or self.error:
+            return
+        if self._awaited >= int(self._awaited_most) or self._timer.when() - self._loop.time() <= EARLY_S:
             self._begin()
 
     def _timed(self) -> None:
@@ -332,6 +343,7 @@ class Lane:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._awaited_most = min(GROUP_MAX, self._awaited_most + AWAITED_EASE)
         group = Group(state=self._state)
         rows: list[tuple[Record, Callback | None]] = []
         self._after, self._acted = {}, 0
@@ -440,9 +452,9 @@ class Lane:
             self._on_commit({stream: self.marks[stream].next_seq - 1 for stream in group.records})
         if self._pending or self._dirty or self._state:
             self._schedule()
-        self._frames += 1 + FRAMES_PER_PAGE * sum(len(record.body) + 100 for record, _ in rows) / PAGE_BYTES
-        if self._frames >= self._checkpoint_frames and self.worker is not None:
-            self._frames = 0.0
+        self._wal_bytes += self._frame_bytes + FRAMES_PER_PAGE / PAGE_FILL * sum(len(record.body) + 100 for record, _ in rows)
+        if self._wal_bytes >= self._checkpoint_bytes and self.worker is not None:
+            self._wal_bytes = 0.0
             self.worker.submit(self._checkpoint, _checkpointed)
         if self.waiting == 0 and not self._state:
             waiters, self._idle_waiters = self._idle_waiters, []

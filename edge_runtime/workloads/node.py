@@ -70,6 +70,8 @@ class WorkloadNode:
         finally:
             if self._runner is not None:
                 await self._runner.close()
+            if self._driver is not None:
+                self._driver.close()
             if self._store is not None:
                 self._store.close()
 

@@ -89,3 +89,4 @@ def end_all(driver: ContainerDriver) -> None:
             await driver.delete(status.key)
 
     asyncio.run(do())
+    driver.close()

@@ -1,20 +1,24 @@
 """The container driver with real containers: what they may, what they may not, and how their lives are told."""
 
 import asyncio
+import json
 import os
+import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_runtime.system.process import TURN_NS, prefer, short_turns
 from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.container import FIRST_ID, ContainerDriver, Ways, searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
+from edge_runtime.workloads.drivers.instance import readable
+from edge_runtime.workloads.drivers.keeper import ordinary_turns
 
 from .container_side import driver, made_driver, made_store, output, reason_against, started
-from .waiting import until, until_sync
+from .waiting import until
 
 __all__ = ["driver"]
 
@@ -232,11 +236,73 @@ async def test_images_in_use_stay(driver: ContainerDriver, tmp_path: Path) -> No
     store.close()
 
 
+def keeper_of(driver: ContainerDriver, key: Key) -> int:
+    """Its keeper's process id."""
+    return int(json.loads((driver._path(key) / "running.json").read_text())["keeper"])
+
+
+async def is_gone(process: int, number: int = 0) -> None:
+    """Wait until a process has ended, after this signal where one is given."""
+    try:
+        watched = os.pidfd_open(process)
+    except ProcessLookupError:
+        if number:
+            raise
+        return
+    try:
+        if number:
+            signal.pidfd_send_signal(watched, number)
+        await readable(watched)
+    finally:
+        os.close(watched)
+
+
+async def test_keepers_go_on_without_the_process_that_they_come_from(driver: ContainerDriver) -> None:
+    """It is killed, and the next container finds another; the first one's end is still written down."""
+    first = await started(driver, "first", "trap 'exit 7' TERM; echo ready; sleep 600 & wait")
+    await until(lambda: _says(driver, first, b"ready"))
+    assert driver._keepers._server is not None
+    before = driver._keepers._server.pid
+    os.kill(before, signal.SIGKILL)
+    second = await started(driver, "second", "exit 3")
+    assert driver._keepers._server is not None and driver._keepers._server.pid != before
+    for key, code in ((first, 7), (second, 3)):
+        status = await (driver.stop(key, 60) if key is first else driver.wait(key))
+        assert status.exit is not None and status.exit.code == code
+        await driver.delete(key)
+    assert await driver.instances() == []
+
+
+async def test_what_a_keeper_starts_has_the_priority_and_the_turns_of_any_process(driver: ContainerDriver) -> None:
+    """Ours are better than that; the control is the process that started it."""
+    if os.geteuid() != 0 or not (short_turns() and prefer(-5)):
+        pytest.skip("turns and priority cannot be changed here")
+    driver.close()  # so that the process that keepers come from is started by this one, as it is now
+    try:
+        key = await started(driver, "ordinary", "sleep 600")
+        status = await driver.status(key)
+        nice, turn = scheduled(status.pid)
+        assert nice == 0 and turn != TURN_NS
+        own_nice, own_turn = scheduled(os.getpid())
+        assert own_nice == -5 and own_turn in (TURN_NS, None)
+        await driver.delete(key)
+    finally:
+        ordinary_turns()
+
+
+def scheduled(process: int) -> tuple[int, int | None]:
+    """Nice value, and nanoseconds of a turn; None where the kernel does not tell it."""
+    try:
+        told = Path(f"/proc/{process}/sched").read_text()
+    except FileNotFoundError:
+        return os.getpriority(os.PRIO_PROCESS, process), None
+    found = re.search(r"^se\.slice\s*:\s*(\d+)$", told, re.M)
+    return os.getpriority(os.PRIO_PROCESS, process), int(found[1]) if found else None
+
+
 async def test_a_killed_keeper_is_told_and_nothing_is_left_of_its_container(driver: ContainerDriver) -> None:
     key = await started(driver, "orphan", "sleep 600")
-    keeper = driver._keepers.popitem()[1]
-    os.kill(keeper.pid, signal.SIGKILL)
-    await asyncio.to_thread(keeper.wait)
+    await is_gone(keeper_of(driver, key), signal.SIGKILL)
     status = await driver.status(key)
     assert status.phase is Phase.RUNNING and "keeper was killed" in status.reason
     ended = await driver.stop(key, 0.1)
@@ -255,14 +321,15 @@ async def test_another_agent_takes_over_what_runs_and_starts_nothing_twice(drive
     assert await next_one.start(key) == before and [status.key for status in await next_one.instances()] == [key]
     await until(lambda: _says(driver, key, b"began"))
     # The control: without the lock, and what the keeper wrote down, it is started again.
-    keeper = driver._keepers.popitem()[1]
+    keeper = keeper_of(driver, key)
     for name in ("lock", "running.json"):
         (driver._path(key) / name).unlink()
     (driver._path(key) / "lock").touch()
     await next_one.start(key)
     await until(lambda: _says(driver, key, b"began\nbegan"))
     await next_one.delete(key)
-    await asyncio.to_thread(keeper.wait)
+    await is_gone(keeper)
+    next_one.close()
 
 
 async def test_many_at_once(driver: ContainerDriver) -> None:
@@ -315,4 +382,4 @@ def test_no_mount_of_a_container_is_seen_on_the_host(driver: ContainerDriver) ->
     key = asyncio.run(started(driver, "hidden", "sleep 60"))
     assert "novacron" not in Path("/proc/self/mounts").read_text()
     asyncio.run(driver.delete(key))
-    until_sync(lambda: not subprocess.run(["pgrep", "-f", f"keeper.py {driver._path(key)} "], capture_output=True).stdout)
+    assert not driver._held(key)

@@ -17,7 +17,7 @@ import pytest
 from edge_runtime.clock import SystemClock
 from edge_runtime.contract.records import CHAIN_START, Record, chain_over
 from edge_runtime.journal import Journal, JournalSettings
-from edge_runtime.journal.database import insert_chunks
+from edge_runtime.journal.database import PAGE_BYTES, insert_chunks
 from edge_runtime.journal.planner import GrowthRate, plan
 from edge_runtime.journal.recovery import RESERVE_BLOCK
 from tests.integration.waiting import until
@@ -126,6 +126,52 @@ async def test_a_decision_is_one_commit(tmp_path: Path) -> None:
     assert lane.commits - before <= 21, "each decision, and at most once the marks"
     await journal.flush()
     assert journal.marks("decision").effects == 20
+    await journal.close()
+
+
+async def test_a_silence_shows_the_brokers_window_and_the_next_group_does_not_wait_for_one(tmp_path: Path) -> None:
+    """A broker that sends no more than 20 messages without an acknowledgement; before it stops the second time, what it waits for is being written."""
+    journal = make(tmp_path)
+    journal.start()
+    lane = journal.lanes["telemetry"]
+    durable = asyncio.Semaphore(0)
+
+    def arrive(count: int) -> None:
+        for number in range(count):
+            journal.append("telemetry", "reading", {"n": number}, lambda _record: durable.release())
+            journal.breathe()
+
+    arrive(1)
+    await durable.acquire()  # the first one of all does not wait for others
+    arrive(20)
+    for _ in range(20):
+        await durable.acquire()
+    assert lane.commits == 2, "the silence began the group"
+    arrive(14)
+    assert lane.waiting == 14 and lane._group is None, "three quarters of the window, and no less"
+    arrive(1)
+    assert lane._group is not None, "it begins by itself, five messages before the broker stops"
+    for _ in range(15):
+        await durable.acquire()
+    await journal.close()
+
+
+async def test_a_new_file_has_pages_of_half_a_block_and_an_old_one_keeps_its_own(tmp_path: Path) -> None:
+    journal = make(tmp_path)
+    journal.start()
+    await append(journal, "decision", 3)
+    database = journal.lanes["journal"].database
+    assert database.page_bytes == PAGE_BYTES
+    await journal.close()
+    with sqlite3.connect(database.path) as connection:  # what an agent before this one made
+        connection.executescript("PRAGMA journal_mode=DELETE; PRAGMA page_size=4096; VACUUM; PRAGMA journal_mode=WAL;")
+    connection.close()
+    journal = make(tmp_path)
+    journal.start()
+    await append(journal, "decision", 3)
+    database = journal.lanes["journal"].database
+    assert database.page_bytes == 4096
+    assert len(await check_whole(journal, "decision")) == 6
     await journal.close()
 
 

@@ -13,8 +13,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
@@ -26,7 +24,8 @@ from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import alive, bounded, line, read, readable, sync_folder, tail, write
+from .instance import alive, bounded, read, readable, sync_folder, tail, write
+from .keepers import Keepers
 from .users import ids
 
 T = TypeVar("T")
@@ -54,8 +53,6 @@ LOOK_S = 0.02
 
 SAID = 2000
 """Characters of a runtime's own words in an error."""
-
-_KEEPER = Path(__file__).with_name("keeper.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +95,17 @@ class ContainerDriver:
         self._groups = cgroups.read()
         self._capabilities: Capabilities | None = None
         self._ways: Ways | None = None
-        self._keepers: dict[int, subprocess.Popen[bytes]] = {}
+        self._keepers = Keepers(self._groups.folders(cgroups.KEEPERS))
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying = asyncio.Lock()
         for folder in (directory, self._folder, self._new, self._state):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for leaving in self._new.iterdir():
             shutil.rmtree(leaving, ignore_errors=True)
+
+    def close(self) -> None:
+        """What runs goes on."""
+        self._keepers.close()
 
     @property
     def scratch(self) -> Path:
@@ -180,8 +181,7 @@ class ContainerDriver:
         os.chown(laid / "disk/upper", top.st_uid + (base or 0), top.st_gid + (base or 0))  # the root folder itself comes from the upper layer
         keeper = {
             "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
-            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "groups": self._groups.folders(cgroups.KEEPERS),
-            "lease": str(lease.path_of(folder)) if order.leased else "",
+            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "",
         }
         instance = {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime), "leased": order.leased,
@@ -205,31 +205,11 @@ class ContainerDriver:
         if status.phase is not Phase.PREPARED or self._held(key):
             return status
         await self._forget(key)
-        word = await asyncio.to_thread(self._launch, self._path(key))
+        word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S)
         status = self._status(key)
         if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
             raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
         return status
-
-    def _launch(self, folder: Path) -> str:
-        """Start the keeper and wait for its word; blocks. It takes the lock over from us: between us and it, it is never free."""
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with open(folder / "keeper.err", "wb") as errors:
-                keeper = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(_KEEPER), str(folder), str(lock)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, cwd="/", start_new_session=True, pass_fds=(lock,),
-                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
-                )
-        except BlockingIOError:
-            return ""
-        finally:
-            os.close(lock)
-        self._keepers[keeper.pid] = keeper
-        assert keeper.stdout is not None
-        with keeper.stdout:
-            os.set_blocking(keeper.stdout.fileno(), True)
-            return line(keeper.stdout.fileno(), START_S)
 
     async def wait(self, key: Key) -> Status:
         while True:
@@ -237,7 +217,6 @@ class ContainerDriver:
             if status.phase is Phase.PREPARED and not self._held(key):
                 raise Refused("id", f"{_name(key)} was never started", "start it first")
             if status.phase in (Phase.ENDED, Phase.LOST):
-                self._reap()
                 return status
             if watched is None:  # between two states
                 await asyncio.sleep(LOOK_S)
@@ -276,7 +255,6 @@ class ContainerDriver:
             except TimeoutError:  # what is written down is not what runs: somebody was in this folder
                 await self._forget(key)
                 await self._within(self._unheld(key), LEFT_S, "its keeper does not end")
-            self._reap()
             await self._forget(key)
             gone = self._new / f"{folder.name}.gone"
             await asyncio.to_thread(shutil.rmtree, gone, True)
@@ -464,11 +442,6 @@ class ContainerDriver:
     async def _unheld(self, key: Key) -> None:
         while self._held(key):
             await asyncio.sleep(LOOK_S)
-
-    def _reap(self) -> None:
-        """Keepers of ours that have ended leave no zombies."""
-        for pid in [pid for pid, keeper in self._keepers.items() if keeper.poll() is not None]:
-            del self._keepers[pid]
 
     def _keeper_said(self, key: Key) -> str:
         data, _ = tail(self._path(key) / "keeper.err", SAID)

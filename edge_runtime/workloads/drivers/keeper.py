@@ -1,8 +1,11 @@
 """What stands between the agent and one container: a small process of its own that outlives the agent. Run as a script, with nothing of ours imported.
 
-    python -I -S keeper.py FOLDER LOCK_DESCRIPTOR
+    python -I -S keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
 
-It mounts the container's root in a mount namespace of its own, has the runtime start it, keeps what it writes, waits for its end and writes that down. Its mounts go with it, whoever is
+That is the server, which forks a keeper for each folder that comes through the socket, with three descriptors: the folder's lock, where to say the first word, where errors go. It ends
+when the socket's other end is closed; the keepers do not.
+
+A keeper mounts the container's root in a mount namespace of its own, has the runtime start it, keeps what it writes, waits for its end and writes that down. Its mounts go with it, whoever is
 killed. It holds a lock on `FOLDER/lock` for as long as it lives: that is how the agent, this one or the next, knows that it is there. What it is told stands in `FOLDER/keeper.json`, what
 it did in (where `keeper.json` names a lease, it ends the container when that is over, whether or not there is an agent):
 
@@ -10,15 +13,17 @@ it did in (where `keeper.json` names a lease, it ends the container when that is
     exit.json       how it ended (or that it could not be started, and what the runtime said)
     stdout.log, stdout.log.1, stderr.log, stderr.log.1    the end of what it wrote, each pair within `log_bytes`
 
-The first line that it writes to its own stdout is `running` or `ended`: then the file is there.
+The first word that it says is `running` or `ended`: then the file is there.
 """
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import selectors
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -34,6 +39,11 @@ OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH = 4
 MOUNT_ATTR_IDMAP = 0x0010_0000
+
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "armv7l": 380}
+
+PATH_MAX = 4096
+"""Bytes of a path, at most (Linux)."""
 
 CHUNK = 65_536
 """Bytes that are read of the container's output at a time: what a pipe holds."""
@@ -265,7 +275,7 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     tell("running")
     status, lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid, lease)
     code, by = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
-    return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed}
+    return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
 
 
 def watch(ended: int, streams: dict, pid: int, lease: str) -> tuple:  # type: ignore[type-arg]
@@ -278,7 +288,10 @@ def watch(ended: int, streams: dict, pid: int, lease: str) -> tuple:  # type: ig
     while left or end is None:
         if lease and end is None and not lapsed and lease_s(lease) <= 0:
             lapsed = True
-            signal.pidfd_send_signal(ended, signal.SIGKILL)
+            try:
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has just ended
         found = selector.select(max(0.0, end - time.monotonic()) if end is not None else LOOK_S if lease and not lapsed else None)
         if end is not None and not found:
             break
@@ -309,14 +322,19 @@ def reap(pid: int) -> None:
             return
 
 
-def main() -> int:
-    """The keeper's life."""
-    folder, lock = sys.argv[1], int(sys.argv[2])
-    os.set_inheritable(lock, False)
-    os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))  # the agent's own is better than what it starts may have
+def ordinary_turns() -> None:
+    """The priority and the turns at the processor that any process has: the agent's own are better than what it starts may have."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
+    number = SCHED_SETATTR.get(os.uname().machine)
+    if number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.getpriority(os.PRIO_PROCESS, 0), 0, 0, 0, 0)  # no length of turns: the kernel's own
+        libc.syscall(number, 0, attributes, 0)
+
+
+def live(folder: str) -> None:
+    """A keeper's life."""
     with open(os.path.join(folder, "keeper.json")) as handle:
         told = json.load(handle)
-    leave_group(told["groups"])
     libc.prctl(PR_SET_NAME, b"novacron-keeper", 0, 0, 0)
     try:
         result = keep(told)
@@ -339,7 +357,50 @@ def main() -> int:
     except Trouble:
         pass
     tell("ended")
-    return 0
+
+
+def fork(folder: str, descriptors: list, line: socket.socket) -> None:  # type: ignore[type-arg]
+    """A keeper; returns in the server."""
+    if os.fork() != 0:
+        return
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        line.close()
+        _lock, said, errors = descriptors  # the lock is held by being open
+        for source, target in ((said, 1), (errors, 2)):
+            os.dup2(source, target)
+            os.close(source)
+        live(folder)
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    """The server."""
+    ordinary_turns()
+    leave_group(sys.argv[2:])
+    libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers that end leave nothing behind
+    gc.freeze()  # what is here is shared with all that are forked, and a collection would write to it
+    line = socket.socket(fileno=int(sys.argv[1]))
+    line.set_inheritable(False)
+    while True:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(line, PATH_MAX, 3, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            return 0
+        if not data:
+            return 0
+        if len(descriptors) == 3:
+            fork(os.fsdecode(data), descriptors, line)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 if __name__ == "__main__":
