@@ -305,7 +305,7 @@ class Book:
         self.index(placement, add=False)
         self.ledger.put(self.tables.open, key, to)
         self.index(to, add=True)
-        if current or row.node == placement.node:
+        if row.epoch == placement.epoch and row.node:
             self.set(replace(row, node=to.node, changed_ms=now_ms))
         self.version += 1
 
