@@ -133,6 +133,8 @@ class SharedDuties:
     async def leave(self) -> None:
         """An orderly stop: decide nothing more, finish, hand over, say so; the siblings go on at once."""
         self._leaving = True
+        if self.workloads is not None:
+            await self.workloads.close()
         try:
             await asyncio.wait_for(self._journal.flush(), LEAVE_S)
         except TimeoutError:

@@ -81,6 +81,13 @@ class SiteWorkloads:
         for workload, duty in self._runs.items():
             self._member.occupied[WORKLOAD + workload] = Occupied(duty, lease.read(lease.folder_of(self._runtime.config.data_dir, workload, duty.epoch)))
 
+    async def close(self) -> None:
+        """Let go; what runs goes on, for as long as its lease."""
+        tasks = list(self._ending.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def _keep(self, then: Callable[[], None] | None = None) -> None:
         runs = {workload: [duty.fence, duty.origin, duty.epoch] for workload, duty in self._runs.items()}
         self._runtime.journal.put_state(KEPT, {"runs": runs, "held": list(self._held.values()), "moves": sorted(self._moves), "over": self._over}, then)
@@ -128,8 +135,9 @@ class SiteWorkloads:
                         over = max((held.until_ms for workload in names if (held := self._member.occupied.get(WORKLOAD + workload)) is not None), default=0) + KEEPER_MS
                         await asyncio.sleep(max(0, over - self._now()) / 1000)
                     break
-                except OSError as error:
-                    log.error("workloads that are another's now could not be ended: %s; trying again in %.0f s", error, AGAIN_S)
+                except Exception:  # whatever it is: siblings wait until it has ended
+                    self._runtime.metrics.inc("workload_errors_total")
+                    log.exception("workloads that are another's now could not be ended; trying again in %.0f s", AGAIN_S)
                     await asyncio.sleep(AGAIN_S)
             gone = [workload for workload in names if workload not in self._granted and self._member.may_send(WORKLOAD + workload, self._now()) is None]
             told = [{"workload": workload, "origin": duty.origin, "fence": duty.fence, "to": self._member.server(WORKLOAD + workload)} for workload in gone if (duty := self._runs.get(workload)) is not None]
