@@ -10,6 +10,7 @@ import pytest
 
 from edge_runtime.config.schema import UplinkConfig, WorkloadsConfig
 from edge_runtime.site import member
+from edge_runtime.workloads.drivers import lease
 from hub.server import Hub
 from hub.workloads.documents import read_list
 
@@ -91,6 +92,12 @@ async def test_after_a_goodbye_the_next_that_can_runs_it_and_the_hub_leaves_it_t
         site = made.edges["gw-2"].runtime.site
         assert site is not None and site.workloads is not None and site.workloads._over == {"camera/1": "refused"}, "gw-2 was asked first"
         (moved,) = pids(made.folders["gw-3"], "camera")
+        await made.edges["gw-3"].stop()
+        folder = lease.folder_of(str(made.folders["gw-3"]), "camera", 1)
+        last = lease.read(folder)
+        await made.start("gw-3")
+        await until(lambda: lease.read(folder) > last + SHORTER["RUN_LEASE_MS"], 30.0, what="the next agent goes on with it, from its journal")
+        assert pids(made.folders["gw-3"], "camera") == [moved]
         await made.start("gw-1")
         await cloud.start()
         async with running_hub(tmp_path / "hub", f"mqtt://127.0.0.1:{cloud.port}") as hub:
