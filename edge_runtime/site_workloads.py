@@ -13,8 +13,9 @@ from .contract import jsoncodec
 from .contract.limits import MAX_MESSAGE_BYTES, MAX_SHARED_WORKLOADS
 from .contract.site_messages import WORKLOAD, Duty, is_workload
 from .contract.workloads import RUNNING, STOPPED, may_move
+from .site.actions import Occupied
 from .site.link import SiteLink
-from .site.member import Member, Occupied
+from .site.member import Member
 from .workloads.cutoff import Shift, name_of, others, share
 from .workloads.drivers import lease
 

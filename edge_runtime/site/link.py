@@ -10,8 +10,9 @@ from ..contract.errors import ContractError
 from ..contract.limits import PROTOCOL_VERSION
 from ..contract.site_messages import CLAIM, DUTY, LOAD, SPEC, Duty, parse, parse_heartbeat, parse_table
 from ..metrics import Metrics
-from . import member as core
-from .member import Action, Member
+from . import actions as core
+from .actions import Action
+from .member import Member
 
 log = logging.getLogger(__name__)
 

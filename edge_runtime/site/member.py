@@ -17,11 +17,12 @@ order) is there so that somebody writes tables. What a broker remembers is not t
 of now, and where the broker has forgotten it, all duties are given anew.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from ..contract.limits import MAX_SITE_DEVICES, MAX_SITE_MEMBERS, MAX_SITE_NUMBER
 from ..contract.site_messages import Duty, Heartbeat, Table, is_workload
+from .actions import Action, Beat, Claim, Elected, Forget, Keep, Occupied, Place, Publish, Release, Resume, Standing, Start, Vacate
 from .assign import Candidate, assign, home_of
 
 HEARTBEAT_MS = 1_000
@@ -69,108 +70,8 @@ FORGET_MS = 86_400_000
 ASSIGN_MS = 500
 """A leader looks at who serves what at most this often: it takes milliseconds with a thousand devices."""
 
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """Publish this sign of life."""
-
-    heartbeat: Heartbeat
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Keep `number` across restarts; it must be durable before a claim or table with it goes out."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Publish a claim of `number`."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Publish this table, retained."""
-
-    table: Table
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Stop with these duties: finish what is decided, publish the hand-over where `may_send` still allows it, then call `Member.drained(table)`."""
-
-    duties: dict[str, Duty]
-    table: tuple[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Vacate:
-    """End these workloads, then call `Member.ended(table)`."""
-
-    duties: dict[str, Duty]
-    table: tuple[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """These duties are ours to act on from now."""
-
-    duties: dict[str, Duty]
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """A short break of the connection is over and everything that was ours still is: go on with what waited."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Others may have acted since: readings that wait and are not covered by a duty of now must not be decided any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Elected:
-    """We lead under `number`."""
-
-    number: int
-
-
-Action = Beat | Keep | Claim | Publish | Release | Vacate | Start | Resume | Forget | Elected
-
 OURS, WAITS, OTHERS = "ours", "waits", "others"
 """How a device stands to us: act on it; ours, or perhaps, but not yet; another's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How the members of a site stand, as its leader sees it, for who shall run which workload.
-
-    Attributes:
-        live: who is there, the leader too.
-        gone: who has been silent for so long that nothing runs there any more.
-        cut_off: nobody who is there has a hub.
-        binding: members that are gone, of which the last word still counts: no hub can have decided about them since.
-    """
-
-    live: frozenset[str]
-    gone: frozenset[str]
-    cut_off: bool
-    binding: frozenset[str]
-
-
-Place = Callable[[Mapping[str, Duty], Standing, int, bool, int], dict[str, Duty]]
-"""`place(before, standing, number, anew, now)`: the duties of workloads; as `assign` of devices."""
-
-
-@dataclass(slots=True)
-class Occupied:
-    """A workload that may run here. `until_ms`: what runs is ended then, where the lease is not renewed; 0 where that is not known."""
-
-    duty: Duty
-    until_ms: int = 0
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ Json = Mapping[str, Any]
 
 
 class Standing(Protocol):
-    """See `site.member.Standing`."""
+    """See `site.actions.Standing`."""
 
     @property
     def live(self) -> frozenset[str]:
@@ -93,7 +93,7 @@ class Shift:
     _listed_ms: dict[str, int] = field(default_factory=dict)
 
     def place(self, before: Mapping[str, Duty], standing: Standing, number: int, anew: bool, now: int) -> dict[str, Duty]:
-        """The duties of all workloads; see `site.member.Place`."""
+        """The duties of all workloads; see `site.actions.Place`."""
         entries = self._entries(before, standing)
         duties: dict[str, Duty] = {}
         for key, duty in before.items():

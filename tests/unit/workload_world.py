@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_runtime.contract.site_messages import WORKLOAD, Duty
-from edge_runtime.site.member import Member, Occupied, Place, Standing, Start, Vacate
+from edge_runtime.site.actions import Occupied, Place, Standing, Start, Vacate
+from edge_runtime.site.member import Member
 from edge_runtime.workloads.cutoff import Shift
 
 from .site_world import Node, World

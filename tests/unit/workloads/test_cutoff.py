@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.limits import MAX_MESSAGE_BYTES, MAX_SHARED_WORKLOADS, MAX_SITE_WORKLOADS, MAX_WORKLOAD_BYTES
 from edge_runtime.contract.site_messages import LOAD, Duty, is_workload
-from edge_runtime.site.member import Standing
+from edge_runtime.site.actions import Standing
 from edge_runtime.workloads.cutoff import DROP_MS, SHARED_BYTES, Shift, others, share
 
 Json = dict[str, Any]
