@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.workloads.drivers import lease
 from hub.server import Hub
 from tests.unit.workloads.image_side import archive, layout
 from tools.ending import ended
@@ -37,6 +38,8 @@ def end_containers(data: Path) -> None:
     store = ImageStore(data / "workloads/images")
     end_all(ContainerDriver(data / "workloads", store))
     store.close()
+    for name in ("camera.1", "meter.1"):
+        lease.remove(data.resolve() / "workloads/containers" / name)
 
 
 def pids(data: Path, workload: str) -> list[int]:

@@ -22,6 +22,12 @@ def now_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
+async def remove(driver: ContainerDriver, key: Key) -> None:
+    """The container, and its lease, which belongs to whoever renews it."""
+    await driver.delete(key)
+    lease.remove(driver.folder(key))
+
+
 async def prepared(driver: ContainerDriver, name: str, until_ms: int, leased: bool = True) -> Key:
     key = Key(name, 1)
     driver.renew(key, until_ms)
@@ -42,7 +48,7 @@ async def test_it_is_ended_when_its_lease_is_over_and_goes_on_while_it_is_renewe
     driver.renew(other, now_ms() - 1)
     assert (await driver.stop(other, 0.1)).phase is Phase.LOST, "a paused one is ended as well"
     for one in (key, other):
-        await driver.delete(one)
+        await remove(driver, one)
 
 
 async def test_it_does_not_begin_when_its_lease_is_over_or_missing(driver: ContainerDriver) -> None:
@@ -52,7 +58,7 @@ async def test_it_does_not_begin_when_its_lease_is_over_or_missing(driver: Conta
             lease.remove(driver.folder(key))
             assert driver.lease_ms(key) == 0
         assert (await driver.start(key)).phase is Phase.LOST
-        await driver.delete(key)
+        await remove(driver, key)
 
 
 async def test_control_without_a_lease_it_goes_on(driver: ContainerDriver) -> None:
@@ -62,7 +68,7 @@ async def test_control_without_a_lease_it_goes_on(driver: ContainerDriver) -> No
     await driver.wait(short)
     assert (await driver.status(key)).phase is Phase.RUNNING
     for one in (key, short):
-        await driver.delete(one)
+        await remove(driver, one)
 
 
 async def test_what_ends_by_itself_is_no_lapse(driver: ContainerDriver) -> None:
@@ -72,7 +78,7 @@ async def test_what_ends_by_itself_is_no_lapse(driver: ContainerDriver) -> None:
     await driver.start(key)
     ended = await driver.wait(key)
     assert ended.phase is Phase.ENDED and ended.leased and ended.exit is not None and (ended.exit.code == 4 or ended.exit.signal == signal.SIGKILL)
-    await driver.delete(key)
+    await remove(driver, key)
 
 
 async def test_a_damaged_lease_is_none(driver: ContainerDriver, tmp_path: Path) -> None:
@@ -81,7 +87,7 @@ async def test_a_damaged_lease_is_none(driver: ContainerDriver, tmp_path: Path) 
     lease.path_of(driver.folder(key)).write_text("soon")
     assert driver.lease_ms(key) == 0
     await until(lambda: _lost(driver, key), 10.0)
-    await driver.delete(key)
+    await remove(driver, key)
 
 
 async def _lost(driver: ContainerDriver, key: Key) -> bool:
