@@ -122,10 +122,11 @@ class WorkloadsConfig:
     reserve_cpu_milli: int = key(250, "thousandths of a processor that workloads do not get", low=0, high=1_000_000)
     reserve_memory_bytes: int = key(512 << 20, "memory that workloads do not get", low=0, high=1 << 46)
     reserve_disk_bytes: int = key(5 << 30, "free space of the data folder's file system that workloads do not get", low=0, high=1 << 50)
-    max_workloads: int = key(110, "workloads at one time", low=0, high=128)
+    max_workloads: int = key(110, "workloads at one time", low=0, high=256)
     interval_s: float = key(60.0, "time between two looks at what the node has", low=1, high=86400)
     runtimes: tuple[str, ...] = key(("runc", "crun"), "programs that run containers, the first one that passes the probe is taken; none: containers are refused")
-    images_bytes: int = key(8 << 30, "disk space for images of containers; what nothing stands on goes beyond it", low=0, high=1 << 50)
+    functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
+    images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
     mounts: tuple[str, ...] = key((), "folders of this node that containers may mount, with all below them")
     taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")
 

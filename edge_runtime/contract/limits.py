@@ -63,8 +63,8 @@ MAX_SITE_WORKLOADS = 128
 MAX_SHARED_WORKLOADS = 32
 """Workloads of one member that siblings may take over; one more is refused, so that the hub places it elsewhere."""
 
-MAX_WORKLOADS = 128
-"""Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node)."""
+MAX_WORKLOADS = 256
+"""Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node); a kibibyte each where all are there."""
 
 MAX_WORKLOAD_BYTES = 16_384
 """Bytes of one workload's document: sixteen of them fit a desired state at the least, and none is a disk image by mistake."""

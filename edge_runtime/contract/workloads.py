@@ -43,6 +43,7 @@ REPORT_FIELDS = (
     Field("epoch", "integer", "the epoch of the placement it speaks of", minimum=1),
     Field("state", "enum", "what became of it", choices=REPORTED),
     Field("reason", "string", "why", required=False, default=""),
+    Field("load_ms", "number", "of `running`: how long the start took until it stood ready; 0 where that was not measured", required=False, default=0, minimum=0),
     Field("for", "string", "the node that had it, where the site itself gave it to this one while no hub was there", required=False, default="", max_items=64),
     Field("fence", "integer", "the number of the site's table that gave it; the highest counts", required=False, default=0, minimum=0),
 )

@@ -153,6 +153,8 @@ class JournalDatabase:
     def _connect(self) -> sqlite3.Connection:
         connection = self._storage.connect(self.path, BUSY_TIMEOUT_MS / 1000)
         connection.execute("PRAGMA mmap_size=0")
+        # Debian's SQLite writes zeros over what is deleted: each page of the journal would go to the disk once more when its records are freed.
+        connection.execute("PRAGMA secure_delete=OFF")
         connection.execute("PRAGMA cache_size=-512")
         connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
         connection.execute("PRAGMA temp_store=MEMORY")

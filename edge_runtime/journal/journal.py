@@ -367,7 +367,9 @@ class Journal:
             cap = self.settings.telemetry_max_bytes if name == "telemetry" else self.settings.max_bytes
             if lane.worker is not None and not lane.error:
                 try:
-                    await lane.worker.call(lambda lane=lane, cap=cap: lane.locked(lambda: self._keep_within(lane, cap)))  # type: ignore[misc]
+                    freed = await lane.worker.call(lambda lane=lane, cap=cap: lane.locked(lambda: self._keep_within(lane, cap)))  # type: ignore[misc]
+                    if freed:
+                        await self._give_back(lane)
                 except sqlite3.Error as error:
                     log.error("%s cannot be kept within its limits: %s", lane.database.path.name, error)
         free = self.free_bytes()
@@ -385,8 +387,19 @@ class Journal:
         self.telemetry_open = free >= self.settings.min_free_bytes // 2
         self.storage_plan = self._plan()
 
-    def _keep_within(self, lane: Lane, cap: int) -> None:
-        """On the lane's thread: free receipted records past the retention, then the oldest past the cap; give pages back."""
+    @staticmethod
+    async def _give_back(lane: Lane) -> None:
+        """Give free pages back to the file system, in steps: a commit may come between two of them, and after each the WAL is checkpointed, into which it was all written first."""
+        for _ in range(RELEASE_SLICES):
+            if lane.worker is None:
+                return
+            left = await lane.worker.call(lambda: lane.locked(lane.database.vacuum_step))
+            await lane.checkpoint()
+            if not left:
+                return
+
+    def _keep_within(self, lane: Lane, cap: int) -> int:
+        """On the lane's thread: free receipted records past the retention, then the oldest past the cap; how many slices were freed."""
         freed = 0
         for stream in sorted(lane.database.streams, key=lambda name: -STREAMS[name].priority):
             marks = lane.marks[stream]
@@ -405,10 +418,7 @@ class Journal:
                 if lane.database.used_bytes() - lane.database.wal_bytes() <= cap or not lane.database.release(stream, marks, upto):
                     break
                 freed += 1
-        if freed:
-            for _ in range(RELEASE_SLICES):
-                if not lane.database.vacuum_step():
-                    break
+        return freed
 
     def _relieve(self) -> None:
         """On the telemetry lane's thread: drop the oldest telemetry and give its space back to the file system.
@@ -427,7 +437,7 @@ class Journal:
             try:
                 lane.database.release("telemetry", marks, target, RELIEF_ROWS)
                 lane.database.checkpoint()
-                free = lane.database.vacuum_step(RELIEF_PAGES)
+                free = lane.database.vacuum_step(RELIEF_BYTES)
                 lane.database.checkpoint()
             except sqlite3.OperationalError as error:
                 if not is_full(error) or not self._storage.exists(self._ballast):
@@ -480,8 +490,8 @@ DELETE_AT_LEAST = 500
 """Rows of telemetry that one relief drops at least."""
 
 RELIEF_ROWS = 100
-RELIEF_PAGES = 64
-"""Rows and pages of one step of a relief: a few hundred KiB of WAL, which even a nearly full disk has."""
+RELIEF_BYTES = 256 * 1024
+"""Rows and free pages of one step of a relief: a few hundred KiB of WAL, which even a nearly full disk has."""
 
 RELIEF_STEPS_MAX = 50_000
 """Steps of one relief at most: a tenth of the largest telemetry database."""

@@ -452,7 +452,10 @@ class Lane:
             self._on_commit({stream: self.marks[stream].next_seq - 1 for stream in group.records})
         if self._pending or self._dirty or self._state:
             self._schedule()
-        self._wal_bytes += self._frame_bytes + FRAMES_PER_PAGE / PAGE_FILL * sum(len(record.body) + 100 for record, _ in rows)
+        # A page of each table that was touched and of each document; pages of their own where documents are long, new ones for records.
+        self._wal_bytes += self._frame_bytes * (len(group.records) + bool(group.marks) + len(group.state)) + FRAMES_PER_PAGE / PAGE_FILL * sum(len(record.body) + 100 for record, _ in rows)
+        if group.state:
+            self._wal_bytes += sum(len(value) for value in group.state.values() if value is not None) / PAGE_FILL
         if self._wal_bytes >= self._checkpoint_bytes and self.worker is not None:
             self._wal_bytes = 0.0
             self.worker.submit(self._checkpoint, _checkpointed)
@@ -461,6 +464,12 @@ class Lane:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+    async def checkpoint(self) -> None:
+        """Move what is in the WAL into the file, beside commits."""
+        if self.worker is not None:
+            self._wal_bytes = 0.0
+            await self.worker.call(self._checkpoint)
 
     def _checkpoint(self) -> None:
         self.database.checkpoint_beside()

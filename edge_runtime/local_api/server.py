@@ -1,4 +1,4 @@
-"""REST of the edge. Reads are plain; the one write is a twin's desired state."""
+"""REST of the edge. Reads are plain; what writes is a twin's desired state, and the call of a function that runs here."""
 
 import hmac
 import json
@@ -24,6 +24,9 @@ MAX_LIMIT = 1_000
 """Records of one answer."""
 
 MAX_BODY_BYTES = 65_536
+
+CALL_REFUSED = {"id": 404, "calls": 429, "body": 413}
+"""HTTP status of a call that was not made, by the field that is wrong."""
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -64,6 +67,7 @@ class LocalApi:
             web.patch("/api/v1/devices/{device}/desired", self.desire), web.get("/api/v1/decisions", self.decisions),
             web.get("/api/v1/decisions/{seq}", self.decision), web.get("/api/v1/journal", self.journal), web.get("/api/v1/journal/chain", self.chain),
             web.get("/api/v1/journal/{stream}", self.records), web.get("/api/v1/config", self.config), web.get("/api/v1/errors", self.errors),
+            web.post("/api/v1/functions/{function}", self.call),
         ])
         return app
 
@@ -140,6 +144,31 @@ class LocalApi:
         patch = jsoncodec.decode(await request.read(), MAX_BODY_BYTES)
         changed = self._runtime.pipeline.desire(device, patch)
         return self._answer({"changed": changed, "twin": self._runtime.registry.devices[device].twin()})
+
+    async def call(self, request: Any) -> Any:
+        """Run a function that runs on this node: the body is its stdin, the answer its stdout."""
+        function = request.match_info["function"]
+        if "Origin" in request.headers:  # a page that a browser of this host shows would need no leave to send this
+            return self._answer({"field": "Origin", "problem": "functions are not called by pages", "remedy": "call it from a program"}, 403)
+        timeout_ms = _integer(request, "timeout_ms")
+        body = await request.read()
+        if not self._runtime.config.workloads.enabled:
+            return self._answer({"field": "id", "problem": "workloads are not enabled on this edge", "remedy": "set workloads.enabled"}, 404)
+        try:
+            answer = await self._runtime.workload_node().call(function, body, timeout_ms / 1000 if timeout_ms else None)
+        except Exception as error:
+            told = getattr(error, "to_json", None)  # a driver's refusal; its module is not imported where there are no workloads
+            if told is None:
+                raise
+            return self._answer(told(), CALL_REFUSED.get(told()["field"], 503))
+        if answer is None:
+            return self._answer({"field": "id", "problem": "no functions run on this edge", "remedy": "see its workload.driver records for the reason"}, 404)
+        headers = {"Novacron-Cold": str(int(answer.cold)), "Novacron-Cut": str(int(answer.cut)), "Novacron-Ran-Us": str(answer.ran_us)}
+        if (answer.what, answer.code) == ("exited", 0):
+            return self._web.Response(body=answer.stdout, content_type="application/octet-stream", headers=headers)
+        problem = f"it exited with code {answer.code}" if answer.what == "exited" else f"it {answer.what}"
+        failed = {"field": "function", "problem": problem, "remedy": "see stderr", "code": answer.code, "stdout": answer.stdout.decode("utf-8", "replace"), "stderr": answer.stderr.decode("utf-8", "replace")}
+        return self._web.Response(text=json.dumps(failed), content_type="application/json", status=504 if answer.what == "timed out" else 502, headers=headers)
 
     async def decisions(self, request: Any) -> Any:
         """The newest decisions."""

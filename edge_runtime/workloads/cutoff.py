@@ -18,7 +18,7 @@ from .placement import Seat, Site, quantity, seat_on
 DROP_MS = 10_000
 """A workload that nobody lists leaves the table after so long: where the hub gives it from one member to another, the two hear of it one after the other."""
 
-SHARED_BYTES = MAX_MESSAGE_BYTES - 65_536
+SHARED_BYTES = MAX_MESSAGE_BYTES - 98_304
 """Bytes of all entries that one member shares; what else it tells takes less than the rest."""
 
 OTHER_KEYS = ("id", "kind", "requests", "labels", "namespace", "anti_affinity")

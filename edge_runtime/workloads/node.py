@@ -14,6 +14,9 @@ from .capacity import changed, describe
 
 if TYPE_CHECKING:
     from .drivers.container import ContainerDriver
+    from .drivers.face import Driver
+    from .drivers.function import FunctionDriver
+    from .drivers.function_call import Answer
     from .images import ImageStore
     from .runner import Runner
 
@@ -49,12 +52,14 @@ class WorkloadNode:
         self.told: dict[str, Any] | None = None
         self._why = ""
         self._entries: Sequence[dict[str, Any]] | None = None
-        self._probed = not config.workloads.enabled or not config.workloads.runtimes
+        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions)
         self._taken = asyncio.Event()
         self._ready = asyncio.Event()
         self._handing = asyncio.Lock()
         self._store: ImageStore | None = None
-        self._driver: ContainerDriver | None = None
+        self._containers: ContainerDriver | None = None
+        self._functions: FunctionDriver | None = None
+        self._usable: set[str] = set()
         self._runner: Runner | None = None
 
     async def run(self) -> None:
@@ -70,33 +75,55 @@ class WorkloadNode:
         finally:
             if self._runner is not None:
                 await self._runner.close()
-            if self._driver is not None:
-                self._driver.close()
+            for driver in (self._functions, self._containers):
+                if driver is not None:
+                    await asyncio.to_thread(driver.close)
             if self._store is not None:
                 self._store.close()
 
     async def _probe(self) -> None:
-        from .drivers.container import ContainerDriver, Settings
-        from .drivers.face import Ability
         from .images import ImageError, ImageStore
         from .runner import Runner
 
         workloads, folder = self._config.workloads, (Path(self._config.data_dir) / "workloads").resolve()
+        drivers: dict[str, Driver] = {}
+        why: list[str] = []
         try:
             self._store = await asyncio.to_thread(ImageStore, folder / "images")
-            self._driver = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts))
-            told = await self._driver.probe()
-            self.runs, self._why = (("container",), "") if told.usable else ((), told.cannot[Ability.START])
-            self._journal.append("event", "workload.driver", {**told.to_json(), "cpu_flags": len(told.cpu_flags)})
-            if told.usable:
-                self._runner = Runner(self._driver, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said)
+            if workloads.runtimes:
+                from .drivers.container import ContainerDriver, Settings
+
+                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts))
+            if workloads.functions:
+                from .drivers.function import FunctionDriver
+
+                drivers["function"] = self._functions = await asyncio.to_thread(FunctionDriver, folder, self._store)
         except (ImageError, OSError) as error:
-            self._why = str(error)
-            log.error("containers cannot be run: %s", error)
-        except Exception as error:  # what a host can come up with has no end; the agent's other work goes on
-            self._why = f"the probe failed: {error}"
-            log.exception("containers cannot be run")
+            why.append(str(error))
+            log.error("workloads cannot be run: %s", error)
+        for name, driver in drivers.items():
+            why += await self._try(name, driver)
+        # A job is of whatever kind its image is.
+        self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "batch" and self._usable))
+        self._why = "; ".join(why)
+        if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
+            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said)
         self._probed = True
+
+    async def _try(self, name: str, driver: "Driver") -> list[str]:
+        """Probe one driver; why it cannot be used, where it cannot."""
+        from .drivers.face import Ability
+
+        try:
+            told = await driver.probe()
+        except Exception as error:  # what a host can come up with has no end; the agent's other work goes on
+            log.exception("the driver of %ss cannot be used", name)
+            return [f"{name}: the probe failed: {error}"]
+        self._journal.append("event", "workload.driver", {**told.to_json(), "cpu_flags": len(told.cpu_flags)})
+        if told.usable:
+            self._usable.add(name)
+            return []
+        return [f"{name}: {told.cannot[Ability.START]}"]
 
     async def _follow(self) -> None:
         """Hand what is wanted to the runner, the newest only."""
@@ -155,22 +182,46 @@ class WorkloadNode:
             await self._hand()
             await self._runner.ended(workload)
 
-    async def _bring(self, reference: str) -> None:
-        """Take an image from the archives that were put into `<data>/workloads/archives`, where the store does not have it yet."""
+    async def _bring(self, kind: str, reference: str) -> str:
+        """Take an image from the archives that were put into `<data>/workloads/archives`, where the store does not have it yet; which driver runs it."""
         from .drivers.face import Refused
         from .images import ImageError
 
         assert self._store is not None
         try:
-            await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
+            image = await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
+        name = kind if kind != "batch" else "function" if image.config.module else "container"
+        if name not in self._usable:
+            raise Refused("image", f"is for the driver of {name}s, which cannot be used here: {self._why}", "place it on a node whose driver can")
+        return name
 
     def _tidy(self) -> None:
         """Keep images within their budget, when there is time."""
-        if self._driver is not None:
-            task = asyncio.ensure_future(self._driver.prune(self._config.workloads.images_bytes))
-            task.add_done_callback(lambda done: None if done.cancelled() or done.exception() is None else log.warning("images could not be pruned: %s", done.exception()))
+        task = asyncio.ensure_future(self._prune())
+        task.add_done_callback(lambda done: None if done.cancelled() or done.exception() is None else log.warning("images could not be pruned: %s", done.exception()))
+
+    async def _prune(self) -> None:
+        modules = await asyncio.to_thread(self._functions.layers) if self._functions is not None else set[str]()
+        if self._containers is not None:
+            await self._containers.prune(self._config.workloads.images_bytes, modules)
+        elif self._store is not None:
+            await asyncio.to_thread(self._store.prune, self._config.workloads.images_bytes, modules)
+
+    async def call(self, function: str, body: bytes, timeout_s: float | None) -> "Answer | None":
+        """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`. What an earlier agent left is called before the probe has ended."""
+        if self._functions is None:
+            if self._probed:
+                return None
+            from .drivers.face import Refused
+
+            raise Refused("node", "the agent has just started, and looks at what it can run", "come again")
+        answer = await self._functions.call(function, body, timeout_s)
+        self._metrics.inc("function_calls_total", outcome=answer.what.replace(" ", "_"))
+        if answer.cold:
+            self._metrics.inc("function_cold_calls_total")
+        return answer
 
     async def _tell(self) -> None:
         told: dict[str, Any] | None = None

@@ -1,27 +1,37 @@
 """Makes what runs on this node what desired state says, by a driver: one task for each workload, which goes by what is on the disk, never by what it remembers.
 
-A workload's epochs are instances of their own, and no epoch starts before the earlier ones have ended here. What is not wanted is stopped and removed. What has ended stays on the disk, with its
-output, until desired state does not list it any more. What was said of a placement is said once, also over restarts (`REPORTED`).
+A workload's epochs are instances of their own, and no epoch starts before the earlier ones have ended here. What is not wanted is stopped and removed, by the driver on whose disk it is: what shall
+stop does not say its kind. What has ended is started again where its document says so (`restarts`), else it stays on the disk, with its output, until desired state does not list it any more.
+What was said of a placement is said once, also over restarts of the agent (`REPORTED`), which forget no tries (`TRIES`).
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from ..contract.workloads import RUNNING, STOPPED, WHEN_CUT_OFF
 from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
+from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded
 
 log = logging.getLogger(__name__)
 
 REPORTED = "workload_reports"
 """The journal's state document that keeps what was said last of each placement."""
 
+TRIES = "workload_tries"
+"""The journal's state document that keeps of each placement its restarts in a row (`tries`), when the present run began and when the first one did (`began_ms`, `first_ms`; ms since 1970). Written
+before a restart: one that a kill interrupts counts as a try."""
+
 GRACE_S = 10.0
 """Between being asked to end and being killed: what Docker gives."""
 
 AGAIN_S = 15.0
 """After an operation that failed (a process that cannot be killed, a disk that fails) it is tried again."""
+
+LOOK_S, LOOKS = 0.25, 600
+"""Pause between two looks at a start that an earlier agent began, and their number: what a driver gives a start at most (150 s)."""
 
 ENDS = ("refused", "stopped", "done", "failed")
 
@@ -40,23 +50,30 @@ class Journal(Protocol):
 
 
 class Runner:
-    """Workloads of one kind on this node.
+    """The workloads of this node.
 
     Args:
-        bring: takes the image of a reference into the store where it can; raises `DriverError`.
+        drivers: by name; what is on the disk of any of them is seen to.
+        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind from it; raises `DriverError`.
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
         said: called when something was said.
     """
 
-    def __init__(self, driver: Driver, journal: Journal, bring: Callable[[str], Awaitable[None]], tidy: Callable[[], Any], errors: Callable[[], None], said: Callable[[], None] = lambda: None) -> None:
-        self._driver, self._journal, self._bring, self._tidy, self._errors, self._on_said = driver, journal, bring, tidy, errors, said
+    def __init__(
+        self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
+        said: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
         self._wanted: dict[str, list[Mapping[str, Any]]] = {}
         self._may: Mapping[str, bool] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         told = journal.state(REPORTED)
         self._told: dict[str, str] = {key: state for key, state in told.items() if isinstance(state, str)} if isinstance(told, dict) else {}
+        tries = journal.state(TRIES)
+        self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
+        self._due: dict[str, float] = {}
 
     async def take(self, entries: Iterable[Mapping[str, Any]], may: Mapping[str, bool] | None = None) -> None:
         """From now on these are wanted, and nothing else. Returns at once; the tasks see to it.
@@ -66,12 +83,13 @@ class Runner:
         wanted: dict[str, list[Mapping[str, Any]]] = {}
         for entry in entries:
             wanted.setdefault(entry["id"], []).append(entry)
-        there = {status.key.id for status in await self._driver.instances()}
+        there = {status.key.id for driver in self._drivers.values() for status in await driver.instances()}
         self._wanted, self._may = wanted, dict(may or {})
         listed = {_said(entry) for those in wanted.values() for entry in those}
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
+        self._forget_tries(set(self._tries) - listed)
         for workload in {*wanted, *there, *self._tasks}:
             self._changed.setdefault(workload, asyncio.Event()).set()
             if workload not in self._tasks:
@@ -117,16 +135,17 @@ class Runner:
         entries = self._wanted.get(workload, [])
         wanted = max((entry for entry in entries if entry["wanted"] == RUNNING), key=lambda entry: int(entry["epoch"]), default=None)
         may = self._may.get(f"{workload}/{wanted['epoch']}") if wanted is not None else None
-        for status in await self._driver.instances():
-            if status.key.id != workload:
-                continue
-            leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
-            if wanted is not None and not leaves and may is not None and status.phase is Phase.ENDED:
-                self._finished(wanted, status)
-            elif leaves or (may is not None and (not may or status.phase is Phase.LOST)):
-                await self._driver.stop(status.key, GRACE_S)
-                await self._driver.delete(status.key)
-                self._tidy()
+        for driver in self._drivers.values():
+            for status in await driver.instances():
+                if status.key.id != workload:
+                    continue
+                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
+                if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
+                    self._ended_alone(wanted, status)
+                elif leaves or may is False or (may is not None and status.phase is Phase.LOST):
+                    await driver.stop(status.key, GRACE_S)
+                    await driver.delete(status.key)
+                    self._tidy()
         for entry in entries:
             if entry["wanted"] == STOPPED:
                 self._say(entry, "stopped", "")
@@ -138,63 +157,128 @@ class Runner:
             await self._run(wanted, changed)
 
     async def _run(self, entry: Mapping[str, Any], changed: asyncio.Event) -> None:
-        key = Key(entry["id"], int(entry["epoch"]))
+        key, said = Key(entry["id"], int(entry["epoch"])), _said(entry)
         self._say(entry, "accepted", "")
+        while True:
+            try:
+                spec = _spec(entry)
+                how = policy(str(entry["kind"]), spec)
+                driver, status = await self._begin(key, entry, {name: value for name, value in spec.items() if name not in KEYS})
+            except DriverError as error:
+                self._errors()
+                await self._remove(key)
+                if isinstance(error, Refused) or self._told.get(said) != "running":
+                    self._say(entry, "refused" if isinstance(error, Refused) else "failed", str(error))
+                    return
+                status = Status(key, Phase.LOST, reason=str(error))  # it ran here before: this was one more try
+            else:
+                if status.phase in (Phase.RUNNING, Phase.PAUSED):
+                    self._began(said, how, status)
+                    self._say(entry, "running", status.reason, status.load_ms)
+                    ended = await self._until(driver, key, changed, self._left_s(said, how))
+                    if ended is None:
+                        if changed.is_set():
+                            return
+                        await driver.stop(key, GRACE_S)
+                        self._say(entry, "failed", f"its deadline of {how.deadline_s:g} s has passed")
+                        self._forget_tries({said})
+                        return
+                    status = ended
+                if status.leased and status.phase is Phase.LOST:
+                    raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
+            if not await self._again(entry, how, status, changed):
+                return
+            await self._remove(key)
+
+    def _ended_alone(self, entry: Mapping[str, Any], status: Status) -> None:
+        """It had ended by itself before it was another's: told, unless it would be started again."""
+        if not policy(str(entry["kind"]), _spec(entry)).again(status, self._tries.get(_said(entry), {}).get("tries", 0)):
+            self._say(entry, "done" if succeeded(status) else "failed", status.reason)
+
+    async def _again(self, entry: Mapping[str, Any], how: Policy, ended: Status, changed: asyncio.Event) -> bool:
+        """Whether it shall be started again now that it has ended, and its pause is over."""
+        said = _said(entry)
+        row = self._tries.get(said, {})
+        tries = row.get("tries", 0)
+        if ended.exit is not None and ended.exit.at_ms - row.get("began_ms", ended.exit.at_ms) >= STABLE_MS:
+            tries = 0
+        left_s = self._left_s(said, how)
+        if not how.again(ended, tries) or (left_s is not None and left_s <= pause_s(tries)):
+            if ended.phase in (Phase.ENDED, Phase.LOST):
+                after = f" (after {tries} restart{'s' * (tries > 1)})" if tries else ""
+                self._say(entry, "done" if succeeded(ended) else "failed", ended.reason + after if ended.reason else "")
+                self._forget_tries({said})
+            return False
+        loop = asyncio.get_running_loop()
+        due = self._due.setdefault(said, loop.time() + pause_s(tries))  # what else is wanted of this workload meanwhile does not put it off
         try:
-            status = await self._begin(key, entry)
-        except DriverError as error:
-            self._errors()
-            await self._driver.delete(key)
-            self._say(entry, "refused" if isinstance(error, Refused) else "failed", str(error))
+            async with asyncio.timeout_at(due):
+                await changed.wait()
+            return False
+        except TimeoutError:
+            pass
+        del self._due[said]
+        self._tries[said] = {**row, "tries": tries + 1}
+        self._journal.append("event", "workload.restart", {"id": entry["id"], "epoch": entry["epoch"], "tries": tries + 1, "reason": ended.reason[:1000]})
+        self._journal.put_state(TRIES, dict(self._tries))
+        return True
+
+    def _began(self, said: str, how: Policy, status: Status) -> None:
+        """Keep when it began, where that will be asked for: once for each run."""
+        row = self._tries.get(said, {})
+        if (how.restart == "never" and not how.deadline_s) or row.get("run") == status.pid:
             return
-        if status.phase in (Phase.RUNNING, Phase.PAUSED):
-            self._say(entry, "running", status.reason)
-            status = await self._until(key, changed) or status
-        if status.phase is Phase.LOST and status.leased:
-            raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
-        else:
-            self._finished(entry, status)
+        now = int(time.time() * 1000)
+        self._tries[said] = {"tries": row.get("tries", 0), "began_ms": now, "first_ms": row.get("first_ms", now), "run": status.pid}
+        self._journal.put_state(TRIES, dict(self._tries))
 
-    def _finished(self, entry: Mapping[str, Any], status: Status) -> None:
-        if status.phase is Phase.LOST:
-            self._say(entry, "failed", status.reason)
-        elif status.phase is Phase.ENDED:
-            self._say(entry, "done" if status.exit is not None and status.exit.code == 0 else "failed", status.reason)
+    def _left_s(self, said: str, how: Policy) -> float | None:
+        """Seconds until its deadline; None: it has none."""
+        first = self._tries.get(said, {}).get("first_ms")
+        return max(0.0, how.deadline_s - (time.time() - first / 1000)) if how.deadline_s and first is not None else None
 
-    async def _begin(self, key: Key, entry: Mapping[str, Any]) -> Status:
-        try:
-            return await self._driver.start(key)  # what is on the disk, from an earlier agent too
-        except Refused as error:
-            if error.field != "id":
-                raise
+    def _forget_tries(self, said: Iterable[str]) -> None:
+        gone = [key for key in said if self._tries.pop(key, None) is not None]
+        for key in said:
+            self._due.pop(key, None)
+        if gone:
+            self._journal.put_state(TRIES, dict(self._tries))
+
+    async def _remove(self, key: Key) -> None:
+        for driver in self._drivers.values():
+            await driver.delete(key)
+
+    async def _begin(self, key: Key, entry: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[Driver, Status]:
+        for driver in self._drivers.values():
+            try:
+                await driver.status(key)
+            except Refused:
+                continue
+            return driver, await _started(driver, key)  # what is on the disk, from an earlier agent too
         if entry.get("gpus"):
-            raise Refused("gpus", "this driver cannot give a container GPU devices", "place it on a node whose driver can")
-        document = entry.get("document") or {}
-        image = str(entry.get("image") or document.get("image") or "")
-        await self._bring(image)
-        spec = document.get("spec") or {}
-        if not isinstance(spec, dict):
-            raise Refused("spec", "is not an object", "see what a container's spec has")
+            raise Refused("gpus", "there is no driver here that can give a workload GPU devices", "place it on a node whose driver can")
+        image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")
+        driver = self._drivers[await self._bring(str(entry["kind"]), image)]
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may
-        if leased and not isinstance(self._driver, Leases):
+        if leased and not isinstance(driver, Leases):
             raise Refused(WHEN_CUT_OFF, "this driver cannot end what it runs by itself", "let it stay, or place it on a node whose driver can")
-        await self._driver.prepare(Order(key, image, requests, spec, leased))
+        await driver.prepare(Order(key, image, requests, spec, entry["kind"] == "batch", leased))
         self._tidy()  # only now: what is prepared stands on its image, and keeps it
-        return await self._driver.start(key)
+        return driver, await _started(driver, key)
 
-    async def _until(self, key: Key, changed: asyncio.Event) -> Status | None:
-        """How it ended; None where something else is wanted first."""
-        end, other = asyncio.ensure_future(self._driver.wait(key)), asyncio.ensure_future(changed.wait())
+    async def _until(self, driver: Driver, key: Key, changed: asyncio.Event, left_s: float | None) -> Status | None:
+        """How it ended; None where something else is wanted first, or `left_s` seconds have passed."""
+        end, other = asyncio.ensure_future(driver.wait(key)), asyncio.ensure_future(changed.wait())
         try:
-            await asyncio.wait((end, other), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((end, other), return_when=asyncio.FIRST_COMPLETED, timeout=left_s)
             return end.result() if end.done() else None
         finally:
             for waiting in (end, other):
                 waiting.cancel()
             await asyncio.gather(end, other, return_exceptions=True)
 
-    def _say(self, entry: Mapping[str, Any], state: str, reason: str) -> None:
+    def _say(self, entry: Mapping[str, Any], state: str, reason: str, load_ms: float = 0.0) -> None:
         """Once each, nothing after an end, and nothing of what is not listed any more."""
         key, order = _said(entry), ("accepted", "running", *ENDS)
         if all(_said(listed) != key for listed in self._wanted.get(entry["id"], ())):
@@ -203,7 +287,7 @@ class Runner:
         if before in ENDS or (before is not None and order.index(state) <= order.index(before)):
             return
         self._told[key] = state
-        body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000]}
+        body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000], **({"load_ms": load_ms} if load_ms else {})}
         if not entry.get("for"):
             self._journal.append("event", "workload", body)
         elif state not in ("accepted", "refused"):  # before it runs here it is nobody's but the site's: a sibling may have it next
@@ -214,3 +298,20 @@ class Runner:
 
 def _said(entry: Mapping[str, Any]) -> str:
     return f"{entry['id']}/{entry['epoch']}/{entry['wanted']}"
+
+
+async def _started(driver: Driver, key: Key) -> Status:
+    """Start it. Where an earlier agent, which was killed, had begun that, it is still under way: it is waited for, and not done twice."""
+    for _ in range(LOOKS):
+        status = await driver.start(key)
+        if status.phase is not Phase.PREPARED:
+            return status
+        await asyncio.sleep(LOOK_S)
+    raise Failed("start", "its start, which an earlier agent began, does not come to an end", "look at the node; it is removed now")
+
+
+def _spec(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    spec = (entry.get("document") or {}).get("spec") or {}
+    if not isinstance(spec, dict):
+        raise Refused("spec", "is not an object", "see what a workload's spec has")
+    return spec

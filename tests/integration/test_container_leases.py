@@ -31,7 +31,7 @@ async def remove(driver: ContainerDriver, key: Key) -> None:
 async def prepared(driver: ContainerDriver, name: str, until_ms: int, leased: bool = True) -> Key:
     key = Key(name, 1)
     driver.renew(key, until_ms)
-    await driver.prepare(Order(key, "box:1", {}, {"command": ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]}, leased))
+    await driver.prepare(Order(key, "box:1", {}, {"command": ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]}, leased=leased))
     return key
 
 
@@ -74,7 +74,7 @@ async def test_control_without_a_lease_it_goes_on(driver: ContainerDriver) -> No
 async def test_what_ends_by_itself_is_no_lapse(driver: ContainerDriver) -> None:
     key = Key("itself", 1)
     driver.renew(key, now_ms() + 60_000)
-    await driver.prepare(Order(key, "box:1", {}, {"command": ["sh", "-c", "kill -9 $$; exit 4"]}, True))
+    await driver.prepare(Order(key, "box:1", {}, {"command": ["sh", "-c", "kill -9 $$; exit 4"]}, leased=True))
     await driver.start(key)
     ended = await driver.wait(key)
     assert ended.phase is Phase.ENDED and ended.leased and ended.exit is not None and (ended.exit.code == 4 or ended.exit.signal == signal.SIGKILL)

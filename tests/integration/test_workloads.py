@@ -136,7 +136,7 @@ async def test_an_agent_without_drivers_says_so_and_the_hub_shows_it(tmp_path: P
         return EdgeRuntime(EdgeConfig(
             edge_id="gw-1", site="plant", region="eu", node="gw-1", data_dir=str(tmp_path / "edge"), uplink=UplinkConfig(url=url, backoff_base_s=0.05, backoff_cap_s=0.3, protocol="3.1.1"),
             bus=BusConfig(enabled=False), journal=JournalConfig(min_free_bytes=0, ballast_bytes=0, target_hours=0), devices=DevicesConfig(host=HostConfig(enabled=False)),
-            api=ApiConfig(enabled=False), workloads=WorkloadsConfig(enabled=True, reserve_disk_bytes=0, reserve_memory_bytes=0, runtimes=()),
+            api=ApiConfig(enabled=False), workloads=WorkloadsConfig(enabled=True, reserve_disk_bytes=0, reserve_memory_bytes=0, runtimes=(), functions=False),
         ))
 
     async with running_hub(tmp_path / "hub", "embedded") as hub:

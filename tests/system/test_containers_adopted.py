@@ -55,7 +55,7 @@ class Node:
 
     def start(self) -> None:
         self.agent = Agent(0, api=False, uplink_port=self._port, model="", host=False, data=self.data, extra={
-            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"]}, "decisions": {},
+            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"], "functions": False}, "decisions": {},
             "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
         })
         self.agent.__enter__()
@@ -103,7 +103,7 @@ async def test_workloads_run_end_stop_and_outlive_a_killed_agent(tmp_path: Path)
         node = Node(tmp_path, hub)
         try:
             await asyncio.to_thread(node.start)
-            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container"], 40.0, what="a node that runs containers")
+            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container", "batch"], 40.0, what="a node that runs containers")
             await submit(
                 hub, work("good", "echo fine"), work("bad", "exit 7"), work("lasting", "trap 'exit 0' TERM; while :; do sleep 0.1; done"), work("later", "trap 'exit 9' USR1; while :; do sleep 0.1; done"),
                 work("odd", "true", privileged=True), work("absent", "true", image="nowhere:1"), work("docker", "exit 0", image="other:2"),
@@ -149,7 +149,7 @@ async def test_an_agent_killed_at_any_moment_starts_nothing_twice(marks: tuple[s
         node = Node(tmp_path, hub)
         try:
             await asyncio.to_thread(node.start)
-            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container"], 40.0, what="a node that runs containers")
+            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container", "batch"], 40.0, what="a node that runs containers")
             names = [f"once-{at}" for at in range(len(marks))]
             for mark, name in zip(marks, names, strict=True):
                 await submit(hub, work(name, "echo began; sleep 600"))

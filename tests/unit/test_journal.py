@@ -207,7 +207,7 @@ async def test_receipts_free_records_and_the_floor_keeps_the_chain(tmp_path: Pat
     await check_whole(journal, "decision")
     assert await journal.chain_at("decision", 60) == marks.floor_chain
     assert await journal.chain_at("decision", 59) is None
-    journal.receipt("decision", 10_000)  # beyond what was ever written
+    journal.receipt("decision", 30_000)  # beyond what was ever written
     assert journal.marks("decision").receipted == 100
     await journal.close()
 
@@ -225,6 +225,34 @@ async def test_retention_leaves_what_the_next_start_reads(tmp_path: Path) -> Non
     await journal.upkeep()
     assert journal.marks("decision").floor == 51
     await journal.close()
+
+
+async def test_freeing_a_backlog_leaves_the_wal_as_large_as_it_was_made(tmp_path: Path) -> None:
+    """What a release and the giving back of its pages write goes through the WAL too; the control is the same without a checkpoint between."""
+    grown: dict[bool, int] = {}
+    for planted in (False, True):
+        journal = make(tmp_path / str(planted), retain_receipted_records=10)
+        journal.start()
+        lane = journal.lanes["journal"]
+        if planted:
+            lane.checkpoint = _no_checkpoint  # type: ignore[method-assign]
+        for _ in range(30):
+            for number in range(1000):
+                journal.append("decision", "decision", {"n": number, "text": "x" * 100}, None)
+            await journal.flush()
+        await lane.exclusively(lambda: lane.database.checkpoint("TRUNCATE"))  # noqa: B023
+        journal.receipt("decision", 30_000)
+        journal.effects_done("decision", 30_000)
+        for _ in range(5):
+            await journal.upkeep()
+        assert journal.marks("decision").floor > 29_900
+        grown[planted] = lane.database.wal_bytes()
+        await journal.close()
+    assert 0 < 2 * grown[False] < grown[True], grown
+
+
+async def _no_checkpoint() -> None:
+    """The planted bug."""
 
 
 async def test_over_the_cap_the_oldest_telemetry_goes_counted_and_decisions_stay(tmp_path: Path) -> None:

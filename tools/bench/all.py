@@ -20,6 +20,7 @@ BENCHES = (
     "nab",
     "site_failover",
     "container_start",
+    "startup",
     "scheduler_latency",
     "k8s_cases",
     "vbp",

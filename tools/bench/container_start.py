@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,11 @@ def image(folder: Path) -> Path:
     code = program(os.uname().machine)
     if code is None:
         raise SystemExit(f"no program for {os.uname().machine}")
+    return layout_of(folder, {"waiting": code}, [{f"file-{number}": bytes(1000)} for number in range(1, LAYERS)])
+
+
+def layout_of(folder: Path, programs: Mapping[str, bytes], more: Sequence[Mapping[str, bytes]] = ()) -> Path:
+    """An OCI layout of a layer with these programs, of which the first is run, and layers with these files."""
     blobs = folder / "blobs/sha256"
     blobs.mkdir(parents=True)
 
@@ -49,15 +55,16 @@ def image(folder: Path) -> Path:
         return {"mediaType": media, "digest": f"sha256:{sha256(data).hexdigest()}", "size": len(data)}
 
     layers, here = [], Platform.here()
-    for number in range(LAYERS):
+    for files in (programs, *more):
         target = io.BytesIO()
         with tarfile.open(fileobj=target, mode="w") as archive:
-            member = tarfile.TarInfo("waiting" if number == 0 else f"file-{number}")
-            data = code if number == 0 else bytes(1000)
-            member.size, member.mode = len(data), 0o755
-            archive.addfile(member, io.BytesIO(data))
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o755
+                archive.addfile(member, io.BytesIO(data))
         layers.append(put(target.getvalue(), "application/vnd.oci.image.layer.v1.tar"))
-    config = {"os": here.os, "architecture": here.arch, "variant": here.variant, "config": {"Cmd": ["/waiting"]}, "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}}
+    run = {"Cmd": [f"/{next(iter(programs))}"]}
+    config = {"os": here.os, "architecture": here.arch, "variant": here.variant, "config": run, "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}}
     manifest = {"schemaVersion": 2, "config": put(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"), "layers": layers}
     entry = put(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
     (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')

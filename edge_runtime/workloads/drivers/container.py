@@ -14,7 +14,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,6 +143,8 @@ class ContainerDriver:
             if not folder.exists():
                 try:
                     image = await asyncio.to_thread(self._store.find, order.image)
+                    if image.config.module:
+                        raise Refused("image", "is a WebAssembly module", "submit it as a function or a batch job")
                     lower = self._store.lower(image)
                     await asyncio.to_thread(self.lay_out, order, image.config, lower, ways, image)
                 except ImageError as error:
@@ -356,11 +358,14 @@ class ContainerDriver:
                 found.append(self._status(Key(entry["id"], entry["epoch"])))
         return found
 
-    async def prune(self, budget: int) -> list[str]:
-        """Keep images within `budget` bytes; never what an instance stands on."""
+    def layers(self) -> set[str]:
+        """Layers of the store that instances stand on."""
+        return {layer for entry in self._present().values() for layer in entry.get("layers", ())}
+
+    async def prune(self, budget: int, others: Collection[str] = ()) -> list[str]:
+        """Keep images within `budget` bytes; never what an instance stands on, here or (`others`) of another driver."""
         async with self._laying:
-            used = {layer for entry in self._present().values() for layer in entry.get("layers", ())}
-            return await asyncio.to_thread(self._store.prune, budget, used)
+            return await asyncio.to_thread(lambda: self._store.prune(budget, self.layers() | set(others)))
 
     def _present(self) -> dict[str, dict[str, Any]]:
         found = {}

@@ -142,13 +142,15 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is known of an instance. `pid` is its first process on the host, 0 where it does not run; `reason` says why where something is amiss."""
+    """What is known of an instance. `pid` is its first process on the host, 0 where it does not run; `reason` says why where something is amiss; `load_ms` how long its start
+    took until it stood ready, 0 where that was not measured."""
 
     key: Key
     phase: Phase
     pid: int = 0
     exit: Exit | None = None
     reason: str = ""
+    load_ms: float = 0.0
     leased: bool = False
     """It runs only as long as `Leases.renew` says; where that ended it, it is lost."""
 
@@ -188,6 +190,7 @@ class Order:
         image: reference of the image.
         requests: what the scheduler has set aside: `cpu` in milli-CPU, `memory` and `disk` in bytes.
         spec: the document's `spec`: what the driver wants to know.
+        job: it runs to its end (kind `batch`); nobody calls it.
         leased: it shall run only as long as `Leases.renew` says, also where the agent is dead.
     """
 
@@ -195,6 +198,7 @@ class Order:
     image: str
     requests: Mapping[str, int] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
+    job: bool = False
     leased: bool = False
 
 

@@ -1,4 +1,4 @@
-"""What the container driver reads and writes of an instance's folder, and how it watches processes that are not its children."""
+"""What drivers read and write of an instance's folder, and how they watch processes that are not their children."""
 
 import asyncio
 import json

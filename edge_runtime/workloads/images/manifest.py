@@ -27,6 +27,12 @@ LAYERS = frozenset((
 ))
 """Those of foreign (non-distributable) layers are not among them: what they are is elsewhere."""
 
+MODULES = frozenset(("application/wasm", "application/vnd.wasm.content.layer.v1+wasm", "application/vnd.module.wasm.content.layer.v1+wasm"))
+"""A WebAssembly module instead of layers: as the CNCF's artefact guide has it, and as wasm-to-oci and older tools wrote it. There is one, and it is not compressed."""
+
+MODULE_FILE = "module.wasm"
+"""Its name in the folder that the store keeps of it, as if it were a layer."""
+
 REF_NAME = "org.opencontainers.image.ref.name"
 FULL_NAME = "io.containerd.image.name"
 """Annotations of an index's entry: the tag, and the whole reference as containerd and Docker write it."""
@@ -75,7 +81,8 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How an image is run: arguments, environment, folder, user; and what its layers unpack to, from the lowest up."""
+    """How an image is run: arguments, environment, folder, user; and what its layers unpack to, from the lowest up. `module`: it is a WebAssembly module, of which there is no more than
+    its bytes (`diff_ids` has their digest)."""
 
     args: tuple[str, ...]
     entrypoint: tuple[str, ...]
@@ -84,6 +91,7 @@ class Config:
     user: str
     stop_signal: str
     diff_ids: tuple[str, ...]
+    module: bool = False
 
 
 def loads(raw: bytes, what: str) -> dict[str, Any]:
@@ -166,8 +174,10 @@ def manifest(raw: bytes, limits: Limits) -> tuple[Descriptor, tuple[Descriptor, 
     if len(listed) > limits.layers:
         raise ImageError("manifest.layers", f"{len(listed)} layers are over {limits.layers}", "build the image with fewer layers")
     layers = tuple(descriptor(one, f"manifest.layers[{at}]") for at, one in enumerate(listed))
+    if len(layers) > 1 and any(layer.media in MODULES for layer in layers):
+        raise ImageError("manifest.layers", "a WebAssembly module beside other layers is no program", "put one module, and nothing else, into the artefact")
     for at, layer in enumerate(layers):
-        if layer.media not in LAYERS:
+        if layer.media not in LAYERS and layer.media not in MODULES:
             raise ImageError(f"manifest.layers[{at}].mediaType", f"{layer.media[:80]!r} is no layer that can be read", "build the image with tar or gzip layers; foreign layers are not fetched")
         if layer.size > limits.layer_bytes:
             raise ImageError(f"manifest.layers[{at}].size", f"{layer.size} bytes are over {limits.layer_bytes}", "build a smaller image, or raise the limit")
@@ -195,6 +205,11 @@ def config(raw: bytes, here: Platform, layers: int) -> Config:
         command, entrypoint, env, text(run.get("WorkingDir"), "config.WorkingDir") or "/", text(run.get("User"), "config.User"), text(run.get("StopSignal"), "config.StopSignal"),
         tuple(digest_of(one, f"config.rootfs.diff_ids[{at}]") for at, one in enumerate(listed)),
     )
+
+
+def module_config(layer: Descriptor) -> Config:
+    """That of an artefact with a WebAssembly module: what its own config says is of no use here, and a component (WASI preview 2) is refused when it is compiled."""
+    return Config((), (), (), "/", "", "", (layer.digest,), module=True)
 
 
 def text(value: Any, what: str) -> str:

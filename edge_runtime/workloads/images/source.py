@@ -240,7 +240,8 @@ def _oci(files: Files, reference: str, here: Platform, limits: Limits, strict: b
     if chosen.media not in documents.MANIFESTS:
         raise ImageError("manifest", f"{chosen.media[:80]!r} is no image", "name an image; other artefacts cannot be run")
     config_pointer, pointers = documents.manifest(raw, limits)
-    config = documents.config(_blob(files, config_pointer, "config"), here, len(pointers))
+    raw = _blob(files, config_pointer, "config")
+    config = documents.module_config(pointers[0]) if pointers[0].media in documents.MODULES else documents.config(raw, here, len(pointers))
     layers = []
     for at, (pointer, diff_id) in enumerate(zip(pointers, config.diff_ids, strict=True)):
         size = files.size(f"blobs/sha256/{pointer.digest}")

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ImageError
-from .layer import CHUNK, Counted, Limits, opener, settle, unpack
-from .manifest import Config, Platform
+from .layer import CHUNK, Counted, Limits, Unpacked, opener, settle, unpack
+from .manifest import MODULE_FILE, MODULES, Config, Platform
 from .source import Layer, Plan, opened, plan
 
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
@@ -37,6 +37,9 @@ MAX_NAMES = 64
 
 MAX_ARCHIVES = 256
 """Sources in a folder that are looked at for one image."""
+
+FRESH_MS = 60_000
+"""The image that was asked for last need not be written down as that again within a minute: two waits for the disk less in the start of what runs from it."""
 
 MAX_RECORD = 8 << 20
 """Bytes of an image's document: a config of the largest size, and its names."""
@@ -93,9 +96,13 @@ class ImageStore:
         """The image of a name, or of `sha256:<digest>` (also after `@`); raises `ImageError`. It counts as asked for now."""
         with self._lock:
             digest = reference.rpartition("@")[2].removeprefix("sha256:")
-            for image in self._all():
+            images = self._all()
+            for image in images:
                 if reference in image.names or f"{reference}:latest" in image.names or digest == image.digest:
-                    used = replace(image, used_ms=int(time.time() * 1000))
+                    now = int(time.time() * 1000)
+                    if image is images[0] and 0 <= now - image.used_ms < FRESH_MS:
+                        return image
+                    used = replace(image, used_ms=now)
                     self._write(used)
                     return used
         raise ImageError("image", f"{reference[:100]} is not on this node", "bring it here: an OCI layout, or an archive of one or of docker save")
@@ -181,9 +188,13 @@ class ImageStore:
             self._copy(layer, blob)
             self._step("unpack")
             folder.mkdir(mode=0o755)
-            with open(blob, "rb") as handle:
-                told = unpack(opener(layer.media, handle), folder, layer.diff_id, limits, own=self._own)
-            blob.unlink()
+            if layer.media in MODULES:
+                os.rename(blob, folder / MODULE_FILE)
+                told = Unpacked(layer.size, 1)
+            else:
+                with open(blob, "rb") as handle:
+                    told = unpack(opener(layer.media, handle), folder, layer.diff_id, limits, own=self._own)
+                blob.unlink()
             self._step("settle")
             settle(folder)
             self._put(self._layers / f"{layer.diff_id}.json", asdict(told))

@@ -27,7 +27,8 @@ class Disk:
         self.trouble: list[str] = []
 
     def append(self, stream: str, kind: str, body: dict[str, Any]) -> None:
-        self.records.append((body["id"], body["epoch"], body["state"]))
+        if kind == "workload":
+            self.records.append((body["id"], body["epoch"], body["state"]))
 
     def state(self, key: str) -> Any:
         return self.documents.get(key)
@@ -110,10 +111,11 @@ def entry(workload: str, epoch: int, wanted: str = "running", **spec: Any) -> di
 
 
 def made(disk: Disk, driver: type[InMemory] = InMemory) -> Runner:
-    async def bring(reference: str) -> None:
+    async def bring(kind: str, reference: str) -> str:
         """The image is there."""
+        return "memory"
 
-    return Runner(driver(disk), disk, bring, lambda: None, lambda: None)
+    return Runner({"memory": driver(disk)}, disk, bring, lambda: None, lambda: None)
 
 
 WANTED = st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 3), st.sampled_from(("running", "stopped"))), max_size=4, unique_by=lambda one: one[:2])
@@ -250,3 +252,28 @@ class Careless(InMemory):
 async def test_control_a_driver_that_stops_nothing_is_caught() -> None:
     with pytest.raises(AssertionError):
         await live([("take", [("a", 1, "running")]), ("take", [("a", 2, "running")])], Careless)
+
+
+class Underway(InMemory):
+    """A start that an earlier agent began is still under way at the first two looks."""
+
+    async def start(self, key: Key) -> Status:
+        self._disk.trouble.append("looked")
+        return await super().start(key) if len(self._disk.trouble) > 2 else await self.status(key)
+
+
+async def test_a_start_that_is_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "LOOK_S", 0.0)
+    disk = Disk()
+    runner = made(disk, Underway)
+    await runner.take([entry("a", 1)])
+    await quiet()
+    assert disk.records == [("a", 1, "accepted"), ("a", 1, "running")] and disk.starts == {Key("a", 1): 1}
+    await runner.close()
+    monkeypatch.setattr(runners, "LOOKS", 2)  # and not for ever
+    disk = Disk()
+    runner = made(disk, Underway)
+    await runner.take([entry("a", 1)])
+    await quiet()
+    assert disk.records == [("a", 1, "accepted"), ("a", 1, "failed")] and disk.instances == {}
+    await runner.close()

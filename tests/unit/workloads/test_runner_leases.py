@@ -25,7 +25,7 @@ class Leased(InMemory):
     async def start(self, key: Key) -> Status:
         leased = (await self.status(key)).leased
         found = await super().start(key)
-        self._disk.instances[key] = Status(key, found.phase, found.pid, found.exit, found.reason, leased)
+        self._disk.instances[key] = Status(key, found.phase, found.pid, found.exit, found.reason, leased=leased)
         return self._disk.instances[key]
 
     def renew(self, key: Key, until_ms: int) -> None:
@@ -123,7 +123,7 @@ async def test_what_a_sibling_had_is_told_with_its_fence_and_only_when_it_runs()
     disk = Disk()
     bodies: list[dict[str, Any]] = []
     append = disk.append
-    disk.append = lambda stream, kind, body: (bodies.append(body), append(stream, kind, body))[1]  # type: ignore[method-assign]
+    disk.append = lambda stream, kind, body: (bodies.append(body), append(stream, kind, body))[1]  # type: ignore[method-assign, func-returns-value]
     held = {**entry("a", 1), "for": "gw-9", "generation": 3, "fence": 7}
     runner = made(disk, Leased)
     await runner.take([held, {**entry("b", 1, bad=True), "for": "gw-9", "generation": 3, "fence": 8}, {**entry("c", 1), "refusal": "too many"}], {"a/1": True, "b/1": True})
@@ -132,4 +132,24 @@ async def test_what_a_sibling_had_is_told_with_its_fence_and_only_when_it_runs()
     await quiet()
     assert [(one["id"], one["state"], one.get("for"), one.get("fence")) for one in bodies] == [("c", "refused", None, None), ("a", "running", "gw-9", 7), ("a", "failed", "gw-9", 7)]
     assert runner.ends() == {"a/1": "failed", "b/1": "refused", "c/1": "refused"}
+    await runner.close()
+
+
+async def test_what_would_be_started_again_is_not_told_as_ended_while_it_is_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "pause_s", lambda tries: 0.0)
+    disk = Disk()
+    now = [entry("a", 1, restart="always")]
+    runner = made(disk, Leased)
+    await runner.take(now, {"a/1": True})
+    await quiet()
+    await runner.close()
+    disk.finish(A, 3)
+    disk.instances[A] = Status(A, Phase.ENDED, exit=disk.instances[A].exit, leased=True)
+    runner = made(disk, Leased)
+    await runner.take(now, {"a/1": False})
+    await quiet()
+    assert disk.records[:2] == [("a", 1, "accepted"), ("a", 1, "running")] and len(disk.records) == 2 and disk.starts[A] == 1
+    await runner.take(now, {"a/1": True})
+    await quiet()
+    assert disk.starts[A] == 2 and disk.instances[A].phase is Phase.RUNNING
     await runner.close()

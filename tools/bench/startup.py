@@ -1,0 +1,161 @@
+"""Create to the first line of the program, verified, for each driver: a container, a function that is cold (its module is here and compiled, no process of it is), a function that is warm.
+
+A cold function is laid out on the disk, its native code verified, its host and first worker forked, and its first call answered: the answer must be what the program says. A warm one answers a
+call with an instance that was ready. A container is believed where its first process is the image's program. Beside that: what each driver takes of memory over the workload's own.
+The peer of the cold function is a Python process that loads the same engine and native code, and runs it once.
+"""
+
+import asyncio
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if not __package__:
+    __import__("as_module").again(__file__)
+
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.face import Key, Order
+from edge_runtime.workloads.drivers.function import FunctionDriver
+from edge_runtime.workloads.images import ImageStore, Limits
+
+from . import container_start
+from .functions_image import LINE, artefact
+from .harness import arguments, machine, memory_of, note, report, spread
+
+COLD, WARM = 20, 500
+"""Functions, and calls, of a round."""
+
+PEERS = 5
+
+BAR_MS = {"function cold": 10.0, "function warm": 1.0, "container": 50.0}
+
+_PEER = """
+import sys, wasmtime
+from edge_runtime.workloads.drivers.function_worker import Kept, Program, engine
+own, kept = engine(), Kept(100)
+Program(own, wasmtime.Module.deserialize(own, open(sys.argv[1], "rb").read()), [], [], 1 << 20, 100).ready(kept.say).run(b"")
+sys.stdout.buffer.write(kept.parts[0])
+"""
+
+
+async def functions(driver: FunctionDriver) -> dict[str, Any]:
+    """One round: ms of each cold start and its parts, of each warm call, MB."""
+    rows: dict[str, Any] = {"function cold": [], "prepare": [], "start": [], "call": [], "function warm": []}
+    keys = [Key(f"cold-{number}", 1) for number in range(COLD)]
+    keep = Key("keep", 1)
+    try:
+        for key in (keep, *keys):  # the first one has the spawner started, which stays while there are functions
+            times = [time.perf_counter()]
+            await driver.prepare(Order(key, "line:1", {}, {"limits": {"memory": "1Mi"}, "concurrency": 1}))
+            times.append(time.perf_counter())
+            status = await driver.start(key)
+            times.append(time.perf_counter())
+            answer = await driver.call(key.id, b"")
+            times.append(time.perf_counter())
+            if answer.stdout != LINE or not status.pid:
+                raise RuntimeError(f"it did not run: {answer}")
+            if key is keep:
+                rows["with the spawner's own start"] = (times[-1] - times[0]) * 1000
+                continue
+            rows["function cold"].append((times[-1] - times[0]) * 1000)
+            for name, begin, end in zip(("prepare", "start", "call"), times, times[1:], strict=False):
+                rows[name].append((end - begin) * 1000)
+        for _ in range(WARM):
+            began = time.perf_counter()
+            answer = await driver.call("keep", b"")
+            rows["function warm"].append((time.perf_counter() - began) * 1000)
+            if answer.stdout != LINE or answer.cold:
+                raise RuntimeError(f"it did not run, or was not warm: {answer}")
+        rows["pss_mb"] = [(await driver.stats(key)).memory_bytes / 1e6 for key in keys]
+        assert driver._spawner is not None
+        rows["spawner"] = memory_of(driver._spawner[0].pid)
+        rows["host"] = memory_of((await driver.status(keys[0])).pid)
+    finally:
+        for key in (keep, *keys):
+            await driver.delete(key)
+    return rows
+
+
+def alone(code: Path) -> list[float]:
+    """The peer: ms."""
+    found = []
+    for _ in range(PEERS):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", _PEER, str(code)], check=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+        found.append((time.perf_counter() - began) * 1000)
+        if done.stdout != LINE:
+            raise RuntimeError("the peer did not run")
+    return found
+
+
+async def all_rounds(options: Any, folder: Path, store: ImageStore) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], list[float]]:
+    """Rounds by driver, the reasons of drivers that cannot be used here, the peer."""
+    found: dict[str, list[dict[str, Any]]] = {"function": [], "container": []}
+    cannot, peer = {}, []
+    driver = FunctionDriver(folder, store)
+    told = await driver.probe()
+    if told.usable:
+        for number in range(options.rounds):
+            found["function"].append(await functions(driver))
+            row = found["function"][-1]
+            note(options, f"round {number + 1}: cold median {median(row['function cold']):.1f} ms, least {min(row['function cold']):.1f} ms; warm median {median(row['function warm']):.2f} ms")
+        peer = await asyncio.to_thread(alone, next(folder.glob(f"functions/.code/{store.find('line:1').config.diff_ids[0]}*.code")))
+    else:
+        cannot["function"] = told.to_json()["cannot"]["start"]
+    driver.close()
+    containers = ContainerDriver(folder, store)
+    told = await containers.probe()
+    if told.usable:
+        for number in range(options.rounds):
+            found["container"].append(await container_start.measure(containers))
+            note(options, f"round {number + 1}: container median {median(found['container'][-1]['start_s']) * 1000:.0f} ms")
+    else:
+        cannot["container"] = told.to_json()["cannot"]["start"]
+    containers.close()
+    return found, cannot, peer
+
+
+def main() -> int:
+    options = arguments(__doc__).parse_args()
+    about = machine()
+    if importlib.util.find_spec("wasmtime") is None:
+        raise SystemExit("no wasmtime (pip install '.[functions]')")
+    with tempfile.TemporaryDirectory() as top:
+        folder = Path(top)
+        store = ImageStore(folder / "images", limits=Limits(keep_free=0), own=os.geteuid() == 0)
+        store.add(artefact(folder / "module"), "line:1")
+        store.add(container_start.image(folder / "image"), "bench:1")
+        found, cannot, peer = asyncio.run(all_rounds(options, folder, store))
+        store.close()
+    times: dict[str, list[list[float]]] = {name: [row[name] for row in found["function"]] for name in ("function cold", "function warm")}
+    times["container"] = [[second * 1000 for second in row["start_s"]] for row in found["container"]]
+    told: dict[str, dict[str, Any]] = {
+        name: {"median": spread([median(row) for row in rows]), "least": round(min(min(row) for row in rows), 3), "worst": round(max(max(row) for row in rows), 3), "bar": BAR_MS[name],
+               "ok": min(median(row) for row in rows) < BAR_MS[name]}
+        for name, rows in times.items() if rows
+    }
+    ok = len(told) == len(BAR_MS) and all(entry["ok"] for entry in told.values())
+    details: dict[str, Any] = {"ms": told, "cannot": cannot}
+    if functions_rows := found["function"]:
+        details["function cold, its parts, median ms"] = {name: spread([median(row[name]) for row in functions_rows]) for name in ("prepare", "start", "call")}
+        details["first function of a node, ms"] = spread([row["with the spawner's own start"] for row in functions_rows])
+        last = functions_rows[-1]
+        details["memory over the workload's own, MB"] = {
+            "function: host and one worker, pss": spread([median(row["pss_mb"]) for row in functions_rows]), "of that the host, rss": round(last["host"].rss / 1e6, 1), "spawner, one for all, pss": round(last["spawner"].pss / 1e6, 1),
+            "spawner, rss": round(last["spawner"].rss / 1e6, 1), "container: keeper, pss": spread([median(row["keeper_pss_mb"]) for row in found["container"]]) if found["container"] else None,
+        }
+    return report(
+        options, about, "create to the first line of the program, a cold function, median", told["function cold"]["median"]["median"] if "function cold" in told else -1.0, "ms", ok,
+        spread_=told.get("function cold", {}).get("median"), peer={"python, the engine and the same native code, ms": round(median(peer), 1)} if peer else None,
+        inputs={"cold": COLD * options.rounds, "warm": WARM * options.rounds, "containers": container_start.STARTS * options.rounds}, details=details,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
