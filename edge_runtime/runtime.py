@@ -238,6 +238,8 @@ class EdgeRuntime:
             from .workloads.node import WorkloadNode
 
             self._workloads = WorkloadNode(self.config, self.journal, self.metrics)
+            if self.site is not None and self.site.workloads is not None:
+                self._workloads.siblings = self.site.workloads
         return self._workloads
 
     async def _tick_forever(self) -> None:

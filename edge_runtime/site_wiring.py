@@ -18,7 +18,7 @@ from .contract import jsoncodec, topics
 from .contract.errors import ContractError
 from .contract.limits import MAX_DUTY_BYTES, MAX_MESSAGE_BYTES, MAX_MODELS, MAX_SITE_DEVICES, MAX_SITE_MEMBERS
 from .contract.records import Record
-from .contract.site_messages import Duty
+from .contract.site_messages import Duty, is_workload
 from .decisions.engine import Decision, DecisionEngine
 from .decisions.rules import RuleError, RuleSet, parse_rules
 from .site.link import SiteLink
@@ -26,6 +26,8 @@ from .site.member import OTHERS, OURS, Member
 
 if TYPE_CHECKING:
     from .runtime import EdgeRuntime
+    from .site_workloads import SiteWorkloads
+    from .workloads.cutoff import Shift
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +79,19 @@ class SharedDuties:
         self._waiting: deque[tuple[str, Callable[[], None]]] = deque()
         self._leaving = False
         self._told_spec = b""
+        self._shift: Shift | None = None
+        self.workloads: SiteWorkloads | None = None
+        if config.workloads.enabled:
+            from . import site_workloads
+
+            self.workloads = site_workloads.SiteWorkloads(runtime, self.member, self.link, self.shift)
         for name, text in (
             ("site_dropped_messages_total", "Messages of devices that another edge serves, or that came while nobody could tell."),
             ("site_rejected_messages_total", "Messages of the site refused, by reason."),
             ("commands_superseded_total", "Commands not sent because another edge serves the device now."),
         ):
             runtime.metrics.describe(name, "counter", text)
-        runtime.metrics.gauge("site_duties", "Shared devices that this edge serves.", lambda: len(self.member.started))
+        runtime.metrics.gauge("site_duties", "Shared devices that this edge serves.", lambda: len(self._serving()))
         runtime.metrics.gauge("site_leads", "1 while this edge leads its site.", lambda: float(self.member.leads))
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -97,6 +105,8 @@ class SharedDuties:
         if up:
             self._told_spec = b""
             self.tell_spec()
+            if self.workloads is not None:
+                self.workloads.tell(anew=True)
             self.link.subscribed()
         else:
             self.link.down()
@@ -110,7 +120,10 @@ class SharedDuties:
         while True:
             await asyncio.sleep(TICK_S)
             try:
+                self.member.hub = not self._runtime.is_offline()
                 self.link.tick()
+                if self.workloads is not None:
+                    self.workloads.tick()
                 self._flush()
                 self._runtime.pipeline.send_waiting()
             except Exception:
@@ -120,12 +133,14 @@ class SharedDuties:
     async def leave(self) -> None:
         """An orderly stop: decide nothing more, finish, hand over, say so; the siblings go on at once."""
         self._leaving = True
+        if self.workloads is not None:
+            await self.workloads.close()
         try:
             await asyncio.wait_for(self._journal.flush(), LEAVE_S)
         except TimeoutError:
             log.error("the journal could not be written before the hand-over")
         with self.together():
-            for device in list(self.member.started):
+            for device in self._serving():
                 self._hand_over(device, None, released=True)
             self.link.leave()
 
@@ -233,6 +248,10 @@ class SharedDuties:
     def start(self, duties: dict[str, Duty]) -> None:
         """See `site.link.Effects`."""
         mono_ms = self._now()
+        runs = {key: duty for key, duty in duties.items() if is_workload(key)}
+        if runs and self.workloads is not None:
+            self.workloads.start(runs)
+        duties = {device: duty for device, duty in duties.items() if device not in runs}
         fresh = {device: duty for device, duty in duties.items() if self._held.get(device) != duty}
         before = {device: state["edge"] for device in fresh if (state := self._states.get(device)) is not None}
         with self.together():
@@ -276,6 +295,32 @@ class SharedDuties:
 
         # Decisions become durable in their order, so when this record is, the commands of all that was decided before are out.
         self._tell("released", ({"device": device, "origin": duty.origin, "fence": duty.fence, "to": self.member.server(device)} for device, duty in duties.items()), finished)
+
+    def vacate(self, duties: dict[str, Duty], done: Callable[[], None]) -> None:
+        """See `site.link.Effects`."""
+        if self.workloads is not None:
+            self.workloads.vacate(duties, done)
+
+    def load(self, edge: str, load: dict[str, Any]) -> None:
+        """See `site.link.Effects`."""
+        if edge == self._edge and (self.workloads is None or self.workloads.known):
+            if self.workloads is None and (load["entries"] or load["capacity"]):  # workloads are not enabled any more
+                self.link.say("load", edge, {"edge": edge, "generation": load["generation"]})
+            return
+        loads = self.shift().loads
+        if edge in loads or len(loads) < MAX_SITE_MEMBERS:
+            loads[edge] = load
+            if self.workloads is not None:
+                self.workloads.heard()
+
+    def shift(self) -> "Shift":
+        """Who runs which workload: there from the first that a member tells of."""
+        if self._shift is None:
+            from .workloads.cutoff import Shift
+
+            self._shift = Shift()
+            self.member.place = self._shift.place
+        return self._shift
 
     def resume(self) -> None:
         """See `site.link.Effects`."""
@@ -447,15 +492,19 @@ class SharedDuties:
 
     # -- told to people ------------------------------------------------------------------------------------------------------
 
+    def _serving(self) -> list[str]:
+        """Devices of ours."""
+        return sorted(device for device in self.member.started if not is_workload(device))
+
     def serves(self) -> dict[str, int]:
         """Our duties: device to fence."""
-        return {device: duty.fence for device, duty in sorted(self.member.started.items())} if self.member.leased(self._now()) else {}
+        return {device: self.member.started[device].fence for device in self._serving()} if self.member.leased(self._now()) else {}
 
     def problems(self) -> list[str]:
         """What is wrong, in words."""
         if self._runtime.bus is not None and self._runtime.bus.up and not self.member.leased(self._now()):
             return ["the site's bus does not return our heartbeats in time: nothing is done for shared devices"]
-        return []
+        return self.workloads.problems() if self.workloads is not None else []
 
     def to_json(self) -> dict[str, Any]:
         """The site as this member sees it."""
@@ -467,6 +516,7 @@ class SharedDuties:
                 name: {"heard_seconds_ago": (now - peer.heard_ms) / 1000, "table": peer.heartbeat.table, "capacity": peer.heartbeat.capacity, "load": peer.heartbeat.load}
                 for name, peer in sorted(self.member.peers.items())
             },
-            "duties": {device: duty.edge for device, duty in table.duties.items()} if table is not None else {},
+            "duties": {device: duty.edge for device, duty in table.duties.items() if not is_workload(device)} if table is not None else {},
+            "workloads": {key.partition("/")[2]: duty.edge for key, duty in table.duties.items() if is_workload(key)} if table is not None else {},
         }
 

@@ -12,7 +12,7 @@ from .presence import EDGE_PRESENCE, HUB_PRESENCE
 from .receipts import RECEIPTS
 from .records import BATCH, RECORD_KINDS
 from .schema import Field, Message
-from .site_messages import CLAIM, DUTY, MEMBER, SPEC, TABLE
+from .site_messages import CLAIM, DUTY, LOAD, MEMBER, SPEC, TABLE
 from .streams import STREAMS
 from .workloads import REPORT_FIELDS
 
@@ -20,7 +20,7 @@ TARGET = Path(__file__).resolve().parents[2] / "docs" / "mqtt-api.md"
 
 MESSAGES: tuple[Message, ...] = (
     BATCH, EDGE_PRESENCE, RECEIPTS, DESIRED, HUB_PRESENCE, device.TELEMETRY, device.REGISTER, device.REPORTED, device.TWIN_DESIRED, device.COMMAND, device.RESULT,
-    MEMBER, CLAIM, TABLE, SPEC, DUTY,
+    MEMBER, CLAIM, TABLE, SPEC, DUTY, LOAD,
 )
 
 

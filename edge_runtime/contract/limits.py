@@ -57,6 +57,12 @@ MAX_DUTY_BYTES = 65_536
 MAX_SITE_NUMBER = 2**53 - 1
 """Largest number of a site's table: what every JSON reader holds exactly."""
 
+MAX_SITE_WORKLOADS = 128
+"""Workloads that a site's table says the holder of: with the most devices and the longest names it is still one message."""
+
+MAX_SHARED_WORKLOADS = 32
+"""Workloads of one member that siblings may take over; one more is refused, so that the hub places it elsewhere."""
+
 MAX_WORKLOADS = 256
 """Workloads in one desired state, those that shall stop included: what one machine's agent watches (kube's default is 110 per node); a kibibyte each where all are there."""
 

@@ -11,12 +11,41 @@ from typing import Any
 from . import jsoncodec
 from .errors import ContractError
 from .jsoncodec import check_tree
-from .limits import MAX_DUTY_BYTES, MAX_DUTY_PATTERNS, MAX_MODELS, MAX_RULES, MAX_SITE_DEVICES, MAX_SITE_NUMBER, PROTOCOL_VERSION
+from .limits import (
+    MAX_DUTY_BYTES,
+    MAX_DUTY_PATTERNS,
+    MAX_INTEGER,
+    MAX_MODELS,
+    MAX_RULES,
+    MAX_SHARED_WORKLOADS,
+    MAX_SITE_DEVICES,
+    MAX_SITE_NUMBER,
+    MAX_SITE_WORKLOADS,
+    MAX_WORKLOADS,
+    PROTOCOL_VERSION,
+)
 from .schema import ID_PATTERN, VERSION, Field, Message
-from .topics import SITE_CLAIM, SITE_DUTY, SITE_MEMBER, SITE_SPEC, SITE_TABLE
+from .topics import SITE_CLAIM, SITE_DUTY, SITE_LOAD, SITE_MEMBER, SITE_SPEC, SITE_TABLE
+from .workloads import ENDED, WORKLOAD_FIELDS
 
 PATTERN = re.compile(r"[A-Za-z0-9_.:*?-]{1,64}\Z")
 """A pattern of device names; `*` and `?` match."""
+
+WORKLOAD = "workload/"
+"""Before a workload's name where duties are keyed by what they are for; no device's name has a slash."""
+
+SHARED_FIELDS = (
+    *WORKLOAD_FIELDS,
+    Field("for", "string", "who has it from the hub, where the site gave it to the sender", required=False, default="", max_items=64),
+    Field("generation", "integer", "the desired state of whoever has it from the hub", required=False, default=0, minimum=0),
+)
+"""One workload that siblings may take over."""
+
+
+def is_workload(key: str) -> bool:
+    """Whether a duty is for a workload."""
+    return key.startswith(WORKLOAD)
+
 
 _SITE = Field("site", "id", "the site's name")
 _EDGE = Field("edge", "id", "the member that speaks")
@@ -28,8 +57,9 @@ def _number(doc: str, name: str = "number") -> Field:
 
 def _check_member(message: dict[str, Any]) -> None:
     check_patterns(message["duties"], "duties")
-    if message["leader"] and not ID_PATTERN.match(message["leader"]):
-        raise ContractError("leader", f"{message['leader'][:80]!r} is not a name", "send the leader of the table in force, or nothing", "name")
+    for key in ("leader", "run_leader"):
+        if message[key] and not ID_PATTERN.match(message[key]):
+            raise ContractError(key, f"{message[key][:80]!r} is not a name", "send the leader of the table in force, or nothing", "name")
 
 
 def check_patterns(patterns: Any, field: str) -> None:
@@ -54,12 +84,15 @@ MEMBER = Message(
         Field("load", "integer", "devices it serves", minimum=0, maximum=MAX_SITE_DEVICES),
         Field("duties", "array", "patterns of the devices that have their home here", required=False, default=[], max_items=MAX_DUTY_PATTERNS),
         Field("leads", "boolean", "it is the leader"),
-        Field("leaving", "boolean", "its last message: it has stopped with everything", required=False, default=False),
+        Field("leaving", "boolean", "its last message: it has stopped with every device; its workloads may go on", required=False, default=False),
+        Field("run_table", "integer", "the same of the table's workloads, which take longer to stop", required=False, default=0, minimum=0, maximum=MAX_SITE_NUMBER),
+        Field("run_leader", "string", "the leader of that one", required=False, default="", max_items=64),
+        Field("hub", "boolean", "it is connected to its hub; where it is not said it may be", required=False, default=True),
     ),
     after=_check_member,
     example={
         "v": 1, "site": "plant-a", "edge": "gw-1", "boot": "6f1c0a9e2b7d4c55", "session": 1, "sent": 8123456, "number": 7, "table": 7, "leader": "gw-2", "capacity": 1.0,
-        "load": 3, "duties": ["boiler-*"], "leads": False, "leaving": False,
+        "load": 3, "duties": ["boiler-*"], "leads": False, "leaving": False, "run_table": 7, "run_leader": "gw-2", "hub": True,
     },
 )
 CLAIM = Message(
@@ -75,12 +108,25 @@ def _check_table(message: dict[str, Any]) -> None:
         where = f"duties.{device[:80]}"
         if not ID_PATTERN.match(device):
             raise ContractError(where, "is not a device name", "use letters, digits, _ . : -", "name")
-        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str) or type(entry[1]) is not int or not isinstance(entry[2], str):
+        if not isinstance(entry, list) or len(entry) != 3:
             raise ContractError(where, "is not [edge, fence, origin]", "send the serving edge, the number it was given at, and whose rules decide", "type")
-        if not ID_PATTERN.match(entry[0]) or not ID_PATTERN.match(entry[2]):
-            raise ContractError(where, "names an edge that is no name", "use letters, digits, _ . : -", "name")
-        if not 1 <= entry[1] <= message["number"]:
-            raise ContractError(where, f"fence {entry[1]} is outside 1..{message['number']}", "send the number of the table that gave the duty", "limit")
+        _check_entry(entry, where, message["number"])
+    for workload, entry in message["workloads"].items():
+        where = f"workloads.{workload[:80]}"
+        if not ID_PATTERN.match(workload):
+            raise ContractError(where, "is not a workload's name", "use letters, digits, _ . : -", "name")
+        if not isinstance(entry, list) or len(entry) != 4 or type(entry[3]) is not int or not 1 <= entry[3] <= MAX_INTEGER:
+            raise ContractError(where, "is not [edge, fence, origin, epoch]", "send who may run it, the number it was given at, who had it from the hub, and its epoch", "type")
+        _check_entry(entry, where, message["number"])
+
+
+def _check_entry(entry: list[Any], where: str, number: int) -> None:
+    if not isinstance(entry[0], str) or type(entry[1]) is not int or not isinstance(entry[2], str):
+        raise ContractError(where, "is not [edge, fence, origin, ...]", "send an edge, a number, an edge", "type")
+    if not ID_PATTERN.match(entry[0]) or not ID_PATTERN.match(entry[2]):
+        raise ContractError(where, "names an edge that is no name", "use letters, digits, _ . : -", "name")
+    if not 1 <= entry[1] <= number:
+        raise ContractError(where, f"fence {entry[1]} is outside 1..{number}", "send the number of the table that gave the duty", "limit")
 
 
 TABLE = Message(
@@ -89,9 +135,10 @@ TABLE = Message(
     fields=(
         VERSION, _SITE, Field("number", "integer", "the number of this table", minimum=1, maximum=MAX_SITE_NUMBER), Field("leader", "id", "who wrote it"),
         Field("duties", "object", "device to [edge that serves it, number at which it was given to it, edge whose rules decide]", max_items=MAX_SITE_DEVICES),
+        Field("workloads", "object", "workload to [edge that may run it, number at which it was given to it, edge that has it from the hub, epoch]", required=False, default={}, max_items=MAX_SITE_WORKLOADS),
     ),
     after=_check_table,
-    example={"v": 1, "site": "plant-a", "number": 7, "leader": "gw-2", "duties": {"boiler-1": ["gw-1", 3, "gw-1"], "pump-1": ["gw-2", 7, "gw-3"]}},
+    example={"v": 1, "site": "plant-a", "number": 7, "leader": "gw-2", "duties": {"boiler-1": ["gw-1", 3, "gw-1"], "pump-1": ["gw-2", 7, "gw-3"]}, "workloads": {"camera-7": ["gw-2", 7, "gw-3", 3]}},
 )
 
 
@@ -151,18 +198,53 @@ DUTY = Message(
 )
 
 
+def _check_load(message: dict[str, Any]) -> None:
+    check_tree(message["capacity"], "capacity")
+    for key in ("others", "entries"):
+        check_tree(message[key], key)
+    for index, other in enumerate(message["others"]):
+        if not isinstance(other, dict) or not isinstance(other.get("id"), str):
+            raise ContractError(f"others[{index}]", "is not a document with an id", "send what it asks for", "type")
+    for name, state in message["ended"].items():
+        if state not in ENDED:
+            raise ContractError(f"ended.{name[:80]}", f"{str(state)[:40]!r} is no end", f"send one of {', '.join(sorted(ENDED))}", "type")
+
+
+LOAD = Message(
+    name="site load", topic=SITE_LOAD, direction="edge to the edges of its site", retained=True,
+    doc="What an edge has for workloads and what it shall run: what a sibling needs to take its workloads over while no hub is there.",
+    fields=(
+        VERSION, _SITE, _EDGE,
+        Field("generation", "integer", "the desired state that it comes from", minimum=0),
+        Field("capacity", "object", "the body of its node.capacity record; empty where it is not known yet", required=False, default={}, max_items=64),
+        Field("entries", "array", "workloads that siblings may take over: entries of desired state, for and generation where the site gave them to it", required=False, default=[],
+              max_items=MAX_SHARED_WORKLOADS, items=SHARED_FIELDS),
+        Field("others", "array", "what else runs there, as far as it matters to where something fits: id, requests, labels, namespace, anti_affinity", required=False, default=[], max_items=MAX_WORKLOADS),
+        Field("ended", "object", "workload/epoch to how it ended there, or why it cannot run there", required=False, default={}, max_items=2 * MAX_WORKLOADS),
+    ),
+    after=_check_load,
+    example={
+        "v": 1, "site": "plant-a", "edge": "gw-1", "generation": 7, "capacity": {"kind": "edge", "capacity": {"cpu": "3750m", "memory": 8000000000}, "runs": ["container"]},
+        "entries": [{"id": "camera-7", "epoch": 3, "wanted": "running", "kind": "container", "image": "registry.example/camera:2", "requests": {"cpu": 500}, "gpus": [], "numa": [],
+                     "document": {"id": "camera-7", "when_cut_off": "move"}, "for": "", "generation": 7}],
+        "others": [{"id": "meter", "requests": {"cpu": "250m"}}], "ended": {"old-job/2": "failed"},
+    },
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """One entry of the table: who serves the device, the number at which it was given to it, whose rules decide."""
+    """One entry of the table: who serves the device (may run the workload), the number at which it was given to it, whose rules decide (who has it from the hub), a workload's epoch."""
 
     edge: str
     fence: int
     origin: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Who serves which device. Two tables are the same where number and leader are."""
+    """Who serves which device, and who may run which workload (`WORKLOAD` and its name). Two tables are the same where number and leader are."""
 
     number: int
     leader: str
@@ -175,8 +257,10 @@ class Table:
 
     def to_json(self, site: str) -> dict[str, Any]:
         """The table as it travels."""
-        duties = {device: [duty.edge, duty.fence, duty.origin] for device, duty in self.duties.items()}
-        return {"v": PROTOCOL_VERSION, "site": site, "number": self.number, "leader": self.leader, "duties": duties}
+        duties = {device: [duty.edge, duty.fence, duty.origin] for device, duty in self.duties.items() if not is_workload(device)}
+        out = {"v": PROTOCOL_VERSION, "site": site, "number": self.number, "leader": self.leader, "duties": duties}
+        workloads = {key.removeprefix(WORKLOAD): [duty.edge, duty.fence, duty.origin, duty.epoch] for key, duty in self.duties.items() if is_workload(key)}
+        return {**out, "workloads": workloads} if workloads else out  # absent where there are none: a member from before workloads gets the table it knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +279,16 @@ class Heartbeat:
     duties: tuple[str, ...]
     leads: bool
     leaving: bool = False
+    hub: bool = False
+    run_table: int = 0
+    run_leader: str = ""
 
     def to_json(self, site: str) -> dict[str, Any]:
         """The message as it travels."""
         return {
             "v": PROTOCOL_VERSION, "site": site, "edge": self.edge, "boot": self.boot, "session": self.session, "sent": self.sent_ms, "number": self.number,
             "table": self.table, "leader": self.leader, "capacity": self.capacity, "load": self.load, "duties": list(self.duties), "leads": self.leads,
-            "leaving": self.leaving,
+            "leaving": self.leaving, "run_table": self.run_table, "run_leader": self.run_leader, "hub": self.hub,
         }
 
 
@@ -225,11 +312,12 @@ def parse_heartbeat(payload: bytes, site: str, edge: str) -> Heartbeat:
     data = parse(MEMBER, payload, site, edge)
     return Heartbeat(
         data["edge"], data["boot"], data["session"], data["sent"], data["number"], data["table"], data["leader"], float(data["capacity"]), data["load"],
-        tuple(data["duties"]), data["leads"], data["leaving"],
+        tuple(data["duties"]), data["leads"], data["leaving"], data["hub"], data["run_table"], data["run_leader"],
     )
 
 
 def parse_table(payload: bytes, site: str) -> Table:
     """A table of `site`; raises `ContractError`."""
     data = parse(TABLE, payload, site)
-    return Table(data["number"], data["leader"], {device: Duty(*entry) for device, entry in data["duties"].items()})
+    workloads = {WORKLOAD + workload: Duty(*entry) for workload, entry in data["workloads"].items()}
+    return Table(data["number"], data["leader"], {**{device: Duty(*entry) for device, entry in data["duties"].items()}, **workloads})

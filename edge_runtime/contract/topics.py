@@ -24,7 +24,9 @@ SITE_TABLE = f"{ROOT}/site/<site>/table"
 SITE_SPEC = f"{ROOT}/site/<site>/spec/<edge>"
 SITE_DUTY = f"{ROOT}/site/<site>/duty/<device>"
 
-SITE_LEAVES = {"member": True, "claim": False, "table": False, "spec": True, "duty": True}
+SITE_LOAD = f"{ROOT}/site/<site>/load/<edge>"
+
+SITE_LEAVES = {"member": True, "claim": False, "table": False, "spec": True, "duty": True, "load": True}
 """What stands behind `site/<site>/`, and whether a name follows."""
 
 EDGE_LEAVES = ("up", "status", "receipts", "desired")

@@ -1,5 +1,8 @@
 """Workloads as hub and edge speak of them: what shall run (desired state), what became of it (`workload` records), what a node has (`node.capacity`)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from .schema import Field
 
 KINDS = ("vm", "container", "function", "batch")
@@ -15,6 +18,12 @@ ENDED = frozenset(("refused", "stopped", "done", "failed"))
 
 NODE_KINDS = ("edge", "hybrid", "cloud", "gpu", "storage")
 """What a node can be; edges and hybrids keep what they run while nobody hears of them."""
+
+WHEN_CUT_OFF = "when_cut_off"
+"""Key of a workload's document: what becomes of it while its site has no hub and its node is gone."""
+
+STAY, MOVE = "stay", "move"
+"""It waits for its node (default), or a sibling of the site takes it over."""
 
 WORKLOAD_FIELDS = (
     Field("id", "id", "the workload's name"),
@@ -35,5 +44,12 @@ REPORT_FIELDS = (
     Field("state", "enum", "what became of it", choices=REPORTED),
     Field("reason", "string", "why", required=False, default=""),
     Field("load_ms", "number", "of `running`: how long the start took until it stood ready; 0 where that was not measured", required=False, default=0, minimum=0),
+    Field("for", "string", "the node that had it, where the site itself gave it to this one while no hub was there", required=False, default="", max_items=64),
+    Field("fence", "integer", "the number of the site's table that gave it; the highest counts", required=False, default=0, minimum=0),
 )
 """The body of a `workload` record."""
+
+
+def may_move(document: Mapping[str, Any]) -> bool:
+    """Whether a workload's document lets siblings of its node take it over."""
+    return bool(document.get(WHEN_CUT_OFF, STAY) == MOVE)

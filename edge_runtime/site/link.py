@@ -8,10 +8,11 @@ from typing import Any, Protocol
 from ..contract import jsoncodec, topics
 from ..contract.errors import ContractError
 from ..contract.limits import PROTOCOL_VERSION
-from ..contract.site_messages import CLAIM, DUTY, SPEC, Duty, parse, parse_heartbeat, parse_table
+from ..contract.site_messages import CLAIM, DUTY, LOAD, SPEC, Duty, parse, parse_heartbeat, parse_table
 from ..metrics import Metrics
-from . import member as core
-from .member import Action, Member
+from . import actions as core
+from .actions import Action
+from .member import Member
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ class Effects(Protocol):
     def release(self, duties: dict[str, Duty], done: Callable[[], None]) -> None:
         """Finish what is decided on these, hand them over, then call `done`."""
 
+    def vacate(self, duties: dict[str, Duty], done: Callable[[], None]) -> None:
+        """End these workloads, then call `done`."""
+
     def resume(self) -> None:
         """Nothing has changed: go on with what waits."""
 
@@ -42,6 +46,9 @@ class Effects(Protocol):
 
     def spec(self, edge: str, spec: dict[str, Any]) -> None:
         """What a sibling decides by."""
+
+    def load(self, edge: str, load: dict[str, Any]) -> None:
+        """What a member has for workloads, and what it shall run; also what we said, in an earlier life perhaps."""
 
     def handed(self, state: dict[str, Any]) -> None:
         """The hand-over state of one device."""
@@ -118,6 +125,8 @@ class SiteLink:
                 if name != self.member.edge:
                     self.member.home(name, tuple(spec["duties"]))
                     self._effects.spec(name, spec)
+            elif leaf == "load":
+                self._effects.load(name, parse(LOAD, payload, self.site, name))
             else:
                 self._effects.handed(parse(DUTY, payload, self.site, name))
         except ContractError as error:
@@ -143,6 +152,8 @@ class SiteLink:
                 self._when_kept(action.table.number, topics.site_topic(self.site, "table"), action.table.to_json(self.site), True)
             elif isinstance(action, core.Release):
                 self._effects.release(action.duties, lambda table=action.table: self._do(self.member.drained(table, self._mono_ms())))  # type: ignore[misc]
+            elif isinstance(action, core.Vacate):
+                self._effects.vacate(action.duties, lambda table=action.table: self._do(self.member.ended(table, self._mono_ms())))  # type: ignore[misc]
             elif isinstance(action, core.Start):
                 self._effects.start(action.duties)
             elif isinstance(action, core.Resume):

@@ -7,6 +7,9 @@ All members share one broker, and every publish comes back in the broker's order
 2.  *Start.* Who is given a device starts with it only when every other member has said that it goes by the same table, or has been silent so
     long that its lease is over on any clock, and a heartbeat of our own that was sent after that has come back. So whoever may have served
     the device has either read that it is not its own any more and stopped, or cannot act.
+    A workload is a duty too, under its own name (`WORKLOAD`). What runs outlives the agent and a short break, so its lease is longer (`RUN_LEASE_MS`),
+    and it is ended at the end of that lease whoever is alive; others wait longer before they start it (`RUN_WAIT_MS`), and a goodbye shortens nothing.
+    To end it takes longer too, so a member says apart from the rest which table its workloads go by.
 3.  *Number.* One counter for elections and tables, kept by every member across restarts; only a table with a higher number is taken over.
 
 Safety comes from 1 and 2 alone, whoever leads and however many believe they do; the election (first claim of a number wins, in the broker's
@@ -14,10 +17,12 @@ order) is there so that somebody writes tables. What a broker remembers is not t
 of now, and where the broker has forgotten it, all duties are given anew.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from ..contract.limits import MAX_SITE_DEVICES, MAX_SITE_MEMBERS, MAX_SITE_NUMBER
-from ..contract.site_messages import Duty, Heartbeat, Table
+from ..contract.site_messages import Duty, Heartbeat, Table, is_workload
+from .actions import Action, Beat, Claim, Elected, Forget, Keep, Occupied, Place, Publish, Release, Resume, Standing, Start, Vacate
 from .assign import Candidate, assign, home_of
 
 HEARTBEAT_MS = 1_000
@@ -31,6 +36,21 @@ WAIT_MS = LEASE_MS + 500
 
 SILENT_MS = LEASE_MS + 2_000
 """Silence after which a member counts as dead: two heartbeats more than its lease, so that a short pause moves nothing."""
+
+RUN_LEASE_MS = 30_000
+"""How long what runs may go on after the last proof that it is ours: an update of the agent and a restart of the broker fit in. The keeper of a container ends it then."""
+
+RUN_WAIT_MS = RUN_LEASE_MS + 4_500
+"""How long the silence of another must last before nothing runs there any more: 8 % for the clocks, and two seconds for its end."""
+
+RUN_SILENT_MS = RUN_WAIT_MS + 1_500
+"""Silence after which the workloads of a member are given to others, while no hub is there."""
+
+HUB_AWAY_MS = SILENT_MS
+"""Nobody who is there may have had a hub for so long: a short break of the uplinks moves nothing."""
+
+HUB_SLACK_MS = 120_000
+"""A hub that was still there so long after a member was last heard does not count as having decided about it: an uplink that is gone is noticed after a keepalive or two."""
 
 SETTLE_MS = 2_000
 """How long a leader in office may say that it does not lead (it restarted, it has just won) before others claim."""
@@ -49,69 +69,6 @@ FORGET_MS = 86_400_000
 
 ASSIGN_MS = 500
 """A leader looks at who serves what at most this often: it takes milliseconds with a thousand devices."""
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """Publish this sign of life."""
-
-    heartbeat: Heartbeat
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Keep `number` across restarts; it must be durable before a claim or table with it goes out."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Publish a claim of `number`."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Publish this table, retained."""
-
-    table: Table
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Stop with these duties: finish what is decided, publish the hand-over where `may_send` still allows it, then call `Member.drained(table)`."""
-
-    duties: dict[str, Duty]
-    table: tuple[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """These duties are ours to act on from now."""
-
-    duties: dict[str, Duty]
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """A short break of the connection is over and everything that was ours still is: go on with what waited."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Others may have acted since: readings that wait and are not covered by a duty of now must not be decided any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Elected:
-    """We lead under `number`."""
-
-    number: int
-
-
-Action = Beat | Keep | Claim | Publish | Release | Start | Resume | Forget | Elected
 
 OURS, WAITS, OTHERS = "ours", "waits", "others"
 """How a device stands to us: act on it; ours, or perhaps, but not yet; another's."""
@@ -153,9 +110,16 @@ class Member:
     peers: dict[str, Peer] = field(default_factory=dict)
     started: dict[str, Duty] = field(default_factory=dict)
     releasing: dict[str, Duty] = field(default_factory=dict)
+    hub: bool = False
+    """Our own uplink is up."""
+    place: Place | None = None
+    """Who shall run which workload; None where nobody here can tell."""
+    occupied: dict[str, Occupied] = field(default_factory=dict)
+    """Workloads that may run here, over connections and boots, until `vacated` or `ended`."""
     refused: int = 0
     """Members and devices beyond the limits, and messages of another process under our name."""
     _applied: tuple[int, str] = (0, "")
+    _run_applied: tuple[int, str] = (0, "")
     _lease_ms: int | None = None
     """When the newest heartbeat that came back on this connection was sent."""
     _old_lease_ms: int | None = None
@@ -180,6 +144,10 @@ class Member:
     _repeated_ms: int = 0
     _assigned_ms: int = 0
     _anew: bool = False
+    _heard: dict[str, int] = field(default_factory=dict)
+    """When each member was last heard, on whatever connection."""
+    _hub_ms: int = 0
+    """When anybody was last heard to have a hub."""
 
     # -- what others ask -----------------------------------------------------------------------------------------------------
 
@@ -199,6 +167,23 @@ class Member:
         duty = self.started.get(device) or self.releasing.get(device)
         return duty if duty is not None and self.leased(now) else None
 
+    def overdue(self, now: int) -> list[str]:
+        """Workloads here whose time is over: what runs must end now; `vacated` when it has."""
+        return [key for key, held in self.occupied.items() if held.until_ms <= now and self.may_send(key, now) is None]
+
+    def vacated(self, key: str, now: int) -> None:
+        """It does not run here any more, where it has not become ours again meanwhile."""
+        if self.may_send(key, now) is None:
+            self.started.pop(key, None)
+            self.occupied.pop(key, None)
+
+    def free(self, key: str, now: int) -> bool:
+        """It is certain that no other member runs this workload, nor will by the table in force."""
+        if self.table is None or not self.leased(now) or self._run_applied != self.table.identity:
+            return False
+        given = self.table.duties.get(key)
+        return (given is None or given.edge == self.edge) and self._ended_elsewhere(self.table.identity)
+
     def server(self, device: str) -> str:
         """Who serves the device; empty where that is not known."""
         duty = self.table.duties.get(device) if self.table is not None else None
@@ -212,7 +197,7 @@ class Member:
         if self._lease_ms is not None:
             self._old_lease_ms = self._lease_ms
         self.session, self.up_ms, self._lease_ms, self._lapsed, self._subscribed = session, now, None, False, False
-        self.table, self._applied, self._beat_ms = None, (0, ""), None
+        self.table, self._applied, self._run_applied, self._beat_ms = None, (0, ""), (0, ""), None
         self.releasing.clear()
         self.peers.clear()
         self._resign()
@@ -253,6 +238,8 @@ class Member:
             return []
         self._expire(now)
         actions = self._know(beat.number)
+        if beat.hub:
+            self._hub_ms = now
         if beat.edge == self.edge:
             return actions + self._returned(beat, now)
         peer = self.peers.get(beat.edge)
@@ -269,6 +256,8 @@ class Member:
         if peer.heartbeat.leads and not beat.leads:
             peer.follows_since_ms = now
         peer.heartbeat, peer.heard_ms = beat, now
+        if beat.edge in self._heard or len(self._heard) < MAX_SITE_MEMBERS:
+            self._heard[beat.edge] = now
         self.home(beat.edge, beat.duties)
         return actions + self._consider(now)
 
@@ -297,7 +286,11 @@ class Member:
                 self.started.clear()
                 actions.append(Forget())
             self._old_lease_ms = None
-        return actions + self._consider(now)
+        actions += self._consider(now)
+        for key in self.started:
+            if is_workload(key):
+                self.occupied[key] = Occupied(self.started[key], beat.sent_ms + RUN_LEASE_MS)
+        return actions
 
     def claimed(self, edge: str, number: int, now: int) -> list[Action]:
         """A claim came round, perhaps our own: the first with a number above all known ones wins."""
@@ -333,10 +326,15 @@ class Member:
         before = self.started
         self.table = self._last = table
         self.started = {device: duty for device, duty in before.items() if table.duties.get(device) == duty}
-        lost = {device: duty for device, duty in before.items() if device not in self.started}
+        lost = {device: duty for device, duty in before.items() if device not in self.started and not is_workload(device)}
         if table.leader != self.edge:
             self._resign(keep_claim=True)
         self._vacant_ms = None
+        leaving = self._leaving()
+        if leaving:
+            actions.append(Vacate(leaving, table.identity))
+        else:
+            self._run_applied = table.identity
         if lost or self.releasing:
             # Not at once: what has been decided is acted on first. Until `drained` the others see us go by the old table and wait.
             if self.leased(now):
@@ -352,6 +350,21 @@ class Member:
             return []
         self.releasing.clear()
         return self._apply(table, now)
+
+    def ended(self, table: tuple[int, str], now: int) -> list[Action]:
+        """What `Vacate` asked for is done."""
+        self._expire(now)
+        if self.table is None or self.table.identity != table or not self.session:
+            return []
+        for key in self._leaving():
+            del self.occupied[key]
+        self._run_applied = table
+        return [*([self._beat(now)] if self._subscribed else []), *self._consider(now)]
+
+    def _leaving(self) -> dict[str, Duty]:
+        """Workloads that may run here and are another's, or nobody's, by the table; over breaks and boots too. What is ours under a new number goes on."""
+        duties = self.table.duties if self.table is not None else {}
+        return {key: held.duty for key, held in self.occupied.items() if self.table is not None and ((given := duties.get(key)) is None or given.edge != self.edge)}
 
     def _apply(self, table: tuple[int, str], now: int) -> list[Action]:
         self._applied = table
@@ -401,9 +414,10 @@ class Member:
         return Beat(self._heartbeat(now))
 
     def _heartbeat(self, now: int) -> Heartbeat:
-        load = sum(duty.edge == self.edge for duty in self.table.duties.values()) if self.table is not None else 0
+        load = sum(duty.edge == self.edge and not is_workload(key) for key, duty in self.table.duties.items()) if self.table is not None else 0
         return Heartbeat(
-            self.edge, self.boot, self.session, now, self.number, self._applied[0], self._applied[1], self.capacity, load, self.duties, self.leads
+            self.edge, self.boot, self.session, now, self.number, self._applied[0], self._applied[1], self.capacity, load, self.duties, self.leads, hub=self.hub,
+            run_table=self._run_applied[0], run_leader=self._run_applied[1],
         )
 
     def _know(self, number: int) -> list[Action]:
@@ -418,13 +432,32 @@ class Member:
         return self._start(now) + self._lead(now) + self._candidate(now)
 
     def _start(self, now: int) -> list[Action]:
-        if self.table is None or not self.leased(now) or self._applied != self.table.identity:
+        if self.table is None or not self.leased(now):
             return []
+        devices, runs = self._applied == self.table.identity, self._run_applied == self.table.identity
         fresh = {device: duty for device, duty in self.table.duties.items() if duty.edge == self.edge and device not in self.started}
-        if not fresh or not self._stopped_elsewhere(self.table.identity):
+        if not fresh:
+            return []
+        stopped, ended = devices and self._stopped_elsewhere(self.table.identity), self._ended_elsewhere(self.table.identity)
+        fresh = {key: duty for key, duty in fresh.items() if (runs and (ended or self._unbroken(key, now)) if is_workload(key) else stopped)}
+        if not fresh:
             return []
         self.started |= fresh
+        assert self._lease_ms is not None
+        self.occupied |= {key: Occupied(duty, self._lease_ms + RUN_LEASE_MS) for key, duty in fresh.items() if is_workload(key)}
         return [Start(fresh)]
+
+    def _unbroken(self, key: str, now: int) -> bool:
+        """It runs here on a lease that is not over: the others wait longer than that since they last heard from us, and hear from us again before they may start."""
+        held = self.occupied.get(key)
+        return held is not None and now < held.until_ms
+
+    def _ended_elsewhere(self, table: tuple[int, str]) -> bool:
+        """As `_stopped_elsewhere`, of what outlives an agent."""
+        assert self._lease_ms is not None
+        if self._lease_ms < self.up_ms + RUN_WAIT_MS:
+            return False
+        return all((peer.heartbeat.run_table, peer.heartbeat.run_leader) == table or self._lease_ms >= peer.heard_ms + RUN_WAIT_MS for peer in self.peers.values())
 
     def _stopped_elsewhere(self, table: tuple[int, str]) -> bool:
         """Nobody but us can act on what `table` gives to us: proven by what the broker took before a heartbeat of ours."""
@@ -446,6 +479,19 @@ class Member:
             return self._lease_ms >= self.up_ms + SILENT_MS
         return peer.heartbeat.leaving or self._lease_ms >= peer.heard_ms + SILENT_MS
 
+    def _gone(self, edge: str) -> bool:
+        """Nothing of what it ran runs there any more, as far as one who reads everything can tell."""
+        assert self._lease_ms is not None
+        peer = self.peers.get(edge)
+        return self._lease_ms >= (self.up_ms if peer is None else peer.heard_ms) + RUN_SILENT_MS
+
+    def _standing(self, names: Collection[str]) -> Standing:
+        assert self._lease_ms is not None
+        live = {self.edge, *(name for name in self.peers if not self._silent(name))}
+        gone = frozenset(name for name in {*names, *self.peers} - {self.edge} if self._gone(name))
+        cut_off = not self.hub and self._lease_ms >= max(self._hub_ms, self.up_ms) + HUB_AWAY_MS
+        return Standing(frozenset(live), gone, cut_off, frozenset(name for name in gone if self._hub_ms < self._heard.get(name, -HUB_SLACK_MS) + HUB_SLACK_MS))
+
     def _live(self, now: int) -> list[Candidate]:
         live = [Candidate(self.edge, self.capacity, now - self.up_ms >= STABLE_MS)]
         return live + [
@@ -463,12 +509,19 @@ class Member:
         if self.number >= MAX_SITE_NUMBER or (mine and 0 <= now - self._assigned_ms < ASSIGN_MS):
             return []
         self._assigned_ms = now
-        before = self._last.duties if self._last is not None else {}
+        last = self._last.duties if self._last is not None else {}
+        before = {device: duty for device, duty in last.items() if not is_workload(device)}
         number = self.number + 1 if mine else self._won_number
         for device in before:
             self._noticed.setdefault(device, now)
         spoke = sorted(device for device, at_ms in self._noticed.items() if now - at_ms < FORGET_MS)
-        duties = assign(before, spoke[:MAX_SITE_DEVICES], self._live(now), self._home_of, number, anew=self._anew and not mine)
+        anew = self._anew and not mine
+        duties = assign(before, spoke[:MAX_SITE_DEVICES], self._live(now), self._home_of, number, anew=anew)
+        run = {key: duty for key, duty in last.items() if is_workload(key)}
+        if self.place is None:
+            duties |= run
+        else:
+            duties |= self.place(run, self._standing({duty.edge for duty in run.values()} | self._heard.keys() | self._homes.keys()), number, anew, now)
         if mine and self.table is not None and duties == self.table.duties:
             return self._repeat(now)
         self._sent_table = Table(number, self.edge, duties)

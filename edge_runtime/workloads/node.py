@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
 from ..journal import Journal
@@ -26,20 +26,36 @@ ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
 
 
+class Siblings(Protocol):
+    """What a site says of the workloads here; see `site_workloads`."""
+
+    def compose(self, entries: Sequence[dict[str, Any]], runs: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, bool]]:
+        """What the runner shall go by: entries, and which of those that run on a lease may run now."""
+
+    def tell(self) -> None:
+        """Something may have changed that siblings should know."""
+
+
 class WorkloadNode:
     """One node; says everything through the journal.
 
     Attributes:
         runs: the kinds of workload for which there is a driver here; none before the drivers have been probed.
+        siblings: where workloads may move within the site.
+        told: the newest `node.capacity`.
     """
 
     def __init__(self, config: EdgeConfig, journal: Journal, metrics: Metrics) -> None:
         self._config, self._journal, self._metrics = config, journal, metrics
         self.runs: tuple[str, ...] = ()
+        self.siblings: Siblings | None = None
+        self.told: dict[str, Any] | None = None
         self._why = ""
         self._entries: Sequence[dict[str, Any]] | None = None
         self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions)
         self._taken = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._handing = asyncio.Lock()
         self._store: ImageStore | None = None
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
@@ -53,6 +69,8 @@ class WorkloadNode:
                 await self._probe()
             if self._entries is not None:
                 self._answer(self._entries)
+            self._ready.set()
+            self._taken.set()
             await asyncio.gather(self._tell(), self._follow())
         finally:
             if self._runner is not None:
@@ -89,7 +107,7 @@ class WorkloadNode:
         self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "batch" and self._usable))
         self._why = "; ".join(why)
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
-            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"))
+            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said)
         self._probed = True
 
     async def _try(self, name: str, driver: "Driver") -> list[str]:
@@ -113,10 +131,56 @@ class WorkloadNode:
             await self._taken.wait()
             self._taken.clear()
             try:
-                await self._runner.take([entry for entry in self._entries or () if entry["wanted"] != "running" or entry["kind"] in self.runs])
+                await self._hand()
             except OSError as error:
                 self._metrics.inc("workload_errors_total")
                 log.error("what runs here could not be looked at: %s", error)
+
+    async def _hand(self) -> None:
+        assert self._runner is not None
+        async with self._handing:  # what is asked last counts last
+            entries = [entry for entry in self._entries or () if entry["wanted"] != "running" or entry["kind"] in self.runs]
+            if self.siblings is None:
+                await self._runner.take(entries)
+            else:
+                await self._runner.take(*self.siblings.compose(entries, self.runs))
+        self._said()
+
+    def _said(self) -> None:
+        if self.siblings is not None:
+            self.siblings.tell()
+
+    # -- what siblings ask ---------------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """The drivers have been probed."""
+        return self._ready.is_set()
+
+    @property
+    def driven(self) -> bool:
+        """There is a driver that sees and ends what runs."""
+        return self._runner is not None
+
+    @property
+    def entries(self) -> Sequence[dict[str, Any]]:
+        """What desired state lists."""
+        return self._entries or ()
+
+    def ends(self) -> dict[str, str]:
+        """`id/epoch` to how it ended here."""
+        return self._runner.ends() if self._runner is not None else {}
+
+    def again(self) -> None:
+        """What may run here has changed."""
+        self._taken.set()
+
+    async def ended(self, workload: str) -> None:
+        """Until nothing of a workload that may not run here does. Raises OSError where that cannot be seen."""
+        await self._ready.wait()
+        if self._runner is not None:
+            await self._hand()
+            await self._runner.ended(workload)
 
     async def _bring(self, kind: str, reference: str) -> str:
         """Take an image from the archives that were put into `<data>/workloads/archives`, where the store does not have it yet; which driver runs it."""
@@ -166,7 +230,8 @@ class WorkloadNode:
                 body = await asyncio.get_running_loop().run_in_executor(None, self.describe)
                 if changed(told, body):
                     self._journal.append("event", "node.capacity", body)
-                    told = body
+                    told = self.told = body
+                    self._said()
             except Exception:
                 self._metrics.inc("capacity_errors_total")
                 log.exception("what this node has could not be told")

@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from ..contract.workloads import RUNNING, STOPPED
-from .drivers.face import Driver, DriverError, Failed, Key, Order, Phase, Refused, Status
+from ..contract.workloads import RUNNING, STOPPED, WHEN_CUT_OFF
+from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,16 @@ class Runner:
         bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind from it; raises `DriverError`.
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
+        said: called when something was said.
     """
 
     def __init__(
         self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
+        said: Callable[[], None] = lambda: None,
     ) -> None:
-        self._drivers, self._journal, self._bring, self._tidy, self._errors = drivers, journal, bring, tidy, errors
+        self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
         self._wanted: dict[str, list[Mapping[str, Any]]] = {}
+        self._may: Mapping[str, bool] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         told = journal.state(REPORTED)
@@ -72,13 +75,16 @@ class Runner:
         self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
         self._due: dict[str, float] = {}
 
-    async def take(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """From now on these are wanted, and nothing else. Returns at once; the tasks see to it."""
+    async def take(self, entries: Iterable[Mapping[str, Any]], may: Mapping[str, bool] | None = None) -> None:
+        """From now on these are wanted, and nothing else. Returns at once; the tasks see to it.
+
+        `may`: of those (`id/epoch`) that run on a lease whether they may run here now. One that may not is ended, and nothing is said of that: it is wanted still.
+        """
         wanted: dict[str, list[Mapping[str, Any]]] = {}
         for entry in entries:
             wanted.setdefault(entry["id"], []).append(entry)
         there = {status.key.id for driver in self._drivers.values() for status in await driver.instances()}
-        self._wanted = wanted
+        self._wanted, self._may = wanted, dict(may or {})
         listed = {_said(entry) for those in wanted.values() for entry in those}
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
@@ -88,6 +94,15 @@ class Runner:
             self._changed.setdefault(workload, asyncio.Event()).set()
             if workload not in self._tasks:
                 self._tasks[workload] = asyncio.create_task(self._tend(workload), name=f"workload {workload}")
+
+    async def ended(self, workload: str) -> None:
+        """Until nothing of a workload is under way or runs, where nothing of it may."""
+        while (task := self._tasks.get(workload)) is not None:
+            await asyncio.wait((task,))
+
+    def ends(self) -> dict[str, str]:
+        """`id/epoch` to how it ended, of what is listed."""
+        return {key.removesuffix(f"/{RUNNING}"): state for key, state in self._told.items() if state in ENDS and key.endswith(f"/{RUNNING}")}
 
     async def close(self) -> None:
         """Let go; what runs goes on."""
@@ -119,9 +134,15 @@ class Runner:
         """Once: end what is not wanted, then run what is, until it ends or something else is wanted."""
         entries = self._wanted.get(workload, [])
         wanted = max((entry for entry in entries if entry["wanted"] == RUNNING), key=lambda entry: int(entry["epoch"]), default=None)
+        may = self._may.get(f"{workload}/{wanted['epoch']}") if wanted is not None else None
         for driver in self._drivers.values():
             for status in await driver.instances():
-                if status.key.id == workload and (wanted is None or status.key.epoch != wanted["epoch"]):
+                if status.key.id != workload:
+                    continue
+                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
+                if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
+                    self._ended_alone(wanted, status)
+                elif leaves or may is False or (may is not None and status.phase is Phase.LOST):
                     await driver.stop(status.key, GRACE_S)
                     await driver.delete(status.key)
                     self._tidy()
@@ -130,7 +151,9 @@ class Runner:
                 self._say(entry, "stopped", "")
             elif entry is not wanted:
                 self._say(entry, "refused", f"epoch {wanted['epoch'] if wanted else 0} of it is wanted here too")
-        if wanted is not None and self._told.get(_said(wanted)) not in ENDS:
+        if wanted is not None and "refusal" in wanted:
+            self._say(wanted, "refused", str(wanted["refusal"]))
+        if wanted is not None and may is not False and self._told.get(_said(wanted)) not in ENDS:
             await self._run(wanted, changed)
 
     async def _run(self, entry: Mapping[str, Any], changed: asyncio.Event) -> None:
@@ -161,9 +184,16 @@ class Runner:
                         self._forget_tries({said})
                         return
                     status = ended
+                if status.leased and status.phase is Phase.LOST:
+                    raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
             if not await self._again(entry, how, status, changed):
                 return
             await self._remove(key)
+
+    def _ended_alone(self, entry: Mapping[str, Any], status: Status) -> None:
+        """It had ended by itself before it was another's: told, unless it would be started again."""
+        if not policy(str(entry["kind"]), _spec(entry)).again(status, self._tries.get(_said(entry), {}).get("tries", 0)):
+            self._say(entry, "done" if succeeded(status) else "failed", status.reason)
 
     async def _again(self, entry: Mapping[str, Any], how: Policy, ended: Status, changed: asyncio.Event) -> bool:
         """Whether it shall be started again now that it has ended, and its pause is over."""
@@ -230,7 +260,10 @@ class Runner:
         image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")
         driver = self._drivers[await self._bring(str(entry["kind"]), image)]
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
-        await driver.prepare(Order(key, image, requests, spec, entry["kind"] == "batch"))
+        leased = f"{key.id}/{key.epoch}" in self._may
+        if leased and not isinstance(driver, Leases):
+            raise Refused(WHEN_CUT_OFF, "this driver cannot end what it runs by itself", "let it stay, or place it on a node whose driver can")
+        await driver.prepare(Order(key, image, requests, spec, entry["kind"] == "batch", leased))
         self._tidy()  # only now: what is prepared stands on its image, and keeps it
         return driver, await _started(driver, key)
 
@@ -254,8 +287,13 @@ class Runner:
         if before in ENDS or (before is not None and order.index(state) <= order.index(before)):
             return
         self._told[key] = state
-        self._journal.append("event", "workload", {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000], **({"load_ms": load_ms} if load_ms else {})})
+        body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000], **({"load_ms": load_ms} if load_ms else {})}
+        if not entry.get("for"):
+            self._journal.append("event", "workload", body)
+        elif state not in ("accepted", "refused"):  # before it runs here it is nobody's but the site's: a sibling may have it next
+            self._journal.append("event", "workload", {**body, "for": entry["for"], "fence": entry["fence"]})
         self._journal.put_state(REPORTED, dict(self._told))
+        self._on_said()
 
 
 def _said(entry: Mapping[str, Any]) -> str:

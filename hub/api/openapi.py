@@ -33,7 +33,7 @@ WORKLOAD = {
     "type": "object", "required": ["id"],
     "properties": {
         "id": NAME, "kind": {"enum": ["vm", "container", "function", "batch"], "default": "container"}, "image": {"type": "string"}, "requests": OBJECT, "gpu": OBJECT,
-        "priority": {"type": "integer"}, "lost_after_ms": {"type": "integer", "minimum": 1}, "spec": OBJECT,
+        "priority": {"type": "integer"}, "lost_after_ms": {"type": "integer", "minimum": 1}, "when_cut_off": {"enum": ["stay", "move"], "default": "stay"}, "spec": OBJECT,
         "duration_ms": {"type": "integer", "minimum": 1}, "deadline_ms": COUNT, "when_late": {"enum": ["refuse", "accept"], "default": "refuse"},
     },
 }

@@ -291,6 +291,36 @@ class Book:
         self.index(placement, add=False)
         self.version += 1
 
+    def carry(self, placement: PlacementRow, to: PlacementRow, now_ms: int) -> None:
+        """A placement is on another node, as a fact: the same epoch, wanted or on its way out as before."""
+        key, row = (placement.workload, placement.epoch), self.tables.rows[placement.workload]
+        current = row.state == "placed" and row.epoch == placement.epoch
+        name = row.id if current else ghost(key)
+        item = self.state.workload(name)
+        assert item is not None
+        self.state.release(name)
+        self.state.adopt(item, self._seat(self.state.node_index[to.node], to.seat), now_ms)
+        if not current:
+            self.state.set_ending(name)
+        self.index(placement, add=False)
+        self.ledger.put(self.tables.open, key, to)
+        self.index(to, add=True)
+        if row.epoch == placement.epoch and row.node:
+            self.set(replace(row, node=to.node, changed_ms=now_ms))
+        self.version += 1
+
+    def settle(self, row: WorkloadRow, placement: PlacementRow, now_ms: int) -> None:
+        """A workload that waits runs on a node, as a fact."""
+        self.state.adopt(self.tables.items[row.id].item, self._seat(self.state.node_index[placement.node], placement.seat), now_ms)
+        self.given(row, placement, now_ms)
+
+    def intrude(self, placement: PlacementRow, now_ms: int) -> None:
+        """Something runs on a node that is not wanted there: it holds its seat until the agent says that it has stopped."""
+        key = (placement.workload, placement.epoch)
+        self._haunt(self.tables.items[placement.workload].item, key, self._seat(self.state.node_index[placement.node], placement.seat), now_ms)
+        self.ledger.put(self.tables.open, key, placement)
+        self.index(placement, add=True)
+
     def leave(self, placement: PlacementRow, now_ms: int, why: str) -> None:
         """The current placement of a placed workload is given up: at once without an agent, else it holds its capacity until the agent has stopped it."""
         if not self.is_agent(placement.node):

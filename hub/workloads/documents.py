@@ -9,7 +9,7 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import MAX_WORKLOAD_BYTES, MAX_WORKLOADS
 from edge_runtime.contract.schema import ID_PATTERN
-from edge_runtime.contract.workloads import KINDS
+from edge_runtime.contract.workloads import KINDS, MOVE, STAY, WHEN_CUT_OFF, may_move
 
 from ..scheduler import Invalid, Node, Workload, parse
 from ..scheduler.batch import Forecast
@@ -26,8 +26,8 @@ MAX_DOCUMENT_DEPTH = 10
 RUNS = "novacron.runs/"
 """Prefix of the node labels that say which kinds of workload a node has a driver for; set by the hub alone."""
 
-HUB_KEYS = ("lost_after_ms", "spec", "when_late")
-"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken."""
+HUB_KEYS = ("lost_after_ms", "spec", "when_late", WHEN_CUT_OFF)
+"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken, whether a site that is cut off may move it."""
 
 REFUSE, ACCEPT = "refuse", "accept"
 """Of a job that will miss its deadline: it is not taken, or it is taken for the earliest time that there is."""
@@ -62,6 +62,11 @@ class Submitted:
     item: Workload
     lost_after_ms: int | None = None
     when_late: str = REFUSE
+
+    @property
+    def moves(self) -> bool:
+        """Whether the site of its node takes it over by itself: then its node's silence does not say that it runs nowhere."""
+        return may_move(self.document)
 
 
 def checked(value: Any, field: str) -> dict[str, Any]:
@@ -108,6 +113,18 @@ def read_workload(value: Any, field: str = "workload") -> Submitted:
     return Submitted(document, item, None if lost is None else whole(lost, f"{field}.lost_after_ms", 1, MAX_TIME_MS), when_late)
 
 
+def _check_cut_off(entry: Submitted, field: str) -> None:
+    """What a workload needs that a site may move; only of what is submitted now. Raises `Invalid`."""
+    if entry.document.get(WHEN_CUT_OFF, STAY) not in (STAY, MOVE):
+        raise Invalid(f"{field}.{WHEN_CUT_OFF}", f"{str(entry.document[WHEN_CUT_OFF])[:40]!r} is unknown", f"use {STAY} or {MOVE}")
+    if entry.moves and entry.item.shape.kind is not Kind.CONTAINER:
+        raise Invalid(f"{field}.{WHEN_CUT_OFF}", f"a {entry.item.shape.kind.value} cannot be moved by its site", f"use kind container, or {STAY}")
+    if entry.moves and entry.lost_after_ms is not None:
+        raise Invalid(f"{field}.{WHEN_CUT_OFF}", "its site and the hub would both place it anew, each without the other", f"leave lost_after_ms out, or use {STAY}")
+    if entry.moves and entry.item.shape.gpu is not None:
+        raise Invalid(f"{field}.{WHEN_CUT_OFF}", "GPU devices are given by the hub alone", f"ask for no gpu, or use {STAY}")
+
+
 def _check_times(entry: Submitted, field: str) -> None:
     """What a deadline needs; only of what is submitted now: older rows may stand otherwise. Raises `Invalid`."""
     if entry.item.deadline_ms is None:
@@ -129,6 +146,7 @@ def read_list(value: Any) -> list[Submitted]:
     seen: set[str] = set()
     for index, entry in enumerate(found):
         _check_times(entry, f"workloads[{index}]" if several else "workload")
+        _check_cut_off(entry, f"workloads[{index}]" if several else "workload")
         if entry.item.id in seen:
             raise Invalid(f"workloads[{index}].id", f"{entry.item.id!r} stands twice", "give each workload its own id")
         seen.add(entry.item.id)

@@ -206,7 +206,11 @@ class Planner(Agenda):
     def said(self, edge: str, body: Mapping[str, Any], now_ms: int) -> None:
         """A `workload` record of an edge: body as `REPORT_FIELDS`. What speaks of no open placement there is old news."""
         key = (body["id"], body["epoch"])
+        if body.get("for"):
+            self._moved_by_site(edge, body, now_ms)
         placement, row = self.tables.open.get(key), self.tables.rows.get(body["id"])
+        if placement is not None and placement.node != edge and placement.seat.get("site"):
+            return  # the site gave it to another since: what this one says of it is from before
         if placement is None or row is None or placement.node != edge:
             self._old_news(edge, body["id"], body["epoch"], now_ms)
             return
@@ -227,6 +231,33 @@ class Planner(Agenda):
             self.set(replace(row, state=what, node="", reason=short(why), changed_ms=now_ms))
         else:
             self.refused(replace(row, state="pending", node=""), edge, f"{edge} {what} it: {why or 'no reason given'}", now_ms)
+
+    def _moved_by_site(self, edge: str, body: Mapping[str, Any], now_ms: int) -> None:
+        """A site that was cut off gave a placement to a sibling of its node, by itself. Where it stands, it stands there now, under the same epoch; where it does not, the sibling shall stop it.
+
+        The highest fence counts: two may have had it, one after the other.
+        """
+        workload, epoch, fence = body["id"], body["epoch"], body["fence"]
+        key, row, node = (workload, epoch), self.tables.rows.get(workload), self.tables.nodes.get(edge)
+        if row is None or epoch > row.epoch:
+            return  # from before this hub was restored: as any other word of such an epoch
+        if node is None or edge not in self.state.node_index:
+            raise Conflict("for", f"{edge} runs {workload!r} of epoch {epoch} by its site's own doing, and it is no node here", "see what the edge runs")
+        placement = self.tables.open.get(key)
+        site = placement.seat.get("site") if placement is not None else None
+        if site is not None and fence <= site["fence"]:
+            return
+        seat = {"gpus": [], "numa": [], "site": {"origin": body["for"], "fence": fence}}
+        if placement is None:
+            if body["state"] in ENDED:
+                return
+            found = PlacementRow(workload, epoch, edge, seat, now_ms)
+            if row.state == "pending" and row.epoch == epoch:
+                self.settle(row, found, now_ms)
+                return
+            self.intrude(replace(found, why="its site ran it here while it was cut off; it is placed otherwise since"), now_ms)
+        else:
+            self.carry(placement, replace(placement, node=edge, seat=seat, from_ms=max(now_ms, placement.from_ms), said=""), now_ms)
 
     def _old_news(self, edge: str, workload: str, epoch: int, now_ms: int) -> None:
         """An edge speaks of no open placement of its own: of one that has ended, or of one that this hub gave before it was restored from an older backup.

@@ -95,7 +95,7 @@ class Rounds:
             for key in sorted(planner.tables.on_node.get(name, ())):
                 item = planner.tables.items.get(key[0])
                 limit = item.lost_after_ms if item is not None else None
-                if limit is None and keeps:
+                if limit is None and (keeps or (item is not None and item.moves)):
                     continue
                 if now_ms - since >= (LOST_AFTER_MS if limit is None else limit) and left > 0:
                     left -= 1

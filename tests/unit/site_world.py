@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.contract.site_messages import Heartbeat, Table
-from edge_runtime.site.member import Beat, Claim, Keep, Member, Publish, Release
+from edge_runtime.site.actions import Beat, Claim, Keep, Publish, Release
+from edge_runtime.site.member import Member
 
 TICK_MS = 250
 DEVICES = ("boiler-1", "boiler-2", "pump-1", "pump-2")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from edge_runtime.config import ConfigError, load_config
 from edge_runtime.contract import topics
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.limits import MAX_MESSAGE_BYTES, MAX_SITE_DEVICES, MAX_SITE_NUMBER
-from edge_runtime.contract.site_messages import CLAIM, DUTY, MEMBER, SPEC, TABLE, Duty, Heartbeat, Table, parse, parse_heartbeat, parse_table
+from edge_runtime.contract.limits import MAX_INTEGER, MAX_MESSAGE_BYTES, MAX_SHARED_WORKLOADS, MAX_SITE_DEVICES, MAX_SITE_NUMBER, MAX_SITE_WORKLOADS
+from edge_runtime.contract.site_messages import CLAIM, DUTY, LOAD, MEMBER, SPEC, TABLE, WORKLOAD, Duty, Heartbeat, Table, parse, parse_heartbeat, parse_table
 from edge_runtime.decisions.engine import DecisionEngine
 from edge_runtime.decisions.rules import parse_rules
 from edge_runtime.devices.registry import Device, DeviceRegistry
@@ -40,17 +40,22 @@ numbers = st.integers(1, MAX_SITE_NUMBER)
 @given(names, names, numbers, st.dictionaries(names, st.tuples(names, names), max_size=5))
 def test_a_table_comes_back_as_it_was(site: str, leader: str, number: int, duties: dict[str, tuple[str, str]]) -> None:
     table = Table(number, leader, {device: Duty(edge, number, origin) for device, (edge, origin) in duties.items()})
+    assert "workloads" not in table.to_json(site), "a member from before workloads gets the table that it knows"
+    runs = {f"{WORKLOAD}{device}": Duty(edge, number, origin, 7) for device, (edge, origin) in duties.items()}
+    both = Table(number, leader, {**table.duties, **runs})
+    assert parse_table(json.dumps(both.to_json(site)).encode(), site) == both
     assert parse_table(json.dumps(table.to_json(site)).encode(), site) == table
 
 
 @given(names, names, numbers, st.integers(0, 2**53), st.floats(0, 1000), st.booleans())
 def test_a_heartbeat_comes_back_as_it_was(site: str, edge: str, number: int, sent: int, capacity: float, leads: bool) -> None:
-    beat = Heartbeat(edge, "b", 1, sent, number, number, "l", capacity, 3, ("boiler-*",), leads)
+    beat = Heartbeat(edge, "b", 1, sent, number, number, "l", capacity, 3, ("boiler-*",), leads, hub=leads, run_table=number, run_leader="l")
     assert parse_heartbeat(json.dumps(beat.to_json(site)).encode(), site, edge) == beat
 
 
 def test_the_largest_table_fits_one_message() -> None:
     duties = {f"{index:064d}": Duty("e" * 64, MAX_SITE_NUMBER, "o" * 64) for index in range(MAX_SITE_DEVICES)}
+    duties |= {f"{WORKLOAD}{index:064d}": Duty("e" * 64, MAX_SITE_NUMBER, "o" * 64, MAX_INTEGER) for index in range(MAX_SITE_WORKLOADS)}
     assert len(json.dumps(Table(MAX_SITE_NUMBER, "l" * 64, duties).to_json("s" * 64), separators=(",", ":"))) < MAX_MESSAGE_BYTES
 
 
@@ -68,6 +73,13 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("table", "duties", {**TABLE.example, "duties": {f"d{index}": ["e", 1, "e"] for index in range(MAX_SITE_DEVICES + 1)}}, "limit"),
     ("spec/gw-1", "rules[0]", {**SPEC.example, "rules": [1]}, "type"), ("spec/gw-1", "models.m", {**SPEC.example, "models": {"m": 1}}, "type"),
     ("duty/boiler-2", "device", DUTY.example, "topic"), ("duty/boiler-1", "fence", {**DUTY.example, "fence": 0}, "limit"), ("nothing", "topic", {}, "topic"),
+    ("member/gw-1", "run_leader", {**BEAT, "run_leader": "a b"}, "name"), ("member/gw-1", "hub", {**BEAT, "hub": "yes"}, "type"),
+    ("table", "workloads.a b", {**TABLE.example, "workloads": {"a b": ["gw-1", 1, "gw-1", 1]}}, "name"), ("table", "workloads.w", {**TABLE.example, "workloads": {"w": ["gw-1", 8, "gw-1", 1]}}, "limit"),
+    ("table", "workloads.w", {**TABLE.example, "workloads": {"w": ["gw-1", 1, "gw-1"]}}, "type"), ("table", "workloads.w", {**TABLE.example, "workloads": {"w": ["gw-1", 1, "gw-1", 0]}}, "type"),
+    ("table", "workloads.w", {**TABLE.example, "workloads": {"w": ["gw-1", 1, "/", 1]}}, "name"), ("load/gw-2", "edge", LOAD.example, "topic"),
+    ("load/gw-1", "entries[0].id", {**LOAD.example, "entries": [{"id": "a b", "epoch": 1, "wanted": "running"}]}, "name"),
+    ("load/gw-1", "entries", {**LOAD.example, "entries": [{"id": f"w{index}", "epoch": 1, "wanted": "running"} for index in range(MAX_SHARED_WORKLOADS + 1)]}, "limit"),
+    ("load/gw-1", "others[0]", {**LOAD.example, "others": [7]}, "type"), ("load/gw-1", "ended.w/1", {**LOAD.example, "ended": {"w/1": "lost"}}, "type"),
     ("member/../x", "topic", {}, "topic"), ("member/a b", "topic", {}, "name"),
 ]
 
@@ -105,7 +117,7 @@ def test_a_topic_of_another_site_is_refused() -> None:
 
 
 def test_examples_parse() -> None:
-    for message, name in ((MEMBER, "gw-1"), (CLAIM, ""), (TABLE, ""), (SPEC, "gw-1"), (DUTY, "boiler-1")):
+    for message, name in ((MEMBER, "gw-1"), (CLAIM, ""), (TABLE, ""), (SPEC, "gw-1"), (DUTY, "boiler-1"), (LOAD, "gw-1")):
         parse(message, json.dumps(message.example).encode(), SITE, name)
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from edge_runtime.contract.site_messages import Duty, Heartbeat, Table
-from edge_runtime.site.member import HEARTBEAT_MS, LEASE_MS, WAIT_MS, Beat, Member, Start
+from edge_runtime.site.actions import Beat, Start
+from edge_runtime.site.member import HEARTBEAT_MS, LEASE_MS, WAIT_MS, Member
 
 DUTY = Duty("b", 5, "b")
 GIVEN = Table(5, "lead", {"boiler": DUTY})

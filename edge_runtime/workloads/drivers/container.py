@@ -16,12 +16,12 @@ import signal
 import time
 from collections.abc import Awaitable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
-from . import cgroups
+from . import cgroups, lease
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from .instance import alive, bounded, read, readable, sync_folder, tail, write
@@ -183,10 +183,10 @@ class ContainerDriver:
         os.chown(laid / "disk/upper", top.st_uid + (base or 0), top.st_gid + (base or 0))  # the root folder itself comes from the upper layer
         keeper = {
             "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
-            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group),
+            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "",
         }
         instance = {
-            "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime),
+            "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime), "leased": order.leased,
         }
         for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
             write(laid / file, value)
@@ -209,7 +209,7 @@ class ContainerDriver:
         await self._forget(key)
         word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S)
         status = self._status(key)
-        if word != "running" and status.phase is not Phase.RUNNING:
+        if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
             raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
         return status
 
@@ -263,6 +263,12 @@ class ContainerDriver:
             os.rename(folder, gone)
             await asyncio.to_thread(shutil.rmtree, gone, True)
         self._busy.pop(folder.name, None)
+
+    def renew(self, key: Key, until_ms: int) -> None:
+        lease.write(self._path(key), until_ms)
+
+    def lease_ms(self, key: Key) -> int:
+        return lease.read(self._path(key))
 
     async def _kill(self, key: Key, number: int) -> None:
         try:
@@ -381,10 +387,15 @@ class ContainerDriver:
 
     def _status(self, key: Key) -> Status:
         """The lock first: where it is free, nothing changes any more."""
-        self._instance(key)
+        leased = bool(self._instance(key).get("leased", False))
+        return replace(self._seen(key), leased=leased) if leased else self._seen(key)
+
+    def _seen(self, key: Key) -> Status:
         folder, held = self._path(key), self._held(key)
         end, running = read(folder / "exit.json"), read(folder / "running.json")
         if end is not None:
+            if end.get("lapsed"):
+                return Status(key, Phase.LOST, reason="it was ended since nobody could prove that it is still this node's")
             if "failed" in end:
                 return Status(key, Phase.ENDED, reason=str(end["failed"]))
             told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
@@ -474,8 +485,7 @@ class ContainerDriver:
 
 
 def _name(key: Key) -> str:
-    """A folder, a control group and the runtime's name of it. Ids have no `+`, runtimes take no colon."""
-    return f"{key.id.replace(':', '+')}.{key.epoch}"
+    return lease.name_of(key.id, key.epoch)
 
 
 def _open_files() -> int:

@@ -151,6 +151,8 @@ class Status:
     exit: Exit | None = None
     reason: str = ""
     load_ms: float = 0.0
+    leased: bool = False
+    """It runs only as long as `Leases.renew` says; where that ended it, it is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,7 @@ class Order:
         requests: what the scheduler has set aside: `cpu` in milli-CPU, `memory` and `disk` in bytes.
         spec: the document's `spec`: what the driver wants to know.
         job: it runs to its end (kind `batch`); nobody calls it.
+        leased: it shall run only as long as `Leases.renew` says, also where the agent is dead.
     """
 
     key: Key
@@ -196,6 +199,7 @@ class Order:
     requests: Mapping[str, int] = field(default_factory=dict)
     spec: Mapping[str, Any] = field(default_factory=dict)
     job: bool = False
+    leased: bool = False
 
 
 class Driver(Protocol):
@@ -224,6 +228,17 @@ class Driver(Protocol):
 
     async def delete(self, key: Key) -> None:
         """Stop it at once where it runs and remove all of it. What is not there is deleted already."""
+
+
+@runtime_checkable
+class Leases(Protocol):
+    """Drivers that end what runs by themselves when its time is over."""
+
+    def renew(self, key: Key, until_ms: int) -> None:
+        """It may run until then, milliseconds of CLOCK_BOOTTIME; also before it is prepared."""
+
+    def lease_ms(self, key: Key) -> int:
+        """Until when it may run, 0 where nobody said."""
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ when the socket's other end is closed; the keepers do not.
 
 A keeper mounts the container's root in a mount namespace of its own, has the runtime start it, keeps what it writes, waits for its end and writes that down. Its mounts go with it, whoever is
 killed. It holds a lock on `FOLDER/lock` for as long as it lives: that is how the agent, this one or the next, knows that it is there. What it is told stands in `FOLDER/keeper.json`, what
-it did in:
+it did in (where `keeper.json` names a lease, it ends the container when that is over, whether or not there is an agent):
 
     running.json    pid, start and boot of the container's first process, pid of the keeper: written before the container's program starts
     exit.json       how it ended (or that it could not be started, and what the runtime said)
@@ -54,6 +54,9 @@ DRAIN_S = 2.0
 RUNTIME_S = 60.0
 """A runtime that takes longer for one command hangs."""
 
+LOOK_S = 1.0
+"""Between two looks at the lease: so late a container may be ended."""
+
 SAID = 4096
 """Bytes kept of what a runtime says when it fails."""
 
@@ -63,6 +66,19 @@ libc.syscall.restype = ctypes.c_long
 
 class Trouble(Exception):
     """It could not be started; the text is for people."""
+
+
+class Lapsed(Trouble):
+    """Its lease was over before it began."""
+
+
+def lease_s(path: str) -> float:
+    """Seconds that are left of a lease; none where it is not there."""
+    try:
+        with open(path) as handle:
+            return (int(handle.read()) - time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000) / 1000
+    except (OSError, ValueError):
+        return 0.0
 
 
 def check(result: int, what: str) -> int:
@@ -251,22 +267,32 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
         boot = handle.read().strip()
     ended = os.pidfd_open(pid)
     write(os.path.join(folder, "running.json"), {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)})
+    lease = told.get("lease", "")
+    if lease and lease_s(lease) <= 0:
+        os.kill(pid, signal.SIGKILL)
+        raise Lapsed("its lease was over before it began")
     runtime(told, "start", name)
     tell("running")
-    status = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid)
-    code, signal = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
-    return {"code": code, "signal": signal, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000)}
+    status, lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid, lease)
+    code, by = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
+    return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
 
 
-def watch(ended: int, streams: dict, pid: int) -> int:  # type: ignore[type-arg]
-    """Write down what comes until the process has ended and all was read; returns its wait status."""
+def watch(ended: int, streams: dict, pid: int, lease: str) -> tuple:  # type: ignore[type-arg]
+    """Write down what comes until the process has ended and all was read; returns its wait status, and whether its lease ended it."""
     selector = selectors.DefaultSelector()
     selector.register(ended, selectors.EVENT_READ)
     for stream, log in streams.items():
         selector.register(stream, selectors.EVENT_READ, log)
-    left, end = len(streams), None
+    left, end, lapsed = len(streams), None, False
     while left or end is None:
-        found = selector.select(None if end is None else max(0.0, end - time.monotonic()))
+        if lease and end is None and not lapsed and lease_s(lease) <= 0:
+            lapsed = True
+            try:
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has just ended
+        found = selector.select(max(0.0, end - time.monotonic()) if end is not None else LOOK_S if lease and not lapsed else None)
         if end is not None and not found:
             break
         for key, _ in found:
@@ -281,7 +307,7 @@ def watch(ended: int, streams: dict, pid: int) -> int:  # type: ignore[type-arg]
                 selector.unregister(key.fd)
                 left -= 1
         reap(pid)
-    return os.waitpid(pid, 0)[1]
+    return os.waitpid(pid, 0)[1], lapsed
 
 
 def reap(pid: int) -> None:
@@ -313,7 +339,7 @@ def live(folder: str) -> None:
     try:
         result = keep(told)
     except (Trouble, OSError, ValueError) as error:
-        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000)}
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
     for _ in range(2):
         try:
             write(os.path.join(folder, "exit.json"), result)
