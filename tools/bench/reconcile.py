@@ -1,21 +1,23 @@
 """200 workloads on this host, its agent killed with SIGKILL ten times, while they start, while they run and while they stop: what runs is adopted, nothing is started twice, nothing is left.
 
-A real hub and broker, a real agent, real containers: half of them run until they are stopped, a quarter end well, a quarter fail. Each says one word when it starts; so a log with two is a workload
-that was started twice. The process of each lasting one (pid and start time) must be the same before a kill and after the agent is back. At the end everything is cancelled, and no process, control
-group, folder or keeper of it may be left.
+A real hub and broker, a real agent, real containers, functions and batch jobs: some run until they are stopped, some end well, some fail. Each program says one word when it starts; so a log with two is a
+workload that was started twice. The process of each lasting one (pid and start time) must be the same before a kill and after the agent is back. At the end everything is cancelled, and no process,
+control group or folder of it may be left. Without wasmtime there are containers only.
 """
 
 import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ if not __package__:
 
 from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.function import FunctionDriver
 from edge_runtime.workloads.images import ImageStore
 from hub.server import Hub, HubSettings
 from hub.workloads.documents import read_list
@@ -32,6 +35,7 @@ from tools.escape.program import program
 
 from .agent import Agent
 from .container_start import layout_of
+from .functions_image import LINE, artefact
 from .harness import arguments, machine, note, report
 
 WORKLOADS = 200
@@ -46,8 +50,12 @@ WAIT_S = 300.0
 
 LOOK_S = 0.1
 
-KINDS = {"lasting": 2, "done": 1, "failing": 1}
-"""Share of each."""
+KINDS = {"lasting": 3, "done": 2, "failing": 1, "function": 3, "job": 1}
+"""Share of each: containers that stay, end well and fail; functions, which stay; batch jobs of WebAssembly, which end well."""
+
+STAYING = ("lasting", "function")
+ENDS = {"lasting": "placed", "done": "done", "failing": "failed", "function": "placed", "job": "done"}
+"""What the hub shall say of each kind in the end."""
 
 
 def programs() -> dict[str, bytes]:
@@ -81,6 +89,8 @@ class Host:
         self.data, self._port, self.count = folder / "data", port, count
         store = ImageStore(self.data / "workloads/images")
         store.add(layout_of(folder / "image", programs()), "mixed:1")
+        if find_spec("wasmtime") is not None:
+            store.add(artefact(folder / "module"), "line:1")
         store.close()
         self.agent: Agent | None = None
 
@@ -100,17 +110,12 @@ class Host:
             self.agent.__exit__()
             self.agent = None
 
-    @property
-    def folder(self) -> Path:
-        """Of the instances."""
-        return self.data / "workloads/containers"
-
     def running(self) -> dict[str, tuple[int, int]]:
-        """Pid and start of the first process of each that runs."""
+        """Pid and start of the first process of each that shall stay and runs."""
         found = {}
-        for name in self.names():
-            told = _read(self.folder / name / "running.json")
-            if told is not None and not (self.folder / name / "exit.json").exists():
+        for name, folder in self.folders().items():
+            told = _read(folder / "running.json")
+            if told is not None and not (folder / "exit.json").exists() and name.startswith(STAYING):
                 found[name] = (told["pid"], told["started"])
         return found
 
@@ -122,29 +127,25 @@ class Host:
         """Whether no more than so many run."""
         return len(self.running()) <= count
 
-    def names(self) -> list[str]:
-        """Folders of instances."""
-        return sorted(entry.name for entry in os.scandir(self.folder) if not entry.name.startswith(".")) if self.folder.exists() else []
-
-    def said(self, name: str) -> bytes:
-        """Its output."""
-        try:
-            return (self.folder / name / "stdout.log").read_bytes()
-        except FileNotFoundError:
-            return b""
+    def folders(self) -> dict[str, Path]:
+        """Of instances, by name."""
+        tops = [self.data / "workloads" / kind for kind in ("containers", "functions")]
+        return {entry.name: Path(entry.path) for top in tops if top.exists() for entry in os.scandir(top) if not entry.name.startswith(".")}
 
     def end(self) -> None:
         """Kill the agent, and everything that is left."""
         self.kill()
         store = ImageStore(self.data / "workloads/images")
-        driver = ContainerDriver(self.data / "workloads", store)
+        drivers = (ContainerDriver(self.data / "workloads", store), FunctionDriver(self.data / "workloads", store))
 
         async def all_of_it() -> None:
-            for status in await driver.instances():
-                await driver.delete(status.key)
+            for driver in drivers:
+                for status in await driver.instances():
+                    await driver.delete(status.key)
 
         asyncio.run(all_of_it())
-        driver.close()
+        for driver in drivers:
+            driver.close()
         store.close()
 
 
@@ -173,7 +174,10 @@ def kind_of(number: int) -> str:
 def document(number: int) -> dict[str, Any]:
     """What is submitted."""
     kind = kind_of(number)
-    return {"id": f"{kind}-{number}", "kind": "container", "image": "mixed:1", "requests": {"cpu": "5m", "memory": "16Mi"}, "spec": {"command": [f"/{kind}"]}}
+    about: dict[str, Any] = {"kind": "container", "image": "mixed:1", "spec": {"command": [f"/{kind}"]}}
+    if kind in ("function", "job"):
+        about = {"kind": "function" if kind == "function" else "batch", "image": "line:1"}
+    return {"id": f"{kind}-{number}", "requests": {"cpu": "5m", "memory": "16Mi"}, **about}
 
 
 async def until(condition: Callable[[], bool], what: str, why: Callable[[], object] = str) -> None:
@@ -195,22 +199,30 @@ async def cancel(hub: Hub, name: str) -> None:
     await hub.workloads.ask(lambda planner, now: planner.cancel(name, now))
 
 
-async def killed(host: Host, found: Found) -> None:
+def plant(before: Mapping[str, tuple[int, int]]) -> None:
+    """The planted bug: a container ends with its agent."""
+    pid, started = next(one for name, one in before.items() if name.startswith("lasting"))
+    os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + WAIT_S
+    while lives(pid, started) and time.monotonic() < end:
+        time.sleep(LOOK_S)
+
+
+async def killed(host: Host, found: Found, planted: bool) -> None:
     """Kill the agent, have it back, and look whether what ran is the same."""
     before = {name: one for name, one in host.running().items() if lives(*one)}
     await asyncio.to_thread(host.kill)
-    gone = [name for name, one in before.items() if not lives(*one) and name.startswith("lasting")]
-    found.wrong += [f"{name} ended with the agent" for name in gone]
+    if planted:
+        await asyncio.to_thread(plant, before)
+    found.wrong += [f"{name} ended with the agent" for name, one in before.items() if not lives(*one)]
     began = time.monotonic()
     await asyncio.to_thread(host.start)
     found.back_s.append(round(time.monotonic() - began, 2))
     for name, one in before.items():
-        if name.startswith("lasting"):
-            now = host.running().get(name)
-            if now is None or now == one:
-                found.adopted += 1
-            else:
-                found.moved.append(name)
+        if host.running().get(name, one) == one:
+            found.adopted += 1
+        else:
+            found.moved.append(name)
 
 
 async def run(options: Any, folder: Path, found: Found) -> None:
@@ -223,40 +235,47 @@ async def run(options: Any, folder: Path, found: Found) -> None:
         await asyncio.to_thread(host.start)
         await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and bool(hub.workloads.planner.runs("bench-edge")), "a node that runs containers")
         await hub.workloads.submit(read_list([document(number) for number in range(options.workloads)]))
-        lasting = sum(kind_of(number) == "lasting" for number in range(options.workloads))
+        lasting = sum(kind_of(number) in STAYING for number in range(options.workloads))
         starting, stopping = max(1, options.kills * 4 // 10), max(1, options.kills * 2 // 10)
         for number in range(starting):  # at so much of them, somewhere within the start of one
             await until(partial(host.at_least, lasting * (number + 1) // (starting + 1)), "the next part of them")
             await asyncio.sleep(chance.uniform(0, 0.2))
-            await killed(host, found)
+            await killed(host, found, False)
             note(options, f"killed while {len(host.running())} of {lasting} lasting ones ran")
-        ends = {"lasting": "placed", "done": "done", "failing": "failed"}
-        await until(lambda: all(states(hub).get(f"{kind_of(number)}-{number}") == ends[kind_of(number)] for number in range(options.workloads)), "the state that each shall have", lambda: dict(Counter((name.partition("-")[0], state) for name, state in states(hub).items())))
+        await until(lambda: all(states(hub).get(f"{kind_of(number)}-{number}") == ENDS[kind_of(number)] for number in range(options.workloads)), "the state that each shall have", lambda: dict(Counter((name.partition("-")[0], state) for name, state in states(hub).items())))
+        ran = host.running()
         for _ in range(options.kills - starting - stopping):
-            await killed(host, found)
+            await killed(host, found, options.control)
+            if options.control:
+                return
             assert host.agent is not None
             found.rss_mb.append(round(host.agent.memory().rss / 1e6, 1))
             note(options, f"killed while all ran; back after {found.back_s[-1]} s")
         await until(lambda: len(host.running()) == lasting, "all lasting ones")
-        found.wrong += [f"{name}: {state}" for name, state in states(hub).items() if state != ends[name.partition("-")[0]]]
-        for name in host.names():
-            said = host.said(name)
-            if said.count(WORD) > 1:
+        for name, one in host.running().items():
+            if name.startswith("lasting") and one != ran.get(name):
+                found.moved.append(name)
+        found.wrong += [f"{name}: {state}" for name, state in states(hub).items() if state != ENDS[name.partition("-")[0]]]
+        await until(lambda: not any(name.startswith("probe-") for name in host.folders()), "the removal of what killed agents were probing with")
+        for name, place in host.folders().items():
+            said = (place / "stdout.log").read_bytes() if (place / "stdout.log").exists() else b""
+            word = b"" if name.startswith("function") else LINE if name.startswith("job") else WORD
+            if word and said.count(word) > 1:
                 found.twice.append(name)
-            elif said != WORD:
+            elif said != word:
                 found.wrong.append(f"{name} said {said!r}")
         pids = dict(host.running())
         for number in range(options.workloads):
-            if kind_of(number) == "lasting":
-                await cancel(hub, f"lasting-{number}")
+            if kind_of(number) in STAYING:
+                await cancel(hub, f"{kind_of(number)}-{number}")
         for number in range(stopping):
             await until(partial(host.at_most, lasting * (stopping - number) // (stopping + 1)), "the stop of the next part")
             await asyncio.to_thread(host.kill)
             await asyncio.to_thread(host.start)
             note(options, f"killed while {len(host.running())} ran that shall stop")
-        await until(lambda: not host.names(), "the removal of all")
+        await until(lambda: not host.folders(), "the removal of all")
         found.left += [name for name, one in pids.items() if lives(*one)]
-        found.left += sorted(path for top in cgroups.read().folders(cgroups.PARENT) if os.path.isdir(top) for path in os.listdir(top) if path.startswith(("lasting-", "done-", "failing-")))
+        found.left += sorted(path for top in cgroups.read().folders(cgroups.PARENT) if os.path.isdir(top) for path in os.listdir(top) if path.startswith(tuple(f"{kind}-" for kind in KINDS)))
         found.left += sorted(os.listdir(host.data / "workloads/runtime"))
     finally:
         await asyncio.to_thread(host.end)
@@ -268,8 +287,12 @@ def main() -> int:
     parser.add_argument("--workloads", type=int, default=WORKLOADS)
     parser.add_argument("--kills", type=int, default=KILLS)
     parser.add_argument("--seed", type=int, default=SEED, help="of the moments of the kills")
+    parser.add_argument("--control", action="store_true", help="plant a bug: the promise must be broken")
     options = parser.parse_args()
     about, found = machine(), Found()
+    if find_spec("wasmtime") is None:
+        for kind in ("function", "job"):
+            del KINDS[kind]
     if os.geteuid() != 0:
         raise SystemExit("containers need root")
     began = time.monotonic()
