@@ -137,7 +137,7 @@ def main() -> int:
     times["container"] = [[second * 1000 for second in row["start_s"]] for row in found["container"]]
     told: dict[str, dict[str, Any]] = {
         name: {"median": spread([median(row) for row in rows]), "least": round(min(min(row) for row in rows), 3), "worst": round(max(max(row) for row in rows), 3), "bar": BAR_MS[name],
-               "ok": min(median(row) for row in rows) < BAR_MS[name]}
+               "ok": median([median(row) for row in rows]) <= BAR_MS[name]}
         for name, rows in times.items() if rows
     }
     ok = len(told) == len(BAR_MS) and all(entry["ok"] for entry in told.values())
