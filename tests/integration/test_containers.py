@@ -14,7 +14,7 @@ from edge_runtime.system.process import TURN_NS, prefer, short_turns
 from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.container import FIRST_ID, ContainerDriver, Ways, searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
-from edge_runtime.workloads.drivers.instance import readable
+from edge_runtime.workloads.drivers.instance import held, readable
 from edge_runtime.workloads.drivers.keeper import ordinary_turns
 
 from .container_side import driver, made_driver, made_store, output, reason_against, started
@@ -382,4 +382,4 @@ def test_no_mount_of_a_container_is_seen_on_the_host(driver: ContainerDriver) ->
     key = asyncio.run(started(driver, "hidden", "sleep 60"))
     assert "novacron" not in Path("/proc/self/mounts").read_text()
     asyncio.run(driver.delete(key))
-    assert not driver._held(key)
+    assert not held(driver._path(key))

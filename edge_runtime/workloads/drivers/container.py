@@ -8,7 +8,6 @@ What is on the disk is the truth: who holds an instance's lock lives, and what i
 """
 
 import asyncio
-import fcntl
 import os
 import platform
 import shutil
@@ -24,7 +23,7 @@ from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import alive, bounded, read, readable, sync_folder, tail, write
+from .instance import LOOK_S, alive, bounded, ended, held, read, readable, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .users import ids
 
@@ -47,9 +46,6 @@ START_S = 150.0
 
 LEFT_S = 10.0
 """A container that was killed, and its keeper, are gone by then; more means that the kernel holds on to a process."""
-
-LOOK_S = 0.02
-"""Pause between two looks at a lock, for which there is no event."""
 
 SAID = 2000
 """Characters of a runtime's own words in an error."""
@@ -204,7 +200,7 @@ class ContainerDriver:
     async def begin(self, key: Key) -> Status:
         """`start` without asking for capabilities: the probe comes here."""
         status = self._status(key)
-        if status.phase is not Phase.PREPARED or self._held(key):
+        if status.phase is not Phase.PREPARED or held(self._path(key)):
             return status
         await self._forget(key)
         word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S)
@@ -216,7 +212,7 @@ class ContainerDriver:
     async def wait(self, key: Key) -> Status:
         while True:
             status, watched = self._status(key), self._watched(key)
-            if status.phase is Phase.PREPARED and not self._held(key):
+            if status.phase is Phase.PREPARED and not held(self._path(key)):
                 raise Refused("id", f"{_name(key)} was never started", "start it first")
             if status.phase in (Phase.ENDED, Phase.LOST):
                 return status
@@ -253,10 +249,10 @@ class ContainerDriver:
                         await self._runtime(key, "resume", _name(key))
                 await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
             try:
-                await asyncio.wait_for(self._unheld(key), LEFT_S / 2)
+                await asyncio.wait_for(unheld(self._path(key)), LEFT_S / 2)
             except TimeoutError:  # what is written down is not what runs: somebody was in this folder
                 await self._forget(key)
-                await self._within(self._unheld(key), LEFT_S, "its keeper does not end")
+                await self._within(unheld(self._path(key)), LEFT_S, "its keeper does not end")
             await self._forget(key)
             gone = self._new / f"{folder.name}.gone"
             await asyncio.to_thread(shutil.rmtree, gone, True)
@@ -391,22 +387,20 @@ class ContainerDriver:
         return replace(self._seen(key), leased=leased) if leased else self._seen(key)
 
     def _seen(self, key: Key) -> Status:
-        folder, held = self._path(key), self._held(key)
+        folder = self._path(key)
+        kept = held(folder)
         end, running = read(folder / "exit.json"), read(folder / "running.json")
         if end is not None:
             if end.get("lapsed"):
                 return Status(key, Phase.LOST, reason="it was ended since nobody could prove that it is still this node's")
-            if "failed" in end:
-                return Status(key, Phase.ENDED, reason=str(end["failed"]))
-            told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
-            return Status(key, Phase.ENDED, exit=told, reason=told.reason)
+            return ended(key, end)
         if running is None:
             return Status(key, Phase.PREPARED)
-        lives = held or alive(running)
+        lives = kept or alive(running)
         if not lives:
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
         frozen = self._groups.frozen(f"{cgroups.PARENT}/{folder.name}")
-        return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]), reason="" if held else "its keeper was killed: what it writes and how it ends will not be known")
+        return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]), reason="" if kept else "its keeper was killed: what it writes and how it ends will not be known")
 
     def _running(self, key: Key) -> Status:
         status = self._status(key)
@@ -414,39 +408,21 @@ class ContainerDriver:
             raise Refused("id", f"{_name(key)} does not run ({status.phase.value})", "start it first")
         return status
 
-    def _held(self, key: Key) -> bool:
-        """Whether its keeper lives."""
-        try:
-            lock = os.open(self._path(key) / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
-
     def _watched(self, key: Key) -> int | None:
         """A descriptor that becomes readable at the end of its keeper, or of its first process where it has none; None where neither is there yet, or any more."""
         running = read(self._path(key) / "running.json")
         if running is None:
             return None
-        held = self._held(key)
+        kept = held(self._path(key))
         try:
-            found = os.pidfd_open(int(running["keeper" if held else "pid"]))
+            found = os.pidfd_open(int(running["keeper" if kept else "pid"]))
         except OSError:
             return None
         # Asked again after the descriptor is there: then it is of the process that was meant, not of a later one with its number.
-        if held == self._held(key) and (held or alive(running)):
+        if kept == held(self._path(key)) and (kept or alive(running)):
             return found
         os.close(found)
         return None
-
-    async def _unheld(self, key: Key) -> None:
-        while self._held(key):
-            await asyncio.sleep(LOOK_S)
 
     def _keeper_said(self, key: Key) -> str:
         data, _ = tail(self._path(key) / "keeper.err", SAID)

@@ -32,12 +32,12 @@ from typing import Any
 from ..images import Image, ImageError, ImageStore
 from ..images.manifest import MODULE_FILE
 from . import cgroups
-from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Refused, Stats, Status
+from .face import Ability, Capabilities, Failed, Key, Order, Output, Phase, Refused, Stats, Status
 from .function_call import Answer, ask
 from .function_code import NativeCode, engine_version, memory_file, whole
 from .function_frames import PROBE, PROBE_MEMORY
 from .function_spec import limits
-from .instance import alive, read, readable, tail
+from .instance import LOOK_S, alive, ended, held, read, readable, tail, unheld
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,6 @@ MAX_WORD = 4096
 
 LEFT_S = 10.0
 """A host that was killed is gone by then."""
-
-LOOK_S = 0.02
-"""Pause between two looks at a lock, for which there is no event."""
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -238,7 +235,7 @@ class FunctionDriver:
 
     async def _begin(self, key: Key) -> Status:
         status = self._status(key)
-        if status.phase is Phase.PREPARED and not self._held(key):
+        if status.phase is Phase.PREPARED and not held(self.folder(key)):
             instance = self._instance(key)
             if (code := await asyncio.to_thread(self._code.verified, instance["module"])) is None:
                 await self._again(instance)
@@ -273,7 +270,7 @@ class FunctionDriver:
     async def wait(self, key: Key) -> Status:
         while True:
             status, watched = self._status(key), self._watched(key)
-            if status.phase is Phase.PREPARED and not self._held(key):
+            if status.phase is Phase.PREPARED and not held(self.folder(key)):
                 raise Refused("id", f"{_name(key)} was never started", "start it first")
             if status.phase in (Phase.ENDED, Phase.LOST):
                 return status
@@ -304,8 +301,8 @@ class FunctionDriver:
                     self._kill(key, signal.SIGKILL)
                     await self._gone(key)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._unheld(key), LEFT_S)
-                if self._held(key):
+                    await asyncio.wait_for(unheld(self.folder(key)), LEFT_S)
+                if held(self.folder(key)):
                     raise Failed("delete", "its host does not end", "look at the node: a process that cannot be killed waits for its kernel or disk")
                 gone = self._new / f"{folder.name}.gone"
                 await asyncio.to_thread(shutil.rmtree, gone, True)
@@ -329,10 +326,6 @@ class FunctionDriver:
             return await asyncio.wait_for(self.wait(key), LEFT_S)
         except TimeoutError:
             raise Failed("stop", "it does not end though it was killed", "look at the node: a process that cannot be killed waits for its kernel or disk") from None
-
-    async def _unheld(self, key: Key) -> None:
-        while self._held(key):
-            await asyncio.sleep(LOOK_S)
 
     # -- calls ---------------------------------------------------------------------------------------------------------------
 
@@ -406,32 +399,16 @@ class FunctionDriver:
     def _status(self, key: Key) -> Status:
         """The lock first: where it is free, nothing changes any more."""
         self._instance(key)
-        folder, held = self.folder(key), self._held(key)
+        folder = self.folder(key)
+        kept = held(folder)
         end, running = read(folder / "exit.json"), read(folder / "running.json")
         if end is not None:
-            if "failed" in end:
-                return Status(key, Phase.ENDED, reason=str(end["failed"]))
-            told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
-            return Status(key, Phase.ENDED, exit=told, reason=told.reason)
+            return ended(key, end)
         if running is None:
             return Status(key, Phase.PREPARED)
-        if not (held and alive(running)):
+        if not (kept and alive(running)):
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its host was killed")
         return Status(key, Phase.RUNNING, int(running["pid"]), load_ms=float(running["load_ms"]))
-
-    def _held(self, key: Key) -> bool:
-        """Whether its host lives."""
-        try:
-            lock = os.open(self.folder(key) / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
 
     def _watched(self, key: Key) -> int | None:
         """A descriptor that becomes readable at the end of its host; None where that is not there yet, or any more."""

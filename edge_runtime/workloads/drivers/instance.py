@@ -1,6 +1,7 @@
 """What drivers read and write of an instance's folder, and how they watch processes that are not their children."""
 
 import asyncio
+import fcntl
 import json
 import os
 import select
@@ -9,8 +10,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .face import Exit, Key, Phase, Status
+
 MAX_EXEC_OUTPUT = 1 << 20
 """Bytes kept of each stream of a command; what comes after is read and dropped."""
+
+
+LOOK_S = 0.02
+"""Pause between two looks at a lock, for which there is no event."""
+
+
+def held(folder: Path) -> bool:
+    """Whether what watches over the instance lives: it holds the folder's lock."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+
+
+async def unheld(folder: Path) -> None:
+    """Until nobody holds it."""
+    while held(folder):
+        await asyncio.sleep(LOOK_S)
+
+
+def ended(key: Key, end: Mapping[str, Any]) -> Status:
+    """How an instance ended, from its `exit.json`."""
+    if "failed" in end:
+        return Status(key, Phase.ENDED, reason=str(end["failed"]))
+    told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
+    return Status(key, Phase.ENDED, exit=told, reason=told.reason)
 
 
 def alive(running: Mapping[str, Any]) -> bool:
