@@ -10,7 +10,6 @@ from typing import Any
 from edge_runtime.workloads.drivers import lease
 from hub.server import Hub
 from tests.unit.workloads.image_side import archive, layout
-from tools.ending import ended
 
 from .container_side import base, end_all
 
@@ -64,6 +63,10 @@ def wanted(hub: Hub, edge: str, workload: str) -> list[tuple[int, str]]:
     return [(entry["epoch"], entry["wanted"]) for entry in entries if entry["id"] == workload]
 
 
+LOOK_S = 0.05
+"""Seconds between two looks: there is no event for what another machine's processes are."""
+
+
 class Watch:
     """Looks all the time where a workload runs: `lives` are edge and process of each life, `twice` moments at which there were two."""
 
@@ -71,6 +74,7 @@ class Watch:
         self._folders, self._workload = folders, workload
         self.twice: list[list[tuple[str, int]]] = []
         self.lives: list[tuple[str, int]] = []
+        self._over = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Watch":
@@ -79,16 +83,18 @@ class Watch:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
-        await ended(self._task)
+        self._over.set()
+        await self._task
 
     def edges(self) -> list[str]:
         """The edge of each life."""
         return [name for name, _ in self.lives]
 
     async def _run(self) -> None:
-        while True:
+        while not self._over.is_set():
             there = [(name, pid) for name, data in self._folders.items() for pid in pids(data, self._workload)]
             if len(there) > 1:
                 self.twice.append(there)
             self.lives += [one for one in there if one not in self.lives]
-            await asyncio.sleep(0.05)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), LOOK_S)

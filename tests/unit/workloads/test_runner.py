@@ -13,6 +13,9 @@ from edge_runtime.workloads import runner as runners
 from edge_runtime.workloads.drivers.face import Capabilities, Exit, Failed, Key, Order, Phase, Refused, Status
 from edge_runtime.workloads.runner import REPORTED, Runner
 
+TURNS_MAX = 10_000
+"""Turns of the loop after which something goes round in circles."""
+
 
 class Disk:
     """What outlives an agent: instances, and what was journalled."""
@@ -25,10 +28,13 @@ class Disk:
         self.documents: dict[str, Any] = {}
         self.failing: list[str] = []
         self.trouble: list[str] = []
+        self.news = asyncio.Event()
+        """Set with each record of a workload."""
 
     def append(self, stream: str, kind: str, body: dict[str, Any]) -> None:
         if kind == "workload":
             self.records.append((body["id"], body["epoch"], body["state"]))
+            self.news.set()
 
     def state(self, key: str) -> Any:
         return self.documents.get(key)
@@ -49,7 +55,7 @@ class InMemory:
 
     async def _step(self, what: str) -> None:
         for _ in range(3):
-            await asyncio.sleep(0)
+            await others_first()
         if what in self._disk.failing:
             self._disk.failing.remove(what)
             raise Failed(what, "planted", "none")
@@ -100,10 +106,29 @@ class InMemory:
         self._disk.instances.pop(key, None)
 
 
+async def others_first() -> None:
+    """Until everybody who could go on had a turn."""
+    loop = asyncio.get_running_loop()
+    turn = loop.create_future()
+    loop.call_soon(turn.set_result, None)
+    await turn
+
+
 async def quiet() -> None:
-    """Until everybody had many turns; nothing here waits for a clock."""
-    for _ in range(150):
-        await asyncio.sleep(0)
+    """Until nobody can go on: each task waits for something that only the test, or a clock, brings."""
+    loop = asyncio.get_running_loop()
+    settled = loop.create_future()
+
+    def look(turns: int) -> None:
+        if not loop._ready:  # type: ignore[attr-defined]  # asyncio tells nobody what stands in its queue
+            settled.set_result(None)
+        elif turns == 0:
+            settled.set_exception(AssertionError(f"still busy after {TURNS_MAX} turns"))
+        else:
+            loop.call_soon(look, turns - 1)
+
+    loop.call_soon(look, TURNS_MAX)
+    await settled
 
 
 def entry(workload: str, epoch: int, wanted: str = "running", **spec: Any) -> dict[str, Any]:
