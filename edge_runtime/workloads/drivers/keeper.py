@@ -41,6 +41,7 @@ MOVE_MOUNT_F_EMPTY_PATH = 4
 MOUNT_ATTR_IDMAP = 0x0010_0000
 
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "armv7l": 380}
+"""Numbers of the system call; the agent has them as well (`system.process`), but nothing of ours is imported here."""
 
 PATH_MAX = 4096
 """Bytes of a path, at most (Linux)."""
