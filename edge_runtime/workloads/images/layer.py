@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import ImageError
-from .tar import BLOCK_DEVICE, CHARACTER, FIFO, FILE, FOLDER, HARD_LINK, SYMLINK, Member, TarError, TarReader
+from .tar import BLOCK, BLOCK_DEVICE, CHARACTER, FIFO, FILE, FOLDER, HARD_LINK, SYMLINK, Member, TarError, TarReader
 
 CHUNK = 1 << 18
 """Bytes that are read, inflated and written at a time."""
 
 MAX_DEPTH = 128
 """Folders above a file; real images have up to twenty."""
+
+MAX_ZSTD_WINDOW = 32 << 20
+"""Bytes that reading zstd may take for its window: the largest of the Go encoder that skopeo and buildx use. `zstd --ultra -22` asks for 128 MiB, which an edge has not to give."""
 
 SPACE_EACH = 64 << 20
 """Bytes after which the free space is looked at again."""
@@ -87,10 +90,33 @@ class Inflate:
                 return data
 
 
+class Unzstd:
+    """Zstandard, several frames in a row, as a stream of plain bytes; `TarError` where it is damaged. Needs the package `zstandard`, which is imported only here."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise ImageError("layer", "it is compressed with zstd, which needs the package zstandard", "on the node: pip install 'novacron[zstd]'; or build the image with gzip layers (skopeo: --dest-compress-format gzip)") from None
+        self._error: type[Exception] = zstandard.ZstdError
+        self._reader = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).stream_reader(stream, read_size=CHUNK, read_across_frames=True, closefd=False)
+
+    def read(self, most: int = CHUNK) -> bytes:
+        """Up to `most` bytes; empty at the end. A frame that is cut off ends here too: what it was to be is told by its hash."""
+        try:
+            return self._reader.read(most)
+        except (self._error, MemoryError) as error:
+            raise TarError(f"the zstd stream is damaged, or needs a window of more than {MAX_ZSTD_WINDOW} bytes ({error})", "copy it again; or build it with a smaller window (zstd --long=25, no --ultra)") from None
+
+
+Plain = BinaryIO | Inflate | Unzstd
+"""What an archive is read from."""
+
+
 class Counted:
     """A stream that hashes and counts what is read of it, and refuses more than `most` bytes."""
 
-    def __init__(self, stream: "BinaryIO | Inflate", most: int, what: str) -> None:
+    def __init__(self, stream: Plain, most: int, what: str) -> None:
         self._stream, self._most, self._what = stream, most, what
         self.count = 0
         self.digest = hashlib.sha256()
@@ -114,7 +140,7 @@ class Unpacked:
     left_out: int = 0
 
 
-def unpack(stream: "BinaryIO | Inflate", folder: Path, diff_id: str, limits: Limits, *, own: bool = True) -> Unpacked:
+def unpack(stream: Plain, folder: Path, diff_id: str, limits: Limits, *, own: bool = True) -> Unpacked:
     """Unpack a layer's tar into an empty folder and check that it was `diff_id` (64 hex digits).
 
     Args:
@@ -356,11 +382,41 @@ def _said(name: bytes) -> str:
     return repr(name[:80])[1:]
 
 
-def opener(media: str, stream: BinaryIO) -> "BinaryIO | Inflate":
+def opener(media: str, stream: BinaryIO) -> Plain:
     """The plain tar of a layer of this media type; raises `ImageError` where it cannot be read here."""
     if media.endswith(("+zstd", ".zstd")):
-        raise ImageError("layer", "it is compressed with zstd, which this Python's standard library cannot read", "build the image with gzip layers (buildx: compression=gzip; skopeo: --dest-compress-format gzip)")
+        return Unzstd(stream)
     return Inflate(stream) if media.endswith(("gzip", ".gz")) else stream
+
+
+def packed(head: bytes) -> str:
+    """How a file that begins so is compressed: `gzip`, `zstd`, or empty."""
+    return "gzip" if head.startswith(b"\x1f\x8b") else "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[:1] >= b"\x50" and head[:1] <= b"\x5f") else ""
+
+
+def inflate(path: Path, target: Path, limits: Limits) -> None:
+    """Write what a compressed file is to another, at most as much as an image may have and the disk has room for.
+
+    Errors: `ImageError`; what was written is the caller's to remove.
+    """
+    try:
+        with open(path, "rb") as handle, open(target, "wb") as out:
+            how = packed(handle.read(4))
+            handle.seek(0)
+            counted = Counted(Unzstd(handle) if how == "zstd" else Inflate(handle), limits.image_bytes, "archive")
+            looked, last = 0, b"?"
+            while data := counted.read(CHUNK):
+                if counted.count >= looked:
+                    told = os.fstatvfs(out.fileno())
+                    if told.f_bavail * told.f_frsize < limits.keep_free + SPACE_EACH:
+                        raise ImageError("archive", f"unpacked it would leave less than {limits.keep_free} bytes free on the disk", "free space, or give a smaller one")
+                    looked = counted.count + SPACE_EACH
+                out.write(data)
+                last = data[-BLOCK:]
+            if any(last):  # every tar that is whole ends with zeros; a zstd stream that is cut between two blocks ends without an error
+                raise ImageError("archive", "ends too early", "copy it again: it was cut off, or it is no tar archive")
+    except TarError as error:
+        raise ImageError("archive", error.problem, error.remedy) from None
 
 
 def settle(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from . import manifest as documents
 from .errors import ImageError
-from .layer import Limits
+from .layer import Limits, packed
 from .manifest import Config, Descriptor, Platform
 from .tar import FILE, HARD_LINK, SYMLINK, TarError, TarReader
 
@@ -122,9 +122,6 @@ class ArchiveFiles:
         self._where: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
         with open(path, "rb") as handle:
-            if handle.read(2) == b"\x1f\x8b":
-                raise ImageError("archive", "is compressed as a whole", "unpack it first: gunzip FILE")
-            handle.seek(0)
             try:
                 reader = _IndexReader(handle, MAX_ARCHIVE_MEMBERS)
                 for member in reader:
@@ -276,7 +273,8 @@ def _docker(files: Files, reference: str, here: Platform, limits: Limits, strict
             raise ImageError(f"layers[{at}]", "is missing" if size is None else f"{size} bytes are over {limits.layer_bytes}", "copy the image again" if size is None else "build a smaller image")
         open_it = _opener(files, path, f"layers[{at}]")
         with open_it() as handle:
-            media = PLAIN_LAYER + ("+gzip" if handle.read(2) == b"\x1f\x8b" else "")
+            how = packed(handle.read(4))
+        media = PLAIN_LAYER + (f"+{how}" if how else "")
         layers.append(Layer(media, "", size, diff_id, open_it))
     return Plan(digest, documents.texts(entry.get("RepoTags"), "RepoTags"), config, tuple(layers))
 

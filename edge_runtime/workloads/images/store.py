@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ImageError
-from .layer import CHUNK, Counted, Limits, Unpacked, opener, settle, unpack
+from .layer import CHUNK, Counted, Limits, Unpacked, inflate, opener, packed, settle, unpack
 from .manifest import MODULE_FILE, MODULES, Config, Platform
-from .source import Layer, Plan, opened, plan
+from .source import Files, Layer, Plan, opened, plan
 
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}\Z")
@@ -40,6 +40,12 @@ MAX_ARCHIVES = 256
 
 FRESH_MS = 60_000
 """The image that was asked for last need not be written down as that again within a minute: two waits for the disk less in the start of what runs from it."""
+
+PLAIN = "archive.plain"
+"""Name in `new` of what a compressed archive is."""
+
+MAX_LOOKED = 1024
+"""Sources known not to have an image, each with the name that was looked for: a compressed one is not unpacked for the same question again."""
 
 MAX_RECORD = 8 << 20
 """Bytes of an image's document: a config of the largest size, and its names."""
@@ -69,6 +75,7 @@ class ImageStore:
         self.directory, self.limits, self._here, self._own, self._step = directory, limits, here or Platform.here(), own, step
         self._layers, self._images, self._new = directory / "layers", directory / "images", directory / "new"
         self._lock = threading.Lock()
+        self._absent: set[tuple[str, str, int, int, int]] = set()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(directory, 0o700)  # files of others' programs, with owners of their choice: nobody but root reaches them
         self._held = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -125,11 +132,17 @@ class ImageStore:
         except ImageError as error:
             absent, broken = error, []
         for path in sorted(archives.iterdir())[:MAX_ARCHIVES] if archives.is_dir() else ():
+            told = path.stat(follow_symlinks=True) if path.is_file() else None
+            looked = (reference, path.name, told.st_ino, told.st_size, told.st_mtime_ns) if told else None
+            if looked in self._absent:
+                continue
             try:
                 return self.add(path, reference, strict=True)
             except ImageError as error:
                 if error.field != "reference":
                     broken.append(f"{path.name}: {error}")
+                elif looked is not None and len(self._absent) < MAX_LOOKED:
+                    self._absent.add(looked)
         if broken:
             raise ImageError("image", f"{absent.problem}, and of what is in {archives} some cannot be taken: {'; '.join(broken)[:1000]}", "put a good archive there")
         raise ImageError("image", absent.problem, f"put an OCI layout, or an archive of one or of docker save, into {archives}")
@@ -145,10 +158,26 @@ class ImageStore:
             raise ImageError("reference", f"{reference[:100]!r} is no name of an image", "use 1 to 255 letters, digits and . _ : / @ + -")
         with self._lock:
             try:
-                found = plan(opened(path), reference, self._here, self.limits, strict=strict)
-                return self._take(found, tuple(dict.fromkeys(name for name in (reference, *found.names) if _REFERENCE.match(name))))
+                return self._planned(opened(self._plain(path)), reference, strict)
             except OSError as error:
                 raise ImageError("image", f"could not be read or kept: {error.strerror}", "look at the disk of the data folder, and at the source") from None
+            finally:
+                (self._new / PLAIN).unlink(missing_ok=True)
+
+    def _planned(self, files: Files, reference: str, strict: bool) -> Image:
+        found = plan(files, reference, self._here, self.limits, strict=strict)
+        return self._take(found, tuple(dict.fromkeys(name for name in (reference, *found.names) if _REFERENCE.match(name))))
+
+    def _plain(self, path: Path) -> Path:
+        """The archive itself, or what it is where it is compressed as a whole: to jump about in it, it has to be plain on the disk."""
+        if not path.is_file():
+            return path
+        with open(path, "rb") as handle:
+            if not packed(handle.read(4)):
+                return path
+        self._step("inflate")
+        inflate(path, self._new / PLAIN, self.limits)
+        return self._new / PLAIN
 
     def _take(self, found: Plan, names: tuple[str, ...]) -> Image:
         total, first = 0, True

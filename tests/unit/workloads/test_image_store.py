@@ -1,6 +1,5 @@
 """The image store: what it takes, what it refuses and keeps nothing of, what a kill leaves, what goes when room is short."""
 
-import gzip
 import json
 import os
 import shutil
@@ -150,7 +149,7 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     (_set("schemaVersion", 1), "manifest.schemaVersion"), (_set("layers", []), "manifest.layers"), (_set("layers", "x"), "manifest.layers"), (_set("layers", [1]), r"manifest.layers\[0\]"),
     (_set("layers.0.digest", "sha256:../../etc/passwd"), r"manifest.layers\[0\].digest"), (_set("layers.0.digest", "md5:aa"), r"manifest.layers\[0\].digest"), (_set("layers.0.size", -1), r"manifest.layers\[0\].size"),
     (_set("layers.0.size", 1 << 45), r"manifest.layers\[0\].size"), (_set("layers.0.mediaType", "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"), "mediaType"),
-    (_set("layers.0.mediaType", "application/vnd.oci.image.layer.v1.tar+zstd"), r"layers\[0\]: it is compressed with zstd"), (_set("config", None), "manifest.config"),
+    (_set("layers.0.mediaType", "application/vnd.oci.image.layer.v1.tar+zstd"), r"layers\[0\]: the zstd stream is damaged"), (_set("config", None), "manifest.config"),
 ])
 def test_bad_manifests_name_the_field(change: Any, field: str, store: ImageStore, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=field):
@@ -173,9 +172,7 @@ def test_broken_documents_are_one_error(raw: bytes, store: ImageStore, tmp_path:
 
 def test_what_is_no_image_is_refused_with_a_remedy(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello" * 300)
-    packed = tmp_path / "packed.tar.gz"
-    packed.write_bytes(gzip.compress(archive(layout(tmp_path / "in", [BASE]), tmp_path / "in.tar").read_bytes()))
-    for path, says in ((tmp_path / "nowhere", "cannot be read"), (Path("/dev/null"), "neither a folder nor a file"), (tmp_path / "text", "checksum"), (packed, "gunzip"), (tmp_path, "docker save")):
+    for path, says in ((tmp_path / "nowhere", "cannot be read"), (Path("/dev/null"), "neither a folder nor a file"), (tmp_path / "text", "checksum"), (tmp_path, "docker save")):
         with pytest.raises(ImageError, match=says):
             store.add(path)
     with pytest.raises(ImageError, match="no name of an image"):
