@@ -338,10 +338,23 @@ def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
         problems.append(Problem("configuration", "api.host", f"{config.api.host} is reachable from outside and no token is asked for", "set api.token_file, or listen on 127.0.0.1"))
     if config.duties.enabled:
         problems += _check_duties(config)
+    if config.workloads.enabled and config.workloads.registries:
+        problems += _check_registries(config)
     if problems:
         raise ConfigError(problems)
     data_dir = config.data_dir or env.get("STATE_DIRECTORY", "") or str(Path(env.get("HOME", "/tmp")) / ".local/share/novacron/edge")
     return dataclasses.replace(config, edge_id=edge_id, node=config.node or edge_id, data_dir=data_dir)
+
+
+def _check_registries(config: EdgeConfig) -> list[Problem]:
+    from ..workloads.images.errors import ImageError
+    from ..workloads.images.reference import hosts  # only where registries are configured
+
+    try:
+        hosts(config.workloads.registries)
+    except ImageError as error:
+        return [Problem("configuration", error.field, error.problem, error.remedy)]
+    return []
 
 
 def _check_duties(config: EdgeConfig) -> list[Problem]:

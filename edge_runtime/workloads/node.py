@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from .drivers.face import Driver
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
-    from .images import ImageStore
+    from .images import Image, ImageStore
+    from .images.pull import Puller
+    from .images.reference import Host
+    from .images.shared import Shared
     from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class WorkloadNode:
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
         self._usable: set[str] = set()
+        self._images: Shared[Image] | None = None
+        self._puller: Puller | None = None
         self._runner: Runner | None = None
 
     async def run(self) -> None:
@@ -75,6 +80,10 @@ class WorkloadNode:
         finally:
             if self._runner is not None:
                 await self._runner.close()
+            if self._images is not None:
+                await self._images.close()
+            if self._puller is not None:
+                await self._puller.close()
             for driver in (self._functions, self._containers):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
@@ -83,8 +92,10 @@ class WorkloadNode:
 
     async def _probe(self) -> None:
         from .images import ImageError, ImageStore
+        from .images.shared import Shared
         from .runner import Runner
 
+        self._images = Shared()
         workloads, folder = self._config.workloads, (Path(self._config.data_dir) / "workloads").resolve()
         drivers: dict[str, Driver] = {}
         why: list[str] = []
@@ -182,20 +193,66 @@ class WorkloadNode:
             await self._hand()
             await self._runner.ended(workload)
 
-    async def _bring(self, kind: str, reference: str) -> str:
-        """Take an image from the archives that were put into `<data>/workloads/archives`, where the store does not have it yet; which driver runs it."""
+    async def _bring(self, kind: str, reference: str, pull: str) -> str:
+        """Take an image from the archives that were put into `<data>/workloads/archives`, or from its registry, where the store does not have it yet; which driver runs it."""
         from .drivers.face import Refused
         from .images import ImageError
 
-        assert self._store is not None
+        assert self._images is not None
         try:
-            image = await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
+            image = await self._images.get((reference, pull), lambda: self._image(reference, pull))
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
         name = kind if kind != "batch" else "function" if image.config.module else "container"
         if name not in self._usable:
             raise Refused("image", f"is for the driver of {name}s, which cannot be used here: {self._why}", "place it on a node whose driver can")
         return name
+
+    async def _image(self, reference: str, pull: str) -> "Image":
+        """Raises `ImageError`."""
+        from .images import ImageError
+        from .images.reference import hosts, parse
+
+        assert self._store is not None
+        known = hosts(self._config.workloads.registries)
+        if pull != "always":
+            try:
+                return await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
+            except ImageError as error:
+                if pull == "never" or not self._config.workloads.fetch or parse(reference, known) is None:
+                    raise
+                absent = error
+        elif not self._config.workloads.fetch:
+            raise ImageError("spec.pull", "is always, and this node fetches nothing (workloads.fetch)", "use missing, and put the image into the archives folder")
+        try:
+            image = await self._registries(known).pull(reference)
+        except ImageError as error:
+            self._metrics.inc("image_pulls_total", outcome="failed")
+            if pull != "always" and "some cannot be taken" in absent.problem:
+                raise ImageError(error.field, f"{error.problem}; and {absent.problem}", error.remedy) from None
+            raise
+        self._metrics.inc("image_pulls_total", outcome="done")
+        return image
+
+    def _registries(self, known: "Mapping[str, Host]") -> "Puller":
+        """What fetches; made, and the client for HTTP imported, when something is fetched for the first time. Raises `ImageError`."""
+        if self._puller is None:
+            from .images import ImageError
+
+            try:
+                from .images.pull import Puller
+            except ImportError as error:
+                raise ImageError("image", f"is not on this node, and fetching needs a package that is not there ({error})", "pip install 'novacron[edge]', or put the image into the archives folder") from None
+
+            assert self._store is not None
+            workloads, folder = self._config.workloads, self._store.directory.parent / "pulls"
+            folder.mkdir(exist_ok=True, mode=0o700)
+            self._puller = Puller(folder, self._store, known, workloads.registry_credentials, workloads.images_bytes, self._pulled)
+        return self._puller
+
+    def _pulled(self, body: dict[str, Any]) -> None:
+        self._journal.append("event", "image.pull", body)
+        self._metrics.inc("image_pull_bytes_total", body["bytes"])
 
     def _tidy(self) -> None:
         """Keep images within their budget, when there is time."""

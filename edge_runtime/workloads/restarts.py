@@ -1,9 +1,10 @@
-"""When what has ended is started again, and after how long. Pure.
+"""When what has ended is started again, and after how long; and the other keys that are no driver's. Pure.
 
 Keys of a workload's `spec` that are not its driver's:
 
     restart      `never`, `on-failure` or `always`; by default a container never, a function always (it has no end of its own), a batch job as its `retries` say
     retries      restarts in a row without a stable run between them; by default 0 for a batch job, else without an end
+    pull         `always`, `missing` (default) or `never`: when a registry is asked for the image
     deadline_s   of a batch job: seconds from its first start, over all tries, after which it is stopped
 """
 
@@ -13,7 +14,11 @@ from typing import Any
 
 from .drivers.face import Phase, Refused, Status
 
-KEYS = ("deadline_s", "restart", "retries")
+KEYS = ("deadline_s", "pull", "restart", "retries")
+
+PULL_MISSING = "missing"
+PULLS = ("always", PULL_MISSING, "never")
+"""When a registry is asked for the image."""
 
 NEVER, ON_FAILURE, ALWAYS = "never", "on-failure", "always"
 
@@ -50,6 +55,14 @@ def succeeded(ended: Status) -> bool:
 def pause_s(tries: int) -> float:
     """Seconds before restart number `tries` + 1 in a row."""
     return min(LONGEST_S, FIRST_S * 2.0 ** min(tries, 30))
+
+
+def when_to_pull(spec: Mapping[str, Any]) -> str:
+    """One of `PULLS`. Raises `Refused`."""
+    pull = spec.get("pull", PULL_MISSING)
+    if pull not in PULLS:
+        raise Refused("spec.pull", f"{str(pull)[:40]!r} is unknown", f"use {', '.join(PULLS)}")
+    return str(pull)
 
 
 def policy(kind: str, spec: Mapping[str, Any]) -> Policy:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ..contract.workloads import RUNNING, STOPPED, WHEN_CUT_OFF
 from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
-from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded
+from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +54,15 @@ class Runner:
 
     Args:
         drivers: by name; what is on the disk of any of them is seen to.
-        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind from it; raises `DriverError`.
+        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind from it; raises `DriverError`. Called with kind, reference
+            and when to ask a registry (`pull`). It may take minutes, and is cancelled where something else is wanted meanwhile.
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
         said: called when something was said.
     """
 
     def __init__(
-        self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
+        self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
         said: Callable[[], None] = lambda: None,
     ) -> None:
         self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
@@ -163,7 +164,10 @@ class Runner:
             try:
                 spec = _spec(entry)
                 how = policy(str(entry["kind"]), spec)
-                driver, status = await self._begin(key, entry, {name: value for name, value in spec.items() if name not in KEYS})
+                begun = await self._begin(key, entry, spec, changed)
+                if begun is None:
+                    return
+                driver, status = begun
             except DriverError as error:
                 self._errors()
                 await self._remove(key)
@@ -248,7 +252,8 @@ class Runner:
         for driver in self._drivers.values():
             await driver.delete(key)
 
-    async def _begin(self, key: Key, entry: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[Driver, Status]:
+    async def _begin(self, key: Key, entry: Mapping[str, Any], spec: Mapping[str, Any], changed: asyncio.Event) -> tuple[Driver, Status] | None:
+        """What runs it, and how it stands; None where something else is wanted before its image is here."""
         for driver in self._drivers.values():
             try:
                 await driver.status(key)
@@ -258,7 +263,11 @@ class Runner:
         if entry.get("gpus"):
             raise Refused("gpus", "there is no driver here that can give a workload GPU devices", "place it on a node whose driver can")
         image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")
-        driver = self._drivers[await self._bring(str(entry["kind"]), image)]
+        name = await _unless(changed, self._bring(str(entry["kind"]), image, when_to_pull(spec)))
+        if name is None:
+            return None
+        driver = self._drivers[name]
+        spec = {name: value for name, value in spec.items() if name not in KEYS}
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may
         if leased and not isinstance(driver, Leases):
@@ -294,6 +303,18 @@ class Runner:
             self._journal.append("event", "workload", {**body, "for": entry["for"], "fence": entry["fence"]})
         self._journal.put_state(REPORTED, dict(self._told))
         self._on_said()
+
+
+async def _unless(changed: asyncio.Event, doing: Awaitable[str]) -> str | None:
+    """What comes of it; None, and it is cancelled, where something changes first."""
+    done, other = asyncio.ensure_future(doing), asyncio.ensure_future(changed.wait())
+    try:
+        await asyncio.wait((done, other), return_when=asyncio.FIRST_COMPLETED)
+        return done.result() if done.done() else None
+    finally:
+        for waiting in (done, other):
+            waiting.cancel()
+        await asyncio.gather(done, other, return_exceptions=True)
 
 
 def _said(entry: Mapping[str, Any]) -> str:

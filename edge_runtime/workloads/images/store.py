@@ -72,7 +72,7 @@ class ImageStore:
     """
 
     def __init__(self, directory: Path, *, limits: Limits = Limits(), here: Platform | None = None, own: bool = True, step: Callable[[str], None] = lambda word: None) -> None:
-        self.directory, self.limits, self._here, self._own, self._step = directory, limits, here or Platform.here(), own, step
+        self.directory, self.limits, self.here, self._own, self._step = directory, limits, here or Platform.here(), own, step
         self._layers, self._images, self._new = directory / "layers", directory / "images", directory / "new"
         self._lock = threading.Lock()
         self._absent: set[tuple[str, str, int, int, int]] = set()
@@ -154,8 +154,7 @@ class ImageStore:
             reference: which of several, and a name that it goes by from now on; of other images with this name it is taken away.
             strict: only what goes by this name there already; else the only image of a source may get any name.
         """
-        if reference and not _REFERENCE.match(reference):
-            raise ImageError("reference", f"{reference[:100]!r} is no name of an image", "use 1 to 255 letters, digits and . _ : / @ + -")
+        _checked(reference)
         with self._lock:
             try:
                 return self._planned(opened(self._plain(path)), reference, strict)
@@ -164,8 +163,22 @@ class ImageStore:
             finally:
                 (self._new / PLAIN).unlink(missing_ok=True)
 
+    def add_files(self, files: Files, reference: str) -> Image:
+        """As `add`, from files in the form of an OCI layout that are there already: what a registry gave."""
+        _checked(reference)
+        with self._lock:
+            try:
+                return self._planned(files, reference, False)
+            except OSError as error:
+                raise ImageError("image", f"could not be read or kept: {error.strerror}", "look at the disk of the data folder") from None
+
+    def has(self, diff_ids: Collection[str]) -> set[str]:
+        """Which of these layers are here already."""
+        with self._lock:
+            return {diff_id for diff_id in diff_ids if (self._layers / diff_id).is_dir()}
+
     def _planned(self, files: Files, reference: str, strict: bool) -> Image:
-        found = plan(files, reference, self._here, self.limits, strict=strict)
+        found = plan(files, reference, self.here, self.limits, strict=strict)
         return self._take(found, tuple(dict.fromkeys(name for name in (reference, *found.names) if _REFERENCE.match(name))))
 
     def _plain(self, path: Path) -> Path:
@@ -357,6 +370,11 @@ class ImageStore:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+
+
+def _checked(reference: str) -> None:
+    if reference and not _REFERENCE.match(reference):
+        raise ImageError("reference", f"{reference[:100]!r} is no name of an image", "use 1 to 255 letters, digits and . _ : / @ + -")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.workloads.images import layer as layers
 from edge_runtime.workloads.images.errors import ImageError
-from edge_runtime.workloads.images.layer import Inflate, Limits, opener, unpack
+from edge_runtime.workloads.images.layer import Inflate, Limits, unpack
 
 from .image_side import AS_ROOT, Entry, layer, sha, tree
 

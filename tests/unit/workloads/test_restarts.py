@@ -201,7 +201,7 @@ async def test_several_drivers_each_end_what_is_theirs_and_get_what_is_theirs(mo
 
     journal = Disk()
 
-    async def bring(kind: str, reference: str) -> str:
+    async def bring(kind: str, reference: str, pull: str) -> str:
         return "function" if kind == "function" or reference == "module" else "container"
 
     def another() -> Runner:

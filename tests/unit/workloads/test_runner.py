@@ -136,7 +136,7 @@ def entry(workload: str, epoch: int, wanted: str = "running", **spec: Any) -> di
 
 
 def made(disk: Disk, driver: type[InMemory] = InMemory) -> Runner:
-    async def bring(kind: str, reference: str) -> str:
+    async def bring(kind: str, reference: str, pull: str) -> str:
         """The image is there."""
         return "memory"
 
