@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from edge_runtime.workloads.images import ImageError, Limits
+from edge_runtime.config.schema import EdgeConfig, WorkloadsConfig
+from edge_runtime.metrics import Metrics
+from edge_runtime.workloads.images import ImageError, ImageStore, Limits
 from edge_runtime.workloads.images import pull as pulls
 from edge_runtime.workloads.images.registry import Part
-from tests.unit.workloads.image_side import HERE, layer, layout, sha
+from edge_runtime.workloads.node import WorkloadNode
+from tests.unit.workloads.image_side import AS_ROOT, HERE, layer, layout, sha
 
 from .registry_side import MANIFEST, Chops, Liar, Node, push, reason_against, registry
 
@@ -286,3 +289,41 @@ async def test_all_who_want_an_image_share_one_pull_and_the_last_who_leaves_ends
 async def test_a_registry_by_a_name_that_nobody_serves_is_given_up_with_the_reason(nodes: Any) -> None:
     with pytest.raises(ImageError, match="cannot be reached"):
         await nodes({"host": "127.0.0.1:1", "insecure": True}).puller.pull("127.0.0.1:1/app:1")
+
+
+class _Said:
+    def __init__(self) -> None:
+        self.records: list[tuple[str, dict[str, Any]]] = []
+
+    def append(self, stream: str, kind: str, body: dict[str, Any]) -> None:
+        self.records.append((kind, body))
+
+    def state(self, key: str) -> Any:
+        return None
+
+
+async def test_a_node_asks_the_registry_as_the_document_says_and_tells_what_it_fetched(tmp_path: Path) -> None:
+    async with Liar(layout(tmp_path / "in", [BASE])) as liar:
+        said, metrics = _Said(), Metrics()
+        config = EdgeConfig(data_dir=str(tmp_path / "data"), workloads=WorkloadsConfig(enabled=True, registries=({"host": liar.host, "insecure": True},)))
+        node = WorkloadNode(config, said, metrics)  # type: ignore[arg-type]
+        node._store = ImageStore(tmp_path / "data/workloads/images", limits=Limits(keep_free=0), own=AS_ROOT)
+        name = f"{liar.host}/app:1"
+        with pytest.raises(ImageError, match="not on this node"):
+            await node._image(name, "never")
+        with pytest.raises(ImageError, match="not on this node"):
+            await node._image("app:1", "missing")  # names no registry
+        assert liar.seen == []
+        image = await node._image(name, "missing")
+        assert [kind for kind, _ in said.records] == ["image.pull"] and said.records[0][1]["digest"] == f"sha256:{image.digest}"
+        assert metrics.total("image_pulls_total") == 1 and metrics.total("image_pull_bytes_total") == said.records[0][1]["bytes"] > 0
+        asked = len(liar.seen)
+        assert await node._image(name, "missing") and await node._image(f"{liar.host}/app@sha256:{image.digest}", "missing") and len(liar.seen) == asked, "what is here is used without asking"
+        layout(liar.source, [BASE, layer([("file", "new", b"n")])], name="other")
+        liar.manifest = json.loads((liar.source / "index.json").read_text())["manifests"][1]
+        assert (await node._image(name, "missing")).digest == image.digest
+        assert (await node._image(name, "always")).digest == liar.manifest["digest"][7:] != image.digest
+        assert (await node._image(name, "missing")).digest != image.digest, "the name means the newer one now"
+        assert node._puller is not None
+        await node._puller.close()
+        node._store.close()

@@ -302,3 +302,34 @@ async def test_a_start_that_is_under_way_is_waited_for(monkeypatch: pytest.Monke
     await quiet()
     assert disk.records == [("a", 1, "accepted"), ("a", 1, "failed")] and disk.instances == {}
     await runner.close()
+
+
+async def test_what_waits_for_its_image_ends_when_it_is_not_wanted_any_more() -> None:
+    disk, asked, cancelled = Disk(), asyncio.Event(), asyncio.Event()
+
+    async def bring(kind: str, reference: str, pull: str) -> str:
+        asked.set()
+        try:
+            await asyncio.get_running_loop().create_future()  # a registry that never answers
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return "memory"
+
+    runner = Runner({"memory": InMemory(disk)}, disk, bring, lambda: None, lambda: None)
+    await runner.take([entry("a", 1)])
+    await asked.wait()
+    await runner.take([entry("a", 1, "stopped")])
+    await cancelled.wait()
+    await quiet()
+    assert disk.records[-1] == ("a", 1, "stopped") and disk.instances == {} and "a" not in runner._tasks
+    await runner.close()
+
+
+async def test_a_wrong_pull_is_refused_by_name() -> None:
+    disk = Disk()
+    runner = made(disk)
+    await runner.take([entry("a", 1, pull="sometimes")])
+    await quiet()
+    assert disk.records == [("a", 1, "accepted"), ("a", 1, "refused")]
+    await runner.close()
