@@ -28,12 +28,16 @@ from hub.broker.mosquitto import find_mosquitto, free_port
 from hub.link import SOCKET_OPTIONS
 from tools.faultproxy import FaultProxy
 from tools.fencing import Fences
+from tools.novactl import samples
 from tools.novactl.client import Api, CommandError
 from tools.novactl.verify import verify_edge
 
 from .ending import ended
 
 EDGE = "gateway-1"
+EDGE_PORT = 8470
+"""Where novactl looks for an edge; another one is taken where it is in use."""
+
 READY_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 60.0
 SETTLE_S = 2.0
@@ -214,8 +218,9 @@ class Demo:
         broker = (await ask(api, "/api/v1/status"))["broker"]
         proxy = FaultProxy("127.0.0.1", broker_port)
         await proxy.start()
-        edge_port = free_port("127.0.0.1")
+        edge_port = EDGE_PORT if options.port and _port_is_free(EDGE_PORT) else free_port("127.0.0.1")
         config = self._edge_config(proxy.port, broker_port, edge_port, broker["mqtt5"])
+        self._samples()
         edge_log = self.home / "edge.log"
         command = [sys.executable, "-OO", "-X", "no_debug_ranges", "-m", "edge_runtime", "run", "--config", str(config)]
         edge = await start_program(command, edge_log, self.env)
@@ -225,7 +230,7 @@ class Demo:
         devices = SampleDevices("127.0.0.1", broker_port)
         device_task = asyncio.create_task(devices.run())
         self.say(f"\n  NovaCron runs.\n\n  page    {url}/#token={self.token}\n  login   token {self.token}\n  edge    {edge_api.url}/api/v1/status   metrics {edge_api.url}/metrics")
-        self.say(f"  broker  {broker['kind']} on mqtt://127.0.0.1:{broker_port}\n  data    {self.home}   logs hub.log, edge.log\n\n  try     .venv/bin/novactl status --hub {url} --token {self.token}\n  end     Ctrl-C\n")
+        self.say(f"  broker  {broker['kind']} on mqtt://127.0.0.1:{broker_port}\n  data    {self.home}   logs hub.log, edge.log\n\n  try     .venv/bin/novactl status --hub {url} --token {self.token}\n          .venv/bin/novactl run --kind function --rm --hub {url} --token {self.token} --edge-api {edge_api.url}\n  end     Ctrl-C\n")
         if options.open:
             webbrowser.open(f"{url}/#token={self.token}")
         stop = asyncio.Event()
@@ -269,10 +274,19 @@ class Demo:
             "uplink": {"url": f"mqtt://127.0.0.1:{uplink_port}", "backoff_base": "500ms", "backoff_cap": "5s", "keepalive": "5s", "protocol": protocol},
             "bus": {"url": f"mqtt://127.0.0.1:{bus_port}", "protocol": protocol}, "api": {"port": api_port},
             "decisions": {"rules": rules(threshold), "models": [f"shipped:host-anomaly/{form}"]},
+            "workloads": {"enabled": True, "reserve_disk": "1GiB", "reserve_memory": "256MiB"},
         }
         path = self.home / "edge.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return path
+
+    def _samples(self) -> None:
+        """What `novactl run` runs."""
+        for kind in samples.NAMES:
+            try:
+                samples.make(kind, self.edge_data / "workloads" / "archives")
+            except CommandError as error:
+                self.say(f"  no sample {kind}: {error}")
 
     async def _watch(self, stop: asyncio.Event, proxy: FaultProxy, edge: Api, hub: Api) -> float:
         """Until the duration is over or a signal came; cuts the link for `--outage` seconds in the middle. Returns how long it was cut."""

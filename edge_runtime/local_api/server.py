@@ -25,6 +25,9 @@ MAX_LIMIT = 1_000
 
 MAX_BODY_BYTES = 65_536
 
+MAX_LOG_BYTES = 262_144
+"""Of one stream of a workload's output in one answer."""
+
 CALL_REFUSED = {"id": 404, "calls": 429, "body": 413}
 """HTTP status of a call that was not made, by the field that is wrong."""
 
@@ -67,7 +70,7 @@ class LocalApi:
             web.patch("/api/v1/devices/{device}/desired", self.desire), web.get("/api/v1/decisions", self.decisions),
             web.get("/api/v1/decisions/{seq}", self.decision), web.get("/api/v1/journal", self.journal), web.get("/api/v1/journal/chain", self.chain),
             web.get("/api/v1/journal/{stream}", self.records), web.get("/api/v1/config", self.config), web.get("/api/v1/errors", self.errors),
-            web.post("/api/v1/functions/{function}", self.call),
+            web.post("/api/v1/functions/{function}", self.call), web.get("/api/v1/workloads", self.workloads), web.get("/api/v1/workloads/{workload}/logs", self.logs),
         ])
         return app
 
@@ -169,6 +172,18 @@ class LocalApi:
         problem = f"it exited with code {answer.code}" if answer.what == "exited" else f"it {answer.what}"
         failed = {"field": "function", "problem": problem, "remedy": "see stderr", "code": answer.code, "stdout": answer.stdout.decode("utf-8", "replace"), "stderr": answer.stderr.decode("utf-8", "replace")}
         return self._web.Response(text=json.dumps(failed), content_type="application/json", status=504 if answer.what == "timed out" else 502, headers=headers)
+
+    async def workloads(self, _request: Any) -> Any:
+        """What runs, or has run, on this node."""
+        return self._answer(await self._runtime.workload_node().instances() if self._runtime.config.workloads.enabled else [])
+
+    async def logs(self, request: Any) -> Any:
+        """The end of what a workload has written."""
+        workload, most = request.match_info["workload"], _integer(request, "bytes")
+        told = await self._runtime.workload_node().output(workload, max(1, min(MAX_LOG_BYTES if most is None else most, MAX_LOG_BYTES))) if self._runtime.config.workloads.enabled else None
+        if told is None:
+            return self._answer({"field": "workload", "problem": f"nothing is known of {workload[:80]!r} here", "remedy": "list /api/v1/workloads; ask the hub where it runs"}, 404)
+        return self._answer(told)
 
     async def decisions(self, request: Any) -> Any:
         """The newest decisions."""

@@ -14,7 +14,7 @@ from .capacity import changed, describe
 
 if TYPE_CHECKING:
     from .drivers.container import ContainerDriver
-    from .drivers.face import Driver
+    from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
     from .images import Image, ImageStore
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 log = logging.getLogger(__name__)
+
+KEPT_OUTPUTS, KEPT_BYTES = 16, 8192
+"""Outputs of what has been removed that are shown still, in memory, and bytes of each stream: 256 KiB in all."""
 
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
@@ -63,6 +66,8 @@ class WorkloadNode:
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
         self._usable: set[str] = set()
+        self._drivers: Mapping[str, Driver] = {}
+        self._left: dict[str, dict[str, Any]] = {}
         self._images: Shared[Image] | None = None
         self._puller: Puller | None = None
         self._runner: Runner | None = None
@@ -118,7 +123,8 @@ class WorkloadNode:
         self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "batch" and self._usable))
         self._why = "; ".join(why)
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
-            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said)
+            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._leaves)
+            self._drivers = drivers
         self._probed = True
 
     async def _try(self, name: str, driver: "Driver") -> list[str]:
@@ -266,6 +272,38 @@ class WorkloadNode:
         elif self._store is not None:
             await asyncio.to_thread(self._store.prune, self._config.workloads.images_bytes, modules)
 
+    # -- what people ask -----------------------------------------------------------------------------------------------------
+
+    async def instances(self) -> list[dict[str, Any]]:
+        """What is on this node, for people."""
+        return [_shown(name, status) for name, driver in self._drivers.items() for status in await driver.instances()]
+
+    async def output(self, workload: str, most: int) -> dict[str, Any] | None:
+        """The end of what a workload wrote, of its newest epoch: also for a while after it was removed. None where nothing is known of it."""
+        from .drivers.face import Refused
+
+        there = [(status, name, driver) for name, driver in self._drivers.items() for status in await driver.instances() if status.key.id == workload]
+        if there:
+            status, name, driver = max(there, key=lambda one: one[0].key.epoch)
+            try:
+                return {**_shown(name, status), **await _written(driver, status, most)}
+            except Refused:
+                pass  # it was removed meanwhile
+        return self._left.get(workload)
+
+    async def _leaves(self, driver: "Driver", status: "Status") -> None:
+        """What it wrote is shown for a while: the hub forgets what is done at once, and whoever started it wants to read it."""
+        name = next((name for name, one in self._drivers.items() if one is driver), "")
+        try:
+            told = {**_shown(name, status), **await _written(driver, status, KEPT_BYTES)}
+        except Exception as error:  # whatever is the matter with its output: it goes all the same
+            log.warning("what %s wrote cannot be kept: %s", status.key.id, error)
+            return
+        self._left.pop(status.key.id, None)
+        self._left[status.key.id] = told
+        while len(self._left) > KEPT_OUTPUTS:
+            del self._left[next(iter(self._left))]
+
     async def call(self, function: str, body: bytes, timeout_s: float | None) -> "Answer | None":
         """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`. What an earlier agent left is called before the probe has ended."""
         if self._functions is None:
@@ -316,3 +354,19 @@ class WorkloadNode:
         if now != answered:
             self._journal.put_state(ANSWERED, now)
         self._taken.set()
+
+
+def _shown(driver: str, status: "Status") -> dict[str, Any]:
+    return {
+        "id": status.key.id, "epoch": status.key.epoch, "driver": driver, "phase": status.phase.value, "pid": status.pid, "reason": status.reason or (status.exit.reason if status.exit else ""),
+        "exit_code": status.exit.code if status.exit else None,
+    }
+
+
+async def _written(driver: "Driver", status: "Status", most: int) -> dict[str, Any]:
+    from .drivers.face import Observes
+
+    if not isinstance(driver, Observes):
+        return {"stdout": "", "stderr": "", "cut": False}
+    told = await driver.logs(status.key, most)
+    return {"stdout": told.stdout.decode("utf-8", "replace"), "stderr": told.stderr.decode("utf-8", "replace"), "cut": told.cut}

@@ -59,13 +59,15 @@ class Runner:
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
         said: called when something was said.
+        leaves: called before what has ended is removed.
     """
 
     def __init__(
         self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
-        said: Callable[[], None] = lambda: None,
+        said: Callable[[], None] = lambda: None, leaves: Callable[[Driver, Status], Awaitable[None]] | None = None,
     ) -> None:
         self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
+        self._leaves = leaves
         self._wanted: dict[str, list[Mapping[str, Any]]] = {}
         self._may: Mapping[str, bool] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -144,7 +146,9 @@ class Runner:
                 if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
                     self._ended_alone(wanted, status)
                 elif leaves or may is False or (may is not None and status.phase is Phase.LOST):
-                    await driver.stop(status.key, GRACE_S)
+                    ended = await driver.stop(status.key, GRACE_S)
+                    if self._leaves is not None:
+                        await self._leaves(driver, ended)
                     await driver.delete(status.key)
                     self._tidy()
         for entry in entries:

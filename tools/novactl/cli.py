@@ -18,6 +18,7 @@ from .client import Api, CommandError, edge_api, hub_api
 from .journal import check as check_journal
 from .journal import show as show_journal
 from .journal import summary as journal_summary
+from .run import add_commands as add_run
 from .verify import verify_edge
 from .workloads import add_commands, explain_workload
 
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("decision", help="EDGE/SEQ, or SEQ with --edge-api; or the word workload")
     explain.add_argument("workload", nargs="?", default="", help="the workload's id")
     add_commands(command, _print, _plain)
+    add_run(command, _print, _plain)
     verify = command("verify", _verify, "prove that the hub holds exactly what the edges journalled")
     verify.add_argument("edges", nargs="*", help="default: all")
     journal = command("journal", _journal, "look into a journal on disk: summary, check, show STREAM")
