@@ -127,8 +127,6 @@ class WorkloadsConfig:
     runtimes: tuple[str, ...] = key(("runc", "crun"), "programs that run containers, the first one that passes the probe is taken; none: containers are refused")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
     images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
-    evict_memory_bytes: int = key(100 << 20, "memory available below which workloads are ended, the least priority first, and no new ones are taken; 0: never", low=0, high=1 << 46)
-    evict_disk_bytes: int = key(512 << 20, "free space of the data folder's file system below which the same is done; 0: never", low=0, high=1 << 50)
     fetch: bool = key(True, "fetch images that are not on this node from the registry that their name says; false: only what is in the archives folder is taken")
     registries: tuple[dict[str, Any], ...] = key((), "registries: host, mirrors (hosts that are asked first), insecure (plain HTTP), ca_file (PEM), short (names without a registry mean this one)")
     registry_credentials: str = key("", "file with credentials for registries, as docker login writes it; its mode must be 0600")

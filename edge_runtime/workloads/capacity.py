@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pressure import Sample
-
 LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?\Z")
 """What the hub takes as a label's value (kube's rule)."""
 
@@ -74,19 +72,6 @@ def changed(before: Any, now: Mapping[str, Any]) -> bool:
     if not isinstance(old, dict) or old.keys() != new.keys():
         return True
     return any(_differ(old[name], amount) if name == "disk" else old[name] != amount for name, amount in new.items())
-
-
-def available(data_dir: Path, root: Path = Path("/")) -> Sample:
-    """What memory can be had without swapping, and what space on the data folder's file system, now."""
-    memory = -1
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                memory = int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    disk = _disk(data_dir)
-    return Sample(memory, -1 if disk is None else disk)
 
 
 def _differ(old: Any, new: int) -> bool:

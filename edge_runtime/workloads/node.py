@@ -10,12 +10,11 @@ from ..config import EdgeConfig
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
-from .capacity import available, changed, describe
-from .pressure import DISK, Candidate, Pressure, Sample, Thresholds
+from .capacity import changed, describe
 
 if TYPE_CHECKING:
     from .drivers.container import ContainerDriver
-    from .drivers.face import Driver, Key, Status
+    from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
     from .images import Image, ImageStore
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 log = logging.getLogger(__name__)
-
-LOOK_S = 2.0
-"""Between two looks at what memory and disk there is: two small reads. A workload that takes 1 GB/s is not caught by it; for that each has a limit of its own, and the kernel."""
 
 KEPT_OUTPUTS, KEPT_BYTES = 16, 8192
 """Outputs of what has been removed that are shown still, in memory, and bytes of each stream: 256 KiB in all."""
@@ -70,8 +66,6 @@ class WorkloadNode:
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
         self._usable: set[str] = set()
-        self._pressure, self._sample = Pressure(), Sample(-1, -1)
-        self._thresholds = Thresholds(config.workloads.evict_memory_bytes, config.workloads.evict_disk_bytes)
         self._drivers: Mapping[str, Driver] = {}
         self._left: dict[str, dict[str, Any]] = {}
         self._images: Shared[Image] | None = None
@@ -87,7 +81,7 @@ class WorkloadNode:
                 self._answer(self._entries)
             self._ready.set()
             self._taken.set()
-            await asyncio.gather(self._tell(), self._follow(), self._relieve())
+            await asyncio.gather(self._tell(), self._follow())
         finally:
             if self._runner is not None:
                 await self._runner.close()
@@ -211,8 +205,6 @@ class WorkloadNode:
         from .images import ImageError
 
         assert self._images is not None
-        if self._pressure.short:
-            raise Refused("node", f"is short of {self._pressure.short}: {self._short_of()}", "place it on another node, or come again when there is more")
         try:
             image = await self._images.get((reference, pull), lambda: self._image(reference, pull))
         except ImageError as error:
@@ -340,68 +332,6 @@ class WorkloadNode:
                 log.exception("what this node has could not be told")
             await asyncio.sleep(self._config.workloads.interval_s)
 
-    async def _relieve(self) -> None:
-        """Look whether this node is short of memory or disk, and end what has to end for that; with a hub or without."""
-        loop = asyncio.get_running_loop()
-        while self._runner is not None and (self._thresholds.memory or self._thresholds.disk):
-            try:
-                await self._relieve_once(loop.time())
-            except Exception:
-                self._metrics.inc("eviction_errors_total")
-                log.exception("it could not be seen whether this node is short of memory or disk")
-            await asyncio.sleep(LOOK_S)
-
-    async def _relieve_once(self, now_s: float) -> None:
-        assert self._runner is not None
-        before = self._pressure.short
-        self._sample = await asyncio.to_thread(available, Path(self._config.data_dir))
-        short = self._pressure.look(self._sample, self._thresholds)
-        if short and short != before:
-            log.warning("this node is short of %s: %s", short, self._short_of())
-        if short == DISK and short != before:
-            await self._prune()  # images that nothing stands on go before workloads do
-            return
-        if not self._pressure.due(now_s):
-            return
-        victim = self._pressure.choose(await self._candidates(short), now_s)
-        if victim is not None:
-            over, used = victim.used(short)
-            reason = f"evicted: the node is short of {short}: {self._short_of()}; it uses {used} bytes, {over} more than it requested, at priority {victim.priority}"
-            log.warning("workload %s is ended: %s", victim.id, reason)
-            self._journal.append("event", "workload.evicted", {"id": victim.id, "epoch": victim.epoch, "priority": victim.priority, "short": short, "used_bytes": used, "over_bytes": over,
-                                                               "available_bytes": self._sample.disk if short == DISK else self._sample.memory})
-            self._metrics.inc("workload_evictions_total", short=short)
-            self._runner.evict(_key(victim), reason)
-
-    async def _candidates(self, short: str) -> list[Candidate]:
-        """What runs here, and what each uses."""
-        from .drivers.face import DriverError, Observes, Phase
-
-        assert self._runner is not None
-        found, entries = [], self._runner.running()
-        for driver in self._drivers.values():
-            for status in await driver.instances():
-                entry = entries.get(status.key)
-                if entry is None or status.phase not in (Phase.RUNNING, Phase.PAUSED):
-                    continue
-                memory = disk = -1
-                try:
-                    if isinstance(driver, Observes):
-                        memory = (await driver.stats(status.key)).memory_bytes
-                    if short == DISK and self._containers is driver and self._containers is not None:
-                        disk = await asyncio.to_thread(self._containers.disk_bytes, status.key)
-                except DriverError:
-                    continue  # it has ended meanwhile
-                requests, priority = entry.get("requests") or {}, (entry.get("document") or {}).get("priority", 0)
-                found.append(Candidate(
-                    status.key.id, status.key.epoch, priority if isinstance(priority, int) else 0, memory, _amount(requests.get("memory")), disk, _amount(requests.get("disk")),
-                ))
-        return found
-
-    def _short_of(self) -> str:
-        disk = self._pressure.short == DISK
-        return f"{self._sample.disk if disk else self._sample.memory} bytes are left, {self._thresholds.disk if disk else self._thresholds.memory} is the least"
-
     def describe(self) -> dict[str, Any]:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
@@ -424,16 +354,6 @@ class WorkloadNode:
         if now != answered:
             self._journal.put_state(ANSWERED, now)
         self._taken.set()
-
-
-def _key(victim: Candidate) -> "Key":
-    from .drivers.face import Key
-
-    return Key(victim.id, victim.epoch)
-
-
-def _amount(value: Any) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def _shown(driver: str, status: "Status") -> dict[str, Any]:

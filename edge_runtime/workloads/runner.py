@@ -27,9 +27,6 @@ before a restart: one that a kill interrupts counts as a try."""
 GRACE_S = 10.0
 """Between being asked to end and being killed: what Docker gives."""
 
-EVICTED_GRACE_S = 2.0
-"""The same of what ends because the node is short of memory or disk: others wait for what it has."""
-
 AGAIN_S = 15.0
 """After an operation that failed (a process that cannot be killed, a disk that fails) it is tried again."""
 
@@ -80,7 +77,6 @@ class Runner:
         tries = journal.state(TRIES)
         self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
         self._due: dict[str, float] = {}
-        self._evicted: dict[str, str] = {}
 
     async def take(self, entries: Iterable[Mapping[str, Any]], may: Mapping[str, bool] | None = None) -> None:
         """From now on these are wanted, and nothing else. Returns at once; the tasks see to it.
@@ -93,7 +89,6 @@ class Runner:
         there = {status.key.id for driver in self._drivers.values() for status in await driver.instances()}
         self._wanted, self._may = wanted, dict(may or {})
         listed = {_said(entry) for those in wanted.values() for entry in those}
-        self._evicted = {key: reason for key, reason in self._evicted.items() if key in listed}
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
@@ -102,17 +97,6 @@ class Runner:
             self._changed.setdefault(workload, asyncio.Event()).set()
             if workload not in self._tasks:
                 self._tasks[workload] = asyncio.create_task(self._tend(workload), name=f"workload {workload}")
-
-    def running(self) -> dict[Key, Mapping[str, Any]]:
-        """What is wanted here and has been said to run: its entry by its key."""
-        return {Key(entry["id"], int(entry["epoch"])): entry for those in self._wanted.values() for entry in those if self._told.get(_said(entry)) == "running"}
-
-    def evict(self, key: Key, reason: str) -> None:
-        """End it and remove it, and say that it has failed for this reason. It is not started here again."""
-        for entry in self._wanted.get(key.id, ()):
-            if int(entry["epoch"]) == key.epoch and entry["wanted"] == RUNNING and (changed := self._changed.get(key.id)) is not None:
-                self._evicted[_said(entry)] = reason
-                changed.set()
 
     async def ended(self, workload: str) -> None:
         """Until nothing of a workload is under way or runs, where nothing of it may."""
@@ -154,24 +138,19 @@ class Runner:
         entries = self._wanted.get(workload, [])
         wanted = max((entry for entry in entries if entry["wanted"] == RUNNING), key=lambda entry: int(entry["epoch"]), default=None)
         may = self._may.get(f"{workload}/{wanted['epoch']}") if wanted is not None else None
-        evicted = self._evicted.get(_said(wanted)) if wanted is not None else None
         for driver in self._drivers.values():
             for status in await driver.instances():
                 if status.key.id != workload:
                     continue
-                leaves = evicted is not None or wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
+                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
                 if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
                     self._ended_alone(wanted, status)
                 elif leaves or may is False or (may is not None and status.phase is Phase.LOST):
-                    ended = await driver.stop(status.key, GRACE_S if evicted is None else EVICTED_GRACE_S)
+                    ended = await driver.stop(status.key, GRACE_S)
                     if self._leaves is not None:
                         await self._leaves(driver, ended)
                     await driver.delete(status.key)
                     self._tidy()
-        if wanted is not None and evicted is not None:  # only now: nothing of it runs any more, and it may begin elsewhere
-            self._say(wanted, "failed", evicted)
-            self._forget_tries({_said(wanted)})
-            del self._evicted[_said(wanted)]
         for entry in entries:
             if entry["wanted"] == STOPPED:
                 self._say(entry, "stopped", "")

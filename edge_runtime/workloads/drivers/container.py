@@ -44,9 +44,6 @@ COMMAND_S = 60.0
 START_S = 150.0
 """A keeper that has said nothing by then hangs: it gives each of two commands of the runtime a minute."""
 
-MAX_COUNTED = 200_000
-"""Files of one container that are counted when the disk is short: some seconds of a slow disk. What has more counts as what was seen."""
-
 LEFT_S = 10.0
 """A container that was killed, and its keeper, are gone by then; more means that the kernel holds on to a process."""
 
@@ -312,18 +309,6 @@ class ContainerDriver:
     async def stats(self, key: Key) -> Stats:
         self._running(key)
         return self._groups.stats(f"{cgroups.PARENT}/{_name(key)}")
-
-    def disk_bytes(self, key: Key) -> int:
-        """Bytes on the disk of what it has written: its changes to its root, and its output. Walks all of it; blocks."""
-        used, left = 0, MAX_COUNTED
-        for where, _, names in os.walk(self._path(key)):
-            for name in names:
-                with suppress(OSError):
-                    used += os.lstat(os.path.join(where, name)).st_blocks * 512
-            left -= len(names)
-            if left <= 0:
-                break
-        return used
 
     async def logs(self, key: Key, most: int) -> Output:
         self._instance(key)

@@ -333,20 +333,3 @@ async def test_a_wrong_pull_is_refused_by_name() -> None:
     await quiet()
     assert disk.records == [("a", 1, "accepted"), ("a", 1, "refused")]
     await runner.close()
-
-
-async def test_what_is_evicted_ends_before_that_is_said_and_is_not_started_again_by_the_next_agent_either() -> None:
-    disk = Disk()
-    runner = made(disk)
-    await runner.take([entry("a", 1, restart="always"), entry("b", 1)])
-    await quiet()
-    assert set(runner.running()) == {Key("a", 1), Key("b", 1)}
-    runner.evict(Key("a", 1), "evicted: short")
-    runner.evict(Key("a", 2), "of an epoch that is not here")
-    await quiet()
-    assert disk.records[-1] == ("a", 1, "failed") and set(disk.instances) == {Key("b", 1)} and set(runner.running()) == {Key("b", 1)}
-    for again in (runner, made(disk)):
-        await again.take([entry("a", 1, restart="always"), entry("b", 1)])
-        await quiet()
-        assert disk.starts[Key("a", 1)] == 1 and Key("a", 1) not in disk.instances
-        await again.close()
