@@ -229,7 +229,8 @@ async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, mo
 
     key = Key("patient", 1)
     await driver.prepare(Order(key, "echo:1", {}, {"concurrency": 3, "warm": 1}))
-    monkeypatch.setattr(function_host, "IDLE_S", 0.1)
+    monkeypatch.setattr(function_host, "KEEP_LEAST_S", 0.1)
+    monkeypatch.setattr(function_host, "HOLD_WORTH", 0.0)
     monkeypatch.setattr(driver, "_spawn", fork)
     await driver.start(key)
     answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
@@ -238,6 +239,28 @@ async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, mo
     assert not (await driver.call("patient", b"y")).cold
     await driver.delete(key)
     await asyncio.to_thread(os.waitpid, made[0], 0)
+
+
+def test_how_long_a_worker_is_kept_follows_what_it_holds_and_what_its_load_took() -> None:
+    keep_s, mib = function_host.keep_s, 1 << 20
+    assert keep_s(1.0, 128 * mib) == 600.0
+    assert keep_s(0.01, 4 * mib) == pytest.approx(192.0) and keep_s(0.02, 4 * mib) == 2 * keep_s(0.01, 4 * mib) == 2 * keep_s(0.02, 8 * mib)
+    assert keep_s(1e-6, 1 << 30) == function_host.KEEP_LEAST_S and keep_s(100.0, 1) == keep_s(1.0, 0) == function_host.KEEP_MOST_S
+    assert mib < function_host.private_bytes(os.getpid()) < 1 << 36 and function_host.private_bytes(1 << 22) == 0
+
+
+async def test_a_host_holds_nothing_of_calls_that_were_answered(driver: FunctionDriver) -> None:
+    """1,500 calls of 60 KiB are 86 MiB, all of them within the 10 s that a slow caller is given."""
+    key = await started(driver, "echo")
+    body = bytes(60_000)
+    pid = (await driver.status(key)).pid
+    for _ in range(20):
+        await driver.call("echo", body)
+    before = function_host.private_bytes(pid)
+    for _ in range(1_500):
+        await driver.call("echo", body)
+    assert function_host.private_bytes(pid) - before < 8 << 20
+    await driver.delete(key)
 
 
 async def test_a_worker_that_is_killed_costs_its_call_alone(driver: FunctionDriver) -> None:
