@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_TOLD_IMAGES = 256
+"""Images that the hub is told of: those asked for last; what it takes is 1,024."""
+
+MAX_TOLD_NAME = 253
+"""Characters of a reference that the hub takes in a node's description."""
+
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
 
@@ -243,7 +249,13 @@ class WorkloadNode:
         return describe(
             kind=workloads.kind, region=config.region, site=config.site, labels=config.labels, taints=workloads.taints, runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
+            images=self._held(),
         )
+
+    def _held(self) -> list[str]:
+        """References of the images here, the newest asked for; in order, so that what is told changes only where they do."""
+        names = [name for image in sorted(self._store.images(), key=lambda image: -image.used_ms) for name in image.names] if self._store is not None else []
+        return sorted(name for name in names[:MAX_TOLD_IMAGES] if len(name) <= MAX_TOLD_NAME)
 
     def take(self, entries: Sequence[dict[str, Any]]) -> None:
         """Answer the workloads of a desired state that was taken; each entry once, also over restarts. What comes before the drivers have been probed is answered then."""
