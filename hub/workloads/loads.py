@@ -75,7 +75,8 @@ class LoadTimes:
         expected = self.expected_ms(view.klass.shape.image, view.state)
         if expected is None or not view.feasible.any():
             return None
-        return np.minimum(BEST, BEST * expected[view.feasible].min() / expected).astype(np.int64)
+        found: Ints = np.minimum(BEST, BEST * expected[view.feasible].min() / expected).astype(np.int64)
+        return found
 
 
 def speeds(images: Mapping[str, Times]) -> dict[str, float]:

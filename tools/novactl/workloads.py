@@ -168,7 +168,7 @@ def _times(job: dict[str, Any] | None) -> tuple[str, str]:
 
 def _said(one: dict[str, Any]) -> str:
     """The edge's last word, and whose doing it is where that was not the hub's."""
-    return one["said"] + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
+    return str(one["said"]) + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
 
 
 def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:
