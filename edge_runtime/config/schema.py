@@ -128,6 +128,8 @@ class WorkloadsConfig:
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
     images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
     mounts: tuple[str, ...] = key((), "folders of this node that containers may mount, with all below them")
+    network: bool = key(True, "let containers that ask for it have this node's network, where slirp4netns is installed")
+    publish: tuple[str, ...] = key(("127.0.0.1",), "IPv4 addresses of this node on which containers may publish ports; 0.0.0.0 allows all, none allows none")
     taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")
 
 

@@ -99,7 +99,7 @@ class WorkloadNode:
             if workloads.runtimes:
                 from .drivers.container import ContainerDriver, Settings
 
-                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts))
+                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish))
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 
