@@ -79,6 +79,10 @@ class Trouble(Exception):
     """It could not be started; the text is for people."""
 
 
+class Taken(Trouble):
+    """A port that it publishes cannot be had here; it may be had on another node."""
+
+
 class Lapsed(Trouble):
     """Its lease was over before it began."""
 
@@ -356,7 +360,7 @@ class Network:
                 answer = {"error": {"desc": str(error)}}
         if "error" in answer:
             told = request["arguments"]
-            raise Trouble(f"spec.network: port {told['host_port']} ({told['proto']}) of {told['host_addr']} cannot be had on this node: it is taken, or the address is not here")
+            raise Taken(f"port {told['host_port']} ({told['proto']}) of {told['host_addr']} cannot be had on this node: it is taken, or the address is not here")
 
     def stop(self) -> None:
         """End it."""
@@ -459,7 +463,7 @@ def live(folder: str) -> None:
     try:
         result = keep(told)
     except (Trouble, OSError, ValueError) as error:
-        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken)}
     for _ in range(2):
         try:
             write(os.path.join(folder, "exit.json"), result)
