@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import function_host, function_worker
+from edge_runtime.workloads.drivers import function_host, function_seccomp, function_worker
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.function import FIRST_ID, FunctionDriver
 from edge_runtime.workloads.drivers.function_call import Answer
@@ -42,7 +42,7 @@ def workers(driver: FunctionDriver, key: Key) -> list[int]:
 
 async def test_the_probe_runs_a_module_and_leaves_nothing(driver: FunctionDriver) -> None:
     told = await driver.probe()
-    assert told.usable and told.runtime.startswith("wasmtime ") and {"start", "stop", "adopt", "stats", "logs", "limits"} <= set(told.to_json()["can"])
+    assert told.usable and told.runtime.startswith("wasmtime ") and {"start", "stop", "adopt", "stats", "logs", "limits"} | ({"seccomp"} if function_seccomp.there() else set()) <= set(told.to_json()["can"])
     with pytest.raises(Refused, match="keeps nothing between two calls"):
         told.demand(Ability.CHECKPOINT)
     assert await driver.instances() == [] and not any(driver._new.iterdir())
@@ -158,6 +158,7 @@ async def test_a_worker_has_given_up_what_it_could_do_harm_with(driver: Function
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             assert {int(number) for number in status["Uid"].split()} == {json.loads((driver.folder(one) / "instance.json").read_text())["told"]["uid"]} and int(status["Uid"].split()[0]) >= FIRST_ID
             assert status["CapEff"] == status["CapPrm"] == "0" * 16 and status["NoNewPrivs"] == "1" and status["Groups"].strip() == ""
+            assert not function_seccomp.there() or status["Seccomp"] == "2"
             limits = Path(f"/proc/{pid}/limits").read_text()
             for row in ("Max processes             0                    0", "Max core file size        0                    0"):
                 assert row in limits
