@@ -45,9 +45,10 @@ class Node:
         self._port = hub.broker.port
         self.agent: Agent | None = None
 
-    def start(self) -> None:
+    def start(self, **workloads: Any) -> None:
+        """`workloads`: more of that part of the configuration."""
         self.agent = Agent(0, api=True, uplink_port=self._port, model="", host=False, data=self.data, extra={
-            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"] if CONTAINERS else []}, "decisions": {},
+            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"] if CONTAINERS else [], **workloads}, "decisions": {},
             "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
         })
         self.agent.__enter__()
