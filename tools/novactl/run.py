@@ -68,7 +68,7 @@ def _run(options: Any, show: Show, plain: Callable[[str], str]) -> int:
             raise CommandError(f"run: {name} has {row['state']}: {row['reason']}")
         edge = _edge(options, node)
         said = _answer(edge, name, options.input.encode(), end) if options.kind == "function" and row["state"] == "placed" else _words(hub, edge, name, end)
-        row = hub.get(_path(name))
+        row = _settled(hub, name, said)
     finally:
         if options.rm:
             _remove(hub, name, end)
@@ -125,6 +125,16 @@ def _words(hub: Api, edge: Api, name: str, end: float) -> dict[str, Any]:
             return {key: said[key] for key in ("stdout", "stderr", "phase")}
         if time.monotonic() >= end:
             raise CommandError(f"run: {name} runs, and has written nothing in time; novactl workload cancel {name} ends it")
+        time.sleep(LOOK_S)
+
+
+def _settled(hub: Api, name: str, said: dict[str, Any]) -> dict[str, Any]:
+    """What the hub says of it in the end: the edge knows of an end before the hub does."""
+    end = time.monotonic() + SETTLE_S
+    while True:
+        row: dict[str, Any] = hub.get(_path(name))
+        if said.get("phase") not in ("ended", "lost", "gone") or row["state"] in ("done", "failed", "cancelled") or time.monotonic() >= end:
+            return row
         time.sleep(LOOK_S)
 
 

@@ -49,7 +49,7 @@ def test_zstd_that_was_damaged_or_cut_is_never_taken(at: int, flip: int) -> None
             read = b"".join(iter(Unzstd(io.BytesIO(broken)).read, b""))
         except TarError:
             continue
-        assert broken != whole[:at] or read != DATA  # what was cut is told by its hash
+        assert broken == whole[:at] and DATA.startswith(read)  # a cut gives less, never something else: its hash tells
 
 
 def test_a_zstd_bomb_is_stopped_by_what_it_becomes_and_by_its_window(tmp_path: Path) -> None:
