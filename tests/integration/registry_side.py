@@ -35,12 +35,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def registry(folder: Path, auth: str = "") -> Iterator[str]:
-    """A real one; yields host:port. `auth`: more lines of its configuration."""
+def registry(folder: Path, more: str = "", before: Callable[[Path], Any] = lambda folder: None) -> Iterator[str]:
+    """A real one; yields host:port. `more`: more lines of its configuration, after those of `http`. `before`: fills its folder."""
     folder.mkdir(parents=True)
+    before(folder)
     for _ in range(5):  # another may take the port meanwhile
         port = free_port()
-        (folder / "config.yml").write_text(f"version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {folder}/data\nhttp:\n  addr: 127.0.0.1:{port}\n{auth}")
+        (folder / "config.yml").write_text(f"version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {folder}/data\nhttp:\n  addr: 127.0.0.1:{port}\n{more}")
         process = subprocess.Popen([str(PROGRAM), "serve", str(folder / "config.yml")], stdout=subprocess.DEVNULL, stderr=(folder / "log").open("wb"))
         try:
             end = time.monotonic() + 20

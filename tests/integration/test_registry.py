@@ -5,6 +5,8 @@ import base64
 import ctypes
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -327,3 +329,36 @@ async def test_a_node_asks_the_registry_as_the_document_says_and_tells_what_it_f
         assert node._puller is not None
         await node._puller.close()
         node._store.close()
+
+
+async def test_tls_is_trusted_by_the_authority_that_is_configured_and_by_no_other(nodes: Any, tmp_path: Path) -> None:
+    if reason := reason_against() or ("" if shutil.which("openssl") else "no openssl (as root: apt install openssl)"):
+        pytest.skip(reason)
+    for name in ("ours", "other"):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(tmp_path / f"{name}.key"), "-out", str(tmp_path / f"{name}.pem"),
+                        "-days", "2", "-subj", "/CN=registry", "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    with registry(tmp_path / "plain") as host:  # filled without TLS, then served with it
+        push(host, "app", "1", layout(tmp_path / "in", [BASE]))
+    (tmp_path / "plain").rename(tmp_path / "filled")
+    tls = f"  tls:\n    certificate: {tmp_path}/ours.pem\n    key: {tmp_path}/ours.key\n"
+    with registry(tmp_path / "plain", tls, before=lambda folder: shutil.copytree(tmp_path / "filled/data", folder / "data")) as host:
+        for more, says in (({}, "cannot be trusted"), ({"ca_file": str(tmp_path / "other.pem")}, "cannot be trusted"), ({"ca_file": str(tmp_path / "ours.pem")}, "")):
+            node = nodes({"host": host, **more})
+            if says:
+                with pytest.raises(ImageError, match=says):
+                    await node.puller.pull(f"{host}/app:1")
+            else:
+                assert (await node.puller.pull(f"{host}/app:1")).config.diff_ids == (sha(BASE),)
+
+
+async def test_the_proxy_of_the_environment_is_asked_unless_it_says_otherwise(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Liar(layout(tmp_path / "in", [BASE])) as liar:
+        monkeypatch.setenv("http_proxy", f"http://{liar.host}")
+        monkeypatch.setenv("no_proxy", "elsewhere.invalid")
+        await nodes({"host": "registry.invalid:5000", "insecure": True}).puller.pull("registry.invalid:5000/app:1")
+        seen = len(liar.seen)
+        assert seen >= 3
+        monkeypatch.setenv("no_proxy", ".invalid")
+        with pytest.raises(ImageError, match="cannot be reached"):
+            await nodes({"host": "registry.invalid:5000", "insecure": True}).puller.pull("registry.invalid:5000/app:1")
+        assert len(liar.seen) == seen
