@@ -104,6 +104,17 @@ async def test_what_was_fetched_is_gone_on_from_after_a_restart_and_what_was_dam
             assert (node.said[0]["bytes"] > len(whole)) == damage
 
 
+async def test_what_was_damaged_after_it_had_been_verified_is_refused_once_and_fetched_anew(nodes: Any, tmp_path: Path) -> None:
+    async with Liar(layout(tmp_path / "in", [BASE])) as liar:
+        text, node = f"{liar.host}/app:1", nodes({"host": liar.host, "insecure": True})
+        blobs = node.folder / "pulls" / pulls._name(text) / "blobs/sha256"
+        blobs.mkdir(parents=True)
+        (blobs / liar.layers[0][7:]).write_bytes(bytes((liar.source / "blobs/sha256" / liar.layers[0][7:]).stat().st_size))
+        with pytest.raises(ImageError, match="is not what its digest"):
+            await node.puller.pull(text)
+        assert node.store.images() == [] and (await node.puller.pull(text)).config.diff_ids == (sha(BASE),)
+
+
 async def test_a_registry_that_does_not_know_ranges_is_asked_from_the_beginning(nodes: Any, tmp_path: Path) -> None:
     async with Liar(layout(tmp_path / "in", [BIG])) as liar:
         data = (liar.source / "blobs/sha256" / liar.layers[0][7:]).read_bytes()

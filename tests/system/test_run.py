@@ -97,3 +97,26 @@ def test_the_samples_are_what_they_say(tmp_path: Path, monkeypatch: pytest.Monke
         samples.make("container", tmp_path / "archives")
     wasmtime = pytest.importorskip("wasmtime")
     assert bytes(wasmtime.wat2wasm(samples.GREET_TEXT)) == samples.GREET
+
+
+def test_why_an_edge_has_no_driver_is_told_in_the_words_of_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from argparse import Namespace
+
+    from tools.novactl import run
+
+    def probe(usable: bool, words: str) -> dict[str, Any]:
+        return {"kind": "workload.driver", "body": {"kind": "container", "usable": usable, "cannot": {"start": words}}}
+
+    class Edge:
+        def __init__(self, records: Any) -> None:
+            self.records = records
+
+        def get(self, path: str) -> Any:
+            if self.records is None:
+                raise CommandError("away")
+            return self.records
+
+    for records, says in (([probe(False, "needs root"), probe(True, "")], "needs root"), ([probe(True, ""), probe(False, "needs root")], ""), ([], ""), (None, "")):
+        monkeypatch.setattr(run, "edge_api", lambda url, records=records: Edge(records))
+        told = run._driver_lacks(Namespace(edge_api=None, kind="container"))
+        assert says in told and bool(told) == bool(says)

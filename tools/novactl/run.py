@@ -63,7 +63,7 @@ def _run(options: Any, show: Show, plain: Callable[[str], str]) -> int:
     spec = {"command" if options.kind == "container" else "args": options.args} if options.args else {}
     hub.call("POST", "/api/v1/workloads", {"id": name, "kind": options.kind, "image": options.image or samples.NAMES[options.kind], "requests": requests, "spec": spec})
     try:
-        row = _running(hub, name, end)
+        row = _running(hub, options, name, end)
         if not (node := row["node"] or next((one["node"] for one in reversed(row["placements"])), "")):
             raise CommandError(f"run: {name} has {row['state']}: {row['reason']}")
         edge = _edge(options, node)
@@ -85,7 +85,7 @@ def _path(name: str) -> str:
     return f"/api/v1/workloads/{quote(name, safe='')}"
 
 
-def _running(hub: Api, name: str, end: float) -> dict[str, Any]:
+def _running(hub: Api, options: Any, name: str, end: float) -> dict[str, Any]:
     """Until it runs, or has ended; raises `CommandError` with the reason where it will not run. What nobody takes may wait for a node that has just been started."""
     settled = time.monotonic() + SETTLE_S
     while True:
@@ -94,9 +94,20 @@ def _running(hub: Api, name: str, end: float) -> dict[str, Any]:
             return row
         why = row["reason"]
         if row["state"] == "cancelled" or time.monotonic() >= end or (row["state"] == "pending" and (" refused it: " in why or time.monotonic() >= settled)):
-            refusals = [f"{one['node']}: {'; '.join(one['why'])}" for one in hub.get(_path(name) + "/explain")["nodes"] if not one["fits"]][:5]
+            driver = _driver_lacks(options)
+            refusals = [driver] if driver else [f"{one['node']}: {'; '.join(one['why'])}" for one in hub.get(_path(name) + "/explain")["nodes"] if not one["fits"]][:5]
             raise CommandError(f"run: {name} is {row['state']} and does not run: {why or 'no answer in time'}{'. ' if refusals else ''}{' | '.join(refusals)}; see novactl explain workload {name}")
         time.sleep(LOOK_S)
+
+
+def _driver_lacks(options: Any) -> str:
+    """Why the edge that can be asked here has no driver for the kind, in the words of its probe; empty where it has one, or cannot be asked."""
+    try:
+        records = edge_api(options.edge_api).get("/api/v1/journal/event?limit=1000")
+    except CommandError:
+        return ""
+    found = next((one["body"] for one in records if one["kind"] == "workload.driver" and one["body"].get("kind") == options.kind), None)  # the newest first
+    return f"the edge's driver for {options.kind}s: {found['cannot'].get('start', '')}" if found is not None and not found["usable"] else ""
 
 
 def _edge(options: Any, node: str) -> Api:

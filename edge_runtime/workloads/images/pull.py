@@ -110,6 +110,7 @@ class Puller:
                 asked = self._known.get(name, Host(name))
                 count = Count()
                 try:
+                    await asyncio.to_thread((folder / "blobs/sha256").mkdir, parents=True, exist_ok=True)
                     tls = await asyncio.to_thread(ssl.create_default_context, cafile=asked.ca_file) if asked.ca_file else None
                     image, digest = await self._from(Registry(asked, reference, http, count, known.get(name), tls), text, folder)
                 except ImageError as error:
@@ -148,7 +149,11 @@ class Puller:
         self._room(sum(layer.size for layer in missing.values()), sum(layer.size for layer in layers), folder)
         await self._blobs(registry, list(missing.values()), folder)
         await asyncio.to_thread(layout, folder, digest, media, raw)
-        return await asyncio.to_thread(self._store.add_files, _Fetched(folder, there), text), digest
+        try:
+            return await asyncio.to_thread(self._store.add_files, _Fetched(folder, there), text), digest
+        except ImageError:  # what has come is no good, or was damaged on the disk since: the next pull begins anew
+            await asyncio.to_thread(shutil.rmtree, folder / "blobs", True)
+            raise
 
     async def _blobs(self, registry: Registry, wanted: list[Descriptor], folder: Path) -> None:
         """All of them, some at a time; the first that cannot be had ends the others."""
