@@ -233,9 +233,11 @@ class ContainerDriver:
         if status.phase is not Phase.PREPARED or held(self._path(key)):
             return status
         await self._forget(key)
+        more_s = 0.0
         if (self._path(key) / "restore").exists():
             await self.checkpoints().clear(key)
-        word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S)
+            more_s = float((read(self._path(key) / "keeper.json") or {})["restore"]["more_s"])
+        word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S + more_s)
         status = self._status(key)
         if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
             raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
@@ -530,20 +532,20 @@ class ContainerDriver:
         better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
         return [*(("nice", "-n", str(better)) if better else ()), *self._instance(key)["runtime"], "--root", str(self._state)]
 
-    async def runtime(self, key: Key, word: str, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    async def runtime(self, key: Key, word: str, *options: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
         """One command of the runtime about an instance; for what stands beside this module."""
-        await self._runtime(key, word, *options, _name(key), environment=environment)
+        await self._runtime(key, word, *options, _name(key), environment=environment, seconds=seconds)
 
-    async def _runtime(self, key: Key, *words: str, environment: Mapping[str, str] | None = None) -> None:
+    async def _runtime(self, key: Key, *words: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
         process = await asyncio.create_subprocess_exec(
             *self._command(key), *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True, env=environment,
         )
         assert process.stderr is not None
         try:
-            async with asyncio.timeout(COMMAND_S):
+            async with asyncio.timeout(seconds):
                 (said, _), code = await asyncio.gather(bounded(process.stderr), process.wait())
         except TimeoutError:
-            raise Failed(words[0], f"the runtime did not come back within {COMMAND_S:g} s", "look at the node: its kernel or disk hangs") from None
+            raise Failed(words[0], f"the runtime did not come back within {seconds:g} s", "look at the node: its kernel or disk hangs") from None
         finally:
             if process.returncode is None:
                 process.kill()

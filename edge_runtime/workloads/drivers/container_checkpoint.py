@@ -26,7 +26,7 @@ from ..images import ImageError, Limits
 from ..images.layer import OPAQUE, WHITEOUT, unpack
 from . import cgroups, keeper
 from .checkpoint_state import CHUNK, DISK, IMAGES, Reader, Writer, add, check, codec, read_manifest, seal, suits
-from .container import LEFT_S, NOTE
+from .container import COMMAND_S, LEFT_S, NOTE
 from .container_spec import ID_RANGE
 from .criu import Criu, errors, log_of, offence, write_options
 from .face import Capabilities, Failed, Key, Phase, Refused, Status
@@ -49,6 +49,9 @@ STRAY_S = 90.0
 
 DEADLY = frozenset((signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGTRAP, signal.SIGFPE, signal.SIGSYS, signal.SIGABRT))
 """What a process dies by that finds another processor or memory than it left."""
+
+SLOW_DISK = 20 << 20
+"""Bytes in a second that a slow disk (an SD card) takes: the runtime gets as much more time for a state."""
 
 SPARE = 64 << 20
 """Bytes that stay free on a disk beside what is written."""
@@ -96,11 +99,13 @@ class Checkpoints:
             if _free(place) < used + SPARE:
                 raise Refused("disk", f"its state may take {used} bytes, {_free(place)} are free at {place}", "free space, or name another folder")
         note = {"folder": str(folder), "new": str(folder.with_name(f".{folder.name}.new")), "leave_running": leave_running, "token": uuid.uuid4().hex}
-        before = self._processes(key)
+        for one in self._processes(key).values():
+            if one.pop("stopped"):  # CRIU waits for it without an end
+                raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
         keeper.write(str(own / NOTE), note)
         try:
             step("noted")
-            manifest = await self._written(key, folder, criu, note, before, step)
+            manifest = await self._written(key, folder, criu, note, used, step)
         except BaseException:
             await self.settle(key)
             raise
@@ -108,7 +113,7 @@ class Checkpoints:
         step("let go")
         return manifest
 
-    async def _written(self, key: Key, folder: Path, criu: Criu, note: Mapping[str, Any], before: Mapping[int, Any], step: Step) -> dict[str, Any]:
+    async def _written(self, key: Key, folder: Path, criu: Criu, note: Mapping[str, Any], used: int, step: Step) -> dict[str, Any]:
         await self._driver.runtime(key, "pause")
         if not self._groups.frozen(self._group(key)):
             raise Failed("checkpoint", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
@@ -116,13 +121,16 @@ class Checkpoints:
         those = self._processes(key)
         status = await self._driver.status(key)
         _one_tree(status.pid, those)
-        for pid, one in those.items():  # a frozen process does not say any more whether a signal had stopped it
-            one["stopped"] = before.get(pid, {}).get("stopped", False)
+        for one in those.values():
+            one.pop("stopped")  # of a frozen one it says nothing
         raw = self._driver.folder(key) / "dump"
         await asyncio.to_thread(_emptied, raw)
         write_options(raw / "criu.conf", stopped=False)
         try:
-            await self._driver.runtime(key, "checkpoint", "--leave-running", "--image-path", str(raw / IMAGES), "--work-path", str(raw), environment=criu.environment(raw / "criu.conf"))
+            await self._driver.runtime(
+                key, "checkpoint", "--leave-running", "--tcp-established", "--file-locks", "--image-path", str(raw / IMAGES), "--work-path", str(raw), environment=criu.environment(raw / "criu.conf"),
+                seconds=COMMAND_S + used / SLOW_DISK,
+            )
         except Failed as error:
             log = await asyncio.to_thread(log_of, raw / "dump.log")
             found = offence(log, {pid: f"{one['pid']}, {one['name']}" for pid, one in those.items()})
@@ -256,6 +264,7 @@ class Checkpoints:
         group = f"{cgroups.PARENT}/{final.name}"
         told["restore"] = {
             "images": str(final / "restore" / IMAGES), "work": str(final / "restore"), "config": str(final / "restore/criu.conf"), "criu": criu.folder, "group": self._groups.processes(group), "processes": manifest["processes"],
+            "more_s": sum(one["size"] for one in manifest["files"]) / SLOW_DISK,
         }
 
     async def clear(self, key: Key) -> None:

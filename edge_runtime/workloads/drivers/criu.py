@@ -21,8 +21,8 @@ GHOST_LIMIT = 256 << 20
 MOST_LOG = 4 << 20
 """Bytes that are read of a log, from its end."""
 
-_OPTIONS = f"network-lock nftables\ntcp-established\nfile-locks\nghost-limit {GHOST_LIMIT}\n"
-"""For both ways. nftables: iptables are not everywhere, and CRIU carries the library for these with it."""
+_OPTIONS = f"network-lock nftables\nghost-limit {GHOST_LIMIT}\n"
+"""For both ways. nftables: iptables are not everywhere, and CRIU carries the library for these with it. What the runtime has an option for is given to it: it overrides what stands here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +80,16 @@ def errors(log: str) -> list[str]:
 
 
 _OFFENCES = (
-    (r"External socket is used|Can't dump half of stream unix connection|unix: Can't find (?:peer|.*)for|unix: .*external", "unix socket", "a Unix socket is connected to a process outside of the container", "close that connection, or have the other side run in the container"),
+    (r"Dangling connection|External socket is used|Can't dump half of stream unix connection|Unix socket \w+ without peer", "unix socket", "a Unix socket is connected to a process outside of the container", "close that connection, or have the other side run in the container"),
     (r"In-flight connection", "tcp", "a TCP connection is being set up", "take the checkpoint again"),
-    (r"anon_inode:\[io_uring\]|io_uring", "io_uring", "a process uses io_uring, which cannot be carried over", "have the program use epoll"),
-    (r"anon_inode:\[?userfaultfd", "userfaultfd", "a process uses userfaultfd", "have it close the descriptor"),
-    (r"anon_inode:\[?bpf|perf_event", "descriptor", "a process has a descriptor of the kernel's tracing (bpf or perf)", "have it close the descriptor"),
-    (r"Can't dump file \d+ of that type \[\d+\] \(([^)]*)\)", "descriptor", "a process has a descriptor that cannot be carried over: {0}", "have it close the descriptor"),
-    (r"packet socket|Unsupported packet|packet: ", "packet socket", "a process has a packet socket", "have it close the socket"),
-    (r"netlink: .*|nlsk", "netlink socket", "a process has a netlink socket with data or state that cannot be carried over", "have it close the socket"),
-    (r"BUG! Unknown socket collected \(family (\d+)|Unknown socket .*family[: ]+(\d+)|Unsupported socket|Unsupported .*socket|sockets: Unsupported (.*)", "socket", "a process has a socket of a kind that cannot be carried over ({0})", "have it close the socket"),
-    (r"Can't lookup mount=\d+ for fd=(-?\d+) path=(\S*)", "mount", "a process has {1} open, which is on no file system of the container's", "have it close the file, or open it through the container's own root and mounts"),
+    (r"Unsupported proto (\d+) for socket", "socket", "a process has a socket of protocol {0}, which cannot be carried over", "have the program use TCP, UDP or Unix sockets"),
+    (r"Unknown socket collected \(family (\d+)|Unsupported socket|Unsupported (.*) socket", "socket", "a process has a socket of a kind that cannot be carried over", "have the program use TCP, UDP or Unix sockets"),
+    (r"Can't lookup mount=\d+ for fd=(-?\d+) path=(\S*)", "descriptor", "a process has descriptor {0} ({1}) on no file system of the container's own: a message queue, secret memory, or a file that was handed in from outside", "have the program close it"),
+    (r"Can't dump file (\d+) of that type \[\d+\] \(([^)]*)\)", "descriptor", "a process has descriptor {0} ({1}), which cannot be carried over", "have the program close it"),
+    (r"Can't dump ghost file (\S*) of (\d+) size", "deleted file", "the file {0} was deleted, is still open, and has {1} bytes", "have the program close it"),
+    (r"Can't create link remap", "deleted file", "a process has a file open by a name that was deleted while the file has another name", "have the program close it"),
     (r"tty: .*", "terminal", "a process has a terminal whose other end is not in the container", "start the program without a terminal"),
-    (r"Can't dump ghost file (\S*) of (\d+) size", "deleted file", "the file {0} was deleted, is still open, and has {1} bytes", "have it close the file"),
-    (r"Can't (?:create|dump) link remap|link-remap|link_remap", "deleted file", "a process has a file open whose name is gone while others still name it", "have it close the file"),
-    (r"inotify|fsnotify: .*|fanotify", "inotify", "a process watches a file that cannot be found again", "have it watch files of the container's own root"),
-    (r"session leader of .* is outside", "session", "a process belongs to a session outside of the container", "start it in the container by its first process"),
-    (r"(?:Unseizable|can't seize|Can't seize|being traced)", "ptrace", "a process is traced by a debugger", "end the debugger"),
-    (r"No-VMA|hugetlb|Unsupported mapping|Can't handle non-regular mapping|unsupported.*vma", "memory", "a process has memory mapped that cannot be carried over (a device's, or huge pages)", "have it unmap that"),
-    (r"mnt: .*", "mount", "a mount of the container cannot be carried over", "leave the mount out of spec.mounts"),
+    (r"mnt: .*", "mount", "a mount of the container cannot be carried over", "leave it out of spec.mounts"),
 )
 """What CRIU says (a pattern), the field, the problem and the remedy; the first that fits counts."""
 
@@ -114,9 +106,7 @@ def offence(log: str, processes: Mapping[int, str]) -> Refused | None:
         found = re.search(pattern, text)
         if found is None:
             continue
-        groups = [one or "" for one in found.groups()]
-        words = problem.format(*groups, *[""] * 3)
-        return Refused(f"resource.{field}", f"{words}{_whose(log, processes)}; CRIU says: {found.group(0).strip()[:200]}", remedy)
+        return Refused(f"resource.{field}", f"{problem.format(*found.groups())}{_whose(log, processes)}; CRIU says: {found.group(0).strip()[:200]}", remedy)
     return None
 
 

@@ -170,7 +170,7 @@ def mount_root(told: dict) -> None:  # type: ignore[type-arg]
         os.close(users)
 
 
-def runtime(told: dict, *words: str, out: int = subprocess.DEVNULL, err: int = subprocess.DEVNULL, more: dict | None = None) -> None:  # type: ignore[type-arg]
+def runtime(told: dict, *words: str, out: int = subprocess.DEVNULL, err: int = subprocess.DEVNULL, more: dict | None = None, seconds: float = RUNTIME_S) -> None:  # type: ignore[type-arg]
     """One command of the runtime, with `more` in its environment; what it says about a failure is in its log."""
     log = os.path.join(told["folder"], "runtime.log")
     try:
@@ -178,7 +178,7 @@ def runtime(told: dict, *words: str, out: int = subprocess.DEVNULL, err: int = s
     except FileNotFoundError:
         pass
     try:
-        done = subprocess.run([*told["runtime"], "--log", log, "--log-format", "json", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=RUNTIME_S, env={**os.environ, **(more or {})})
+        done = subprocess.run([*told["runtime"], "--log", log, "--log-format", "json", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=seconds, env={**os.environ, **(more or {})})
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Trouble(f"{told['runtime'][0]} {words[0]}: {error}") from None
     if done.returncode != 0:
@@ -269,7 +269,7 @@ def processes(group: str) -> dict:  # type: ignore[type-arg]
             told = status(pid)
             state = told["State"][:1]
             if state not in ("Z", "X"):
-                found[pid] = {"pid": int(told["NSpid"].split()[-1]), "name": told["Name"], "threads": int(told["Threads"]), "descriptors": len(os.listdir(f"/proc/{pid}/fd")), "stopped": state == "T"}
+                found[pid] = {"pid": int(told["NSpid"].split()[-1]), "name": told["Name"], "threads": int(told["Threads"]), "descriptors": len(os.listdir(f"/proc/{pid}/fd")), "stopped": state in ("T", "t")}
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
@@ -300,8 +300,8 @@ def restore(told: dict, again: dict, out: int, err: int) -> None:  # type: ignor
     path = os.pathsep.join((again["criu"], os.environ.get("PATH", os.defpath)))
     try:
         runtime(
-            told, "restore", "--detach", "--image-path", again["images"], "--work-path", again["work"], "--bundle", told["folder"], "--pid-file", os.path.join(told["folder"], "pid"), told["name"],
-            out=out, err=err, more={"PATH": path, "CRIU_CONFIG_FILE": again["config"]},
+            told, "restore", "--detach", "--tcp-established", "--file-locks", "--image-path", again["images"], "--work-path", again["work"], "--bundle", told["folder"], "--pid-file", os.path.join(told["folder"], "pid"), told["name"],
+            out=out, err=err, more={"PATH": path, "CRIU_CONFIG_FILE": again["config"]}, seconds=RUNTIME_S + again["more_s"],
         )
     except Trouble as error:
         raise Trouble(f"{error}{complaint(os.path.join(again['work'], 'restore.log'))}") from None
@@ -318,16 +318,15 @@ def complaint(log: str) -> str:
     return f"; CRIU says: {' | '.join(lines[:4])}"[:SAID // 2] if lines else ""
 
 
-def compare(again: dict, first: int) -> dict:  # type: ignore[type-arg]
-    """Hold what was restored, and stands still, against what the checkpoint had; returns, by pid on the host, whether a signal had stopped it then. Ends all of it where they differ."""
+def compare(again: dict, first: int) -> list:  # type: ignore[type-arg]
+    """Hold what was restored, and stands still, against what the checkpoint had; returns the pids on the host. Ends all of it where they differ."""
     found = processes(again["group"])
     keys = ("pid", "threads", "descriptors")
     have, want = (sorted(tuple(one[key] for key in keys) for one in those) for those in (found.values(), again["processes"]))
     if have != want:
         os.kill(first, signal.SIGKILL)
         raise Trouble(f"what was restored is not what was there: of (pid, threads, descriptors) it has {[one for one in have if one not in want]} in place of {[one for one in want if one not in have]}"[:SAID])
-    before = {one["pid"]: one["stopped"] for one in again["processes"]}
-    return {pid: before[one["pid"]] for pid, one in found.items()}
+    return list(found)
 
 
 def loopback() -> int:
@@ -360,17 +359,16 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     with open("/proc/sys/kernel/random/boot_id") as handle:
         boot = handle.read().strip()
     ended = os.pidfd_open(pid)
-    stopped = compare(again, pid) if again else {}
+    waiting = compare(again, pid) if again else []
     running = {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)}
-    write(os.path.join(folder, "running.json"), running | ({"switches": {str(one): switches(one) for one in stopped}} if again else {}))
+    write(os.path.join(folder, "running.json"), running | ({"switches": {str(one): switches(one) for one in waiting}} if again else {}))
     lease = told.get("lease", "")
     if lease and lease_s(lease) <= 0:
         os.kill(pid, signal.SIGKILL)
         raise Lapsed("its lease was over before it began")
     if again:
-        for one, also_before in stopped.items():
-            if not also_before:
-                os.kill(one, signal.SIGCONT)
+        for one in waiting:
+            os.kill(one, signal.SIGCONT)
     else:
         runtime(told, "start", name)
     tell("running")
