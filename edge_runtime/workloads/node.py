@@ -93,7 +93,7 @@ class WorkloadNode:
             if workloads.runtimes:
                 from .drivers.container import ContainerDriver, Settings
 
-                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts))
+                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts, criu=workloads.criu))
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 

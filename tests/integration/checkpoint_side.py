@@ -62,7 +62,7 @@ def python(code: str, **spec: Any) -> dict[str, Any]:
 
 
 async def begun(driver: ContainerDriver, name: str, spec: dict[str, Any], requests: dict[str, int] | None = None) -> Key:
-    """A container that runs."""
+    """A container that runs. Control groups are the machine's: no other test's container may have the name."""
     key = Key(name, 1)
     await driver.prepare(Order(key, "box:1", requests or {}, spec))
     await driver.start(key)

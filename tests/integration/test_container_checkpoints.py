@@ -62,13 +62,13 @@ async def test_the_probe_takes_a_real_checkpoint_and_says_where_it_cannot(driver
         told = await other.probe()
         assert told.usable and word in told.cannot[Ability.CHECKPOINT], told.cannot
         with pytest.raises(Refused, match="cannot do this here"):
-            await other.checkpoint(Key("a", 1), tmp_path / "state", leave_running=True)
+            await other.checkpoint(Key("cp-a", 1), tmp_path / "state", leave_running=True)
         other.close()
 
 
 async def test_processes_threads_pipes_sockets_connections_timers_and_deleted_files_go_on(driver: ContainerDriver, tmp_path: Path) -> None:
     spec = python(ALL)
-    key = await begun(driver, "all", spec)
+    key = await begun(driver, "cp-all", spec)
     least = dict.fromkeys(PARTS, 3)
     first = await counted(driver, key, least)
     assert not first["wrong"]
@@ -97,7 +97,7 @@ async def test_processes_threads_pipes_sockets_connections_timers_and_deleted_fi
 async def test_its_files_its_output_its_keeper_and_its_end_are_those_of_any_container(driver: ContainerDriver, tmp_path: Path) -> None:
     script = "mkdir /srv/new; echo kept > /srv/new/file; ln /srv/new/file /srv/hard; ln -s file /srv/new/link; rm -r /srv/old; mkdir /srv/old; echo x > /srv/old/mine; mkfifo /tmp/fifo; chown 1000:1001 /srv/hard; echo 7 > /dev/shm/seven; "
     spec = {"command": ["sh", "-c", script.replace("mkfifo /tmp/fifo; ", "").replace("chown 1000:1001 /srv/hard; ", "") + SLEEPY.replace("sleep 0.05", "sleep 0.05; [ -e /tmp/end ] && exit 5")]}
-    key = await begun(driver, "files", spec)
+    key = await begun(driver, "cp-files", spec)
     await says(driver, key, "3\n")
     await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     before = await out(driver, key)
@@ -116,7 +116,7 @@ async def test_its_files_its_output_its_keeper_and_its_end_are_those_of_any_cont
 
 
 async def test_one_that_goes_on_is_not_disturbed_and_its_state_can_be_used_many_times(driver: ContainerDriver, tmp_path: Path) -> None:
-    key = await begun(driver, "on", SHELL)
+    key = await begun(driver, "cp-on", SHELL)
     await says(driver, key, "1\n")
     await driver.checkpoint(key, tmp_path / "state", leave_running=True)
     seen = len((await out(driver, key)).split())
@@ -124,14 +124,21 @@ async def test_one_that_goes_on_is_not_disturbed_and_its_state_can_be_used_many_
     assert (await driver.status(key)).phase is Phase.RUNNING and not (driver.folder(key) / "checkpoint.json").exists() and not (driver.folder(key) / "dump").exists()
     for _ in range(2):
         await driver.restore(next_of(key, SHELL), tmp_path / "state")
-        first = await until(lambda: out(driver, Key("on", 2)))
+        first = await until(lambda: out(driver, Key("cp-on", 2)))
         assert int(first.split()[0]) in (seen - 1, seen, seen + 1)
-        await driver.delete(Key("on", 2))
+        await driver.delete(Key("cp-on", 2))
+    # As another workload it has other ids on the node, in its user namespace and on its disk.
+    other = replace(next_of(key, SHELL), key=Key("cp-other", 1))
+    await driver.restore(other, tmp_path / "state")
+    ran = await driver.exec(other.key, ["sh", "-c", "touch /tmp/new && stat -c %u /tmp /tmp/new && cat /proc/self/uid_map"], 10)
+    assert ran.output.stdout.decode().split()[:4] == ["0", "0", "0", str(driver._instance(other.key)["slot"] * 65536 + 0x7000_0000)]
+    assert driver._instance(other.key)["slot"] != driver._instance(key)["slot"]
+    await driver.delete(other.key)
     await driver.delete(key)
 
 
 async def test_what_is_not_whole_or_of_another_host_is_refused_before_anything_is_touched(driver: ContainerDriver, tmp_path: Path) -> None:
-    key = await begun(driver, "odd", SHELL)
+    key = await begun(driver, "cp-odd", SHELL)
     await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     order = next_of(key, SHELL)
 
@@ -174,7 +181,7 @@ async def test_what_is_not_whole_or_of_another_host_is_refused_before_anything_i
 async def test_one_that_does_not_live_after_its_restore_is_removed_and_told(driver: ContainerDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its program is changed below it: where it goes on there is an instruction that no processor has."""
     spec = python("import ctypes, time\nlibc = ctypes.CDLL(None)\nprint('up', flush=True)\nwhile True: time.sleep(0.05)\n")
-    key = await begun(driver, "dies", spec)
+    key = await begun(driver, "cp-dies", spec)
     await says(driver, key, "up")
     await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     order = next_of(key, spec)
@@ -198,7 +205,7 @@ async def test_one_that_does_not_live_after_its_restore_is_removed_and_told(driv
 
 
 async def test_what_came_back_is_held_against_what_was_there(driver: ContainerDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = await begun(driver, "less", SHELL)
+    key = await begun(driver, "cp-less", SHELL)
     await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     fill = driver.checkpoints().fill
 
@@ -209,13 +216,13 @@ async def test_what_came_back_is_held_against_what_was_there(driver: ContainerDr
     monkeypatch.setattr(driver.checkpoints(), "fill", more)
     with pytest.raises(Failed, match="not what was there"):
         await driver.restore(next_of(key, SHELL), tmp_path / "state")
-    assert not driver.folder(Key("less", 2)).exists()
+    assert not driver.folder(Key("cp-less", 2)).exists()
     await driver.delete(key)
 
 
 async def test_a_process_that_a_signal_stopped_is_named(driver: ContainerDriver, tmp_path: Path) -> None:
     spec = python("import os, signal, time\nchild = os.fork()\nif child == 0:\n    os.kill(os.getpid(), signal.SIGSTOP)\n    time.sleep(100)\nprint('up', flush=True)\ntime.sleep(1000)\n")
-    key = await begun(driver, "still", spec)
+    key = await begun(driver, "cp-still", spec)
     await says(driver, key, "up")
     group = driver._groups.processes(f"/novacron/{driver.folder(key).name}")
     await until(lambda: any(one["stopped"] for one in keeper.processes(group).values()))
@@ -228,7 +235,7 @@ async def test_a_process_that_a_signal_stopped_is_named(driver: ContainerDriver,
 
 
 async def test_odd_requests_are_refused_and_it_goes_on(driver: ContainerDriver, tmp_path: Path) -> None:
-    key = await begun(driver, "asked", SHELL)
+    key = await begun(driver, "cp-asked", SHELL)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     for folder, word in ((tmp_path / "full", "not an empty folder"), (tmp_path / "no/state", "make it first")):
@@ -248,7 +255,7 @@ async def test_odd_requests_are_refused_and_it_goes_on(driver: ContainerDriver, 
     await running
     assert (await driver.status(key)).phase is Phase.RUNNING and not (tmp_path / "state").exists()
     await driver.delete(key)
-    key = await begun(driver, "read-only", {**SHELL, "read_only_root": True})
+    key = await begun(driver, "cp-read-only", {**SHELL, "read_only_root": True})
     with pytest.raises(Refused, match="read_only_root"):
         await driver.checkpoint(key, tmp_path / "state", leave_running=True)
     await driver.delete(key)
@@ -276,7 +283,7 @@ async def test_what_stands_in_the_way_is_named_and_it_goes_on(driver: ContainerD
         stream.listen()
         end = "\nn = 0\nwhile True:\n    print(n, flush=True); n += 1\n    time.sleep(0.05)\n"
         spec = python(f"import ctypes, os, socket, time\n{code}{end}", mounts=[{"target": "/usr", "source": "/usr"}, {"target": "/shared", "source": str(shared), "read_only": False}])
-        key = await begun(driver, name, spec)
+        key = await begun(driver, f"cp-{name}", spec)
         await says(driver, key, "0\n")
         with pytest.raises(Refused) as caught:
             await driver.checkpoint(key, tmp_path / "state", leave_running=False)

@@ -176,8 +176,8 @@ class ContainerDriver:
                     raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
         return self._status(order.key)
 
-    def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None, fill: Fill | None = None) -> None:
-        """Write an instance's folder, all or nothing, with what `fill` puts there; blocks."""
+    def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None, fill: Fill | None = None, was: int = -1) -> None:
+        """Write an instance's folder, all or nothing, with what `fill` puts there; blocks. `was`: first id of the range that it had, which it gets again where no other workload has it."""
         present = self._present()
         if len(present) >= MAX_INSTANCES:
             raise Refused("instances", f"there are {len(present)} on this node, the most there may be", "delete those that have ended")
@@ -187,6 +187,9 @@ class ContainerDriver:
             raise Refused("requests.disk", f"{asked} bytes are asked for, {free} are free", "ask for less, free space, or place it on another node")
         taken = {entry.get("slot") for entry in present.values()}
         slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
+        before, odd = divmod(was - FIRST_ID, ID_RANGE)
+        if not odd and 0 <= before <= MAX_INSTANCES and before not in {entry.get("slot") for entry in present.values() if entry["id"] != order.key.id}:
+            slot = before  # what it wrote to folders of the node belongs to these ids
         base = FIRST_ID + slot * ID_RANGE if ways.users else None
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
@@ -233,10 +236,7 @@ class ContainerDriver:
         if status.phase is not Phase.PREPARED or held(self._path(key)):
             return status
         await self._forget(key)
-        more_s = 0.0
-        if (self._path(key) / "restore").exists():
-            await self.checkpoints().clear(key)
-            more_s = float((read(self._path(key) / "keeper.json") or {})["restore"]["more_s"])
+        more_s = (read(self._path(key) / "keeper.json") or {}).get("restore", {}).get("more_s", 0.0)
         word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S + more_s)
         status = self._status(key)
         if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
@@ -310,7 +310,9 @@ class ContainerDriver:
                 raise
 
     async def _forget(self, key: Key) -> None:
-        """What the runtime still knows of it."""
+        """What the runtime still knows of it, and what a restore left that lost its keeper."""
+        if (self._path(key) / "restore").exists() and not (self._path(key) / "running.json").exists():
+            await self.checkpoints().clear(key)
         state = self._state / _name(key)
         if state.exists():
             try:
@@ -350,26 +352,26 @@ class ContainerDriver:
         return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image)
 
     async def again(
-        self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, criu: "Criu", folder: Path, manifest: Mapping[str, Any], image: Image | None = None,
+        self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, criu: "Criu", folder: Path, manifest: Mapping[str, Any], image: Image | None = None, window_s: float | None = None,
     ) -> Status:
         """`restore` of what has been looked through; the probe comes here."""
         async with self._laying:
             if self._path(order.key).exists():
                 raise Refused("id", f"there is a container {_name(order.key)} already", "delete it first, or restore it under another epoch")
             try:
-                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, lambda *where: self.checkpoints().fill(folder, manifest, criu, *where))
+                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, lambda *where: self.checkpoints().fill(folder, manifest, criu, *where), manifest["base"])
             except OSError as error:
                 raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
             finally:
                 await asyncio.to_thread(shutil.rmtree, self._new / _name(order.key), True)
-        return await self.come_back(order.key)
+        return await self.come_back(order.key, window_s)
 
-    async def come_back(self, key: Key) -> Status:
-        """Start an instance that is laid out from a checkpoint, and look whether it lives; removes it where it does not."""
+    async def come_back(self, key: Key, window_s: float | None = None) -> Status:
+        """Start an instance that is laid out from a checkpoint, and look whether it lives; removes it where it does not. `window_s`: instead of `container_checkpoint.WINDOW_S`."""
         try:
             async with self._one(key):
                 await self.begin(key)
-            status = await self.checkpoints().lives(key)
+            status = await self.checkpoints().lives(key, window_s)
         except Failed:
             await self.delete(key)
             raise

@@ -59,6 +59,9 @@ SPARE = 64 << 20
 MAX_ENTRIES = 500_000
 """Files of a container's changed root, as of a layer."""
 
+BINDS = "/run/novacron/mounts"
+"""Where a keeper mounts what a restored container has of the node's folders, before CRIU does; each keeper has its own there."""
+
 _COMPARED = ("root", "process", "mounts")
 """Parts of a container's configuration that its processes rely on; they must be as they were. Limits and names of groups may differ."""
 
@@ -152,6 +155,9 @@ class Checkpoints:
         instance, config, told = (read(own / name) or {} for name in ("instance.json", "config.json", "keeper.json"))
         here = self._here()
         config.pop("hooks", None)
+        sources = {place: source for source, place in told.get("restore", {}).get("binds", ())}
+        for mount in config.get("mounts", ()):
+            mount["source"] = sources.get(mount["source"], mount["source"])
         return {
             "kind": "container", "token": note["token"], "taken_ms": int(time.time() * 1000),
             "host": {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version},
@@ -261,8 +267,15 @@ class Checkpoints:
                 image.write_bytes(user_namespace(image.read_bytes(), base))
         write_options(restore / "criu.conf", stopped=True)
         document["hooks"] = {"createRuntime": [{"path": sys.executable, "args": [sys.executable, "-I", "-S", str(Path(keeper.__file__)), "loopback"]}]}
+        binds = []
+        for at, mount in enumerate(document["mounts"]):
+            if mount["type"] == "bind":
+                place = f"{BINDS}/{'folder' if os.path.isdir(mount['source']) else 'file'}-{at}"
+                binds.append([mount["source"], place])
+                mount["source"] = place
         group = f"{cgroups.PARENT}/{final.name}"
         told["restore"] = {
+            "binds": binds,
             "images": str(final / "restore" / IMAGES), "work": str(final / "restore"), "config": str(final / "restore/criu.conf"), "criu": criu.folder, "group": self._groups.processes(group), "processes": manifest["processes"],
             "more_s": sum(one["size"] for one in manifest["files"]) / SLOW_DISK,
         }
@@ -279,7 +292,7 @@ class Checkpoints:
                 raise Failed("restore", "what an earlier try left does not end though it was killed", "look at the node: a process waits for its kernel or disk")
             await asyncio.sleep(LOOK_S)
 
-    async def lives(self, key: Key) -> Status:
+    async def lives(self, key: Key, window_s: float | None = None) -> Status:
         """How it is after it was let go; raises `Failed` where it does not live."""
         running = read(self._driver.folder(key) / "running.json") or {}
         end = time.monotonic() + MOVES_S
@@ -293,7 +306,7 @@ class Checkpoints:
                     raise Failed("restore", f"{len(still)} of its processes have not had the processor within {MOVES_S:g} s after they were let go", "look at the node")
                 if still:
                     await asyncio.sleep(LOOK_S)
-            await asyncio.wait([ending], timeout=max(0.0, began + WINDOW_S - time.monotonic()))
+            await asyncio.wait([ending], timeout=max(0.0, began + (WINDOW_S if window_s is None else window_s) - time.monotonic()))
             if not ending.done():
                 return await self._driver.status(key)
             status = ending.result()

@@ -139,7 +139,7 @@ async def _checkpointed(driver: ContainerDriver, ways: Ways, code: bytes, found:
             await driver.begin(keys[0])
             await checkpoints.take(keys[0], Path(top, "state"), found, leave_running=False)
             manifest = await checkpoints.look_through(Path(top, "state"), found)
-            status = await driver.again(replace(order, key=keys[1]), config, [layer], ways, found, Path(top, "state"), manifest)
+            status = await driver.again(replace(order, key=keys[1]), config, [layer], ways, found, Path(top, "state"), manifest, window_s=0.0)
             return "" if status.phase is Phase.RUNNING else f"the probe's container did not stay after it was brought back: {status.reason or status.phase.value}"
         except (Refused, Failed, OSError) as error:
             return f"CRIU {found.version}: {error}"

@@ -36,7 +36,7 @@ import time
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x0002_0000, 0x1000_0000, 0x4000_0000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
-MS_REC, MS_PRIVATE = 0x4000, 0x4_0000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
 MS_NOSUID, MS_NODEV = 2, 4
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
@@ -296,7 +296,17 @@ def switches(pid: int) -> int:
 
 
 def restore(told: dict, again: dict, out: int, err: int) -> None:  # type: ignore[type-arg]
-    """Bring back what a checkpoint has; all of it is stopped when this returns."""
+    """Bring back what a checkpoint has; all of it is stopped when this returns.
+
+    CRIU mounts a folder of the node as the container's root user, who may not be allowed to go through the folders above it: so they are mounted where he may, in our own mount namespace, first.
+    """
+    for source, place in again["binds"]:
+        if os.path.isdir(source):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.close(os.open(place, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))
+        check(libc.mount(os.fsencode(source), os.fsencode(place), None, MS_BIND, None), f"mounting {source}")
     path = os.pathsep.join((again["criu"], os.environ.get("PATH", os.defpath)))
     try:
         runtime(
