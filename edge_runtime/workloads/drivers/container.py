@@ -26,6 +26,7 @@ from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from .instance import LOOK_S, alive, bounded, ended, held, read, readable, sync_folder, tail, unheld, write
 from .keepers import Keepers
+from .network import connection, hosts, network, resolv_conf
 from .users import ids
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class Settings:
         allowed_mounts: folders of the node that may be mounted into containers, with all below them.
         users: give each container a user namespace where the host can.
         criu: the program that takes checkpoints, by a path or by its name on PATH; empty: none.
+        network: let containers have the node's network, where slirp4netns is installed.
+        publish: addresses of the node on which containers may publish ports.
     """
 
     runtimes: tuple[str, ...] = ("runc", "crun")
@@ -81,15 +84,20 @@ class Settings:
     allowed_mounts: tuple[str, ...] = ()
     users: bool = True
     criu: str = "criu"
+    network: bool = True
+    publish: tuple[str, ...] = ("127.0.0.1",)
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What has been found to work here: the runtime's command, whether with user namespaces, whether with seccomp."""
+    """What has been found to work here: the runtime's command, whether with user namespaces, whether with seccomp; the program that connects containers, or why they have no
+    network."""
 
     runtime: tuple[str, ...]
     users: bool
     seccomp: bool
+    connector: str = ""
+    unconnected: str = "it was not looked for"
 
 
 class ContainerDriver:
@@ -98,15 +106,13 @@ class ContainerDriver:
     Args:
         directory: its own, in the agent's data folder; absolute.
         store: where the images are.
-    Attributes:
-        capabilities: what the last probe said, as far as it has come.
     """
 
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
         self._folder, self._store, self._settings = directory / "containers", store, settings
         self._new, self._state = self._folder / ".new", directory / "runtime"
         self._groups = cgroups.read()
-        self.capabilities: Capabilities | None = None
+        self._capabilities: Capabilities | None = None
         self._ways: Ways | None = None
         self._criu: Criu | None = None
         self._checkpoints: Checkpoints | None = None
@@ -123,6 +129,15 @@ class ContainerDriver:
         self._keepers.close()
 
     @property
+    def capabilities(self) -> Capabilities | None:
+        """What the last probe said; set by it as far as it has come."""
+        return self._capabilities
+
+    @capabilities.setter
+    def capabilities(self, told: Capabilities) -> None:
+        self._capabilities = told
+
+    @property
     def scratch(self) -> Path:
         """A folder for what is needed for a moment; emptied at start."""
         return self._new
@@ -137,7 +152,7 @@ class ContainerDriver:
         """Run a container, with everything that can be had, and say what worked."""
         from .container_probe import find  # needs this module
 
-        self._ways, self._criu, self.capabilities = await find(self, self._settings, self._groups)
+        self._ways, self._criu, self._capabilities = await find(self, self._settings, self._groups)
         for name, entry in (await asyncio.to_thread(self._present)).items():
             if (self._folder / name / NOTE).exists():  # an agent was killed while it took this one's state
                 key = Key(entry["id"], entry["epoch"])
@@ -146,14 +161,14 @@ class ContainerDriver:
                         await self.checkpoints().settle(key)
                 except Failed as error:
                     log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
-        return self.capabilities
+        return self._capabilities
 
     async def _ready(self, ability: Ability = Ability.START) -> Ways:
-        if self.capabilities is None:
+        if self._capabilities is None:
             await self.probe()
-        assert self.capabilities is not None
-        self.capabilities.demand(Ability.START)
-        self.capabilities.demand(ability)
+        assert self._capabilities is not None
+        self._capabilities.demand(Ability.START)
+        self._capabilities.demand(ability)
         assert self._ways is not None
         return self._ways
 
@@ -194,9 +209,11 @@ class ContainerDriver:
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
+            ways.unconnected, self._settings.publish, str(folder),
         )
         group = f"{cgroups.PARENT}/{name}"
         document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))
+        connected = network(order.spec.get("network"), self._settings.publish)
         laid = self._new / name
         shutil.rmtree(laid, ignore_errors=True)
         laid.mkdir(mode=0o700)
@@ -210,11 +227,15 @@ class ContainerDriver:
         keeper = {
             "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
             "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "",
+            "network": connection(ways.connector, connected, ways.users) if connected is not None else None,
         }
         instance = {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime), "leased": order.leased,
             "reference": order.image, "requests": dict(order.requests), "spec": dict(order.spec), "job": order.job,
         }
+        if connected is not None:
+            (laid / "resolv.conf").write_text(resolv_conf())
+            (laid / "hosts").write_text(hosts(document["hostname"]))
         if fill is not None:
             fill(folder, laid, document, keeper)
         for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
@@ -239,6 +260,8 @@ class ContainerDriver:
         more_s = (read(self._path(key) / "keeper.json") or {}).get("restore", {}).get("more_s", 0.0)
         word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S + more_s)
         status = self._status(key)
+        if word != "running" and (read(self._path(key) / "exit.json") or {}).get("taken"):
+            raise Refused("spec.network.ports", status.reason, "publish it as another host_port, or place it on another node")
         if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
             raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
         return status

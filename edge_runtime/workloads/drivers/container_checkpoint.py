@@ -102,6 +102,8 @@ class Checkpoints:
             if _free(place) < used + SPARE:
                 raise Refused("disk", f"its state may take {used} bytes, {_free(place)} are free at {place}", "free space, or name another folder")
         note = {"folder": str(folder), "new": str(folder.with_name(f".{folder.name}.new")), "leave_running": leave_running, "token": uuid.uuid4().hex}
+        if (read(own / "keeper.json") or {}).get("network"):
+            raise Refused("spec.network", "connections through the node's network, and ports that are published there, cannot be carried", "leave it out")
         for one in self._processes(key).values():
             if one.pop("stopped"):  # CRIU waits for it without an end
                 raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")

@@ -16,6 +16,7 @@ from .container import ContainerDriver, Settings, Ways, searched
 from .container_spec import MIN_PIDS
 from .criu import Criu
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
+from .network import PROGRAM
 from .probe_program import program
 
 MEMORY = 16 << 20
@@ -49,7 +50,8 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
             ways, lacking = await _tried(driver, settings, groups, path, code)
             if ways is not None:
                 runtime = await asyncio.to_thread(_version, path)
-                cannot |= lacking
+                ways, without = await _connected(driver, settings, groups, ways, code)
+                cannot |= lacking | without
                 break
             reasons.append(f"{name}: {lacking[Ability.START]}")
     if ways is None:
@@ -89,12 +91,30 @@ async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, pa
     return None, lacking
 
 
+async def _connected(driver: ContainerDriver, settings: Settings, groups: Groups, ways: Ways, code: bytes) -> tuple[Ways, dict[Ability, str]]:
+    """The same ways, with a network where a container got one."""
+    program = searched(PROGRAM)
+    if not settings.network:
+        why = "switched off by the configuration"
+    elif program is None:
+        why = f"{PROGRAM} is not installed (as root: apt install {PROGRAM})"
+    else:
+        found = replace(ways, connector=program, unconnected="")
+        try:
+            await _run(driver, groups, found, code)
+        except (Refused, Failed, OSError) as error:
+            why = error.problem if isinstance(error, (Refused, Failed)) else str(error)
+        else:
+            return found, {}
+    return replace(ways, unconnected=why), {Ability.NETWORK: why}
+
+
 async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes) -> dict[Ability, str]:
     """One container from its beginning to its end; raises where it does not run as it should, returns what else did not work."""
     key = Key(f"probe-{uuid.uuid4().hex[:12]}", 1)
     more: dict[Ability, str] = {}
     with tempfile.TemporaryDirectory(dir=driver.scratch) as top:
-        layer, order, config = _container(Path(top), key, code)
+        layer, order, config = _container(Path(top), key, code, bool(ways.connector))
         try:
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
             status = await driver.begin(key)
@@ -103,6 +123,8 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
                 raise Failed("start", f"the probe's container did not stay: {status.reason or status.phase.value}", "see the reason")
             if groups.memory_limit(group) != MEMORY:
                 raise Failed("limits", f"its memory limit is {groups.memory_limit(group)} instead of {MEMORY}", "give containers control groups of their own")
+            if ways.connector and not has_route(Path(f"/proc/{status.pid}/net/route").read_text()):
+                raise Failed("network", f"{PROGRAM} gave it no way out", "see its keeper's network.err")
             if ways.users and _outside_root(status.pid) == 0:
                 raise Failed("users", "its root is the host's in spite of the user namespace", "look at the kernel")
             try:
@@ -117,13 +139,17 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
     return more
 
 
-def _container(top: Path, key: Key, code: bytes) -> tuple[Path, Order, Config]:
+def _container(top: Path, key: Key, code: bytes, connected: bool = False) -> tuple[Path, Order, Config]:
     """A layer with the program, and what shall be run of it."""
     layer = top / "layer"
     layer.mkdir(mode=0o755)
     (layer / "probe").write_bytes(code)
     (layer / "probe").chmod(0o755)
-    return layer, Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True}), Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
+    if connected:
+        (layer / "etc").mkdir()
+        for name in ("resolv.conf", "hosts"):
+            (layer / "etc" / name).touch()
+    return layer, Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True, **({"network": {}} if connected else {})}), Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
 
 
 async def _checkpointed(driver: ContainerDriver, ways: Ways, code: bytes, found: Criu) -> str:
@@ -146,6 +172,11 @@ async def _checkpointed(driver: ContainerDriver, ways: Ways, code: bytes, found:
         finally:
             for key in keys:
                 await driver.delete(key)
+
+
+def has_route(table: str) -> bool:
+    """Whether a table as in /proc/net/route has a default route."""
+    return any(line.split()[1:2] == ["00000000"] for line in table.splitlines()[1:])
 
 
 def _outside_root(pid: int) -> int:
