@@ -1,7 +1,7 @@
 """An agent's part in a move through a checkpoint, as a process that can be killed at any step: `python -m tests.system.checkpoint_agent FOLDER POINT`.
 
 POINT is `agent:STEP` or `keeper:STEP`, whom to kill and when: a step that `Moves` or `Checkpoints` tells of, or of the restore `laid` (the target's folder is there), `criu` (CRIU restores) or `running`
-(its keeper has written down that it runs).
+(its keeper has written down that it runs). Or it is a time, as `agent:+0.2`: so many seconds after the move began.
 """
 
 import asyncio
@@ -62,12 +62,18 @@ def main() -> int:
             time.sleep(0.0005)
         kill(driver.folder(target))
 
+    def after() -> None:
+        time.sleep(float(when))
+        kill(driver.folder(source))
+
     if when in RESTORE:
         threading.Thread(target=watch, daemon=True).start()
     moves = Moves(driver, folder / "operations", lambda word: kill(driver.folder(source)) if word == when else None)
 
     async def do() -> None:
         await driver.probe()
+        if when.startswith("+"):
+            threading.Thread(target=after, daemon=True).start()
         try:
             await moves.move("one", source, target, folder / "state")
         except DriverError as error:

@@ -91,6 +91,18 @@ async def test_an_agent_killed_at_any_step_leaves_one_copy_that_the_next_one_bri
         await asyncio.to_thread(end_all, driver)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [f"{at * 0.031:.3f}" for at in range(1, 13)])
+async def test_an_agent_killed_at_any_moment_leaves_one_copy(tmp_path: Path, at: str) -> None:
+    """Also within a step: while CRIU dumps, while the state is packed, while it is looked through."""
+    driver, moves = await killed(tmp_path, f"agent:+{at}")
+    try:
+        found = await one_copy(driver, tmp_path)
+        assert (found, [move.step for move in moves.all()]) in ((keys(tmp_path)[1], ["done"]), (keys(tmp_path)[0], []))  # the latter where not even the operation had been written
+    finally:
+        await asyncio.to_thread(end_all, driver)
+
+
 @pytest.mark.parametrize("step", steps(KEEPER, ("noted", "whole")))
 async def test_a_keeper_killed_at_any_step_leaves_one_copy(tmp_path: Path, step: str) -> None:
     driver, moves = await killed(tmp_path, f"keeper:{step}")
