@@ -48,7 +48,7 @@ def codecs() -> list[str]:
     return ["zlib", "zstd"] if state.codec() == "zstd" else ["zlib"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(BLOBS, min_size=1, max_size=4), st.sampled_from(codecs()), st.integers(1, 70_000))
 def test_what_is_written_is_read_back(blobs: list[bytes], how: str, piece: int) -> None:
     with tempfile.TemporaryDirectory() as top:
@@ -58,7 +58,7 @@ def test_what_is_written_is_read_back(blobs: list[bytes], how: str, piece: int) 
             assert content(Path(top, "s"), manifest, state.DISK if not at else f"{state.IMAGES}/f-{at}.img", max(piece, len(blob) // 50)) == blob
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(codecs()))
 def test_a_bit_that_differs_anywhere_is_found(data: st.DataObject, how: str) -> None:
     with tempfile.TemporaryDirectory() as top:
@@ -73,7 +73,7 @@ def test_a_bit_that_differs_anywhere_is_found(data: st.DataObject, how: str) -> 
             state.check(folder)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=200) | st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)).map(state.canonical))
 def test_what_is_no_manifest_is_refused_and_crashes_nothing(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as top:
