@@ -255,10 +255,19 @@ async def test_odd_requests_are_refused_and_it_goes_on(driver: ContainerDriver, 
     await running
     assert (await driver.status(key)).phase is Phase.RUNNING and not (tmp_path / "state").exists()
     await driver.delete(key)
-    key = await begun(driver, "cp-read-only", {**SHELL, "read_only_root": True})
-    with pytest.raises(Refused, match="read_only_root"):
-        await driver.checkpoint(key, tmp_path / "state", leave_running=True)
-    await driver.delete(key)
+
+
+async def test_a_root_that_is_read_only_is_so_afterwards_here_and_there(driver: ContainerDriver, tmp_path: Path) -> None:
+    spec = {"command": ["sh", "-c", "while true; do touch /tmp/x 2>/dev/null && echo written; sleep 0.01; done"], "read_only_root": True}
+    key = await begun(driver, "cp-read-only", spec)
+    again = next_of(key, spec)
+    await driver.checkpoint(key, tmp_path / "state", leave_running=True)
+    await driver.restore(again, tmp_path / "state")
+    for one in (key, again.key):
+        ran = await driver.exec(one, ["sh", "-c", "touch /srv/x; grep ' / / ' /proc/self/mountinfo"], 10)
+        assert "Read-only" in ran.output.stderr.decode() and " ro," in ran.output.stdout.decode()
+        assert not await out(driver, one)
+        await driver.delete(one)
 
 
 IN_THE_WAY = {

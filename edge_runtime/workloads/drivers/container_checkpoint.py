@@ -94,8 +94,6 @@ class Checkpoints:
         if not held(self._driver.folder(key)):
             raise Refused("id", "its keeper was killed: what it writes has no reader that could be given back to it", "stop it, and start it anew")
         folder, own = Path(os.path.abspath(folder)), self._driver.folder(key)
-        if (read(own / "config.json") or {}).get("root", {}).get("readonly"):
-            raise Refused("spec.read_only_root", "CRIU cannot bring back a container whose root is read-only: it makes a folder in it for a moment", "leave it out, and give the program no right to write there (spec.user)")
         _to_be_filled(folder)
         used = max(0, self._groups.stats(self._group(key)).memory_bytes)
         for place in (own, folder.parent):
@@ -131,6 +129,7 @@ class Checkpoints:
         raw = self._driver.folder(key) / "dump"
         await asyncio.to_thread(_emptied, raw)
         write_options(raw / "criu.conf", stopped=False)
+        await self._root(key, writable=True)
         try:
             await self._driver.runtime(
                 key, "checkpoint", "--leave-running", "--tcp-established", "--file-locks", "--image-path", str(raw / IMAGES), "--work-path", str(raw), environment=criu.environment(raw / "criu.conf"),
@@ -140,6 +139,7 @@ class Checkpoints:
             log = await asyncio.to_thread(log_of, raw / "dump.log")
             found = offence(log, {pid: f"{one['pid']}, {one['name']}" for pid, one in those.items()})
             raise found or Failed("checkpoint", f"{error.problem}; CRIU says: {' | '.join(errors(log)[:4])[:1000] or 'nothing'}", "see what it says; it goes on as before") from None
+        await self._root(key, writable=False)
         step("dumped")
         document = self._described(key, criu, note, those)
         try:
@@ -206,7 +206,17 @@ class Checkpoints:
         except TimeoutError:
             raise Failed("checkpoint", "its state is whole, and it does not end though it was killed", "look at the node: a process that cannot be killed waits for its kernel or disk") from None
 
+    async def _root(self, key: Key, *, writable: bool) -> None:
+        """Make a root that shall be read-only writable while all stands still, and read-only again: CRIU has to make a folder in it for a moment when it is brought back."""
+        status = await self._driver.status(key)
+        if not (read(self._driver.folder(key) / "config.json") or {}).get("root", {}).get("readonly") or not status.pid:
+            return
+        process = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", str(Path(keeper.__file__)), "remount", str(status.pid), "rw" if writable else "ro", stderr=asyncio.subprocess.DEVNULL)
+        if await process.wait() and (await self._driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED):
+            raise Failed("checkpoint", f"its root could not be made {'writable' if writable else 'read-only again'}", "leave spec.read_only_root out" if writable else "stop it: it could write to its root")
+
     async def _thawed(self, key: Key) -> None:
+        await self._root(key, writable=False)
         if (await self._driver.status(key)).phase is Phase.PAUSED:
             await self._driver.runtime(key, "resume")
 
@@ -279,7 +289,7 @@ class Checkpoints:
         told["restore"] = {
             "binds": binds,
             "images": str(final / "restore" / IMAGES), "work": str(final / "restore"), "config": str(final / "restore/criu.conf"), "criu": criu.folder, "group": self._groups.processes(group), "processes": manifest["processes"],
-            "more_s": sum(one["size"] for one in manifest["files"]) / SLOW_DISK,
+            "read_only": bool(document["root"]["readonly"]), "more_s": sum(one["size"] for one in manifest["files"]) / SLOW_DISK,
         }
 
     async def clear(self, key: Key) -> None:

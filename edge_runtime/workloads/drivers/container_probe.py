@@ -158,7 +158,6 @@ async def _checkpointed(driver: ContainerDriver, ways: Ways, code: bytes, found:
     keys = Key(name, 1), Key(name, 2)
     with tempfile.TemporaryDirectory(dir=driver.scratch) as top:
         layer, order, config = _container(Path(top), keys[0], code)
-        order = replace(order, spec={**order.spec, "read_only_root": False})
         try:
             checkpoints = driver.checkpoints()
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)

@@ -1,7 +1,8 @@
 """What stands between the agent and one container: a small process of its own that outlives the agent. Run as a script, with nothing of ours imported.
 
     python -I -S keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
-    python -I -S keeper.py loopback      the hook of a restore: the state of a container on stdin
+    python -I -S keeper.py loopback               the hook of a restore: the state of a container on stdin
+    python -I -S keeper.py remount PID ro|rw      makes the root of a container's mount namespace read-only, or not
 
 That is the server, which forks a keeper for each folder that comes through the socket, with three descriptors: the folder's lock, where to say the first word, where errors go. It ends
 when the socket's other end is closed; the keepers do not.
@@ -45,7 +46,7 @@ OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 """Numbers of the calls: the same on all architectures."""
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH = 4
-MOUNT_ATTR_IDMAP = 0x0010_0000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 1, 0x0010_0000
 
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "armv7l": 380}
 """Numbers of the system call; the agent has them as well (`system.process`), but nothing of ours is imported here."""
@@ -346,14 +347,36 @@ def complaint(log: str) -> str:
 
 
 def compare(again: dict, first: int) -> list:  # type: ignore[type-arg]
-    """Hold what was restored, and stands still, against what the checkpoint had; returns the pids on the host. Ends all of it where they differ."""
+    """Hold what was restored, and stands still, against what the checkpoint had; returns the pids on the host. Ends all of it where they differ, or its root cannot be as it was."""
     found = processes(again["group"])
     keys = ("pid", "threads", "descriptors")
     have, want = (sorted(tuple(one[key] for key in keys) for one in those) for those in (found.values(), again["processes"]))
     if have != want:
         os.kill(first, signal.SIGKILL)
         raise Trouble(f"what was restored is not what was there: of (pid, threads, descriptors) it has {[one for one in have if one not in want]} in place of {[one for one in want if one not in have]}"[:SAID])
+    if again["read_only"]:
+        try:
+            remount(first, True)
+        except Trouble:
+            os.kill(first, signal.SIGKILL)
+            raise
     return list(found)
+
+
+def remount(pid: int, read_only: bool) -> None:
+    """Make the root of a process' mount namespace read-only, or not: CRIU makes a folder in it for a moment, so a state is taken of one that can be written. In a process of its own."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            check(libc.setns(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), CLONE_NEWNS), "entering the mount namespace")
+            attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY * read_only, MOUNT_ATTR_RDONLY * (not read_only), 0, 0)
+            check(libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", 0, attributes, len(attributes)), "mounting the root again")
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise Trouble(f"its root could not be made {'read-only' if read_only else 'writable'}")
 
 
 def loopback() -> int:
@@ -620,6 +643,9 @@ def main() -> int:
     """The server, or a hook."""
     if sys.argv[1:] == ["loopback"]:
         return loopback()
+    if sys.argv[1:2] == ["remount"]:
+        remount(int(sys.argv[2]), sys.argv[3] == "ro")
+        return 0
     ordinary_turns()
     leave_group(sys.argv[2:])
     libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
