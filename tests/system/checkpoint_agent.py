@@ -50,17 +50,19 @@ def main() -> int:
     driver = made(folder)
     source, target = keys(folder)
 
-    def kill(where: Path) -> None:
-        pid = os.getpid() if whom == "agent" else keeper_of(where)
+    def kill(where: Path, known: int = 0) -> None:
+        pid = os.getpid() if whom == "agent" else known or keeper_of(where)
         if pid:
             print(f"killed at {when}", flush=True)
             os.kill(pid, signal.SIGKILL)
 
     def watch() -> None:
-        path = driver.folder(target) / RESTORE[when]
-        while not path.exists():
-            time.sleep(0.0005)
-        kill(driver.folder(target))
+        where, known = driver.folder(target), 0
+        while whom == "keeper" and not known:  # found early: between its writing down that the container runs and its letting go there is only a moment
+            known = keeper_of(where)
+        while not (where / RESTORE[when]).exists():
+            time.sleep(0.0002)
+        kill(where, known)
 
     def after() -> None:
         time.sleep(float(when))

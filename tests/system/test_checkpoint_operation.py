@@ -115,8 +115,9 @@ async def test_a_keeper_killed_at_any_step_leaves_one_copy(tmp_path: Path, step:
     driver, moves = await killed(tmp_path, f"keeper:{step}")
     try:
         found = await one_copy(driver, tmp_path)
-        # A keeper that was killed while it brought the target back has the source's place get it; later it runs without its keeper, as any container does.
-        assert ([move.step for move in moves.all()], found) == ((["returned"], keys(tmp_path)[0]) if step == "criu" else (["done"], keys(tmp_path)[1]))
+        # A keeper that was killed while it brought the target back has the source's place get it; later it runs without its keeper, as any container does. How far it came before it was dead cannot be told of `criu`.
+        ends = [(["done"], keys(tmp_path)[1]), (["returned"], keys(tmp_path)[0])]
+        assert ([move.step for move in moves.all()], found) in (ends if step == "criu" else ends[:1])
     finally:
         await asyncio.to_thread(end_all, driver)
 

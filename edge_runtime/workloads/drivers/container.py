@@ -154,8 +154,10 @@ class ContainerDriver:
 
         self._ways, self._criu, self._capabilities = await find(self, self._settings, self._groups)
         for name, entry in (await asyncio.to_thread(self._present)).items():
+            key = Key(entry["id"], entry["epoch"])
+            if (self._folder / name / "restore").exists():  # an agent was killed while it brought this one back, and perhaps its keeper
+                self.checkpoints().let_go(key)
             if (self._folder / name / NOTE).exists():  # an agent was killed while it took this one's state
-                key = Key(entry["id"], entry["epoch"])
                 try:
                     async with self._one(key):
                         await self.checkpoints().settle(key)

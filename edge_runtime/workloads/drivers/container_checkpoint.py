@@ -199,8 +199,9 @@ class Checkpoints:
         for pid in self._processes(key):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(Failed):  # it is gone already where it did not stand still
-            await self._thawed(key)
+        if status.phase is Phase.PAUSED:
+            with contextlib.suppress(Failed):  # it is gone already
+                await self._driver.runtime(key, "resume")
         try:
             await asyncio.wait_for(self._driver.wait(key), LEFT_S)
         except TimeoutError:
@@ -304,6 +305,15 @@ class Checkpoints:
                 raise Failed("restore", "what an earlier try left does not end though it was killed", "look at the node: a process waits for its kernel or disk")
             await asyncio.sleep(LOOK_S)
 
+    def let_go(self, key: Key) -> None:
+        """Do what a keeper has not done that was killed after it had written down that the container runs: nobody else will."""
+        own = self._driver.folder(key)
+        if (own / "restore").exists() and (own / "running.json").exists() and not held(own):
+            for pid, one in self._processes(key).items():
+                if one["stopped"]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+
     async def lives(self, key: Key, window_s: float | None = None) -> Status:
         """How it is after it was let go; raises `Failed` where it does not live."""
         running = read(self._driver.folder(key) / "running.json") or {}
@@ -313,6 +323,7 @@ class Checkpoints:
         try:
             began = time.monotonic()
             while still and not ending.done():
+                self.let_go(key)
                 still = {pid: count for pid, count in still.items() if _switches(pid, count) == count}
                 if still and time.monotonic() > end:
                     raise Failed("restore", f"{len(still)} of its processes have not had the processor within {MOVES_S:g} s after they were let go", "look at the node")
