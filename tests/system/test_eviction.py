@@ -23,7 +23,10 @@ async def test_what_matters_least_is_ended_first_and_nothing_new_comes(tmp_path:
         planner = hub.workloads.planner
         try:
             await asyncio.to_thread(node.start, evict_memory_bytes=0, evict_disk_bytes=0)
-            await until(lambda: "bench-edge" in planner.tables.nodes and "function" in planner.runs("bench-edge"), 60.0, what="a node that runs functions")
+            try:
+                await until(lambda: "bench-edge" in planner.tables.nodes and "function" in planner.runs("bench-edge"), 60.0, what="a node that runs functions")
+            except AssertionError as error:
+                raise AssertionError(f"{error}; told was {[item.record.body for _, item in hub.store.read_events_after(('workload.driver', 'node.capacity'), 0, 100)[0]]}") from None
             await submit(hub, *({**work(name, "function", "echo"), "priority": priority} for name, priority in (("least", -5), ("middle", 0), ("most", 10))))
             await until(lambda: all(states(hub, name) == ["accepted", "running"] for name in ("least", "middle", "most")), 60.0, what="three functions")
             pids = {name: node.pid(name) for name in ("least", "middle", "most")}
