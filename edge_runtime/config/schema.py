@@ -125,6 +125,7 @@ class WorkloadsConfig:
     max_workloads: int = key(110, "workloads at one time", low=0, high=256)
     interval_s: float = key(60.0, "time between two looks at what the node has", low=1, high=86400)
     runtimes: tuple[str, ...] = key(("runc", "crun"), "programs that run containers, the first one that passes the probe is taken; none: containers are refused")
+    criu: str = key("criu", "the program that takes checkpoints of containers (CRIU 4.2 or later), by its name on PATH or its path; empty: none are taken")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
     images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
     fetch: bool = key(True, "fetch images that are not on this node from the registry that their name says; false: only what is in the archives folder is taken")

@@ -121,7 +121,8 @@ class WorkloadNode:
             if workloads.runtimes:
                 from .drivers.container import ContainerDriver, Settings
 
-                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish))
+                told = Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
+                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, told)
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 

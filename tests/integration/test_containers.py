@@ -30,7 +30,7 @@ async def test_the_probe_runs_a_container_and_tells_what_can_be_done(driver: Con
     assert told.usable and told.runtime.startswith("runc") and told.cgroup in ("v1", "v2", "hybrid") and told.cpu_flags
     assert {"start", "stop", "pause", "exec", "limits", "seccomp"} <= set(told.to_json()["can"])
     with pytest.raises(Refused, match="no code for it yet"):
-        told.demand(Ability.CHECKPOINT)
+        told.demand(Ability.SNAPSHOT)
     assert await driver.instances() == []
 
 

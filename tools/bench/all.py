@@ -19,7 +19,7 @@ BENCHES = (
     "outage",
     "nab",
     "site_failover",
-    "container_start",
+    "checkpoint", "container_start",
     "startup",
     "scheduler_latency",
     "k8s_cases",

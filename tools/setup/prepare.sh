@@ -84,4 +84,5 @@ if [ "$kind" = dev ]; then
       apt_install "$package" || say "could not install $package; the tests that need it will say that they were skipped"
     done
   fi
+  tools/setup/criu.sh || true  # it has said why
 fi

@@ -54,6 +54,10 @@ class Groups:
         """Files that tell of kills for want of memory."""
         return [f"{self.unified}{group}/memory.events"] if self.layout == "v2" else [f"{self.mounts['memory']}{group}/memory.oom_control"] if "memory" in self.mounts else []
 
+    def processes(self, group: str) -> str:
+        """The file with the processes of a group."""
+        return f"{self.unified if self.layout == 'v2' else self.mounts.get('freezer', '')}{group}/cgroup.procs"
+
     def memory_limit(self, group: str) -> int:
         """Bytes; -1 where none can be read."""
         path = f"{self.unified}{group}/memory.max" if self.layout == "v2" else f"{self.mounts.get('memory', '')}{group}/memory.limit_in_bytes"

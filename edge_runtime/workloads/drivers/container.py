@@ -8,16 +8,17 @@ What is on the disk is the truth: who holds an instance's lock lives, and what i
 """
 
 import asyncio
+import logging
 import os
 import platform
 import shutil
 import signal
 import time
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
@@ -28,10 +29,22 @@ from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
 
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from .container_checkpoint import Checkpoints
+    from .criu import Criu
+
 T = TypeVar("T")
+
+Fill = Callable[[Path, Path, dict[str, Any], dict[str, Any]], None]
+"""Puts more into an instance that is being laid out: its folder as it will be called, and as it is; its `config.json` and `keeper.json`, not written yet."""
 
 FIRST_ID = 0x7000_0000
 """First id on the host of the user namespaces' ranges: above those that systemd gives to containers of its own, and far above those of /etc/subuid."""
+
+NOTE = "checkpoint.json"
+"""In an instance's folder: the checkpoint that is under way, or that has ended it."""
 
 MAX_INSTANCES = 512
 """Instances on the disk, the ended ones too."""
@@ -61,6 +74,7 @@ class Settings:
         log_bytes: kept of each stream of a container.
         allowed_mounts: folders of the node that may be mounted into containers, with all below them.
         users: give each container a user namespace where the host can.
+        criu: the program that takes checkpoints, by a path or by its name on PATH; empty: none.
         network: let containers have the node's network, where slirp4netns is installed.
         publish: addresses of the node on which containers may publish ports.
     """
@@ -69,6 +83,7 @@ class Settings:
     log_bytes: int = 4 << 20
     allowed_mounts: tuple[str, ...] = ()
     users: bool = True
+    criu: str = "criu"
     network: bool = True
     publish: tuple[str, ...] = ("127.0.0.1",)
 
@@ -99,6 +114,8 @@ class ContainerDriver:
         self._groups = cgroups.read()
         self._capabilities: Capabilities | None = None
         self._ways: Ways | None = None
+        self._criu: Criu | None = None
+        self._checkpoints: Checkpoints | None = None
         self._keepers = Keepers(self._groups.folders(cgroups.KEEPERS))
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying = asyncio.Lock()
@@ -110,6 +127,15 @@ class ContainerDriver:
     def close(self) -> None:
         """What runs goes on."""
         self._keepers.close()
+
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What the last probe said; set by it as far as it has come."""
+        return self._capabilities
+
+    @capabilities.setter
+    def capabilities(self, told: Capabilities) -> None:
+        self._capabilities = told
 
     @property
     def scratch(self) -> Path:
@@ -126,7 +152,17 @@ class ContainerDriver:
         """Run a container, with everything that can be had, and say what worked."""
         from .container_probe import find  # needs this module
 
-        self._ways, self._capabilities = await find(self, self._settings, self._groups)
+        self._ways, self._criu, self._capabilities = await find(self, self._settings, self._groups)
+        for name, entry in (await asyncio.to_thread(self._present)).items():
+            key = Key(entry["id"], entry["epoch"])
+            if (self._folder / name / "restore").exists():  # an agent was killed while it brought this one back, and perhaps its keeper
+                self.checkpoints().let_go(key)
+            if (self._folder / name / NOTE).exists():  # an agent was killed while it took this one's state
+                try:
+                    async with self._one(key):
+                        await self.checkpoints().settle(key)
+                except Failed as error:
+                    log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
         return self._capabilities
 
     async def _ready(self, ability: Ability = Ability.START) -> Ways:
@@ -157,8 +193,8 @@ class ContainerDriver:
                     raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
         return self._status(order.key)
 
-    def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None) -> None:
-        """Write an instance's folder, all or nothing; blocks."""
+    def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None, fill: Fill | None = None, was: int = -1) -> None:
+        """Write an instance's folder, all or nothing, with what `fill` puts there; blocks. `was`: first id of the range that it had, which it gets again where no other workload has it."""
         present = self._present()
         if len(present) >= MAX_INSTANCES:
             raise Refused("instances", f"there are {len(present)} on this node, the most there may be", "delete those that have ended")
@@ -168,6 +204,9 @@ class ContainerDriver:
             raise Refused("requests.disk", f"{asked} bytes are asked for, {free} are free", "ask for less, free space, or place it on another node")
         taken = {entry.get("slot") for entry in present.values()}
         slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
+        before, odd = divmod(was - FIRST_ID, ID_RANGE)
+        if not odd and 0 <= before <= MAX_INSTANCES and before not in {entry.get("slot") for entry in present.values() if entry["id"] != order.key.id}:
+            slot = before  # what it wrote to folders of the node belongs to these ids
         base = FIRST_ID + slot * ID_RANGE if ways.users else None
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
@@ -194,10 +233,13 @@ class ContainerDriver:
         }
         instance = {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime), "leased": order.leased,
+            "reference": order.image, "requests": dict(order.requests), "spec": dict(order.spec), "job": order.job,
         }
         if connected is not None:
             (laid / "resolv.conf").write_text(resolv_conf())
             (laid / "hosts").write_text(hosts(document["hostname"]))
+        if fill is not None:
+            fill(folder, laid, document, keeper)
         for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
             write(laid / file, value)
         (laid / "lock").touch(mode=0o600)
@@ -217,7 +259,8 @@ class ContainerDriver:
         if status.phase is not Phase.PREPARED or held(self._path(key)):
             return status
         await self._forget(key)
-        word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S)
+        more_s = (read(self._path(key) / "keeper.json") or {}).get("restore", {}).get("more_s", 0.0)
+        word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S + more_s)
         status = self._status(key)
         if word != "running" and (read(self._path(key) / "exit.json") or {}).get("taken"):
             raise Refused("spec.network.ports", status.reason, "publish it as another host_port, or place it on another node")
@@ -241,11 +284,13 @@ class ContainerDriver:
                 os.close(watched)
 
     async def stop(self, key: Key, grace_s: float) -> Status:
-        status = self._status(key)
-        if status.phase is Phase.PAUSED:
-            await self._runtime(key, "resume", _name(key))
+        async with self._one(key):  # not while its state is being taken
+            status = self._status(key)
+            if status.phase is Phase.PAUSED:
+                await self._runtime(key, "resume", _name(key))
+            if status.phase in (Phase.RUNNING, Phase.PAUSED):
+                await self._kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
         if status.phase in (Phase.RUNNING, Phase.PAUSED):
-            await self._kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
             with suppress(TimeoutError):
                 return await asyncio.wait_for(self.wait(key), grace_s)
             await self._kill(key, signal.SIGKILL)
@@ -290,7 +335,9 @@ class ContainerDriver:
                 raise
 
     async def _forget(self, key: Key) -> None:
-        """What the runtime still knows of it."""
+        """What the runtime still knows of it, and what a restore left that lost its keeper."""
+        if (self._path(key) / "restore").exists() and not (self._path(key) / "running.json").exists():
+            await self.checkpoints().clear(key)
         state = self._state / _name(key)
         if state.exists():
             try:
@@ -298,6 +345,63 @@ class ContainerDriver:
             except Failed:
                 if state.exists():  # else its keeper did it at the same moment
                     raise
+
+    # -- checkpoint, restore -------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> "Checkpoints":
+        """What takes and brings back states; loaded where it is first needed."""
+        if self._checkpoints is None:
+            from .container_checkpoint import Checkpoints  # what it imports is needed nowhere else
+
+            self._checkpoints = Checkpoints(self, self._groups, self._store.limits)
+        return self._checkpoints
+
+    async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool, step: Callable[[str], None] | None = None) -> Mapping[str, Any]:
+        """See `face.Checkpoints`; `step` is told what has been reached. The container ends where it does not go on, and its status says where its state is."""
+        await self._ready(Ability.CHECKPOINT)
+        assert self._criu is not None
+        async with self._one(key):
+            return await self.checkpoints().take(key, folder, self._criu, leave_running=leave_running, step=step)
+
+    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False) -> Status:
+        """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
+        ways = await self._ready(Ability.RESTORE)
+        assert self._criu is not None
+        manifest = await self.checkpoints().look_through(folder, self._criu, other_kernel=other_kernel)
+        try:
+            image = await asyncio.to_thread(self._store.find, order.image)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        if list(image.config.diff_ids) != manifest["layers"]:
+            raise Refused("image", f"the checkpoint stands on {manifest['image'][:19]}, which has other layers than {image.digest[:19]}", f"bring the image that it had to this node ({manifest['order'].get('image')})")
+        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image)
+
+    async def again(
+        self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, criu: "Criu", folder: Path, manifest: Mapping[str, Any], image: Image | None = None, window_s: float | None = None,
+    ) -> Status:
+        """`restore` of what has been looked through; the probe comes here."""
+        async with self._laying:
+            if self._path(order.key).exists():
+                raise Refused("id", f"there is a container {_name(order.key)} already", "delete it first, or restore it under another epoch")
+            try:
+                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, lambda *where: self.checkpoints().fill(folder, manifest, criu, *where), manifest["base"])
+            except OSError as error:
+                raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
+            finally:
+                await asyncio.to_thread(shutil.rmtree, self._new / _name(order.key), True)
+        return await self.come_back(order.key, window_s)
+
+    async def come_back(self, key: Key, window_s: float | None = None) -> Status:
+        """Start an instance that is laid out from a checkpoint, and look whether it lives; removes it where it does not. `window_s`: instead of `container_checkpoint.WINDOW_S`."""
+        try:
+            async with self._one(key):
+                await self.begin(key)
+            status = await self.checkpoints().lives(key, window_s)
+        except Failed:
+            await self.delete(key)
+            raise
+        await asyncio.to_thread(shutil.rmtree, self._path(key) / "restore", True)
+        return status
 
     # -- pause, stats, logs, exec --------------------------------------------------------------------------------------------
 
@@ -409,7 +513,8 @@ class ContainerDriver:
         if end is not None:
             if end.get("lapsed"):
                 return Status(key, Phase.LOST, reason="it was ended since nobody could prove that it is still this node's")
-            return ended(key, end)
+            taken = read(folder / NOTE) if end.get("signal") == signal.SIGKILL else None
+            return ended(key, end) if taken is None else replace(ended(key, end), reason=f"its state was taken to {taken.get('folder')}")
         if running is None:
             return Status(key, Phase.PREPARED)
         lives = kept or alive(running)
@@ -454,14 +559,20 @@ class ContainerDriver:
         better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
         return [*(("nice", "-n", str(better)) if better else ()), *self._instance(key)["runtime"], "--root", str(self._state)]
 
-    async def _runtime(self, key: Key, *words: str) -> None:
-        process = await asyncio.create_subprocess_exec(*self._command(key), *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True)
+    async def runtime(self, key: Key, word: str, *options: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
+        """One command of the runtime about an instance; for what stands beside this module."""
+        await self._runtime(key, word, *options, _name(key), environment=environment, seconds=seconds)
+
+    async def _runtime(self, key: Key, *words: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
+        process = await asyncio.create_subprocess_exec(
+            *self._command(key), *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True, env=environment,
+        )
         assert process.stderr is not None
         try:
-            async with asyncio.timeout(COMMAND_S):
+            async with asyncio.timeout(seconds):
                 (said, _), code = await asyncio.gather(bounded(process.stderr), process.wait())
         except TimeoutError:
-            raise Failed(words[0], f"the runtime did not come back within {COMMAND_S:g} s", "look at the node: its kernel or disk hangs") from None
+            raise Failed(words[0], f"the runtime did not come back within {seconds:g} s", "look at the node: its kernel or disk hangs") from None
         finally:
             if process.returncode is None:
                 process.kill()

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..images import Config
-from . import cgroups
+from . import cgroups, criu
 from .cgroups import Groups
 from .container import ContainerDriver, Settings, Ways, searched
 from .container_spec import MIN_PIDS
+from .criu import Criu
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
 from .network import PROGRAM
 from .probe_program import program
@@ -25,10 +26,10 @@ MEMORY = 16 << 20
 VERSION_S = 10.0
 """A runtime that does not tell its version within this is taken as absent."""
 
-async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Capabilities]:
-    """The best of the ways that worked, and the report."""
+async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Criu | None, Capabilities]:
+    """The best of the ways that worked, the CRIU that did, and the report."""
     cannot = dict.fromkeys(
-        (Ability.CHECKPOINT, Ability.RESTORE, Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+        (Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
     ) | {Ability.ROOTLESS: "the driver mounts layers and makes control groups, which needs root"}
     ways, runtime, reasons = None, "", []
     code = program(platform.machine())
@@ -56,7 +57,16 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
     if ways is None:
         reason = "; ".join(reasons) + " (as root: apt install runc)" * any("not installed" in one for one in reasons)
         cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), reason)
-    return ways, Capabilities("container", "container", runtime, platform.machine(), _flags(), groups.layout, platform.release(), cannot)
+    told = Capabilities("container", "container", runtime, platform.machine(), _flags(), groups.layout, platform.release(), cannot)
+    if ways is None or code is None:
+        return ways, None, told
+    found: Criu | str = await asyncio.to_thread(criu.find, searched(settings.criu)) if settings.criu else "switched off by the configuration"
+    driver.capabilities = told
+    why = found if isinstance(found, str) else await _checkpointed(driver, ways, code, found)
+    if why:
+        return ways, None, replace(told, cannot=cannot | dict.fromkeys((Ability.CHECKPOINT, Ability.RESTORE), why))
+    assert isinstance(found, Criu)
+    return ways, found, told
 
 
 async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
@@ -104,16 +114,7 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
     key = Key(f"probe-{uuid.uuid4().hex[:12]}", 1)
     more: dict[Ability, str] = {}
     with tempfile.TemporaryDirectory(dir=driver.scratch) as top:
-        layer = Path(top, "layer")
-        layer.mkdir(mode=0o755)
-        (layer / "probe").write_bytes(code)
-        (layer / "probe").chmod(0o755)
-        if ways.connector:
-            for name in ("resolv.conf", "hosts"):
-                (layer / "etc").mkdir(exist_ok=True)
-                (layer / "etc" / name).touch()
-        order = Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True, **({"network": {}} if ways.connector else {})})
-        config = Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
+        layer, order, config = _container(Path(top), key, code, bool(ways.connector))
         try:
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
             status = await driver.begin(key)
@@ -136,6 +137,40 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
         finally:
             await driver.delete(key)
     return more
+
+
+def _container(top: Path, key: Key, code: bytes, connected: bool = False) -> tuple[Path, Order, Config]:
+    """A layer with the program, and what shall be run of it."""
+    layer = top / "layer"
+    layer.mkdir(mode=0o755)
+    (layer / "probe").write_bytes(code)
+    (layer / "probe").chmod(0o755)
+    if connected:
+        (layer / "etc").mkdir()
+        for name in ("resolv.conf", "hosts"):
+            (layer / "etc" / name).touch()
+    return layer, Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True, **({"network": {}} if connected else {})}), Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
+
+
+async def _checkpointed(driver: ContainerDriver, ways: Ways, code: bytes, found: Criu) -> str:
+    """Take a container's state and bring it back, by CRIU; why that did not work, empty where it did."""
+    name = f"probe-{uuid.uuid4().hex[:12]}"
+    keys = Key(name, 1), Key(name, 2)
+    with tempfile.TemporaryDirectory(dir=driver.scratch) as top:
+        layer, order, config = _container(Path(top), keys[0], code)
+        try:
+            checkpoints = driver.checkpoints()
+            await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
+            await driver.begin(keys[0])
+            await checkpoints.take(keys[0], Path(top, "state"), found, leave_running=False)
+            manifest = await checkpoints.look_through(Path(top, "state"), found)
+            status = await driver.again(replace(order, key=keys[1]), config, [layer], ways, found, Path(top, "state"), manifest, window_s=0.0)
+            return "" if status.phase is Phase.RUNNING else f"the probe's container did not stay after it was brought back: {status.reason or status.phase.value}"
+        except (Refused, Failed, OSError) as error:
+            return f"CRIU {found.version}: {error}"
+        finally:
+            for key in keys:
+                await driver.delete(key)
 
 
 def has_route(table: str) -> bool:

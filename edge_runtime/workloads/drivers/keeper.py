@@ -1,6 +1,8 @@
 """What stands between the agent and one container: a small process of its own that outlives the agent. Run as a script, with nothing of ours imported.
 
     python -I -S keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
+    python -I -S keeper.py loopback               the hook of a restore: the state of a container on stdin
+    python -I -S keeper.py remount PID ro|rw      makes the root of a container's mount namespace read-only, or not
 
 That is the server, which forks a keeper for each folder that comes through the socket, with three descriptors: the folder's lock, where to say the first word, where errors go. It ends
 when the socket's other end is closed; the keepers do not.
@@ -13,11 +15,15 @@ it did in (where `keeper.json` names a lease, it ends the container when that is
     exit.json       how it ended (or that it could not be started, and what the runtime said)
     stdout.log, stdout.log.1, stderr.log, stderr.log.1    the end of what it wrote, each pair within `log_bytes`
 
+Where `keeper.json` has `restore`, the container goes on from a checkpoint instead. All of it stands still then until it was held against what the checkpoint had, and `running.json` is there: as
+with a start, nothing of it has run where that file is not.
+
 The first word that it says is `running` or `ended`: then the file is there.
 """
 
 import ctypes
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -30,8 +36,9 @@ import subprocess
 import sys
 import time
 
-CLONE_NEWNS, CLONE_NEWUSER = 0x0002_0000, 0x1000_0000
-MS_REC, MS_PRIVATE = 0x4000, 0x4_0000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x0002_0000, 0x1000_0000, 0x4000_0000
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
 MS_NOSUID, MS_NODEV = 2, 4
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
@@ -39,7 +46,7 @@ OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 """Numbers of the calls: the same on all architectures."""
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH = 4
-MOUNT_ATTR_IDMAP = 0x0010_0000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 1, 0x0010_0000
 
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "armv7l": 380}
 """Numbers of the system call; the agent has them as well (`system.process`), but nothing of ours is imported here."""
@@ -178,15 +185,15 @@ def mount_root(told: dict) -> None:  # type: ignore[type-arg]
         os.close(users)
 
 
-def runtime(told: dict, *words: str, out: int = subprocess.DEVNULL, err: int = subprocess.DEVNULL) -> None:  # type: ignore[type-arg]
-    """One command of the runtime; what it says about a failure is in its log."""
+def runtime(told: dict, *words: str, out: int = subprocess.DEVNULL, err: int = subprocess.DEVNULL, more: dict | None = None, seconds: float = RUNTIME_S) -> None:  # type: ignore[type-arg]
+    """One command of the runtime, with `more` in its environment; what it says about a failure is in its log."""
     log = os.path.join(told["folder"], "runtime.log")
     try:
         os.unlink(log)
     except FileNotFoundError:
         pass
     try:
-        done = subprocess.run([*told["runtime"], "--log", log, "--log-format", "json", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=RUNTIME_S)
+        done = subprocess.run([*told["runtime"], "--log", log, "--log-format", "json", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=seconds, env={**os.environ, **(more or {})})
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Trouble(f"{told['runtime'][0]} {words[0]}: {error}") from None
     if done.returncode != 0:
@@ -267,13 +274,134 @@ def out_of_memory(told: dict) -> bool:  # type: ignore[type-arg]
     return False
 
 
+def processes(group: str) -> dict:  # type: ignore[type-arg]
+    """By pid on the host, what a control group has (the file of its processes): pid in the innermost namespace, name, threads, descriptors, whether a signal has stopped it. Without those that have ended."""
+    found = {}
+    with open(group) as handle:
+        pids = [int(line) for line in handle]
+    for pid in pids:
+        try:
+            told = status(pid)
+            state = told["State"][:1]
+            if state not in ("Z", "X"):
+                found[pid] = {"pid": int(told["NSpid"].split()[-1]), "name": told["Name"], "threads": int(told["Threads"]), "descriptors": len(os.listdir(f"/proc/{pid}/fd")), "stopped": state in ("T", "t")}
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def status(pid: int) -> dict:  # type: ignore[type-arg]
+    """What /proc/PID/status says."""
+    with open(f"/proc/{pid}/status", errors="replace") as handle:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in handle)}
+
+
+def parent(pid: int) -> int:
+    """The parent's pid; 0 where the process is gone."""
+    try:
+        return int(status(pid)["PPid"])
+    except (OSError, KeyError):
+        return 0
+
+
+def switches(pid: int) -> int:
+    """How often the first thread of a process has left the processor: this grows only where it got it."""
+    told = status(pid)
+    return int(told["voluntary_ctxt_switches"]) + int(told["nonvoluntary_ctxt_switches"])
+
+
+def restore(told: dict, again: dict, out: int, err: int) -> None:  # type: ignore[type-arg]
+    """Bring back what a checkpoint has; all of it is stopped when this returns.
+
+    CRIU mounts a folder of the node as the container's root user, who may not be allowed to go through the folders above it: so they are mounted where he may, in our own mount namespace, first.
+    """
+    for source, place in again["binds"]:
+        if os.path.isdir(source):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.close(os.open(place, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))
+        above = os.path.dirname(place)
+        for folder in (above, os.path.dirname(above)):
+            os.chmod(folder, os.stat(folder).st_mode & 0o7777 | 0o111)  # whatever the umask of who made it
+        check(libc.mount(os.fsencode(source), os.fsencode(place), None, MS_BIND, None), f"mounting {source}")
+    path = os.pathsep.join((again["criu"], os.environ.get("PATH", os.defpath)))
+    try:
+        runtime(
+            told, "restore", "--detach", "--tcp-established", "--file-locks", "--image-path", again["images"], "--work-path", again["work"], "--bundle", told["folder"], "--pid-file", os.path.join(told["folder"], "pid"), told["name"],
+            out=out, err=err, more={"PATH": path, "CRIU_CONFIG_FILE": again["config"]}, seconds=RUNTIME_S + again["more_s"],
+        )
+    except Trouble as error:
+        raise Trouble(f"{error}{complaint(os.path.join(again['work'], 'restore.log'))}") from None
+
+
+def complaint(log: str) -> str:
+    """What CRIU says of a failure, to be put behind something."""
+    try:
+        with open(log, "rb") as handle:
+            handle.seek(max(0, os.fstat(handle.fileno()).st_size - (1 << 18)))
+            lines = [line.decode("utf-8", "replace") for line in handle.read().splitlines() if b"Error (" in line and b"RLIMIT_NOFILE" not in line]
+    except OSError:
+        return ""
+    return f"; CRIU says: {' | '.join(lines[:4])}"[:SAID // 2] if lines else ""
+
+
+def compare(again: dict, first: int) -> list:  # type: ignore[type-arg]
+    """Hold what was restored, and stands still, against what the checkpoint had; returns the pids on the host. Ends all of it where they differ, or its root cannot be as it was."""
+    found = processes(again["group"])
+    keys = ("pid", "threads", "descriptors")
+    have, want = (sorted(tuple(one[key] for key in keys) for one in those) for those in (found.values(), again["processes"]))
+    if have != want:
+        os.kill(first, signal.SIGKILL)
+        raise Trouble(f"what was restored is not what was there: of (pid, threads, descriptors) it has {[one for one in have if one not in want]} in place of {[one for one in want if one not in have]}"[:SAID])
+    if again["read_only"]:
+        try:
+            remount(first, True)
+        except Trouble:
+            os.kill(first, signal.SIGKILL)
+            raise
+    return list(found)
+
+
+def remount(pid: int, read_only: bool) -> None:
+    """Make the root of a process' mount namespace read-only, or not: CRIU makes a folder in it for a moment, so a state is taken of one that can be written. In a process of its own."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            check(libc.setns(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), CLONE_NEWNS), "entering the mount namespace")
+            attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY * read_only, MOUNT_ATTR_RDONLY * (not read_only), 0, 0)
+            check(libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", 0, attributes, len(attributes)), "mounting the root again")
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise Trouble(f"its root could not be made {'read-only' if read_only else 'writable'}")
+
+
+def loopback() -> int:
+    """Bring up the loopback interface in the network namespace of the container whose state comes on stdin: a runtime does that at a start only."""
+    pid = int(json.load(sys.stdin)["pid"])
+    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    check(libc.setns(namespace, CLONE_NEWNET), "entering the network namespace")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        asked = struct.pack("16sH14x", b"lo", 0)
+        flags = struct.unpack("16sH14x", fcntl.ioctl(line, SIOCGIFFLAGS, asked))[1]
+        fcntl.ioctl(line, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | IFF_UP))
+    return 0
+
+
 def keep(told: dict) -> dict:  # type: ignore[type-arg]
     """Start the container and stay with it until its end; returns how that was."""
     folder, name = told["folder"], told["name"]
     mount_root(told)
     check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "becoming the parent of the container")
     (out, out_end), (err, err_end) = os.pipe(), os.pipe()
-    runtime(told, "create", "--bundle", folder, "--pid-file", os.path.join(folder, "pid"), name, out=out_end, err=err_end)
+    again = told.get("restore")
+    if again:
+        restore(told, again, out_end, err_end)
+    else:
+        runtime(told, "create", "--bundle", folder, "--pid-file", os.path.join(folder, "pid"), name, out=out_end, err=err_end)
     os.close(out_end)
     os.close(err_end)
     with open(os.path.join(folder, "pid")) as handle:
@@ -281,7 +409,9 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     with open("/proc/sys/kernel/random/boot_id") as handle:
         boot = handle.read().strip()
     ended = os.pidfd_open(pid)
-    write(os.path.join(folder, "running.json"), {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)})
+    waiting = compare(again, pid) if again else []
+    running = {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)}
+    write(os.path.join(folder, "running.json"), running | ({"switches": {str(one): switches(one) for one in waiting}} if again else {}))
     lease = told.get("lease", "")
     if lease and lease_s(lease) <= 0:
         os.kill(pid, signal.SIGKILL)
@@ -289,7 +419,11 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     network = Network(told["network"], pid, folder) if told.get("network") else None
     if network is not None:
         network.start()
-    runtime(told, "start", name)
+    if again:
+        for one in waiting:
+            os.kill(one, signal.SIGCONT)
+    else:
+        runtime(told, "start", name)
     tell("running")
     status, lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid, lease, network)
     if network is not None:
@@ -506,7 +640,12 @@ def fork(folder: str, descriptors: list, line: socket.socket) -> None:  # type: 
 
 
 def main() -> int:
-    """The server."""
+    """The server, or a hook."""
+    if sys.argv[1:] == ["loopback"]:
+        return loopback()
+    if sys.argv[1:2] == ["remount"]:
+        remount(int(sys.argv[2]), sys.argv[3] == "ro")
+        return 0
     ordinary_turns()
     leave_group(sys.argv[2:])
     libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
