@@ -46,11 +46,16 @@ def as_pages(data: bytes | bytearray | memoryview) -> Words:
     return np.frombuffer(data, np.uint64).reshape(-1, WORDS)
 
 
+def raw_hash(data: bytes | bytearray | memoryview) -> bytes:
+    """As in the format."""
+    return blake3(data).digest()
+
+
 def zero(index: int, raw_length: int) -> Encoded:
     """The encoded extent of a hole."""
     classes = np.zeros(format.pages_of(raw_length), np.uint8)
-    raw_hash, none = format.zero_hash(raw_length), np.zeros(0, np.uint64)
-    return Encoded(format.pack(index, codecs.STORE, raw_length, raw_hash, classes, none, none, b"", b""), raw_hash, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
+    digest, none = format.zero_hash(raw_length), np.zeros(0, np.uint64)
+    return Encoded(format.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
 
 
 def _duplicates(pages: Words, left: NDArray[np.intp], transforms: Transforms) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -83,7 +88,7 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
     constant = transforms.constant(pages)
     if constant.all() and not fills.any():
         return zero(index, raw_length)  # most extents of a young guest: its hash is known
-    raw_hash = blake3(data).digest()
+    digest = blake3(data).digest()
     classes = np.full(len(pages), Page.CODED, np.uint8)
     classes[constant] = np.where(fills[constant] == 0, Page.ZERO, Page.CONST)
     base_pages = as_pages(base) if base else None
@@ -125,8 +130,8 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
     counts = np.bincount(classes, minlength=len(Page))
     raw = pages[classes == Page.RAW].tobytes() if counts[Page.RAW] else b""
     references = (original + index * format.PAGES).astype(np.uint64)
-    packed = format.pack(index, coder.codec, raw_length, raw_hash, classes, fills[classes == Page.CONST], references, raw, coded)
-    return Encoded(packed, raw_hash, tuple(counts.tolist()), len(plain), len(coded), coder.name)
+    packed = format.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references, raw, coded)
+    return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
 
 
 def _resolve(extent: format.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> None:
