@@ -125,6 +125,8 @@ def unpack(encoded: bytes | bytearray | memoryview) -> Extent:
         raise FormatError(f"extent: version {version} is not {VERSION}; use the same release at both ends")
     if shift != PAGE_SHIFT or flags & ~UNIFORM:
         raise FormatError(f"extent {index}: page shift {shift} or flags {flags:#x} are unknown in version {VERSION}")
+    if index >= OBJECT_MAX // EXTENT:
+        raise FormatError(f"extent {index}: beyond the largest object")
     if not 0 < raw_length <= EXTENT:
         raise FormatError(f"extent {index}: raw length {raw_length} is not within 1 to {EXTENT}")
     if length != len(view) - HEADER.size:

@@ -64,7 +64,8 @@ class Receiver:
         self._session = b""
         self._past: set[bytes] = set()
         self._streams: dict[wire.Stream, threading.Thread] = {}
-        self._connections = 0
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
         self._attempts: dict[int, int] = {}
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._failure: MigrationError | None = None
@@ -102,9 +103,11 @@ class Receiver:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._state:
-            streams = dict(self._streams)
-        for stream, thread in streams.items():
+            self._closed = True  # no stream is opened after this
+            streams, threads = list(self._streams), list(self._threads)
+        for stream in streams:
             stream.close()
+        for thread in threads:
             thread.join()
         if self._sink is not None:
             self._sink.close()
@@ -119,15 +122,15 @@ class Receiver:
             except OSError:
                 return  # closed
             with self._state:
-                full = self._connections >= CONNECTIONS_MOST
+                full = len(self._threads) >= CONNECTIONS_MOST or self._closed
                 if full:
                     self._refused += 1
                 else:
-                    self._connections += 1
+                    thread = threading.Thread(target=self._connection, args=(sock,), daemon=True, name="stream")
+                    self._threads.add(thread)
+                    thread.start()
             if full:
                 sock.close()
-            else:
-                threading.Thread(target=self._connection, args=(sock,), daemon=True, name="stream").start()
 
     def _connection(self, sock: socket.socket) -> None:
         """One connection from hello to end; whatever comes of it stays within it, other than a full destination."""
@@ -156,7 +159,7 @@ class Receiver:
             else:
                 sock.close()
             with self._state:
-                self._connections -= 1
+                self._threads.discard(threading.current_thread())
                 self._last_seen = time.monotonic()
                 if stream is not None:
                     self._streams.pop(stream, None)
@@ -197,6 +200,8 @@ class Receiver:
     def _take_over(self, session: bytes) -> None:
         """End the streams that a stream of this session displaces: those of an older one, or the oldest of too many, which are dead and not yet noticed."""
         with self._state:
+            if self._closed:
+                raise ConnectionAbortedError("this receiver ends")
             if session in self._past:
                 raise FormatError("another sender took this transfer over")
             if self._done:

@@ -24,6 +24,8 @@ STREAMS_AT_FIRST = 2
 """One may wait for an acknowledgement while the other sends."""
 RETRY_S = (0.05, 2.0)
 """Seconds between two attempts to connect, at first and at most; doubled, with jitter."""
+STALL_S = 30.0
+"""A stream on which nothing moved for so long is made anew: the other end, or what is between, vanished without a word."""
 FAREWELL_S = 1.0
 """Seconds in which a stream must be had for the farewell."""
 HANDSHAKES_MOST = 5
@@ -126,8 +128,13 @@ class Sender:
             self._base_root = self._base.root(self._threads)
         stream = self._connect_patiently()
         if self._committed is not None:
-            stream.close()
             root = self._source.root(self._threads)
+            try:
+                if root == self._committed:
+                    stream.send(Kind.BYE)
+            except OSError:
+                pass
+            stream.close()
             if root != self._committed:
                 raise Refused("the destination has committed another state under this transfer's name; give another --transfer")
             return
@@ -397,7 +404,7 @@ class Sender:
                     raise Refused(f"the destination refuses: {bytes(payload[:TEXT_MOST]).decode(errors='replace')}")
                 else:
                     raise FormatError("stream: the destination's first records are not understood")
-            stream.timeout(None)
+            stream.timeout(STALL_S)
         except BaseException:
             stream.close()
             raise

@@ -36,10 +36,12 @@ class FileSource:
     def hole(self, index: int) -> bool:
         """That extent was never written, as the file system says."""
         start = index * EXTENT
+        end = min(start + EXTENT, self.length)
         try:
-            return os.lseek(self._fd, start, os.SEEK_DATA) >= min(start + EXTENT, self.length)
+            return os.lseek(self._fd, start, os.SEEK_DATA) >= end
         except OSError as error:
-            return error.errno == errno.ENXIO  # nothing but a hole to the end; another error: it cannot say
+            # Nothing but a hole to the end, unless the end has moved; with another error it cannot say.
+            return error.errno == errno.ENXIO and os.fstat(self._fd).st_size >= end
 
     def read(self, index: int, into: memoryview) -> memoryview:
         """The bytes of an extent, in `into`. Raises SourceError, where it became shorter too."""
