@@ -423,12 +423,11 @@ class Sender:
         while True:
             try:
                 return self._connect()
-            except (OSError, Unauthentic) as error:
+            except (OSError, Unauthentic, KeyRefused) as error:
+                failed += isinstance(error, KeyRefused)
+                if failed >= HANDSHAKES_MOST and not self._passes:
+                    raise
                 if time.monotonic() - began > self._patience or stop.is_set():
                     raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: {error}; run it again, what has arrived is kept") from None
-            except KeyRefused:
-                failed += 1
-                if not self._passes and failed >= HANDSHAKES_MOST:
-                    raise
             stop.wait(wait * (0.5 + random.random()))
             wait = min(RETRY_S[1], wait * 2)
