@@ -19,14 +19,17 @@ SAMPLE = 16 << 10
 EXPLORE_EVERY = 64
 """Every so many choices the second best coder is taken, so that its rates stay known."""
 
-START_RATES = {"store": 8e9, "lz4-fast": 1.8e9, "lz4": 1.2e9, "zstd-fast": 1.0e9, "zstd-1": 0.75e9, "zstd-3": 0.55e9, "zstd-9": 0.12e9, "deflate-1": 0.7e9}
+START_RATES = {"store": 8e9, "lz4-fast": 1.4e9, "lz4": 1.2e9, "zstd-fast": 1.0e9, "zstd-1": 0.75e9, "zstd-3": 0.55e9, "zstd-9": 0.12e9, "deflate-1": 0.7e9}
 """Bytes a second and thread until measured (one core of a 2020s server, guest memory); only the first choices hang on them."""
 
-START_FACTORS = {"store": 0.0, "lz4-fast": 0.8, "lz4": 1.0, "zstd-fast": 1.1, "zstd-1": 1.45, "zstd-3": 1.55, "zstd-9": 1.9, "deflate-1": 1.4}
+START_FACTORS = {"store": 0.0, "lz4-fast": 1.0, "lz4": 1.25, "zstd-fast": 1.4, "zstd-1": 1.8, "zstd-3": 1.9, "zstd-9": 2.4, "deflate-1": 1.7}
 """Ratio less one, as a multiple of the sample's, until measured; same origin."""
 
 START_SCAN = 2e9
 """Bytes a second and thread of reading, hashing and sorting out pages, until measured."""
+
+START_SHIP = 2e9
+"""Bytes a second and thread of sealing and handing to the kernel, until measured: what leaves is not free for the processors either."""
 
 START_WIRE = 1e9
 """Bytes a second of the wire until measured."""
@@ -49,7 +52,7 @@ class Mean:
 
 @dataclass(slots=True)
 class Model:
-    """The measured rates, and the choice by them. One writer at a time; a stale reading only makes one choice a little worse."""
+    """The measured rates, and the choice by them. Seconds are of processor time, but for the wire. One writer at a time; a stale reading only makes one choice a little worse."""
 
     threads: int
     names: Sequence[str] = FREE
@@ -57,6 +60,7 @@ class Model:
     limit: float = 0.0
     """Bandwidth limit, bytes a second; 0: none."""
     scan: Mean = field(default_factory=lambda: Mean(1 / START_SCAN))
+    ship: Mean = field(default_factory=lambda: Mean(1 / START_SHIP))
     seconds: dict[str, Mean] = field(default_factory=lambda: {name: Mean(1 / rate) for name, rate in START_RATES.items()})
     factors: dict[str, Mean] = field(default_factory=lambda: {name: Mean(factor) for name, factor in START_FACTORS.items()})
     taken: int = 0
@@ -76,6 +80,10 @@ class Model:
         if seconds > 0 and size > 0:
             self.wire.learn(size / seconds)
 
+    def shipped(self, size: int, seconds: float) -> None:
+        """Sealing and handing so many bytes to the kernel took so much of a processor."""
+        self.ship.learn(seconds / size)
+
     def wire_rate(self) -> float:
         """Bytes a second."""
         return min(self.wire.value, self.limit) if self.limit else self.wire.value
@@ -83,8 +91,9 @@ class Model:
     def cost(self, name: str, size: int, plain: int, guess: float) -> float:
         """Seconds that the slowest stage takes for an extent of `size` bytes of which `plain` are to be coded."""
         ratio = 1 + self.factors[name].value * max(0.0, guess - 1)
-        processor = (size * self.scan.value + plain * self.seconds[name].value) / self.threads
-        return max(processor, plain / ratio / self.wire_rate())
+        out = plain / ratio
+        processor = (size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value) / self.threads
+        return max(processor, out / self.wire_rate())
 
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""

@@ -28,6 +28,7 @@ class Ledger:
         self._attempts: dict[int, int] = {}
         self._failure: Exception | None = None
         self._closed = False
+        self._draining = 0
         self.known: dict[int, bytes] = known if known is not None else {}
         self.plain: set[int] = set()
         """Extents that are to be sent without a base."""
@@ -80,6 +81,8 @@ class Ledger:
                 del self._flights[index]
                 self.known[index] = flight.raw_hash
                 self._done(index)
+                if self._draining:
+                    self._lock.notify_all()
 
     def refused(self, index: int, attempt: int) -> None:
         """The base did not do for that attempt: once more, without."""
@@ -100,6 +103,13 @@ class Ledger:
             self._pending += gone
             self._lock.notify_all()
             return len(gone)
+
+    def drain(self, stream: int, seconds: float) -> None:
+        """Until nothing is on its way on a stream, or so long."""
+        with self._lock:
+            self._draining += 1
+            self._lock.wait_for(lambda: self._closed or not any(flight.stream == stream for flight in self._flights.values()), seconds)
+            self._draining -= 1
 
     def remaining(self) -> int:
         """Extents of this pass that the destination does not hold yet."""

@@ -26,6 +26,10 @@ RETRY_S = (0.05, 2.0)
 """Seconds between two attempts to connect, at first and at most; doubled, with jitter."""
 STALL_S = 30.0
 """A stream on which nothing moved for so long is made anew: the other end, or what is between, vanished without a word."""
+DRAIN_S = 5.0
+"""Seconds in which what is on its way on a stream that is no longer needed should be acknowledged."""
+LEARN_FROM = 64 << 10
+"""Bytes coded at once from which the time that it took says something of the coder."""
 FAREWELL_S = 1.0
 """Seconds in which a stream must be had for the farewell."""
 HANDSHAKES_MOST = 5
@@ -246,7 +250,7 @@ class Sender:
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
         while (index := self._ledger.take()) is not None:
             known = self._ledger.known.get(index)
-            began = time.perf_counter()
+            began = time.thread_time()
             if self._source.hole(index):
                 size = format.extent_length(self._source.length, index)
                 if known == format.zero_hash(size):
@@ -265,15 +269,15 @@ class Sender:
 
                 def choose(plain: memoryview, began: float = began, size: int = len(data)) -> Coder:
                     nonlocal guess, chosen_at
-                    self._model.scanned(size, time.perf_counter() - began)
+                    self._model.scanned(size, time.thread_time() - began)
                     guess = choice.guess_of(plain)
                     coder = self._model.choose(size, len(plain), guess)
-                    chosen_at = time.perf_counter()
+                    chosen_at = time.thread_time()
                     return coder
 
                 encoded = extents.encode(index, data, choose, base=base)
-                if encoded.plain and encoded.coder != "store":
-                    self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.perf_counter() - chosen_at, guess)
+                if encoded.plain >= LEARN_FROM:  # less says more about the overhead
+                    self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
             if not self._queue.put(_Ready(index, encoded), len(encoded.data)):
                 return
 
@@ -308,7 +312,9 @@ class Sender:
                     self._ledger.back(ready.index)
                     break
                 self._put_out(stream, number, ready, cut)
-            stream.close()  # what was on its way is sent once more by another
+            if stop.is_set() and not cut.is_set():
+                self._ledger.drain(number, DRAIN_S)
+            stream.close()  # what was on its way still is sent once more by another
             reader.join()
             with self._lock:
                 self._live.pop(number, None)
@@ -327,7 +333,7 @@ class Sender:
             self._stop.wait(wait)
         attempt = self._ledger.sent(ready.index, number, encoded.raw_hash)
         self._meter.start()
-        size = 0
+        began, size = time.thread_time(), 0
         try:
             size = stream.send(Kind.EXTENT, encoded.data, ready.index, attempt)
         except OSError:
@@ -340,6 +346,8 @@ class Sender:
             self._coders[encoded.coder] += 1
         if found is not None:
             self._model.sent(*found)
+        if size >= LEARN_FROM:
+            self._model.shipped(size, time.thread_time() - began)
 
     def _acks(self, stream: wire.Stream, number: int, cut: threading.Event, stop: threading.Event) -> None:
         """What the receiver says on a stream, until it ends."""

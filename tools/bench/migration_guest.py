@@ -127,7 +127,7 @@ def _initial(kernel_tree: Path, busybox: Path, target: Path) -> None:
     target.write_bytes(_newc(files))
 
 
-def _pieces(folder: Path, options: Any) -> tuple[Path, Path, Path]:
+def pieces(folder: Path, options: Any) -> tuple[Path, Path, Path]:
     """Kernel, initial file system and disk, made where they are missing."""
     kernel, initial, disk = folder / "vmlinuz", folder / "initial.cpio", folder / "root.ext4"
     if kernel.exists() and initial.exists() and disk.exists():
@@ -185,26 +185,24 @@ class Qmp:
                 return answer["return"]
 
 
-def memory_arguments(memory: Path) -> list[str]:
-    """The machine and its memory, shared in that file."""
+def arguments(pieces: tuple[Path, Path, Path], memory: Path, control: Path, *more: str) -> list[str]:
+    """QEMU's command line: the machine, its memory shared in that file, its control socket."""
+    kernel, initial, disk = pieces
     return [
-        "-machine", "q35,memory-backend=ram", "-accel", "tcg", "-cpu", "max", "-m", str(MEMORY_MIB), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config",
-        "-object", f"memory-backend-file,id=ram,size={MEMORY_MIB}M,mem-path={memory},share=on",
+        "qemu-system-x86_64", "-machine", "q35,memory-backend=ram", "-accel", "tcg", "-cpu", "max", "-m", str(MEMORY_MIB), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config",
+        "-object", f"memory-backend-file,id=ram,size={MEMORY_MIB}M,mem-path={memory},share=on", "-kernel", str(kernel), "-initrd", str(initial),
+        "-append", "console=ttyS0 quiet panic=-1", "-drive", f"file={disk},format=raw,if=virtio,snapshot=on", "-qmp", f"unix:{control},server=on,wait=off", *more,
     ]
 
 
 @contextmanager
-def guest(folder: Path, memory: Path, options: Any) -> Iterator[Qmp]:
-    """A guest that runs and has done its first work."""
-    kernel, initial, disk = _pieces(folder, options)
+def guest(folder: Path, memory: Path, options: Any, prefix: tuple[str, ...] = ()) -> Iterator[Qmp]:
+    """A guest that runs and has done its first work; `prefix` is what QEMU is started by."""
+    made = pieces(folder, options)
     with tempfile.TemporaryDirectory() as scratch:
         console, control = Path(scratch) / "console", Path(scratch) / "qmp"
         process = subprocess.Popen(
-            [
-                "qemu-system-x86_64", *memory_arguments(memory), "-kernel", str(kernel), "-initrd", str(initial), "-append", "console=ttyS0 quiet panic=-1",
-                "-drive", f"file={disk},format=raw,if=virtio,snapshot=on", "-serial", f"file:{console}", "-qmp", f"unix:{control},server=on,wait=off",
-            ],
-            preexec_fn=die_with_parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            [*prefix, *arguments(made, memory, control, "-serial", f"file:{console}")], preexec_fn=die_with_parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
             end = time.monotonic() + BOOT_S
