@@ -17,6 +17,8 @@ STORE, LZ4, ZSTD, DEFLATE = 0, 1, 2, 3
 _RAW_DEFLATE = -15
 """Window bits of a deflate stream without header or checksum: the extent has both."""
 
+_DEFLATE_ERROR: Any = isal_zlib.error  # its stubs call the class an instance
+
 _local = threading.local()
 
 Buffer = bytes | bytearray | memoryview
@@ -91,7 +93,7 @@ def decode(codec: int, data: Buffer, length: int) -> Buffer:
             out = _deflate(data, length)
         else:
             raise FormatError(f"codec {codec} is unknown here; use the same release at both ends")
-    except (lz4.block.LZ4BlockError, zstandard.ZstdError, isal_zlib.error, ValueError) as error:
+    except (lz4.block.LZ4BlockError, zstandard.ZstdError, _DEFLATE_ERROR, ValueError) as error:
         raise FormatError(f"codec {codec}: the coded section cannot be decoded: {error}") from None
     if len(out) != length:
         raise FormatError(f"codec {codec}: {len(out)} bytes came out and {length} are due")

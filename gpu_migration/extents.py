@@ -7,9 +7,9 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from . import codecs, format
+from . import codecs, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
-from .format import EXTENT, IN_BASE, PAGE, WORDS, Page
+from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
 from .transforms import Transforms, Words
 from .transforms.cpu import CPU
 
@@ -53,9 +53,9 @@ def raw_hash(data: bytes | bytearray | memoryview) -> bytes:
 
 def zero(index: int, raw_length: int) -> Encoded:
     """The encoded extent of a hole."""
-    classes = np.zeros(format.pages_of(raw_length), np.uint8)
-    digest, none = format.zero_hash(raw_length), np.zeros(0, np.uint64)
-    return Encoded(format.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
+    classes = np.zeros(layout.pages_of(raw_length), np.uint8)
+    digest, none = layout.zero_hash(raw_length), np.zeros(0, np.uint64)
+    return Encoded(layout.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
 
 
 def _duplicates(pages: Words, left: NDArray[np.intp], transforms: Transforms) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -114,13 +114,13 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
             classes[left[dense]] = Page.RAW
             left, whole = left[~dense], False
     if whole:
-        plain = memoryview(pages).cast("B")
+        plain = pages.data.cast("B")
     else:
         deltas = np.flatnonzero(classes == Page.DELTA)
         parts = pages[left]
         if len(deltas) and base_pages is not None:
             parts = np.concatenate([parts, transforms.xor(pages[deltas], base_pages[deltas])])
-        plain = memoryview(np.ascontiguousarray(parts)).cast("B") if len(parts) else memoryview(b"")
+        plain = np.ascontiguousarray(parts).data.cast("B") if len(parts) else memoryview(b"")
     coder, coded = codecs.CODERS[0], b""
     if len(plain):
         coder = choose(plain)
@@ -129,15 +129,15 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
             coder, coded = codecs.CODERS[0], bytes(plain)
     counts = np.bincount(classes, minlength=len(Page))
     raw = pages[classes == Page.RAW].tobytes() if counts[Page.RAW] else b""
-    references = (original + index * format.PAGES).astype(np.uint64)
-    packed = format.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references, raw, coded)
+    references = (original + index * layout.PAGES).astype(np.uint64)
+    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references, raw, coded)
     return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
 
 
-def _resolve(extent: format.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> None:
+def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> None:
     """Fill the pages that are references."""
     rows = np.flatnonzero(extent.classes == Page.DUP)
-    first = extent.index * format.PAGES
+    first = extent.index * layout.PAGES
     here = (extent.references >= np.uint64(first)) & (extent.references < np.uint64(first + len(out)))
     if here.any():
         targets = (extent.references[here] - np.uint64(first)).astype(np.intp)
@@ -156,7 +156,7 @@ def _resolve(extent: format.Extent, out: Words, page_at: PageAt | None, base_at:
         out[row] = np.frombuffer(found.ljust(PAGE, b"\0"), np.uint64)
 
 
-def decode(extent: format.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> None:
+def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> None:
     """Write the raw bytes of an extent to `out`, which has room for whole pages; they are there only if this returns.
 
     Raises FormatError, BaseMismatch where the extent leans on a base that is not here or not the right one, HashMismatch otherwise.

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import extents, format, keys, wire
+from . import extents, keys, layout, wire
 from .errors import BaseMismatch, DestinationError, FormatError, HashMismatch, KeyRefused, MigrationError, TransferLost, Unauthentic
-from .format import EXTENT, HASH
+from .layout import EXTENT, HASH
 from .sinks import FileSink
 from .sources import FileSource
 from .wire import Kind
@@ -137,7 +137,7 @@ class Receiver:
         stream: wire.Stream | None = None
         try:
             stream, transfer = wire.answer(sock, self._key)
-            stream.timeout(IDLE_S)
+            stream.timeout(min(IDLE_S, max(self._patience, 1.0)))
             self._open(stream, transfer)
             self._take(stream)
         except (KeyRefused, Unauthentic):
@@ -246,8 +246,8 @@ class Receiver:
                 raise FormatError(f"stream: a record of kind {kind} is not for a receiver")
 
     def _extent(self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview) -> None:
-        extent = format.unpack(payload)
-        if extent.index != index or index >= sink.extents or extent.raw_length != format.extent_length(sink.length, index) or self._root is not None:
+        extent = layout.unpack(payload)
+        if extent.index != index or index >= sink.extents or extent.raw_length != layout.extent_length(sink.length, index) or self._root is not None:
             raise FormatError(f"extent {index}: it is not of this object, or of another place in it")
         with self._locks[index % _LOCKS]:
             if attempt > self._attempts.get(index, 0):
@@ -284,7 +284,7 @@ def add_base(path: Path, bases: Path, threads: int) -> bytes:
                     else:
                         out.write(data)
                 out.truncate(source.length)
-            if format.root_of(source.length, hashes) != root:
+            if layout.root_of(source.length, hashes) != root:
                 raise HashMismatch(f"base {path}: it changed while it was copied; keep it still and run it again")
             part.rename(target)
         except OSError as error:

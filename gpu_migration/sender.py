@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from . import choice, extents, format, keys, wire
+from . import choice, extents, keys, layout, wire
 from .codecs import Coder
 from .errors import FormatError, HashMismatch, KeyRefused, MigrationError, Refused, SourceError, TransferLost, Unauthentic
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
-from .format import EXTENT, HASH, Page
+from .layout import EXTENT, HASH, Page
 from .ledger import Ledger
 from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
 from .sources import FileSource
@@ -170,7 +170,7 @@ class Sender:
         root = self._committed
         if root is None:
             known = self._ledger.known
-            root = format.root_of(self._source.length, b"".join(known[index] for index in range(self._source.extents)))
+            root = layout.root_of(self._source.length, b"".join(known[index] for index in range(self._source.extents)))
             self._commit(root)
         seconds = time.monotonic() - self._began
         rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}
@@ -252,8 +252,8 @@ class Sender:
             known = self._ledger.known.get(index)
             began = time.thread_time()
             if self._source.hole(index):
-                size = format.extent_length(self._source.length, index)
-                if known == format.zero_hash(size):
+                size = layout.extent_length(self._source.length, index)
+                if known == layout.zero_hash(size):
                     self._hold(index)
                     continue
                 encoded = extents.zero(index, size)
@@ -412,7 +412,7 @@ class Sender:
                     raise Refused(f"the destination refuses: {bytes(payload[:TEXT_MOST]).decode(errors='replace')}")
                 else:
                     raise FormatError("stream: the destination's first records are not understood")
-            stream.timeout(STALL_S)
+            stream.timeout(min(STALL_S, self._patience / 2))
         except BaseException:
             stream.close()
             raise
@@ -436,6 +436,6 @@ class Sender:
                 if failed >= HANDSHAKES_MOST and not self._passes:
                     raise
                 if time.monotonic() - began > self._patience or stop.is_set():
-                    raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: {error}; run it again, what has arrived is kept") from None
+                    raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: out of reach for {self._patience:g} s ({error}); run it again, what has arrived is kept") from None
             stop.wait(wait * (0.5 + random.random()))
             wait = min(RETRY_S[1], wait * 2)

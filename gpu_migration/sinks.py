@@ -15,9 +15,9 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from . import format
+from . import layout
 from .errors import DestinationError, HashMismatch
-from .format import EXTENT, HASH, PAGE, Page
+from .layout import EXTENT, HASH, PAGE, Page
 
 _HEAD = struct.Struct("<8s16sQ")
 _ENTRY = struct.Struct("<Q32s8s")
@@ -46,9 +46,9 @@ class FileSink:
         """Take up what an earlier attempt of the same transfer left. Raises DestinationError."""
         self.path, self.transfer, self.length = path, transfer, length
         self.partial, self.journal = path.with_name(path.name + ".partial"), path.with_name(path.name + ".journal")
-        if not 0 < length <= format.OBJECT_MAX:
-            raise DestinationError(f"destination {path}: a length of {length} is not within 1 to {format.OBJECT_MAX}")
-        self.extents = format.extents_of(length)
+        if not 0 < length <= layout.OBJECT_MAX:
+            raise DestinationError(f"destination {path}: a length of {length} is not within 1 to {layout.OBJECT_MAX}")
+        self.extents = layout.extents_of(length)
         self.hashes = bytearray(self.extents * HASH)
         self.committed: bytes | None = None
         self._fd = -1
@@ -98,7 +98,7 @@ class FileSink:
             if blake3(self.read(index)).digest() == digest:
                 self.hashes[index * HASH : (index + 1) * HASH] = digest
             else:
-                os.pwrite(self._fd, bytes(format.extent_length(self.length, index)), index * EXTENT)
+                os.pwrite(self._fd, bytes(layout.extent_length(self.length, index)), index * EXTENT)
         # What was written and not yet noted may lie anywhere else: holes again, so that zero pages may be skipped.
         for index in range(self.extents):
             if not self.holds(index):
@@ -106,7 +106,7 @@ class FileSink:
 
     def _punch(self, index: int) -> None:
         """Make an extent a hole, by cutting where the file system knows holes, else by zeros."""
-        start, size = index * EXTENT, format.extent_length(self.length, index)
+        start, size = index * EXTENT, layout.extent_length(self.length, index)
         try:
             if os.lseek(self._fd, start, os.SEEK_DATA) >= start + size:
                 return
@@ -127,11 +127,11 @@ class FileSink:
 
     def read(self, index: int) -> bytes:
         """The bytes of an extent as they lie in the partial file."""
-        return os.pread(self._fd, format.extent_length(self.length, index), index * EXTENT)
+        return os.pread(self._fd, layout.extent_length(self.length, index), index * EXTENT)
 
     def page(self, number: int) -> bytes | None:
         """A page of an extent that is here."""
-        index = number // format.PAGES
+        index = number // layout.PAGES
         return os.pread(self._fd, PAGE, number * PAGE) if index < self.extents and self.holds(index) else None
 
     def write(self, index: int, raw: memoryview, digest: bytes, classes: NDArray[np.uint8]) -> None:
@@ -159,7 +159,7 @@ class FileSink:
                 raise HashMismatch("commit: another root was committed before")
             return
         missing = sum(not self.holds(index) for index in range(self.extents))
-        if missing or format.root_of(self.length, self.hashes) != root:
+        if missing or layout.root_of(self.length, self.hashes) != root:
             raise HashMismatch(f"commit: the root hash does not agree ({missing} of {self.extents} extents are missing); nothing becomes visible")
         try:
             os.fsync(self._fd)

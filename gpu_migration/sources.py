@@ -7,9 +7,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from . import format
+from . import layout
 from .errors import SourceError
-from .format import EXTENT, PAGE
+from .layout import EXTENT, PAGE
 
 
 class FileSource:
@@ -23,15 +23,15 @@ class FileSource:
             raise SourceError(f"source {path}: {error.strerror or error}") from None
         try:
             self.length = os.lseek(self._fd, 0, os.SEEK_END)
-            if not 0 < self.length <= format.OBJECT_MAX:
-                raise SourceError(f"source {path}: its length {self.length} is not within 1 to {format.OBJECT_MAX}; give a file, a disk or a memory file")
+            if not 0 < self.length <= layout.OBJECT_MAX:
+                raise SourceError(f"source {path}: its length {self.length} is not within 1 to {layout.OBJECT_MAX}; give a file, a disk or a memory file")
         except OSError as error:
             os.close(self._fd)
             raise SourceError(f"source {path}: {error.strerror or error}; give a file, a disk or a memory file") from None
         except SourceError:
             os.close(self._fd)
             raise
-        self.extents = format.extents_of(self.length)
+        self.extents = layout.extents_of(self.length)
 
     def hole(self, index: int) -> bool:
         """That extent was never written, as the file system says."""
@@ -45,7 +45,7 @@ class FileSource:
 
     def read(self, index: int, into: memoryview) -> memoryview:
         """The bytes of an extent, in `into`. Raises SourceError, where it became shorter too."""
-        size = format.extent_length(self.length, index)
+        size = layout.extent_length(self.length, index)
         view, at = into[:size], 0
         try:
             while at < size:
@@ -66,9 +66,9 @@ class FileSource:
         """The raw hashes of all extents, one after the other."""
 
         def digest(index: int) -> bytes:
-            size = format.extent_length(self.length, index)
+            size = layout.extent_length(self.length, index)
             if self.hole(index):
-                return format.zero_hash(size)
+                return layout.zero_hash(size)
             return blake3(self.read(index, memoryview(bytearray(size)))).digest()
 
         with ThreadPoolExecutor(threads) as pool:
@@ -76,7 +76,7 @@ class FileSource:
 
     def root(self, threads: int) -> bytes:
         """Its root hash, which is its name as a base."""
-        return format.root_of(self.length, self.hashes(threads))
+        return layout.root_of(self.length, self.hashes(threads))
 
     def close(self) -> None:
         os.close(self._fd)

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from . import keys
 from .errors import KeyRefused, Unauthentic
-from .format import ENCODED_MAX, HASH
+from .layout import ENCODED_MAX, HASH
 
 RECORD = struct.Struct("<B3sIQI")
 """Type, padding, bytes that follow (with the tag), extent, attempt."""
@@ -132,11 +132,7 @@ def call(address: tuple[str, int], key: bytes, transfer: bytes) -> Stream:
         hello = keys.Hello(key, transfer, sender=True)
         mine = hello.message()
         sock.sendall(mine)
-        try:
-            theirs = read_exactly(sock, keys.HELLO)
-        except ConnectionResetError:
-            raise KeyRefused("hello: the other end closed the stream; have both the same key?") from None
-        seals = hello.finish(mine, theirs)
+        seals = hello.finish(mine, read_exactly(sock, keys.HELLO))
     except BaseException:
         sock.close()
         raise
@@ -148,7 +144,12 @@ def answer(sock: socket.socket, key: bytes) -> tuple[Stream, bytes]:
     sock.settimeout(HELLO_S)
     tune(sock)
     theirs = read_exactly(sock, keys.HELLO)
-    transfer, _ = keys.check_hello(key, theirs, b"", sender=True)
+    try:
+        transfer, _ = keys.check_hello(key, theirs, b"", sender=True)
+    except KeyRefused:
+        # With another key our hello tells the other end just that, and that at once.
+        sock.sendall(keys.Hello(key, bytes(keys.TRANSFER_ID), sender=False).message(theirs))
+        raise
     hello = keys.Hello(key, transfer, sender=False)
     mine = hello.message(theirs)
     sock.sendall(mine)

@@ -25,7 +25,7 @@ class Cpu:
     def constant(self, pages: Words) -> Flags:
         # A glance at three words rules out nearly every page that is not constant.
         first = pages[:, 0]
-        found = (first == pages[:, 511]) & (first == pages[:, 129])
+        found: Flags = (first == pages[:, 511]) & (first == pages[:, 129])
         maybe = np.flatnonzero(found)
         if len(maybe):
             chosen = pages if len(maybe) == len(pages) else pages[maybe]
@@ -34,7 +34,7 @@ class Cpu:
         return found
 
     def equal(self, pages: Words, others: Words) -> Flags:
-        found = (pages[:, 0] == others[:, 0]) & (pages[:, 511] == others[:, 511]) & (pages[:, 200] == others[:, 200])
+        found: Flags = (pages[:, 0] == others[:, 0]) & (pages[:, 511] == others[:, 511]) & (pages[:, 200] == others[:, 200])
         maybe = np.flatnonzero(found)
         if len(maybe) == len(pages):
             return np.asarray(~np.bitwise_xor(pages, others).any(axis=1))

@@ -10,7 +10,7 @@ import pytest
 
 from gpu_migration import keys, sender, wire
 from gpu_migration.errors import DestinationError, KeyRefused, MigrationError, Refused, SourceError, TransferLost
-from gpu_migration.format import EXTENT, PAGE
+from gpu_migration.layout import EXTENT, PAGE
 from gpu_migration.receiver import Received, Receiver, add_base
 from gpu_migration.sender import Sender, Sent
 from gpu_migration.sources import FileSource

@@ -9,9 +9,9 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_migration import choice, codecs, extents, format
+from gpu_migration import choice, codecs, extents, layout
 from gpu_migration.errors import BaseMismatch, FormatError, HashMismatch, MigrationError
-from gpu_migration.format import EXTENT, HEADER, IN_BASE, PAGE, Page
+from gpu_migration.layout import EXTENT, HEADER, IN_BASE, PAGE, Page
 from gpu_migration.transforms import Flags, Words
 from gpu_migration.transforms.cpu import CPU
 
@@ -44,7 +44,7 @@ BACK_ENDS = (CPU, Plain())
 
 def decoded(encoded: bytes, **kwargs: object) -> bytes:
     out = memoryview(bytearray(EXTENT))
-    extent = format.unpack(encoded)
+    extent = layout.unpack(encoded)
     extents.decode(extent, out, **kwargs)  # type: ignore[arg-type]
     return bytes(out[: extent.raw_length])
 
@@ -61,8 +61,8 @@ def test_every_encoder_is_read_by_the_decoder(coder: str, data: bytes, seed: int
     for back_end in BACK_ENDS:
         encoded = encode(data, coder, 5, base, transforms=back_end)
         assert decoded(encoded.data, base=base) == data
-        assert sum(encoded.counts) == format.pages_of(len(data))
-        assert len(encoded.data) <= format.ENCODED_MAX
+        assert sum(encoded.counts) == layout.pages_of(len(data))
+        assert len(encoded.data) <= layout.ENCODED_MAX
 
 
 @given(data=contents(6), seed=st.integers(0, 99))
@@ -84,7 +84,7 @@ def test_a_delta_is_taken_only_where_it_is_smaller() -> None:
     little[100] ^= 5
     text = (b"the quick brown fox " * 300)[:PAGE]
     encoded = encode(bytes(little) + text, base=before + rng.randbytes(PAGE))
-    assert format.unpack(encoded.data).classes.tolist() == [Page.DELTA, Page.CODED]
+    assert layout.unpack(encoded.data).classes.tolist() == [Page.DELTA, Page.CODED]
 
 
 @given(data=contents(5), at=st.integers(0, 10**6), bit=st.integers(0, 7))
@@ -92,20 +92,20 @@ def test_a_flipped_bit_is_always_seen(data: bytes, at: int, bit: int) -> None:
     encoded = bytearray(encode(data).data)
     encoded[at % len(encoded)] ^= 1 << bit
     with pytest.raises(FormatError):
-        format.unpack(encoded)
+        layout.unpack(encoded)
 
 
 @given(data=contents(5), cut=st.integers(0, 10**6))
 def test_a_truncated_extent_is_refused(data: bytes, cut: int) -> None:
     encoded = encode(data).data
     with pytest.raises(FormatError):
-        format.unpack(encoded[: cut % len(encoded)])
+        layout.unpack(encoded[: cut % len(encoded)])
 
 
 @given(st.binary(max_size=300))
 def test_garbage_is_refused(garbage: bytes) -> None:
     with pytest.raises(FormatError):
-        format.unpack(garbage)
+        layout.unpack(garbage)
 
 
 def forged(data: bytes) -> bytes:
@@ -182,7 +182,7 @@ def test_references_to_pages_elsewhere() -> None:
     classes = np.array([Page.DUP], np.uint8)
 
     def of(reference: int, index: int = 3) -> bytes:
-        return format.pack(index, 0, PAGE, blake3(data).digest(), classes, none, np.array([reference], np.uint64), b"", b"")
+        return layout.pack(index, 0, PAGE, blake3(data).digest(), classes, none, np.array([reference], np.uint64), b"", b"")
 
     assert decoded(of(7), page_at=lambda number: data if number == 7 else None) == data
     assert decoded(of(7 | IN_BASE), base_at=lambda number: data if number == 7 else None) == data
@@ -204,7 +204,7 @@ def test_zero_extents_are_small_and_the_same_either_way() -> None:
 
 def test_root_depends_on_order_length_and_content() -> None:
     a, b = blake3(b"a").digest(), blake3(b"b").digest()
-    assert len({format.root_of(length, hashes) for length, hashes in product((2 * EXTENT, 2 * EXTENT - 1), (a + b, b + a, a + a))}) == 6
+    assert len({layout.root_of(length, hashes) for length, hashes in product((2 * EXTENT, 2 * EXTENT - 1), (a + b, b + a, a + a))}) == 6
 
 
 def test_the_choice_follows_the_wire() -> None:
