@@ -138,7 +138,7 @@ def test_a_receiver_that_dies_is_taken_up_again(image: Path, tmp_path: Path, at:
     with proxied(first) as proxy:
         proxy.plan(at, die)
         result: list[object] = []
-        sending = threading.Thread(target=lambda: result.append(send(image, proxy.address)))
+        sending = threading.Thread(target=lambda: result.append(send(image, proxy.address, codecs=("store",))))
         sending.start()
         assert died.wait(30)
         first.kill()
@@ -154,7 +154,7 @@ def test_a_sender_that_dies_is_taken_up_again(image: Path, tmp_path: Path) -> No
     with proxied(far) as proxy:
         proxy.plan(1_000_000, cut_all)
         source = FileSource(image)
-        first = Sender(source, KEY, proxy.address, transfer="t", patience=0.2)
+        first = Sender(source, KEY, proxy.address, transfer="t", patience=0.2, codecs=("store",))
         first.start()
         with contextlib.suppress(TransferLost):
             proxy._listener.close()  # nothing can be reached any more once it is cut
