@@ -30,7 +30,9 @@ SIZE = 24 * MIB - 777
 STEPS = (1, 60, 119, 121, 200, 400, 5_000, 300_000, 3_000_000, 8_000_000)
 """Bytes towards the receiver at which something happens: hello, opening, extents early and late."""
 LATE_S = 6
-"""Patience of ends of which none is started again before all is done: half of it tells a stream that lost bytes from a slow one."""
+"""Patience of ends of which one is killed when all is done: the other may be gone by then, as it should."""
+LOSS_S = 30
+"""Patience where bytes never come: a hello is given ten seconds, any other stream half of this, and then there is another."""
 END_S = 60
 """A move ends within that, or counts as hung."""
 
@@ -113,7 +115,7 @@ def killing(ends: Ends, side: str) -> Fault:
 
 def scenario(folder: Path, source: Path, what: str, at: int) -> dict[str, Any]:
     """One move with one fault; `at` 0: when the destination has become visible."""
-    ends = Ends(folder, source, END_S if at and what.startswith("kill") else LATE_S)
+    ends = Ends(folder, source, (END_S if what.startswith("kill") else LOSS_S) if at else LATE_S)
     watching = threading.Event()
     early: list[str] = []
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
