@@ -1,7 +1,7 @@
 """Which coder for which extent: the one with which the slowest stage is done soonest, by rates that were measured in this very transfer. Pure.
 
 A coder that is stronger takes longer on the processors and leaves less for the wire. The stages work side by side, so that an extent costs the most that it
-costs any of them. What a coder makes of an extent is guessed from a sample of it, coded by the quickest coder: the ratios of two coders on the same bytes go
+costs any of them, and a little for what does not overlap. What a coder makes of an extent is guessed from a sample of it, coded by the quickest coder: the ratios of two coders on the same bytes go
 together, and how is learnt from what really came out.
 """
 
@@ -12,6 +12,10 @@ from .codecs import BY_NAME, CODERS, Coder
 
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
+
+SERIAL = 0.2
+"""Share of the quicker stage that is not done beside the slower one: at the ends, and because both want the same memory and processors. Of two coders that would
+be done at the same time, it favours the one that leaves the other end less to do."""
 
 SAMPLE = 16 << 10
 """Bytes that are coded for a guess: four pages' worth, 1.5 % of an extent's cost."""
@@ -93,7 +97,8 @@ class Model:
         ratio = 1 + self.factors[name].value * max(0.0, guess - 1)
         out = plain / ratio
         processor = (size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value) / self.threads
-        return max(processor, out / self.wire_rate())
+        wire = out / self.wire_rate()
+        return max(processor, wire) + SERIAL * min(processor, wire)
 
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""
