@@ -1,1 +1,1 @@
-"""Room for the migration engine: pages, deltas and streams. Imports nothing of ours. Nothing is here yet."""
+"""The migration engine: moves files, disks and guest memory, encrypted, in parallel, resumable, committed at once. Imports nothing of ours."""

@@ -1,0 +1,7 @@
+"""`python -m gpu_migration`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

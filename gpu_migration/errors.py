@@ -1,0 +1,41 @@
+"""What can go wrong, by kind. The source is never harmed, and the destination is whole or absent, whichever of these is raised."""
+
+
+class MigrationError(Exception):
+    """The base of all; the text names the cause and the remedy."""
+
+
+class FormatError(MigrationError):
+    """An extent or a message does not follow the format: truncated, forged, of another version."""
+
+
+class HashMismatch(MigrationError):
+    """The bytes that came out are not those that went in."""
+
+
+class BaseMismatch(MigrationError):
+    """An extent refers to a base, and the base at this end is absent or is not what it says."""
+
+
+class KeyRefused(MigrationError):
+    """A key is missing, too short or readable by others; or the other end has another one."""
+
+
+class Unauthentic(MigrationError):
+    """A record was forged, changed, reordered or replayed."""
+
+
+class DestinationError(MigrationError):
+    """The destination cannot take the object: no space, it is there already, it cannot be written."""
+
+
+class SourceError(MigrationError):
+    """The source cannot be read, or it changes and no way of pausing it was given."""
+
+
+class TransferLost(MigrationError):
+    """The other end could not be reached for longer than the patience given."""
+
+
+class Refused(MigrationError):
+    """The other end refused, and says why."""

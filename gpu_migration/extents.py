@@ -1,0 +1,201 @@
+"""Encode an extent from its bytes, and decode it again. Pure: no input or output, no clock."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from . import codecs, layout
+from .errors import BaseMismatch, FormatError, HashMismatch
+from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
+from .transforms import Transforms, Words
+from .transforms.cpu import CPU
+
+Choose = Callable[[memoryview], codecs.Coder]
+"""From the bytes that are to be coded, the coder."""
+
+PageAt = Callable[[int], bytes | None]
+"""Bytes of a page of the object that this end has already, or of the base; None where it has not."""
+
+_DELTA_CODER = codecs.BY_NAME["zstd-fast"]
+"""What decides page by page whether a delta is smaller: quick, and the better the codec, the more alike its verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An encoded extent and what it was made of."""
+
+    data: bytes
+    raw_hash: bytes
+    counts: tuple[int, ...]
+    """Pages by class."""
+    plain: int
+    """Bytes that went into the codec."""
+    coded: int
+    """Bytes that came out."""
+    coder: str
+
+
+def as_pages(data: bytes | bytearray | memoryview) -> Words:
+    """The bytes as whole pages, padded with zeros where the last one is not; a view where it is."""
+    rest = len(data) % PAGE
+    if rest:
+        data = bytes(data) + bytes(PAGE - rest)
+    return np.frombuffer(data, np.uint64).reshape(-1, WORDS)
+
+
+def raw_hash(data: bytes | bytearray | memoryview) -> bytes:
+    """As in the format."""
+    return blake3(data).digest()
+
+
+def zero(index: int, raw_length: int) -> Encoded:
+    """The encoded extent of a hole."""
+    classes = np.zeros(layout.pages_of(raw_length), np.uint8)
+    digest, none = layout.zero_hash(raw_length), np.zeros(0, np.uint64)
+    return Encoded(layout.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
+
+
+def _duplicates(pages: Words, left: NDArray[np.intp], transforms: Transforms) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Of the pages left, those equal to an earlier one that is left: (page, earlier page). Every match of the signature is confirmed byte by byte."""
+    marks = transforms.signatures(pages)[left]
+    ordered = np.sort(marks)
+    if (ordered[1:] != ordered[:-1]).all():
+        return left[:0], left[:0]  # nearly always
+    _, first, inverse = np.unique(marks, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    maybe = np.flatnonzero(earlier != np.arange(len(left)))
+    if not len(maybe):
+        return left[:0], left[:0]
+    page, original = left[maybe], left[earlier[maybe]]
+    same = transforms.equal(pages[page], pages[original])
+    return page[same], original[same]
+
+
+def _deltas(pages: Words, base: Words, left: NDArray[np.intp], transforms: Transforms) -> NDArray[np.intp]:
+    """Of the pages left, those whose XOR with the base codes smaller than they do, each measured."""
+    mine, changed = np.ascontiguousarray(pages[left]), transforms.xor(pages[left], base[left])
+    smaller = [len(_DELTA_CODER.encode(changed[n])) < len(_DELTA_CODER.encode(mine[n])) for n in range(len(left))]
+    return left[np.array(smaller, np.bool_)]
+
+
+def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None, transforms: Transforms = CPU) -> Encoded:
+    """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long."""
+    raw_length = len(data)
+    if not 0 < raw_length <= EXTENT:
+        raise ValueError(f"an extent has 1 to {EXTENT} bytes, not {raw_length}")
+    pages = as_pages(data)
+    fills = pages[:, 0]
+    constant = transforms.constant(pages)
+    if constant.all() and not fills.any():
+        return zero(index, raw_length)  # most extents of a young guest: its hash is known
+    digest = blake3(data).digest()
+    classes = np.full(len(pages), Page.CODED, np.uint8)
+    classes[constant] = np.where(fills[constant] == 0, Page.ZERO, Page.CONST)
+    base_pages = as_pages(base) if base else None
+    if base_pages is not None:
+        base_pages = base_pages[: len(pages)]
+        shared = len(base_pages)
+        same = transforms.equal(pages[:shared], base_pages) & (classes[:shared] != Page.ZERO)
+        classes[:shared][same] = Page.UNCHANGED
+    left = np.flatnonzero(classes == Page.CODED)
+    original: NDArray[np.intp] = left[:0]
+    if len(left) > 1:
+        repeated, original = _duplicates(pages, left, transforms)
+        if len(repeated):
+            classes[repeated] = Page.DUP
+            left = np.flatnonzero(classes == Page.CODED)
+    if base_pages is not None and len(left):
+        classes[_deltas(pages, base_pages, left[left < len(base_pages)], transforms)] = Page.DELTA
+        left = np.flatnonzero(classes == Page.CODED)
+    whole = len(left) == len(pages)
+    if len(left):
+        dense = transforms.dense(pages if whole else pages[left])
+        if dense.any():
+            classes[left[dense]] = Page.RAW
+            left, whole = left[~dense], False
+    if whole:
+        plain = pages.data.cast("B")
+    else:
+        deltas = np.flatnonzero(classes == Page.DELTA)
+        parts = pages[left]
+        if len(deltas) and base_pages is not None:
+            parts = np.concatenate([parts, transforms.xor(pages[deltas], base_pages[deltas])])
+        plain = np.ascontiguousarray(parts).data.cast("B") if len(parts) else memoryview(b"")
+    coder, coded = codecs.CODERS[0], b""
+    if len(plain):
+        coder = choose(plain)
+        coded = coder.encode(plain)
+        if len(coded) >= len(plain):
+            coder, coded = codecs.CODERS[0], bytes(plain)
+    counts = np.bincount(classes, minlength=len(Page))
+    raw = pages[classes == Page.RAW].tobytes() if counts[Page.RAW] else b""
+    references = (original + index * layout.PAGES).astype(np.uint64)
+    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references, raw, coded)
+    return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
+
+
+def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> None:
+    """Fill the pages that are references."""
+    rows = np.flatnonzero(extent.classes == Page.DUP)
+    first = extent.index * layout.PAGES
+    here = (extent.references >= np.uint64(first)) & (extent.references < np.uint64(first + len(out)))
+    if here.any():
+        targets = (extent.references[here] - np.uint64(first)).astype(np.intp)
+        if (extent.classes[targets] == Page.DUP).any():
+            raise FormatError(f"extent {extent.index}: a reference to a page that is a reference itself")
+        out[rows[here]] = out[targets]
+    for row, reference in zip(rows[~here].tolist(), extent.references[~here].tolist(), strict=True):
+        of_base = bool(reference & IN_BASE)
+        number = reference & ~IN_BASE
+        source = base_at if of_base else page_at
+        found = source(number) if source is not None else None
+        if found is None:
+            if of_base:
+                raise BaseMismatch(f"extent {extent.index}: page {number} of the base is not here; send it without a base")
+            raise FormatError(f"extent {extent.index}: refers to page {number}, which is not here yet")
+        out[row] = np.frombuffer(found.ljust(PAGE, b"\0"), np.uint64)
+
+
+def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> None:
+    """Write the raw bytes of an extent to `out`, which has room for whole pages; they are there only if this returns.
+
+    Raises FormatError, BaseMismatch where the extent leans on a base that is not here or not the right one, HashMismatch otherwise.
+    """
+    count = len(extent.classes)
+    pages = np.frombuffer(out, np.uint64)[: count * WORDS].reshape(count, WORDS)
+    classes = extent.classes
+    leans = bool(((classes == Page.UNCHANGED) | (classes == Page.DELTA)).any())
+    base_pages = as_pages(base)[:count] if base and leans else None
+    if leans:
+        needed = int(np.flatnonzero((classes == Page.UNCHANGED) | (classes == Page.DELTA))[-1]) + 1
+        if base_pages is None or len(base_pages) < needed:
+            raise BaseMismatch(f"extent {extent.index}: it leans on a base that is not here; send it without a base")
+    plain = codecs.decode(extent.codec, extent.coded, extent.plain_length) if extent.plain_length else b""
+    coded = classes == Page.CODED
+    if coded.all():
+        pages[:] = np.frombuffer(plain, np.uint64).reshape(count, WORDS)
+    else:
+        rows = np.frombuffer(plain, np.uint64).reshape(-1, WORDS)
+        pages[classes == Page.ZERO] = 0
+        if len(extent.constants):
+            pages[classes == Page.CONST] = extent.constants[:, None]
+        if len(extent.raw):
+            pages[classes == Page.RAW] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
+        if len(rows):
+            split = int(np.count_nonzero(coded))
+            pages[coded] = rows[:split]
+            if base_pages is not None and split < len(rows):
+                deltas = np.flatnonzero(classes == Page.DELTA)
+                pages[deltas] = rows[split:] ^ base_pages[deltas]
+        if base_pages is not None:
+            unchanged = np.flatnonzero(classes == Page.UNCHANGED)
+            pages[unchanged] = base_pages[unchanged]
+        if len(extent.references):
+            _resolve(extent, pages, page_at, base_at)
+    if blake3(out[: extent.raw_length]).digest() != extent.raw_hash:
+        if leans or bool((extent.references & np.uint64(IN_BASE)).any()):
+            raise BaseMismatch(f"extent {extent.index}: with the base of this end other bytes come out; the base is not what it says")
+        raise HashMismatch(f"extent {extent.index}: other bytes came out than went in")

@@ -1,0 +1,174 @@
+"""The format: an object is cut into extents of 1 MiB, each encoded on its own, self-describing and with the hashes of what went in and of what is stored.
+
+An encoded extent, integers little-endian:
+
+    magic 4s "NVXT" | version u8 | codec u8 | page shift u8 | flags u8 | index u64 | raw length u32 | body length u32 | hash of raw 32 | hash of coded 32
+    body = page map (one byte a page, or one byte for all: flag UNIFORM) | constants u64 each | references u64 each | raw pages | coded section
+
+The lengths of constants, references, raw pages and of the decoded coded section follow from the page map. The coded section is the pages of class CODED, then
+those of DELTA as XOR with the base's page, in page order, in the codec of the header. A last page that is not whole is padded with zeros; the hash of raw
+covers the raw length only. The hash of coded covers the header before it and the body. Both are BLAKE3.
+
+A reference is a page of the object: of this extent (and then not itself a reference) or of one that the destination holds already; with bit 63 set, of the base.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from .errors import FormatError
+
+MAGIC = b"NVXT"
+VERSION = 1
+EXTENT = 1 << 20
+"""Bytes of an extent: large enough for the codec's ratio (+10 % over 64 KiB units), small enough to be resent without pain and to stay in a core's cache."""
+PAGE_SHIFT = 12
+PAGE = 1 << PAGE_SHIFT
+"""Bytes of a page: the guest's."""
+WORDS = PAGE // 8
+PAGES = EXTENT // PAGE
+UNIFORM = 1
+"""Flag: the page map is one byte, the class of all pages."""
+IN_BASE = 1 << 63
+"""Bit of a reference: a page of the base."""
+HASH = 32
+HEADER = struct.Struct("<4sBBBBQII32s32s")
+_BEFORE_CODED_HASH = HEADER.size - HASH
+ENCODED_MAX = HEADER.size + PAGES * 9 + EXTENT
+"""The largest encoded extent, bytes: every page raw, or a map and operands; coding that grows is not used."""
+OBJECT_MAX = 1 << 44
+"""Largest object, bytes: 16 TiB, a table of 512 MiB of hashes; a length beyond it is a mistake or an attack."""
+
+
+class Page(IntEnum):
+    """Class of a page, as in the page map."""
+
+    ZERO = 0
+    CONST = 1
+    UNCHANGED = 2
+    DUP = 3
+    DELTA = 4
+    RAW = 5
+    CODED = 6
+
+
+Map = NDArray[np.uint8]
+Words = NDArray[np.uint64]
+"""Pages as 64-bit words: shape (pages, 512)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """An encoded extent, taken apart but not decoded; the views lie in the bytes it was parsed from."""
+
+    index: int
+    codec: int
+    raw_length: int
+    raw_hash: bytes
+    classes: Map
+    """One a page."""
+    constants: Words
+    references: Words
+    raw: memoryview
+    coded: memoryview
+
+    @property
+    def plain_length(self) -> int:
+        """Bytes of the coded section once decoded."""
+        return (int(np.count_nonzero(self.classes == Page.CODED)) + int(np.count_nonzero(self.classes == Page.DELTA))) * PAGE
+
+
+def pages_of(length: int) -> int:
+    """Pages of so many bytes, the last one perhaps not whole."""
+    return (length + PAGE - 1) >> PAGE_SHIFT
+
+
+def extents_of(length: int) -> int:
+    """Extents of an object of so many bytes."""
+    return (length + EXTENT - 1) // EXTENT
+
+
+def extent_length(length: int, index: int) -> int:
+    """Raw bytes of one extent of an object."""
+    return min(EXTENT, length - index * EXTENT)
+
+
+def pack(index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map, constants: Words, references: Words, raw: bytes | memoryview, coded: bytes | memoryview) -> bytes:
+    """One encoded extent."""
+    first = int(classes[0])
+    uniform = bool((classes == first).all())
+    flags = UNIFORM if uniform else 0
+    page_map = bytes((first,)) if uniform else classes.tobytes()
+    parts = (page_map, constants.astype("<u8", copy=False).tobytes(), references.astype("<u8", copy=False).tobytes(), raw, coded)
+    length = sum(len(part) for part in parts)
+    before = HEADER.pack(MAGIC, VERSION, codec, PAGE_SHIFT, flags, index, raw_length, length, raw_hash, b"")[:_BEFORE_CODED_HASH]
+    digest = blake3(before)
+    for part in parts:
+        if len(part):
+            digest.update(part)
+    return b"".join((before, digest.digest(), *parts))
+
+
+def unpack(encoded: bytes | bytearray | memoryview) -> Extent:
+    """Take an encoded extent apart; every length and the hash of coded are checked. Raises FormatError."""
+    view = memoryview(encoded)
+    if len(view) < HEADER.size:
+        raise FormatError(f"extent: truncated, {len(view)} bytes are less than its header of {HEADER.size}; send it again")
+    magic, version, codec, shift, flags, index, raw_length, length, raw_hash, coded_hash = HEADER.unpack_from(view)
+    if magic != MAGIC:
+        raise FormatError("extent: wrong magic; these bytes are no encoded extent")
+    if version != VERSION:
+        raise FormatError(f"extent: version {version} is not {VERSION}; use the same release at both ends")
+    if shift != PAGE_SHIFT or flags & ~UNIFORM:
+        raise FormatError(f"extent {index}: page shift {shift} or flags {flags:#x} are unknown in version {VERSION}")
+    if index >= OBJECT_MAX // EXTENT:
+        raise FormatError(f"extent {index}: beyond the largest object")
+    if not 0 < raw_length <= EXTENT:
+        raise FormatError(f"extent {index}: raw length {raw_length} is not within 1 to {EXTENT}")
+    if length != len(view) - HEADER.size:
+        raise FormatError(f"extent {index}: truncated or padded, {len(view) - HEADER.size} bytes follow the header and {length} are promised")
+    if blake3(view[:_BEFORE_CODED_HASH]).update(view[HEADER.size :]).digest() != coded_hash:
+        raise FormatError(f"extent {index}: the hash of its coded bytes does not agree; it was damaged")
+    body, pages = view[HEADER.size :], pages_of(raw_length)
+    map_length = 1 if flags & UNIFORM else pages
+    if len(body) < map_length:
+        raise FormatError(f"extent {index}: its page map is truncated")
+    classes = np.frombuffer(body[:map_length], np.uint8)
+    if flags & UNIFORM:
+        classes = np.full(pages, classes[0], np.uint8)
+    counts = np.bincount(classes, minlength=len(Page))
+    if len(counts) > len(Page):
+        raise FormatError(f"extent {index}: page class {int(classes.max())} is unknown in version {VERSION}")
+    constants_end = map_length + 8 * int(counts[Page.CONST])
+    references_end = constants_end + 8 * int(counts[Page.DUP])
+    raw_end = references_end + PAGE * int(counts[Page.RAW])
+    if raw_end > len(body):
+        raise FormatError(f"extent {index}: its page map needs {raw_end} bytes and {len(body)} are there")
+    if bool(counts[Page.CODED] or counts[Page.DELTA]) != (raw_end < len(body)):
+        raise FormatError(f"extent {index}: coded pages without a coded section, or the other way round")
+    return Extent(
+        index, codec, raw_length, bytes(raw_hash), classes, np.frombuffer(body[map_length:constants_end], "<u8"), np.frombuffer(body[constants_end:references_end], "<u8"),
+        body[references_end:raw_end], body[raw_end:],
+    )
+
+
+def root_of(length: int, hashes: bytes | bytearray | memoryview) -> bytes:
+    """The root hash of an object: its length, the extent size and the raw hashes of its extents in order."""
+    return blake3(b"novacron object 1\0" + struct.pack("<QI", length, EXTENT)).update(hashes).digest()
+
+
+_ZERO_HASHES: dict[int, bytes] = {}
+
+
+def zero_hash(length: int) -> bytes:
+    """Raw hash of an extent of zeros."""
+    found = _ZERO_HASHES.get(length)
+    if found is None:
+        found = _ZERO_HASHES[length] = blake3(bytes(length)).digest()
+        if len(_ZERO_HASHES) > 64:  # odd last extents of many objects
+            _ZERO_HASHES.clear()
+    return found

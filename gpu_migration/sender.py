@@ -1,0 +1,441 @@
+"""The sending end: encoders fill a bounded queue, streams empty it, the ledger knows what is where. The source is only read."""
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from . import choice, extents, keys, layout, wire
+from .codecs import Coder
+from .errors import FormatError, HashMismatch, KeyRefused, MigrationError, Refused, SourceError, TransferLost, Unauthentic
+from .flow import STEP_S, Bounded, Meter, Pace, Streams
+from .layout import EXTENT, HASH, Page
+from .ledger import Ledger
+from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
+from .sources import FileSource
+from .wire import Kind
+
+STREAMS_AT_FIRST = 2
+"""One may wait for an acknowledgement while the other sends."""
+RETRY_S = (0.05, 2.0)
+"""Seconds between two attempts to connect, at first and at most; doubled, with jitter."""
+STALL_S = 30.0
+"""A stream on which nothing moved for so long is made anew: the other end, or what is between, vanished without a word."""
+DRAIN_S = 5.0
+"""Seconds in which what is on its way on a stream that is no longer needed should be acknowledged."""
+LEARN_FROM = 64 << 10
+"""Bytes coded at once from which the time that it took says something of the coder."""
+FAREWELL_S = 1.0
+"""Seconds in which a stream must be had for the farewell."""
+HANDSHAKES_MOST = 5
+"""Handshakes that may fail before the very first that succeeds: a damaged one is rare, another key fails every time."""
+RESCANS_MOST = 8
+"""Passes over a source that changes before giving up: each is a read of the whole."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """What came of it. Bytes are those of the sockets, headers and tags too."""
+
+    root: bytes
+    length: int
+    seconds: float
+    wire_bytes: int
+    pages: dict[str, int]
+    """By class, resends too."""
+    coders: dict[str, int]
+    """Extents by coder."""
+    skipped: int
+    """Extents that the destination held already."""
+    resent: int
+    streams: int
+    """At the end."""
+    cuts: int
+    passes: int
+    high_water: int
+    """Bytes of the queue at its fullest."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Bytes a second, as measured: scan and codecs on one thread, the wire altogether."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An encoded extent that waits for a stream."""
+
+    index: int
+    encoded: extents.Encoded
+
+
+class Sender:
+    """Sends one object. `run` does all; `start`, `pass_over`, `commit` and `close` are its steps, for who moves a thing that lives."""
+
+    def __init__(
+        self, source: FileSource, key: bytes, address: tuple[str, int], *, transfer: str = "", base: FileSource | None = None, codecs: Sequence[str] = choice.FREE,
+        threads: int = 0, streams: tuple[int, int] = (STREAMS_AT_FIRST, STREAMS_MOST), limit: float = 0.0, patience: float = PATIENCE_S,
+    ) -> None:
+        """`streams`: at first and at most; `limit`: bytes a second, 0: none."""
+        if not 1 <= streams[0] <= streams[1] <= STREAMS_MOST:
+            raise ValueError(f"streams: {streams[0]} at first and {streams[1]} at most are not within 1 to {STREAMS_MOST}")
+        self._source, self._key, self._address, self._base, self._patience = source, key, address, base, patience
+        self._transfer = blake3((transfer or source.path.name).encode()).digest(keys.TRANSFER_ID)
+        self._session = os.urandom(16)
+        self._threads = threads or max(1, os.cpu_count() or 1)
+        self._model = choice.Model(self._threads, codecs, limit=limit)
+        self._pace = Pace(limit)
+        self._meter = Meter()
+        self._streams = Streams(streams[1], streams[0])
+        self._queue: Bounded[_Ready] = Bounded()
+        self._ledger = Ledger(source.extents)
+        self._base_root = wire.NOTHING
+        self._base_there = False
+        self._stop = threading.Event()
+        self._stops: list[threading.Event] = []
+        self._workers: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._live: dict[int, wire.Stream] = {}
+        self._committed: bytes | None = None
+        self._committing = threading.Event()
+        self._last_live = time.monotonic()
+        self._pages = [0] * len(Page)
+        self._coders: Counter[str] = Counter()
+        self._skipped = self._resent = self._cuts = self._passes = self._numbers = 0
+        self._began = time.monotonic()
+
+    # The steps.
+
+    def run(self, *, changing: bool = False) -> Sent:
+        """Everything; `changing`: pass again until a pass finds nothing new. Raises MigrationError."""
+        try:
+            self.start()
+            if self._committed is None:
+                self.pass_over()
+                if changing:
+                    for _ in range(RESCANS_MOST):
+                        before = self._meter.bytes
+                        self.pass_over()
+                        if self._meter.bytes == before:
+                            break
+                    else:
+                        raise SourceError(f"source {self._source.path}: it still changes after {RESCANS_MOST} passes; pause who writes it")
+            return self.commit()
+        finally:
+            self.close()
+
+    def start(self) -> None:
+        """Connect, learn what is there already, and start the threads."""
+        if self._base is not None:
+            self._base_root = self._base.root(self._threads)
+        stream = self._connect_patiently()
+        if self._committed is not None:
+            root = self._source.root(self._threads)
+            try:
+                if root == self._committed:
+                    stream.send(Kind.BYE)
+            except OSError:
+                pass
+            stream.close()
+            if root != self._committed:
+                raise Refused("the destination has committed another state under this transfer's name; give another --transfer")
+            return
+        for n in range(self._threads):
+            self._spawn(self._encode, f"encode-{n}")
+        self._add_stream(stream)
+        while len(self._stops) < self._streams.count:
+            self._add_stream(None)
+
+    def pass_over(self) -> None:
+        """Bring every extent that the destination does not hold as it is now; returns when all are acknowledged."""
+        self._passes += 1
+        self._ledger.begin(range(self._source.extents))
+        looked, sent, busy = time.monotonic(), self._meter.bytes, self._meter.busy
+        while not self._ledger.wait(STEP_S):
+            now = time.monotonic()
+            with self._lock:
+                if self._live:
+                    self._last_live = now
+            if now - self._last_live > self._patience:
+                raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: out of reach for {self._patience:g} s; run it again, what has arrived is kept")
+            if now - looked >= STEP_S:
+                count = self._streams.look((self._meter.bytes - sent) / (now - looked), (self._meter.busy - busy) / (now - looked))
+                looked, sent, busy = now, self._meter.bytes, self._meter.busy
+                self._resize(count)
+
+    def commit(self) -> Sent:
+        """Let the destination become visible; returns once it is."""
+        root = self._committed
+        if root is None:
+            known = self._ledger.known
+            root = layout.root_of(self._source.length, b"".join(known[index] for index in range(self._source.extents)))
+            self._commit(root)
+        seconds = time.monotonic() - self._began
+        rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}
+        rates.update({name: 1 / mean.value for name, mean in self._model.seconds.items() if mean.known})
+        return Sent(
+            root, self._source.length, seconds, self._meter.bytes, {kind.name.lower(): self._pages[kind] for kind in Page}, dict(self._coders), self._skipped, self._resent,
+            self._streams.count, self._cuts, self._passes, self._queue.peak, {name: round(rate / 1e9, 3) for name, rate in rates.items()},
+        )
+
+    def _commit(self, root: bytes) -> None:
+        end = time.monotonic() + self._patience
+        while time.monotonic() < end:
+            with self._lock:
+                stream = next(iter(self._live.values()), None)
+            if stream is None:
+                # Streams reconnect by themselves, and learn by the way whether it was committed.
+                self._committing.wait(RETRY_S[0])
+            else:
+                try:
+                    stream.send(Kind.COMMIT, root)
+                    self._committing.wait(1.0)
+                except OSError:
+                    pass
+            self._ledger.wait(0)  # raises what went wrong
+            if self._committed is not None:
+                if self._committed != root:
+                    raise HashMismatch("commit: the destination committed another root")
+                self._farewell()
+                return
+        raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: no answer to the commit; run it again to learn whether it took place")
+
+    def _farewell(self) -> None:
+        """Spare the receiver its wait for our question; it does without, if need be."""
+        end = time.monotonic() + FAREWELL_S
+        while time.monotonic() < end:
+            with self._lock:
+                stream = next(iter(self._live.values()), None)
+            if stream is not None:
+                try:
+                    stream.send(Kind.BYE)
+                    return
+                except OSError:
+                    pass
+            self._stop.wait(RETRY_S[0])
+
+    def close(self) -> None:
+        """End every thread and stream."""
+        self._stop.set()
+        self._ledger.close()
+        self._queue.close()
+        for stop in self._stops:
+            stop.set()
+        with self._lock:
+            streams = list(self._live.values())
+        for stream in streams:
+            stream.close()
+        for worker in self._workers:
+            worker.join()
+
+    # Threads.
+
+    def _spawn(self, target: Callable[..., None], name: str, *arguments: object) -> None:
+        def guarded() -> None:
+            try:
+                target(*arguments)
+            except MigrationError as error:
+                self._ledger.fail(error)
+            except Exception as error:  # a fault of ours ends the transfer, never hangs it
+                self._ledger.fail(MigrationError(f"send: {type(error).__name__}: {error}"))
+
+        worker = threading.Thread(target=guarded, daemon=True, name=name)
+        self._workers.append(worker)
+        worker.start()
+
+    def _encode(self) -> None:
+        """Take extents, encode them, queue them."""
+        scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
+        while (index := self._ledger.take()) is not None:
+            known = self._ledger.known.get(index)
+            began = time.thread_time()
+            if self._source.hole(index):
+                size = layout.extent_length(self._source.length, index)
+                if known == layout.zero_hash(size):
+                    self._hold(index)
+                    continue
+                encoded = extents.zero(index, size)
+            else:
+                data = self._source.read(index, scratch)
+                if known is not None and extents.raw_hash(data) == known:
+                    self._hold(index)
+                    continue
+                base = None
+                if self._base is not None and self._base_there and index not in self._ledger.plain and index < self._base.extents:
+                    base = self._base.read(index, base_scratch)
+                guess, chosen_at = 1.0, 0.0
+
+                def choose(plain: memoryview, began: float = began, size: int = len(data)) -> Coder:
+                    nonlocal guess, chosen_at
+                    self._model.scanned(size, time.thread_time() - began)
+                    guess = choice.guess_of(plain)
+                    coder = self._model.choose(size, len(plain), guess)
+                    chosen_at = time.thread_time()
+                    return coder
+
+                encoded = extents.encode(index, data, choose, base=base)
+                if encoded.plain >= LEARN_FROM:  # less says more about the overhead
+                    self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
+            if not self._queue.put(_Ready(index, encoded), len(encoded.data)):
+                return
+
+    def _hold(self, index: int) -> None:
+        with self._lock:
+            self._skipped += 1
+        self._ledger.held(index)
+
+    def _send(self, number: int, stop: threading.Event, stream: wire.Stream | None) -> None:
+        """One stream's life: connect, send what comes next, connect again when it was cut."""
+        while not stop.is_set():
+            try:
+                stream = stream or self._connect_patiently(stop)
+            except TransferLost:
+                if stop.is_set():
+                    return
+                raise
+            with self._lock:
+                if stop.is_set():
+                    stream.close()
+                    return
+                self._live[number] = stream
+                self._last_live = time.monotonic()
+            cut = threading.Event()
+            reader = threading.Thread(target=self._acks, args=(stream, number, cut, stop), daemon=True, name=f"acks-{number}")
+            reader.start()
+            while not stop.is_set() and not cut.is_set():
+                ready = self._queue.get(cut)
+                if ready is None:
+                    break
+                if stop.is_set() and not self._stop.is_set():
+                    self._ledger.back(ready.index)
+                    break
+                self._put_out(stream, number, ready, cut)
+            if stop.is_set() and not cut.is_set():
+                self._ledger.drain(number, DRAIN_S)
+            stream.close()  # what was on its way still is sent once more by another
+            reader.join()
+            with self._lock:
+                self._live.pop(number, None)
+                self._last_live = time.monotonic()
+                if not stop.is_set():
+                    self._cuts += 1
+                self._resent += self._ledger.lost(number)
+            stream = None
+            if self._committed is not None:
+                return
+
+    def _put_out(self, stream: wire.Stream, number: int, ready: _Ready, cut: threading.Event) -> None:
+        encoded = ready.encoded
+        wait = self._pace.due(len(encoded.data), time.monotonic())
+        if wait:
+            self._stop.wait(wait)
+        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash)
+        self._meter.start()
+        began, size = time.thread_time(), 0
+        try:
+            size = stream.send(Kind.EXTENT, encoded.data, ready.index, attempt)
+        except OSError:
+            cut.set()  # the ledger gives it to another stream
+        finally:
+            found = self._meter.stop(size)
+        with self._lock:
+            for kind, count in enumerate(encoded.counts):
+                self._pages[kind] += count
+            self._coders[encoded.coder] += 1
+        if found is not None:
+            self._model.sent(*found)
+        if size >= LEARN_FROM:
+            self._model.shipped(size, time.thread_time() - began)
+
+    def _acks(self, stream: wire.Stream, number: int, cut: threading.Event, stop: threading.Event) -> None:
+        """What the receiver says on a stream, until it ends."""
+        try:
+            while True:
+                kind, index, attempt, payload = stream.receive()
+                if kind == Kind.ACK:
+                    self._ledger.acked(index, attempt)
+                elif kind == Kind.NAK:
+                    self._ledger.refused(index, attempt)
+                elif kind == Kind.COMMITTED:
+                    self._committed = bytes(payload)
+                    self._committing.set()
+                elif kind == Kind.REFUSED:
+                    raise Refused(f"the destination refuses: {bytes(payload[:TEXT_MOST]).decode(errors='replace')}")
+                else:
+                    raise FormatError(f"stream: a record of kind {kind} is not for a sender")
+        except (OSError, Unauthentic, FormatError):
+            pass  # given up; another stream takes its place, with keys of its own
+        except MigrationError as error:
+            self._ledger.fail(error)
+        finally:
+            cut.set()
+            self._queue.wake()
+
+    # Connections.
+
+    def _add_stream(self, stream: wire.Stream | None) -> None:
+        stop = threading.Event()
+        self._stops.append(stop)
+        self._numbers += 1
+        self._spawn(self._send, f"stream-{self._numbers}", self._numbers, stop, stream)
+
+    def _resize(self, count: int) -> None:
+        """So many streams."""
+        while len(self._stops) < count:
+            self._add_stream(None)
+        while len(self._stops) > count:
+            self._stops.pop().set()
+            self._queue.wake()
+
+    def _connect(self) -> wire.Stream:
+        """One stream, opened: raises OSError where it cannot be had now, MigrationError where it never will."""
+        stream = wire.call(self._address, self._key, self._transfer)
+        try:
+            stream.send(Kind.OPEN, wire.OPEN.pack(self._session, self._source.length, self._base_root))
+            first = not self._live
+            while True:
+                kind, start, _, payload = stream.receive()
+                if kind == Kind.ACCEPT and len(payload) == wire.ACCEPT.size:
+                    there, committed = wire.ACCEPT.unpack(payload)
+                    self._base_there = bool(there)
+                    if committed != wire.NOTHING:
+                        self._committed = committed
+                        self._committing.set()
+                elif kind == Kind.CLAIMS and not len(payload):
+                    break
+                elif kind == Kind.CLAIMS and len(payload) % HASH == 0:
+                    if first and self._passes == 0:
+                        self._learn(start, bytes(payload))
+                elif kind == Kind.REFUSED:
+                    raise Refused(f"the destination refuses: {bytes(payload[:TEXT_MOST]).decode(errors='replace')}")
+                else:
+                    raise FormatError("stream: the destination's first records are not understood")
+            stream.timeout(min(STALL_S, self._patience / 2))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _learn(self, start: int, claims: bytes) -> None:
+        for n in range(len(claims) // HASH):
+            claim = claims[n * HASH : (n + 1) * HASH]
+            if claim != wire.NOTHING and start + n < self._source.extents:
+                self._ledger.known[start + n] = claim
+
+    def _connect_patiently(self, stop: threading.Event | None = None) -> wire.Stream:
+        """Until it can be had, for as long as the patience lasts."""
+        began, wait, failed = time.monotonic(), RETRY_S[0], 0
+        stop = stop or self._stop
+        while True:
+            try:
+                return self._connect()
+            except (OSError, Unauthentic, KeyRefused) as error:
+                failed += isinstance(error, KeyRefused)
+                if failed >= HANDSHAKES_MOST and not self._passes:
+                    raise
+                if time.monotonic() - began > self._patience or stop.is_set():
+                    raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: out of reach for {self._patience:g} s ({error}); run it again, what has arrived is kept") from None
+            stop.wait(wait * (0.5 + random.random()))
+            wait = min(RETRY_S[1], wait * 2)

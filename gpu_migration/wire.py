@@ -1,0 +1,156 @@
+"""Records over a stream: a clear header that is authenticated with what it heads, then sealed bytes. Lengths are bounded before anything is read."""
+
+import socket
+import struct
+import threading
+from enum import IntEnum
+
+from . import keys
+from .errors import KeyRefused, Unauthentic
+from .layout import ENCODED_MAX, HASH
+
+RECORD = struct.Struct("<B3sIQI")
+"""Type, padding, bytes that follow (with the tag), extent, attempt."""
+PAYLOAD_MAX = ENCODED_MAX
+"""Bytes of a record's payload at the most: an encoded extent."""
+CLAIMS_MAX = PAYLOAD_MAX // HASH // 2
+"""Hashes in one record of claims at the most."""
+_SOCKET_BUFFER = 4 << 20
+"""Bytes that the kernel may hold of a stream each way: four extents, a round trip of 30 ms at 1 Gbit/s; the kernel may give less."""
+HELLO_S = 10.0
+"""Seconds for a handshake: what cannot finish it holds a place of the few."""
+
+
+class Kind(IntEnum):
+    """Type of a record."""
+
+    OPEN = 1
+    """Sender: session 16, length u64, root of the base 32 (zeros: none)."""
+    ACCEPT = 2
+    """Receiver: base is here u8, committed root 32 (zeros: not committed)."""
+    CLAIMS = 3
+    """Receiver: hashes of what it holds, from `extent` on, zeros where it holds nothing. The last record is empty."""
+    EXTENT = 4
+    """Sender: an encoded extent."""
+    ACK = 5
+    """Receiver: that attempt of that extent is written."""
+    NAK = 6
+    """Receiver: the base did not do for that attempt of that extent; send it without."""
+    COMMIT = 7
+    """Sender: root 32 of the whole."""
+    COMMITTED = 8
+    """Receiver: the object is in its place."""
+    REFUSED = 9
+    """Either: text; the transfer ends."""
+    BYE = 10
+    """Sender: it has understood that the transfer is done."""
+
+
+OPEN = struct.Struct("<16sQ32s")
+ACCEPT = struct.Struct("<B32s")
+NOTHING = bytes(HASH)
+
+
+class Stream:
+    """One connection after its handshake. Sending and receiving may be on two threads; each is by one at a time."""
+
+    def __init__(self, sock: socket.socket, seals: keys.Seals) -> None:
+        self._socket = sock
+        self._seals = seals
+        self._sending = threading.Lock()
+        self._out = memoryview(bytearray(RECORD.size + PAYLOAD_MAX + keys.TAG))
+        self._in = memoryview(bytearray(PAYLOAD_MAX + keys.TAG))
+        self._plain = memoryview(bytearray(PAYLOAD_MAX))
+        self._header = bytearray(RECORD.size)
+
+    def send(self, kind: Kind, payload: bytes | memoryview = b"", extent: int = 0, attempt: int = 0) -> int:
+        """Seal and send a record; the bytes that went out. Raises OSError where the stream is gone."""
+        size = len(payload) + keys.TAG
+        header = RECORD.pack(kind, b"", size, extent, attempt)
+        end = RECORD.size + size
+        with self._sending:
+            self._out[: RECORD.size] = header
+            self._seals.out.seal(header, payload, self._out[RECORD.size : end])
+            self._socket.sendall(self._out[:end])
+        return end
+
+    def _fill(self, view: memoryview) -> None:
+        at = 0
+        while at < len(view):
+            count = self._socket.recv_into(view[at:])
+            if not count:
+                raise ConnectionResetError("the other end closed the stream")
+            at += count
+
+    def receive(self) -> tuple[int, int, int, memoryview]:
+        """Kind, extent, attempt and payload of the next record; the payload holds until the next call. Raises OSError, Unauthentic."""
+        self._fill(memoryview(self._header))
+        kind, _, size, extent, attempt = RECORD.unpack(self._header)
+        if not keys.TAG <= size <= PAYLOAD_MAX + keys.TAG:
+            raise Unauthentic(f"stream: a record of {size} bytes is not within {keys.TAG} to {PAYLOAD_MAX + keys.TAG}; the stream is given up")
+        self._fill(self._in[:size])
+        plain = self._plain[: size - keys.TAG]
+        self._seals.into.open(bytes(self._header), self._in[:size], plain)
+        return kind, extent, attempt, plain
+
+    def timeout(self, seconds: float | None) -> None:
+        """For both ways."""
+        self._socket.settimeout(seconds)
+
+    def close(self) -> None:
+        """End the stream; a thread that waits on it wakes."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+
+def tune(sock: socket.socket) -> None:
+    """No delay for acknowledgements, and room for extents on their way."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes, for a hello; raises OSError."""
+    out = bytearray()
+    while len(out) < size:
+        part = sock.recv(size - len(out))
+        if not part:
+            raise ConnectionResetError("the other end closed the stream during the handshake")
+        out += part
+    return bytes(out)
+
+
+def call(address: tuple[str, int], key: bytes, transfer: bytes) -> Stream:
+    """Connect to a receiver and shake hands. Raises OSError, KeyRefused."""
+    sock = socket.create_connection(address, HELLO_S)
+    try:
+        tune(sock)
+        hello = keys.Hello(key, transfer, sender=True)
+        mine = hello.message()
+        sock.sendall(mine)
+        seals = hello.finish(mine, read_exactly(sock, keys.HELLO))
+    except BaseException:
+        sock.close()
+        raise
+    return Stream(sock, seals)
+
+
+def answer(sock: socket.socket, key: bytes) -> tuple[Stream, bytes]:
+    """Shake hands with a sender; the stream and the transfer's id. Raises OSError, KeyRefused."""
+    sock.settimeout(HELLO_S)
+    tune(sock)
+    theirs = read_exactly(sock, keys.HELLO)
+    try:
+        transfer, _ = keys.check_hello(key, theirs, b"", sender=True)
+    except KeyRefused:
+        # With another key our hello tells the other end just that, and that at once.
+        sock.sendall(keys.Hello(key, bytes(keys.TRANSFER_ID), sender=False).message(theirs))
+        raise
+    hello = keys.Hello(key, transfer, sender=False)
+    mine = hello.message(theirs)
+    sock.sendall(mine)
+    return Stream(sock, hello.finish(mine, theirs)), transfer

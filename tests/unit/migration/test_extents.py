@@ -1,0 +1,234 @@
+"""The format: whatever any encoder makes, any decoder reads; whatever is no extent of ours is refused, by name, and nothing comes of it."""
+
+import random
+from itertools import product
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_migration import choice, codecs, extents, layout
+from gpu_migration.errors import BaseMismatch, FormatError, HashMismatch, MigrationError
+from gpu_migration.layout import EXTENT, HEADER, IN_BASE, PAGE, Page
+from gpu_migration.transforms import Flags, Words
+from gpu_migration.transforms.cpu import CPU
+
+from .memory import changed, contents, memory
+
+
+class Plain:
+    """The transforms by plain loops over bytes: slow and obviously right; the measure of every back end."""
+
+    name = "plain"
+
+    def constant(self, pages: Words) -> Flags:
+        return np.array([len(set(row.tolist())) == 1 for row in pages], np.bool_)
+
+    def equal(self, pages: Words, others: Words) -> Flags:
+        return np.array([one.tobytes() == other.tobytes() for one, other in zip(pages, others, strict=True)], np.bool_)
+
+    def xor(self, pages: Words, others: Words) -> Words:
+        return np.array([[a ^ b for a, b in zip(one.tolist(), other.tolist(), strict=True)] for one, other in zip(pages, others, strict=True)], np.uint64).reshape(-1, 512)
+
+    def signatures(self, pages: Words) -> Words:
+        return np.array([int.from_bytes(blake3(row.tobytes()).digest(8), "little") for row in pages], np.uint64)
+
+    def dense(self, pages: Words) -> Flags:
+        return np.array([len(set(row.tobytes()[17::61][:64])) >= 52 for row in pages], np.bool_)
+
+
+BACK_ENDS = (CPU, Plain())
+
+
+def decoded(encoded: bytes, **kwargs: object) -> bytes:
+    out = memoryview(bytearray(EXTENT))
+    extent = layout.unpack(encoded)
+    extents.decode(extent, out, **kwargs)  # type: ignore[arg-type]
+    return bytes(out[: extent.raw_length])
+
+
+def encode(data: bytes, coder: str = "lz4", index: int = 0, base: bytes | None = None, **kwargs: object) -> extents.Encoded:
+    return extents.encode(index, data, lambda _: codecs.BY_NAME[coder], base=base, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("coder", [coder.name for coder in codecs.CODERS])
+@given(data=contents(), seed=st.integers(0, 99), with_base=st.booleans())
+@settings(max_examples=25)
+def test_every_encoder_is_read_by_the_decoder(coder: str, data: bytes, seed: int, with_base: bool) -> None:
+    base = changed(data, seed) if with_base else None
+    for back_end in BACK_ENDS:
+        encoded = encode(data, coder, 5, base, transforms=back_end)
+        assert decoded(encoded.data, base=base) == data
+        assert sum(encoded.counts) == layout.pages_of(len(data))
+        assert len(encoded.data) <= layout.ENCODED_MAX
+
+
+@given(data=contents(6), seed=st.integers(0, 99))
+def test_back_ends_make_the_same_bytes(data: bytes, seed: int) -> None:
+    made = {encode(data, "lz4", 2, changed(data, seed), transforms=back_end).data for back_end in BACK_ENDS}
+    assert len(made) == 1
+
+
+def test_every_class_of_page_occurs() -> None:
+    data = memory(40, 3)
+    encoded = encode(changed(data, 4) + 2 * memory(1, 5, ("text",)), base=data)
+    assert all(encoded.counts[kind] for kind in Page), encoded.counts
+
+
+def test_a_delta_is_taken_only_where_it_is_smaller() -> None:
+    rng = random.Random(1)
+    before = rng.randbytes(PAGE)
+    little = bytearray(before)
+    little[100] ^= 5
+    text = (b"the quick brown fox " * 300)[:PAGE]
+    encoded = encode(bytes(little) + text, base=before + rng.randbytes(PAGE))
+    assert layout.unpack(encoded.data).classes.tolist() == [Page.DELTA, Page.CODED]
+
+
+@given(data=contents(5), at=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_always_seen(data: bytes, at: int, bit: int) -> None:
+    encoded = bytearray(encode(data).data)
+    encoded[at % len(encoded)] ^= 1 << bit
+    with pytest.raises(FormatError):
+        layout.unpack(encoded)
+
+
+@given(data=contents(5), cut=st.integers(0, 10**6))
+def test_a_truncated_extent_is_refused(data: bytes, cut: int) -> None:
+    encoded = encode(data).data
+    with pytest.raises(FormatError):
+        layout.unpack(encoded[: cut % len(encoded)])
+
+
+@given(st.binary(max_size=300))
+def test_garbage_is_refused(garbage: bytes) -> None:
+    with pytest.raises(FormatError):
+        layout.unpack(garbage)
+
+
+def forged(data: bytes) -> bytes:
+    """With its hash of coded made to agree, as one would who can."""
+    before, body = data[: HEADER.size - 32], data[HEADER.size :]
+    return before + blake3(before + body).digest() + body
+
+
+@given(data=contents(5), seed=st.integers(0, 2**32), count=st.integers(1, 5))
+@settings(max_examples=300)
+def test_a_forged_extent_with_the_right_hash_raises_or_gives_the_right_bytes(data: bytes, seed: int, count: int) -> None:
+    """The decoders see what only one with the key could send: still typed errors, never a wrong byte, never a crash."""
+    rng = random.Random(seed)
+    encoded = bytearray(encode(data, rng.choice(("lz4", "zstd-1", "deflate-1", "store"))).data)
+    for _ in range(count):
+        encoded[rng.choice((rng.randrange(len(encoded)), rng.randrange(min(len(encoded), 200))))] = rng.randrange(256)
+    try:
+        out = decoded(forged(bytes(encoded)), base=changed(data, 1))
+    except MigrationError:
+        return
+    assert blake3(out).digest() == HEADER.unpack_from(encoded)[8]
+
+
+def test_a_zstd_frame_that_claims_more_than_is_due_allocates_nothing() -> None:
+    bomb = codecs.BY_NAME["zstd-1"].encode(bytes(200 << 20))
+    with pytest.raises(FormatError, match="states"):
+        codecs.decode(codecs.ZSTD, bomb, PAGE)
+    with pytest.raises(FormatError):
+        codecs.decode(codecs.DEFLATE, codecs.BY_NAME["deflate-1"].encode(bytes(1 << 20)), PAGE)
+    with pytest.raises(FormatError):
+        codecs.decode(9, b"x", 1)
+
+
+def test_a_planted_collision_of_the_signature_changes_nothing() -> None:
+    """Two pages that differ where the signature does not look; and a back end whose signatures are all one."""
+    one = bytearray(memory(1, 5, ("text",)))
+    other = bytearray(one)
+    other[3000] ^= 1
+    data = bytes(one + other + one)
+    assert len(set(CPU.signatures(extents.as_pages(data)).tolist())) == 1
+    encoded = encode(data)
+    assert encoded.counts[Page.DUP] == 1 and decoded(encoded.data) == data
+
+    class Colliding(type(CPU)):  # type: ignore[misc]
+        def signatures(self, pages: Words) -> Words:
+            return np.zeros(len(pages), np.uint64)
+
+    many = memory(30, 6, ("text", "random"))
+    assert decoded(encode(many, transforms=Colliding()).data) == many
+
+
+def test_negative_control_a_signature_that_is_trusted_is_caught_by_the_hash() -> None:
+    class Trusting(type(CPU)):  # type: ignore[misc]
+        def equal(self, pages: Words, others: Words) -> Flags:
+            return np.ones(len(pages), np.bool_)
+
+    one = bytearray(memory(1, 5, ("text",)))
+    other = bytearray(one)
+    other[3000] ^= 1
+    with pytest.raises(HashMismatch):
+        decoded(encode(bytes(one + other), transforms=Trusting()).data)
+
+
+def test_a_base_that_is_not_what_it_says() -> None:
+    data = memory(12, 7)
+    encoded = encode(changed(data, 8), base=data)
+    for wrong in (changed(data, 9, 1.0), data[:PAGE], None):
+        with pytest.raises(BaseMismatch):
+            decoded(encoded.data, base=wrong)
+
+
+def test_references_to_pages_elsewhere() -> None:
+    data, none = memory(1, 11, ("text",)), np.zeros(0, np.uint64)
+    classes = np.array([Page.DUP], np.uint8)
+
+    def of(reference: int, index: int = 3) -> bytes:
+        return layout.pack(index, 0, PAGE, blake3(data).digest(), classes, none, np.array([reference], np.uint64), b"", b"")
+
+    assert decoded(of(7), page_at=lambda number: data if number == 7 else None) == data
+    assert decoded(of(7 | IN_BASE), base_at=lambda number: data if number == 7 else None) == data
+    with pytest.raises(FormatError, match="not here yet"):
+        decoded(of(7), page_at=lambda _: None)
+    with pytest.raises(BaseMismatch):
+        decoded(of(7 | IN_BASE))
+    with pytest.raises(BaseMismatch):
+        decoded(of(7 | IN_BASE), base_at=lambda _: bytes(PAGE))
+    with pytest.raises(FormatError, match="reference itself"):
+        decoded(of(3 * 256))
+
+
+def test_zero_extents_are_small_and_the_same_either_way() -> None:
+    assert encode(bytes(EXTENT)).data == extents.zero(0, EXTENT).data
+    assert len(extents.zero(0, EXTENT).data) == HEADER.size + 1
+    assert decoded(extents.zero(0, 5000).data) == bytes(5000)
+
+
+def test_root_depends_on_order_length_and_content() -> None:
+    a, b = blake3(b"a").digest(), blake3(b"b").digest()
+    assert len({layout.root_of(length, hashes) for length, hashes in product((2 * EXTENT, 2 * EXTENT - 1), (a + b, b + a, a + a))}) == 6
+
+
+def test_the_choice_follows_the_wire() -> None:
+    def chosen(wire: float, guess: float) -> str:
+        model = choice.Model(2)
+        for _ in range(50):
+            model.sent(int(wire), 1.0)
+        return model.choose(EXTENT, EXTENT, guess).name
+
+    assert chosen(50e9, 2.5) == "store"
+    assert chosen(0.01e9, 2.5) == "zstd-9"
+    assert chosen(0.9e9, 2.5) not in ("store", "zstd-9")
+    assert chosen(0.9e9, 1.0) == "store"
+
+
+def test_the_choice_learns_what_a_coder_really_costs() -> None:
+    model = choice.Model(2, limit=0.5e9)
+    first = model.choose(EXTENT, EXTENT, 2.5).name
+    for _ in range(50):
+        model.coded(first, EXTENT, EXTENT // 2, 1.0, 2.5)  # a second for a mebibyte
+    assert model.choose(EXTENT, EXTENT, 2.5).name != first
+
+
+def test_codec_names() -> None:
+    assert choice.names_of("auto") == choice.FREE and choice.names_of("lz4,zstd-1") == ("lz4", "zstd-1")
+    with pytest.raises(ValueError, match="brotli unknown"):
+        choice.names_of("lz4,brotli")
