@@ -1,0 +1,110 @@
+"""What runs in a micro-VM beside the workload: its first process, a shell script, and the scripts that it is sent. Pure.
+
+The host sends a length, a line end and a script of that many bytes; the guest runs it. It answers in lines: `ready`, `running`, `trouble TEXT`, `exit CODE KILLED_FOR_MEMORY`, `done CODE`.
+What programs write goes through a pipe (so that /dev/stdout can be opened) to a port of its own, and is closed by a mark that the host chose.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+INIT = rb"""#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run
+while read -r module; do [ $module = virtio_blk ] || insmod /modules/$module.ko; done < /modules/order
+mount -t cgroup2 cgroup /sys/fs/cgroup
+echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/work
+echo -1000 > /proc/self/oom_score_adj
+ip link set lo up
+exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
+echo ready >&3
+while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
+poweroff -f
+"""
+"""Its disks' driver is loaded only when it is told to start something: a clone of it then meets its own disks for the first time."""
+
+_DEV = """
+mount -t tmpfs -o mode=755,nosuid,size=65536k dev /root/dev
+for one in 'null 1 3' 'zero 1 5' 'full 1 7' 'random 1 8' 'urandom 1 9' 'tty 5 0'; do set -- $one; mknod -m 666 /root/dev/$1 c $2 $3; done
+ln -s /proc/self/fd /root/dev/fd; ln -s fd/0 /root/dev/stdin; ln -s fd/1 /root/dev/stdout; ln -s fd/2 /root/dev/stderr; ln -s pts/ptmx /root/dev/ptmx
+mkdir /root/dev/pts /root/dev/shm /root/dev/.guest
+mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,nosuid,noexec pts /root/dev/pts
+mount -t tmpfs -o nosuid,noexec,nodev,mode=1777,size=65536k shm /root/dev/shm
+mount -o bind /bin /root/dev/.guest; mount -o remount,bind,ro /root/dev/.guest
+mount -t sysfs -o ro,nosuid,noexec,nodev sys /root/sys
+"""
+
+_CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
+
+
+def framed(script: str) -> bytes:
+    """A script as it is sent."""
+    raw = script.strip().encode()
+    return b"%d\n%s" % (len(raw), raw)
+
+
+def mark(token: str) -> bytes:
+    """What closes a stream."""
+    return b"\0end " + token.encode() + b"\n"
+
+
+def _program(document: Mapping[str, object], args: Sequence[str]) -> str:
+    """The end of every start: as its user, with its variables and nothing else, in place of the shell."""
+    tools = "/dev/.guest/busybox"
+    words = [tools, "setpriv", "--nnp", tools, "nsenter", "-F", "-S", str(document["uid"]), "-G", str(document["gid"]), tools, "env", "-i", *document["env"], *args]  # type: ignore[misc]
+    return f"cd {shlex.quote(str(document['cwd']))} || exit 126\nexec {shlex.join(words)} 3>&- 4>&- 5>&- 6>&- 7>&-"
+
+
+def start(document: Mapping[str, object], token: str, seed: str, now_s: int) -> str:
+    """The script that starts the program of a document (see `microvm_spec.document`). `seed`: random text, never the same twice."""
+    closing = shlex.quote(f"\\0end {token}\\n")
+    inner = f"/dev/.guest/busybox mount -t proc -o nosuid,noexec,nodev proc /proc\necho running >&3\n{_program(document, document['args'])}"  # type: ignore[arg-type]
+    outer = f"echo $$ >/run/pid; echo $$ >/sys/fs/cgroup/work/cgroup.procs; exec unshare -m -p -f chroot /root /dev/.guest/busybox sh -c {shlex.quote(inner)}"
+    tmpfs = "\n".join(f"mkdir -p {shlex.quote('/root' + target)}; mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote('/root' + target)}" for target, size in document["tmpfs"])  # type: ignore[attr-defined]
+    quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/work/cpu.max" if document["cpu_us"] else ""
+    return f"""
+printf %s {seed} >/dev/urandom; reseed </dev/urandom || echo 'trouble the random numbers could not be made new' >&3
+date -s @{now_s} >/dev/null; hostname {shlex.quote(str(document["hostname"]))}
+insmod /modules/virtio_blk.ko
+if mount -t ext4 -o ro,nodev /dev/vda /image && mount -t ext4 -o nodev /dev/vdb /disk && mkdir /disk/upper /disk/work && chmod {document["root_mode"]} /disk/upper &&
+  mount -t overlay -o nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work root /root && mkdir -p /root/dev /root/proc /root/sys
+then
+{_DEV}
+{tmpfs}
+{"mount -o remount,ro /root" if document["read_only"] else ""}
+echo {document["memory"]} >/sys/fs/cgroup/work/memory.max; echo 1 >/sys/fs/cgroup/work/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/work/pids.max
+{quota}
+mkfifo -m 666 /run/out /run/err
+(cat /run/out >&4; printf {closing} >&4) & (cat /run/err >&5; printf {closing} >&5) &
+(sh -c {shlex.quote(outer)} >/run/out 2>/run/err </dev/null; code=$?; set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3) &
+else echo 'trouble its disks cannot be mounted' >&3; fi
+"""
+
+
+def kill(number: int) -> str:
+    """The script that sends the program a signal."""
+    return f"kill -{number} {_CHILD.format('pid')}"
+
+
+def run(document: Mapping[str, object], args: Sequence[str], token: str) -> str:
+    """The script that runs a command beside the program, in its namespaces and limits."""
+    closing = shlex.quote(f"\\0end {token}\\n")
+    outer = (
+        f"echo $$ >/run/exec; echo $$ >/sys/fs/cgroup/work/cgroup.procs; exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root /dev/.guest/busybox sh -c {shlex.quote(_program(document, args))}"
+    )
+    return f"""
+rm -f /run/exec_out /run/exec_err; mkfifo -m 666 /run/exec_out /run/exec_err
+(cat /run/exec_out >&6; printf {closing} >&6) & (cat /run/exec_err >&7; printf {closing} >&7) &
+(sh -c {shlex.quote(outer)} >/run/exec_out 2>/run/exec_err </dev/null; echo "done $?" >&3) &
+"""
+
+
+def end_run() -> str:
+    """The script that kills the command."""
+    return f"kill -9 {_CHILD.format('exec')} $(cat /run/exec)"
+
+
+def clock(now_s: int) -> str:
+    """The script that sets the clock, after the guest stood still."""
+    return f"date -s @{now_s} >/dev/null"
