@@ -17,12 +17,13 @@ echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
 mkdir /sys/fs/cgroup/work
 echo -1000 > /proc/self/oom_score_adj
 ip link set lo up
+for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep 0.02; done; done
 exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
 echo ready >&3
 while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
 poweroff -f
 """
-"""Its disks' driver is loaded only when it is told to start something: a clone of it then meets its own disks for the first time."""
+"""Its disks' driver is loaded only when it is told to start something: a clone of it then meets its own disks for the first time. A port has its name before it can be opened."""
 
 _DEV = """
 mount -t tmpfs -o mode=755,nosuid,size=65536k dev /root/dev

@@ -101,8 +101,8 @@ class Machine:
             self.process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, cwd="/", env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, preexec_fn=become, pass_fds=tuple(its.values()), start_new_session=True,
             )
-        for number in its.values():
-            os.close(number)
+        for name in ours:
+            os.close(its[name])
         self.ports = {name: ours[name] for name in PORTS}
         self.qmp = Qmp(ours["qmp"], QMP_S)
         self.qmp_line = ours["qmp"]
