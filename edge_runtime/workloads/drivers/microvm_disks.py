@@ -1,4 +1,4 @@
-"""Disks of micro-VMs: an image's layers as one read-only ext4 file, made once for each image; and an empty one for what an instance writes. Both block; they run in threads.
+"""Disks of micro-VMs: an image's layers as one read-only ext4 file, made once for each image; and an empty one for what an instance writes (folders `upper` and `work`, as overlayfs wants them). Both block; they run in threads.
 
     <dir>/.images/<digest>.ext4     the images, those used last kept within a budget
     <dir>/.blank/<bytes>.ext4       empty file systems, copied for each instance (their holes are kept)
@@ -70,7 +70,16 @@ class Disks:
         if not path.exists():
             work = self._new / f"{size}.blank"
             work.unlink(missing_ok=True)
-            self._run([self._mke2fs, "-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-m", "0", "-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard", str(work), f"{size // 1024}k"])
+            skeleton = self._new / f"{size}.skeleton"
+            for name in ("upper", "work"):
+                (skeleton / name).mkdir(parents=True, exist_ok=True)
+                os.chmod(skeleton / name, 0o755)
+            try:
+                self._run(
+                    [self._mke2fs, "-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-m", "0", "-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", "-d", str(skeleton), str(work), f"{size // 1024}k"],
+                )
+            finally:
+                shutil.rmtree(skeleton, ignore_errors=True)
             os.rename(work, path)
             for old in sorted(self._blanks.iterdir(), key=lambda one: one.stat().st_mtime)[:-MAX_BLANKS]:
                 old.unlink()

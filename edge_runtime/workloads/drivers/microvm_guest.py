@@ -17,24 +17,24 @@ echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
 mkdir /sys/fs/cgroup/work
 echo -1000 > /proc/self/oom_score_adj
 ip link set lo up
+mount -t tmpfs -o mode=755,nosuid,size=65536k dev /devices
+for one in 'null 1 3' 'zero 1 5' 'full 1 7' 'random 1 8' 'urandom 1 9' 'tty 5 0'; do set -- $one; mknod -m 666 /devices/$1 c $2 $3; done
+ln -s /proc/self/fd /devices/fd; ln -s fd/0 /devices/stdin; ln -s fd/1 /devices/stdout; ln -s fd/2 /devices/stderr; ln -s pts/ptmx /devices/ptmx
+mkdir /devices/pts /devices/shm /devices/.guest
+mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,nosuid,noexec pts /devices/pts
+mount -t tmpfs -o nosuid,noexec,nodev,mode=1777,size=65536k shm /devices/shm
+mount -o bind /bin /devices/.guest; mount -o remount,bind,ro /devices/.guest
+mount -t sysfs -o ro,nosuid,noexec,nodev sys /system
+mkfifo -m 666 /run/out /run/err
 for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep 0.02; done; done
 exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
+(cat /run/out >&4; read -r closing </run/closing; printf "$closing" >&4) &
+(cat /run/err >&5; read -r closing </run/closing; printf "$closing" >&5) &
 echo ready >&3
 while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
 poweroff -f
 """
 """Its disks' driver is loaded only when it is told to start something: a clone of it then meets its own disks for the first time. A port has its name before it can be opened."""
-
-_DEV = """
-mount -t tmpfs -o mode=755,nosuid,size=65536k dev /root/dev
-for one in 'null 1 3' 'zero 1 5' 'full 1 7' 'random 1 8' 'urandom 1 9' 'tty 5 0'; do set -- $one; mknod -m 666 /root/dev/$1 c $2 $3; done
-ln -s /proc/self/fd /root/dev/fd; ln -s fd/0 /root/dev/stdin; ln -s fd/1 /root/dev/stdout; ln -s fd/2 /root/dev/stderr; ln -s pts/ptmx /root/dev/ptmx
-mkdir /root/dev/pts /root/dev/shm /root/dev/.guest
-mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,nosuid,noexec pts /root/dev/pts
-mount -t tmpfs -o nosuid,noexec,nodev,mode=1777,size=65536k shm /root/dev/shm
-mount -o bind /bin /root/dev/.guest; mount -o remount,bind,ro /root/dev/.guest
-mount -t sysfs -o ro,nosuid,noexec,nodev sys /root/sys
-"""
 
 _CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
 
@@ -53,7 +53,8 @@ def mark(token: str) -> bytes:
 def _program(document: Mapping[str, object], args: Sequence[str]) -> str:
     """The end of every start: as its user, with its variables and nothing else, in place of the shell."""
     tools = "/dev/.guest/busybox"
-    words = [tools, "setpriv", "--nnp", tools, "nsenter", "-F", "-S", str(document["uid"]), "-G", str(document["gid"]), tools, "env", "-i", *document["env"], *args]  # type: ignore[misc]
+    user = [tools, "nsenter", "-F", "-S", str(document["uid"]), "-G", str(document["gid"])] if document["uid"] or document["gid"] else []
+    words = [tools, "setpriv", "--nnp", *user, tools, "env", "-i", *document["env"], *args]  # type: ignore[misc]
     return f"cd {shlex.quote(str(document['cwd']))} || exit 126\nexec {shlex.join(words)} 3>&- 4>&- 5>&- 6>&- 7>&-"
 
 
@@ -63,21 +64,21 @@ def start(document: Mapping[str, object], token: str, seed: str, now_s: int) -> 
     inner = f"/dev/.guest/busybox mount -t proc -o nosuid,noexec,nodev proc /proc\necho running >&3\n{_program(document, document['args'])}"  # type: ignore[arg-type]
     outer = f"echo $$ >/run/pid; echo $$ >/sys/fs/cgroup/work/cgroup.procs; exec unshare -m -p -f chroot /root /dev/.guest/busybox sh -c {shlex.quote(inner)}"
     tmpfs = "\n".join(f"mkdir -p {shlex.quote('/root' + target)}; mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote('/root' + target)}" for target, size in document["tmpfs"])  # type: ignore[attr-defined]
+    mode = "" if document["root_mode"] == "755" else f" && chmod {document['root_mode']} /disk/upper"
     quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/work/cpu.max" if document["cpu_us"] else ""
     return f"""
 printf %s {seed} >/dev/urandom; reseed </dev/urandom || echo 'trouble the random numbers could not be made new' >&3
-date -s @{now_s} >/dev/null; hostname {shlex.quote(str(document["hostname"]))}
-insmod /modules/virtio_blk.ko
-if mount -t ext4 -o ro,nodev /dev/vda /image && mount -t ext4 -o nodev /dev/vdb /disk && mkdir /disk/upper /disk/work && chmod {document["root_mode"]} /disk/upper &&
-  mount -t overlay -o nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work root /root && mkdir -p /root/dev /root/proc /root/sys
-then
-{_DEV}
-{tmpfs}
-{"mount -o remount,ro /root" if document["read_only"] else ""}
+echo {shlex.quote(str(document["hostname"]))} >/proc/sys/kernel/hostname; echo {closing} >/run/closing
 echo {document["memory"]} >/sys/fs/cgroup/work/memory.max; echo 1 >/sys/fs/cgroup/work/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/work/pids.max
 {quota}
-mkfifo -m 666 /run/out /run/err
-(cat /run/out >&4; printf {closing} >&4) & (cat /run/err >&5; printf {closing} >&5) &
+date -s @{now_s} >/dev/null
+insmod /modules/virtio_blk.ko
+if mount -t ext4 -o ro,nodev /dev/vda /image && mount -t ext4 -o nodev /dev/vdb /disk{mode} && mount -t overlay -o nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work root /root
+then
+for one in dev proc sys; do [ -d /root/$one ] || mkdir /root/$one; done
+mount -o rbind /devices /root/dev; mount -o bind /system /root/sys
+{tmpfs}
+{"mount -o remount,ro /root" if document["read_only"] else ""}
 (sh -c {shlex.quote(outer)} >/run/out 2>/run/err </dev/null; code=$?; set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3) &
 else echo 'trouble its disks cannot be mounted' >&3; fi
 """

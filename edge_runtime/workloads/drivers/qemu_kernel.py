@@ -142,7 +142,7 @@ def program(code: bytes) -> bytes:
 
 def initramfs(shell: bytes, loaded: Mapping[str, bytes], init: bytes) -> bytes:
     """A cpio archive (newc, not compressed: a guest's processor is slower than its disk). `init` is its first process; modules lie in /modules, `order` there names them."""
-    entries: list[tuple[str, int, bytes]] = [(name, 0o040755, b"") for name in ("bin", "dev", "proc", "sys", "run", "modules", "image", "disk", "root")]
+    entries: list[tuple[str, int, bytes]] = [(name, 0o040755, b"") for name in ("bin", "dev", "proc", "sys", "run", "modules", "image", "disk", "root", "devices", "system")]
     entries += [("dev/console", 0o020600, b""), ("dev/null", 0o020666, b""), ("bin/busybox", 0o100755, shell), ("bin/reseed", 0o100755, program(RESEED)), ("init", 0o100755, init)]
     entries += [(f"modules/{name}.ko", 0o100644, data) for name, data in loaded.items()]
     entries.append(("modules/order", 0o100644, "".join(f"{name}\n" for name in loaded).encode()))
