@@ -23,7 +23,7 @@ MARGIN = 16 << 20
 MAX_BLANKS = 8
 """Sizes of empty disks that are kept."""
 
-_MERGE = 'cd "$1" && mount -t overlay -o ro,nodev,nosuid,lowerdir="$2" merged "$3" && exec "$4" -q -F -t ext4 -b 4096 -m 0 -N "$5" -O ^has_journal,^resize_inode -E root_owner=0:0 -d "$3" "$6" "$7"'
+_MERGE = 'cd "$1" && mount -t overlay -o ro,nodev,nosuid,lowerdir="$2" merged "$3" && "$4" -q -F -t ext4 -b 4096 -m 0 -N "$5" -O ^has_journal,^resize_inode -E root_owner=0:0 -d "$3" "$6" "$7" && "$8" -w -R "rmdir lost+found" "$6"'
 
 
 class Disks:
@@ -50,12 +50,12 @@ class Disks:
             raise Refused("image", f"its file system takes {size} bytes, {told.f_bavail * told.f_frsize} are free", "free space, or place it on another node")
         work = self._new / f"{digest}.image"
         shutil.rmtree(work, ignore_errors=True)
-        for name in ("links", "root", "links/none"):
+        for name in ("links", "root", "links/none/dev", "links/none/proc", "links/none/sys"):
             (work / name).mkdir(parents=True)
         for at, layer in enumerate(lower):
             (work / "links" / str(at)).symlink_to(layer)
-        names = ":".join([*(str(at) for at in range(len(lower))), "none"])  # overlayfs wants two at least
-        words = ["unshare", "-m", "sh", "-c", _MERGE, "sh", str(work / "links"), names, str(work / "root"), self._mke2fs, str(inodes + 64), str(work / "disk"), f"{-(-size // 1024)}k"]
+        names = ":".join([*(str(at) for at in range(len(lower))), "none"])  # overlayfs wants two at least; and the guest mounts on its folders
+        words = ["unshare", "-m", "sh", "-c", _MERGE, "sh", str(work / "links"), names, str(work / "root"), self._mke2fs, str(inodes + 64), str(work / "disk"), f"{-(-size // 1024)}k", str(Path(self._mke2fs).with_name("debugfs"))]
         try:
             self._run(words)
             os.chmod(work / "disk", 0o600)

@@ -11,7 +11,7 @@ INIT = rb"""#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run
-while read -r module; do [ $module = virtio_blk ] || insmod /modules/$module.ko; done < /modules/order
+while read -r module; do [ $module = virtio_blk ] && echo 0 > /sys/bus/virtio/drivers_autoprobe; insmod /modules/$module.ko; done < /modules/order
 mount -t cgroup2 cgroup /sys/fs/cgroup
 echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
 mkdir /sys/fs/cgroup/work
@@ -26,6 +26,12 @@ mount -t tmpfs -o nosuid,noexec,nodev,mode=1777,size=65536k shm /devices/shm
 mount -o bind /bin /devices/.guest; mount -o remount,bind,ro /devices/.guest
 mount -t sysfs -o ro,nosuid,noexec,nodev sys /system
 mkfifo -m 666 /run/out /run/err
+mkdir /etc
+echo '/dev/vda /image ext4 ro,nodev 0 0
+/dev/vdb /disk ext4 nodev 0 0
+root /root overlay nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work 0 0
+/devices /root/dev none rbind 0 0
+/system /root/sys none bind 0 0' > /etc/fstab
 for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep 0.02; done; done
 exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
 (cat /run/out >&4; read -r closing </run/closing; printf "$closing" >&4) &
@@ -34,7 +40,7 @@ echo ready >&3
 while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
 poweroff -f
 """
-"""Its disks' driver is loaded only when it is told to start something: a clone of it then meets its own disks for the first time. A port has its name before it can be opened."""
+"""Its disks are bound to their driver only when it is told to start something: a clone of it then meets its own for the first time. A port has its name before it can be opened."""
 
 _CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
 
@@ -72,11 +78,9 @@ echo {shlex.quote(str(document["hostname"]))} >/proc/sys/kernel/hostname; echo {
 echo {document["memory"]} >/sys/fs/cgroup/work/memory.max; echo 1 >/sys/fs/cgroup/work/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/work/pids.max
 {quota}
 date -s @{now_s} >/dev/null
-insmod /modules/virtio_blk.ko
-if mount -t ext4 -o ro,nodev /dev/vda /image && mount -t ext4 -o nodev /dev/vdb /disk{mode} && mount -t overlay -o nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work root /root
+for one in /sys/bus/virtio/devices/*; do [ -e $one/driver ] || echo ${{one##*/}} >/sys/bus/virtio/drivers/virtio_blk/bind; done
+if mount -a{mode}
 then
-for one in dev proc sys; do [ -d /root/$one ] || mkdir /root/$one; done
-mount -o rbind /devices /root/dev; mount -o bind /system /root/sys
 {tmpfs}
 {"mount -o remount,ro /root" if document["read_only"] else ""}
 (sh -c {shlex.quote(outer)} >/run/out 2>/run/err </dev/null; code=$?; set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3) &
