@@ -125,6 +125,8 @@ class WorkloadsConfig:
     max_workloads: int = key(110, "workloads at one time", low=0, high=256)
     interval_s: float = key(60.0, "time between two looks at what the node has", low=1, high=86400)
     runtimes: tuple[str, ...] = key(("runc", "crun"), "programs that run containers, the first one that passes the probe is taken; none: containers are refused")
+    microvms: bool = key(False, "run containers and batch jobs with isolation microvm: boots a guest when the agent starts, and keeps 130 MB of memory for its clones")
+    guest_kernel: str = key("", "folder with boot/ and lib/modules/ of the kernel that guests boot; empty: this machine's own")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
     images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
     evict_memory_bytes: int = key(100 << 20, "with less memory available than this, workloads are ended, the least priority first; 0: never", low=0, high=1 << 46)

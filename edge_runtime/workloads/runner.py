@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from ..contract.workloads import RUNNING, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
 from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded
 
@@ -54,7 +54,7 @@ class Runner:
 
     Args:
         drivers: by name; what is on the disk of any of them is seen to.
-        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind from it; raises `DriverError`.
+        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind (or isolation) from it; raises `DriverError`.
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
         said: called when something was said.
@@ -285,7 +285,12 @@ class Runner:
         if entry.get("gpus"):
             raise Refused("gpus", "there is no driver here that can give a workload GPU devices", "place it on a node whose driver can")
         image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")
-        driver = self._drivers[await self._bring(str(entry["kind"]), image)]
+        isolation = spec.get(ISOLATION, NAMESPACES) if entry["kind"] in ("container", "batch") else NAMESPACES
+        if isolation not in ISOLATIONS:
+            raise Refused(f"spec.{ISOLATION}", f"{str(isolation)[:40]!r} is unknown", f"use one of {', '.join(ISOLATIONS)}")
+        if entry["kind"] in ("container", "batch"):
+            spec = {name: value for name, value in spec.items() if name != ISOLATION}
+        driver = self._drivers[await self._bring(str(entry["kind"]) if isolation == NAMESPACES else isolation, image)]
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may
         if leased and not isinstance(driver, Leases):

@@ -68,12 +68,14 @@ class Settings:
         qemu: programs to try.
         log_bytes: kept of each stream.
         boot_s: within which a guest must boot.
+        enabled: else nothing is started; what is there is ended.
     """
 
     kernel: str = ""
     qemu: tuple[str, ...] = PROGRAMS
     log_bytes: int = 4 << 20
     boot_s: float = BOOT_S
+    enabled: bool = True
 
 
 class MicrovmDriver:
@@ -120,7 +122,9 @@ class MicrovmDriver:
         ) | {Ability.ROOTLESS: "the driver makes control groups and mounts layers, which needs root", Ability.USER_NAMESPACE: "a guest has a kernel of its own instead"}
         why, version = "", ""
         qemu, mke2fs = next((path for name in self._settings.qemu if (path := searched(name))), None), searched("mke2fs")
-        if os.geteuid() != 0:
+        if not self._settings.enabled:
+            why = "switched off (workloads.microvms in its configuration)"
+        elif os.geteuid() != 0:
             why = "the agent does not run as root"
         elif platform.machine() != "x86_64":
             why = f"there is no machine type microvm for {platform.machine()}"

@@ -49,6 +49,8 @@ def document(order: Order, image: Config, host: Host, ids: Callable[[str], tuple
     """What the guest is told. Raises `Refused`."""
     if set(order.spec.get("capabilities", CAPABILITIES) or ()) != set(CAPABILITIES):
         raise Refused("spec.capabilities", "cannot be taken away in a micro-VM, whose program has a kernel of its own", "leave it out, or run it as another user than root")
+    if "network" in order.spec:
+        raise Refused("spec.network", "a micro-VM has no network but loopback yet", "leave it out, or run it with isolation namespaces")
     told = configuration(order, image, host, "/", "", ids)
     process, limit = told["process"], limits(order)
     if "=" in process["args"][0]:
