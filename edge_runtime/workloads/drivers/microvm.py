@@ -248,11 +248,11 @@ class MicrovmDriver:
     # -- start, end ----------------------------------------------------------------------------------------------------------
 
     async def start(self, key: Key) -> Status:
-        await self._ready()
         async with self._one(key):
             status = self._status(key)
             if status.phase is not Phase.PREPARED or held(self._path(key)):
-                return status
+                return status  # what an earlier agent started runs also where this one could start nothing
+            await self._ready()
             word = await asyncio.to_thread(self._launch, key)
             status = self._status(key)
             if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST) and (status.exit is None):
