@@ -118,7 +118,7 @@ async def test_a_paused_guest_stands_still(microvms: MicrovmDriver) -> None:
 
 
 async def test_limits_are_kept_by_the_guest(microvms: MicrovmDriver) -> None:
-    status, _, _ = await output(microvms, "greedy", "x=$(yes | head -c 60000000); echo never", limits={"memory": "24Mi"})
+    status, _, _ = await output(microvms, "greedy", "dd if=/dev/zero of=/dev/shm/x bs=65536 count=900; echo never", limits={"memory": "24Mi"})
     assert status.exit is not None and status.exit.out_of_memory and "memory limit" in status.reason
     status, _, err = await output(microvms, "forks", "for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 5 & done; echo all", limits={"pids": 16, "memory": "64Mi"})
     assert "can't fork" in err

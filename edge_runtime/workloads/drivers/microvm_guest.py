@@ -68,7 +68,7 @@ def start(document: Mapping[str, object], token: str, seed: str, now_s: int) -> 
     """The script that starts the program of a document (see `microvm_spec.document`). `seed`: random text, never the same twice."""
     closing = shlex.quote(f"\\0end {token}\\n")
     inner = f"/dev/.guest/busybox mount -t proc -o nosuid,noexec,nodev proc /proc\necho running >&3\n{_program(document, document['args'])}"  # type: ignore[arg-type]
-    outer = f"echo $$ >/run/pid; echo $$ >/sys/fs/cgroup/work/cgroup.procs; exec unshare -m -p -f chroot /root /dev/.guest/busybox sh -c {shlex.quote(inner)}"
+    outer = f"echo $$ >/run/pid; echo $$ >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; exec unshare -m -p -f chroot /root /dev/.guest/busybox sh -c {shlex.quote(inner)}"
     tmpfs = "\n".join(f"mkdir -p {shlex.quote('/root' + target)}; mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote('/root' + target)}" for target, size in document["tmpfs"])  # type: ignore[attr-defined]
     mode = "" if document["root_mode"] == "755" else f" && chmod {document['root_mode']} /disk/upper"
     quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/work/cpu.max" if document["cpu_us"] else ""
@@ -97,7 +97,7 @@ def run(document: Mapping[str, object], args: Sequence[str], token: str) -> str:
     """The script that runs a command beside the program, in its namespaces and limits."""
     closing = shlex.quote(f"\\0end {token}\\n")
     outer = (
-        f"echo $$ >/run/exec; echo $$ >/sys/fs/cgroup/work/cgroup.procs; exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root /dev/.guest/busybox sh -c {shlex.quote(_program(document, args))}"
+        f"echo $$ >/run/exec; echo $$ >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root /dev/.guest/busybox sh -c {shlex.quote(_program(document, args))}"
     )
     return f"""
 rm -f /run/exec_out /run/exec_err; mkfifo -m 666 /run/exec_out /run/exec_err
