@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..images import ImageError, ImageStore
 from . import cgroups, lease, qemu_kernel
 from .container import searched
 from .container_spec import Host, stop_signal
-from .face import Ability, Capabilities, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status, Exit
+from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from .instance import LOOK_S, alive, ended, held, read, readable, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .microvm_disks import Disks

@@ -26,7 +26,23 @@ import time
 if __package__:
     from . import microvm_guest as guest
     from .keeper import (
-        DRAIN_S, LOOK_S, PATH_MAX, PR_SET_NAME, SAID, Lapsed, Log, Trouble, check, lease_s, leave_group, libc, ordinary_turns, out_of_memory, started_ticks, tell, write,
+        DRAIN_S,
+        LOOK_S,
+        PATH_MAX,
+        PR_SET_NAME,
+        SAID,
+        Lapsed,
+        Log,
+        Trouble,
+        check,
+        lease_s,
+        leave_group,
+        libc,
+        ordinary_turns,
+        out_of_memory,
+        started_ticks,
+        tell,
+        write,
     )
     from .qemu_machine import PORTS
     from .qemu_qmp import Qmp, QmpError
@@ -34,7 +50,23 @@ else:  # run as a script: its neighbours, without the package, which would load 
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
     from keeper import (  # type: ignore[import-not-found,no-redef]
-        DRAIN_S, LOOK_S, PATH_MAX, PR_SET_NAME, SAID, Lapsed, Log, Trouble, check, lease_s, leave_group, libc, ordinary_turns, out_of_memory, started_ticks, tell, write,
+        DRAIN_S,
+        LOOK_S,
+        PATH_MAX,
+        PR_SET_NAME,
+        SAID,
+        Lapsed,
+        Log,
+        Trouble,
+        check,
+        lease_s,
+        leave_group,
+        libc,
+        ordinary_turns,
+        out_of_memory,
+        started_ticks,
+        tell,
+        write,
     )
     from qemu_machine import PORTS  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
