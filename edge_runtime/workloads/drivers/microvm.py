@@ -109,6 +109,17 @@ class MicrovmDriver:
             self._templates.close()
             self._templates = None
 
+    def folder(self, key: Key) -> Path:
+        """An instance's folder, there or not."""
+        return self._path(key)
+
+    @property
+    def template_s(self) -> float:
+        """How long the probe's template took to boot and to be saved."""
+        assert self._templates is not None
+        found = self._templates.get(replace(MACHINE, accelerator=self._accelerator))
+        return found.booted_s + found.saved_s
+
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
     async def probe(self) -> Capabilities:
