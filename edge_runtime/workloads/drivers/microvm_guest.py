@@ -31,7 +31,8 @@ echo '/dev/vda /image ext4 ro,nodev 0 0
 /dev/vdb /disk ext4 nodev 0 0
 root /root overlay nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work 0 0
 /devices /root/dev none rbind 0 0
-/system /root/sys none bind 0 0' > /etc/fstab
+/system /root/sys none bind 0 0
+proc /root/proc tmpfs ro,size=4k 0 0' > /etc/fstab
 for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep 0.02; done; done
 exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
 (cat /run/out >&4; read -r closing </run/closing; printf "$closing" >&4) &
@@ -40,7 +41,11 @@ echo ready >&3
 while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
 poweroff -f
 """
-"""Its disks are bound to their driver only when it is told to start something: a clone of it then meets its own for the first time. A port has its name before it can be opened."""
+"""Its disks are bound to their driver only when it is told to start something: a clone of it then meets its own for the first time. A port has its name before it can be opened.
+unshare mounts /proc only over what is mounted already."""
+
+_JOIN = "echo 0 >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; "
+"""Into the workload's limits; the first process of the guest itself may not be killed for memory, what it starts may."""
 
 _CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
 
@@ -61,14 +66,15 @@ def _program(document: Mapping[str, object], args: Sequence[str]) -> str:
     tools = "/dev/.guest/busybox"
     user = [tools, "nsenter", "-F", "-S", str(document["uid"]), "-G", str(document["gid"])] if document["uid"] or document["gid"] else []
     words = [tools, "setpriv", "--nnp", *user, tools, "env", "-i", *document["env"], *args]  # type: ignore[misc]
-    return f"cd {shlex.quote(str(document['cwd']))} || exit 126\nexec {shlex.join(words)} 3>&- 4>&- 5>&- 6>&- 7>&-"
+    if document["cwd"] == "/":
+        return shlex.join(words)
+    return shlex.join([tools, "sh", "-c", f"cd {shlex.quote(str(document['cwd']))} || exit 126\nexec {shlex.join(words)}"])
 
 
 def start(document: Mapping[str, object], token: str, seed: str, now_s: int) -> str:
     """The script that starts the program of a document (see `microvm_spec.document`). `seed`: random text, never the same twice."""
     closing = shlex.quote(f"\\0end {token}\\n")
-    inner = f"/dev/.guest/busybox mount -t proc -o nosuid,noexec,nodev proc /proc\necho running >&3\n{_program(document, document['args'])}"  # type: ignore[arg-type]
-    outer = f"echo $$ >/run/pid; echo $$ >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; exec unshare -m -p -f chroot /root /dev/.guest/busybox sh -c {shlex.quote(inner)}"
+    enter = f"exec unshare -m -p -f --mount-proc=/root/proc chroot /root {_program(document, document['args'])}"  # type: ignore[arg-type]
     tmpfs = "\n".join(f"mkdir -p {shlex.quote('/root' + target)}; mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote('/root' + target)}" for target, size in document["tmpfs"])  # type: ignore[attr-defined]
     mode = "" if document["root_mode"] == "755" else f" && chmod {document['root_mode']} /disk/upper"
     quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/work/cpu.max" if document["cpu_us"] else ""
@@ -83,7 +89,10 @@ if mount -a{mode}
 then
 {tmpfs}
 {"mount -o remount,ro /root" if document["read_only"] else ""}
-(sh -c {shlex.quote(outer)} >/run/out 2>/run/err </dev/null; code=$?; set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3) &
+(
+  ({_JOIN}{enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/out 2>/run/err </dev/null & echo $! >/run/pid; echo running >&3; wait $!; code=$?
+  set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3
+) &
 else echo 'trouble its disks cannot be mounted' >&3; fi
 """
 
@@ -96,13 +105,11 @@ def kill(number: int) -> str:
 def run(document: Mapping[str, object], args: Sequence[str], token: str) -> str:
     """The script that runs a command beside the program, in its namespaces and limits."""
     closing = shlex.quote(f"\\0end {token}\\n")
-    outer = (
-        f"echo $$ >/run/exec; echo $$ >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root /dev/.guest/busybox sh -c {shlex.quote(_program(document, args))}"
-    )
+    enter = f"exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root {_program(document, args)}"
     return f"""
 rm -f /run/exec_out /run/exec_err; mkfifo -m 666 /run/exec_out /run/exec_err
 (cat /run/exec_out >&6; printf {closing} >&6) & (cat /run/exec_err >&7; printf {closing} >&7) &
-(sh -c {shlex.quote(outer)} >/run/exec_out 2>/run/exec_err </dev/null; echo "done $?" >&3) &
+(({_JOIN}{enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/exec_out 2>/run/exec_err </dev/null & echo $! >/run/exec; wait $!; echo "done $?" >&3) &
 """
 
 
