@@ -74,6 +74,7 @@ async def test_output_is_whole_and_bounded(microvms: MicrovmDriver) -> None:
 
 async def test_it_is_asked_to_end_then_killed(microvms: MicrovmDriver) -> None:
     key = await started(microvms, "asked", FOREVER)
+    await until(lambda: b"up" in (microvms._path(key) / "stdout.log").read_bytes())  # its trap is set
     ended = await microvms.stop(key, 20.0)
     assert ended.exit is not None and ended.exit.code == 7 and not ended.exit.signal
     await microvms.delete(key)
@@ -85,6 +86,7 @@ async def test_it_is_asked_to_end_then_killed(microvms: MicrovmDriver) -> None:
 
 async def test_commands_run_beside_the_program(microvms: MicrovmDriver) -> None:
     key = await started(microvms, "exec", FOREVER, user="app")
+    await until(lambda: b"up" in (microvms._path(key) / "stdout.log").read_bytes())
     ran = await microvms.exec(key, ["sh", "-c", "id; echo err >&2; ps | grep -c sleep; exit 9"], 20.0)
     assert ran.exit.code == 9 and ran.output.stdout.startswith(b"uid=1000") and ran.output.stderr == b"err\n"
     with pytest.raises(Failed, match="took longer"):
@@ -188,6 +190,7 @@ async def test_a_lease_that_is_over_ends_it(microvms: MicrovmDriver) -> None:
 
 async def test_the_next_driver_finds_what_runs(microvms: MicrovmDriver, tmp_path: Path) -> None:
     key = await started(microvms, "adopted", FOREVER)
+    await until(lambda: b"up" in (microvms._path(key) / "stdout.log").read_bytes())
     microvms._keepers.close()
     second = MicrovmDriver(microvms._folder.parent, microvms._store, microvms._settings)
     assert (await second.status(key)).phase is Phase.RUNNING

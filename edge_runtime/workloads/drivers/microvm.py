@@ -230,7 +230,7 @@ class MicrovmDriver:
         keeper = {
             "folder": str(folder), "name": name, "template": False, "boot_s": START_S, "uid": UID + 1 + slot, "groups": self._limits(group, shape, order, told["cpu_us"]), "descriptors": ["ram", "state"],
             "files": [["root", str(disk), False], ["disk", str(folder / "disk.ext4"), True]], "command": [*command(self._qemu, shape, "/proc/self/fd/{ram}", False, blocks, *fds), "-incoming", "defer"],
-            "document": told, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "", "ask": str(_ask_path(folder)),
+            "document": told, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group), "lease": str(lease.path_of(self._lease(order.key))) if order.leased else "", "ask": str(_ask_path(folder)),
         }
         instance = {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest, "layers": list(image.config.diff_ids), "signal": stop_signal(order, image.config), "leased": order.leased,
@@ -341,14 +341,18 @@ class MicrovmDriver:
             await asyncio.to_thread(shutil.rmtree, gone, True)
             os.rename(folder, gone)
             await asyncio.to_thread(shutil.rmtree, gone, True)
-            lease.remove(folder)
+            lease.remove(self._lease(key))
         self._busy.pop(folder.name, None)
 
     def renew(self, key: Key, until_ms: int) -> None:
-        lease.write(self._path(key), until_ms)
+        lease.write(self._lease(key), until_ms)
 
     def lease_ms(self, key: Key) -> int:
-        return lease.read(self._path(key))
+        return lease.read(self._lease(key))
+
+    def _lease(self, key: Key) -> Path:
+        """What its lease is called after: a site renews the lease of a workload before it knows which driver runs it, so all have the same."""
+        return self._folder.parent / "containers" / _name(key)
 
     # -- pause, stats, logs, exec --------------------------------------------------------------------------------------------
 

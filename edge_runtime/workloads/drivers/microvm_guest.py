@@ -98,8 +98,12 @@ else echo 'trouble its disks cannot be mounted' >&3; fi
 
 
 def kill(number: int) -> str:
-    """The script that sends the program a signal."""
-    return f"kill -{number} {_CHILD.format('pid')}"
+    """The script that sends the program a signal; what starts it would lose it, so it waits for that to be over (5 s at most)."""
+    return f"""
+tries=0
+while [ $tries -lt 100 ] && {{ child={_CHILD.format("pid")}; [ -z "$child" ] || grep -qE '^(unshare|chroot|/dev/.guest/)' /proc/$child/cmdline; }}; do tries=$((tries+1)); sleep 0.05; done
+kill -{number} $child
+"""
 
 
 def run(document: Mapping[str, object], args: Sequence[str], token: str) -> str:
