@@ -30,7 +30,7 @@ from .instance import LOOK_S, alive, ended, held, read, readable, sync_folder, t
 from .keepers import Keepers
 from .microvm_disks import Disks
 from .microvm_spec import disk_bytes, document, machine
-from .microvm_templates import BOOT_S, UID, Templates
+from .microvm_templates import BOOT_S, UID, Templates, kvm_groups
 from .qemu_machine import Machine, command
 from .users import ids
 
@@ -165,7 +165,7 @@ class MicrovmDriver:
         assert self._templates is not None
         why = "there is no /dev/kvm"
         if os.path.exists("/dev/kvm"):
-            why = "QEMU's user may not open it" if not _open_to_all("/dev/kvm") else ""
+            why = "" if _open_to_group("/dev/kvm") else "neither its group nor others may open /dev/kvm"
             if not why:
                 try:
                     self._templates.get(replace(MACHINE, accelerator="kvm"))
@@ -228,7 +228,7 @@ class MicrovmDriver:
         blocks = [f"driver=raw,node-name=disk{at},read-only={'off' if at else 'on'},file.driver=file,file.locking=off,file.filename=/dev/fdset/{at + 1}" for at in range(2)]
         fds = [word for at, file in enumerate(("root", "disk"), 1) for word in ("-add-fd", f"fd={{{file}}},set={at}")]
         keeper = {
-            "folder": str(folder), "name": name, "template": False, "boot_s": START_S, "uid": UID + 1 + slot, "groups": self._limits(group, shape, order, told["cpu_us"]), "descriptors": ["ram", "state"],
+            "folder": str(folder), "name": name, "template": False, "boot_s": START_S, "uid": UID + 1 + slot, "more_groups": kvm_groups(shape), "groups": self._limits(group, shape, order, told["cpu_us"]), "descriptors": ["ram", "state"],
             "files": [["root", str(disk), False], ["disk", str(folder / "disk.ext4"), True]], "command": [*command(self._qemu, shape, "/proc/self/fd/{ram}", False, blocks, *fds), "-incoming", "defer"],
             "document": told, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group), "lease": str(lease.path_of(self._lease(order.key))) if order.leased else "", "ask": str(_ask_path(folder)),
         }
@@ -503,8 +503,9 @@ def _ask_path(folder: Path) -> Path:
     return ASKS / hashlib.blake2b(str(folder).encode(), digest_size=12).hexdigest()
 
 
-def _open_to_all(path: str) -> bool:
-    return os.stat(path).st_mode & 0o006 == 0o006
+def _open_to_group(path: str) -> bool:
+    mode = os.stat(path).st_mode
+    return mode & 0o060 == 0o060 or mode & 0o006 == 0o006
 
 
 def _version(path: str) -> str:

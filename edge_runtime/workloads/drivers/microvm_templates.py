@@ -84,7 +84,7 @@ class Templates:
         try:
             os.ftruncate(ram, machine.memory_mb << 20)
             told = {
-                "folder": str(folder), "template": True, "boot_s": self._boot_s, "uid": UID, "groups": [], "files": [], "descriptors": ["ram", "state", "kernel", "initramfs"], "ask": "", "lease": "",
+                "folder": str(folder), "template": True, "boot_s": self._boot_s, "uid": UID, "more_groups": kvm_groups(machine), "groups": [], "files": [], "descriptors": ["ram", "state", "kernel", "initramfs"], "ask": "", "lease": "",
                 "command": command(self._qemu, machine, "/proc/self/fd/{ram}", True, PLACEHOLDERS, *boot("/proc/self/fd/{kernel}", "/proc/self/fd/{initramfs}", tsc_khz())),
             }
             (folder / "keeper.json").write_text(json.dumps(told))
@@ -126,3 +126,8 @@ def tsc_khz() -> int:
     except (OSError, ValueError):
         pass
     return 0
+
+
+def kvm_groups(machine: Machine) -> list[int]:
+    """The group of /dev/kvm, where a machine needs it."""
+    return [os.stat("/dev/kvm").st_gid] if machine.accelerator == "kvm" else []

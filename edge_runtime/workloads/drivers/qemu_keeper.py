@@ -120,7 +120,7 @@ class Machine:
             check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "a network namespace")
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
-            os.setgroups([])
+            os.setgroups(told["more_groups"])
             os.setgid(told["uid"])
             os.setuid(told["uid"])
             libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # else what is touched a little of takes two megabytes each time; a kernel without it wastes them
