@@ -53,3 +53,12 @@ REPORT_FIELDS = (
 def may_move(document: Mapping[str, Any]) -> bool:
     """Whether a workload's document lets siblings of its node take it over."""
     return bool(document.get(WHEN_CUT_OFF, STAY) == MOVE)
+
+ISOLATION = "isolation"
+"""Key of a container's or batch job's `spec`: what stands between it and the node's kernel."""
+
+NAMESPACES, MICROVM, KATA = ISOLATIONS = ("namespaces", "microvm", "kata")
+"""Namespaces of the node's own kernel (the default), a kernel of its own in a small QEMU, or what containerd's Kata shim makes."""
+
+ISOLATES = "novacron.isolation/"
+"""Prefix of the labels by which a node says which others than `namespaces` it has."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
+from ..contract.workloads import ISOLATES, ISOLATION, KATA, MICROVM
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
+    from .drivers.microvm import MicrovmDriver
     from .images import Image, ImageStore
     from .images.pull import Puller
     from .images.reference import Host
@@ -68,13 +70,15 @@ class WorkloadNode:
         self.told: dict[str, Any] | None = None
         self._why = ""
         self._entries: Sequence[dict[str, Any]] | None = None
-        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions)
+        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions or config.workloads.microvms)
         self._taken = asyncio.Event()
         self._ready = asyncio.Event()
         self._handing = asyncio.Lock()
         self._store: ImageStore | None = None
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
+        self._microvms: MicrovmDriver | None = None
+        self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
         self._drivers: Mapping[str, Driver] = {}
         self._left: dict[str, dict[str, Any]] = {}
@@ -101,7 +105,7 @@ class WorkloadNode:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._containers):
+            for driver in (self._functions, self._containers, self._microvms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -127,13 +131,21 @@ class WorkloadNode:
                 from .drivers.function import FunctionDriver
 
                 drivers["function"] = self._functions = await asyncio.to_thread(FunctionDriver, folder, self._store)
+            if workloads.microvms or (folder / "microvms").exists():  # what an earlier configuration left is still theirs to end
+                from .drivers import microvm
+
+                settings = microvm.Settings(kernel=workloads.guest_kernel, enabled=workloads.microvms)
+                drivers[MICROVM] = self._microvms = await asyncio.to_thread(microvm.MicrovmDriver, folder, self._store, settings)
         except (ImageError, OSError) as error:
             why.append(str(error))
             log.error("workloads cannot be run: %s", error)
         for name, driver in drivers.items():
-            why += await self._try(name, driver)
+            reasons = await self._try(name, driver)
+            why += reasons
+            if name == MICROVM:
+                self._microvms_why = "; ".join(reasons)
         # A job is of whatever kind its image is.
-        self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "batch" and self._usable))
+        self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable))
         self._why = "; ".join(why)
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
             self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves)
@@ -223,6 +235,9 @@ class WorkloadNode:
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
         name = kind if kind != "batch" else "function" if image.config.module else "container"
+        if name in (MICROVM, KATA) and name not in self._usable:
+            why = self._microvms_why if name == MICROVM else await asyncio.to_thread(_why_no_kata)
+            raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
         if name not in self._usable:
             raise Refused("image", f"is for the driver of {name}s, which cannot be used here: {self._why}", "place it on a node whose driver can")
         return name
@@ -282,6 +297,9 @@ class WorkloadNode:
         """Drop what nothing stands on beyond the budget, or beyond `most` bytes; whether anything went."""
         budget = self._config.workloads.images_bytes if most is None else most
         modules = await asyncio.to_thread(self._functions.layers) if self._functions is not None else set[str]()
+        if self._microvms is not None:
+            modules = modules | await asyncio.to_thread(self._microvms.layers)
+            await self._microvms.prune(budget)
         if self._containers is not None:
             return bool(await self._containers.prune(budget, modules))
         return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
@@ -406,7 +424,7 @@ class WorkloadNode:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels=config.labels, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **({ISOLATES + MICROVM: "true"} if MICROVM in self._usable else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
             images=self._held(),
         )
@@ -446,3 +464,11 @@ async def _written(driver: "Driver", status: "Status", most: int) -> dict[str, A
         return {"stdout": "", "stderr": "", "cut": False}
     told = await driver.logs(status.key, most)
     return {"stdout": told.stdout.decode("utf-8", "replace"), "stderr": told.stderr.decode("utf-8", "replace"), "cut": told.cut}
+
+
+def _why_no_kata() -> str:
+    """Why nothing can be run by Kata."""
+    from .drivers.container import searched
+
+    missing = [name for name in ("containerd", "containerd-shim-kata-v2") if searched(name) is None]
+    return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "this agent has no driver for it yet"

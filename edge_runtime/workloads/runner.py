@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from ..contract.workloads import RUNNING, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
 from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
@@ -54,8 +54,8 @@ class Runner:
 
     Args:
         drivers: by name; what is on the disk of any of them is seen to.
-        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind from it; raises `DriverError`. Called with kind, reference
-            and when to ask a registry (`pull`). It may take minutes, and is cancelled where something else is wanted meanwhile.
+        bring: takes the image of a reference into the store where it can, and says which driver runs a workload of this kind (or isolation) from it; raises `DriverError`. Called with kind,
+            reference and when to ask a registry (`pull`). It may take minutes, and is cancelled where something else is wanted meanwhile.
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
         said: called when something was said.
@@ -294,11 +294,14 @@ class Runner:
         if entry.get("gpus"):
             raise Refused("gpus", "there is no driver here that can give a workload GPU devices", "place it on a node whose driver can")
         image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")
-        name = await _unless(changed, self._bring(str(entry["kind"]), image, when_to_pull(spec)))
+        isolation = spec.get(ISOLATION, NAMESPACES) if entry["kind"] in ("container", "batch") else NAMESPACES
+        if isolation not in ISOLATIONS:
+            raise Refused(f"spec.{ISOLATION}", f"{str(isolation)[:40]!r} is unknown", f"use one of {', '.join(ISOLATIONS)}")
+        name = await _unless(changed, self._bring(str(entry["kind"]) if isolation == NAMESPACES else isolation, image, when_to_pull(spec)))
         if name is None:
             return None
         driver = self._drivers[name]
-        spec = {name: value for name, value in spec.items() if name not in KEYS}
+        spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may
         if leased and not isinstance(driver, Leases):

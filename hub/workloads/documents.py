@@ -9,7 +9,7 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import MAX_WORKLOAD_BYTES, MAX_WORKLOADS
 from edge_runtime.contract.schema import ID_PATTERN
-from edge_runtime.contract.workloads import KINDS, MOVE, STAY, WHEN_CUT_OFF, may_move
+from edge_runtime.contract.workloads import ISOLATES, ISOLATION, ISOLATIONS, KINDS, MOVE, NAMESPACES, STAY, WHEN_CUT_OFF, may_move
 
 from ..scheduler import Invalid, Node, Workload, parse
 from ..scheduler.batch import Forecast
@@ -25,6 +25,9 @@ MAX_DOCUMENT_DEPTH = 10
 
 RUNS = "novacron.runs/"
 """Prefix of the node labels that say which kinds of workload a node has a driver for; set by the hub alone."""
+
+ISOLATED = (Kind.CONTAINER, Kind.BATCH)
+"""Kinds that may say what stands between them and their node."""
 
 HUB_KEYS = ("lost_after_ms", "spec", "when_late", WHEN_CUT_OFF)
 """Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken, whether a site that is cut off may move it."""
@@ -104,7 +107,11 @@ def read_workload(value: Any, field: str = "workload") -> Submitted:
     for key, _ in item.shape.node_selector:
         if key.startswith(RUNS):
             raise Invalid(f"{field}.node_selector.{key}", "is the hub's own", "leave it out: the kind of the workload asks for it")
-    shape = replace(item.shape, node_selector=tuple(sorted((*item.shape.node_selector, (RUNS + item.shape.kind.value, "true")))))
+    asked = [(RUNS + item.shape.kind.value, "true")]
+    isolation = document.get("spec", {}).get(ISOLATION, NAMESPACES)
+    if isolation in ISOLATIONS[1:] and item.shape.kind in ISOLATED:
+        asked.append((ISOLATES + isolation, "true"))
+    shape = replace(item.shape, node_selector=tuple(sorted({*item.shape.node_selector, *asked})))
     # A promise is broken by no priority, unless the document says so.
     item = replace(item, shape=shape, preemptible=item.preemptible and (item.deadline_ms is None or "preemptible" in document))
     when_late = document.get("when_late", REFUSE)
@@ -123,6 +130,17 @@ def _check_cut_off(entry: Submitted, field: str) -> None:
         raise Invalid(f"{field}.{WHEN_CUT_OFF}", "its site and the hub would both place it anew, each without the other", f"leave lost_after_ms out, or use {STAY}")
     if entry.moves and entry.item.shape.gpu is not None:
         raise Invalid(f"{field}.{WHEN_CUT_OFF}", "GPU devices are given by the hub alone", f"ask for no gpu, or use {STAY}")
+
+
+def _check_isolation(entry: Submitted, field: str) -> None:
+    """What stands between it and its node; only of what is submitted now. Raises `Invalid`."""
+    spec = entry.document.get("spec", {})
+    if ISOLATION not in spec:
+        return
+    if entry.item.shape.kind not in ISOLATED:
+        raise Invalid(f"{field}.spec.{ISOLATION}", f"is not for a {entry.item.shape.kind.value}", "use kind container or batch, or leave it out")
+    if spec[ISOLATION] not in ISOLATIONS:
+        raise Invalid(f"{field}.spec.{ISOLATION}", f"{str(spec[ISOLATION])[:40]!r} is unknown", f"use one of {', '.join(ISOLATIONS)}")
 
 
 def _check_times(entry: Submitted, field: str) -> None:
@@ -146,6 +164,7 @@ def read_list(value: Any) -> list[Submitted]:
     seen: set[str] = set()
     for index, entry in enumerate(found):
         _check_times(entry, f"workloads[{index}]" if several else "workload")
+        _check_isolation(entry, f"workloads[{index}]" if several else "workload")
         _check_cut_off(entry, f"workloads[{index}]" if several else "workload")
         if entry.item.id in seen:
             raise Invalid(f"workloads[{index}].id", f"{entry.item.id!r} stands twice", "give each workload its own id")

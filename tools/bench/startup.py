@@ -1,12 +1,14 @@
-"""Create to the first line of the program, verified, for each driver: a container, a function that is cold (its module is here and compiled, no process of it is), a function that is warm.
+"""Create to the first line of the program, verified, for each driver: a container, a micro-VM, a function that is cold (its module is here and compiled, no process of it is), a function that is warm.
 
 A cold function is laid out on the disk, its native code verified, its host and first worker forked, and its first call answered: the answer must be what the program says. A warm one answers a
 call with an instance that was ready. A container is believed where its first process is the image's program. Beside that: what each driver takes of memory over the workload's own.
+A micro-VM is a clone of a template, and believed where its first line stands in its output; cold is what the template took to boot and to be saved (what every micro-VM would cost without it).
 The peer of the cold function is a Python process that loads the same engine and native code, and runs it once.
 """
 
 import asyncio
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -20,20 +22,32 @@ if not __package__:
     __import__("as_module").again(__file__)
 
 from edge_runtime.workloads.drivers.container import ContainerDriver
-from edge_runtime.workloads.drivers.face import Key, Order
+from edge_runtime.workloads.drivers.face import Key, Order, Phase
 from edge_runtime.workloads.drivers.function import FunctionDriver
+from edge_runtime.workloads.drivers.microvm import MicrovmDriver, Settings
 from edge_runtime.workloads.images import ImageStore, Limits
 
 from . import container_start
 from .functions_image import LINE, artefact
 from .harness import arguments, machine, memory_of, note, report, spread
 
+GUEST_KERNEL = next((str(path) for path in [Path(__file__).parents[2] / ".novacron/guest-kernel"] if path.is_dir()), "")
+"""What the set-up fetched, else this machine's own."""
+
+BUSYBOX = Path("/bin/busybox")
+
 COLD, WARM = 20, 500
 """Functions, and calls, of a round."""
 
 PEERS = 5
 
-BAR_MS = {"function cold": 10.0, "function warm": 1.0, "container": 50.0}
+MICROVMS = 8
+"""Micro-VMs of a round, one after the other: a clone has QEMU and a guest's start to itself, as on a node that is not just booting."""
+
+BAR_MS = {"function cold": 10.0, "function warm": 1.0, "container": 50.0, "micro-VM": 250.0}
+
+MICROVM_BAR_MB = 40.0
+"""Of one micro-VM over the workload's own memory."""
 
 _PEER = """
 import sys, wasmtime
@@ -82,6 +96,36 @@ async def functions(driver: FunctionDriver) -> dict[str, Any]:
     return rows
 
 
+async def microvms(driver: MicrovmDriver) -> dict[str, Any]:
+    """One round: ms of each start from its document to the first line in its output; MB of QEMU and keeper while the program sleeps, and what they are made of."""
+    rows: dict[str, Any] = {"micro-VM": [], "prepare": [], "start": [], "pss_mb": [], "anonymous_mb": [], "guest_mb": [], "keeper_mb": []}
+    for number in range(MICROVMS):
+        key = Key(f"bench-{number}", 1)
+        try:
+            began = time.perf_counter()
+            await driver.prepare(Order(key, "box:1", {}, {"limits": {"memory": "64Mi"}, "command": ["/busybox", "sh", "-c", "echo first; exec /busybox sleep 1000"]}))
+            laid = time.perf_counter()
+            status = await driver.start(key)
+            started = time.perf_counter()
+            while (await driver.logs(key, 100)).stdout != b"first\n":
+                if (await driver.status(key)).phase is not Phase.RUNNING:
+                    raise RuntimeError(f"it did not run: {await driver.status(key)}")
+                await asyncio.sleep(0.001)
+            rows["micro-VM"].append((time.perf_counter() - began) * 1000)
+            rows["prepare"].append((laid - began) * 1000)
+            rows["start"].append((started - laid) * 1000)
+            rollup = {name: int(rest.split()[0]) / 1000 for name, _, rest in (line.partition(":") for line in Path(f"/proc/{status.pid}/smaps_rollup").read_text().splitlines()[1:])}
+            note = json.loads((driver.folder(key) / "running.json").read_text())
+            keeper = memory_of(note["keeper"]).pss / 1e6
+            rows["pss_mb"].append(rollup["Pss"] * 1.024 + keeper)
+            rows["anonymous_mb"].append(rollup["Pss_Anon"] * 1.024)
+            rows["guest_mb"].append(rollup["Pss_Shmem"] * 1.024)
+            rows["keeper_mb"].append(keeper)
+        finally:
+            await driver.delete(key)
+    return rows
+
+
 def alone(code: Path) -> list[float]:
     """The peer: ms."""
     found = []
@@ -96,7 +140,7 @@ def alone(code: Path) -> list[float]:
 
 async def all_rounds(options: Any, folder: Path, store: ImageStore) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], list[float]]:
     """Rounds by driver, the reasons of drivers that cannot be used here, the peer."""
-    found: dict[str, list[dict[str, Any]]] = {"function": [], "container": []}
+    found: dict[str, list[dict[str, Any]]] = {"function": [], "container": [], "micro-VM": []}
     cannot, peer = {}, []
     driver = FunctionDriver(folder, store)
     told = await driver.probe()
@@ -118,11 +162,22 @@ async def all_rounds(options: Any, folder: Path, store: ImageStore) -> tuple[dic
     else:
         cannot["container"] = told.to_json()["cannot"]["start"]
     containers.close()
+    guests = MicrovmDriver(folder, store, Settings(kernel=options.guest_kernel))
+    told = await guests.probe()
+    if told.usable:
+        for number in range(options.rounds):
+            found["micro-VM"].append({**await microvms(guests), "cold_s": guests.template_s, "runtime": told.runtime})
+            note(options, f"round {number + 1}: micro-VM median {median(found['micro-VM'][-1]['micro-VM']):.0f} ms, least {min(found['micro-VM'][-1]['micro-VM']):.0f} ms")
+    else:
+        cannot["micro-VM"] = told.to_json()["cannot"]["start"]
+    guests.close()
     return found, cannot, peer
 
 
 def main() -> int:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--guest-kernel", default=GUEST_KERNEL, help="folder with boot/ and lib/modules/ of the kernel that guests boot")
+    options = parser.parse_args()
     about = machine()
     if importlib.util.find_spec("wasmtime") is None:
         raise SystemExit("no wasmtime (pip install '.[functions]')")
@@ -131,10 +186,13 @@ def main() -> int:
         store = ImageStore(folder / "images", limits=Limits(keep_free=0), own=os.geteuid() == 0)
         store.add(artefact(folder / "module"), "line:1")
         store.add(container_start.image(folder / "image"), "bench:1")
+        if BUSYBOX.exists():
+            store.add(container_start.layout_of(folder / "box", {"busybox": BUSYBOX.read_bytes()}), "box:1")
         found, cannot, peer = asyncio.run(all_rounds(options, folder, store))
         store.close()
     times: dict[str, list[list[float]]] = {name: [row[name] for row in found["function"]] for name in ("function cold", "function warm")}
     times["container"] = [[second * 1000 for second in row["start_s"]] for row in found["container"]]
+    times["micro-VM"] = [row["micro-VM"] for row in found["micro-VM"]]
     told: dict[str, dict[str, Any]] = {
         name: {"median": spread([median(row) for row in rows]), "least": round(min(min(row) for row in rows), 3), "worst": round(max(max(row) for row in rows), 3), "bar": BAR_MS[name],
                "ok": median([median(row) for row in rows]) <= BAR_MS[name]}
@@ -150,6 +208,17 @@ def main() -> int:
             "function: host and one worker, pss": spread([median(row["pss_mb"]) for row in functions_rows]), "of that the host, rss": round(last["host"].rss / 1e6, 1), "spawner, one for all, pss": round(last["spawner"].pss / 1e6, 1),
             "spawner, rss": round(last["spawner"].rss / 1e6, 1), "container: keeper, pss": spread([median(row["keeper_pss_mb"]) for row in found["container"]]) if found["container"] else None,
         }
+    if guests := found["micro-VM"]:
+        over = spread([median(row["pss_mb"]) for row in guests])
+        details["micro-VM"] = {
+            "with": guests[0]["runtime"], "cold (boot of its template), ms": round(guests[0]["cold_s"] * 1000), "parts, median ms": {name: spread([median(row[name]) for row in guests]) for name in ("prepare", "start")},
+            "memory over the workload's own, MB": {
+                "QEMU and keeper, pss": over, "bar": MICROVM_BAR_MB, "ok": over["median"] <= MICROVM_BAR_MB,
+                "of that QEMU's own and pages that the guest wrote": spread([median(row["anonymous_mb"]) for row in guests]), "of that shared with the template": spread([median(row["guest_mb"]) for row in guests]),
+                "of that the keeper": spread([median(row["keeper_mb"]) for row in guests]),
+            },
+        }
+        ok = ok and over["median"] <= MICROVM_BAR_MB
     return report(
         options, about, "create to the first line of the program, a cold function, median", told["function cold"]["median"]["median"] if "function cold" in told else -1.0, "ms", ok,
         spread_=told.get("function cold", {}).get("median"), peer={"python, the engine and the same native code, ms": round(median(peer), 1)} if peer else None,

@@ -78,6 +78,7 @@ if [ "$kind" = dev ]; then
   command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
+  [ "$(uname -m)" != x86_64 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || packages+=(qemu-system-x86 seabios)
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
     apt_install "${packages[@]}" || for package in "${packages[@]}"; do
@@ -85,4 +86,5 @@ if [ "$kind" = dev ]; then
     done
   fi
   tools/setup/criu.sh || true  # it has said why
+  if [ "$(uname -m)" = x86_64 ]; then tools/setup/guest_kernel.sh .novacron/guest-kernel || say "no kernel for guests; the tests of micro-VMs will say that they were skipped"; fi
 fi

@@ -23,16 +23,17 @@ class Keepers:
 
     Args:
         groups: folders of the control groups that the server, and so each keeper, goes into.
+        program: what it runs.
     """
 
-    def __init__(self, groups: Sequence[str]) -> None:
-        self._groups = tuple(groups)
+    def __init__(self, groups: Sequence[str], program: Path = _PROGRAM) -> None:
+        self._groups, self._program = tuple(groups), program
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def start(self, folder: Path, seconds: float) -> str:
-        """A keeper for `folder`; its first word, empty where there came none within `seconds` or where another holds the folder's lock. Blocks.
+    def start(self, folder: Path, seconds: float, more: Sequence[int] = ()) -> str:
+        """A keeper for `folder`; its first word, empty where there came none within `seconds` or where another holds the folder's lock. Blocks. `more`: descriptors that it gets beside the three.
 
         It takes the lock over from us: between us and it, it is never free. Raises OSError where the server cannot be started.
         """
@@ -49,7 +50,7 @@ class Keepers:
             return ""
         try:
             try:
-                self._ask(folder, (lock, its_end, opened[1]))
+                self._ask(folder, (lock, its_end, opened[1], *more))
             finally:
                 for descriptor in opened:
                     os.close(descriptor)
@@ -57,7 +58,7 @@ class Keepers:
         finally:
             os.close(said)
 
-    def _ask(self, folder: Path, descriptors: tuple[int, int, int]) -> None:
+    def _ask(self, folder: Path, descriptors: Sequence[int]) -> None:
         with self._lock:
             for _ in range(2):
                 if self._socket is None:
@@ -74,7 +75,7 @@ class Keepers:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._server = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_PROGRAM), str(its.fileno()), *self._groups], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+                [sys.executable, "-I", "-S", str(self._program), str(its.fileno()), *self._groups], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
                 start_new_session=True, pass_fds=(its.fileno(),), env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
             )
         except OSError:

@@ -1,0 +1,127 @@
+"""What runs in a micro-VM beside the workload: its first process, a shell script, and the scripts that it is sent. Pure.
+
+The host sends a length, a line end and a script of that many bytes; the guest runs it. It answers in lines: `ready`, `running`, `trouble TEXT`, `exit CODE KILLED_FOR_MEMORY`, `done CODE`.
+What programs write goes through a pipe (so that /dev/stdout can be opened) to a port of its own, and is closed by a mark that the host chose.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+INIT = rb"""#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run
+while read -r module; do [ $module = virtio_blk ] && echo 0 > /sys/bus/virtio/drivers_autoprobe; insmod /modules/$module.ko; done < /modules/order
+mount -t cgroup2 cgroup /sys/fs/cgroup
+echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/work
+echo -1000 > /proc/self/oom_score_adj
+ip link set lo up
+mount -t tmpfs -o mode=755,nosuid,size=65536k dev /devices
+for one in 'null 1 3' 'zero 1 5' 'full 1 7' 'random 1 8' 'urandom 1 9' 'tty 5 0'; do set -- $one; mknod -m 666 /devices/$1 c $2 $3; done
+ln -s /proc/self/fd /devices/fd; ln -s fd/0 /devices/stdin; ln -s fd/1 /devices/stdout; ln -s fd/2 /devices/stderr; ln -s pts/ptmx /devices/ptmx
+mkdir /devices/pts /devices/shm /devices/.guest
+mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,nosuid,noexec pts /devices/pts
+mount -t tmpfs -o nosuid,noexec,nodev,mode=1777,size=65536k shm /devices/shm
+mount -o bind /bin /devices/.guest; mount -o remount,bind,ro /devices/.guest
+mount -t sysfs -o ro,nosuid,noexec,nodev sys /system
+mkfifo -m 666 /run/out /run/err
+mkdir /etc
+echo '/dev/vda /image ext4 ro,nodev 0 0
+/dev/vdb /disk ext4 nodev 0 0
+root /root overlay nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work 0 0
+/devices /root/dev none rbind 0 0
+/system /root/sys none bind 0 0
+proc /root/proc tmpfs ro,size=4k 0 0' > /etc/fstab
+for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep 0.02; done; done
+exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
+(cat /run/out >&4; read -r closing </run/closing; printf "$closing" >&4) &
+(cat /run/err >&5; read -r closing </run/closing; printf "$closing" >&5) &
+echo ready >&3
+while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
+poweroff -f
+"""
+"""Its disks are bound to their driver only when it is told to start something: a clone of it then meets its own for the first time. A port has its name before it can be opened.
+unshare mounts /proc only over what is mounted already."""
+
+_JOIN = "echo 0 >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; "
+"""Into the workload's limits; the first process of the guest itself may not be killed for memory, what it starts may."""
+
+_CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
+
+
+def framed(script: str) -> bytes:
+    """A script as it is sent."""
+    raw = script.strip().encode()
+    return b"%d\n%s" % (len(raw), raw)
+
+
+def mark(token: str) -> bytes:
+    """What closes a stream."""
+    return b"\0end " + token.encode() + b"\n"
+
+
+def _program(document: Mapping[str, object], args: Sequence[str]) -> str:
+    """The end of every start: as its user, with its variables and nothing else, in place of the shell."""
+    tools = "/dev/.guest/busybox"
+    user = [tools, "nsenter", "-F", "-S", str(document["uid"]), "-G", str(document["gid"])] if document["uid"] or document["gid"] else []
+    words = [tools, "setpriv", "--nnp", *user, tools, "env", "-i", *document["env"], *args]  # type: ignore[misc]
+    if document["cwd"] == "/":
+        return shlex.join(words)
+    return shlex.join([tools, "sh", "-c", f"cd {shlex.quote(str(document['cwd']))} || exit 126\nexec {shlex.join(words)}"])
+
+
+def start(document: Mapping[str, object], token: str, seed: str, now_s: int) -> str:
+    """The script that starts the program of a document (see `microvm_spec.document`). `seed`: random text, never the same twice."""
+    closing = shlex.quote(f"\\0end {token}\\n")
+    enter = f"exec unshare -m -p -f --mount-proc=/root/proc chroot /root {_program(document, document['args'])}"  # type: ignore[arg-type]
+    tmpfs = "\n".join(f"mkdir -p {shlex.quote('/root' + target)}; mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote('/root' + target)}" for target, size in document["tmpfs"])  # type: ignore[attr-defined]
+    mode = "" if document["root_mode"] == "755" else f" && chmod {document['root_mode']} /disk/upper"
+    quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/work/cpu.max" if document["cpu_us"] else ""
+    return f"""
+printf %s {seed} >/dev/urandom; reseed </dev/urandom || echo 'trouble the random numbers could not be made new' >&3
+echo {shlex.quote(str(document["hostname"]))} >/proc/sys/kernel/hostname; echo {closing} >/run/closing
+echo {document["memory"]} >/sys/fs/cgroup/work/memory.max; echo 1 >/sys/fs/cgroup/work/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/work/pids.max
+{quota}
+date -s @{now_s} >/dev/null
+for one in /sys/bus/virtio/devices/*; do [ -e $one/driver ] || echo ${{one##*/}} >/sys/bus/virtio/drivers/virtio_blk/bind; done
+if mount -a{mode}
+then
+{tmpfs}
+{"mount -o remount,ro /root" if document["read_only"] else ""}
+(
+  ({_JOIN}{enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/out 2>/run/err </dev/null & echo $! >/run/pid; echo running >&3; wait $!; code=$?
+  set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3
+) &
+else echo 'trouble its disks cannot be mounted' >&3; fi
+"""
+
+
+def kill(number: int) -> str:
+    """The script that sends the program a signal; what starts it would lose it, so it waits for that to be over (5 s at most)."""
+    return f"""
+tries=0
+while [ $tries -lt 100 ] && {{ child={_CHILD.format("pid")}; [ -z "$child" ] || grep -qE '^(unshare|chroot|/dev/.guest/)' /proc/$child/cmdline; }}; do tries=$((tries+1)); sleep 0.05; done
+kill -{number} $child
+"""
+
+
+def run(document: Mapping[str, object], args: Sequence[str], token: str) -> str:
+    """The script that runs a command beside the program, in its namespaces and limits."""
+    closing = shlex.quote(f"\\0end {token}\\n")
+    enter = f"exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root {_program(document, args)}"
+    return f"""
+rm -f /run/exec_out /run/exec_err; mkfifo -m 666 /run/exec_out /run/exec_err
+(cat /run/exec_out >&6; printf {closing} >&6) & (cat /run/exec_err >&7; printf {closing} >&7) &
+(({_JOIN}{enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/exec_out 2>/run/exec_err </dev/null & echo $! >/run/exec; wait $!; echo "done $?" >&3) &
+"""
+
+
+def end_run() -> str:
+    """The script that kills the command."""
+    return f"kill -9 {_CHILD.format('exec')} $(cat /run/exec)"
+
+
+def clock(now_s: int) -> str:
+    """The script that sets the clock, after the guest stood still."""
+    return f"date -s @{now_s} >/dev/null"

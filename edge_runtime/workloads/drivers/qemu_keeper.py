@@ -1,0 +1,575 @@
+"""What stands between the agent and one virtual machine: a small process that outlives the agent, as `keeper` does for containers (see there: server, lock, first word, files of the folder).
+
+    python -I -S qemu_keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
+
+Beside the three descriptors of a container's keeper come those that `keeper.json` names in `descriptors`: a template's memory and state, and for a template itself the kernel and its initramfs.
+With `template` in `keeper.json` it boots a guest, saves it into those, and ends. Else it makes a clone of it, has it run what `document` says, and stays until its end.
+QEMU has a user of its own, no rights, no network, and dies with its keeper. An agent asks by lines of JSON over the socket `ask`, which only root can reach:
+
+    {"do": "signal", "number": 15}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "exec", "args": [..], "timeout_s": 5}
+"""
+
+import base64
+import errno
+import gc
+import json
+import os
+import resource
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+if __package__:
+    from . import microvm_guest as guest
+    from .keeper import (
+        DRAIN_S,
+        LOOK_S,
+        PATH_MAX,
+        PR_SET_NAME,
+        SAID,
+        Lapsed,
+        Log,
+        Trouble,
+        check,
+        lease_s,
+        leave_group,
+        libc,
+        ordinary_turns,
+        out_of_memory,
+        started_ticks,
+        tell,
+        write,
+    )
+    from .qemu_machine import PORTS
+    from .qemu_qmp import Qmp, QmpError
+else:  # run as a script: its neighbours, without the package, which would load the agent
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
+    from keeper import (  # type: ignore[import-not-found,no-redef]
+        DRAIN_S,
+        LOOK_S,
+        PATH_MAX,
+        PR_SET_NAME,
+        SAID,
+        Lapsed,
+        Log,
+        Trouble,
+        check,
+        lease_s,
+        leave_group,
+        libc,
+        ordinary_turns,
+        out_of_memory,
+        started_ticks,
+        tell,
+        write,
+    )
+    from qemu_machine import PORTS  # type: ignore[import-not-found,no-redef]
+    from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
+
+CLONE_NEWNET, CLONE_NEWIPC = 0x4000_0000, 0x0800_0000
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_THP_DISABLE = 1, 38, 41
+
+QMP_S = 20.0
+"""A QEMU that does not answer within this hangs."""
+
+CHUNK = 65_536
+"""Bytes that are read at a time."""
+
+MAX_SAID = 4096
+"""Bytes of one answer of a guest, and of one question of an agent beside the arguments of a command."""
+
+MAX_ASKED = 1 << 20
+"""Bytes of one question: the arguments of a command."""
+
+MAX_ASKING = 8
+"""Agents that ask at a time."""
+
+MAX_OUTPUT = 1 << 20
+"""Bytes kept of each stream of a command."""
+
+OPEN_FILES = 256
+"""Of a QEMU; it has about fifty."""
+
+
+class Machine:
+    """A running QEMU, its channels, and what it says when it fails."""
+
+    def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
+        ours, its = {}, dict(descriptors)
+        for name in ("qmp", *PORTS):
+            ours[name], end = socket.socketpair()
+            its[name] = end.detach()
+        for path, value in told["groups"]:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if value is not None:
+                with open(path, "w") as handle:
+                    handle.write(str(value))
+        line = [word.format(**its) for word in told["command"]]
+        parent = os.getpid()
+
+        def become() -> None:
+            for path, value in told["groups"]:
+                if value is None:
+                    with open(path, "w") as handle:
+                        handle.write(str(os.getpid()))
+            check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "a network namespace")
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+            os.setgroups(told["more_groups"])
+            os.setgid(told["uid"])
+            os.setuid(told["uid"])
+            libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # else what is touched a little of takes two megabytes each time; a kernel without it wastes them
+            check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
+            check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "dying with the keeper")
+            if os.getppid() != parent:
+                os._exit(1)
+
+        self.errors = os.path.join(told["folder"], "qemu.err")
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, cwd="/", env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, preexec_fn=become, pass_fds=tuple(its.values()), start_new_session=True,
+            )
+        for name in ours:
+            os.close(its[name])
+        self.ports = {name: ours[name] for name in PORTS}
+        self.qmp = Qmp(ours["qmp"], QMP_S)
+        self.qmp_line = ours["qmp"]
+
+    def trouble(self, problem: str) -> Trouble:
+        """With QEMU's own words."""
+        try:
+            with open(self.errors, "rb") as handle:
+                said = handle.read(SAID).decode("utf-8", "replace").strip()
+        except OSError:
+            said = ""
+        return Trouble(f"{problem}{': ' * bool(said)}{said}")
+
+    def end(self) -> None:
+        """Kill it and wait for it."""
+        self.process.kill()
+        self.process.wait()
+
+    def say(self, script: str) -> None:
+        """Send the guest a script. Raises `Trouble` where it takes nothing any more."""
+        line = self.ports["control"]
+        line.settimeout(QMP_S)
+        try:
+            line.sendall(guest.framed(script))
+        except OSError:
+            raise Trouble("the guest takes no orders any more") from None
+
+
+class Lines:
+    """A guest's answers, as lines; nobody vouches for them."""
+
+    def __init__(self) -> None:
+        self._waits = b""
+
+    def take(self, data: bytes) -> list:  # type: ignore[type-arg]
+        """The whole lines, as lists of words. Raises `Trouble` where one has no end."""
+        *lines, self._waits = (self._waits + data).split(b"\n")
+        if len(self._waits) > MAX_SAID:
+            raise Trouble("the guest says what is no answer")
+        return [found for line in lines if (found := line[:MAX_SAID].decode("ascii", "replace").split())]
+
+
+class Stream:
+    """A port's data up to the mark."""
+
+    def __init__(self, token: str, take: object) -> None:
+        self._mark, self._take, self._waits, self.ended = guest.mark(token), take, b"", False
+
+    def feed(self, data: bytes) -> None:
+        """What came; what may be the mark's beginning waits."""
+        if self.ended:
+            return
+        data = self._waits + data
+        before, found, _ = data.partition(self._mark)
+        if found:
+            self.ended, self._waits = True, b""
+        else:
+            keep = next((size for size in range(min(len(self._mark) - 1, len(data)), 0, -1) if data.endswith(self._mark[:size])), 0)
+            before, self._waits = data[: len(data) - keep], data[len(data) - keep:]
+        if before:
+            self._take(before)  # type: ignore[operator]
+
+
+class Kept:
+    """The first bytes of a command's stream."""
+
+    def __init__(self) -> None:
+        self.data, self.cut = bytearray(), False
+
+    def take(self, data: bytes) -> None:
+        """Append what there is room for."""
+        room = MAX_OUTPUT - len(self.data)
+        self.cut = self.cut or len(data) > room
+        self.data += data[:room]
+
+
+def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
+    """Boot a guest and save it. Returns what it took."""
+    began = time.monotonic()
+    machine = Machine(told, descriptors)
+    try:
+        machine.qmp.begin()
+        machine.qmp.ask("cont")
+        line, lines = machine.ports["control"], Lines()
+        end = began + told["boot_s"]
+        while True:
+            line.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                data = line.recv(CHUNK)
+            except TimeoutError:
+                raise machine.trouble(f"the guest did not boot within {told['boot_s']:g} s") from None
+            if not data:
+                raise machine.trouble("QEMU or the guest's kernel ended before it had booted")
+            if ["ready"] in lines.take(data):
+                break
+        booted = time.monotonic() - began
+        machine.qmp.ask("stop")
+        machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+        machine.qmp_line.setblocking(True)
+        socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [descriptors["state"]])
+        machine.qmp.answer("getfd")
+        machine.qmp.ask("migrate", uri="fd:state")
+        if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
+            raise machine.trouble("the guest's state could not be saved")
+        return {"template": True, "booted_s": round(booted, 3), "saved_s": round(time.monotonic() - began - booted, 3), "at_ms": int(time.time() * 1000)}
+    except QmpError as error:
+        raise machine.trouble(str(error)) from None
+    finally:
+        machine.end()
+
+
+class Keeper:
+    """The life of one instance."""
+
+    def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
+        self.told, self.folder = told, told["folder"]
+        token = secrets.token_hex(8)
+        self.lines, self.token = Lines(), token
+        logs = {name: Log(os.path.join(self.folder, f"std{name}.log"), told["log_bytes"]) for name in ("out", "err")}
+        self.streams = {name: Stream(token, log.take) for name, log in logs.items()}
+        self.result: dict | None = None  # type: ignore[type-arg]
+        self.wish = ""
+        """`kill` or `lapsed`, where we have ended it."""
+        self.started = False
+        self.asking: dict = {}  # type: ignore[type-arg]
+        self.exec: dict | None = None  # type: ignore[type-arg]
+        self.machine = Machine(told, descriptors)
+        self.selector = selectors.DefaultSelector()
+
+    def keep(self) -> dict:  # type: ignore[type-arg]
+        """From its beginning to its end; returns how that was."""
+        machine, told = self.machine, self.told
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as handle:
+                boot = handle.read().strip()
+            pid = machine.process.pid
+            write(os.path.join(self.folder, "running.json"), {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)})
+            if told["lease"] and lease_s(told["lease"]) <= 0:
+                raise Lapsed("its lease was over before it began")
+            machine.qmp.begin()
+            machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+            machine.qmp.ask("migrate-incoming", uri=f"fd:{told['state_descriptor']}")
+            if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
+                raise machine.trouble("the template cannot be loaded")
+            machine.qmp.ask("cont")
+            machine.say(guest.start(told["document"], self.token, secrets.token_hex(64), int(time.time())))
+            self.watch()
+        except QmpError as error:
+            raise machine.trouble(str(error)) from None
+        finally:
+            machine.end()
+            self.drain()
+        for one in self.asking:
+            one.close()
+        return self.ending()
+
+    def ending(self) -> dict:  # type: ignore[type-arg]
+        """What is written down."""
+        now = int(time.time() * 1000)
+        if self.result is not None:
+            return {**self.result, "at_ms": now, "lapsed": False}
+        if self.wish:
+            return {"code": 137, "signal": 9, "out_of_memory": False, "at_ms": now, "lapsed": self.wish == "lapsed"}
+        if out_of_memory(self.told):
+            return {"code": 137, "signal": 9, "out_of_memory": True, "at_ms": now, "lapsed": False}
+        raise self.machine.trouble("the guest ended before its program did")
+
+    def watch(self) -> None:
+        """Until it has ended."""
+        register, ports = self.selector.register, self.machine.ports
+        ended = os.pidfd_open(self.machine.process.pid)
+        register(ended, selectors.EVENT_READ, lambda: None)
+        register(self.machine.qmp_line, selectors.EVENT_READ, self.machine.qmp.drain)
+        listener = self.listen()
+        register(listener, selectors.EVENT_READ, lambda: self.accept(listener))
+        for name, port in ports.items():
+            port.setblocking(False)
+            register(port, selectors.EVENT_READ, lambda name=name: self.read(name))
+        deadline = time.monotonic() + self.told["boot_s"]
+        while self.machine.process.poll() is None and (self.result is None or not all(stream.ended for stream in self.streams.values())):
+            now, lease = time.monotonic(), self.told["lease"]
+            if self.result is not None and now >= deadline:
+                return
+            if not self.started and now >= deadline:
+                raise self.machine.trouble(f"the guest did not start the program within {self.told['boot_s']:g} s")
+            if lease and not self.wish and lease_s(lease) <= 0:
+                self.wish = "lapsed"
+                return
+            if self.exec is not None and now >= self.exec["end"]:
+                self.exec["late"] = True
+                self.exec["end"] = now + QMP_S
+                self.machine.say(guest.end_run())
+            waits = [deadline - now] if not self.started or self.result is not None else []
+            waits += [LOOK_S] * bool(lease) + ([self.exec["end"] - now] if self.exec is not None else [])
+            was = self.result
+            for key, _ in self.selector.select(max(0.0, min(waits)) if waits else None):
+                key.data()
+                if self.wish:
+                    return
+            if was is None and self.result is not None:
+                deadline = time.monotonic() + DRAIN_S
+
+    def read(self, name: str) -> None:
+        """What a port of the guest has."""
+        try:
+            data = self.machine.ports[name].recv(CHUNK)
+        except (BlockingIOError, ConnectionError):
+            return
+        if not data:
+            self.selector.unregister(self.machine.ports[name])
+        elif name == "control":
+            for words in self.lines.take(data):
+                self.heard(words)
+        elif name in self.streams:
+            self.streams[name].feed(data)
+        elif self.exec is not None:
+            self.exec[name].feed(data)
+            self.executed()
+
+    def heard(self, words: list) -> None:  # type: ignore[type-arg]
+        """An answer of the guest."""
+        if words == ["running"] and not self.started:
+            self.started = True
+            tell("running")
+        elif words[0] == "trouble":
+            raise self.machine.trouble(f"the guest says: {' '.join(words[1:])[:SAID]}")
+        elif words[0] == "exit" and self.result is None and len(words) > 1 and words[1].isdigit():
+            code = int(words[1]) & 0xFF
+            memory = len(words) > 2 and words[2].isdigit() and int(words[2]) > 0 and code == 128 + signal.SIGKILL
+            self.result = {"code": code, "signal": code - 128 if 128 < code <= 192 else 0, "out_of_memory": memory}
+        elif words[0] == "done" and self.exec is not None and len(words) > 1 and words[1].isdigit():
+            self.exec["code"] = int(words[1]) & 0xFF
+            self.executed()
+
+    def drain(self) -> None:
+        """What it had written, after its end."""
+        for name, port in self.machine.ports.items():
+            port.setblocking(False)
+            while name in self.streams:
+                try:
+                    data = port.recv(CHUNK)
+                except OSError:
+                    break
+                if not data:
+                    break
+                self.streams[name].feed(data)
+
+    # -- what an agent asks ----------------------------------------------------------------------------------------------------
+
+    def listen(self) -> socket.socket:
+        """The socket for agents."""
+        path = self.told["ask"]
+        os.makedirs(os.path.dirname(path), exist_ok=True, mode=0o700)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(MAX_ASKING)
+        listener.setblocking(False)
+        return listener
+
+    def accept(self, listener: socket.socket) -> None:
+        """Another agent's question."""
+        try:
+            line, _ = listener.accept()
+        except OSError:
+            return
+        if len(self.asking) >= MAX_ASKING:
+            line.close()
+            return
+        line.setblocking(False)
+        self.asking[line] = b""
+        self.selector.register(line, selectors.EVENT_READ, lambda: self.asked(line))
+
+    def leave(self, line: socket.socket) -> None:
+        """An agent that is done, or gone."""
+        self.selector.unregister(line)
+        self.asking.pop(line, None)
+        line.close()
+        if self.exec is not None and self.exec["line"] is line:
+            self.exec["line"] = None
+
+    def asked(self, line: socket.socket) -> None:
+        """A question, or a part of it."""
+        try:
+            data = line.recv(CHUNK)
+        except OSError:
+            data = b""
+        if not data or len(self.asking[line]) + len(data) > MAX_ASKED:
+            self.leave(line)
+            return
+        self.asking[line] += data
+        if not data.endswith(b"\n"):
+            return
+        try:
+            request = json.loads(self.asking[line])
+            self.asking[line] = b""
+            answer = self.do(request, line)
+        except (ValueError, KeyError, TypeError) as error:
+            answer = {"failed": f"that is no question: {error!r}"[:SAID]}
+        except QmpError as error:
+            answer = {"failed": str(error)[:SAID]}
+        if answer is not None:
+            self.answer(line, answer)
+
+    def answer(self, line: socket.socket, answer: dict) -> None:  # type: ignore[type-arg]
+        """One line of JSON, and the end."""
+        line.settimeout(QMP_S)
+        try:
+            line.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            pass
+        self.leave(line)
+
+    def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
+        """What is asked; None where the answer comes later."""
+        paused = os.path.join(self.folder, "paused")
+        if request["do"] == "signal":
+            self.machine.say(guest.kill(int(request["number"])))
+        elif request["do"] == "kill":
+            self.wish = "kill"
+        elif request["do"] == "pause":
+            self.machine.qmp.ask("stop")
+            write(paused, {"at_ms": int(time.time() * 1000)})
+        elif request["do"] == "resume":
+            self.machine.qmp.ask("cont")
+            self.machine.say(guest.clock(int(time.time())))
+            if os.path.exists(paused):
+                os.unlink(paused)
+        elif request["do"] == "exec":
+            if self.exec is not None:
+                return {"failed": "another command runs in it"}
+            token, out, err = secrets.token_hex(8), Kept(), Kept()
+            script = guest.run(self.told["document"], [str(word) for word in request["args"]], token)
+            self.exec = {
+                "line": line, "code": None, "late": False, "end": time.monotonic() + float(request["timeout_s"]), "out": out, "err": err, "exec_out": Stream(token, out.take), "exec_err": Stream(token, err.take),
+            }
+            self.machine.say(script)
+            return None
+        else:
+            return {"failed": "that is not known here"}
+        return {"done": True}
+
+    def executed(self) -> None:
+        """Answer when a command has ended and all that it wrote is here."""
+        run = self.exec
+        if run is None or run["code"] is None or not (run["exec_out"].ended and run["exec_err"].ended):
+            return
+        self.exec = None
+        if run["line"] is not None:
+            self.answer(run["line"], {
+                "code": run["code"], "late": run["late"], "cut": run["out"].cut or run["err"].cut, "out": base64.b64encode(run["out"].data).decode(), "err": base64.b64encode(run["err"].data).decode(),
+            })
+
+
+def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
+    """A keeper's life."""
+    with open(os.path.join(folder, "keeper.json")) as handle:
+        told = json.load(handle)
+    libc.prctl(PR_SET_NAME, b"novacron-keeper", 0, 0, 0)
+    names = dict(zip(told["descriptors"], descriptors, strict=True))
+    try:
+        if "state" in names and not told["template"]:
+            # A description of its own: clones read at the same time.
+            names["state"] = os.open(f"/proc/self/fd/{names['state']}", os.O_RDONLY)
+            told["state_descriptor"] = names["state"]
+        for name, path, writable in told["files"]:
+            names[name] = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        result = make_template(told, names) if told["template"] else Keeper(told, names).keep()
+    except (Trouble, OSError, ValueError, subprocess.SubprocessError) as error:
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
+    for _ in range(2):
+        try:
+            write(os.path.join(folder, "exit.json"), result)
+            break
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                break
+            for stale in ("stdout.log.1", "stderr.log.1"):
+                try:
+                    os.unlink(os.path.join(folder, stale))
+                except OSError:
+                    pass
+    for path, value in told["groups"]:
+        if value is None:
+            try:
+                os.rmdir(os.path.dirname(path))
+            except OSError:
+                pass
+    if told["ask"]:
+        try:
+            os.unlink(told["ask"])
+        except OSError:
+            pass
+    tell("ended")
+
+
+def main() -> int:
+    """The server."""
+    ordinary_turns()
+    leave_group(sys.argv[2:])
+    libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()
+    line = socket.socket(fileno=int(sys.argv[1]))
+    line.set_inheritable(False)
+    while True:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(line, PATH_MAX, 8, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            return 0
+        if not data:
+            return 0
+        if len(descriptors) >= 3 and os.fork() == 0:
+            code = 1
+            try:
+                os.setsid()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                line.close()
+                for source, target in ((descriptors[1], 1), (descriptors[2], 2)):
+                    os.dup2(source, target)
+                    os.close(source)
+                live(os.fsdecode(data), descriptors[3:])
+                code = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""QEMU's command line for a guest of the machine type `microvm`. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PORTS = ("control", "out", "err", "exec_out", "exec_err")
+"""The channels of a guest (virtio-serial ports 1..): orders and answers, what its program writes, what a command in it writes."""
+
+TRANSLATED_MB = 24
+"""QEMU's room for translated code (TCG). Its default takes a quarter of the guest's memory; with this a small guest loses nothing, and stays within its memory bar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What clones of one template have in common: memory (MiB), processors, and the accelerator (`tcg` or `kvm`)."""
+
+    memory_mb: int
+    cpus: int
+    accelerator: str = "tcg"
+
+
+def command(program: str, machine: Machine, ram: str, shared: bool, disks: Sequence[str], *more: str) -> list[str]:
+    """The command line.
+
+    Args:
+        ram: path of the guest's memory; of a template it is shared, of a clone private (copy on write).
+        disks: one `-blockdev` each, with its node name `disk0`, ...; the first one is read-only.
+        more: a kernel to boot, or that it waits for a state.
+    Descriptors stand in braces, for whoever starts it: `{qmp}`, those of `PORTS`, and what `disks` and `more` name.
+    """
+    line = [
+        program, "-name", "novacron", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S", "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        # No option ROMs: they would have to be the same in a clone, which has no kernel to load.
+        "-machine", "microvm,x-option-roms=off,rtc=on,pit=off,pic=off,isa-serial=off,memory-backend=mem,accel=" + machine.accelerator,
+        *(("-accel", f"tcg,tb-size={TRANSLATED_MB}") if machine.accelerator == "tcg" else ()), "-cpu", "max" if machine.accelerator == "tcg" else "host", "-smp", str(machine.cpus), "-m", f"{machine.memory_mb}M",
+        "-object", f"memory-backend-file,id=mem,size={machine.memory_mb}M,mem-path={ram},share={'on' if shared else 'off'}",
+        "-chardev", "socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control", "-device", "virtio-serial-device,max_ports=8",
+    ]
+    if machine.accelerator == "tcg":  # the machine's option and this one exclude each other
+        line[line.index("-machine") + 1] = line[line.index("-machine") + 1].removesuffix(",accel=tcg")
+    for number, name in enumerate(PORTS, 1):
+        line += ["-chardev", f"socket,id={name},fd={{{name}}}", "-device", f"virtserialport,chardev={name},nr={number},name={name}"]
+    for number, disk in enumerate(disks):
+        line += ["-blockdev", disk, "-device", f"virtio-blk-device,drive=disk{number},logical_block_size=512,physical_block_size=512"]
+    return [*line, *more]
+
+
+def boot(kernel: str, initramfs: str, tsc_khz: int) -> list[str]:
+    """The options that boot a kernel. `tsc_khz`: the host's; without it a kernel that finds no timer to measure its clock against hangs now and then (8 of 10 boots, Debian's 6.1)."""
+    quiet = "quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off"
+    return ["-kernel", kernel, "-initrd", initramfs, "-append", f"{quiet} tsc_early_khz={tsc_khz}" if tsc_khz else quiet]

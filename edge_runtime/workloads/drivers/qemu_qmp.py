@@ -1,0 +1,87 @@
+"""QEMU's own protocol (QMP) over a socket, blocking, one command at a time. For the keeper too, which imports nothing else of ours."""
+
+import json
+import select
+import socket
+import time
+
+MAX_LINE = 1 << 20
+"""Bytes of one answer; the longest that we ask for has a few hundred."""
+
+
+class QmpError(Exception):
+    """QEMU refused, or said nothing in time."""
+
+
+class Qmp:
+    """A connection; `seconds` is how long each answer may take."""
+
+    def __init__(self, line: socket.socket, seconds: float) -> None:
+        self._line, self._seconds, self._waits = line, seconds, b""
+        self.events: list = []  # type: ignore[type-arg]
+        """Names (and data) of what has happened meanwhile; the newest hundred."""
+
+    def begin(self) -> None:
+        """Wait for its greeting and leave the negotiation."""
+        self._message(time.monotonic() + self._seconds)
+        self.ask("qmp_capabilities")
+
+    def ask(self, command: str, **arguments: object) -> object:
+        """One command; returns its answer. Raises `QmpError`."""
+        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        try:
+            self._line.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise QmpError(f"{command}: QEMU has ended ({error.strerror})") from None
+        return self.answer(command)
+
+    def answer(self, command: str) -> object:
+        """The answer to a command that was sent by other means (with a descriptor beside it). Raises `QmpError`."""
+        end = time.monotonic() + self._seconds
+        while True:
+            message = self._message(end)
+            if "return" in message:
+                return message["return"]
+            if "error" in message:
+                raise QmpError(f"{command}: {str(message['error'])[:500]}")
+
+    def until(self, event: str, key: str, values: tuple) -> str:  # type: ignore[type-arg]
+        """Wait for an event whose datum `key` is one of `values`; returns which."""
+        end = time.monotonic() + self._seconds
+        while True:
+            for name, data in self.events:
+                if name == event and data.get(key) in values:
+                    return str(data[key])
+            self._message(end)
+
+    def drain(self) -> bool:
+        """Read what has come; False where QEMU has closed it."""
+        while select.select([self._line], [], [], 0)[0]:
+            try:
+                self._message(time.monotonic() + self._seconds)
+            except QmpError:
+                return False
+        return True
+
+    def _message(self, end: float) -> dict:  # type: ignore[type-arg]
+        while b"\n" not in self._waits:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self._line], [], [], left)[0]:
+                raise QmpError(f"QEMU said nothing for {self._seconds:g} s")
+            try:
+                data = self._line.recv(65_536)
+            except OSError as error:
+                raise QmpError(f"QEMU has ended ({error.strerror})") from None
+            if not data or len(self._waits) + len(data) > MAX_LINE:
+                raise QmpError("QEMU has ended" if not data else "QEMU says too much")
+            self._waits += data
+        raw, _, self._waits = self._waits.partition(b"\n")
+        try:
+            message = json.loads(raw)
+        except ValueError:
+            raise QmpError("QEMU says what is no JSON") from None
+        if not isinstance(message, dict):
+            raise QmpError("QEMU says what is no object")
+        if "event" in message:
+            self.events = [*self.events[-99:], (message["event"], message.get("data", {}))]
+        return message
