@@ -274,11 +274,16 @@ class Demo:
             "uplink": {"url": f"mqtt://127.0.0.1:{uplink_port}", "backoff_base": "500ms", "backoff_cap": "5s", "keepalive": "5s", "protocol": protocol},
             "bus": {"url": f"mqtt://127.0.0.1:{bus_port}", "protocol": protocol}, "api": {"port": api_port},
             "decisions": {"rules": rules(threshold), "models": [f"shipped:host-anomaly/{form}"]},
-            "workloads": {"enabled": True, "reserve_disk": "1GiB", "reserve_memory": "256MiB"},
+            "workloads": {"enabled": True, "reserve_disk": "1GiB", "reserve_memory": "256MiB", **self._microvms()},
         }
         path = self.home / "edge.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return path
+
+    def _microvms(self) -> dict[str, Any]:
+        """Where they are asked for: they cost the boot of a guest, and memory."""
+        kernel = Path(".novacron/guest-kernel").resolve()
+        return {"microvms": True, **({"guest_kernel": str(kernel)} if kernel.is_dir() else {})} if self.options.microvms else {}
 
     def _samples(self) -> None:
         """What `novactl run` runs."""
@@ -376,6 +381,7 @@ def main() -> int:
     parser.add_argument("--broker", default="auto", help=f"auto ({'mosquitto' if find_mosquitto() else 'embedded'} here), embedded, mosquitto")
     parser.add_argument("--home", default=".novacron/demo", help="where everything is kept")
     parser.add_argument("--keep", dest="fresh", action="store_false", help="go on with what the last run left")
+    parser.add_argument("--microvms", action="store_true", help="let the edge run micro-VMs: needs root and QEMU, and takes 130 MB")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     options = parser.parse_args()
     try:

@@ -14,8 +14,8 @@ from urllib.parse import quote
 from . import samples
 from .client import Api, CommandError, edge_api, hub_api
 
-KINDS = ("container", "function")
-"""Those that can be run so; more come with their drivers."""
+KINDS = {"container": "container", "function": "function", "microvm": "container"}
+"""What can be run so, to the kind of its sample; more come with their drivers."""
 
 LOOK_S = 0.1
 """Pause between two looks at the hub."""
@@ -23,7 +23,7 @@ LOOK_S = 0.1
 SETTLE_S = 10.0
 """How long a workload that finds no node may wait for one: an edge tells what it can run some seconds after its start."""
 
-REQUESTS = {"container": {"cpu": "100m", "memory": "64Mi"}, "function": {"cpu": "100m", "memory": "64Mi"}}
+REQUESTS = {"cpu": "100m", "memory": "64Mi"}
 """What is set aside where nothing is said: a small edge has it."""
 
 Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
@@ -51,7 +51,7 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("--rm", action="store_true", help="remove it at the end, also where it failed")
     parser.add_argument("args", nargs="*", metavar="COMMAND", help="after --: a container's command, a function's arguments")
     parser = command("image", image, "make a sample image as an archive: image container --to FOLDER, image function --to FOLDER")
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=sorted(samples.NAMES))
     parser.add_argument("--to", type=Path, required=True, help="a folder, such as the edge's DATA_DIR/workloads/archives")
 
 
@@ -59,9 +59,12 @@ def _run(options: Any, show: Show, plain: Callable[[str], str]) -> int:
     if options.timeout <= 0:
         raise CommandError(f"run: --timeout {options.timeout:g} is no time; give seconds")
     hub, name, end = hub_api(options.hub, options.token), options.name or f"run-{options.kind}-{secrets.token_hex(3)}", time.monotonic() + options.timeout
-    requests = {**REQUESTS[options.kind], **({"cpu": options.cpu} if options.cpu else {}), **({"memory": options.memory} if options.memory else {})}
-    spec = {"command" if options.kind == "container" else "args": options.args} if options.args else {}
-    hub.call("POST", "/api/v1/workloads", {"id": name, "kind": options.kind, "image": options.image or samples.NAMES[options.kind], "requests": requests, "spec": spec})
+    kind = KINDS[options.kind]
+    requests = {**REQUESTS, **({"cpu": options.cpu} if options.cpu else {}), **({"memory": options.memory} if options.memory else {})}
+    spec: dict[str, Any] = {"command" if kind == "container" else "args": options.args} if options.args else {}
+    if options.kind == "microvm":
+        spec["isolation"] = "microvm"
+    hub.call("POST", "/api/v1/workloads", {"id": name, "kind": kind, "image": options.image or samples.NAMES[kind], "requests": requests, "spec": spec})
     try:
         row = _running(hub, options, name, end)
         if not (node := row["node"] or next((one["node"] for one in reversed(row["placements"])), "")):
@@ -106,7 +109,7 @@ def _driver_lacks(options: Any) -> str:
         records = edge_api(options.edge_api).get("/api/v1/journal/event?limit=1000")
     except CommandError:
         return ""
-    found = next((one["body"] for one in records if one["kind"] == "workload.driver" and one["body"].get("kind") == options.kind), None)  # the newest first
+    found = next((one["body"] for one in records if one["kind"] == "workload.driver" and one["body"].get("driver") == options.kind), None)  # the newest first
     return f"the edge's driver for {options.kind}s: {found['cannot'].get('start', '')}" if found is not None and not found["usable"] else ""
 
 

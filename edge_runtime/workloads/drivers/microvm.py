@@ -130,7 +130,7 @@ class MicrovmDriver:
     def _find(self) -> Capabilities:
         cannot = dict.fromkeys(
             (Ability.CHECKPOINT, Ability.RESTORE, Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
-        ) | {Ability.ROOTLESS: "the driver makes control groups and mounts layers, which needs root", Ability.USER_NAMESPACE: "a guest has a kernel of its own instead"}
+        ) | {Ability.ROOTLESS: "the driver makes control groups and mounts layers, which needs root", Ability.USER_NAMESPACE: "a guest has a kernel of its own instead", Ability.NETWORK: "a guest has loopback only"}
         why, version = "", ""
         qemu, mke2fs = next((path for name in self._settings.qemu if (path := searched(name))), None), searched("mke2fs")
         if not self._settings.enabled:
