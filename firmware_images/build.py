@@ -174,7 +174,7 @@ def _squash(tree: Tree, target: Path, time_s: int) -> None:
         for piece in as_tar(tree.items(), time_s):
             archive.write(piece)
         archive.seek(0)
-        tools.run(["sqfstar", *SQUASHFS, str(target)], field="root", remedy="is there room?", env={"SOURCE_DATE_EPOCH": str(time_s)}, stdin=archive)
+        tools.run(["mksquashfs", "-", str(target), "-tar", *SQUASHFS], field="root", remedy="is there room?", env={"SOURCE_DATE_EPOCH": str(time_s)}, stdin=archive)
 
 
 def _boot_partition(top: Path, arch: Architecture, chosen: Profile, slot: str, line: str, time_s: int, identity: uuid.UUID) -> None:

@@ -59,19 +59,28 @@ def library_folders(tree: Tree) -> list[str]:
     return [*multiarch, "/usr/lib", "/usr/lib64"]
 
 
+def _find(tree: Tree, asking: str, wanted: elf.Needs, name: str, folders: Iterable[str]) -> str | None:
+    """Path of a library, by the file's own search path and then the loader's; None where there is none."""
+    own = [folder.replace("${ORIGIN}", "$ORIGIN").replace("$ORIGIN", posixpath.dirname(asking)) for folder in wanted.folders]
+    # Its own folder too: systemd's libsystemd-core finds its neighbour because systemd has loaded it before.
+    candidates = [name] if name.startswith("/") else [f"{folder}/{name}" for folder in (*own, *folders, posixpath.dirname(asking))]
+    return next((path for path in candidates if tree.follow(path) is not None), None)
+
+
 def needs(tree: Tree, program: str) -> list[str]:
     """Paths of all libraries (and the loader) that a program needs, itself not. Raises ValueError naming one that is missing."""
     folders = library_folders(tree)
     taken: dict[str, None] = {}
     rest = [tree.resolve(program, last=True)]
     while rest:
-        entry = tree.follow(rest.pop())
+        asking = rest.pop()
+        entry = tree.follow(asking)
         assert entry is not None
-        for name in elf.needed(entry.data):
-            candidates = [name] if name.startswith("/") else [f"{folder}/{name}" for folder in folders]
-            path = next((path for path in candidates if tree.follow(path) is not None), None)
+        wanted = elf.needed(entry.data)
+        for name in wanted.names:
+            path = _find(tree, asking, wanted, name, folders)
             if path is None:
-                raise ValueError(f"{program} needs {name}")
+                raise ValueError(f"{asking} needs {name}")
             if path not in taken:
                 taken[path] = None
                 rest.append(path)
@@ -79,23 +88,13 @@ def needs(tree: Tree, program: str) -> list[str]:
 
 
 def missing_libraries(tree: Tree) -> list[str]:
-    """Programs and libraries of the tree that need a library which the tree lacks; each as `PATH needs NAME`. A library beside the one that asks for it counts as found."""
+    """Programs and libraries of the tree that need a library which the tree lacks; each as `PATH needs NAME`."""
     folders = library_folders(tree)
-    there = {posixpath.basename(path) for path, entry in tree.items() if entry.kind in ("file", "link") and ".so" in path}
     told = []
     for path, data in tree.files():
-        for name in elf.needed(data):
-            if name.startswith("/"):
-                if tree.follow(name) is None:
-                    told.append(f"{path} needs {name}")
-            elif not any(tree.follow(f"{folder}/{name}") is not None for folder in (posixpath.dirname(path), *folders)) and not (name in there and _private(path)):
-                told.append(f"{path} needs {name}")
+        wanted = elf.needed(data)
+        told += [f"{path} needs {name}" for name in wanted.names if _find(tree, path, wanted, name, folders) is None]
     return told
-
-
-def _private(path: str) -> bool:
-    """Whether the file may have a search path of its own (systemd's, a wheel's)."""
-    return "/systemd" in path or "/dist-packages/" in path or posixpath.basename(path) in ("udevadm", "systemctl", "journalctl", "networkctl", "resolvectl", "busctl", "bootctl", "timedatectl") or path.startswith("/usr/bin/systemd-")
 
 
 def make(tree: Tree, version: str, time_s: int) -> tuple[bytes, list[str]]:

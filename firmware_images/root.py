@@ -27,6 +27,9 @@ _AGENT_DATA = (".py", ".json", ".portable")
 _AGENT_ENGINES = (".tflite", ".onnx")
 """Models for engines that only a profile with those engines has use for."""
 
+SLOWER_TWIN = ("frozenlist/_frozenlist.",)
+"""Compiled parts that stay out because their package does without them: this one alone would bring the library of C++ (2.5 MB on the disk, more in memory), for lists of a few signals."""
+
 SANE_WHEEL_BYTES = 256 << 20
 """A wheel that unpacks to more than this is not one of ours."""
 
@@ -65,7 +68,7 @@ def add_wheel(tree: Tree, wheel: Path) -> None:
             for info in archive.infolist():
                 name = info.filename
                 parts = name.split("/")
-                if name.endswith("/") or ".." in parts or name.startswith("/") or name.endswith(_SOURCES) or "tests" in parts or parts[0].endswith(".data") or parts[-1] in ("RECORD", "WHEEL", "top_level.txt"):
+                if name.endswith("/") or ".." in parts or name.startswith("/") or name.endswith(_SOURCES) or name.startswith(SLOWER_TWIN) or "tests" in parts or parts[0].endswith(".data") or parts[-1] in ("RECORD", "WHEEL", "top_level.txt"):
                     continue
                 tree.file(f"{SITE}/{name}", archive.read(info), 0o755 if ".so" in parts[-1] else 0o644)
     except (zipfile.BadZipFile, OSError) as error:
