@@ -187,7 +187,8 @@ done
 blocks="${{table%%:*}}"; rest="${{table#*:}}"; root="${{rest%%:*}}"; salt="${{rest#*:}}"
 dmsetup create novacron-root --readonly --noudevsync --noudevrules --table "0 $((blocks * 8)) verity 1 $device $device 4096 4096 $blocks $blocks sha256 $root $salt 1 panic_on_corruption" \\
   || fail "dm-verity refuses the slot $name"
-mount -t squashfs -o ro /dev/mapper/novacron-root /root || fail "the slot $name is no squashfs"
+# The only one there is; the node is the kernel's own, no udev runs here.
+mount -t squashfs -o ro /dev/dm-0 /root || fail "the slot $name is no squashfs"
 mount --move /dev /root/dev
 mount --move /sys /root/sys
 mount --move /proc /root/proc
