@@ -19,7 +19,7 @@ from . import gpt, initrd, packages, recipes, root, sbom, tools
 from .contents import DATA_NAME, ESP_NAME, command_line
 from .errors import FirmwareError
 from .recipes import MIB, Architecture, Profile
-from .tree import Tree, as_tar
+from .tree import Tree, as_tar, take_tar
 from .verity import BLOCK, hash_tree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ _NAMESPACE = uuid.UUID("c9a5c1de-2d7b-5b55-9e0e-7a6f2f4b8d10")
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A finished image: its disk, its manifest as written, whether it was there already."""
+    """A finished image: its disk, and its manifest as written."""
 
     image: Path
     manifest: dict[str, Any]
@@ -49,6 +49,15 @@ class Built:
 def output(home: Path, arch: Architecture, chosen: Profile) -> Path:
     """Where an image goes."""
     return home / f"{arch.name}-{chosen.name}"
+
+
+def finished(home: Path, arch: Architecture, chosen: Profile) -> Built:
+    """The image that was built last. Raises FirmwareError where there is none."""
+    folder = output(home, arch, chosen)
+    try:
+        return Built(folder / "disk.img", json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError):
+        raise FirmwareError("image", f"there is none in {folder}", f"python -m firmware_images build --arch {arch.name} --profile {chosen.name}") from None
 
 
 def preflight(home: Path, arch: Architecture, chosen: Profile) -> None:
@@ -85,13 +94,13 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
             if packages.digest_of(wheel) not in lines:
                 raise FirmwareError(f"wheel {wheel.name}", "its SHA-256 is not in the lock", f"remove {wheel.parent} and build again")
     tell(f"root from {len(resolved.packages)} packages and {len(wheels)} wheels")
-    tree, agent = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.interpreter_tree(cache, own.packages, chosen), __version__)
+    tree, agent = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.unpack(cache, own.packages, chosen), __version__)
     with tempfile.TemporaryDirectory(dir=home) as top:
-        image, manifest, components = _assemble(Path(top), arch, chosen, tree, resolved, tell)
+        image, manifest = _assemble(Path(top), arch, chosen, tree, resolved, tell)
         manifest["inputs"] = {
             "agent": agent, "packages": {package.name: f"{package.version} {package.sha256}" for package in resolved.packages}, "wheels": {wheel.name: packages.digest_of(wheel) for wheel in wheels},
         }
-        components += [sbom.of_package(package, arch.suite) for package in resolved.packages] + [sbom.of_wheel(wheel.name, packages.digest_of(wheel)) for wheel in wheels]
+        components = [sbom.of_package(package, arch.suite) for package in resolved.packages] + [sbom.of_wheel(wheel.name, packages.digest_of(wheel)) for wheel in wheels]
         components.append(sbom.component("novacron-edge", __version__, agent, f"pkg:generic/novacron-edge@{__version__}", "application"))
         target = output(home, arch, chosen)
         target.mkdir(exist_ok=True)
@@ -105,8 +114,8 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
     return Built(target / "disk.img", manifest)
 
 
-def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolved: packages.Resolved, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Squash, hash, lay out, write; the disk, its manifest, no components yet."""
+def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolved: packages.Resolved, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Squash, hash, lay out, write; the disk and its manifest."""
     time_s = resolved.date_s
     try:
         version, kernel = initrd.kernel_of(tree)
@@ -154,7 +163,7 @@ def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolv
         "sha256": packages.digest_of(image), "disk_bytes": disk_bytes, "partitions": {part.name: {"start": part.start, "size": part.size} for part in partitions}, "initrd_modules": modules,
         "bytes": {"root": len(data) + len(verity.tree), "kernel": len(kernel.data), "initrd": len(early), "loader": len(loader)},
     }
-    return image, manifest, []
+    return image, manifest
 
 
 def _boot_loader(resolved: packages.Resolved, arch: Architecture, cache: Path) -> bytes:
@@ -163,7 +172,7 @@ def _boot_loader(resolved: packages.Resolved, arch: Architecture, cache: Path) -
     package = next(package for package in resolved.packages if package.name == "systemd-boot-efi")
     with subprocess.Popen([tools.find("dpkg-deb") or "dpkg-deb", "--fsys-tarfile", str(cache / "debs" / package.file)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        root.take_tar(found, process.stdout, lambda path: ".efi" in path and not path.endswith(f"/systemd-boot{arch.efi}.efi"))
+        take_tar(found, process.stdout, lambda path: ".efi" in path and not path.endswith(f"/systemd-boot{arch.efi}.efi"))
     for _, data in found.files("/usr/lib/systemd/boot"):
         return data
     raise FirmwareError("packages", f"systemd-boot-efi has no loader for {arch.name}", "take another suite")

@@ -27,13 +27,29 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--profile", default="device", help=f"{', '.join(recipes.PROFILES)} (device)")
         command.add_argument("--home", type=Path, default=HOME, help=f"folder of caches and images ({HOME})")
     build.add_argument("--refresh", action="store_true", help="ask Debian anew which packages there are")
+    boot.add_argument("--config", type=Path, help="configuration for the first boot (a small one that shows the device by itself)")
+    boot.add_argument("--credential", action="append", default=[], metavar="NAME=FILE", help="one more credential, such as novacron.ca.pem=ca.pem")
+    boot.add_argument("--state", type=Path, help="folder of the machine's own disk; where there is one, the machine goes on from it (HOME/ARCH-PROFILE/machine)")
+    boot.add_argument("--memory", type=int, help="MiB (what the profile is made for)")
+    boot.add_argument("--port", type=int, default=0, help="port on loopback that leads to the device's interface (a free one)")
+    boot.add_argument("--online", action="store_true", help="let the device reach the network")
+    boot.add_argument("--clock", default="", metavar="DATE", help="start with a wrong clock, such as 1970-01-02")
+    boot.add_argument("--accel", default="tcg", choices=("tcg", "kvm"), help="kvm only where a kernel really boots with it (tcg)")
+    boot.add_argument("--report", action="store_true", help="the device tells on its console how the start went")
     options = parser.parse_args(arguments)
     try:
         arch, chosen = recipes.architecture(options.arch), recipes.profile(options.profile)
-        from .build import build as make
+        if options.command == "build":
+            from .build import build as make
 
-        make(options.home, arch, chosen, say, options.refresh)
+            make(options.home, arch, chosen, say, options.refresh)
+        else:
+            from .boot import boot as start
+
+            start(options, arch, chosen, say)
     except FirmwareError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0

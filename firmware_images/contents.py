@@ -14,6 +14,9 @@ AGENT_UID = 990
 PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "edge.yaml")
 """Files that first boot takes over, edge.yaml last: where it is, the others are whole."""
 
+NETWORK_ORDER = "After=network.target\n"
+"""What the image leaves out of the agent's unit: a device decides without a network, so it starts beside it."""
+
 ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
 
@@ -31,6 +34,10 @@ MASKED = (
     "systemd-ask-password-console.path", "systemd-ask-password-wall.path", "e2scrub_reap.service", "e2scrub_all.timer", "fstrim.timer", "systemd-networkd-persistent-storage.service", "systemd-networkd-wait-online.service",
     "systemd-boot-random-seed.service", "systemd-boot-update.service", "systemd-boot-clear-sysfail.service", "systemd-pcrlock-make-policy.service", "systemd-vconsole-setup.service", "proc-sys-fs-binfmt_misc.automount", "dev-hugepages.mount",
     "systemd-userdbd.socket", "systemd-mountfsd.socket", "systemd-nsresourced.socket", "dm-event.socket", "mosquitto.service",
+    "getty-static.service", "getty.target", "modprobe@configfs.service", "modprobe@fuse.service", "modprobe@drm.service", "modprobe@efi_pstore.service", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "sys-kernel-config.mount",
+    "sys-fs-fuse-connections.mount", "dev-mqueue.mount", "systemd-sysext.socket", "systemd-hostnamed.socket", "systemd-creds.socket", "systemd-initctl.socket", "systemd-importd.socket", "systemd-bootctl.socket",
+    "systemd-pcrextend.socket", "systemd-pcrlock.socket", "systemd-random-seed.service", "systemd-modules-load.service", "systemd-remount-fs.service", "systemd-udev-load-credentials.service", "systemd-tmpfiles-clean.timer",
+    "systemd-binfmt.service", "systemd-sysext.service", "systemd-confext.service", "systemd-tpm2-setup.service", "systemd-tpm2-setup-early.service", "systemd-pstore.service", "systemd-battery-check.service", "run-lock.mount",
 )
 """No logins and no shells, on no console; nothing that writes to the root; nothing that a device does not need at boot."""
 
@@ -100,7 +107,7 @@ else
     echo "novacron: configuration taken over."
   fi
 fi
-if busybox mountpoint -q /run/novacron-esp; then umount /run/novacron-esp; fi
+if busybox grep -q ' /run/novacron-esp ' /proc/mounts; then umount /run/novacron-esp; fi
 exit 0
 """
 
@@ -309,11 +316,15 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     tree.file("/etc/modprobe.d/novacron.conf", "blacklist pcspkr\n")
     for unit in MASKED:
         tree.link(f"/etc/systemd/system/{unit}", "/dev/null")
+    tree.file("/usr/lib/systemd/system/systemd-resolved.service.d/novacron.conf", "[Unit]\n# /var is memory that has to be mounted first.\nAfter=local-fs.target\n")
     for unit in ("emergency", "rescue"):
         tree.file(f"/etc/systemd/system/{unit}.service.d/novacron.conf", _NO_LOGIN)
     tree.link("/etc/systemd/system/default.target", "/usr/lib/systemd/system/multi-user.target")
-    for unit, target in (("systemd-networkd.service", "multi-user.target"), ("systemd-networkd.socket", "sockets.target"), ("systemd-resolved.service", "sysinit.target"), ("systemd-timesyncd.service", "sysinit.target")):
+    for unit, target in (("systemd-networkd.service", "multi-user.target"), ("systemd-networkd.socket", "sockets.target"), ("systemd-resolved.service", "multi-user.target"), ("systemd-timesyncd.service", "multi-user.target")):
         enable(tree, unit, target)
+    if NETWORK_ORDER not in agent_unit:
+        raise ValueError(f"the agent's unit has no line {NETWORK_ORDER!r}")
+    agent_unit = agent_unit.replace(NETWORK_ORDER, "")
     ours = {"novacron-provision.service": _PROVISION_UNIT, "novacron-report.service": _REPORT_UNIT, "novacron-edge.service": agent_unit}
     if "broker" in chosen.extra:
         ours["novacron-broker.service"] = _BROKER_UNIT

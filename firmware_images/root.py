@@ -12,7 +12,7 @@ from .contents import add
 from .errors import FirmwareError
 from .packages import Package
 from .recipes import Architecture, Profile, unwanted
-from .tree import Entry, Tree, take_tar
+from .tree import Tree, take_tar
 
 SITE = "/usr/lib/python3/dist-packages"
 """Where Debian's Python looks for packages."""
@@ -172,11 +172,3 @@ def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, res
         raise FirmwareError("packages", str(error), "see the recipe") from None
     compile_python(tree, interpreter, arch.python)
     return tree, agent
-
-
-def interpreter_tree(cache: Path, resolved: Sequence[Package], chosen: Profile) -> Tree:
-    """The interpreter of this machine's architecture that compiles: of the same suite, so of the same version."""
-    return unpack(cache, resolved, chosen)
-
-
-__all__ = ["Entry", "add_agent", "add_wheel", "compile_python", "index_modules", "interpreter_tree", "make", "unpack"]

@@ -43,16 +43,16 @@ def require(programs: Iterable[str]) -> None:
         raise FirmwareError("tools", f"{', '.join(absent)} not found", f"as root, apt install --no-install-recommends {packages}")
 
 
-def run(command: Sequence[str], *, field: str, remedy: str, env: dict[str, str] | None = None, stdin: IO[bytes] | None = None) -> str:
-    """Run one program to its end; its output. Raises FirmwareError with its last words where it fails."""
+def run(command: Sequence[str], *, field: str, remedy: str, env: dict[str, str] | None = None, stdin: IO[bytes] | None = None, allowed: Sequence[int] = (0,)) -> str:
+    """Run one program to its end; its output. `allowed` are exit statuses that are no failure. Raises FirmwareError with its last words where it fails."""
     program = find(command[0]) or command[0]
     try:
-        done = subprocess.run([program, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=stdin or subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C", **(env or {})}, timeout=TOOL_TIMEOUT_S)
+        done = subprocess.run([program, *command[1:]], capture_output=True, stdin=stdin or subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C", **(env or {})}, timeout=TOOL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise FirmwareError(field, f"{command[0]} did not end within {TOOL_TIMEOUT_S} s", remedy) from None
     except OSError as error:
         raise FirmwareError(field, f"{command[0]} cannot be run ({error})", remedy) from None
-    if done.returncode:
+    if done.returncode not in allowed:
         words = (done.stderr or done.stdout).decode(errors="replace").strip()[-OUTPUT_SHOWN:]
         raise FirmwareError(field, f"{command[0]} failed: {words}", remedy)
     return done.stdout.decode(errors="replace")

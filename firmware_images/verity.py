@@ -40,7 +40,8 @@ def hash_tree(data: bytes | memoryview, salt: bytes) -> Verity:
 
     view = memoryview(data)
     hashes = [of(view[at : at + BLOCK]) for at in range(0, len(view), BLOCK)]
-    blocks, levels = len(hashes), []
+    blocks = len(hashes)
+    levels: list[bytes] = []
     while len(hashes) > 1 or not levels:
         level = b"".join(b"".join(hashes[at : at + _PER_BLOCK]).ljust(BLOCK, b"\0") for at in range(0, len(hashes), _PER_BLOCK))
         levels.append(level)
