@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from edge_runtime.config import ConfigError, EdgeConfig, load_config
+from edge_runtime.config.load import read_yaml
 
 from .errors import FirmwareError
 
@@ -36,12 +37,13 @@ def check(path: Path, broker: bool = False) -> EdgeConfig:
         if path.stat().st_size > CREDENTIAL_MAX_BYTES:
             raise FirmwareError("config", f"{path} is larger than {CREDENTIAL_MAX_BYTES} bytes", "put rules into the hub's desired state")
         config = load_config(path, env={}).config
+        named = "edge_id" in read_yaml(path)  # where it is left out the loader takes the name of the machine that it runs on: this one
     except OSError as error:
         raise FirmwareError("config", f"{path} cannot be read ({error})", "give a YAML file, see docs/edge-config.md") from None
     except ConfigError as error:
         raise FirmwareError("config", str(error), "see docs/edge-config.md") from None
-    if not config.edge_id:
-        raise FirmwareError("config", "edge_id is empty, and every device has the same host name", "give edge_id")
+    if not named:
+        raise FirmwareError("config", "edge_id is left out, and every device has the same host name", "give edge_id")
     if why := unreachable(config, broker):
         raise FirmwareError("config", why, "set uplink.url to the hub's broker, or api.host: 0.0.0.0 with api.token_file")
     return config

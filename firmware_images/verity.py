@@ -42,7 +42,7 @@ def hash_tree(data: bytes | memoryview, salt: bytes) -> Verity:
     hashes = [of(view[at : at + BLOCK]) for at in range(0, len(view), BLOCK)]
     blocks = len(hashes)
     levels: list[bytes] = []
-    while len(hashes) > 1 or not levels:
+    while len(hashes) > 1:
         level = b"".join(b"".join(hashes[at : at + _PER_BLOCK]).ljust(BLOCK, b"\0") for at in range(0, len(hashes), _PER_BLOCK))
         levels.append(level)
         hashes = [of(level[at : at + BLOCK]) for at in range(0, len(level), BLOCK)]
