@@ -44,7 +44,7 @@ def compressed_mb(disk: Path) -> float:
 
 def boots(built: Built, arch: Architecture, chosen: Profile, rounds: int, options: Any) -> list[dict[str, Any]]:
     """One first boot and `rounds` others of the same machine."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=built.image.parent) as top:
         state = Path(top)
         disk, flash = prepare(arch, built.image, state)

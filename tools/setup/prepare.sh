@@ -76,6 +76,11 @@ if [ "$kind" = dev ]; then
   command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
+  # For images (`make image`, `make boot`).
+  for pair in mksquashfs:squashfs-tools mcopy:mtools mkfs.vfat:dosfstools depmod:kmod debugfs:e2fsprogs veritysetup:cryptsetup-bin sfdisk:fdisk cpio:cpio qemu-system-x86_64:qemu-system-x86; do
+    command -v "${pair%%:*}" >/dev/null 2>&1 || [ -x "/usr/sbin/${pair%%:*}" ] || packages+=("${pair##*:}")
+  done
+  [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || packages+=(ovmf)
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
     apt_install "${packages[@]}" || for package in "${packages[@]}"; do
