@@ -119,6 +119,12 @@ ExecStart=
 ExecStart=-/bin/sh -c 'echo "novacron: this start failed (above); starting again in 30 s" > /dev/console; busybox sleep 30; systemctl --force reboot'
 """
 
+_FSCK = """#!/bin/sh
+# systemd asks for `fsck -y ... DEVICE`; the only file system here that is checked is the data partition's.
+for device; do :; done
+exec /usr/sbin/fsck.ext4 -y "$device"
+"""
+
 _REPORT_UNIT = """[Unit]
 Description=NovaCron: tell the console how the start went
 ConditionCredential=novacron.report
@@ -337,6 +343,7 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
         tree.file("/usr/lib/systemd/system/novacron-edge.service.d/20-containers.conf", containers_drop_in + "SystemCallFilter=\nRestrictSUIDSGID=no\nRestrictRealtime=no\nProtectClock=no\n")
     tree.file("/usr/lib/novacron/provision", _PROVISION, 0o755)
     tree.file("/usr/lib/novacron/report", _REPORT, 0o755)
+    tree.file("/usr/sbin/fsck", _FSCK, 0o755)
     tree.link("/usr/bin/sh", "busybox")
     tree.link("/usr/sbin/nologin", "../bin/false")
     tree.link("/usr/bin/false", "busybox")

@@ -138,6 +138,18 @@ def test_sfdisk_reads_our_partition_table(tmp_path: Path) -> None:
     assert subprocess.run([program, "--verify", str(disk)], capture_output=True, text=True).stderr
 
 
+def test_the_data_partition_has_a_journal_and_is_the_same_each_time(tmp_path: Path) -> None:
+    needs("mke2fs")
+    identity = uuid.uuid4()
+    for name in ("a", "b"):
+        build._data_partition(tmp_path / name, 64 << 20, identity, 1_700_000_000)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    told = subprocess.run([needs("debugfs"), "-R", "stats -h", str(tmp_path / "a")], capture_output=True, text=True, check=True).stdout
+    features = next(line for line in told.splitlines() if line.startswith("Filesystem features")).split()
+    assert {"has_journal", "extent", "metadata_csum"} <= set(features)
+    assert subprocess.run([needs("e2fsck"), "-fn", str(tmp_path / "a")], capture_output=True).returncode == 0
+
+
 def test_partitions_that_cannot_be() -> None:
     one = ("a", "linux", 1, uuid.uuid4())
     for wanted in ([("", "linux", 1, uuid.uuid4())], [("a" * 37, "linux", 1, uuid.uuid4())], [("a", "odd", 1, uuid.uuid4())], [("a", "linux", 0, uuid.uuid4())], [one, one]):
