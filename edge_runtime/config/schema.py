@@ -127,7 +127,11 @@ class WorkloadsConfig:
     runtimes: tuple[str, ...] = key(("runc", "crun"), "programs that run containers, the first one that passes the probe is taken; none: containers are refused")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
     images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
+    evict_memory_bytes: int = key(100 << 20, "with less memory available than this, workloads are ended, the least priority first; 0: never", low=0, high=1 << 46)
+    evict_disk_bytes: int = key(1 << 30, "the same of free space of the data folder's file system; images that nothing stands on go before", low=0, high=1 << 50)
     mounts: tuple[str, ...] = key((), "folders of this node that containers may mount, with all below them")
+    network: bool = key(True, "let containers that ask for it have this node's network, where slirp4netns is installed")
+    publish: tuple[str, ...] = key(("127.0.0.1",), "IPv4 addresses of this node on which containers may publish ports; 0.0.0.0 allows all, none allows none")
     taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")
 
 

@@ -190,6 +190,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "node.capacity": ("event", "what this node has for workloads: kind, capacity {cpu, memory, disk, ...}, gpus, numa, labels, taints, images, runs [workload kinds]"),
     "workload": ("event", "id, epoch, state (accepted, running, refused, stopped, done, failed), reason; with running also load_ms, where the start was measured; where a site that was cut off gave it to this node, for (the node that had it) and fence"),
     "workload.restart": ("event", "what had ended is started again: id, epoch, tries (restarts in a row), reason (how it had ended)"),
+    "workload.evicted": ("event", "a workload is ended since this node is short of memory or disk: id, epoch, what, free and limit (bytes), priority, used and requested (bytes)"),
     "workload.driver": ("event", "what a driver's probe found: driver, kind, usable, runtime, arch, cgroup, kernel, can [abilities], cannot {ability: reason}"),
     "model": ("event", "name, sha256, outcome (activated, refused), and the reason"),
 }

@@ -28,13 +28,14 @@ GIB = 1 << 30
 
 def describe(
     *, kind: str, region: str, site: str, labels: Mapping[str, str], taints: Sequence[Mapping[str, Any]], runs: Sequence[str], reserve_milli: int, reserve_memory: int, reserve_disk: int,
-    most: int, data_dir: Path, root: Path = Path("/"), cores: int | None = None,
+    most: int, data_dir: Path, images: Sequence[str] = (), root: Path = Path("/"), cores: int | None = None,
 ) -> dict[str, Any]:
     """The body of a `node.capacity` record.
 
     Args:
         reserve_milli, reserve_memory, reserve_disk: milli-CPU and bytes that workloads do not get.
         most: workloads at one time.
+        images: references of those that are on its disk.
         root: where /proc and /sys are looked up.
         cores: processors; None asks the system.
     """
@@ -56,7 +57,7 @@ def describe(
         capacity["disk"] = max(0, disk - reserve_disk) // GIB * GIB
     told = {key: value for key, value in {**labels, "arch": platform.machine(), "os": platform.system().lower()}.items() if LABEL_VALUE.match(value)}
     body: dict[str, Any] = {
-        "kind": kind, "capacity": capacity, "gpus": gpus(root), "numa": numa, "labels": told, "taints": [dict(taint) for taint in taints], "images": [], "runs": list(runs),
+        "kind": kind, "capacity": capacity, "gpus": gpus(root), "numa": numa, "labels": told, "taints": [dict(taint) for taint in taints], "images": list(images), "runs": list(runs),
     }
     for key, value in (("region", region), ("site", site)):
         if value and LABEL_VALUE.match(value):

@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +14,7 @@ from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
 from .capacity import changed, describe
+from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
 if TYPE_CHECKING:
     from .drivers.container import ContainerDriver
@@ -21,6 +25,12 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 log = logging.getLogger(__name__)
+
+MAX_TOLD_IMAGES = 256
+"""Images that the hub is told of: those asked for last; what it takes is 1,024."""
+
+MAX_TOLD_NAME = 253
+"""Characters of a reference that the hub takes in a node's description."""
 
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
@@ -60,6 +70,8 @@ class WorkloadNode:
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
         self._usable: set[str] = set()
+        self._pressure = Pressure({MEMORY: config.workloads.evict_memory_bytes, DISK: config.workloads.evict_disk_bytes})
+        self._shortage = asyncio.Event()
         self._runner: Runner | None = None
 
     async def run(self) -> None:
@@ -71,7 +83,7 @@ class WorkloadNode:
                 self._answer(self._entries)
             self._ready.set()
             self._taken.set()
-            await asyncio.gather(self._tell(), self._follow())
+            await asyncio.gather(self._tell(), self._follow(), self._watch_room())
         finally:
             if self._runner is not None:
                 await self._runner.close()
@@ -93,7 +105,7 @@ class WorkloadNode:
             if workloads.runtimes:
                 from .drivers.container import ContainerDriver, Settings
 
-                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts))
+                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish))
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 
@@ -107,7 +119,7 @@ class WorkloadNode:
         self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "batch" and self._usable))
         self._why = "; ".join(why)
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
-            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said)
+            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal)
         self._probed = True
 
     async def _try(self, name: str, driver: "Driver") -> list[str]:
@@ -202,12 +214,13 @@ class WorkloadNode:
         task = asyncio.ensure_future(self._prune())
         task.add_done_callback(lambda done: None if done.cancelled() or done.exception() is None else log.warning("images could not be pruned: %s", done.exception()))
 
-    async def _prune(self) -> None:
+    async def _prune(self, most: int | None = None) -> bool:
+        """Drop what nothing stands on beyond the budget, or beyond `most` bytes; whether anything went."""
+        budget = self._config.workloads.images_bytes if most is None else most
         modules = await asyncio.to_thread(self._functions.layers) if self._functions is not None else set[str]()
         if self._containers is not None:
-            await self._containers.prune(self._config.workloads.images_bytes, modules)
-        elif self._store is not None:
-            await asyncio.to_thread(self._store.prune, self._config.workloads.images_bytes, modules)
+            return bool(await self._containers.prune(budget, modules))
+        return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
 
     async def call(self, function: str, body: bytes, timeout_s: float | None) -> "Answer | None":
         """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`. What an earlier agent left is called before the probe has ended."""
@@ -226,6 +239,7 @@ class WorkloadNode:
     async def _tell(self) -> None:
         told: dict[str, Any] | None = None
         while True:
+            self._shortage.clear()  # before the look: what comes while it is taken is looked at again
             try:
                 body = await asyncio.get_running_loop().run_in_executor(None, self.describe)
                 if changed(told, body):
@@ -235,15 +249,76 @@ class WorkloadNode:
             except Exception:
                 self._metrics.inc("capacity_errors_total")
                 log.exception("what this node has could not be told")
-            await asyncio.sleep(self._config.workloads.interval_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._shortage.wait(), self._config.workloads.interval_s)
+
+    # -- room ----------------------------------------------------------------------------------------------------------------
+
+    async def _watch_room(self) -> None:
+        """End workloads, one after the other, while this node is short of memory or disk."""
+        while self._runner is not None:
+            try:
+                await self._make_room(time.monotonic())
+            except OSError as error:
+                self._metrics.inc("workload_errors_total")
+                log.error("whether there is room left could not be seen: %s", error)
+            await asyncio.sleep(LOOK_S)
+
+    async def _make_room(self, now_s: float) -> None:
+        assert self._runner is not None
+        before = self._pressure.short
+        there = await asyncio.to_thread(self._free)
+        lacking = self._pressure.look(there, now_s)
+        if self._pressure.short != before:
+            log.warning("this node %s", self._pressure.refusal() or "has room again")
+            self._shortage.set()
+        if not lacking:
+            return
+        if lacking == DISK and await self._prune(0):
+            self._pressure.ended(now_s)
+            return
+        running = await self._runner.running()
+        candidates = [Candidate(entry["id"], int(entry["epoch"]), priority(entry), await self._used(entry, driver, lacking), requested(entry, lacking)) for entry, driver in running]
+        chosen = victim(candidates)
+        if chosen is None:
+            return
+        self._pressure.ended(now_s)
+        told = {"id": chosen.id, "epoch": chosen.epoch, "what": lacking, "free": there[lacking], "limit": self._pressure.limit(lacking), "priority": chosen.priority, "used": chosen.used, "requested": chosen.requested}
+        self._journal.append("event", "workload.evicted", told)
+        self._metrics.inc("workloads_evicted_total", what=lacking)
+        log.warning("workload %s is ended: %d bytes of %s are free, and %d have to be", chosen.id, there[lacking], lacking, self._pressure.limit(lacking))
+        entry = next(entry for entry, _ in running if (entry["id"], int(entry["epoch"])) == (chosen.id, chosen.epoch))
+        self._runner.evict(entry, f"evicted: this node {self._pressure.refusal()}")
+
+    def _free(self) -> dict[str, int]:
+        told = os.statvfs(self._config.data_dir)
+        return free(Path("/proc/meminfo").read_text(), told.f_bavail * told.f_frsize)
+
+    async def _used(self, entry: Mapping[str, Any], driver: "Driver", what: str) -> int:
+        """Bytes that one uses; 0 where that cannot be seen, as of one that has just ended."""
+        from .drivers.face import DriverError, Key, Observes
+
+        key = Key(entry["id"], int(entry["epoch"]))
+        if what == DISK:
+            return await asyncio.to_thread(disk_used, [driver.folder(key)]) if hasattr(driver, "folder") else 0
+        try:
+            return (await driver.stats(key)).memory_bytes if isinstance(driver, Observes) else 0
+        except (DriverError, OSError):
+            return 0
 
     def describe(self) -> dict[str, Any]:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels=config.labels, taints=workloads.taints, runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels=config.labels, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
+            images=self._held(),
         )
+
+    def _held(self) -> list[str]:
+        """References of the images here, the newest asked for; in order, so that what is told changes only where they do."""
+        names = [name for image in sorted(self._store.images(), key=lambda image: -image.used_ms) for name in image.names] if self._store is not None else []
+        return sorted(name for name in names[:MAX_TOLD_IMAGES] if len(name) <= MAX_TOLD_NAME)
 
     def take(self, entries: Sequence[dict[str, Any]]) -> None:
         """Answer the workloads of a desired state that was taken; each entry once, also over restarts. What comes before the drivers have been probed is answered then."""

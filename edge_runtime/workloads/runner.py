@@ -58,12 +58,16 @@ class Runner:
         tidy: called when something may have become too much: an image came, or an instance went.
         errors: counts what failed.
         said: called when something was said.
+        short: why nothing new can be taken, empty where it can.
     """
 
     def __init__(
         self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
-        said: Callable[[], None] = lambda: None,
+        said: Callable[[], None] = lambda: None, short: Callable[[], str] = lambda: "",
     ) -> None:
+        self._short = short
+        self._evicted: dict[str, str] = {}
+        """What is ended for want of room, to why; until that has been said."""
         self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
         self._wanted: dict[str, list[Mapping[str, Any]]] = {}
         self._may: Mapping[str, bool] = {}
@@ -90,6 +94,7 @@ class Runner:
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
         self._forget_tries(set(self._tries) - listed)
+        self._evicted = {key: why for key, why in self._evicted.items() if key in listed}
         for workload in {*wanted, *there, *self._tasks}:
             self._changed.setdefault(workload, asyncio.Event()).set()
             if workload not in self._tasks:
@@ -99,6 +104,23 @@ class Runner:
         """Until nothing of a workload is under way or runs, where nothing of it may."""
         while (task := self._tasks.get(workload)) is not None:
             await asyncio.wait((task,))
+
+    async def running(self) -> list[tuple[Mapping[str, Any], Driver]]:
+        """Entries that run here and may be ended for want of room: those that are not the site's, which has a say of its own."""
+        found = []
+        for driver in self._drivers.values():
+            for status in await driver.instances():
+                entry = next((one for one in self._wanted.get(status.key.id, ()) if one["epoch"] == status.key.epoch and one["wanted"] == RUNNING), None)
+                if entry is not None and status.phase is Phase.RUNNING and not status.leased and _said(entry) not in self._evicted:
+                    found.append((entry, driver))
+        return found
+
+    def evict(self, entry: Mapping[str, Any], why: str) -> None:
+        """End one that runs, then say that it was refused: the hub places it elsewhere, and not before it has ended here. Returns at once."""
+        changed = self._changed.get(entry["id"])
+        if changed is not None:
+            self._evicted[_said(entry)] = why
+            changed.set()
 
     def ends(self) -> dict[str, str]:
         """`id/epoch` to how it ended, of what is listed."""
@@ -139,7 +161,7 @@ class Runner:
             for status in await driver.instances():
                 if status.key.id != workload:
                     continue
-                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None)
+                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None) or _said(wanted) in self._evicted
                 if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
                     self._ended_alone(wanted, status)
                 elif leaves or may is False or (may is not None and status.phase is Phase.LOST):
@@ -151,6 +173,9 @@ class Runner:
                 self._say(entry, "stopped", "")
             elif entry is not wanted:
                 self._say(entry, "refused", f"epoch {wanted['epoch'] if wanted else 0} of it is wanted here too")
+        if wanted is not None and (why := self._evicted.pop(_said(wanted), None)) is not None:
+            self._say(wanted, "refused", why)
+            self._forget_tries({_said(wanted)})
         if wanted is not None and "refusal" in wanted:
             self._say(wanted, "refused", str(wanted["refusal"]))
         if wanted is not None and may is not False and self._told.get(_said(wanted)) not in ENDS:
@@ -255,6 +280,8 @@ class Runner:
             except Refused:
                 continue
             return driver, await _started(driver, key)  # what is on the disk, from an earlier agent too
+        if short := self._short():
+            raise Refused("node", short, "place it on another node")
         if entry.get("gpus"):
             raise Refused("gpus", "there is no driver here that can give a workload GPU devices", "place it on a node whose driver can")
         image = str(entry.get("image") or (entry.get("document") or {}).get("image") or "")

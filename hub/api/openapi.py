@@ -118,7 +118,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, what would move, and which deadlines would be promised, if; changes nothing", OBJECT, body=WHAT_IF, contradicts=True),
     Operation("get", "/api/v1/nodes", "nodes", "Nodes by name: what each has and what is in use", LIST, (("limit", {"type": "integer", "minimum": 1, "default": 10_000}, "at most so many"),)),
     Operation("put", "/api/v1/nodes/{node}", "put_node", "Declare a node that has no agent", OBJECT, body=NODE, changes=True),
-    Operation("delete", "/api/v1/nodes/{node}", "delete_node", "Take a node out; what it held is placed anew", OBJECT, changes=True),
+    Operation("delete", "/api/v1/nodes/{node}", "delete_node", "Take a node out; what it held is placed anew", OBJECT, (
+        ("lost", {"type": "boolean", "default": False}, "also where its site may have moved workloads of it to another node by itself: those do not run any more either"),
+    ), changes=True),
     Operation("post", "/api/v1/nodes/{node}/drain", "drain", "Move away what is there; it takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/cordon", "cordon", "It takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/uncordon", "uncordon", "It takes workloads again", OBJECT, changes=True),

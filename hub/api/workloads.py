@@ -159,7 +159,8 @@ class WorkloadApi:
         """See the table."""
         name = self._node(request)
         row = self._hub.fleet.rows.get(name)
-        await self._hub.workloads.ask(lambda planner, now: planner.remove_node(name, row is not None and row.state == "online", now))
+        lost = request.query.get("lost", "false").lower() in ("1", "true", "yes")
+        await self._hub.workloads.ask(lambda planner, now: planner.remove_node(name, row is not None and row.state == "online", now, lost))
         return answer({"node": name, "status": "gone"})
 
     async def drain(self, request: web.Request) -> web.Response:

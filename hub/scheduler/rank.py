@@ -305,7 +305,7 @@ MAX_SUMS = 256
 _COMMON = {"resource_balance": 10, "node_affinity": 8, "cost_optimization": 6, "topology_spread": 5, "peer_affinity": 5, "taint_preference": 3, "scarcity": 6, "fragmentation": 8, "energy": 1}
 
 WEIGHTS: Mapping[Kind, Mapping[str, int]] = {
-    Kind.VM: {**_COMMON, "packing": 6}, Kind.CONTAINER: {**_COMMON, "packing": 3, "warm": 2}, Kind.FUNCTION: {**_COMMON, "warm": 12, "packing": 2}, Kind.BATCH: {**_COMMON, "packing": 6},
+    Kind.VM: {**_COMMON, "packing": 6}, Kind.CONTAINER: {**_COMMON, "packing": 3, "warm": 2}, Kind.FUNCTION: {**_COMMON, "warm": 12, "cold_start": 6, "packing": 2}, Kind.BATCH: {**_COMMON, "packing": 6},
 }
 """Default weights by kind; a workload's own `weights` take their place name by name. Names without a policy count nothing."""
 

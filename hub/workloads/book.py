@@ -18,6 +18,7 @@ from ..scheduler.units import LEAVING
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
 from .documents import Submitted, read_node
 from .ledger import Ledger
+from .loads import LoadTimes
 
 MAX_REASON = 500
 """Characters of a reason that is kept."""
@@ -67,7 +68,9 @@ class Book:
     """One caller at a time. Changes are made between `begin` and `undo` or `keep`."""
 
     def __init__(self, seed: int = 0, scheduler: Callable[[State], Scheduler] = Scheduler) -> None:
+        self.loads = LoadTimes()
         self.scheduler = scheduler(State(seed))
+        self.scheduler.ranker.policies["cold_start"] = self.loads
         self.tables = Tables()
         self.ledger = Ledger()
         self._marks: list[tuple[int, int]] = []
@@ -194,6 +197,7 @@ class Book:
                 self.tables.room[other] = (*self.tables.room.get(other, ()), key)
         self.tables.open[key] = placement
         self.index(placement, add=True)
+        self.loads.observe(item.item.shape.image, placement.node, placement.seat.get("load_ms", 0))
         return ""
 
     @staticmethod

@@ -75,18 +75,31 @@ class Planner(Agenda):
         self.version += 1
         return row
 
-    def remove_node(self, name: str, online: bool, now_ms: int) -> bool:
-        """The node is gone; what it held is placed anew. False where it is not known; raises `Conflict` for an agent that is there."""
+    def remove_node(self, name: str, online: bool, now_ms: int, lost: bool = True) -> bool:
+        """The node is gone; what it held is placed anew. False where it is not known; raises `Conflict` for an agent that is there.
+
+        `lost`: nothing of it runs any more, nor on a sibling to which its site may have moved it; else such workloads are a `Conflict`.
+        """
         row = self.tables.nodes.get(name)
         if row is None:
             return False
         if row.origin == "edge" and online:
             raise Conflict("node", f"{name!r} is online and would come back", "drain it, and stop its agent first")
+        if not lost and (held := self._sites_own(name)):
+            raise Conflict(
+                "node", f"{name!r} has {', '.join(held[:5])}, which its site may be running on another node by now (when_cut_off: move)",
+                "wait until the site is heard from, or cancel them first; where its other nodes are lost too, say lost=true",
+            )
         self.state.set_status(name, GONE)
         for key in sorted(self.tables.on_node.get(name, ())):
             self.lose(self.tables.open[key], now_ms, f"{name} was taken out")
         self.ledger.put(self.tables.nodes, name, None)
         return True
+
+    def _sites_own(self, node: str) -> list[str]:
+        """Workloads of a node that its site moves by itself while it is cut off: placed anew, they could run twice."""
+        rows = (self.tables.rows[workload] for workload, epoch in sorted(self.tables.on_node.get(node, ())) if self.tables.rows[workload].epoch == epoch)
+        return [row.id for row in rows if row.state == "placed" and row.document.get("when_cut_off") == "move"]
 
     def cordon(self, name: str, how: str, now_ms: int) -> bool:
         """`cordon`, `drain` or empty (takes workloads again). False where the node is not known."""
@@ -217,7 +230,11 @@ class Planner(Agenda):
         what, why = body["state"], body["reason"]
         if what not in ENDED:
             if placement.said != what:
-                self.ledger.put(self.tables.open, key, replace(placement, said=what))
+                seat = placement.seat
+                if load_ms := body.get("load_ms"):
+                    seat = {**seat, "load_ms": load_ms}
+                    self.loads.observe(self.tables.items[row.id].item.shape.image, edge, load_ms)
+                self.ledger.put(self.tables.open, key, replace(placement, said=what, seat=seat))
             if what == RUNNING and edge in row.avoid:
                 self.set(replace(row, avoid={node: entry for node, entry in row.avoid.items() if node != edge}))
             return

@@ -84,12 +84,14 @@ def nodes_view(planner: Planner, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def workload_view(planner: Planner, row: WorkloadRow) -> dict[str, Any]:
-    """One workload; `seat` and `said` (the edge's last word) of its current placement, `waits_for` where another node has to stop it first."""
+    """One workload; `seat` and `said` (the edge's last word) of its current placement, `load_ms` that its start took where that was measured, `moved_from` where a site that was cut off
+    moved it by itself, `waits_for` where another node has to stop it first."""
     current = planner.tables.open.get((row.id, row.epoch)) if row.state in ("placed", "ending") else None
     others = [planner.tables.open[row.id, epoch].node for epoch in planner.tables.epochs.get(row.id, ()) if epoch != row.epoch or current is None]
     return {
         "workload": row.id, "state": row.state, "node": row.node, "epoch": row.epoch, "reason": row.reason, "created_ms": row.created_ms, "changed_ms": row.changed_ms,
         "seat": current.seat if current else None, "said": current.said if current else "", "since_ms": current.from_ms if current else None, "waits_for": others,
+        "load_ms": current.seat.get("load_ms") if current else None, "moved_from": current.seat.get("site", {}).get("origin", "") if current else "",
         **_planned(row), "document": row.document,
     }
 
@@ -109,9 +111,14 @@ def placement_view(row: PlacementRow) -> dict[str, Any]:
 
 
 def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
-    """Per node why it will do or will not, as if the workload were placed now: failed filters, sentences, what would make it fit, scores by policy."""
+    """Per node why it will do or will not, as if the workload were placed now: failed filters, sentences, what would make it fit, scores by policy, what a start took or is expected to take there (ms)."""
     row, item = planner.tables.rows[workload], planner.tables.items[workload].item
-    answer: dict[str, Any] = {"workload": workload, "state": row.state, "node": row.node, "reason": row.reason, **_planned(row), "summary": "", "failed": {}, "nodes": [], "advice": []}
+    image = item.shape.image
+    answer: dict[str, Any] = {
+        "workload": workload, "state": row.state, "node": row.node, "reason": row.reason, **_planned(row), "cold_start_ms": planner.loads.cold_ms(image), "summary": "", "failed": {}, "nodes": [],
+        "advice": [],
+    }
+    expected = planner.loads.expected_ms(image, planner.state)
     trial = planner.scheduler.on(planner.state.snapshot())
     try:
         trial.check(item)
@@ -140,7 +147,8 @@ def explain(planner: Planner, workload: str, now_ms: int) -> dict[str, Any]:
             failed, why = [*failed, "REFUSED"], [*why, f"left alone for {(until - now_ms) // 1000} s more: {refusal}"]
         answer["nodes"].append({
             "node": node.node, "fits": not failed, "failed": [name.lower() for name in failed], "why": why, "remedy": remedy, "shortage": node.shortage, "score": node.score,
-            "parts": {policy: {"weight": weight, "score": score} for policy, (weight, score) in node.parts.items()},
+            "parts": {policy: {"weight": weight, "score": score} for policy, (weight, score) in node.parts.items()}, "load_ms": planner.loads.measured_ms(image, node.node),
+            "expected_load_ms": None if expected is None else round(float(expected[planner.state.node_index[node.node]]), 3),
         })
     if said.making_room and not row.node:
         answer["advice"].append(said.making_room)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import function_host, function_worker
+from edge_runtime.workloads.drivers import function_host, function_seccomp, function_worker
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.function import FIRST_ID, FunctionDriver
 from edge_runtime.workloads.drivers.function_call import Answer
@@ -42,7 +42,7 @@ def workers(driver: FunctionDriver, key: Key) -> list[int]:
 
 async def test_the_probe_runs_a_module_and_leaves_nothing(driver: FunctionDriver) -> None:
     told = await driver.probe()
-    assert told.usable and told.runtime.startswith("wasmtime ") and {"start", "stop", "adopt", "stats", "logs", "limits"} <= set(told.to_json()["can"])
+    assert told.usable and told.runtime.startswith("wasmtime ") and {"start", "stop", "adopt", "stats", "logs", "limits"} | ({"seccomp"} if function_seccomp.there() else set()) <= set(told.to_json()["can"])
     with pytest.raises(Refused, match="keeps nothing between two calls"):
         told.demand(Ability.CHECKPOINT)
     assert await driver.instances() == [] and not any(driver._new.iterdir())
@@ -158,6 +158,7 @@ async def test_a_worker_has_given_up_what_it_could_do_harm_with(driver: Function
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             assert {int(number) for number in status["Uid"].split()} == {json.loads((driver.folder(one) / "instance.json").read_text())["told"]["uid"]} and int(status["Uid"].split()[0]) >= FIRST_ID
             assert status["CapEff"] == status["CapPrm"] == "0" * 16 and status["NoNewPrivs"] == "1" and status["Groups"].strip() == ""
+            assert not function_seccomp.there() or status["Seccomp"] == "2"
             limits = Path(f"/proc/{pid}/limits").read_text()
             for row in ("Max processes             0                    0", "Max core file size        0                    0"):
                 assert row in limits
@@ -229,7 +230,8 @@ async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, mo
 
     key = Key("patient", 1)
     await driver.prepare(Order(key, "echo:1", {}, {"concurrency": 3, "warm": 1}))
-    monkeypatch.setattr(function_host, "IDLE_S", 0.1)
+    monkeypatch.setattr(function_host, "KEEP_LEAST_S", 0.1)
+    monkeypatch.setattr(function_host, "HOLD_WORTH", 0.0)
     monkeypatch.setattr(driver, "_spawn", fork)
     await driver.start(key)
     answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
@@ -238,6 +240,28 @@ async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, mo
     assert not (await driver.call("patient", b"y")).cold
     await driver.delete(key)
     await asyncio.to_thread(os.waitpid, made[0], 0)
+
+
+def test_how_long_a_worker_is_kept_follows_what_it_holds_and_what_its_load_took() -> None:
+    keep_s, mib = function_host.keep_s, 1 << 20
+    assert keep_s(1.0, 128 * mib) == 600.0
+    assert keep_s(0.01, 4 * mib) == pytest.approx(192.0) and keep_s(0.02, 4 * mib) == 2 * keep_s(0.01, 4 * mib) == 2 * keep_s(0.02, 8 * mib)
+    assert keep_s(1e-6, 1 << 30) == function_host.KEEP_LEAST_S and keep_s(100.0, 1) == keep_s(1.0, 0) == function_host.KEEP_MOST_S
+    assert mib < function_host.private_bytes(os.getpid()) < 1 << 36 and function_host.private_bytes(1 << 22) == 0
+
+
+async def test_a_host_holds_nothing_of_calls_that_were_answered(driver: FunctionDriver) -> None:
+    """1,500 calls of 60 KiB are 86 MiB, all of them within the 10 s that a slow caller is given."""
+    key = await started(driver, "echo")
+    body = bytes(60_000)
+    pid = (await driver.status(key)).pid
+    for _ in range(20):
+        await driver.call("echo", body)
+    before = function_host.private_bytes(pid)
+    for _ in range(1_500):
+        await driver.call("echo", body)
+    assert function_host.private_bytes(pid) - before < 8 << 20
+    await driver.delete(key)
 
 
 async def test_a_worker_that_is_killed_costs_its_call_alone(driver: FunctionDriver) -> None:

@@ -341,6 +341,10 @@ async def test_a_hub_that_is_told_so_rebalances_by_itself(tmp_path: Path, capsys
         assert hub_main(["--rebalance-minutes", wrong, "--data-dir", str(tmp_path / "none")]) == 2 and "rebalance-minutes" in capsys.readouterr().err
 
 
+def test_a_hub_says_what_compiled_may_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hub_main(["--compiled", "perhaps", "--data-dir", str(tmp_path / "none")]) == 2 and "compiled" in capsys.readouterr().err
+
+
 async def test_past_the_queue_a_caller_is_told_to_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "QUEUE_MAX", 3)
     async with running_hub(tmp_path / "hub", "embedded") as hub:

@@ -45,9 +45,10 @@ class Node:
         self._port = hub.broker.port
         self.agent: Agent | None = None
 
-    def start(self) -> None:
+    def start(self, **workloads: Any) -> None:
+        """`workloads`: more of that part of the configuration."""
         self.agent = Agent(0, api=True, uplink_port=self._port, model="", host=False, data=self.data, extra={
-            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"] if CONTAINERS else []}, "decisions": {},
+            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"] if CONTAINERS else [], **workloads}, "decisions": {},
             "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
         })
         self.agent.__enter__()
@@ -118,6 +119,8 @@ async def test_functions_are_called_outlive_a_killed_agent_and_stop(tmp_path: Pa
                 assert [reason for name, _, _, reason in said(hub) if name == "flaky"][-1] == "exit code 5 (after 2 restarts)"
             bodies = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload",), 0, 1000)[0]]
             assert next(one for one in bodies if one["id"] == "greet" and one["state"] == "running")["load_ms"] > 0
+            planner = hub.workloads.planner
+            await until(lambda: bool(planner.loads.measured_ms("echo:1", "bench-edge")), 60.0, what="the measured load time at the hub")
             again = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload.restart",), 0, 1000)[0]]
             assert sorted((one["id"], one["tries"]) for one in again) == [("again", 1), *([("flaky", 1), ("flaky", 2)] if CONTAINERS else [])]
 
@@ -143,6 +146,7 @@ async def test_functions_are_called_outlive_a_killed_agent_and_stop(tmp_path: Pa
                 return (await node.call("greet", b"again"))[:2] == (200, b"hello again")
 
             await until(greeted, 60.0, what="the adopted function's answer")
+            await until(lambda: {"echo:1", "loop:1"} <= set(planner.tables.nodes["bench-edge"].document["images"]), 60.0, what="the node's images at the hub")
             assert node.pid("greet") == pids["greet"] and states(hub, "greet") == ["accepted", "running"]
             await until(lambda: (node.folder("broken") / "running.json").exists() and alive(node.pid("broken")) and node.pid("broken") != pids["broken"], 60.0, what="what was lost is started again")
 

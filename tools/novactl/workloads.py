@@ -91,7 +91,7 @@ HEAD = ["workload", "kind", "state", "node", "said", "starts", "reason"]
 
 
 def _row(one: dict[str, Any]) -> list[Any]:
-    return [one["workload"], one["document"].get("kind", "container"), one["state"], one["node"], one["said"], _start(one), one["reason"]]
+    return [one["workload"], one["document"].get("kind", "container"), one["state"], one["node"], _said(one), _start(one), one["reason"]]
 
 
 def _start(one: dict[str, Any]) -> str:
@@ -164,6 +164,11 @@ def _what_if(hub: Api, options: Any, show: Show, plain: Callable[[str], str]) ->
 
 def _times(job: dict[str, Any] | None) -> tuple[str, str]:
     return ("", "") if job is None else (_at(job["planned_ms"]), _at(job["planned_end_ms"]))
+
+
+def _said(one: dict[str, Any]) -> str:
+    """The edge's last word, and whose doing it is where that was not the hub's."""
+    return str(one["said"]) + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
 
 
 def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:

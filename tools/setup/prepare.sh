@@ -74,6 +74,7 @@ if [ "$kind" = dev ]; then
   command -v openssl >/dev/null 2>&1 || packages+=(openssl)
   command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /usr/sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
   command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
+  command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   # For images (`make image`, `make boot`).

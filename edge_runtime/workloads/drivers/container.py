@@ -25,6 +25,7 @@ from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from .instance import LOOK_S, alive, bounded, ended, held, read, readable, sync_folder, tail, unheld, write
 from .keepers import Keepers
+from .network import connection, hosts, network, resolv_conf
 from .users import ids
 
 T = TypeVar("T")
@@ -60,21 +61,28 @@ class Settings:
         log_bytes: kept of each stream of a container.
         allowed_mounts: folders of the node that may be mounted into containers, with all below them.
         users: give each container a user namespace where the host can.
+        network: let containers have the node's network, where slirp4netns is installed.
+        publish: addresses of the node on which containers may publish ports.
     """
 
     runtimes: tuple[str, ...] = ("runc", "crun")
     log_bytes: int = 4 << 20
     allowed_mounts: tuple[str, ...] = ()
     users: bool = True
+    network: bool = True
+    publish: tuple[str, ...] = ("127.0.0.1",)
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What has been found to work here: the runtime's command, whether with user namespaces, whether with seccomp."""
+    """What has been found to work here: the runtime's command, whether with user namespaces, whether with seccomp; the program that connects containers, or why they have no
+    network."""
 
     runtime: tuple[str, ...]
     users: bool
     seccomp: bool
+    connector: str = ""
+    unconnected: str = "it was not looked for"
 
 
 class ContainerDriver:
@@ -164,9 +172,11 @@ class ContainerDriver:
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
+            ways.unconnected, self._settings.publish, str(folder),
         )
         group = f"{cgroups.PARENT}/{name}"
         document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))
+        connected = network(order.spec.get("network"), self._settings.publish)
         laid = self._new / name
         shutil.rmtree(laid, ignore_errors=True)
         laid.mkdir(mode=0o700)
@@ -180,10 +190,14 @@ class ContainerDriver:
         keeper = {
             "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
             "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "",
+            "network": connection(ways.connector, connected, ways.users) if connected is not None else None,
         }
         instance = {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime), "leased": order.leased,
         }
+        if connected is not None:
+            (laid / "resolv.conf").write_text(resolv_conf())
+            (laid / "hosts").write_text(hosts(document["hostname"]))
         for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
             write(laid / file, value)
         (laid / "lock").touch(mode=0o600)
@@ -205,6 +219,8 @@ class ContainerDriver:
         await self._forget(key)
         word = await asyncio.to_thread(self._keepers.start, self._path(key), START_S)
         status = self._status(key)
+        if word != "running" and (read(self._path(key) / "exit.json") or {}).get("taken"):
+            raise Refused("spec.network.ports", status.reason, "publish it as another host_port, or place it on another node")
         if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
             raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
         return status

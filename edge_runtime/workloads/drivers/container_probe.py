@@ -6,6 +6,7 @@ import platform
 import subprocess
 import tempfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from ..images import Config
@@ -14,6 +15,7 @@ from .cgroups import Groups
 from .container import ContainerDriver, Settings, Ways, searched
 from .container_spec import MIN_PIDS
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
+from .network import PROGRAM
 from .probe_program import program
 
 MEMORY = 16 << 20
@@ -47,7 +49,8 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
             ways, lacking = await _tried(driver, settings, groups, path, code)
             if ways is not None:
                 runtime = await asyncio.to_thread(_version, path)
-                cannot |= lacking
+                ways, without = await _connected(driver, settings, groups, ways, code)
+                cannot |= lacking | without
                 break
             reasons.append(f"{name}: {lacking[Ability.START]}")
     if ways is None:
@@ -78,6 +81,24 @@ async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, pa
     return None, lacking
 
 
+async def _connected(driver: ContainerDriver, settings: Settings, groups: Groups, ways: Ways, code: bytes) -> tuple[Ways, dict[Ability, str]]:
+    """The same ways, with a network where a container got one."""
+    program = searched(PROGRAM)
+    if not settings.network:
+        why = "switched off by the configuration"
+    elif program is None:
+        why = f"{PROGRAM} is not installed (as root: apt install {PROGRAM})"
+    else:
+        found = replace(ways, connector=program, unconnected="")
+        try:
+            await _run(driver, groups, found, code)
+        except (Refused, Failed, OSError) as error:
+            why = error.problem if isinstance(error, (Refused, Failed)) else str(error)
+        else:
+            return found, {}
+    return replace(ways, unconnected=why), {Ability.NETWORK: why}
+
+
 async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes) -> dict[Ability, str]:
     """One container from its beginning to its end; raises where it does not run as it should, returns what else did not work."""
     key = Key(f"probe-{uuid.uuid4().hex[:12]}", 1)
@@ -87,7 +108,11 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
         layer.mkdir(mode=0o755)
         (layer / "probe").write_bytes(code)
         (layer / "probe").chmod(0o755)
-        order = Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True})
+        if ways.connector:
+            for name in ("resolv.conf", "hosts"):
+                (layer / "etc").mkdir(exist_ok=True)
+                (layer / "etc" / name).touch()
+        order = Order(key, "", {}, {"limits": {"memory": MEMORY, "pids": MIN_PIDS}, "read_only_root": True, **({"network": {}} if ways.connector else {})})
         config = Config((), ("/probe",), (), "/", "", "", ("0" * 64,))
         try:
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
@@ -97,6 +122,8 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
                 raise Failed("start", f"the probe's container did not stay: {status.reason or status.phase.value}", "see the reason")
             if groups.memory_limit(group) != MEMORY:
                 raise Failed("limits", f"its memory limit is {groups.memory_limit(group)} instead of {MEMORY}", "give containers control groups of their own")
+            if ways.connector and not has_route(Path(f"/proc/{status.pid}/net/route").read_text()):
+                raise Failed("network", f"{PROGRAM} gave it no way out", "see its keeper's network.err")
             if ways.users and _outside_root(status.pid) == 0:
                 raise Failed("users", "its root is the host's in spite of the user namespace", "look at the kernel")
             try:
@@ -109,6 +136,11 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
         finally:
             await driver.delete(key)
     return more
+
+
+def has_route(table: str) -> bool:
+    """Whether a table as in /proc/net/route has a default route."""
+    return any(line.split()[1:2] == ["00000000"] for line in table.splitlines()[1:])
 
 
 def _outside_root(pid: int) -> int:

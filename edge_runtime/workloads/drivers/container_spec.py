@@ -8,6 +8,7 @@
     limits           cpu, memory, pids, beyond (or below) what is requested
     mounts           [{"target": "/data", "source": "/srv/data", "read_only": true}] from the folders that the node allows, or {"target": "/tmp", "tmpfs": "64Mi"}
     capabilities     some of `CAPABILITIES`; all of them by default
+    network          {"ports": [...]}, see `network`; loopback alone without it
     read_only_root   true: the root file system cannot be written
     hostname, stop_signal
 """
@@ -23,9 +24,10 @@ from typing import Any
 from ..images import Config
 from ..placement import quantity
 from .face import Order, Refused
+from .network import network
 from .seccomp import profile
 
-SPEC_KEYS = ("args", "capabilities", "command", "cwd", "env", "hostname", "limits", "mounts", "read_only_root", "stop_signal", "user")
+SPEC_KEYS = ("args", "capabilities", "command", "cwd", "env", "hostname", "limits", "mounts", "network", "read_only_root", "stop_signal", "user")
 
 CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID")
 """What root in a container may have: files of its own, users of its own, ports of its own network. Docker's has six more (raw sockets, device nodes, chroot, ...)."""
@@ -80,6 +82,9 @@ class Host:
         allowed_mounts: folders that may be mounted, with all below them; real paths.
         seccomp: whether the runtime and the host can.
         memory, cpu: what there is, bytes and milli-CPU.
+        network: why there is no network but loopback; empty where there is.
+        publish: addresses on which ports may be published.
+        files: where the container's own /etc/resolv.conf and /etc/hosts will be, where it has a network.
     """
 
     machine: str
@@ -90,6 +95,9 @@ class Host:
     seccomp: bool = True
     memory: int = 1 << 50
     cpu: int = 1 << 30
+    network: str = "it was not looked for"
+    publish: tuple[str, ...] = ()
+    files: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +168,9 @@ def configuration(order: Order, image: Config, host: Host, root: str, cgroup: st
     if not _HOST.match(hostname):
         raise Refused("spec.hostname", f"{hostname[:80]!r} is no host name", "use up to 63 small letters, digits and -")
     stop_signal(order, image)
+    connected = network(spec.get("network"), host.publish)
+    if connected is not None and host.network:
+        raise Refused("spec.network", f"containers have no network on this node: {host.network}", "leave it out, or place it on a node that has one")
     sets = sorted(set(wanted))
     hard = min(OPEN_FILES[1], host.open_files)
     process = {
@@ -185,6 +196,8 @@ def configuration(order: Order, image: Config, host: Host, root: str, cgroup: st
             {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
             {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            *([{"destination": f"/etc/{name}", "type": "bind", "source": f"{host.files}/{name}", "options": ["bind", "nosuid", "nodev", "noexec", "ro"]} for name in ("resolv.conf", "hosts")]
+              if connected is not None else ()),
             *_mounts(spec.get("mounts"), host.allowed_mounts),
         ],
     }

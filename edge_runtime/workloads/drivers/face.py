@@ -35,6 +35,8 @@ class Ability(StrEnum):
     LAZY = "lazy"
     """A restore that fetches memory as it is touched."""
     LIMITS = "limits"
+    NETWORK = "network"
+    """More than loopback, and ports that are published on the node."""
     SECCOMP = "seccomp"
     USER_NAMESPACE = "user-namespace"
     ROOTLESS = "rootless"

@@ -31,7 +31,7 @@ from typing import Any
 
 from ..images import Image, ImageError, ImageStore
 from ..images.manifest import MODULE_FILE
-from . import cgroups
+from . import cgroups, function_seccomp
 from .face import Ability, Capabilities, Failed, Key, Order, Output, Phase, Refused, Stats, Status
 from .function_call import Answer, ask
 from .function_code import NativeCode, engine_version, memory_file, whole
@@ -118,8 +118,10 @@ class FunctionDriver:
         """Compile and run a module, and say what worked."""
         cannot = dict.fromkeys(
             (Ability.CHECKPOINT, Ability.RESTORE, Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "a function keeps nothing between two calls",
-        ) | {Ability.PAUSE: "a function that nobody calls stands still", Ability.EXEC: "a function's program is its module alone", Ability.SECCOMP: "functions have no profile yet: they give up rights, files and processes"}
+        ) | {Ability.PAUSE: "a function that nobody calls stands still", Ability.EXEC: "a function's program is its module alone", Ability.NETWORK: "a module has no way to ask for one"}
         cannot |= {Ability.USER_NAMESPACE: "each function has a user of its own instead"}
+        if not function_seccomp.there():
+            cannot[Ability.SECCOMP] = "the kernel does not filter system calls, or their numbers on this architecture are not known"
         runtime, why = "", ""
         if importlib.util.find_spec("wasmtime") is None:
             why = "wasmtime is not installed (pip install 'novacron[functions]')"

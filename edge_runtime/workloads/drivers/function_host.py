@@ -31,8 +31,14 @@ CLIENT_S = 10.0
 SPARE_CLIENTS = 16
 """Connections beyond those whose calls run or wait: to hear that there is no room."""
 
-IDLE_S = 60.0
-"""A worker beyond those that are kept ready ends after so long without a call."""
+HOLD_WORTH = 600.0 * (128 << 20)
+"""Byte-seconds of idle memory that a second of waiting is worth: what providers pay who keep a function of 128 MiB, which loads in a second, for ten minutes."""
+
+KEEP_LEAST_S, KEEP_MOST_S = 1.0, 3600.0
+"""Bounds of how long a worker is kept without a call."""
+
+SPARE_DUES = 256
+"""Times beyond two for each call and worker that may stand in the queue of what comes due; more are those of calls that were answered, and are swept out."""
 
 MAX_DEATHS = 5
 """Workers in a row that ended before they were ready: the function cannot be run."""
@@ -46,6 +52,23 @@ def put(folder: str, name: str, value: dict[str, Any]) -> None:
     with open(temporary, "w") as handle:
         json.dump(value, handle)
     os.replace(temporary, f"{folder}/{name}")
+
+
+def keep_s(load_s: float, held_bytes: int) -> float:
+    """How long a worker beyond those that are kept ready stays without a call, seconds: until holding it has cost as much as starting it again would.
+
+    So what is paid is at most twice what is paid by somebody who knows when the next call comes (ski rental; Karlin et al., Algorithmica 1988).
+    """
+    return min(KEEP_MOST_S, max(KEEP_LEAST_S, load_s * HOLD_WORTH / max(1, held_bytes)))
+
+
+def private_bytes(pid: int) -> int:
+    """What a process has of its own; 0 where that cannot be read."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as handle:
+            return 1024 * sum(int(line.split()[1]) for line in handle if line.startswith(b"Private_"))
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class Log:
@@ -72,18 +95,19 @@ class Call:
 
     __slots__ = ("answer", "asked", "began", "body", "client", "cold", "due")
 
-    def __init__(self, client: socket.socket, due: float) -> None:
-        self.client, self.due, self.began, self.cold = client, due, 0.0, False
+    def __init__(self, client: socket.socket) -> None:
+        self.client, self.due, self.began, self.cold = client, 0.0, 0.0, False
         self.asked, self.body, self.answer = bytearray(), b"", b""
 
 
 class Worker:
-    """One worker as its host sees it. `call`: what it runs."""
+    """One worker as its host sees it. `call`: what it runs; `began`: monotonic seconds of its start; `load_s`: how long that took; `due`: when it is looked at next, 0: never."""
 
-    __slots__ = ("call", "heard", "idle_since", "link", "pid", "ready")
+    __slots__ = ("began", "call", "due", "heard", "idle_since", "link", "load_s", "pid", "ready")
 
-    def __init__(self, pid: int, link: socket.socket) -> None:
+    def __init__(self, pid: int, link: socket.socket, began: float) -> None:
         self.pid, self.link, self.heard, self.ready, self.idle_since = pid, link, bytearray(), False, 0.0
+        self.began, self.load_s, self.due = began, 0.0, 0.0
         self.call: Call | None = None
 
 
@@ -151,25 +175,38 @@ class Host:
     # -- time ----------------------------------------------------------------------------------------------------------------
 
     def _due(self, at: float, what: "Call | Worker") -> None:
+        """From now on it is looked at then, and not before."""
+        what.due = at
         self._number += 1
         heapq.heappush(self._dues, (at, self._number, what))
+        if len(self._dues) > SPARE_DUES + 2 * (len(self._calls) + len(self._workers)):
+            self._dues = [entry for entry in self._dues if entry[0] == entry[2].due and self._there(entry[2])]
+            heapq.heapify(self._dues)
+
+    def _there(self, what: "Call | Worker") -> bool:
+        return self._workers.get(what.pid) is what if isinstance(what, Worker) else self._calls.get(what.client.fileno()) is what
 
     def _pass(self, now: float) -> None:
         """What has come due: callers that are slow, calls that take too long, workers that nobody needs."""
         while self._dues and self._dues[0][0] <= now:
-            what = heapq.heappop(self._dues)[2]
+            at, _, what = heapq.heappop(self._dues)
+            if at != what.due or not self._there(what):
+                continue
             if isinstance(what, Worker):
                 self._worker_due(what, now)
-            elif what.due <= now:
+            else:
                 self._call_due(what)
 
     def _worker_due(self, worker: Worker, now: float) -> None:
-        if self._workers.get(worker.pid) is not worker:
-            return
+        worker.due = 0.0
         if self._job and worker.call is None and self._told["timeout_s"]:
             self._end = {"failed": f"it ran longer than {self._told['timeout_s']:g} s, and was ended", "at_ms": int(time.time() * 1000)}
-        elif not self._job and worker.ready and worker.call is None and worker.idle_since + IDLE_S <= now and len(self._workers) > max(1, self._told["warm"]):
-            self._bury(worker)
+        elif not self._job and worker.ready and worker.call is None and len(self._workers) > max(1, self._told["warm"]):
+            until = worker.idle_since + keep_s(worker.load_s, private_bytes(worker.pid))
+            if until <= now:
+                self._bury(worker)
+            else:
+                self._due(until, worker)
 
     def _call_due(self, call: Call) -> None:
         if call.answer or (not call.body and not call.began):  # its caller takes or sends nothing
@@ -198,9 +235,8 @@ class Host:
             client.close()
             return
         client.setblocking(False)
-        call = Call(client, time.monotonic() + CLIENT_S)
-        self._calls[client.fileno()] = call
-        self._due(call.due, call)
+        call = self._calls[client.fileno()] = Call(client)
+        self._due(time.monotonic() + CLIENT_S, call)
         self._select.register(client, selectors.EVENT_READ, (self._read, call))
 
     def _read(self, call: Call) -> None:
@@ -222,8 +258,7 @@ class Host:
             self._answer(call, REFUSED, 0, 0, b"", b"its input is too large")
         elif len(call.asked) == ASKS.size + size:
             call.body = CALL.pack(size) + bytes(call.asked[ASKS.size:])
-            call.due = time.monotonic() + min(left_ms / 1000, self._told["timeout_s"])
-            self._due(call.due, call)
+            self._due(time.monotonic() + min(left_ms / 1000, self._told["timeout_s"]), call)
             self._place(call)
 
     def _place(self, call: Call) -> None:
@@ -263,8 +298,7 @@ class Host:
             return
         ran = int((time.monotonic() - call.began) * 1e6) if call.began else 0
         call.answer = ANSWERS.pack(what, cut, call.cold, code, min(ran, 0xFFFF_FFFF), len(out), len(err)) + out + err
-        call.due = time.monotonic() + CLIENT_S
-        self._due(call.due, call)
+        self._due(time.monotonic() + CLIENT_S, call)
         self._write(call)
 
     def _write(self, call: Call) -> None:
@@ -313,7 +347,7 @@ class Host:
 
     def _take(self, pid: int, link: socket.socket) -> None:
         link.setblocking(False)
-        worker = self._workers[pid] = Worker(pid, link)
+        worker = self._workers[pid] = Worker(pid, link, time.monotonic())
         self._select.register(link, selectors.EVENT_READ, (self._hear, worker))
         if self._job and self._told["timeout_s"]:
             self._due(time.monotonic() + self._told["timeout_s"], worker)
@@ -350,13 +384,14 @@ class Host:
             self._logs[what].take(out)
         elif what == READY and not worker.ready:
             worker.ready, worker.idle_since, self._deaths = True, time.monotonic(), 0
+            worker.load_s = worker.load_s or worker.idle_since - worker.began
             self._say_running()
             if self._job:
                 return
             if self._waiting:
                 self._give(worker, self._waiting.popleft())
-            else:
-                self._due(worker.idle_since + IDLE_S, worker)
+            elif not worker.due:
+                self._due(worker.idle_since + KEEP_LEAST_S, worker)
         elif what in (EXITED, TRAPPED) and self._job:
             self._logs[ERR].take(err)
             now = int(time.time() * 1000)

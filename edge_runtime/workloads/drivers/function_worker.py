@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import wasmtime
 
+from . import function_seccomp
 from .function_frames import CALL, ERR, EXITED, MAX_INPUT, OUT, READY, SAYS, TRAPPED
 from .function_wasi import MODULE, SIGNATURES, Exit, World
 
@@ -166,12 +167,13 @@ def confine(uid: int, memory: int, file_bytes: int = 0) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the user has changed: that clears it
     if os.getppid() != parent:
         os._exit(1)
+    function_seccomp.install()
 
 
 def work(link: socket.socket, program: Program, uid: int, job: bool) -> NoReturn:
     """A worker's life: prepare an instance, say so, run the call that comes, answer. `job`: once, without a call, and what is written is said as it comes."""
+    link.setblocking(True)  # now: it is a call that is not left to it afterwards
     confine(uid, program.memory, program.memory)  # the engine keeps a module's data in a file in memory, from which instances are mapped
-    link.setblocking(True)
     while True:
         kept = Kept(program.output)
         if job:

@@ -21,6 +21,7 @@ import errno
 import gc
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -58,6 +59,15 @@ RUNTIME_S = 60.0
 LOOK_S = 1.0
 """Between two looks at the lease: so late a container may be ended."""
 
+RUN = "/run/novacron"
+"""For what needs a short path for a moment."""
+
+CONNECT_S = 5.0
+"""What connects a container has done so within milliseconds; more means that it hangs."""
+
+RECONNECT_S = 1.0
+"""Pause before what connects a container is started again where it ended."""
+
 SAID = 4096
 """Bytes kept of what a runtime says when it fails."""
 
@@ -67,6 +77,10 @@ libc.syscall.restype = ctypes.c_long
 
 class Trouble(Exception):
     """It could not be started; the text is for people."""
+
+
+class Taken(Trouble):
+    """A port that it publishes cannot be had here; it may be had on another node."""
 
 
 class Lapsed(Trouble):
@@ -272,20 +286,120 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     if lease and lease_s(lease) <= 0:
         os.kill(pid, signal.SIGKILL)
         raise Lapsed("its lease was over before it began")
+    network = Network(told["network"], pid, folder) if told.get("network") else None
+    if network is not None:
+        network.start()
     runtime(told, "start", name)
     tell("running")
-    status, lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid, lease)
+    status, lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid, lease, network)
+    if network is not None:
+        network.stop()
     code, by = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
     return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
 
 
-def watch(ended: int, streams: dict, pid: int, lease: str) -> tuple:  # type: ignore[type-arg]
+class Network:
+    """What connects the container to the node's network: a process that ends with this one. Started again where it ends by itself.
+
+    In its command stand PID (the container's first process), READY and EXIT (descriptors: it writes when it is ready, and ends when the other end of EXIT is closed), and SOCKET, where it takes
+    requests for ports.
+    """
+
+    def __init__(self, told: dict, pid: int, folder: str) -> None:  # type: ignore[type-arg]
+        self._told, self._pid, self._errors = told, pid, os.path.join(folder, "network.err")
+        self._socket = f"{RUN}/network-{os.getpid()}"  # not in the folder, whose path may be longer than a socket's name can be
+        self._process: subprocess.Popen | None = None  # type: ignore[type-arg]
+        self._line = -1
+        self.ended = -1
+        """Readable when it has ended; -1 where it does not run."""
+        self.again_at = 0.0
+
+    def start(self) -> None:
+        """Returns when the container is connected and its ports are open; raises `Trouble`."""
+        (ready, its_ready), (its_end, self._line) = os.pipe(), os.pipe()
+        places = {"PID": str(self._pid), "READY": str(its_ready), "EXIT": str(its_end), "SOCKET": self._socket}
+        words = []
+        for word in self._told["command"]:
+            for place, value in places.items():
+                word = word.replace(place, value)
+            words.append(word)
+        os.makedirs(RUN, mode=0o700, exist_ok=True)
+        try:
+            with open(self._errors, "wb") as errors:
+                self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, cwd="/", pass_fds=(its_ready, its_end))
+            os.close(its_ready)
+            its_ready = -1
+            self.ended = os.pidfd_open(self._process.pid)
+            if not select.select([ready], [], [], CONNECT_S)[0] or not os.read(ready, 1):
+                with open(self._errors, "rb") as said:
+                    lines = said.read(SAID).decode("utf-8", "replace").splitlines()
+                raise Trouble(f"spec.network: {lines[-1] if lines else 'the container was not connected'}")
+            for request in self._told["ports"]:
+                self._ask(request)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            for descriptor in (ready, its_ready, its_end):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            try:
+                os.unlink(self._socket)  # nobody shall ask for more
+            except FileNotFoundError:
+                pass
+
+    def _ask(self, request: dict) -> None:  # type: ignore[type-arg]
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(CONNECT_S)
+            try:
+                line.connect(self._socket)
+                line.sendall(json.dumps(request).encode())
+                line.shutdown(socket.SHUT_WR)
+                answer = json.loads(line.recv(CHUNK))
+            except (OSError, ValueError) as error:
+                answer = {"error": {"desc": str(error)}}
+        if "error" in answer:
+            told = request["arguments"]
+            raise Taken(f"port {told['host_port']} ({told['proto']}) of {told['host_addr']} cannot be had on this node: it is taken, or the address is not here")
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        for descriptor in (self.ended, self._line):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.ended = self._line = -1
+
+    def tend(self, selector: selectors.BaseSelector) -> float:
+        """It has ended: start it again when its pause is over. Seconds until it wants to be tended, 0: it runs."""
+        now = time.monotonic()
+        if self.ended >= 0:
+            selector.unregister(self.ended)
+            self.stop()
+            self.again_at = now + RECONNECT_S
+        if now < self.again_at:
+            return self.again_at - now
+        try:
+            self.start()
+        except (Trouble, OSError):
+            self.again_at = time.monotonic() + RECONNECT_S
+            return RECONNECT_S
+        selector.register(self.ended, selectors.EVENT_READ, self)
+        return 0.0
+
+
+def watch(ended: int, streams: dict, pid: int, lease: str, network: "Network | None" = None) -> tuple:  # type: ignore[type-arg]
     """Write down what comes until the process has ended and all was read; returns its wait status, and whether its lease ended it."""
     selector = selectors.DefaultSelector()
     selector.register(ended, selectors.EVENT_READ)
     for stream, log in streams.items():
         selector.register(stream, selectors.EVENT_READ, log)
-    left, end, lapsed = len(streams), None, False
+    if network is not None:
+        selector.register(network.ended, selectors.EVENT_READ, network)
+    left, end, lapsed, retry = len(streams), None, False, 0.0
     while left or end is None:
         if lease and end is None and not lapsed and lease_s(lease) <= 0:
             lapsed = True
@@ -293,10 +407,19 @@ def watch(ended: int, streams: dict, pid: int, lease: str) -> tuple:  # type: ig
                 signal.pidfd_send_signal(ended, signal.SIGKILL)
             except ProcessLookupError:
                 pass  # it has just ended
-        found = selector.select(max(0.0, end - time.monotonic()) if end is not None else LOOK_S if lease and not lapsed else None)
+        if network is not None and retry and end is None:
+            retry = network.tend(selector)
+        looks = [pause for pause, wanted in ((LOOK_S, bool(lease) and not lapsed), (retry, retry > 0)) if wanted]
+        found = selector.select(max(0.0, end - time.monotonic()) if end is not None else min(looks, default=None))
         if end is not None and not found:
             break
         for key, _ in found:
+            if isinstance(key.data, Network):
+                if end is None:
+                    retry = key.data.tend(selector)
+                else:
+                    selector.unregister(key.fd)
+                continue
             if key.data is None:
                 end = time.monotonic() + DRAIN_S
                 selector.unregister(ended)
@@ -340,7 +463,7 @@ def live(folder: str) -> None:
     try:
         result = keep(told)
     except (Trouble, OSError, ValueError) as error:
-        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken)}
     for _ in range(2):
         try:
             write(os.path.join(folder, "exit.json"), result)

@@ -25,6 +25,15 @@ def numpy_again() -> Iterator[None]:
     kernels.use("off")
 
 
+def test_after_warming_decisions_find_the_kernels_compiled(numpy_again: None) -> None:
+    pytest.importorskip("numba")
+    assert kernels.use("on")
+    kernels.warm()
+    for name in ("add_scores", "base_bits", "best", "gradients", "mark_gpu", "mark_spread", "spread_scores", "add_victims", "least_harm"):
+        assert getattr(kernels.active, name).signatures, name
+    kernels.use("off")
+
+
 Outcome = tuple[str, int, tuple[str, ...]] | None
 """Node, score and victims of a reservation; None where it waits."""
 

@@ -9,6 +9,7 @@ from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads.documents import Conflict, read_list
 from hub.workloads.rounds import LOST_AFTER_MS
+from hub.workloads.views import workload_view
 from tools.bench import placement_log
 
 from .kept import Desk, few_steps, round_of, said, work  # noqa: F401 few_steps is a fixture
@@ -103,6 +104,26 @@ def test_where_its_node_was_taken_out_and_it_is_placed_anew_the_sites_own_is_sto
     assert entries(desk, other) == [("w", 1, "stopped")] and entries(desk, new) == [] and desk.row("w").epoch == 2
     said(desk, other, "w", 1, "stopped")
     assert entries(desk, new) == [("w", 2, "running")]
+
+
+def test_a_node_whose_workloads_its_site_may_run_elsewhere_goes_only_where_somebody_says_that_they_are_lost() -> None:
+    desk, origin, (other, _) = site()
+    with pytest.raises(Conflict, match=r"has w, which its site may be running.*lost=true"):
+        desk.do(lambda planner, now: planner.remove_node(origin, False, now, lost=False))
+    assert (desk.row("w").node, desk.row("w").epoch) == (origin, 1), "nothing was changed"
+    moved(desk, other, origin, 7)
+    assert desk.do(lambda planner, now: planner.remove_node(origin, False, now, lost=False)), "its site has told where it is"
+    with pytest.raises(Conflict):
+        desk.do(lambda planner, now: planner.remove_node(other, False, now, lost=False))
+    desk.do(lambda planner, now: planner.cancel("w", now))
+    assert desk.do(lambda planner, now: planner.remove_node(other, False, now, lost=False)) and desk.row("w").state == "cancelled"
+
+
+def test_who_looks_sees_that_the_site_moved_it() -> None:
+    desk, origin, (other, _) = site()
+    assert workload_view(desk.planner, desk.row("w"))["moved_from"] == ""
+    moved(desk, other, origin, 7)
+    assert workload_view(desk.planner, desk.row("w"))["moved_from"] == origin and workload_view(desk.planner, desk.row("w"))["node"] == other
 
 
 def test_what_waits_since_its_node_was_taken_out_is_found_running() -> None:

@@ -230,6 +230,64 @@ async def test_each_is_told_once_over_restarts_and_nothing_is_started_again() ->
     await runner.close()
 
 
+async def test_what_is_evicted_ends_is_told_as_refused_then_and_is_not_started_again() -> None:
+    disk = Disk()
+    runner = made(disk)
+    now = [entry("a", 1), entry("b", 1)]
+    await runner.take(now)
+    await quiet()
+    running = {one["id"]: one for one, _ in await runner.running()}
+    assert set(running) == {"a", "b"}
+    runner.evict(running["a"], "evicted: no room")
+    assert ("a", 1, "refused") not in disk.records, "not before it has ended"
+    assert [one["id"] for one, _ in await runner.running()] == ["b"], "who is being ended is nobody's choice again"
+    await quiet()
+    assert disk.records[-1] == ("a", 1, "refused") and set(disk.instances) == {Key("b", 1)}
+    await runner.close()
+    runner = made(disk)
+    await runner.take(now)
+    await quiet()
+    assert set(disk.instances) == {Key("b", 1)} and disk.starts == {Key("a", 1): 1, Key("b", 1): 1}
+    await runner.take([entry("a", 2), *now[1:]])
+    await quiet()
+    assert set(disk.instances) == {Key("a", 2), Key("b", 1)}, "another placement is another matter"
+    await runner.close()
+
+
+async def test_one_that_cannot_be_stopped_is_not_told_as_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "AGAIN_S", 0.0)
+    monkeypatch.setattr(runners.log, "log", lambda *_, **__: None)
+    disk = Disk()
+    runner = made(disk)
+    await runner.take([entry("a", 1)])
+    await quiet()
+    disk.failing += ["stop", "delete"]
+    ((one, _),) = await runner.running()
+    runner.evict(one, "evicted: no room")
+    while ("a", 1, "refused") not in disk.records:
+        disk.news.clear()
+        assert disk.instances[Key("a", 1)].phase is Phase.RUNNING or disk.failing == []
+        await asyncio.wait_for(disk.news.wait(), 10)
+    assert disk.instances == {} and disk.failing == []
+    await runner.close()
+
+
+async def test_nothing_new_starts_while_the_node_is_short_and_what_runs_stays() -> None:
+    disk, short = Disk(), [""]
+
+    async def bring(kind: str, reference: str) -> str:
+        return "memory"
+
+    runner = Runner({"memory": InMemory(disk)}, disk, bring, lambda: None, lambda: None, short=lambda: short[0])
+    await runner.take([entry("a", 1)])
+    await quiet()
+    short[0] = "is short of memory"
+    await runner.take([entry("a", 1), entry("b", 1)])
+    await quiet()
+    assert disk.records[-1] == ("b", 1, "refused") and set(disk.instances) == {Key("a", 1)}
+    await runner.close()
+
+
 async def test_an_epoch_starts_when_the_one_before_it_has_ended() -> None:
     disk = Disk()
     runner = made(disk)
