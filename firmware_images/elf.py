@@ -47,6 +47,6 @@ def needed(data: bytes) -> Needs:
         if strings is None:
             return Needs(tuple(found))
         text = [[data[strings + at : data.index(b"\0", strings + at)].decode() for at in places] for places in (names, paths)]
-    except (struct.error, ValueError):
+    except (struct.error, ValueError, OverflowError):
         return Needs()
     return Needs((*found, *text[0]), tuple(folder for path in text[1] for folder in path.split(":") if folder))
