@@ -27,8 +27,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ESP_MIB = 80
 """Two kernels of 13 MiB with initrds of some MiB, twice over: an update is written beside what runs."""
 
-SQUASHFS = ("-comp", "zstd", "-Xcompression-level", "19", "-b", "131072", "-no-xattrs", "-quiet", "-no-progress")
-"""zstd unpacks several times as fast as xz on a small processor, for a tenth more space. 128 KiB blocks: larger ones cost memory at each read."""
+SQUASHFS = ("-comp", "zstd", "-Xcompression-level", "19", "-b", "131072", "-all-root", "-root-mode", "0755", "-no-xattrs", "-quiet", "-no-progress")
+"""zstd unpacks several times as fast as xz on a small processor, for a tenth more space. 128 KiB blocks: larger ones cost memory at each read.
+
+The root folder is not in the archive: without `-all-root` and `-root-mode` it would be of the user who builds, and writable by everyone."""
 
 DATA_FEATURES = "none,has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 """Named one by one, so that this machine's mke2fs.conf decides nothing: without a configuration mke2fs leaves even the journal out, and a power cut then damages the file system."""
