@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: run test check bench slow docs lock clean prepare-run prepare-dev
+.PHONY: run test check bench slow docs lock image boot clean prepare-run prepare-dev
 
 run: prepare-run
 	@$(PY) -m tools.demo $(ARGS)
@@ -27,6 +27,12 @@ docs: prepare-dev
 
 bench: prepare-dev
 	$(PY) -m tools.bench.all $(ARGS)
+
+image: prepare-dev
+	@$(PY) -m firmware_images build $(ARGS)
+
+boot: prepare-dev
+	@$(PY) -m firmware_images boot $(ARGS)
 
 lock: prepare-dev
 	tools/setup/lock.sh

@@ -1,1 +1,1 @@
-"""Room for bootable images of the edge (amd64, arm64, riscv64). Nothing is here yet."""
+"""Bootable images of the edge: built without root, loop devices or device-mapper, booted in QEMU."""

@@ -21,6 +21,7 @@ BENCHES = (
     "site_failover",
     "checkpoint", "container_start",
     "startup",
+    "image",
     "scheduler_latency",
     "k8s_cases",
     "vbp",

@@ -1,0 +1,68 @@
+"""`python -m firmware_images boot`: the image in QEMU, its console shown, its interface on a port of loopback."""
+
+import argparse
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from . import configuration
+from .build import finished, output
+from .errors import FirmwareError
+from .machine import Machine, Wiring, command, free_port, prepare
+from .recipes import Architecture, Profile
+
+API_PORT = 8470
+"""The agent's default (`api.port`)."""
+
+MEMORY_LEAST_MIB, MEMORY_MOST_MIB = 128, 1 << 20
+
+ALONE = """edge_id: {name}
+uplink: {{enabled: false}}
+api: {{host: 0.0.0.0, token_file: /var/lib/novacron/config/api.token}}
+decisions:
+  rules:
+    - {{id: awake, "on": {{device: host, metric: uptime_seconds}}, if: {{value: uptime_seconds, op: ">", than: 0}}, trigger: each,
+       then: [{{alert: {{severity: info, text: "up for {{uptime_seconds}} s"}}}}]}}
+"""
+"""What a device gets that is booted without a configuration: it works alone, decides at each look at itself, and asks for a token."""
+
+
+def credentials(state: Path, config: Path | None, more: list[str], report: bool, name: str) -> tuple[dict[str, Path], str]:
+    """Files to hand to the machine, by credential, and the token of its interface. Raises FirmwareError."""
+    found: dict[str, Path] = {}
+    for word in more:
+        key, equals, path = word.partition("=")
+        if not equals or not key.startswith("novacron.") or not Path(path).is_file():
+            raise FirmwareError("credential", f"{word!r} cannot be used", "give NAME=FILE, NAME beginning with novacron., FILE an existing file")
+        found[key] = Path(path).resolve()
+    token_file = state / "api.token"
+    if not token_file.exists():
+        token_file.touch(0o600)
+        token_file.write_text(secrets.token_hex(16))
+    found.setdefault("novacron.api.token", token_file.resolve())
+    if config is None:
+        config = state / "edge.yaml"
+        config.write_text(ALONE.format(name=name))
+    found["novacron.edge.yaml"] = config.resolve()
+    if report:
+        (state / "report").write_text("1")
+        found["novacron.report"] = (state / "report").resolve()
+    return found, found["novacron.api.token"].read_text().strip()
+
+
+def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: Callable[[str], None]) -> None:
+    """Boot and show the console until the machine ends or Ctrl-C takes its power away. Raises FirmwareError."""
+    memory = options.memory or chosen.memory_mib
+    if not MEMORY_LEAST_MIB <= memory <= MEMORY_MOST_MIB:
+        raise FirmwareError("memory", f"{memory} MiB", f"give {MEMORY_LEAST_MIB} to {MEMORY_MOST_MIB}")
+    if options.config is not None:
+        configuration.check(options.config, "broker" in chosen.extra)
+    built = finished(options.home, arch, chosen)
+    state = options.state or output(options.home, arch, chosen) / "machine"
+    disk, flash = prepare(arch, built.image, state)
+    handed, token = credentials(state, options.config, options.credential, options.report, f"{chosen.name}-{arch.name}")
+    port = options.port or free_port()
+    say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://127.0.0.1:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
+    wiring = Wiring(memory, {port: API_PORT}, handed, online=options.online, clock=options.clock, accelerator=options.accel)
+    with Machine(command(arch, disk, flash, wiring), say) as machine:
+        machine.process.wait()

@@ -1,0 +1,231 @@
+"""From a recipe to a disk: every step's progress told, nothing half made left under the final name."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime import __version__
+
+from . import gpt, initrd, packages, recipes, root, sbom, tools
+from .contents import DATA_NAME, ESP_NAME, command_line
+from .errors import FirmwareError
+from .recipes import MIB, Architecture, Profile
+from .tree import Tree, as_tar, take_tar
+from .verity import BLOCK, hash_tree
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+ESP_MIB = 80
+"""Two kernels of 13 MiB with initrds of some MiB, twice over: an update is written beside what runs."""
+
+SQUASHFS = ("-comp", "zstd", "-Xcompression-level", "19", "-b", "131072", "-all-root", "-root-mode", "0755", "-no-xattrs", "-quiet", "-no-progress")
+"""zstd unpacks several times as fast as xz on a small processor, for a tenth more space. 128 KiB blocks: larger ones cost memory at each read.
+
+The root folder is not in the archive: without `-all-root` and `-root-mode` it would be of the user who builds, and writable by everyone."""
+
+DATA_FEATURES = "none,has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
+"""Named one by one, so that this machine's mke2fs.conf decides nothing: without a configuration mke2fs leaves even the journal out, and a power cut then damages the file system."""
+
+SPACE_BYTES = 2 << 30
+"""Free space that a build wants beside its disk: packages, trees in work, the squashed root."""
+
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64"}
+
+_NAMESPACE = uuid.UUID("c9a5c1de-2d7b-5b55-9e0e-7a6f2f4b8d10")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A finished image: its disk, and its manifest as written."""
+
+    image: Path
+    manifest: dict[str, Any]
+
+
+def output(home: Path, arch: Architecture, chosen: Profile) -> Path:
+    """Where an image goes."""
+    return home / f"{arch.name}-{chosen.name}"
+
+
+def finished(home: Path, arch: Architecture, chosen: Profile) -> Built:
+    """The image that was built last. Raises FirmwareError where there is none."""
+    folder = output(home, arch, chosen)
+    try:
+        return Built(folder / "disk.img", json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError):
+        raise FirmwareError("image", f"there is none in {folder}", f"python -m firmware_images build --arch {arch.name} --profile {chosen.name}") from None
+
+
+def preflight(home: Path, arch: Architecture, chosen: Profile) -> None:
+    """What would fail later fails now. Raises FirmwareError."""
+    tools.require(tools.BUILD)
+    if platform.machine() not in MACHINES:
+        raise FirmwareError("machine", f"{platform.machine()} cannot build", f"build on one of {', '.join(MACHINES)}")
+    home.mkdir(parents=True, exist_ok=True)
+    need = SPACE_BYTES + (ESP_MIB + 2 * chosen.slot_mib) * MIB
+    free = shutil.disk_usage(home).free
+    if free < need:
+        raise FirmwareError("space", f"{home} has {free // MIB} MiB free, the build wants {need // MIB}", "make room, or give another folder with --home")
+
+
+def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], None], refresh: bool = False) -> Built:
+    """Build one image into `home`. Raises FirmwareError."""
+    preflight(home, arch, chosen)
+    cache = home / "cache"
+    (cache / "wheels").mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+
+    def tell(text: str) -> None:
+        say(f"[{time.monotonic() - started:5.1f} s] {text}")
+
+    tell(f"packages of {arch.suite} for {arch.name}")
+    resolved = packages.resolve(cache, arch.suite, arch.name, recipes.packages(arch, chosen), tell, refresh)
+    own = packages.resolve(cache, arch.suite, MACHINES[platform.machine()], ["python3-minimal", "libpython3-stdlib"], tell, refresh)
+    wheels: list[Path] = []
+    lines = ""
+    if not arch.debian_modules:
+        lines = recipes.locked((REPOSITORY / "requirements" / "run.lock").read_text(), chosen.wheels)
+        wheels = packages.wheels(cache, arch, lines, len(chosen.wheels), tell)
+        for wheel in wheels:
+            if packages.digest_of(wheel) not in lines:
+                raise FirmwareError(f"wheel {wheel.name}", "its SHA-256 is not in the lock", f"remove {wheel.parent} and build again")
+    tell(f"root from {len(resolved.packages)} packages and {len(wheels)} wheels")
+    tree, agent = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.unpack(cache, own.packages, chosen), __version__)
+    with tempfile.TemporaryDirectory(dir=home) as top:
+        image, manifest = _assemble(Path(top), arch, chosen, tree, resolved, tell)
+        manifest["inputs"] = {
+            "agent": agent, "packages": {package.name: f"{package.version} {package.sha256}" for package in resolved.packages}, "wheels": {wheel.name: packages.digest_of(wheel) for wheel in wheels},
+        }
+        components = [sbom.of_package(package, arch.suite) for package in resolved.packages] + [sbom.of_wheel(wheel.name, packages.digest_of(wheel)) for wheel in wheels]
+        components.append(sbom.component("novacron-edge", __version__, agent, f"pkg:generic/novacron-edge@{__version__}", "application"))
+        target = output(home, arch, chosen)
+        target.mkdir(exist_ok=True)
+        (target / "manifest.json").unlink(missing_ok=True)  # its presence says that the rest is whole
+        os.replace(image, target / "disk.img")
+        for name in ("linux", "initrd"):
+            os.replace(Path(top) / name, target / name)
+        packages.write_whole(target / "sbom.cdx.json", json.dumps(sbom.document(f"novacron-{chosen.name}-{arch.name}", __version__, manifest["root_hash"], components, resolved.date_s), indent=1))
+        packages.write_whole(target / "manifest.json", json.dumps(manifest, indent=1))
+    tell(f"{target / 'disk.img'}: root {manifest['bytes']['root'] / 1e6:.1f} MB, kernel and initrd {(manifest['bytes']['kernel'] + manifest['bytes']['initrd']) / 1e6:.1f} MB, sha256 {manifest['sha256'][:16]}")
+    return Built(target / "disk.img", manifest)
+
+
+def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolved: packages.Resolved, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Squash, hash, lay out, write; the disk and its manifest."""
+    time_s = resolved.date_s
+    try:
+        version, kernel = initrd.kernel_of(tree)
+        early, modules = initrd.make(tree, version, time_s)
+    except (ValueError, KeyError) as error:
+        raise FirmwareError("initrd", str(error), "see the recipe's packages") from None
+    loader = next((data for path, data in tree.files("/usr/lib/systemd") if path.endswith(f"/systemd-boot{arch.efi}.efi")), None) or _boot_loader(resolved, arch, top.parent / "cache")
+    tree.drop(lambda path: path.startswith("/boot/"))
+    tell(f"squashing {len(tree)} files")
+    squashed = top / "root.squashfs"
+    _squash(tree, squashed, time_s)
+    data = squashed.read_bytes()
+    data += bytes(-len(data) % BLOCK)
+    salt = uuid.uuid5(_NAMESPACE, f"{arch.name} {chosen.name}").bytes * 2
+    verity = hash_tree(data, salt)
+    slot_bytes = chosen.slot_mib * MIB
+    if len(data) + len(verity.tree) > slot_bytes:
+        raise FirmwareError("profile", f"the root takes {(len(data) + len(verity.tree)) // MIB} MiB, a slot of {chosen.name} holds {chosen.slot_mib}", "leave something out, or make the slot larger")
+    identity = uuid.uuid5(_NAMESPACE, verity.root.hex())
+    slot = f"novacron-{verity.root.hex()[:16]}"
+    partitions, disk_bytes = gpt.lay_out([
+        (ESP_NAME, "esp", ESP_MIB * MIB, uuid.uuid5(identity, "esp")), (slot, "linux", slot_bytes, uuid.UUID(bytes=verity.root[:16])),
+        ("novacron-spare", "linux", slot_bytes, uuid.uuid5(identity, "spare")), (DATA_NAME, "linux", chosen.data_mib * MIB, uuid.uuid5(identity, "data")),
+    ])
+    line = command_line(arch, slot, verity.blocks, verity.root.hex(), salt.hex())
+    (top / "linux").write_bytes(kernel.data)
+    (top / "initrd").write_bytes(early)
+    (top / "loader.efi").write_bytes(loader)
+    tell("boot partition, data partition, disk")
+    _boot_partition(top, arch, chosen, slot, line, time_s, identity)
+    _data_partition(top / "data.ext4", chosen.data_mib * MIB, uuid.uuid5(identity, "file system"), time_s)
+    front, back = gpt.tables(partitions, disk_bytes, uuid.uuid5(identity, "disk"))
+    image = top / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(disk_bytes)
+        file.write(front)
+        file.seek(disk_bytes - len(back))
+        file.write(back)
+        file.seek(partitions[1].start)
+        file.write(data + verity.tree)
+        for partition, name in ((partitions[0], "esp.vfat"), (partitions[3], "data.ext4")):
+            _copy_sparse(top / name, file, partition.start)
+    manifest = {
+        "arch": arch.name, "profile": chosen.name, "version": __version__, "suite": arch.suite, "kernel": version, "time_s": time_s, "root_hash": verity.root.hex(), "slot": slot, "command_line": line,
+        "sha256": packages.digest_of(image), "disk_bytes": disk_bytes, "partitions": {part.name: {"start": part.start, "size": part.size} for part in partitions}, "initrd_modules": modules,
+        "bytes": {"root": len(data) + len(verity.tree), "kernel": len(kernel.data), "initrd": len(early), "loader": len(loader)},
+    }
+    return image, manifest
+
+
+def _boot_loader(resolved: packages.Resolved, arch: Architecture, cache: Path) -> bytes:
+    """systemd-boot for the target, which the root itself has no use for."""
+    found = Tree()
+    package = next(package for package in resolved.packages if package.name == "systemd-boot-efi")
+    with subprocess.Popen([tools.find("dpkg-deb") or "dpkg-deb", "--fsys-tarfile", str(cache / "debs" / package.file)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        take_tar(found, process.stdout, lambda path: ".efi" in path and not path.endswith(f"/systemd-boot{arch.efi}.efi"))
+    for _, data in found.files("/usr/lib/systemd/boot"):
+        return data
+    raise FirmwareError("packages", f"systemd-boot-efi has no loader for {arch.name}", "take another suite")
+
+
+def _squash(tree: Tree, target: Path, time_s: int) -> None:
+    with tempfile.TemporaryFile(dir=target.parent) as archive:
+        for piece in as_tar(tree.items(), time_s):
+            archive.write(piece)
+        archive.seek(0)
+        tools.run(["mksquashfs", "-", str(target), "-tar", *SQUASHFS], field="root", remedy="is there room?", env={"SOURCE_DATE_EPOCH": str(time_s)}, stdin=archive)
+
+
+def _boot_partition(top: Path, arch: Architecture, chosen: Profile, slot: str, line: str, time_s: int, identity: uuid.UUID) -> None:
+    """A FAT file system with systemd-boot, the kernel and its entry; files have the image's time."""
+    target = top / "esp.vfat"
+    with target.open("wb") as file:
+        file.truncate(ESP_MIB * MIB)
+    env = {"SOURCE_DATE_EPOCH": str(time_s), "MTOOLS_SKIP_CHECK": "1", "TZ": "UTC"}
+    tools.run(["mkfs.vfat", "--invariant", "-F", "32", "-s", "1", "-n", "NOVACRON", "-i", identity.hex[:8], str(target)], field="boot partition", remedy="see mkfs.vfat's words", env=env)
+    (top / "loader.conf").write_text("timeout 0\neditor no\nauto-entries no\nauto-firmware no\nrandom-seed-mode off\n")
+    (top / "entry.conf").write_text(f"title NovaCron {chosen.name}\nversion {__version__}\nlinux /novacron-{slot[-16:]}/linux\ninitrd /novacron-{slot[-16:]}/initrd\noptions {line}\n")
+    for folder in ("EFI", "EFI/BOOT", "loader", "loader/entries", f"novacron-{slot[-16:]}", "novacron"):
+        tools.run(["mmd", "-i", str(target), f"::/{folder}"], field="boot partition", remedy="see mmd's words", env=env)
+    copies: Sequence[tuple[str, str]] = (
+        ("loader.efi", f"EFI/BOOT/{arch.loader}"), ("loader.conf", "loader/loader.conf"), ("entry.conf", "loader/entries/novacron-a.conf"), ("linux", f"novacron-{slot[-16:]}/linux"), ("initrd", f"novacron-{slot[-16:]}/initrd"),
+    )
+    for name, inside in copies:
+        os.utime(top / name, (time_s, time_s))
+        tools.run(["mcopy", "-m", "-i", str(target), str(top / name), f"::/{inside}"], field="boot partition", remedy="the boot partition may be too small (ESP_MIB)", env=env)
+
+
+def _data_partition(target: Path, size: int, identity: uuid.UUID, time_s: int) -> None:
+    """An empty ext4. It is made here and never by the device: what a device cannot read it must not format."""
+    with target.open("wb") as file:
+        file.truncate(size)
+    tools.run(
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-L", "novacron-data", "-U", str(identity), "-m", "1", "-I", "256", "-b", "4096", "-O", DATA_FEATURES, "-E", f"hash_seed={identity},root_owner=0:0,nodiscard,lazy_itable_init=1,lazy_journal_init=1", str(target)],
+        field="data partition", remedy="see mke2fs's words", env={"E2FSPROGS_FAKE_TIME": str(time_s), "SOURCE_DATE_EPOCH": str(time_s), "MKE2FS_CONFIG": "/dev/null"},
+    )
+
+
+def _copy_sparse(source: Path, target: Any, offset: int) -> None:
+    """Copy a file into the disk, leaving holes where it is zero."""
+    with source.open("rb") as file:
+        at = offset
+        while piece := file.read(MIB):
+            if piece.count(0) != len(piece):
+                target.seek(at)
+                target.write(piece)
+            at += len(piece)

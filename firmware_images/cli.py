@@ -1,0 +1,55 @@
+"""`python -m firmware_images build|boot`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import recipes
+from .errors import FirmwareError
+
+HOME = Path(".novacron/images")
+"""Where caches and images are kept."""
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status: 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="firmware_images", description="bootable images of the edge")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="make an image")
+    boot = commands.add_parser("boot", help="boot an image in QEMU")
+    for command in (build, boot):
+        command.add_argument("--arch", default="amd64", help=f"{', '.join(recipes.ARCHITECTURES)} (amd64)")
+        command.add_argument("--profile", default="device", help=f"{', '.join(recipes.PROFILES)} (device)")
+        command.add_argument("--home", type=Path, default=HOME, help=f"folder of caches and images ({HOME})")
+    build.add_argument("--refresh", action="store_true", help="ask Debian anew which packages there are")
+    boot.add_argument("--config", type=Path, help="configuration for the first boot (a small one that shows the device by itself)")
+    boot.add_argument("--credential", action="append", default=[], metavar="NAME=FILE", help="one more credential, such as novacron.ca.pem=ca.pem")
+    boot.add_argument("--state", type=Path, help="folder of the machine's own disk; where there is one, the machine goes on from it (HOME/ARCH-PROFILE/machine)")
+    boot.add_argument("--memory", type=int, help="MiB (what the profile is made for)")
+    boot.add_argument("--port", type=int, default=0, help="port on loopback that leads to the device's interface (a free one)")
+    boot.add_argument("--online", action="store_true", help="let the device reach the network")
+    boot.add_argument("--clock", default="", metavar="DATE", help="start with a wrong clock, such as 1970-01-02")
+    boot.add_argument("--accel", default="tcg", choices=("tcg", "kvm"), help="kvm only where a kernel really boots with it (tcg)")
+    boot.add_argument("--report", action="store_true", help="the device tells on its console how the start went")
+    options = parser.parse_args(arguments)
+    try:
+        arch, chosen = recipes.architecture(options.arch), recipes.profile(options.profile)
+        if options.command == "build":
+            from .build import build as make
+
+            make(options.home, arch, chosen, say, options.refresh)
+        else:
+            from .boot import boot as start
+
+            start(options, arch, chosen, say)
+    except FirmwareError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,362 @@
+"""What an image has beside Debian's files: users, mounts, units, the scripts of initrd and first boot. Pure: names and texts."""
+
+from .recipes import Architecture, Profile
+from .tree import Tree
+
+DATA = "/var/lib/novacron"
+"""The data partition: journal and models in edge/, configuration in config/."""
+
+ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
+"""Names of partitions; a slot's name is `novacron-` with the first half of its root hash, so that no other disk's slot is taken for it."""
+
+AGENT_UID = 990
+
+PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "edge.yaml")
+"""Files that first boot takes over, edge.yaml last: where it is, the others are whole."""
+
+NETWORK_ORDER = "After=network.target\n"
+"""What the image leaves out of the agent's unit: a device decides without a network, so it starts beside it."""
+
+ROOT_WAIT_TENTHS = 300
+"""Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
+
+USERS = {
+    "root": (0, "/root"), "nobody": (65534, "/nonexistent"), "systemd-network": (998, "/"), "systemd-resolve": (997, "/"), "systemd-timesync": (996, "/"), "novacron": (AGENT_UID, "/"), "mosquitto": (989, "/"),
+}
+GROUPS = {
+    "tty": 5, "disk": 6, "lp": 7, "dialout": 20, "cdrom": 24, "tape": 26, "audio": 29, "video": 44, "input": 104, "kvm": 105, "render": 106, "sgx": 107, "kmem": 15, "utmp": 43, "adm": 4, "systemd-journal": 995, "users": 100, "clock": 108,
+    "nogroup": 65534,
+}
+
+MASKED = (
+    "getty@.service", "serial-getty@.service", "console-getty.service", "container-getty@.service", "autovt@.service", "debug-shell.service", "systemd-sysusers.service", "systemd-firstboot.service", "ldconfig.service",
+    "systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service", "systemd-logind.service", "systemd-journal-flush.service", "systemd-user-sessions.service",
+    "systemd-ask-password-console.path", "systemd-ask-password-wall.path", "e2scrub_reap.service", "e2scrub_all.timer", "fstrim.timer", "systemd-networkd-persistent-storage.service", "systemd-networkd-wait-online.service",
+    "systemd-boot-random-seed.service", "systemd-boot-update.service", "systemd-boot-clear-sysfail.service", "systemd-pcrlock-make-policy.service", "systemd-vconsole-setup.service", "proc-sys-fs-binfmt_misc.automount", "dev-hugepages.mount",
+    "systemd-userdbd.socket", "systemd-mountfsd.socket", "systemd-nsresourced.socket", "dm-event.socket", "mosquitto.service",
+    "getty-static.service", "getty.target", "modprobe@configfs.service", "modprobe@fuse.service", "modprobe@drm.service", "modprobe@efi_pstore.service", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "sys-kernel-config.mount",
+    "sys-fs-fuse-connections.mount", "dev-mqueue.mount", "systemd-sysext.socket", "systemd-hostnamed.socket", "systemd-creds.socket", "systemd-initctl.socket", "systemd-importd.socket", "systemd-bootctl.socket",
+    "systemd-pcrextend.socket", "systemd-pcrlock.socket", "systemd-random-seed.service", "systemd-modules-load.service", "systemd-remount-fs.service", "systemd-udev-load-credentials.service", "systemd-tmpfiles-clean.timer",
+    "systemd-binfmt.service", "systemd-sysext.service", "systemd-confext.service", "systemd-tpm2-setup.service", "systemd-tpm2-setup-early.service", "systemd-pstore.service", "systemd-battery-check.service", "run-lock.mount",
+)
+"""No logins and no shells, on no console; nothing that writes to the root; nothing that a device does not need at boot."""
+
+_NETWORK = """[Match]
+Type=ether
+Kind=!*
+
+[Network]
+DHCP=yes
+LLMNR=no
+MulticastDNS=no
+"""
+
+_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout=30s 0 2
+tmpfs /var tmpfs mode=0755,nodev,nosuid,noexec,size=25% 0 0
+tmpfs /tmp tmpfs mode=1777,nodev,nosuid,noexec,size=25% 0 0
+"""
+
+_PROVISION_UNIT = f"""[Unit]
+Description=NovaCron: take over the configuration at first boot
+RequiresMountsFor={DATA}
+Before=novacron-edge.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ImportCredential=novacron.*
+ExecStart=/usr/lib/novacron/provision
+StandardOutput=journal+console
+StandardError=journal+console
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_PROVISION = f"""#!/bin/sh
+# At each boot until there is a configuration: from credentials (novacron.edge.yaml, ...), else from the folder novacron of the boot partition. Checked, then taken over as a whole.
+set -u
+umask 027
+config={DATA}/config
+busybox mkdir -p $config
+busybox chgrp novacron $config
+if [ -s $config/edge.yaml ]; then exit 0; fi
+from="${{CREDENTIALS_DIRECTORY:-/nonexistent}}"
+prefix=novacron.
+if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
+  from=/run/novacron-esp prefix=
+  busybox mkdir -p $from
+  mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
+fi
+if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
+  echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
+else
+  for name in {" ".join(PROVISIONED)}; do
+    if [ -e "$from/$prefix$name" ]; then
+      busybox cp "$from/$prefix$name" $config/.$name && busybox chmod 640 $config/.$name && busybox chgrp novacron $config/.$name || exit 1
+    fi
+  done
+  if ! python3 -OO -m edge_runtime check --config $config/.edge.yaml > /dev/null; then
+    echo "novacron: the configuration cannot be used (above); nothing was taken over."
+    busybox rm -f $config/.??*
+  else
+    for name in {" ".join(PROVISIONED)}; do
+      if [ -e $config/.$name ]; then busybox sync; busybox mv $config/.$name $config/$name; fi
+    done
+    busybox sync
+    echo "novacron: configuration taken over."
+  fi
+fi
+if busybox grep -q ' /run/novacron-esp ' /proc/mounts; then umount /run/novacron-esp; fi
+exit 0
+"""
+
+_NO_LOGIN = """[Unit]
+# There is no login on any console: say so on it and start again, which is also what a second slot needs.
+[Service]
+ExecStartPre=
+ExecStart=
+ExecStart=-/bin/sh -c 'echo "novacron: this start failed (above); starting again in 30 s" > /dev/console; busybox sleep 30; systemctl --force reboot'
+"""
+
+_FSCK = """#!/bin/sh
+# systemd asks for `fsck -y ... DEVICE`; the only file system here that is checked is the data partition's.
+for device; do :; done
+exec /usr/sbin/fsck.ext4 -y "$device"
+"""
+
+_REPORT_UNIT = """[Unit]
+Description=NovaCron: tell the console how the start went
+ConditionCredential=novacron.report
+After=novacron-edge.service
+
+[Service]
+Type=exec
+ImportCredential=novacron.report
+ExecStart=/usr/lib/novacron/report
+StandardOutput=tty
+TTYPath=/dev/console
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_REPORT = """#!/bin/sh
+# For tests and benchmarks: what the machine itself says, once the start is over, between two marks.
+exec 2>&1
+while systemctl is-system-running | busybox grep -Eq 'initializing|starting'; do busybox sleep 1; done
+echo "=== novacron report"
+systemctl show novacron-edge.service -p ActiveState,MainPID,ExecMainStartTimestampMonotonic,ActiveEnterTimestampMonotonic,NRestarts
+systemd-analyze time
+systemd-analyze --no-pager critical-chain novacron-edge.service
+busybox grep -E '^(MemTotal|MemFree|MemAvailable|Cached|Slab|AnonPages):' /proc/meminfo
+pid=$(systemctl show novacron-edge.service -p MainPID --value)
+busybox grep -E '^(VmRSS|VmHWM|RssAnon|RssFile):' /proc/$pid/status
+echo "listening:"
+busybox awk 'FNR > 1 && $4 == "0A" {print FILENAME, $2}' /proc/net/tcp /proc/net/tcp6
+busybox awk 'FNR > 1 && $4 == "07" {print FILENAME, $2}' /proc/net/udp /proc/net/udp6
+echo "failed:"
+systemctl list-units --failed --plain --no-legend --no-pager
+echo "root:"
+busybox grep ' / ' /proc/mounts
+echo "=== end of report"
+"""
+
+_INIT = f"""#!/bin/sh
+# Find the slot that the command line names, let dm-verity vouch for each block of it, and go there. Nothing is started that the root hash does not cover.
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+fail() {{
+  echo "novacron: $*; starting again in 10 s" > /dev/console
+  sleep 10
+  reboot -f
+}}
+name= table= up=
+for word in $(cat /proc/cmdline); do
+  case "$word" in
+    novacron.slot=*) name="${{word#*=}}" ;;
+    novacron.verity=*) table="${{word#*=}}" ;;
+  esac
+done
+[ -n "$name" ] && [ -n "$table" ] || fail "the command line names no slot"
+modprobe -a -q dm-verity squashfs
+tried=0
+while :; do
+  find /sys/devices -name modalias -exec cat {{}} + 2> /dev/null | sort -u > /modaliases
+  xargs -r modprobe -a -q < /modaliases 2> /dev/null
+  for found in /sys/class/block/*/uevent; do
+    grep -q "^PARTNAME=$name\\$" "$found" || continue
+    device=/dev/$(sed -n 's/^DEVNAME=//p' "$found")
+    [ -b "$device" ] && up=1 && break
+  done
+  [ -n "$up" ] && break
+  tried=$((tried + 1))
+  [ $tried -lt {ROOT_WAIT_TENTHS} ] || fail "no disk has the slot $name"
+  usleep 100000
+done
+# novacron.verity=BLOCKS:ROOT:SALT
+blocks="${{table%%:*}}"; rest="${{table#*:}}"; root="${{rest%%:*}}"; salt="${{rest#*:}}"
+dmsetup create novacron-root --readonly --noudevsync --noudevrules --table "0 $((blocks * 8)) verity 1 $device $device 4096 4096 $blocks $blocks sha256 $root $salt 1 panic_on_corruption" \\
+  || fail "dm-verity refuses the slot $name"
+# The only one there is; the node is the kernel's own, no udev runs here.
+mount -t squashfs -o ro /dev/dm-0 /root || fail "the slot $name is no squashfs"
+mount --move /dev /root/dev
+mount --move /sys /root/sys
+mount --move /proc /root/proc
+exec switch_root /root /usr/lib/systemd/systemd
+"""
+
+INITRD_APPLETS = ("sh", "mount", "cat", "sleep", "reboot", "modprobe", "find", "sort", "xargs", "grep", "sed", "usleep", "switch_root")
+
+INITRD_MODULES = (
+    "dm-verity", "squashfs", "virtio_blk", "virtio_scsi", "virtio_pci", "virtio_mmio", "nvme", "ahci", "ata_piix", "sd_mod", "usb-storage", "uas", "xhci-pci", "xhci-plat-hcd", "ehci-pci", "mmc_block", "sdhci-pci", "sdhci-acpi", "sdhci-iproc",
+    "sdhci-of-dwcmshc", "bcm2835", "dw_mmc-rockchip", "dwmac", "phy-generic", "crc32c_generic", "crc32c_cryptoapi", "sha256_generic", "sha256-ssse3", "sha256_arm64", "sha256-ce",
+)
+"""Drivers of what a root may lie on; with what they depend on. A name that a kernel does not have (or has built in) is passed over."""
+
+
+def _agent_drop_in(chosen: Profile) -> str:
+    return f"""[Unit]
+# Without a configuration the device waits for one; the console says so.
+ConditionPathExists={DATA}/config/edge.yaml
+After=novacron-provision.service
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime run --config {DATA}/config/edge.yaml
+Environment=PYTHONDONTWRITEBYTECODE=1
+# A name of its own for a device whose configuration gives it none.
+DynamicUser=no
+User=novacron
+StateDirectoryMode=0750
+UMask=0027
+MemoryMax={chosen.agent_memory_mib}M
+OOMScoreAdjust=-900
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+RemoveIPC=yes
+"""
+
+
+_BROKER_UNIT = """[Unit]
+Description=NovaCron: the local broker
+RequiresMountsFor=/var/lib/novacron
+Before=novacron-edge.service
+
+[Service]
+Type=notify
+ExecStart=/usr/sbin/mosquitto -c /etc/mosquitto/novacron.conf
+Restart=always
+RestartSec=1
+User=mosquitto
+StateDirectory=novacron/mosquitto
+StateDirectoryMode=0700
+MemoryMax=64M
+TasksMax=16
+LimitNOFILE=4096
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+CapabilityBoundingSet=
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_BROKER = """# Loopback only: there is no default password, so nothing of the network gets in by default.
+listener 1883 127.0.0.1
+allow_anonymous true
+set_tcp_nodelay true
+persistence true
+persistence_location /var/lib/novacron/mosquitto/
+autosave_interval 60
+log_dest stderr
+"""
+
+
+def enable(tree: Tree, unit: str, target: str) -> None:
+    """What `systemctl enable` would do."""
+    tree.link(f"/etc/systemd/system/{target}.wants/{unit}", f"/usr/lib/systemd/system/{unit}")
+
+
+def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, containers_drop_in: str, version: str) -> None:
+    """Put all of it into the tree, over what the packages brought."""
+    for name in ("proc", "sys", "dev", "run", "tmp", "var", "root", "mnt"):
+        tree.folder(f"/{name}", 0o700 if name == "root" else 0o755)
+    gids = {**{name: uid for name, (uid, _) in USERS.items() if name != "nobody"}, **GROUPS}
+    tree.file("/etc/passwd", "".join(f"{name}:x:{uid}:{gids.get(name, 65534)}::{home}:/usr/sbin/nologin\n" for name, (uid, home) in USERS.items()))
+    tree.file("/etc/group", "".join(f"{name}:x:{gid}:\n" for name, gid in gids.items()))
+    tree.file("/etc/shadow", "".join(f"{name}:!*:1::::::\n" for name in USERS), 0o600)
+    tree.file("/etc/machine-id", "")
+    tree.file("/etc/hostname", "novacron\n")
+    tree.file("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 novacron\n")
+    tree.file("/etc/nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n")
+    tree.file("/usr/lib/os-release", f'NAME=NovaCron\nID=novacron\nID_LIKE=debian\nPRETTY_NAME="NovaCron {chosen.name} {version}"\nVERSION_ID={version}\nVARIANT_ID={chosen.name}\n')
+    tree.link("/etc/os-release", "../usr/lib/os-release")
+    tree.file("/etc/fstab", _FSTAB)
+    tree.link("/etc/mtab", "../proc/self/mounts")
+    tree.link("/etc/resolv.conf", "../run/systemd/resolve/resolv.conf")
+    tree.link("/etc/localtime", "../usr/share/zoneinfo/Etc/UTC")
+    tree.file("/etc/systemd/network/80-novacron.network", _NETWORK)
+    tree.file("/etc/systemd/system.conf.d/novacron.conf", "[Manager]\nRuntimeWatchdogSec=30s\nRebootWatchdogSec=2min\nShowStatus=yes\nDumpCore=no\nDefaultTimeoutStopSec=30s\n")
+    tree.file("/etc/systemd/journald.conf.d/novacron.conf", "[Journal]\nStorage=volatile\nRuntimeMaxUse=8M\nForwardToConsole=no\nRateLimitBurst=1000\n")
+    tree.file("/etc/systemd/resolved.conf.d/novacron.conf", "[Resolve]\nLLMNR=no\nMulticastDNS=no\nDNSStubListener=no\n")
+    tree.file("/etc/sysctl.d/90-novacron.conf", "kernel.panic=10\nkernel.panic_on_oops=1\nkernel.kptr_restrict=2\nkernel.dmesg_restrict=1\nkernel.unprivileged_bpf_disabled=1\nkernel.sysrq=0\nfs.suid_dumpable=0\nvm.overcommit_memory=0\n")
+    tree.file("/etc/modprobe.d/novacron.conf", "blacklist pcspkr\n")
+    for unit in MASKED:
+        tree.link(f"/etc/systemd/system/{unit}", "/dev/null")
+    tree.file("/usr/lib/systemd/system/systemd-resolved.service.d/novacron.conf", "[Unit]\n# /var is memory that has to be mounted first.\nAfter=local-fs.target\n")
+    for unit in ("emergency", "rescue"):
+        tree.file(f"/etc/systemd/system/{unit}.service.d/novacron.conf", _NO_LOGIN)
+    tree.link("/etc/systemd/system/default.target", "/usr/lib/systemd/system/multi-user.target")
+    for unit, target in (("systemd-networkd.service", "multi-user.target"), ("systemd-networkd.socket", "sockets.target"), ("systemd-resolved.service", "multi-user.target"), ("systemd-timesyncd.service", "multi-user.target")):
+        enable(tree, unit, target)
+    if NETWORK_ORDER not in agent_unit:
+        raise ValueError(f"the agent's unit has no line {NETWORK_ORDER!r}")
+    agent_unit = agent_unit.replace(NETWORK_ORDER, "")
+    ours = {"novacron-provision.service": _PROVISION_UNIT, "novacron-report.service": _REPORT_UNIT, "novacron-edge.service": agent_unit}
+    if "broker" in chosen.extra:
+        ours["novacron-broker.service"] = _BROKER_UNIT
+        tree.file("/etc/mosquitto/novacron.conf", _BROKER)
+    for unit, text in ours.items():
+        tree.file(f"/usr/lib/systemd/system/{unit}", text)
+        enable(tree, unit, "multi-user.target")
+    tree.file("/usr/lib/systemd/system/novacron-edge.service.d/10-image.conf", _agent_drop_in(chosen))
+    if "containers" in chosen.extra:
+        tree.file("/usr/lib/systemd/system/novacron-edge.service.d/20-containers.conf", containers_drop_in + "SystemCallFilter=\nRestrictSUIDSGID=no\nRestrictRealtime=no\nProtectClock=no\n")
+    tree.file("/usr/lib/novacron/provision", _PROVISION, 0o755)
+    tree.file("/usr/lib/novacron/report", _REPORT, 0o755)
+    tree.file("/usr/sbin/fsck", _FSCK, 0o755)
+    tree.link("/usr/bin/sh", "busybox")
+    tree.link("/usr/sbin/nologin", "../bin/false")
+    tree.link("/usr/bin/false", "busybox")
+
+
+def initrd_init() -> str:
+    """The initrd's first program."""
+    return _INIT
+
+
+def command_line(arch: Architecture, slot: str, blocks: int, root: str, salt: str) -> str:
+    """The kernel's command line for one slot."""
+    return (
+        f"console=tty0 console={arch.console} quiet loglevel=4 panic=10 ro fsck.repair=yes systemd.gpt_auto=no systemd.show_status=yes systemd.tty.term.console=dumb lockdown=integrity "
+        f"novacron.slot={slot} novacron.verity={blocks}:{root}:{salt}"
+    )

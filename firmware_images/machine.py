@@ -1,0 +1,174 @@
+"""A machine in QEMU with an image's disk: its console, its ports, and its power switch.
+
+Emulated (TCG) unless told otherwise: that /dev/kvm can be opened says nothing, there are hosts where it boots no stock kernel.
+"""
+
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from . import tools
+from .errors import FirmwareError
+from .recipes import Architecture
+
+CONSOLE_LINES_MAX = 20_000
+"""Lines of the console that are kept; a boot has some hundreds, a report some dozens."""
+
+LINE_MAX_BYTES = 4096
+"""A longer line is cut: a guest may write anything."""
+
+CORES = 1
+"""QEMU 7.2 emulating several processors in threads lets one see another's half-written kernel text (`Oops: int3` in `sched_clock_cpu`, seen here): one it is."""
+
+_ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_=>78c])")
+"""Terminal sequences; a guest's console must not move the cursor of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a machine gets: `forwards` maps ports of this machine's loopback to the guest's, `credentials` are files by name, `online` lets the guest reach the network."""
+
+    memory_mib: int
+    forwards: Mapping[int, int] = field(default_factory=dict)
+    credentials: Mapping[str, Path] = field(default_factory=dict)
+    online: bool = False
+    clock: str = ""
+    accelerator: str = "tcg"
+    direct: tuple[Path, Path, str] | None = None
+
+
+def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list[str]:
+    """QEMU's command line. Pure. `flash` holds the firmware's variables; with `direct` (kernel, initrd, command line) there is no firmware."""
+    for name, path in wiring.credentials.items():
+        if "," in str(path) or "," in name:
+            raise FirmwareError("credential", f"{name}: {path} has a comma", "give a path without one")
+    forwards = "".join(f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for here, there in wiring.forwards.items())
+    words = [
+        arch.qemu, *arch.machine, "-accel", wiring.accelerator, "-smp", str(CORES), "-m", f"{wiring.memory_mib}M", "-nodefaults", "-no-user-config", "-display", "none",
+        "-serial", "stdio", "-monitor", "none", "-drive", f"if=none,id=disk,file={disk},format=raw,cache=writeback,discard=unmap", "-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci",
+        "-netdev", f"user,id=net{'' if wiring.online else ',restrict=on'}{forwards}", "-device", "virtio-net-pci,netdev=net,romfile=",
+    ]
+    if arch.name == "amd64":
+        words += ["-global", "ICH9-LPC.noreboot=false", "-action", "watchdog=reset"]
+    if wiring.clock:
+        words += ["-rtc", f"base={wiring.clock}"]
+    for name, path in sorted(wiring.credentials.items()):
+        words += ["-fw_cfg", f"name=opt/io.systemd.credentials/{name},file={path}"]
+    if wiring.direct:
+        kernel, early, line = wiring.direct
+        return [*words, "-kernel", str(kernel), "-initrd", str(early), "-append", line]
+    return [*words, "-drive", f"if=pflash,unit=0,readonly=on,format=raw,file={arch.firmware[0]}", "-drive", f"if=pflash,unit=1,format=raw,file={flash}"]
+
+
+def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
+    """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
+    tools.require([arch.qemu, "cp"])
+    for path in arch.firmware:
+        if not Path(path).exists():
+            raise FirmwareError("tools", f"no {path}", f"as root, apt install --no-install-recommends {arch.firmware_package}")
+    state.mkdir(parents=True, exist_ok=True)
+    disk, flash = state / "disk.img", state / "variables.fd"
+    if not disk.exists():
+        tools.run(["cp", "--sparse=always", "--reflink=auto", str(image), str(disk) + ".new"], field="state", remedy="is there room?")
+        Path(str(disk) + ".new").replace(disk)
+    if not flash.exists():
+        shutil.copyfile(arch.firmware[1], flash)
+    return disk, flash
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Machine:
+    """A running machine; leaving the block takes its power away.
+
+    Args:
+        line: QEMU's command line.
+        show: called with each line of the console.
+    """
+
+    def __init__(self, line: Sequence[str], show: Callable[[str], None] | None = None) -> None:
+        self.lines: deque[tuple[float, str]] = deque(maxlen=CONSOLE_LINES_MAX)
+        self._show = show
+        self._news = threading.Condition()
+        self._ended = False
+        self.started_s = time.monotonic()
+        program = tools.find(line[0]) or line[0]
+        self.process = subprocess.Popen([program, *line[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.cut_power()
+
+    def _read(self) -> None:
+        stream = self.process.stdout
+        assert stream is not None
+        while raw := stream.readline(LINE_MAX_BYTES):
+            text = "".join(letter for letter in _ESCAPES.sub("", raw.decode(errors="replace")).replace("\r", "") if letter.isprintable() or letter == "\t").rstrip()
+            if not text:
+                continue
+            with self._news:
+                self.lines.append((time.monotonic() - self.started_s, text))
+                self._news.notify_all()
+            if self._show is not None:
+                self._show(text)
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait_for(self, pattern: str, seconds: float) -> float:
+        """Until a line of the console has the pattern; seconds after power-on.
+
+        Raises:
+            TimeoutError: it did not come in time; the message has the console's last lines.
+            EOFError: the machine ended first.
+        """
+        found = re.compile(pattern)
+        end = time.monotonic() + seconds
+        with self._news:
+            while True:
+                for at, text in self.lines:
+                    if found.search(text):
+                        return at
+                if self._ended:
+                    raise EOFError(f"the machine ended before {pattern!r} came: {self.tail()}")
+                if not self._news.wait(max(0.0, end - time.monotonic())):
+                    raise TimeoutError(f"{pattern!r} did not come within {seconds} s: {self.tail()}")
+
+    def tail(self, count: int = 25) -> str:
+        """The last lines of the console."""
+        return "\n".join(text for _, text in list(self.lines)[-count:])
+
+    def between(self, first: str, last: str) -> list[str]:
+        """Lines after the line that has `first` up to the one that has `last`; empty where one is missing."""
+        texts = [text for _, text in self.lines]
+        begin = next((number for number, text in enumerate(texts) if first in text), None)
+        end = next((number for number, text in enumerate(texts) if last in text), None)
+        return texts[begin + 1 : end] if begin is not None and end is not None else []
+
+    def cut_power(self) -> None:
+        """As pulling the plug: nothing is flushed that the guest had not flushed."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()

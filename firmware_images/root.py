@@ -1,0 +1,174 @@
+"""The root file system of an image, put together in memory from packages, wheels and our own code, and made ready for its kernel and interpreter."""
+
+import hashlib
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import initrd, tools
+from .contents import add
+from .errors import FirmwareError
+from .packages import Package
+from .recipes import Architecture, Profile, unwanted
+from .tree import Tree, take_tar
+
+SITE = "/usr/lib/python3/dist-packages"
+"""Where Debian's Python looks for packages."""
+
+MERGED = ("bin", "sbin", "lib", "lib64")
+"""Folders that are links into /usr."""
+
+_SOURCES = (".pyx", ".pxd", ".pxi", ".c", ".h", ".pyi", ".typed", ".hash", ".cc", ".rst")
+"""Files of wheels and of our code that nothing reads at run time."""
+
+_AGENT_DATA = (".py", ".json", ".portable")
+_AGENT_ENGINES = (".tflite", ".onnx")
+"""Models for engines that only a profile with those engines has use for."""
+
+SLOWER_TWIN = ("frozenlist/_frozenlist.",)
+"""Compiled parts that stay out because their package does without them: this one alone would bring the library of C++ (2.5 MB on the disk, more in memory), for lists of a few signals."""
+
+SANE_WHEEL_BYTES = 256 << 20
+"""A wheel that unpacks to more than this is not one of ours."""
+
+
+def unpack(cache: Path, resolved: Sequence[Package], chosen: Profile) -> Tree:
+    """The packages' files, merged. Raises FirmwareError for a damaged package."""
+    tree = Tree()
+    for name in MERGED:
+        tree.folder(f"/usr/{name}")
+        tree.link(f"/{name}", f"usr/{name}")
+    for package in resolved:
+        unpack_one(tree, cache / "debs" / package.file, chosen)
+    return tree
+
+
+def unpack_one(tree: Tree, deb: Path, chosen: Profile) -> None:
+    """Put one package's files into the tree."""
+    with subprocess.Popen([tools.find("dpkg-deb") or "dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            take_tar(tree, process.stdout, lambda path: unwanted(path, chosen))
+            while process.stdout.read(1 << 16):
+                pass
+        except ValueError as error:
+            raise FirmwareError(f"package {deb.name}", str(error), "remove it from the cache and build again") from None
+    if process.returncode:
+        raise FirmwareError(f"package {deb.name}", f"dpkg-deb ended with {process.returncode}", "remove it from the cache and build again")
+
+
+def add_wheel(tree: Tree, wheel: Path) -> None:
+    """Unpack a wheel into SITE; its scripts, tests and sources of C stay out. Raises FirmwareError."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if sum(info.file_size for info in archive.infolist()) > SANE_WHEEL_BYTES:
+                raise FirmwareError(f"wheel {wheel.name}", "it unpacks to too much", "look at the lock")
+            for info in archive.infolist():
+                name = info.filename
+                parts = name.split("/")
+                if name.endswith("/") or ".." in parts or name.startswith("/") or name.endswith(_SOURCES) or name.startswith(SLOWER_TWIN) or "tests" in parts or parts[0].endswith(".data") or parts[-1] in ("RECORD", "WHEEL", "top_level.txt"):
+                    continue
+                tree.file(f"{SITE}/{name}", archive.read(info), 0o755 if ".so" in parts[-1] else 0o644)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise FirmwareError(f"wheel {wheel.name}", f"it cannot be read ({error})", "remove it from the cache and build again") from None
+
+
+def add_agent(tree: Tree, repository: Path, engines: bool) -> str:
+    """Our own code into SITE; the digest of what went in."""
+    digest = hashlib.sha256()
+    for path in sorted((repository / "edge_runtime").rglob("*")):
+        if path.suffix in _AGENT_DATA + (_AGENT_ENGINES if engines else ()) and "__pycache__" not in path.parts and path.is_file():
+            name = path.relative_to(repository).as_posix()
+            data = path.read_bytes()
+            digest.update(f"{name}\0{len(data)}\0".encode() + data)
+            tree.file(f"{SITE}/{name}", data)
+    return digest.hexdigest()
+
+
+def certificates(tree: Tree) -> None:
+    """The authorities that Debian's maintainer script would have put together."""
+    bundle = b"".join(data if data.endswith(b"\n") else data + b"\n" for path, data in tree.files("/usr/share/ca-certificates") if path.endswith(".crt"))
+    tree.file("/etc/ssl/certs/ca-certificates.crt", bundle)
+    tree.link("/usr/lib/ssl/cert.pem", "/etc/ssl/certs/ca-certificates.crt")
+    tree.drop(lambda path: path == "/usr/share/ca-certificates")
+
+
+def write_out(tree: Tree, folder: Path, under: tuple[str, ...]) -> None:
+    """Files of the tree below the paths `under` (and links among them) into a folder of this machine."""
+    for path, entry in tree.items():
+        if not path.startswith(under):
+            continue
+        target = folder / path[1:]
+        if entry.kind == "dir":
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if entry.kind == "link":
+            target.symlink_to(entry.target if not entry.target.startswith("/") else folder / entry.target[1:])
+        else:
+            target.write_bytes(entry.data)
+            target.chmod(entry.mode | 0o600)
+
+
+def compile_python(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> int:
+    """Byte code for `-OO`, made by the interpreter of the same version for this machine; how many files.
+
+    Missing byte code costs the agent 8 MiB and a second. It is not checked against its source (the root cannot change), so it depends on no time.
+    """
+    version = f"{python[0]}.{python[1]}"
+    with tempfile.TemporaryDirectory() as top:
+        tool, work = Path(top) / "tool", Path(top) / "work"
+        write_out(interpreter, tool, ("/usr/bin/python", "/usr/lib", "/lib", "/lib64"))
+        sources = [(path, data) for path, data in tree.files("/usr/lib") if path.endswith(".py") and path.startswith(("/usr/lib/python3", f"/usr/lib/python{version}"))]
+        for path, data in sources:
+            (work / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+            (work / path[1:]).write_bytes(data)
+        loader = next((tool / path[1:] for path, _ in interpreter.items() if path.startswith("/usr/lib") and "/ld-linux" in path), None)
+        if loader is None:
+            raise FirmwareError("tools", "Debian's packages for this machine have no loader", "build on amd64, arm64 or riscv64")
+        libraries = ":".join(str(tool / folder[1:]) for folder in initrd.library_folders(interpreter))
+        tools.run(
+            [str(loader), "--library-path", libraries, str(tool / f"usr/bin/python{version}"), "-S", "-m", "compileall", "-q", "-o", "2", "--invalidation-mode", "unchecked-hash", "-s", str(work), "-p", "/", str(work)],
+            field="compile", remedy="see the file that is named", env={"PYTHONHOME": str(tool / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
+        )
+        count = 0
+        for made in sorted(work.rglob("*.pyc")):
+            tree.file("/" + made.relative_to(work).as_posix(), made.read_bytes())
+            count += 1
+    return count
+
+
+def index_modules(tree: Tree, version: str) -> None:
+    """What depmod would write, into the tree."""
+    with tempfile.TemporaryDirectory() as top:
+        folder = f"/usr/lib/modules/{version}"
+        write_out(tree, Path(top), (folder + "/",))
+        (Path(top) / "lib").symlink_to("usr/lib")
+        tools.run(["depmod", "-b", top, version], field="kernel", remedy="see depmod's words")
+        for path in sorted((Path(top) / folder[1:]).glob("modules.*")):
+            tree.file(f"{folder}/{path.name}", path.read_bytes())
+
+
+def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str) -> tuple[Tree, str]:
+    """The finished root and the agent's digest. /boot is still in it.
+
+    Raises:
+        FirmwareError: a library is missing, a file cannot be read.
+    """
+    tree = unpack(cache, resolved, chosen)
+    for wheel in wheels:
+        add_wheel(tree, wheel)
+    agent = add_agent(tree, repository, engines=False)
+    certificates(tree)
+    units = repository / "tools" / "systemd"
+    add(tree, arch, chosen, (units / "novacron-edge.service").read_text(), (units / "novacron-edge.service.d" / "containers.conf").read_text(), version)
+    try:
+        if lacking := initrd.missing_libraries(tree):
+            raise FirmwareError("packages", "; ".join(lacking[:10]), "take the package that has it out of LEFT_OUT, or leave out the file that needs it")
+        index_modules(tree, initrd.kernel_of(tree)[0])
+    except ValueError as error:
+        raise FirmwareError("packages", str(error), "see the recipe") from None
+    compile_python(tree, interpreter, arch.python)
+    return tree, agent

@@ -1,0 +1,127 @@
+"""A device's image: its size, and in a machine of 192 MiB the time from power-on to the first decision in the journal, the agent's own start, what the booted device takes of memory.
+
+The machine is emulated (QEMU without KVM), offline, its clock at 1970. The first boot, which takes the configuration over, is not counted; each round after it is a start after a power cut.
+MB are 10^6 bytes.
+"""
+
+import json
+import lzma
+import re
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    __import__("as_module").again(__file__)
+
+from firmware_images import recipes
+from firmware_images.boot import API_PORT, credentials
+from firmware_images.build import Built, build, finished
+from firmware_images.errors import FirmwareError
+from firmware_images.machine import Machine, Wiring, command, free_port, prepare
+from firmware_images.recipes import MIB, Architecture, Profile
+
+from .harness import ROOT, arguments, machine, note, report, spread
+
+SIZE_MB, START_S, RSS_MB = 80.0, 3.0, 50.0
+"""Bars: the device's image for amd64, compressed, kernel included; the agent from its start to its readiness; its resident memory."""
+
+BOOT_S = 300
+
+
+def compressed_mb(disk: Path) -> float:
+    """The whole disk, packed the quick way."""
+    packer = lzma.LZMACompressor(preset=0)
+    size = 0
+    with disk.open("rb") as file:
+        while piece := file.read(MIB):
+            size += len(packer.compress(piece))
+    return (size + len(packer.flush())) / 1e6
+
+
+def boots(built: Built, arch: Architecture, chosen: Profile, rounds: int, options: Any) -> list[dict[str, Any]]:
+    """One first boot and `rounds` others of the same machine."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=built.image.parent) as top:
+        state = Path(top)
+        disk, flash = prepare(arch, built.image, state)
+        handed, token = credentials(state, None, [], True, "bench")
+        for number in range(rounds + 1):
+            port = free_port()
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/decisions?limit=1", headers={"Authorization": f"Bearer {token}"})
+            with Machine(command(arch, disk, flash, Wiring(chosen.memory_mib, {port: API_PORT}, handed, clock="1970-01-02"))) as running:
+                before = max((row["newest"] for row in rows), default=0)
+                while (newest := _newest(request)) <= before:
+                    if time.monotonic() - running.started_s > BOOT_S:
+                        raise SystemExit(f"no decision within {BOOT_S} s:\n{running.tail()}")
+                    time.sleep(0.1)
+                decided = time.monotonic() - running.started_s
+                running.wait_for("=== end of report", BOOT_S)
+                told = running.between("=== novacron report", "=== end of report")
+            rows.append({"first_decision_s": round(decided, 2), "newest": newest, **read_report(told)})
+            note(options, f"{'first boot' if not number else f'round {number}'}: {json.dumps({key: value for key, value in rows[-1].items() if key != 'chain'})}")
+    return rows
+
+
+def _newest(request: urllib.request.Request) -> int:
+    """The newest decision's number; 0 where there is none, or no answer yet."""
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            records = json.load(answer)
+    except (OSError, ValueError):
+        return 0
+    return max((int(record["seq"]) for record in records), default=0)
+
+
+def read_report(lines: list[str]) -> dict[str, Any]:
+    """What the device said of itself: seconds, MB, systemd's critical chain."""
+    text = "\n".join(lines)
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, text)
+        if found is None:
+            raise SystemExit(f"the report lacks {pattern}:\n{text}")
+        return float(found[1])
+
+    return {
+        "agent_start_s": round((number(r"\bActiveEnterTimestampMonotonic=(\d+)") - number(r"ExecMainStartTimestampMonotonic=(\d+)")) / 1e6, 2),
+        "agent_rss_mb": round(number(r"VmRSS:\s+(\d+)") * 1024 / 1e6, 1), "used_mb": round((number(r"MemTotal:\s+(\d+)") - number(r"MemAvailable:\s+(\d+)")) * 1024 / 1e6, 1),
+        "chain": [line for line in lines if re.search(r"[@+]\d|Startup finished", line)],
+    }
+
+
+def main() -> int:
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--arch", default="amd64")
+    parser.add_argument("--profile", default="device")
+    parser.add_argument("--home", type=Path, default=ROOT / ".novacron" / "images")
+    options = parser.parse_args()
+    about = machine()
+    try:
+        arch, chosen = recipes.architecture(options.arch), recipes.profile(options.profile)
+        try:
+            built = finished(options.home, arch, chosen)
+        except FirmwareError:
+            built = build(options.home, arch, chosen, lambda text: note(options, text))
+        size = round(compressed_mb(built.image), 1)
+        note(options, f"compressed: {size} MB")
+        rows = boots(built, arch, chosen, options.rounds, options)
+    except FirmwareError as error:
+        raise SystemExit(str(error)) from None
+    counted = rows[1:]
+    figures = {name: spread([row[name] for row in counted]) for name in ("first_decision_s", "agent_start_s", "agent_rss_mb", "used_mb")}
+    barred = (arch.name, chosen.name) == ("amd64", "device")
+    ok = (not barred or size <= SIZE_MB) and figures["agent_start_s"]["median"] <= START_S and figures["agent_rss_mb"]["max"] < RSS_MB
+    details = {
+        "of that, MB": {name: round(value / 1e6, 1) for name, value in built.manifest["bytes"].items()}, **figures, "first boot": {key: value for key, value in rows[0].items() if key != "chain"},
+        "critical chain of the quickest": min(counted, key=lambda row: float(row["first_decision_s"]))["chain"], "sha256": built.manifest["sha256"],
+    }
+    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": chosen.memory_mib, "emulated": True, "bars": {"compressed_mb": SIZE_MB if barred else None, "agent_start_s": START_S, "agent_rss_mb": RSS_MB}}
+    return report(options, about, f"image of a {chosen.name} for {arch.name}, compressed, kernel included", size, "MB", ok, inputs=inputs, details=details)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
