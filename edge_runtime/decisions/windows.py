@@ -1,7 +1,7 @@
 """Sliding windows over one metric of one device. Pure.
 
 A window keeps every sample while they are few; a long or busy window is kept in `MAX_CELLS` time cells with count, sum, squared deviations,
-minimum and maximum, so that its memory is bounded (about 5 KiB) at the price of an edge that is up to one cell (span / MAX_CELLS) late.
+minimum and maximum, so that its memory is bounded (about 5 KiB) at the price of an edge that is up to one cell (span / 63) late.
 `p95` needs samples and is answered from at most `MAX_CELLS` of them: the newest.
 """
 
@@ -25,7 +25,7 @@ class Window:
 
     def __init__(self, span_ms: int) -> None:
         self.span_ms = span_ms
-        self._cell_ms = max(1, span_ms // MAX_CELLS)
+        self._cell_ms = max(1, -(-span_ms // (MAX_CELLS - 1)))  # so that a span lies in MAX_CELLS cells at most, wherever it begins: no sample of it is ever dropped
         # start ms, count, sum, sum of squared deviations from the cell's mean, min, max, first, last, last ms
         self._cells: deque[list[float]] = deque()
 
@@ -34,7 +34,7 @@ class Window:
         cells = self._cells
         if cells:
             cell = cells[-1]
-            if len(cells) >= MAX_CELLS and at_ms - cell[0] < self._cell_ms:
+            if len(cells) >= MAX_CELLS and at_ms // self._cell_ms == cell[0] // self._cell_ms:
                 # Welford's update: sums of squares lose everything where the mean is large against the spread.
                 before = value - cell[2] / cell[1]
                 cell[1] += 1
@@ -59,10 +59,10 @@ class Window:
             cells.popleft()
 
     def _compact(self) -> None:
-        """Merge neighbours that fit one cell, so that at most `MAX_CELLS` remain."""
+        """Merge what lies in one cell; cells lie on a grid, so that at most `MAX_CELLS` remain. (Merged wherever they fit, neighbours would leave cells half full, and need up to twice as many.)"""
         merged: deque[list[float]] = deque()
         for cell in self._cells:
-            if merged and cell[8] - merged[-1][0] < self._cell_ms:
+            if merged and cell[0] // self._cell_ms == merged[-1][0] // self._cell_ms:
                 into = merged[-1]
                 apart = cell[2] / cell[1] - into[2] / into[1]
                 into[3] += cell[3] + apart * apart * into[1] * cell[1] / (into[1] + cell[1])  # Chan's merge
@@ -74,8 +74,6 @@ class Window:
                 into[8] = cell[8]
             else:
                 merged.append(cell)
-        while len(merged) > MAX_CELLS:
-            merged.popleft()
         self._cells = merged
 
     def count(self, now_ms: int) -> int:
