@@ -202,13 +202,16 @@ class Lanes:
         return lane.live_next - first - lane.held < LIVE_WINDOW
 
     def ask_self(self, now_ms: int) -> bool:
-        """The tail of a live lane may be lost without the hub knowing of it: with no progress for too long, send it again."""
+        """The hub may not know that it misses something: the tail of a live lane was lost, or the last message that reached it was an old one, which tells of less. With no progress for too
+        long, send again: the tail, or, where the hub holds some of what comes after, the one record that it surely misses; that message tells it how much was sent."""
         found = False
         for name, lane in self.streams.items():
-            if name not in self._known or lane.held or lane.wants or lane.history_next < lane.live_from or lane.live_next - 1 <= lane.receipted:
+            underway = lane.history_next < lane.live_from
+            if name not in self._known or lane.wants or (lane.history_next if underway else lane.live_next) - 1 <= lane.receipted:
                 continue
             if self.up and not self.quarantine and now_ms - lane.progress_ms >= RECEIPT_TIMEOUT_MS:
-                lane.wants.append((max(lane.receipted + 1, lane.floor), lane.live_next - 1))
+                first = max(lane.receipted + 1, lane.floor)
+                lane.wants.append((first, first if underway or lane.held else lane.live_next - 1))
                 lane.progress_ms = now_ms
                 found = True
         return found

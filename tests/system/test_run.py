@@ -105,7 +105,7 @@ def test_why_an_edge_has_no_driver_is_told_in_the_words_of_its_probe(monkeypatch
     from tools.novactl import run
 
     def probe(usable: bool, words: str) -> dict[str, Any]:
-        return {"kind": "workload.driver", "body": {"kind": "container", "usable": usable, "cannot": {"start": words}}}
+        return {"kind": "workload.driver", "body": {"driver": "container", "usable": usable, "cannot": {"start": words}}}
 
     class Edge:
         def __init__(self, records: Any) -> None:

@@ -139,7 +139,7 @@ def test_gzip_that_was_cut_or_damaged_is_an_error() -> None:
     data = layer([("file", "a", os.urandom(5000))])
     packed = gzip.compress(data)
     for broken in (packed[:-1], packed[:2000], packed[:2000] + b"x" + packed[2001:], b"\x1f\x8b" + bytes(50)):
-        with tempfile.TemporaryDirectory() as folder, pytest.raises(ImageError, match="gzip stream"):
+        with tempfile.TemporaryDirectory() as folder, pytest.raises(ImageError, match="gzip stream|checksum"):  # what was changed may also be read as a header
             unpack(Inflate(io.BytesIO(broken)), Path(folder), sha(data), LIMITS, own=False)
 
 
