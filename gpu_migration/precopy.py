@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .convergence import SECONDS_A_GIB, Control, Limits, Next, Pass, Reason, Verdict
-from .errors import MigrationError, NotConverged, PauseFailed, Undecided
+from .errors import NotConverged, PauseFailed, Undecided
 from .layout import EXTENT
 from .sender import Sender, Sent
 
@@ -145,7 +145,7 @@ def _switch(sender: Sender, hook: Hook, verdict: Verdict, pause_most: float) -> 
             ) from error
         try:
             hook.resume()
-        except MigrationError as second:
+        except Exception as second:  # a caller's own too
             raise PauseFailed(f"{second}; the writer may still be paused: resume it by hand (before that: {error})") from error
         raise
     return Live(sent, done - began, paused - began, passed - paused, done - passed, verdict.implied, verdict.allowed)

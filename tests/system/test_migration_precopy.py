@@ -36,14 +36,15 @@ import mmap, os, signal, sys, time
 file = open(sys.argv[1], "r+b")
 memory = mmap.mmap(file.fileno(), 0)
 rate, n, began = float(sys.argv[2]), 0, time.monotonic()
+extents = -(-len(memory) // (1 << 20))
 print("ready", flush=True)
 while not rate:
     signal.pause()
 while True:
     n += 1
-    at = n * (1 << 20) % len(memory) + n * 4096 % (1 << 20)
-    memory[at : at + 4096] = os.urandom(4096)
-    time.sleep(max(0.0, began + n / rate - time.monotonic()) if rate < 1e5 else 0)
+    at = (n % extents << 20) + n // extents * 4096 % (1 << 20)
+    memory[at : at + 4096] = os.urandom(min(4096, len(memory) - at))
+    time.sleep(max(0.0, began + n / rate - time.monotonic()))
 """
 
 
@@ -241,7 +242,7 @@ def test_by_commands(tmp_path: Path) -> None:
 
 def test_a_sender_that_is_ended_in_the_last_pass_lets_the_writer_run_again(tmp_path: Path) -> None:
     with writing(FAST) as writer, receiving(tmp_path / "out") as (_, address):
-        sender = send(writer, address, "--limit-mbit", "20")
+        sender = send(writer, address, "--limit-mbit", "60")
         try:
             writer.wait_paused()
             sender.terminate()
