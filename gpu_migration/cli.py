@@ -4,14 +4,16 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from . import choice, keys, receiver
-from .errors import MigrationError
+from . import choice, keys, precopy, receiver
+from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
+from .errors import MigrationError, PauseFailed
 from .receiver import PATIENCE_S, STREAMS_MOST, Receiver
 from .sender import STREAMS_AT_FIRST, Sender
 from .sources import FileSource
@@ -62,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--streams", type=_whole(1, STREAMS_MOST), default=STREAMS_MOST, help=f"at most (up to {STREAMS_MOST}); as many are used as bring something")
     send.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
     send.add_argument("--limit-mbit", type=_number(0, 1e7), default=0.0, help="bandwidth limit, Mbit/s; 0: none")
-    send.add_argument("--changing", action="store_true", help="the source may change: pass again until it does not")
+    send.add_argument("--changing", action="store_true", help="the source may change: pass again until what remains is little, then switch over")
+    send.add_argument("--pause-command", default="", help="with --changing: pauses who writes the source, for the last pass; returns once it is paused")
+    send.add_argument("--resume-command", default="", help="lets it run again, where the move fails before its commit")
+    send.add_argument("--downtime", type=_number(0.001, 3600), default=CEILING_S, help=f"seconds that the writer may stand still, at most ({CEILING_S:g}); less is tried first")
+    send.add_argument("--stall", type=_number(0.1, 86400), default=STALL_S, help=f"seconds without progress after which the move is given up ({STALL_S:g})")
     receive = commands.add_parser("receive", help="receive one object")
     receive.add_argument("destination", type=Path)
     receive.add_argument("--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT")
@@ -84,7 +90,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _hook(options: argparse.Namespace) -> precopy.Hook | None:
+    """How to pause the writer, where that was given."""
+    if not options.pause_command and not options.resume_command:
+        return None
+    if not options.changing or not options.pause_command or not options.resume_command:
+        raise PauseFailed("--pause-command, --resume-command: give both, with --changing")
+    signal.signal(signal.SIGTERM, _terminated)
+    return precopy.commands(options.pause_command, options.resume_command)
+
+
+def _terminated(number: int, _: object) -> None:
+    """Ended as by an exception, once, so that a paused writer is resumed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def _send(options: argparse.Namespace) -> dict[str, Any]:
+    hook = _hook(options)
     key = keys.load_key(options.key_file)
     source = FileSource(options.source)
     base = FileSource(options.base) if options.base else None
@@ -93,7 +116,12 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
             source, key, options.to, transfer=options.transfer, base=base, codecs=options.codecs, threads=options.threads, streams=(min(STREAMS_AT_FIRST, options.streams), options.streams),
             limit=options.limit_mbit * 1e6 / 8, patience=options.patience,
         )
-        return {**dataclasses.asdict(sent := sender.run(changing=options.changing)), "root": sent.root.hex()}
+        if not options.changing:
+            return {**dataclasses.asdict(sent := sender.run()), "root": sent.root.hex()}
+        limits = precopy.limits_for(source.length, Limits(first=min(FIRST_S, options.downtime), ceiling=options.downtime, stall=options.stall))
+        live = dataclasses.asdict(precopy.move(sender, hook, limits))
+        sent_live = live.pop("sent")
+        return {**sent_live, **{f"{name}_s": round(value, 4) for name, value in live.items()}, "root": sent_live["root"].hex()}
     finally:
         source.close()
         if base is not None:

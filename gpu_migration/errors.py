@@ -39,3 +39,20 @@ class TransferLost(MigrationError):
 
 class Refused(MigrationError):
     """The other end refused, and says why."""
+
+
+class PauseFailed(MigrationError):
+    """The writer of the source could not be paused or resumed."""
+
+
+class NotConverged(MigrationError):
+    """The source changes faster than it can be moved within the downtime allowed."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        """`reason`: a convergence.Reason."""
+        super().__init__(text)
+        self.reason = reason
+
+
+class Undecided(MigrationError):
+    """The destination was asked to commit and its answer is not known: the writer stays paused, so that never both ends go on."""

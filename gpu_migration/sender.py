@@ -1,5 +1,6 @@
 """The sending end: encoders fill a bounded queue, streams empty it, the ledger knows what is where. The source is only read."""
 
+import math
 import os
 import random
 import threading
@@ -12,9 +13,9 @@ from blake3 import blake3
 
 from . import choice, extents, keys, layout, wire
 from .codecs import Coder
-from .errors import FormatError, HashMismatch, KeyRefused, MigrationError, Refused, SourceError, TransferLost, Unauthentic
+from .errors import FormatError, HashMismatch, KeyRefused, MigrationError, Refused, TransferLost, Unauthentic
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
-from .layout import EXTENT, HASH, Page
+from .layout import EXTENT, HASH, PAGE, Page
 from .ledger import Ledger
 from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
 from .sources import FileSource
@@ -34,8 +35,6 @@ FAREWELL_S = 1.0
 """Seconds in which a stream must be had for the farewell."""
 HANDSHAKES_MOST = 5
 """Handshakes that may fail before the very first that succeeds: a damaged one is rare, another key fails every time."""
-RESCANS_MOST = 8
-"""Passes over a source that changes before giving up: each is a read of the whole."""
 
 
 @dataclass(slots=True)
@@ -99,29 +98,24 @@ class Sender:
         self._lock = threading.Lock()
         self._live: dict[int, wire.Stream] = {}
         self._committed: bytes | None = None
+        self.asked = False
+        """The destination was asked to commit: only its answer tells whether it has."""
         self._committing = threading.Event()
         self._last_live = time.monotonic()
         self._pages = [0] * len(Page)
+        self._moved = 0
         self._coders: Counter[str] = Counter()
         self._skipped = self._resent = self._cuts = self._passes = self._numbers = 0
         self._began = time.monotonic()
 
     # The steps.
 
-    def run(self, *, changing: bool = False) -> Sent:
-        """Everything; `changing`: pass again until a pass finds nothing new. Raises MigrationError."""
+    def run(self) -> Sent:
+        """Everything, for a source that is still. Raises MigrationError."""
         try:
             self.start()
-            if self._committed is None:
+            if not self.committed:
                 self.pass_over()
-                if changing:
-                    for _ in range(RESCANS_MOST):
-                        before = self._meter.bytes
-                        self.pass_over()
-                        if self._meter.bytes == before:
-                            break
-                    else:
-                        raise SourceError(f"source {self._source.path}: it still changes after {RESCANS_MOST} passes; pause who writes it")
             return self.commit()
         finally:
             self.close()
@@ -148,13 +142,36 @@ class Sender:
         while len(self._stops) < self._streams.count:
             self._add_stream(None)
 
-    def pass_over(self) -> None:
-        """Bring every extent that the destination does not hold as it is now; returns when all are acknowledged."""
+    @property
+    def committed(self) -> bool:
+        """The destination has said so."""
+        return self._committed is not None
+
+    @property
+    def length(self) -> int:
+        """Bytes of the source."""
+        return self._source.length
+
+    def moved(self) -> tuple[int, int]:
+        """So far, with what was sent again: bytes of the source in the extents that went out, and in those of their pages that were not zero."""
+        with self._lock:
+            return self._moved, PAGE * (sum(self._pages) - self._pages[Page.ZERO])
+
+    def survey(self) -> list[int]:
+        """The extents that the destination does not hold as they are now: a read of the whole."""
+        hashes = self._source.hashes(self._threads)
+        known = self._ledger.known
+        return [index for index in range(self._source.extents) if known.get(index) != hashes[index * HASH : (index + 1) * HASH]]
+
+    def pass_over(self, which: Sequence[int] | None = None, deadline: float = math.inf) -> None:
+        """Bring those extents, or all, that the destination does not hold as they are now; returns when all are acknowledged. Raises TransferLost at the deadline (monotonic)."""
         self._passes += 1
-        self._ledger.begin(range(self._source.extents))
+        self._ledger.begin(range(self._source.extents) if which is None else which)
         looked, sent, busy = time.monotonic(), self._meter.bytes, self._meter.busy
         while not self._ledger.wait(STEP_S):
             now = time.monotonic()
+            if now > deadline:
+                raise TransferLost(f"send to {self._address[0]}:{self._address[1]}: the last pass, with the writer paused, was not done in time")
             with self._lock:
                 if self._live:
                     self._last_live = now
@@ -165,13 +182,13 @@ class Sender:
                 looked, sent, busy = now, self._meter.bytes, self._meter.busy
                 self._resize(count)
 
-    def commit(self) -> Sent:
-        """Let the destination become visible; returns once it is."""
+    def commit(self, deadline: float = math.inf) -> Sent:
+        """Let the destination become visible; returns once it is. Raises TransferLost where it cannot even be asked before the deadline (monotonic)."""
         root = self._committed
         if root is None:
             known = self._ledger.known
             root = layout.root_of(self._source.length, b"".join(known[index] for index in range(self._source.extents)))
-            self._commit(root)
+            self._commit(root, deadline)
         seconds = time.monotonic() - self._began
         rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}
         rates.update({name: 1 / mean.value for name, mean in self._model.seconds.items() if mean.known})
@@ -180,9 +197,9 @@ class Sender:
             self._streams.count, self._cuts, self._passes, self._queue.peak, {name: round(rate / 1e9, 3) for name, rate in rates.items()},
         )
 
-    def _commit(self, root: bytes) -> None:
+    def _commit(self, root: bytes, deadline: float) -> None:
         end = time.monotonic() + self._patience
-        while time.monotonic() < end:
+        while time.monotonic() < (end if self.asked else min(end, deadline)):
             with self._lock:
                 stream = next(iter(self._live.values()), None)
             if stream is None:
@@ -190,6 +207,7 @@ class Sender:
                 self._committing.wait(RETRY_S[0])
             else:
                 try:
+                    self.asked = True  # from here on it may be committed, whatever is heard
                     stream.send(Kind.COMMIT, root)
                     self._committing.wait(1.0)
                 except OSError:
@@ -344,6 +362,7 @@ class Sender:
             for kind, count in enumerate(encoded.counts):
                 self._pages[kind] += count
             self._coders[encoded.coder] += 1
+            self._moved += layout.extent_length(self._source.length, ready.index)
         if found is not None:
             self._model.sent(*found)
         if size >= LEARN_FROM:
