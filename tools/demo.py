@@ -181,6 +181,35 @@ def compare(edge_data: Path, hub_data: Path, edge_id: str = EDGE) -> dict[str, A
     return {"lost": lost, "duplicated": duplicated, "compared": compared}
 
 
+async def end_workloads(edge_data: Path) -> int:
+    """End and remove what runs from the data folder of an edge that has ended: workloads outlive an agent, and nobody would come back for these. Returns how many there were."""
+    from edge_runtime.workloads.drivers.container import ContainerDriver
+    from edge_runtime.workloads.drivers.face import DriverError
+    from edge_runtime.workloads.drivers.function import FunctionDriver
+    from edge_runtime.workloads.drivers.microvm import MicrovmDriver
+    from edge_runtime.workloads.images import ImageError, ImageStore
+
+    folder, ended = (edge_data / "workloads").resolve(), 0
+    kinds = [kind for name, kind in (("containers", ContainerDriver), ("functions", FunctionDriver), ("microvms", MicrovmDriver)) if (folder / name).exists()]
+    if not kinds:
+        return 0
+    try:
+        store = ImageStore(folder / "images")
+    except (ImageError, OSError):  # an agent is there: it sees to them
+        return 0
+    for kind in kinds:
+        driver = kind(folder, store)
+        for status in await driver.instances():
+            try:
+                await driver.delete(status.key)
+                ended += 1
+            except (DriverError, OSError) as error:
+                print(f"workload {status.key.id} could not be ended: {error}", file=sys.stderr)
+        driver.close()
+    store.close()
+    return ended
+
+
 class Demo:
     """The whole thing."""
 
@@ -201,6 +230,7 @@ class Demo:
         """Start, watch, stop; the exit status."""
         options = self.options
         if options.fresh and self.home.exists():
+            await end_workloads(self.edge_data)  # a run that was killed left them
             shutil.rmtree(self.home)
         self.home.mkdir(parents=True, exist_ok=True)
         port = free_port("127.0.0.1") if options.port == 0 or not _port_is_free(options.port) else options.port
@@ -358,6 +388,8 @@ class Demo:
                 except TimeoutError:
                     process.kill()
                     await process.wait()
+        if ended := await end_workloads(self.edge_data):
+            self.say(f"  ended with it: {ended} workload{'s' * (ended > 1)}")
 
 
 def _port_is_free(port: int) -> bool:

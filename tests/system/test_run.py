@@ -41,9 +41,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     novactl.edge = told["edge"]  # type: ignore[attr-defined]
     yield novactl
+    left = [json.loads(file.read_text())["pid"] for file in home.glob("edge/workloads/*/*/running.json")]
     process.terminate()
     process.stdout.close()
-    process.wait(30)
+    process.wait(60)
+    assert not list(home.glob("edge/workloads/*/*/instance.json")) and not any(Path(f"/proc/{pid}/root").exists() for pid in left), "what was left running ends with it"
 
 
 def states(novactl: Any) -> set[str]:
@@ -120,3 +122,11 @@ def test_why_an_edge_has_no_driver_is_told_in_the_words_of_its_probe(monkeypatch
         monkeypatch.setattr(run, "edge_api", lambda url, records=records: Edge(records))
         told = run._driver_lacks(Namespace(edge_api=None, kind="container"))
         assert says in told and bool(told) == bool(says)
+
+
+def test_one_that_nobody_removes_ends_with_make_run(demo: Any) -> None:
+    """Looked at when all is over."""
+    for kind, reason in (("function", function_side.reason_against()), ("container", container_side.reason_against())):
+        if not reason:
+            status, _, err = demo("run", "--kind", kind, "--name", f"left-{kind}")
+            assert status == 0, err
