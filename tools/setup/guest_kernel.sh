@@ -10,7 +10,7 @@ package="$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends
 mkdir -p "$folder"
 work="$(mktemp -d "$folder/.new.XXXXXX")"
 trap 'rm -rf "$work"' EXIT
-(cd "$work" && apt-get -qq download "$package" 2>&1) || fail "$package could not be fetched: is the network there?"
+(cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package" 2>&1) || fail "$package could not be fetched: is the network there?"
 dpkg-deb --fsys-tarfile "$work"/*.deb | tar -x -C "$work" --wildcards './boot/vmlinuz-*' './lib/modules/*' || fail "$package could not be unpacked"
 rm -rf "$folder/boot" "$folder/lib"
 mv "$work/boot" "$work/lib" "$folder/"

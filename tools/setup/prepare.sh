@@ -48,7 +48,7 @@ stamp=".venv/.novacron-$kind"
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
   say "installing the locked packages of $lock (once; takes a minute)"
   .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r "$lock" || fail "the packages could not be installed: is the network there? (needed once)"
-  .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || fail "the project itself could not be installed into .venv"
+  PYTHONWARNINGS=ignore .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || fail "the project itself could not be installed into .venv"
   printf '%s' "$want" > "$stamp"
   # The dev lock holds everything that run needs.
   [ "$kind" = dev ] && cat requirements/run.lock pyproject.toml | sha256sum | cut -d' ' -f1 | tr -d '\n' > .venv/.novacron-run
