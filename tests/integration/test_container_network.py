@@ -109,7 +109,10 @@ async def test_programs_on_the_nodes_loopback_cannot_be_reached(open_gateway: bo
 
 async def test_a_container_reaches_what_the_node_reaches(connected: ContainerDriver) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-        one.connect(("192.0.2.1", 9))  # nothing is sent: it tells the node's own address
+        try:
+            one.connect(("192.0.2.1", 9))  # nothing is sent: it tells the node's own address
+        except OSError:
+            pytest.skip("this machine has no address but loopback's, which containers do not reach")
         address = one.getsockname()[0]
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
