@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.workloads.drivers import function as function_module
 from edge_runtime.workloads.drivers import function_host, function_seccomp, function_worker
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.function import FIRST_ID, FunctionDriver
@@ -261,6 +262,24 @@ async def test_a_host_holds_nothing_of_calls_that_were_answered(driver: Function
     for _ in range(1_500):
         await driver.call("echo", body)
     assert function_host.private_bytes(pid) - before < 8 << 20
+    await driver.delete(key)
+
+
+async def test_a_host_that_ends_between_two_looks_has_ended_and_is_not_lost(driver: FunctionDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = await started(driver, "echo")
+
+    def ends_now(_: Any) -> bool:
+        function_host.put(str(driver.folder(key)), "exit.json", {"code": 3, "signal": 0, "out_of_memory": False, "at_ms": 1})
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function_module, "alive", ends_now)
+        status = await driver.status(key)
+    assert status.phase is Phase.ENDED and status.exit is not None and status.exit.code == 3
+    (driver.folder(key) / "exit.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(function_module, "alive", lambda _: False)
+        assert (await driver.status(key)).phase is Phase.LOST
     await driver.delete(key)
 
 

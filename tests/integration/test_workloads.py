@@ -267,7 +267,9 @@ async def test_at_no_moment_do_two_documents_want_one_workload(tmp_path: Path) -
             hub.fleet.rows[name] = EdgeRow(name, "online", last_seen_ms=hub.now_ms())
             await hub.workloads.ask(lambda planner, now, name=name: planner.put_node(name, {"capacity": {"cpu": 9}}, "edge", now))
         await submit(hub, *(work(f"w{n}") for n in range(18)))
-        for turn in range(30):
+        for turn in range(300):
+            if turn >= 30 and len(seen) > 40:  # on a busy machine several changes go into one document
+                break
             node, how = f"gw-{turn % 3 + 1}", draw.choice(["drain", ""])
             await hub.workloads.ask(lambda planner, now, node=node, how=how: planner.cordon(node, how, now))
             hub.fleet.rows[node].last_seen_ms = hub.now_ms()

@@ -409,6 +409,8 @@ class FunctionDriver:
         if running is None:
             return Status(key, Phase.PREPARED)
         if not (kept and alive(running)):
+            if kept and (end := read(folder / "exit.json")) is not None:  # it ended between the two looks
+                return ended(key, end)
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its host was killed")
         return Status(key, Phase.RUNNING, int(running["pid"]), load_ms=float(running["load_ms"]))
 
