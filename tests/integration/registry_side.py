@@ -5,7 +5,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +19,23 @@ from edge_runtime.workloads.images.reference import hosts
 from tests.unit.workloads.image_side import AS_ROOT, layout, sha
 from tools.faultproxy import FaultProxy
 
+from .waiting import until_sync
+
 PROGRAM = shutil.which("docker-registry")
 MANIFEST, INDEX = "application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json"
 
 
 def reason_against() -> str:
     return "" if PROGRAM else "no docker-registry (as root: apt install docker-registry)"
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections there."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:
@@ -44,13 +54,7 @@ def registry(folder: Path, more: str = "", before: Callable[[Path], Any] = lambd
         (folder / "config.yml").write_text(f"version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {folder}/data\nhttp:\n  addr: 127.0.0.1:{port}\n{more}")
         process = subprocess.Popen([str(PROGRAM), "serve", str(folder / "config.yml")], stdout=subprocess.DEVNULL, stderr=(folder / "log").open("wb"))
         try:
-            end = time.monotonic() + 20
-            while process.poll() is None and time.monotonic() < end:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    time.sleep(0.02)
+            until_sync(lambda process=process, port=port: process.poll() is not None or listens(port), 20, "a registry that listens, or its end")
             if process.poll() is None:
                 yield f"127.0.0.1:{port}"
                 return

@@ -109,7 +109,9 @@ async def test_a_paused_guest_stands_still(microvms: MicrovmDriver) -> None:
     with pytest.raises(Refused, match="is paused"):
         await microvms.exec(key, ["true"], 1.0)
     before = (await microvms.logs(key, 1000)).stdout
-    await asyncio.sleep(0.3)  # what would go on is given time to
+    other = await started(microvms, "meanwhile", "exit 0")  # while another one lives and ends, it would have gone on
+    assert (await microvms.wait(other)).phase is Phase.ENDED
+    await microvms.delete(other)
     assert (await microvms.logs(key, 1000)).stdout == before and (await microvms.stats(key)).cpu_ns - spent < 100_000_000
     assert (await microvms.resume(key)).phase is Phase.RUNNING
     ran = await microvms.exec(key, ["stat", "-c", "%Y", "/proc/self"], 20.0)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,6 +16,7 @@ from firmware_images.build import Built, build, finished
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command, free_port, prepare
+from tests.integration.waiting import until_sync
 from tools.bench.harness import ROOT
 from tools.novactl.journal import check, show
 
@@ -60,24 +60,25 @@ class Device:
 
     def get(self, path: str, seconds: float = BOOT_S) -> Any:
         """An answer of the interface, asked for until there is one."""
-        end = time.monotonic() + seconds
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={"Authorization": f"Bearer {self.token}"})
-        while True:
+
+        def asked() -> tuple[Any] | None:
             try:
                 with urllib.request.urlopen(request, timeout=10) as answer:
-                    return json.load(answer)
+                    return (json.load(answer),)
             except (OSError, ValueError):
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)  # another machine: nothing here can be awaited
+                return None
+
+        return until_sync(asked, seconds, f"an answer on {path}")[0]
 
 
 def decisions(device: Device, least: int) -> list[dict[str, Any]]:
     """The newest decisions once there are `least`."""
-    end = time.monotonic() + BOOT_S
-    while len(found := device.get("/api/v1/decisions?limit=100")) < least:
-        assert time.monotonic() < end, found
-        time.sleep(0.2)
+    def enough() -> list[dict[str, Any]] | None:
+        found = device.get("/api/v1/decisions?limit=100")
+        return found if len(found) >= least else None
+
+    found: list[dict[str, Any]] = until_sync(enough, BOOT_S, f"{least} decisions")
     return list(found)
 
 

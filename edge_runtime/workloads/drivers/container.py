@@ -24,7 +24,7 @@ from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import LOOK_S, alive, bounded, ended, held, read, readable, sync_folder, tail, unheld, write
+from .instance import alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
@@ -269,19 +269,7 @@ class ContainerDriver:
         return status
 
     async def wait(self, key: Key) -> Status:
-        while True:
-            status, watched = self._status(key), self._watched(key)
-            if status.phase is Phase.PREPARED and not held(self._path(key)):
-                raise Refused("id", f"{_name(key)} was never started", "start it first")
-            if status.phase in (Phase.ENDED, Phase.LOST):
-                return status
-            if watched is None:  # between two states
-                await asyncio.sleep(LOOK_S)
-                continue
-            try:
-                await readable(watched)
-            finally:
-                os.close(watched)
+        return await over(self._path(key), lambda: self._status(key), lambda: self._watched(key))
 
     async def stop(self, key: Key, grace_s: float) -> Status:
         async with self._one(key):  # not while its state is being taken
@@ -484,22 +472,13 @@ class ContainerDriver:
             return await asyncio.to_thread(lambda: self._store.prune(budget, self.layers() | set(others)))
 
     def _present(self) -> dict[str, dict[str, Any]]:
-        found = {}
-        for entry in os.scandir(self._folder):
-            if entry.name != self._new.name:
-                value = read(Path(entry.path, "instance.json"))
-                if value is not None and isinstance(value.get("id"), str) and isinstance(value.get("epoch"), int):
-                    found[entry.name] = value
-        return found
+        return present(self._folder)
 
     def _path(self, key: Key) -> Path:
         return self._folder / _name(key)
 
     def _instance(self, key: Key) -> dict[str, Any]:
-        value = read(self._path(key) / "instance.json")
-        if value is None:
-            raise Refused("id", f"there is no container {_name(key)} here", "prepare it first")
-        return value
+        return known(self._path(key), "container")
 
     def _status(self, key: Key) -> Status:
         """The lock first: where it is free, nothing changes any more."""

@@ -37,7 +37,7 @@ from .function_call import Answer, ask
 from .function_code import NativeCode, engine_version, memory_file, whole
 from .function_frames import PROBE, PROBE_MEMORY
 from .function_spec import limits
-from .instance import LOOK_S, alive, ended, held, read, readable, tail, unheld
+from .instance import alive, ended, held, known, over, present, read, readable, tail, unheld
 
 log = logging.getLogger(__name__)
 
@@ -270,19 +270,7 @@ class FunctionDriver:
             await self._compiled(instance["module"], self._store.lower(image)[0] / MODULE_FILE)
 
     async def wait(self, key: Key) -> Status:
-        while True:
-            status, watched = self._status(key), self._watched(key)
-            if status.phase is Phase.PREPARED and not held(self.folder(key)):
-                raise Refused("id", f"{_name(key)} was never started", "start it first")
-            if status.phase in (Phase.ENDED, Phase.LOST):
-                return status
-            if watched is None:  # between two states
-                await asyncio.sleep(LOOK_S)
-                continue
-            try:
-                await readable(watched)
-            finally:
-                os.close(watched)
+        return await over(self.folder(key), lambda: self._status(key), lambda: self._watched(key))
 
     async def stop(self, key: Key, grace_s: float) -> Status:
         """Calls that run are ended with it: the hub has no other place for them, and a job's exit is told as that of a signal."""
@@ -384,19 +372,10 @@ class FunctionDriver:
         return {layer for entry in self._present().values() for layer in entry.get("layers", ())}
 
     def _present(self) -> dict[str, dict[str, Any]]:
-        found = {}
-        for entry in os.scandir(self._folder):
-            if not entry.name.startswith("."):
-                value = read(Path(entry.path, "instance.json"))
-                if value is not None and isinstance(value.get("id"), str) and isinstance(value.get("epoch"), int):
-                    found[entry.name] = value
-        return found
+        return present(self._folder)
 
     def _instance(self, key: Key) -> dict[str, Any]:
-        value = read(self.folder(key) / "instance.json")
-        if value is None:
-            raise Refused("id", f"there is no function {_name(key)} here", "prepare it first")
-        return value
+        return known(self.folder(key), "function")
 
     def _status(self, key: Key) -> Status:
         """The lock first: where it is free, nothing changes any more."""

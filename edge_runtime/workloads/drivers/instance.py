@@ -6,11 +6,11 @@ import json
 import os
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .face import Exit, Key, Phase, Status
+from .face import Exit, Key, Phase, Refused, Status
 
 MAX_EXEC_OUTPUT = 1 << 20
 """Bytes kept of each stream of a command; what comes after is read and dropped."""
@@ -47,6 +47,42 @@ def ended(key: Key, end: Mapping[str, Any]) -> Status:
         return Status(key, Phase.ENDED, reason=str(end["failed"]))
     told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
     return Status(key, Phase.ENDED, exit=told, reason=told.reason)
+
+
+def present(folder: Path) -> dict[str, dict[str, Any]]:
+    """The documents of the instances in a driver's folder, by the names of theirs. What begins with a dot is under way."""
+    found = {}
+    for entry in os.scandir(folder):
+        if not entry.name.startswith("."):
+            value = read(Path(entry.path, "instance.json"))
+            if value is not None and isinstance(value.get("id"), str) and isinstance(value.get("epoch"), int):
+                found[entry.name] = value
+    return found
+
+
+def known(folder: Path, what: str) -> dict[str, Any]:
+    """An instance's document. Raises `Refused` where there is none; `what` it would be."""
+    value = read(folder / "instance.json")
+    if value is None:
+        raise Refused("id", f"there is no {what} {folder.name} here", "prepare it first")
+    return value
+
+
+async def over(folder: Path, status: Callable[[], Status], watched: Callable[[], int | None]) -> Status:
+    """Until it does not run any more. `watched`: a descriptor that becomes readable at its end, None where that is not there yet, or any more. Raises `Refused` where it was never started."""
+    while True:
+        now, descriptor = status(), watched()
+        if now.phase is Phase.PREPARED and not held(folder):
+            raise Refused("id", f"{folder.name} was never started", "start it first")
+        if now.phase in (Phase.ENDED, Phase.LOST):
+            return now
+        if descriptor is None:  # between two states
+            await asyncio.sleep(LOOK_S)
+            continue
+        try:
+            await readable(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def alive(running: Mapping[str, Any]) -> bool:

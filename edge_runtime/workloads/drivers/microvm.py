@@ -26,7 +26,7 @@ from . import cgroups, lease, qemu_kernel
 from .container import searched
 from .container_spec import Host, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import LOOK_S, alive, ended, held, read, readable, sync_folder, tail, unheld, write
+from .instance import alive, ended, held, known, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .microvm_disks import Disks
 from .microvm_spec import disk_bytes, document, machine
@@ -277,19 +277,7 @@ class MicrovmDriver:
         return self._keepers.start(self._path(key), START_S + 30, (template.ram, template.state))
 
     async def wait(self, key: Key) -> Status:
-        while True:
-            status, watched = self._status(key), self._watched(key)
-            if status.phase is Phase.PREPARED and not held(self._path(key)):
-                raise Refused("id", f"{_name(key)} was never started", "start it first")
-            if status.phase in (Phase.ENDED, Phase.LOST):
-                return status
-            if watched is None:  # between two states
-                await asyncio.sleep(LOOK_S)
-                continue
-            try:
-                await readable(watched)
-            finally:
-                os.close(watched)
+        return await over(self._path(key), lambda: self._status(key), lambda: self._watched(key))
 
     async def stop(self, key: Key, grace_s: float) -> Status:
         status = self._status(key)
@@ -434,22 +422,13 @@ class MicrovmDriver:
                 await asyncio.to_thread(lambda: disks.prune(budget, {str(entry.get("image")) for entry in self._present().values()}))
 
     def _present(self) -> dict[str, dict[str, Any]]:
-        found = {}
-        for entry in os.scandir(self._folder):
-            if not entry.name.startswith("."):
-                value = read(Path(entry.path, "instance.json"))
-                if value is not None and isinstance(value.get("id"), str) and isinstance(value.get("epoch"), int):
-                    found[entry.name] = value
-        return found
+        return present(self._folder)
 
     def _path(self, key: Key) -> Path:
         return self._folder / _name(key)
 
     def _instance(self, key: Key) -> dict[str, Any]:
-        value = read(self._path(key) / "instance.json")
-        if value is None:
-            raise Refused("id", f"there is no micro-VM {_name(key)} here", "prepare it first")
-        return value
+        return known(self._path(key), "micro-VM")
 
     def _status(self, key: Key) -> Status:
         """The lock first: where it is free, nothing changes any more. A QEMU dies with its keeper."""

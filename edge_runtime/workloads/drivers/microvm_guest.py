@@ -14,7 +14,7 @@ mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys; m
 while read -r module; do [ $module = virtio_blk ] && echo 0 > /sys/bus/virtio/drivers_autoprobe; insmod /modules/$module.ko; done < /modules/order
 mount -t cgroup2 cgroup /sys/fs/cgroup
 echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
-mkdir /sys/fs/cgroup/work
+mkdir /sys/fs/cgroup/program
 echo -1000 > /proc/self/oom_score_adj
 ip link set lo up
 mount -t tmpfs -o mode=755,nosuid,size=65536k dev /devices
@@ -44,7 +44,7 @@ poweroff -f
 """Its disks are bound to their driver only when it is told to start something: a clone of it then meets its own for the first time. A port has its name before it can be opened.
 unshare mounts /proc only over what is mounted already."""
 
-_JOIN = "echo 0 >/sys/fs/cgroup/work/cgroup.procs; echo 0 >/proc/self/oom_score_adj; "
+_JOIN = "echo 0 >/sys/fs/cgroup/program/cgroup.procs; echo 0 >/proc/self/oom_score_adj; "
 """Into the workload's limits; the first process of the guest itself may not be killed for memory, what it starts may."""
 
 _CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
@@ -77,11 +77,11 @@ def start(document: Mapping[str, object], token: str, seed: str, now_s: int) -> 
     enter = f"exec unshare -m -p -f --mount-proc=/root/proc chroot /root {_program(document, document['args'])}"  # type: ignore[arg-type]
     tmpfs = "\n".join(f"mkdir -p {shlex.quote('/root' + target)}; mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote('/root' + target)}" for target, size in document["tmpfs"])  # type: ignore[attr-defined]
     mode = "" if document["root_mode"] == "755" else f" && chmod {document['root_mode']} /disk/upper"
-    quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/work/cpu.max" if document["cpu_us"] else ""
+    quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/program/cpu.max" if document["cpu_us"] else ""
     return f"""
 printf %s {seed} >/dev/urandom; reseed </dev/urandom || echo 'trouble the random numbers could not be made new' >&3
 echo {shlex.quote(str(document["hostname"]))} >/proc/sys/kernel/hostname; echo {closing} >/run/closing
-echo {document["memory"]} >/sys/fs/cgroup/work/memory.max; echo 1 >/sys/fs/cgroup/work/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/work/pids.max
+echo {document["memory"]} >/sys/fs/cgroup/program/memory.max; echo 1 >/sys/fs/cgroup/program/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/program/pids.max
 {quota}
 date -s @{now_s} >/dev/null
 for one in /sys/bus/virtio/devices/*; do [ -e $one/driver ] || echo ${{one##*/}} >/sys/bus/virtio/drivers/virtio_blk/bind; done
@@ -91,7 +91,7 @@ then
 {"mount -o remount,ro /root" if document["read_only"] else ""}
 (
   ({_JOIN}{enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/out 2>/run/err </dev/null & echo $! >/run/pid; echo running >&3; wait $!; code=$?
-  set -- $(grep '^oom_kill ' /sys/fs/cgroup/work/memory.events); echo "exit $code $2" >&3
+  set -- $(grep '^oom_kill ' /sys/fs/cgroup/program/memory.events); echo "exit $code $2" >&3
 ) &
 else echo 'trouble its disks cannot be mounted' >&3; fi
 """
