@@ -46,7 +46,7 @@ async def test_it_is_ended_when_its_lease_is_over_and_goes_on_while_it_is_renewe
     assert (await driver.status(other)).phase is Phase.RUNNING and (await driver.status(other)).leased
     await driver.pause(other)
     driver.renew(other, now_ms() - 1)
-    assert (await driver.stop(other, 0.1)).phase is Phase.LOST, "a paused one is ended as well"
+    assert (await driver.stop(other, 60.0)).phase is Phase.LOST, "a paused one is ended as well"  # it ignores the signal: its keeper's look at the lease comes long before the stop's own kill
     for one in (key, other):
         await remove(driver, one)
 

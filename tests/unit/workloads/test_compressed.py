@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_runtime.workloads.images import ImageError, ImageStore, Limits
@@ -41,7 +41,8 @@ def test_zstd_in_several_frames_is_one(parts: list[bytes], piece: int) -> None:
 
 
 @given(st.integers(0, len(frames(DATA, 1000)) - 1), st.integers(1, 255))
-def test_zstd_that_was_damaged_or_cut_is_never_taken(at: int, flip: int) -> None:
+@example(8, 1)  # a block that says it is longer than what is left: damaged, it looks cut
+def test_zstd_that_was_damaged_or_cut_never_becomes_something_else(at: int, flip: int) -> None:
     whole = zstandard.ZstdCompressor(write_checksum=True).compress(DATA)
     at %= len(whole)
     for broken in (whole[:at], whole[:at] + bytes((whole[at] ^ flip,)) + whole[at + 1:]):
@@ -49,7 +50,7 @@ def test_zstd_that_was_damaged_or_cut_is_never_taken(at: int, flip: int) -> None
             read = b"".join(iter(Unzstd(io.BytesIO(broken)).read, b""))
         except TarError:
             continue
-        assert broken == whole[:at] and DATA.startswith(read)  # a cut gives less, never something else: its hash tells
+        assert DATA.startswith(read)  # a cut, or what looks like one, gives less, never something else: the layer's hash tells
 
 
 def test_a_zstd_bomb_is_stopped_by_what_it_becomes_and_by_its_window(tmp_path: Path) -> None:
