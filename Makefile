@@ -3,13 +3,17 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: run test check bench slow docs lock image boot clean prepare-run prepare-dev
+.PHONY: run test check bench slow fuzz docs lock image boot clean prepare-run prepare-dev
 
 run: prepare-run
 	@$(PY) -m tools.demo $(ARGS)
 
 test: check
 	$(PY) -m pytest -n auto --dist worksteal -m "not slow" tests
+
+# The property tests with new examples, and more of them, than the ordinary run draws.
+fuzz: prepare-dev
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -n auto --dist worksteal -m "not slow" $$(grep -rl "from hypothesis import" tests --include='test_*.py') $(ARGS)
 
 slow: prepare-dev
 	$(PY) -m pytest -m slow tests

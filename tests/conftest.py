@@ -1,6 +1,13 @@
-"""For every test: Hypothesis asserts on no wall time either (its default deadline of 200 ms fails on a busy machine)."""
+"""For every test: what Hypothesis may do.
+
+It asserts on no wall time (its default deadline of 200 ms fails on a busy machine). The ordinary run draws the same examples each time, so that a change fails for what it changed;
+`make fuzz` draws new ones, and more.
+"""
+
+import os
 
 from hypothesis import settings
 
-settings.register_profile("novacron", deadline=None)
-settings.load_profile("novacron")
+settings.register_profile("novacron", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "novacron"))
