@@ -2,11 +2,12 @@
 
 Orders and answers go as in `drivers.microvm_guest`. CRIU is in the guest with its own libraries; there is no container runtime: its images say all that has to be made.
 
+    flags NAME..                what its processor can do
     ready                       the guest has booted, its disks are mounted, and CRIU has once been through what it does
     restored N                  N processes are here and stand still
     process PID THREADS FDS     one of these, its pid as it sees it
     went                        they have been let go
-    dumped                      they stand still again, and all of them is on the disk `work`
+    process .., dumped          they stand still again, and all of them is on the disk `work`
     trouble TEXT, exit CODE KILLED_FOR_MEMORY
 """
 
@@ -52,6 +53,7 @@ for disk in /sys/block/vd*; do ln -s /dev/${disk##*/} /dev/$(cat $disk/serial); 
 if mount -t ext4 -o ro,nodev /dev/image /image && mount -t ext4 -o nodev /dev/work /disk; then :; else echo 'trouble its disks cannot be mounted' >&3; fi
 criu check >/run/check 2>&1
 /bin/rehearse >/run/rehearsal 2>&1 || echo "trouble CRIU does not work in the guest: $(tail -n3 /run/rehearsal | tr '\n' ' ')" >&3
+grep -m1 ^flags /proc/cpuinfo | tr -d '\t:' >&3
 echo ready >&3
 while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
 poweroff -f
@@ -81,16 +83,25 @@ _PLUMB = rb"""#!/bin/sh
 ip link set eth0 address $HARDWARE
 ip link set eth0 mtu $MTU
 ip link set eth0 netns $CRTOOLS_INIT_PID
-nsenter -t $CRTOOLS_INIT_PID -n sh -c "echo 0 >/proc/sys/net/ipv4/tcp_window_scaling; ip link set lo up; ip addr add $ADDRESS dev eth0; ip link set eth0 up; ip route add default via $GATEWAY"
+nsenter -t $CRTOOLS_INIT_PID -n sh -c "echo 0 >/proc/sys/net/ipv4/tcp_window_scaling; ip link set lo up; ip addr add $ADDRESS dev eth0; ip link set eth0 up; ip route add default via $GATEWAY; arp -s $GATEWAY $GATEWAY_HARDWARE"
 """
 """The interface goes where the workload is, with the address that its connections have."""
 
-_RESTORED = rb"""#!/bin/sh
+_CENSUS = rb"""#!/bin/sh
 n=0
+first=$(cat /run/pid)
 for p in $(cat /sys/fs/cgroup/program/cgroup.procs); do
-  while read -r k a b c; do case $k in NSpid:) ns=$b;; Threads:) t=$a;; State:) s=$a;; esac; done < /proc/$p/status
-  [ -n "$ns" ] && [ $s != Z ] && { set -- /proc/$p/fd/*; echo "process $ns $t $#" >&3; n=$((n+1)); }
+  [ /proc/$p/ns/pid -ef /proc/$first/ns/pid ] || continue
+  while read -r k a b c; do case $k in NSpid:) ns=$b;; Threads:) t=$a;; esac; done < /proc/$p/status
+  set -- /proc/$p/fd/*
+  echo "process $ns $t $#" >&3
+  n=$((n+1))
 done
+"""
+"""Says which processes the workload has: those in its first one's namespace of pids; CRIU has helpers in others."""
+
+_RESTORED = rb"""#!/bin/sh
+. /bin/census
 echo restored $n >&3
 exec /bin/await
 """
@@ -115,7 +126,7 @@ def files(criu: Mapping[str, bytes]) -> list[tuple[str, int, bytes]]:
     """What the guest's first file system has beyond a micro-VM's, as `drivers.qemu_kernel.cpio` takes it. `criu`: the program (`criu`), its loader (`loader`) and its libraries."""
     from ..drivers.qemu_kernel import program  # not in the keeper
 
-    scripts = {"bin/tar": _TAR, "bin/criu": _CRIU, "bin/plumb": _PLUMB, "bin/restored": _RESTORED, "bin/rehearse": _REHEARSE, "bin/await": program(_AWAIT)}
+    scripts = {"bin/tar": _TAR, "bin/criu": _CRIU, "bin/plumb": _PLUMB, "bin/census": _CENSUS, "bin/restored": _RESTORED, "bin/rehearse": _REHEARSE, "bin/await": program(_AWAIT)}
     found = [("stage", 0o100644, STAGE), ("criu", 0o040755, b"")]
     found += [(f"criu/{name}", 0o100755, data) for name, data in criu.items()]
     return found + [(name, 0o100755, data) for name, data in scripts.items()]
@@ -128,19 +139,19 @@ def framed(script: str) -> bytes:
 
 
 def _options(externals: Iterable[str]) -> str:
-    words = ["--root", "/root", "--tcp-established", "--file-locks", "--empty-ns", "net", "--manage-cgroups=ignore", "--ghost-limit", str(256 << 20), "--network-lock", "skip", "--leave-stopped", "-v4", "-W", "/run/work"]
+    words = ["--root", "/root", "--tcp-established", "--file-locks", "--empty-ns", "net", "--manage-cgroups=ignore", "--ghost-limit", str(256 << 20), "--network-lock", "skip", "--leave-stopped", "-v2", "-W", "/run/work"]
     for one in externals:
         words += ["--external", one]
     return shlex.join(words)
 
 
-def restore(*, images: int, disk: int, pipes: Sequence[str], memory: int, pids: int, cpu_us: int, hostname: str, now_s: int, network: Mapping[str, str]) -> str:
+def restore(*, images: int, disk: int, pipes: Sequence[str], memory: int, pids: int, cpu_us: int, now_s: int, network: Mapping[str, str]) -> str:
     """The script that brings the workload back, standing still.
 
     Args:
         images, disk: bytes of the two archives on the disk `travel`: CRIU's images, and what the container changed in its root; each padded to 512.
         pipes: what its first process had as stdout and stderr (`pipe:[NUMBER]`).
-        network: HARDWARE, MTU, ADDRESS (with its bits), GATEWAY; empty where it has loopback alone.
+        network: HARDWARE, MTU, ADDRESS (with its bits), GATEWAY, GATEWAY_HARDWARE; empty where it has loopback alone.
     """
     inherit = shlex.join(word for at, pipe in zip((8, 9), pipes, strict=True) for word in ("--inherit-fd", f"fd[{at}]:{pipe}"))
     told = "; ".join(f"{name}={shlex.quote(value)}" for name, value in network.items())
@@ -177,14 +188,14 @@ first=$(cat /run/pid)
 if criu dump -t $first -D /disk/{SHOT} -o dump.log {_options(f"mnt[{path}]:{device}" for path, device in devices)}
 then
 readlink /proc/$first/fd/1 >/disk/{SHOT}/pipes; readlink /proc/$first/fd/2 >>/disk/{SHOT}/pipes
-mount -o remount,ro /disk || sync; echo dumped >&3
-else tail -n 60 /run/work/dump.log >&4; echo "undumped $(tail -n25 /run/work/dump.log | tr '\\n' ' ')" >&3; fi
+. /bin/census; sync; echo dumped >&3
+else echo "undumped $(grep -h Error /run/work/dump.log | head -n 4 | tr '\\n' ' ')" >&3; fi
 """
 
 
 def resume() -> str:
     """The script that has it go on after its state was taken in vain."""
-    return "mount -o remount,rw /disk; " + go()
+    return go()
 
 
 def kill(number: int) -> str:

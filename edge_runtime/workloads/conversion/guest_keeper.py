@@ -33,7 +33,7 @@ else:
     from qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
-SAID = 3900
+SAID = 2000
 """Bytes of a guest's words in an error."""
 
 DRAIN_S = 2.0
@@ -47,7 +47,7 @@ class Keeper:
 
     def __init__(self, told: dict) -> None:  # type: ignore[type-arg]
         self.told, self.folder, self.state = told, told["folder"], "booting"
-        self.lines, self.processes, self.problem = Lines(), [], ""  # type: ignore[var-annotated]
+        self.lines, self.processes, self.flags, self.problem = Lines(), [], [], ""  # type: ignore[var-annotated]
         self.result: dict | None = None  # type: ignore[type-arg]
         self.waiting: socket.socket | None = None
         """The agent whose order the guest is at."""
@@ -131,7 +131,9 @@ class Keeper:
         if words == ["ready"] and self.state == "booting":
             self.state = "ready"
             self.done({"done": True})
-        elif words[0] == "process" and self.state == "restoring" and len(words) == 4:
+        elif words[0] == "flags" and self.state == "booting":
+            self.flags = words[1:]
+        elif words[0] == "process" and self.state in ("restoring", "dumping") and len(words) == 4:
             self.processes.append([int(word) for word in words[1:]])
         elif words[0] == "restored" and self.state == "restoring":
             self.state = "restored"
@@ -140,7 +142,7 @@ class Keeper:
             self.done({"done": True})
         elif words == ["dumped"] and self.state == "dumping":
             self.state = "dumped"
-            self.done({"done": True})
+            self.done({"done": True, "processes": self.processes})
         elif words[0] == "undumped" and self.state == "dumping":
             self.state = "dumped"  # it stands still: `resume` is what helps
             self.done({"failed": " ".join(words)[:SAID]})
@@ -229,7 +231,7 @@ class Keeper:
         wish, say = request["do"], self.machine.say
         needed = {"restore": ("ready",), "go": ("restored",), "dump": ("running",), "resume": ("dumped",)}.get(wish)
         if wish == "state":
-            return {"state": self.state, "processes": self.processes}
+            return {"state": self.state, "processes": self.processes, "flags": self.flags}
         if wish == "ready":
             if self.state != "booting":
                 return {"done": True}
@@ -251,7 +253,7 @@ class Keeper:
             self.state = "running"
             say(guest.go())
         elif wish == "dump":
-            self.state = "dumping"
+            self.state, self.processes = "dumping", []
             say(guest.dump(request["devices"]))
         elif wish == "resume":
             self.state = "running"

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from ..drivers import qemu_kernel
 from ..drivers.criu import Criu
 from ..drivers.face import Failed
-from ..drivers.instance import held, line, read, sync_folder, write
+from ..drivers.instance import alive, held, line, read, sync_folder, unheld, write
 from ..drivers.microvm_disks import Disks
 from ..drivers.microvm_templates import UID, tsc_khz
 from ..drivers.qemu_machine import Machine, boot, command
@@ -199,11 +201,6 @@ class Guest:
 
     async def end(self) -> None:
         """End it, and its keeper; what is in its folder stays."""
-        import signal
-        from contextlib import suppress
-
-        from ..drivers.instance import alive, unheld
-
         if self.lives:
             with suppress(Failed):
                 await self.ask("kill")
@@ -215,19 +212,3 @@ class Guest:
                 await asyncio.wait_for(unheld(self.folder), ASK_S)
             except TimeoutError:
                 raise Failed("guest", "it does not end though it was killed", "look at the node") from None
-
-
-def travel(path: Path, images: Path, disk: bytes) -> tuple[int, int]:
-    """Write what goes with the workload to the disk `travel`: an archive of CRIU's images, and one of the changed root; bytes of each. Blocks."""
-    import tarfile
-
-    with open(path, "r+b") as target:
-        with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
-            for one in sorted(images.iterdir()):
-                archive.add(one, one.name, recursive=False)
-        first = target.tell()
-        target.write(disk)
-        return first, len(disk)
-
-
-Told = Mapping[str, Any]

@@ -33,6 +33,9 @@ ADDRESS, GATEWAY, BITS = "10.0.2.100", "10.0.2.2", 24
 HARDWARE = "02:6e:6f:76:61:01"
 """The workload's, in every form: the other end keeps it in its table."""
 
+GATEWAY_HARDWARE = "52:55:0a:00:02:02"
+"""The connecting program's (libslirp makes it of its address). Told beforehand: who asks for it while nothing is plugged in asks again a second later."""
+
 MTU = 1500
 """Bytes of a packet. A connection has agreed on it once, so that all forms must have the same; what QEMU's interface takes without offloads."""
 
@@ -123,6 +126,10 @@ def attach(folder: str, port: str, pid: int) -> None:
     Windows are not scaled: the connecting program does not do it, and CRIU (4.2) brings a connection without it back into a kernel that believes it has it, and then offers next to nothing.
     """
     enter(known(folder)["namespace"])
+    try:
+        ip("link", "del", port)  # of one that was killed: its namespace may not be gone yet
+    except Trouble:
+        pass
     ip("link", "add", port, "mtu", str(MTU), "type", "veth", "peer", "name", INSIDE, "address", HARDWARE, "mtu", str(MTU), "netns", str(pid))
     ip("link", "set", port, "up")
     enter(f"/proc/{pid}/ns/net")
@@ -131,6 +138,7 @@ def attach(folder: str, port: str, pid: int) -> None:
     ip("link", "set", "lo", "up")
     ip("addr", "add", f"{ADDRESS}/{BITS}", "dev", INSIDE)
     ip("link", "set", INSIDE, "up")
+    ip("neigh", "replace", GATEWAY, "lladdr", GATEWAY_HARDWARE, "dev", INSIDE, "nud", "permanent")
     ip("route", "add", "default", "via", GATEWAY)
 
 

@@ -1,0 +1,640 @@
+"""Hot conversion: a running container goes on as the same process in a micro-VM of its own, and comes back, with its memory, its connections and its address.
+
+    <dir>/conversions/<name>/    one workload: conversion.json, its network (`network`), `guest/` (`guests`), `state/` (what is between two forms)
+
+`conversion.json` says in which form the workload is, and what is under way; it is replaced as a whole, and every step can be done again from its beginning:
+
+    ""          nothing is under way: it is `form`
+    warming     a guest boots; the workload runs on, and knows nothing of it
+    taking      it stands still, and its state is taken; the old form is the copy. Killed here, the next agent lets it go on
+    passing     its state is whole and on the disk: the old form never runs again. Killed here, the next agent brings it on; where the guest has ended before anything of the workload ran in it, it is
+                a container again
+
+What decides is the file's replacement from `taking` to `passing`. On the way in the guest has it all by then, standing still; nothing of it runs in the guest before the keeper has written that down, and the
+container's processes are killed before. On the way back the guest is ended before the container is laid out.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..drivers import cgroups, keeper, qemu_kernel
+from ..drivers.checkpoint_state import IMAGES, check, read_manifest
+from ..drivers.container import COMMAND_S, LEFT_S, ContainerDriver, searched
+from ..drivers.container_checkpoint import SLOW_DISK, Checkpoints, _one_tree, _strays
+from ..drivers.container_spec import limits
+from ..drivers.criu import GHOST_LIMIT, Criu, errors, log_of, offence
+from ..drivers.face import Ability, DriverError, Exit, Failed, Key, Order, Output, Phase, Refused, Status
+from ..drivers.instance import LOOK_S, read, tail, unheld
+from ..drivers.lease import name_of
+from ..drivers.microvm_disks import Disks
+from ..drivers.microvm_spec import disk_bytes
+from ..drivers.network import ADDRESS, hosts, network, resolv_conf
+from ..images import ImageError, ImageStore
+from . import checks, guests, segment, state
+from .guests import Guest
+from .network import CONTAINER, GUEST, Segment
+
+MAX_WORKLOADS = 64
+"""That may be converted, on one node."""
+
+FORMS = ("container", "guest")
+
+STEPS = ("", "warming", "taking", "passing")
+
+POINTS = ("warming", "ready", "taking", "held", "frozen", "dumped", "restored", "passing", "ended", "went", "plugged", "")
+"""What a conversion has reached, in order; said to `step`. On the way back `warming`, `ready` and `restored` are not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How guests are run.
+
+    Attributes:
+        kernel: folder with the guests' kernel; empty: this machine's.
+        qemu: the program.
+        log_bytes: kept of each stream.
+    """
+
+    kernel: str = ""
+    qemu: str = "qemu-system-x86_64"
+    log_bytes: int = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`conversion.json`.
+
+    Attributes:
+        order: as it was prepared.
+        form: `container` or `guest`.
+        step, to: what is under way, and which form comes of it.
+        token: of the state that passes.
+        problem: why the last conversion did not go as it should.
+    """
+
+    order: Order
+    form: str = "container"
+    step: str = ""
+    to: str = ""
+    token: str = ""
+    problem: str = ""
+
+
+class Conversions:
+    """The workloads of one node that can be converted. Needs root; one operation at a time for each workload.
+
+    Args:
+        driver: of containers, probed, with CRIU.
+        step: is told what has been reached (`POINTS`).
+    """
+
+    def __init__(self, folder: Path, driver: ContainerDriver, store: ImageStore, settings: Settings = Settings(), step: Callable[[str], None] = lambda word: None) -> None:
+        self._folder, self._driver, self._store, self._settings, self._step = folder / "conversions", driver, store, settings, step
+        self._groups = cgroups.read()
+        self._boot: guests.Boot | None = None
+        self._flags: list[str] | None = None
+        self._busy: dict[str, asyncio.Lock] = {}
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    # -- what there is -------------------------------------------------------------------------------------------------------
+
+    def all(self) -> list[Workload]:
+        """Those that were prepared and not deleted."""
+        return [_workload(value) for path in sorted(self._folder.glob("*/conversion.json")) if (value := read(path)) is not None]
+
+    def workload(self, key: Key) -> Workload:
+        """One of them. Raises `Refused`."""
+        value = read(self._path(key) / "conversion.json")
+        if value is None:
+            raise Refused("id", f"{key.id} of epoch {key.epoch} is no workload that can be converted", "prepare it by Conversions first")
+        return _workload(value)
+
+    async def status(self, key: Key) -> Status:
+        """How it is, in whichever form."""
+        now = self.workload(key)
+        if now.form == "container":
+            return await self._driver.status(key)
+        guest = self._guest(key)
+        if guest.lives:
+            machine = read(guest.folder / "machine.json") or {}
+            return Status(key, Phase.RUNNING, int(machine.get("pid", 0)))
+        end = read(guest.folder / "exit.json")
+        if end is None or "code" not in end:
+            return Status(key, Phase.LOST, reason=str((end or {}).get("failed") or "its guest's keeper was killed, and the guest with it"))
+        told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
+        return Status(key, Phase.ENDED, exit=told, reason=told.reason)
+
+    async def logs(self, key: Key, most: int) -> Output:
+        """The end of what it wrote, in all its forms: what the container wrote before is with the container."""
+        if self.workload(key).form == "container":
+            return await self._driver.logs(key, most)
+        (out, cut), (err, also) = await asyncio.to_thread(lambda: [tail(self._guest(key).folder / f"{stream}.log", most) for stream in ("stdout", "stderr")])
+        return Output(out, err, cut or also)
+
+    # -- as a container ------------------------------------------------------------------------------------------------------
+
+    async def prepare(self, order: Order) -> Status:
+        """Lay out a container that can be converted: with variables that keep it from what a guest's processor lacks, and, where `spec.network` is there, a network of its own. Raises `Refused`."""
+        if self._path(order.key).exists():
+            return await self.status(order.key)
+        if len(self.all()) >= MAX_WORKLOADS:
+            raise Refused("instances", f"there are {len(self.all())} workloads that can be converted, the most there may be", "delete some")
+        await self._can()
+        checks.mounts(order.spec)
+        wanted = network(order.spec.get("network"), ("127.0.0.1", "0.0.0.0"))
+        flags = await self.guest_flags()
+        capabilities = self._driver.capabilities
+        assert capabilities is not None
+        given = order.spec.get("env") or {}
+        inner = replace(order, spec={**{name: value for name, value in order.spec.items() if name != "network"}, "env": {**given, **checks.masks(capabilities.cpu_flags, flags, given)}})
+        new = self._folder / f".{name_of(order.key.id, order.key.epoch)}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        (new / "network").mkdir(parents=True, mode=0o700)
+        keeper.write(str(new / "conversion.json"), asdict(Workload(replace(inner, spec={**inner.spec, **({"network": order.spec["network"]} if wanted is not None else {})}))))
+        os.rename(new, self._path(order.key))
+        try:
+            if wanted is not None:
+                await asyncio.to_thread(self._segment(order.key).start, wanted)
+            return await self._laid(self.workload(order.key))
+        except BaseException:
+            await self.delete(order.key)
+            raise
+
+    async def start(self, key: Key) -> Status:
+        """Start it as a container."""
+        return await self._driver.start(key)
+
+    async def _laid(self, now: Workload, folder: Path | None = None) -> Status:
+        """Lay the container out, from a state where there is one."""
+        order = _inner(now.order)
+        key, ways, criu = order.key, await self._driver._ready(), self._criu()
+        try:
+            image = await asyncio.to_thread(self._store.find, order.image)
+            lower = self._store.lower(image)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        manifest = await asyncio.to_thread(check, folder) if folder is not None else None
+        if manifest is not None and manifest["layers"] != list(image.config.diff_ids):
+            raise Refused("image", f"the state stands on other layers than {order.image} has here now", "bring the image that it had")
+
+        def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
+            if manifest is not None and folder is not None:
+                self._checkpoints.fill(folder, manifest, criu, final, laid, document, told)
+            elif "network" in now.order.spec:
+                _names(laid / "disk/upper", document, told["id_base"] or 0)
+            if "network" in now.order.spec:
+                document["hooks"] = {"createRuntime": self._segment(key).hook()}
+
+        async with self._driver._laying:
+            await asyncio.to_thread(self._driver.lay_out, order, image.config, lower, ways, image, fill, manifest["base"] if manifest is not None else -1)
+        return await self._driver.status(key)
+
+    async def delete(self, key: Key) -> None:
+        """End it in whichever form, with all that was of it."""
+        async with self._one(key):
+            if not self._path(key).exists():
+                return
+            await self._guest(key).end()
+            with suppress(Failed):
+                await asyncio.to_thread(self._segment(key).release)
+            await self._driver.delete(key)
+            await asyncio.to_thread(self._segment(key).end)
+            gone = self._folder / f".{name_of(key.id, key.epoch)}.gone"
+            await asyncio.to_thread(shutil.rmtree, gone, True)
+            os.rename(self._path(key), gone)
+            await asyncio.to_thread(shutil.rmtree, gone, True)
+        self._busy.pop(name_of(key.id, key.epoch), None)
+
+    # -- what is looked at first ---------------------------------------------------------------------------------------------
+
+    async def guest_flags(self) -> list[str]:
+        """What a guest's processor can do, as its kernel says; a guest is booted for it once on a node, and CRIU is run in it."""
+        if self._flags is None:
+            boots = await self._boots()
+            note = boots.kernel.parent / "flags.json"
+            told = read(note)
+            if told is None:
+                guest = Guest(self._folder / f".probe-{uuid.uuid4().hex[:8]}")
+                try:
+                    await asyncio.to_thread(self._lay_guest, guest, boots, None, 64 << 20, 64 << 20, 1, MAX_WORKLOADS, False)
+                    await asyncio.to_thread(guest.start)
+                    await guest.ready()
+                    told = {"flags": (await guest.ask("state"))["flags"]}
+                    keeper.write(str(note), told)
+                finally:
+                    await guest.end()
+                    shutil.rmtree(guest.folder, ignore_errors=True)
+            self._flags = list(map(str, told["flags"]))
+        return self._flags
+
+    async def check(self, key: Key) -> dict[str, Any]:
+        """What stands against a conversion of a running container; raises `Refused`, changes nothing. Returns what is worth knowing: `unmasked` (features of the processor that no variable can hide)."""
+        now = self.workload(key)
+        await self._can()
+        checks.mounts(now.order.spec)
+        status = await self._driver.status(key)
+        if status.phase is not Phase.RUNNING:
+            raise Refused("id", f"it does not run as a container ({status.phase.value})", "start it, or resume it, first")
+        those = self._processes(key)
+        for pid, one in those.items():
+            if one["stopped"]:
+                raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
+            self._in_its_group(key, pid, one)
+        _one_tree(status.pid, those)
+        if "network" in now.order.spec and not self._segment(key).lives:
+            raise Refused("spec.network", "its network has ended", "start the workload anew")
+        instance = read(self._driver.folder(key) / "instance.json") or {}
+        image = await asyncio.to_thread(self._store.find, now.order.image)
+        if list(image.config.diff_ids) != instance.get("layers"):
+            raise Refused("image", f"{now.order.image} has other layers by now than those that it runs on", "start the workload anew")
+        checks.devices(_text(f"/proc/{status.pid}/mountinfo"))
+        capabilities = self._driver.capabilities
+        assert capabilities is not None
+        environments = {}
+        for pid in those:
+            with suppress(OSError):
+                environments[pid] = checks.environment(Path(f"/proc/{pid}/environ").read_bytes())
+        left = checks.processor(capabilities.cpu_flags, await self.guest_flags(), environments)
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed = max(0, self._groups.stats(self._group(key)).memory_bytes) * 2 + (guests.OWN_MB << 20)
+        if free < needed:
+            raise Refused("memory", f"a guest with it takes {needed} bytes, {free} are free", "end something else first")
+        return {"unmasked": left, "kernel": (await self._boots()).release, "processes": len(those)}
+
+    def _in_its_group(self, key: Key, pid: int, one: Mapping[str, Any]) -> None:
+        want = self._group(key)
+        for entry in _text(f"/proc/{pid}/cgroup").splitlines():
+            controllers, path = entry.split(":", 2)[1:]
+            if path != want and set(controllers.split(",")) & {"memory", "pids", "freezer", "cpu"}:
+                raise Refused("resource.cgroup", f"process {one['pid']} ({one['name']}) is in the control group {path[:100]}, not in the workload's", "have it stay where it was started")
+
+    async def _can(self) -> None:
+        await self._driver._ready(Ability.CHECKPOINT)
+        await self._driver._ready(Ability.RESTORE)
+        if platform.machine() != "x86_64":
+            raise Refused("host", f"there is no micro-VM for {platform.machine()}", "convert it on an x86_64 node")
+        for program, package in ((self._settings.qemu, "qemu-system-x86"), ("mke2fs", "e2fsprogs"), ("nsenter", "util-linux")):
+            if searched(program) is None:
+                raise Refused("host", f"{program} is not installed", f"as root: apt install {package}")
+        await self._boots()
+
+    async def _boots(self) -> guests.Boot:
+        if self._boot is None:
+            try:
+                kernel = qemu_kernel.find(self._settings.kernel)
+                self._boot = await asyncio.to_thread(guests.made, self._folder, kernel, self._criu())
+            except qemu_kernel.NoKernel as error:
+                raise Refused("host", str(error), "see the reason") from None
+        return self._boot
+
+    # -- conversion ----------------------------------------------------------------------------------------------------------
+
+    async def convert(self, key: Key, to: str) -> Status:
+        """Change its form, and say how it is then. Raises `Refused` where nothing was touched; after `Failed` it is in its old form, or in the one that its `problem` says."""
+        if to not in FORMS:
+            raise Refused("to", f"{to[:40]!r} is none of {', '.join(FORMS)}", "name one")
+        async with self._one(key):
+            now = self.workload(key)
+            if now.step:
+                raise Refused("id", f"a conversion of it is under way ({now.step})", "resume it first")
+            if now.form == to:
+                return await self.status(key)
+            await (self._to_guest(now) if to == "guest" else self._to_container(now))
+            return await self.status(key)
+
+    async def resume(self) -> list[Workload]:
+        """Bring all that an agent left to its end. To be called once, after the driver's probe."""
+        for now in self.all():
+            if now.step:
+                async with self._one(now.order.key):
+                    with suppress(DriverError):  # it stands in the file
+                        await self._settle(now)
+        return self.all()
+
+    async def _settle(self, now: Workload) -> Workload:
+        """From where somebody was killed: back where nothing has passed, else on."""
+        if now.step == "passing":
+            return await (self._enter(now) if now.to == "guest" else self._leave(now))
+        if now.step in ("warming", "taking"):
+            return await self._back(now, now.problem)
+        return now
+
+    async def _to_guest(self, now: Workload) -> None:
+        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        await self.check(key)
+        now = await self._write(replace(now, step="warming", to="guest", problem=""))
+        try:
+            boots, limit = await self._boots(), limits(now.order)
+            image = await asyncio.to_thread(self._store.find, now.order.image)
+            await guest.end()
+            await asyncio.to_thread(
+                self._lay_guest, guest, boots, image, limit.memory, disk_bytes(now.order), max(1, -(-limit.cpu // 1000)), self._slot(key), net is not None,
+            )
+            tap = await asyncio.to_thread(net.tap) if net is not None else -1
+            try:
+                await asyncio.to_thread(guest.start, tap)
+            finally:
+                if tap >= 0:
+                    os.close(tap)
+            await guest.ready()
+            self._step("ready")
+            await self.check(key)  # it may have changed meanwhile
+            now = await self._write(replace(now, step="taking", token=uuid.uuid4().hex))
+            if net is not None:
+                net.hold()
+                self._step("held")
+            await self._taken(now, guest)
+            self._step("restored")
+            now = await self._write(replace(now, step="passing"))
+        except BaseException as error:
+            await self._back(now, str(error))
+            raise
+        await self._enter(now)
+
+    async def _taken(self, now: Workload, guest: Guest) -> None:
+        """Freeze the container, and have all of it in the guest, standing still; its state is then in `state` too."""
+        key, criu = now.order.key, self._criu()
+        await self._driver.runtime(key, "pause")
+        if not self._groups.frozen(self._group(key)):
+            raise Failed("convert", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
+        self._step("frozen")
+        status, those = await self._driver.status(key), self._processes(key)
+        for one in those.values():
+            one.pop("stopped")
+        raw, folder = self._path(key) / "dump", self._path(key) / "state"
+        await asyncio.to_thread(shutil.rmtree, raw, True)
+        await asyncio.to_thread(shutil.rmtree, folder, True)
+        (raw / IMAGES).mkdir(parents=True, mode=0o700)
+        (raw / "criu.conf").write_text(f"network-lock skip\nghost-limit {GHOST_LIMIT}\n")  # its network is held: nothing comes
+        await self._checkpoints._root(key, writable=True)
+        try:
+            await self._driver.runtime(
+                key, "checkpoint", "--leave-running", "--tcp-established", "--file-locks", "--empty-ns", "network", "--image-path", str(raw / IMAGES), "--work-path", str(raw),
+                environment=criu.environment(raw / "criu.conf"), seconds=COMMAND_S + max(0, self._groups.stats(self._group(key)).memory_bytes) / SLOW_DISK,
+            )
+        except Failed as error:
+            log = await asyncio.to_thread(log_of, raw / "dump.log")
+            found = offence(log, {pid: f"{one['pid']}, {one['name']}" for pid, one in those.items()})
+            raise found or Failed("convert", f"{error.problem}; CRIU says: {' | '.join(errors(log)[:4])[:1000] or 'nothing'}", "see what it says; it goes on as before") from None
+        await self._checkpoints._root(key, writable=False)
+        self._step("dumped")
+        instance = read(self._driver.folder(key) / "instance.json") or {}
+        document = self._checkpoints._described(key, criu, {"token": now.token}, those)
+        base = max(0, document["base"])
+        lower = self._store.lower(await asyncio.to_thread(self._store.find, now.order.image))
+        disk = await asyncio.to_thread(state.changed, self._driver.folder(key) / "disk/upper", lower, base)
+        parts = await asyncio.to_thread(state.travel, guest.folder / "travel", raw / IMAGES, disk)
+        pipes = json.loads((raw / IMAGES / "descriptors.json").read_text())[1:]
+        limit = limits(now.order)
+        told = {**parts, "pipes": pipes, "memory": limit.memory, "pids": limit.pids, "cpu_us": limit.cpu * 100, "now_s": int(time.time()), "network": _address() if "network" in now.order.spec else {}}
+        assert instance
+        new = self._path(key) / ".state.new"
+        answer, _ = await asyncio.gather(guest.ask("restore", told=told), asyncio.to_thread(self._checkpoints._packed, key, new, raw, document))
+        _same(answer["processes"], those.values())
+        os.rename(new, folder)
+        keeper.write(str(self._path(key) / "devices.json"), {"devices": checks.devices(_text(f"/proc/{status.pid}/mountinfo"))})  # syncs the folder too
+
+    async def _enter(self, now: Workload) -> Workload:
+        """From `passing` to the guest: the container is ended, the guest let go."""
+        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        if net is not None:
+            await asyncio.to_thread(net.unplug, CONTAINER)  # what its sockets say at their end is nobody's business
+        await self._ended(key)
+        self._step("ended")
+        if not guest.lives and not (guest.folder / "running.json").exists():
+            return await self._leave(replace(now, to="container", problem="the guest ended before anything of the workload ran in it"))
+        if guest.lives and (await guest.ask("state"))["state"] == "restored":
+            await guest.ask("go")
+        self._step("went")
+        if net is not None:
+            await asyncio.to_thread(net.plug, GUEST)
+            net.release()
+        self._step("plugged")
+        now = await self._write(replace(now, form="guest", step="", to=""))
+        await self._driver.delete(key)
+        await asyncio.to_thread(shutil.rmtree, self._path(key) / "dump", True)
+        return now
+
+    async def _to_container(self, now: Workload) -> None:
+        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        if not guest.lives:
+            raise Refused("id", "it does not run: its guest has ended", "see its status")
+        before = await asyncio.to_thread(read_manifest, self._path(key) / "state")
+        now = await self._write(replace(now, step="taking", to="container", token=uuid.uuid4().hex, problem=""))
+        try:
+            if net is not None:
+                net.hold()
+                self._step("held")
+            told = read(self._path(key) / "devices.json") or {"devices": []}
+            answer = await guest.ask("dump", devices=told["devices"])
+            self._step("dumped")
+            if net is not None:
+                await asyncio.to_thread(net.unplug, GUEST)
+            document = {name: value for name, value in before.items() if name not in ("root", "files", "version", "codec")}
+            document |= {"token": now.token, "taken_ms": int(time.time() * 1000), "processes": [{"pid": pid, "name": "", "threads": threads, "descriptors": count} for pid, threads, count in answer["processes"]]}
+            await asyncio.to_thread(state.from_guest, guest.folder / "work.ext4", self._path(key) / "back", document)
+            now = await self._write(replace(now, step="passing"))
+        except BaseException as error:
+            await self._back(now, str(error))
+            raise
+        await self._leave(now)
+
+    async def _leave(self, now: Workload) -> Workload:
+        """From `passing` to the container, from the state that has passed: the guest is ended, the container brought back."""
+        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        if now.to != self.workload(key).to:
+            now = await self._write(now)
+        await guest.end()
+        self._step("ended")
+        folder = next((path for path in (self._path(key) / "back", self._path(key) / "state") if _token(path) == now.token), None)
+        try:
+            if folder is None:
+                raise Failed("convert", "the state that passed is not there", "look at the disk of the data folder")
+            phase = await self._phase(key)
+            if phase is Phase.PREPARED or phase is None:
+                if phase is None:
+                    await self._laid(now, folder)
+                async with self._driver._one(key):
+                    await self._driver.begin(key)
+                self._step("went")
+                if net is not None:
+                    net.release()
+                self._step("plugged")
+            if phase in (None, Phase.PREPARED, Phase.RUNNING):
+                if net is not None:
+                    net.release()
+                await self._checkpoints.lives(key)
+        except DriverError as error:
+            await self._write(replace(now, problem=f"{error}; it runs nowhere, its state is {folder}"))
+            raise Failed("convert", f"{error}; it runs nowhere, its state is {folder}", "see the problem; resume tries it again") from None
+        await asyncio.to_thread(shutil.rmtree, self._driver.folder(key) / "restore", True)
+        problem = now.problem
+        now = await self._write(replace(now, form="container", step="", to=""))
+        for name in ("dump", "back", "state"):
+            await asyncio.to_thread(shutil.rmtree, self._path(key) / name, True)
+        if problem:
+            raise Failed("convert", f"{problem}; it is a container again", "see the problem")
+        return now
+
+    async def _back(self, now: Workload, problem: str) -> Workload:
+        """Undo what has not passed: the old form goes on."""
+        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        if now.to == "guest":
+            await guest.end()
+            await _over(self._path(key) / "dump/criu.conf")
+            if await self._phase(key) is Phase.PAUSED:
+                await self._checkpoints._thawed(key)
+        elif guest.lives:
+            while (told := await guest.ask("state"))["state"] == "dumping":
+                await asyncio.sleep(LOOK_S)
+            if told["state"] == "dumped":
+                if net is not None:
+                    await asyncio.to_thread(net.plug, GUEST)
+                await guest.ask("resume")
+        if net is not None:
+            with suppress(Failed):
+                net.release()
+        for name in ("dump", ".state.new", ".back.new", "back"):
+            await asyncio.to_thread(shutil.rmtree, self._path(key) / name, True)
+        return await self._write(replace(now, step="", to="", problem=problem[:1000]))
+
+    async def _ended(self, key: Key) -> None:
+        """End a container that stands still: every process has its signal before any of them is let go."""
+        if await self._phase(key) not in (Phase.RUNNING, Phase.PAUSED):
+            return
+        for pid in self._processes(key):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(Failed):  # it is gone already
+            await self._driver.runtime(key, "resume")
+        try:
+            await asyncio.wait_for(self._driver.wait(key), LEFT_S)
+            await asyncio.wait_for(unheld(self._driver.folder(key)), LEFT_S)
+        except TimeoutError:
+            raise Failed("convert", "its state has passed, and its container does not end though it was killed", "look at the node: a process that cannot be killed waits for its kernel or disk") from None
+
+    # -- small things --------------------------------------------------------------------------------------------------------
+
+    def _lay_guest(self, guest: Guest, boots: guests.Boot, image: Any, limit: int, disk: int, cpus: int, slot: int, connected: bool) -> None:
+        mke2fs, qemu = searched("mke2fs"), searched(self._settings.qemu)
+        assert mke2fs is not None and qemu is not None
+        disks = Disks(self._folder / ".disks", mke2fs)
+        if image is None:  # to look at a guest alone
+            (self._folder / ".disks/none").mkdir(exist_ok=True)
+            path = disks.image("none", [self._folder / ".disks/none"])
+        else:
+            path = disks.image(image.digest.rpartition(":")[2], self._store.lower(image))
+        guest.lay_out(qemu, boots, disks, path, limit=limit, disk=disk, cpus=cpus, accelerator="tcg", slot=slot, connected=connected, log_bytes=self._settings.log_bytes, keepers=self._groups.folders(cgroups.KEEPERS))
+
+    async def _write(self, now: Workload) -> Workload:
+        await asyncio.to_thread(keeper.write, str(self._path(now.order.key) / "conversion.json"), asdict(now))
+        self._step(now.step)
+        return now
+
+    async def _phase(self, key: Key) -> Phase | None:
+        try:
+            return (await self._driver.status(key)).phase
+        except Refused:
+            return None
+
+    def _slot(self, key: Key) -> int:
+        """A number that no other workload here has."""
+        return [one.order.key for one in self.all()].index(key)
+
+    def _processes(self, key: Key) -> dict[int, Any]:
+        try:
+            return keeper.processes(self._groups.processes(self._group(key)))
+        except OSError:
+            return {}
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return self._driver.checkpoints()
+
+    def _criu(self) -> Criu:
+        found = self._driver._criu
+        if found is None:
+            raise Refused("host", "CRIU was not found by the driver of containers", "see its capabilities")
+        return found
+
+    def _group(self, key: Key) -> str:
+        return f"{cgroups.PARENT}/{self._driver.folder(key).name}"
+
+    def _path(self, key: Key) -> Path:
+        return self._folder / name_of(key.id, key.epoch)
+
+    def _guest(self, key: Key) -> Guest:
+        return Guest(self._path(key) / "guest")
+
+    def _segment(self, key: Key) -> Segment:
+        return Segment(self._path(key) / "network")
+
+    def _net(self, now: Workload) -> Segment | None:
+        return self._segment(now.order.key) if "network" in now.order.spec else None
+
+    def _one(self, key: Key) -> asyncio.Lock:
+        return self._busy.setdefault(name_of(key.id, key.epoch), asyncio.Lock())
+
+
+def _same(found: list[list[int]], those: Any) -> None:
+    want = sorted((one["pid"], one["threads"], one["descriptors"]) for one in those)
+    have = sorted(tuple(one) for one in found)
+    if have != want:
+        raise Failed("convert", f"what the guest has is not what was there: of (pid, threads, descriptors) it has {have[:20]} in place of {want[:20]}", "leave it a container")
+
+
+def _inner(order: Order) -> Order:
+    """As the driver of containers is told it: its network is not that driver's."""
+    return replace(order, spec={name: value for name, value in order.spec.items() if name != "network"})
+
+
+def _names(upper: Path, document: Mapping[str, Any], base: int) -> None:
+    """Names for a container with a network, in its own root: they go with it."""
+    folder = upper / "etc"
+    folder.mkdir(mode=0o755)
+    os.chown(folder, base, base)
+    for name, text in (("resolv.conf", resolv_conf()), ("hosts", hosts(document["hostname"]))):
+        (folder / name).write_text(text)
+        os.chmod(folder / name, 0o644)
+        os.chown(folder / name, base, base)
+
+
+def _address() -> dict[str, str]:
+    assert segment.ADDRESS == ADDRESS
+    return {"HARDWARE": segment.HARDWARE, "MTU": str(segment.MTU), "ADDRESS": f"{segment.ADDRESS}/{segment.BITS}", "GATEWAY": segment.GATEWAY, "GATEWAY_HARDWARE": segment.GATEWAY_HARDWARE}
+
+
+def _token(folder: Path) -> str:
+    try:
+        return str(read_manifest(folder).get("token"))
+    except Refused:
+        return ""
+
+
+async def _over(options: Path) -> None:
+    """Until a dump that lost its agent has ended: it lets the processes be by itself."""
+    while _strays(options):
+        await asyncio.sleep(LOOK_S)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _workload(value: Mapping[str, Any]) -> Workload:
+    told = value["order"]
+    return Workload(**{**value, "order": Order(**{**told, "key": Key(**told["key"])})})
