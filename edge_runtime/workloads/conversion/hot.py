@@ -443,7 +443,7 @@ class Conversions:
                 await asyncio.to_thread(net.unplug, GUEST)
             document = {name: value for name, value in before.items() if name not in ("root", "files", "version", "codec")}
             document |= {"token": now.token, "taken_ms": int(time.time() * 1000), "processes": [{"pid": pid, "name": "", "threads": threads, "descriptors": count} for pid, threads, count in answer["processes"]]}
-            await asyncio.to_thread(state.from_guest, guest.folder / "work.ext4", self._path(key) / "back", document)
+            await asyncio.to_thread(state.from_guest, guest.folder / "work.ext4", self._path(key) / "back", document, self._path(key) / "state")
             now = await self._write(replace(now, step="passing"))
         except BaseException as error:
             await self._back(now, str(error))

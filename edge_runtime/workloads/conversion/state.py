@@ -3,13 +3,14 @@
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..drivers.checkpoint_state import DISK, IMAGES, Writer, codec, seal
+from ..drivers.checkpoint_state import DISK, IMAGES, Reader, Writer, codec, read_manifest, seal
 from ..drivers.container_checkpoint import user_namespace
 from ..drivers.face import Refused
 from ..images.layer import OPAQUE, WHITEOUT
@@ -24,6 +25,8 @@ MAX_IMAGES = 1 << 36
 
 MAX_SMALL = 1 << 20
 """Bytes of what is read into memory as a whole."""
+
+_GROUPS = f"{IMAGES}/cgroup.img"
 
 OPAQUE_MARK = "trusted.overlay.opaque"
 
@@ -94,10 +97,15 @@ def travel(path: Path, images: Path, disk: bytes) -> dict[str, int]:
     return {"images": first, "disk": len(disk)}
 
 
-def from_guest(disk: Path, folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a state, as `drivers.checkpoint_state` has it, of what CRIU and the workload left on a guest's disk; returns the manifest. `folder` gets its name when all is on the disk."""
-    import shutil
+def from_guest(disk: Path, folder: Path, document: Mapping[str, Any], before: Path) -> dict[str, Any]:
+    """Make a state, as `drivers.checkpoint_state` has it, of what CRIU and the workload left on a guest's disk; returns the manifest. `folder` gets its name when all is on the disk.
 
+    Args:
+        before: the state with which the workload went into the guest. Which control groups it has on the node stands there: it had one for all, and CRIU's number for that is the same.
+    """
+    old = read_manifest(before)
+    with Reader(before, next(one for one in old["files"] if one["name"] == _GROUPS), old["codec"]) as reader:
+        groups = reader.read(MAX_SMALL)
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     (new / IMAGES).mkdir(parents=True, mode=0o700)
@@ -115,6 +123,8 @@ def from_guest(disk: Path, folder: Path, document: Mapping[str, Any]) -> dict[st
                 pipes = system.read(node, MAX_SMALL).decode("ascii", "replace").split()
                 content = [json.dumps(["/dev/null", *pipes[:2]]).encode()]
                 name = "descriptors.json"
+            elif f"{IMAGES}/{name}" == _GROUPS:
+                content = [groups]
             elif not name.endswith(".img"):
                 continue
             else:
