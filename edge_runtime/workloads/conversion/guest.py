@@ -166,7 +166,8 @@ dd if=/dev/{TRAVEL} bs=65536 skip={images} count={disk} iflag=skip_bytes,count_b
 if mount -t overlay -o nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work root /root
 then
 (
-  {{ {{ (echo 0 >/sys/fs/cgroup/program/cgroup.procs; exec criu restore -D /run/images -o restore.log --pidfile /run/pid {inherit} {_options(f"mnt[{device}]:{device}" for device in DEVICES)} --action-script /bin/plumb --exec-cmd -- /bin/restored
+  {{ {{ read -r self rest </proc/self/stat; echo $self >/run/writer
+  (echo 0 >/sys/fs/cgroup/program/cgroup.procs; exec criu restore -D /run/images -o restore.log --pidfile /run/pid {inherit} {_options(f"mnt[{device}]:{device}" for device in DEVICES)} --action-script /bin/plumb --exec-cmd -- /bin/restored
   ) 8>&1 9>&7 7>&- >/run/said 2>&1 </dev/null; echo $? >/run/code; }} 4>&- | cat >&4; }} 7>&1 5>&- | cat >&5
   set -- $(cat /run/code) $(grep '^oom_kill ' /sys/fs/cgroup/program/memory.events)
   if [ -e /run/pid ]; then echo "exit $1 $3" >&3; else echo "trouble CRIU: $(grep -h Error /run/work/restore.log /run/said 2>/dev/null | head -n 4 | tr '\\n' ' ') $(tail -n3 /run/said | tr '\\n' ' ')" >&3; fi
@@ -180,14 +181,25 @@ def go() -> str:
     return "for one in $(cat /sys/fs/cgroup/program/cgroup.procs); do kill -CONT $one; done; echo went >&3; rm -rf /run/images"
 
 
-def dump(devices: Iterable[Sequence[str]]) -> str:
-    """The script that takes its state: it stands still then, and is here still. `devices`: where in the container a device of the host is mounted, and which (`external`)."""
+def mark(token: str) -> bytes:
+    """What comes after all that it has written."""
+    return b"\0end " + token.encode() + b"\n"
+
+
+def dump(devices: Iterable[Sequence[str]], token: str) -> str:
+    """The script that takes its state: it stands still then, and is here still; all that it wrote has been sent, with a mark behind it.
+
+    Args:
+        devices: where in the container a device of the host is mounted, and which.
+    """
+    closing = shlex.quote(f"\\0end {token}\\n")
     return f"""
 rm -rf /disk/{SHOT}; mkdir /disk/{SHOT}
 first=$(cat /run/pid)
 if criu dump -t $first -D /disk/{SHOT} -o dump.log {_options(f"mnt[{path}]:{device}" for path, device in devices)}
 then
 readlink /proc/$first/fd/1 >/disk/{SHOT}/pipes; readlink /proc/$first/fd/2 >>/disk/{SHOT}/pipes
+printf {closing} >/proc/$(cat /run/writer)/fd/1; printf {closing} >/proc/$(cat /run/writer)/fd/7
 . /bin/census; sync; echo dumped >&3
 else echo "undumped $(grep -h Error /run/work/dump.log | head -n 4 | tr '\\n' ' ')" >&3; fi
 """

@@ -15,6 +15,7 @@ An agent asks by lines of JSON over the socket `ask`; each answer is one line:
 
 import json
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -22,7 +23,7 @@ import time
 
 if __package__:
     from ..drivers.keeper import Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write
-    from ..drivers.qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine
+    from ..drivers.qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine, Stream
     from ..drivers.qemu_qmp import QmpError
     from . import guest
 else:
@@ -30,7 +31,7 @@ else:
     sys.path += [here, os.path.join(here, os.pardir, "drivers")]
     import guest  # type: ignore[import-not-found,no-redef]
     from keeper import Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
-    from qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine  # type: ignore[import-not-found,no-redef]
+    from qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine, Stream  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
 SAID = 2000
@@ -39,7 +40,7 @@ SAID = 2000
 DRAIN_S = 2.0
 """What a guest has written is read for as long after its end."""
 
-STATES = ("booting", "ready", "restoring", "restored", "running", "dumping", "dumped", "ended")
+STATES = ("booting", "ready", "restoring", "restored", "running", "dumping", "draining", "dumped", "ended")
 
 
 class Keeper:
@@ -58,10 +59,16 @@ class Keeper:
         names["ram"] = os.memfd_create("novacron-guest", os.MFD_CLOEXEC)
         os.ftruncate(names["ram"], told["memory_mb"] << 20)
         self.logs = {name: Log(os.path.join(self.folder, f"std{name}.log"), told["log_bytes"]) for name in ("out", "err")}
+        self.listened()
         self.machine = Machine(told, names)
         for descriptor in names.values():
             os.close(descriptor)
         self.selector = selectors.DefaultSelector()
+
+    def listened(self) -> None:
+        """From now on what it writes is read up to the next mark."""
+        self.token = secrets.token_hex(8)
+        self.streams = {name: Stream(self.token, log.take) for name, log in self.logs.items()}
 
     def keep(self) -> dict:  # type: ignore[type-arg]
         """From its boot to its end; returns how that was."""
@@ -103,12 +110,12 @@ class Keeper:
 
     def drain(self) -> None:
         """What it had written, after its end."""
-        for name, log in self.logs.items():
+        for name, stream in self.streams.items():
             port = self.machine.ports[name]
             port.setblocking(False)
             try:
                 while data := port.recv(CHUNK):
-                    log.take(data)
+                    stream.feed(data)
             except OSError:
                 pass
 
@@ -120,8 +127,9 @@ class Keeper:
             return
         if not data:
             self.selector.unregister(self.machine.ports[name])
-        elif name in self.logs:
-            self.logs[name].take(data)
+        elif name in self.streams:
+            self.streams[name].feed(data)
+            self.taken()
         elif name == "control":
             for words in self.lines.take(data):
                 self.heard(words)
@@ -141,19 +149,27 @@ class Keeper:
         elif words == ["went"]:
             self.done({"done": True})
         elif words == ["dumped"] and self.state == "dumping":
-            self.state = "dumped"
-            self.done({"done": True, "processes": self.processes})
+            self.state = "draining"
+            self.taken()
         elif words[0] == "undumped" and self.state == "dumping":
+            self.listened()
             self.state = "dumped"  # it stands still: `resume` is what helps
             self.done({"failed": " ".join(words)[:SAID]})
         elif words[0] == "trouble":
             self.problem = f"the guest says: {' '.join(words[1:])[:SAID]}"
             self.done({"failed": self.problem})
             raise self.machine.trouble(self.problem)
-        elif words[0] == "exit" and self.state in ("restored", "running", "dumping", "dumped") and len(words) > 1 and words[1].isdigit():
+        elif words[0] == "exit" and self.state in ("restored", "running", "dumping", "draining", "dumped") and len(words) > 1 and words[1].isdigit():
             code = int(words[1]) & 0xFF
             memory = len(words) > 2 and words[2].isdigit() and int(words[2]) > 0 and code == 137
             self.result = {"code": code, "signal": code - 128 if 128 < code <= 192 else 0, "out_of_memory": memory}
+
+    def taken(self) -> None:
+        """A dump is there when all that was written before is."""
+        if self.state == "draining" and all(stream.ended for stream in self.streams.values()):
+            self.state = "dumped"
+            self.listened()
+            self.done({"done": True, "processes": self.processes})
 
     # -- what an agent asks ----------------------------------------------------------------------------------------------------
 
@@ -254,7 +270,7 @@ class Keeper:
             say(guest.go())
         elif wish == "dump":
             self.state, self.processes = "dumping", []
-            say(guest.dump(request["devices"]))
+            say(guest.dump(request["devices"], self.token))
         elif wish == "resume":
             self.state = "running"
             say(guest.resume())

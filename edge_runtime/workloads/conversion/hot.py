@@ -35,7 +35,7 @@ from ..drivers.container_checkpoint import SLOW_DISK, Checkpoints, _one_tree, _s
 from ..drivers.container_spec import limits
 from ..drivers.criu import GHOST_LIMIT, Criu, errors, log_of, offence
 from ..drivers.face import Ability, DriverError, Exit, Failed, Key, Order, Output, Phase, Refused, Status
-from ..drivers.instance import LOOK_S, read, tail, unheld
+from ..drivers.instance import LOOK_S, held, read, tail, unheld
 from ..drivers.lease import name_of
 from ..drivers.microvm_disks import Disks
 from ..drivers.microvm_spec import disk_bytes
@@ -47,6 +47,9 @@ from .network import CONTAINER, GUEST, Segment
 
 MAX_WORKLOADS = 64
 """That may be converted, on one node."""
+
+MAX_SAID = 4
+"""Forms before the present one of which the output is kept."""
 
 FORMS = ("container", "guest")
 
@@ -81,6 +84,7 @@ class Workload:
         step, to: what is under way, and which form comes of it.
         token: of the state that passes.
         problem: why the last conversion did not go as it should.
+        passed: how often it has changed its form.
     """
 
     order: Order
@@ -89,6 +93,7 @@ class Workload:
     to: str = ""
     token: str = ""
     problem: str = ""
+    passed: int = 0
 
 
 class Conversions:
@@ -136,11 +141,29 @@ class Conversions:
         return Status(key, Phase.ENDED, exit=told, reason=told.reason)
 
     async def logs(self, key: Key, most: int) -> Output:
-        """The end of what it wrote, in all its forms: what the container wrote before is with the container."""
-        if self.workload(key).form == "container":
-            return await self._driver.logs(key, most)
-        (out, cut), (err, also) = await asyncio.to_thread(lambda: [tail(self._guest(key).folder / f"{stream}.log", most) for stream in ("stdout", "stderr")])
+        """The end of what it wrote, in all its forms."""
+        now = self.workload(key)
+        folder = self._driver.folder(key) if now.form == "container" else self._guest(key).folder
+
+        def last(stream: str) -> tuple[bytes, bool]:
+            data, cut = tail(folder / f"{stream}.log", most)
+            for path in sorted((self._path(key) / "said").glob(f"*.{stream}"), reverse=True):
+                more, also = tail(path, most - len(data))
+                data, cut = more + data, cut or also
+            return data, cut
+
+        (out, cut), (err, also) = await asyncio.to_thread(lambda: [last(stream) for stream in ("stdout", "stderr")])
         return Output(out, err, cut or also)
+
+    def _keep(self, now: Workload, folder: Path) -> None:
+        """What a form that has ended wrote stays; of each passage in files of its own, so that doing it again does no harm."""
+        said = self._path(now.order.key) / "said"
+        said.mkdir(exist_ok=True, mode=0o700)
+        for stream in ("stdout", "stderr"):
+            data, _ = tail(folder / f"{stream}.log", self._settings.log_bytes)
+            (said / f"{now.passed:09}.{stream}").write_bytes(data)
+            for old in sorted(said.glob(f"*.{stream}"))[:-MAX_SAID]:
+                old.unlink()
 
     # -- as a container ------------------------------------------------------------------------------------------------------
 
@@ -191,9 +214,10 @@ class Conversions:
         def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
             if manifest is not None and folder is not None:
                 self._checkpoints.fill(folder, manifest, criu, final, laid, document, told)
+                keeper.write(str(laid / "passage.json"), {"token": now.token})
             elif "network" in now.order.spec:
                 _names(laid / "disk/upper", document, told["id_base"] or 0)
-            if "network" in now.order.spec:
+            if "network" in now.order.spec and self._segment(key).lives:
                 document["hooks"] = {"createRuntime": self._segment(key).hook()}
 
         async with self._driver._laying:
@@ -246,6 +270,8 @@ class Conversions:
         status = await self._driver.status(key)
         if status.phase is not Phase.RUNNING:
             raise Refused("id", f"it does not run as a container ({status.phase.value})", "start it, or resume it, first")
+        if not held(self._driver.folder(key)):
+            raise Refused("id", "its keeper was killed: what it writes has no reader that could be given back to it", "stop it, and start it anew")
         those = self._processes(key)
         for pid, one in those.items():
             if one["stopped"]:
@@ -356,7 +382,7 @@ class Conversions:
                 self._step("held")
             await self._taken(now, guest)
             self._step("restored")
-            now = await self._write(replace(now, step="passing"))
+            now = await self._write(replace(now, step="passing", passed=now.passed + 1))
         except BaseException as error:
             await self._back(now, str(error))
             raise
@@ -412,15 +438,24 @@ class Conversions:
             await asyncio.to_thread(net.unplug, CONTAINER)  # what its sockets say at their end is nobody's business
         await self._ended(key)
         self._step("ended")
-        if not guest.lives and not (guest.folder / "running.json").exists():
+        ran = guest.folder / "running.json"
+        try:
+            if guest.lives and (await guest.ask("state"))["state"] == "restored":
+                await guest.ask("go")
+        except Failed:
+            if not ran.exists():
+                await guest.end()
+        if not guest.lives and not ran.exists():
             return await self._leave(replace(now, to="container", problem="the guest ended before anything of the workload ran in it"))
-        if guest.lives and (await guest.ask("state"))["state"] == "restored":
-            await guest.ask("go")
         self._step("went")
         if net is not None:
-            await asyncio.to_thread(net.plug, GUEST)
-            net.release()
+            try:
+                await asyncio.to_thread(net.plug, GUEST)
+                net.release()
+            except Failed as error:  # it runs all the same
+                now = replace(now, problem=str(error)[:1000])
         self._step("plugged")
+        await asyncio.to_thread(self._keep, now, self._driver.folder(key))
         now = await self._write(replace(now, form="guest", step="", to=""))
         await self._driver.delete(key)
         await asyncio.to_thread(shutil.rmtree, self._path(key) / "dump", True)
@@ -444,7 +479,7 @@ class Conversions:
             document = {name: value for name, value in before.items() if name not in ("root", "files", "version", "codec")}
             document |= {"token": now.token, "taken_ms": int(time.time() * 1000), "processes": [{"pid": pid, "name": "", "threads": threads, "descriptors": count} for pid, threads, count in answer["processes"]]}
             await asyncio.to_thread(state.from_guest, guest.folder / "work.ext4", self._path(key) / "back", document, self._path(key) / "state")
-            now = await self._write(replace(now, step="passing"))
+            now = await self._write(replace(now, step="passing", passed=now.passed + 1))
         except BaseException as error:
             await self._back(now, str(error))
             raise
@@ -462,23 +497,27 @@ class Conversions:
             if folder is None:
                 raise Failed("convert", "the state that passed is not there", "look at the disk of the data folder")
             phase = await self._phase(key)
-            if phase is Phase.PREPARED or phase is None:
-                if phase is None:
-                    await self._laid(now, folder)
+            own = self._driver.folder(key)
+            if phase is not None and ((read(own / "passage.json") or {}).get("token") != now.token or (phase is Phase.ENDED and not (own / "running.json").exists())):
+                await self._driver.delete(key)  # the container that passed into the guest, or one that could not be brought back and of which nothing ran
+                phase = None
+            if phase is None:
+                await self._laid(now, folder)
+            if phase is None or phase is Phase.PREPARED:
                 async with self._driver._one(key):
                     await self._driver.begin(key)
                 self._step("went")
-                if net is not None:
+            if net is not None:
+                with suppress(Failed):  # it runs all the same
                     net.release()
-                self._step("plugged")
+            self._step("plugged")
             if phase in (None, Phase.PREPARED, Phase.RUNNING):
-                if net is not None:
-                    net.release()
                 await self._checkpoints.lives(key)
         except DriverError as error:
             await self._write(replace(now, problem=f"{error}; it runs nowhere, its state is {folder}"))
             raise Failed("convert", f"{error}; it runs nowhere, its state is {folder}", "see the problem; resume tries it again") from None
-        await asyncio.to_thread(shutil.rmtree, self._driver.folder(key) / "restore", True)
+        await asyncio.to_thread(shutil.rmtree, own / "restore", True)
+        await asyncio.to_thread(self._keep, now, guest.folder)
         problem = now.problem
         now = await self._write(replace(now, form="container", step="", to=""))
         for name in ("dump", "back", "state"):
@@ -496,7 +535,7 @@ class Conversions:
             if await self._phase(key) is Phase.PAUSED:
                 await self._checkpoints._thawed(key)
         elif guest.lives:
-            while (told := await guest.ask("state"))["state"] == "dumping":
+            while (told := await guest.ask("state"))["state"] in ("dumping", "draining"):
                 await asyncio.sleep(LOOK_S)
             if told["state"] == "dumped":
                 if net is not None:
