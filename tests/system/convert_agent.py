@@ -48,7 +48,7 @@ def main() -> int:
 
     def kill() -> None:
         guest = conversions._path(key(folder)) / "guest"
-        pid = {"agent": os.getpid, "guest": lambda: machine(guest, "keeper"), "qemu": lambda: machine(guest, "pid"), "keeper": lambda: keeper_of(driver.folder(key(folder)))}[whom]()
+        pid = os.getpid() if whom == "agent" else keeper_of(driver.folder(key(folder))) if whom == "keeper" else machine(guest, "keeper" if whom == "guest" else "pid")
         if pid:
             descriptor = os.pidfd_open(pid)
             print(f"killed at {when}", flush=True)

@@ -415,7 +415,6 @@ class Conversions:
             raise found or Failed("convert", f"{error.problem}; CRIU says: {' | '.join(errors(log)[:4])[:1000] or 'nothing'}", "see what it says; it goes on as before") from None
         await self._checkpoints._root(key, writable=False)
         self._step("dumped")
-        instance = read(self._driver.folder(key) / "instance.json") or {}
         document = self._checkpoints._described(key, criu, {"token": now.token}, those)
         base = max(0, document["base"])
         lower = self._store.lower(await asyncio.to_thread(self._store.find, now.order.image))
@@ -424,9 +423,13 @@ class Conversions:
         pipes = json.loads((raw / IMAGES / "descriptors.json").read_text())[1:]
         limit = limits(now.order)
         told = {**parts, "pipes": pipes, "memory": limit.memory, "pids": limit.pids, "cpu_us": limit.cpu * 100, "now_s": int(time.time()), "network": _address() if "network" in now.order.spec else {}}
-        assert instance
         new = self._path(key) / ".state.new"
-        answer, _ = await asyncio.gather(guest.ask("restore", told=told), asyncio.to_thread(self._checkpoints._packed, key, new, raw, document))
+        packing = asyncio.ensure_future(asyncio.to_thread(self._checkpoints._packed, key, new, raw, document))
+        try:
+            answer = await guest.ask("restore", told=told)
+        finally:
+            await asyncio.wait([packing])  # what it works in is removed when this fails
+        packing.result()
         _same(answer["processes"], those.values())
         os.rename(new, folder)
         keeper.write(str(self._path(key) / "devices.json"), {"devices": checks.devices(_text(f"/proc/{status.pid}/mountinfo"))})  # syncs the folder too
