@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .client import Api, CommandError, edge_api, hub_api
+from .convert import add_commands as add_convert
 from .journal import check as check_journal
 from .journal import show as show_journal
 from .journal import summary as journal_summary
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("workload", nargs="?", default="", help="the workload's id")
     add_commands(command, _print, _plain)
     add_run(command, _print, _plain)
+    add_convert(command, _print)
     verify = command("verify", _verify, "prove that the hub holds exactly what the edges journalled")
     verify.add_argument("edges", nargs="*", help="default: all")
     journal = command("journal", _journal, "look into a journal on disk: summary, check, show STREAM")

@@ -240,11 +240,11 @@ def _start(document: Mapping[str, Any]) -> str:
     return "mount -t proc proc /root/proc\n" + "\n".join(lines) + "\n"
 
 
-def boot_command(disk: Path, volumes: Sequence[Path], kernel: Path, initramfs: Path, document: Mapping[str, Any], form: str = "raw", qemu: str = "qemu-system-x86_64", tsc_khz: int = 0) -> list[str]:
-    """QEMU's command line for a disk, its kernel and first file system taken from it (`boot_parts`); its console is stdout. Pure."""
+def boot_command(disk: Path, volumes: Sequence[Path], kernel: Path, initramfs: Path, document: Mapping[str, Any], form: str = "raw", accelerator: str = "tcg", tsc_khz: int = 0) -> list[str]:
+    """QEMU's command line for a disk, its kernel and first file system taken from it (`boot_parts`); its console is stdout. Pure. That /dev/kvm is there does not say that `kvm` boots a guest."""
     memory = -(-document["memory"] // (1 << 20)) + SPARE_MB
     cpus = max(1, -(-document["cpu_us"] // CPU_PERIOD_US))
-    words = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35,accel=kvm:tcg", "-cpu", "max", "-smp", str(cpus), "-m", f"{memory}M", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initramfs)]
+    words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", f"q35,accel={accelerator}", "-cpu", "max" if accelerator == "tcg" else "host", "-smp", str(cpus), "-m", f"{memory}M", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initramfs)]
     words += ["-append", f"console=ttyS0 quiet panic=-1{f' tsc_early_khz={tsc_khz}' if tsc_khz else ''}"]
     for at, path in enumerate((disk, *volumes)):
         read_only = at > 0 and document["volumes"][at - 1][2]
