@@ -123,7 +123,7 @@ class Guest:
         if accelerator == "tcg":
             words[words.index("-accel") + 1] = f"tcg,tb-size={TRANSLATED_MB}"
         for at, (name, writable) in enumerate(((guest.IMAGE, False), (guest.WORK, True), (guest.TRAVEL, False)), 1):
-            words += ["-add-fd", f"fd={{{name}}},set={at}", "-blockdev", f"driver=raw,node-name={name},read-only={'off' if writable else 'on'},file.driver=file,file.locking=off,file.filename=/dev/fdset/{at}"]
+            words += ["-add-fd", f"fd={{{name}}},set={at}", "-blockdev", f"driver=raw,node-name={name},read-only={'off' if writable else 'on'},cache.no-flush=on,file.driver=file,file.locking=off,file.filename=/dev/fdset/{at}"]
             words += ["-device", f"virtio-blk-device,drive={name},serial={name}"]
         if connected:
             words += ["-netdev", "tap,id=net,fd={tap}", "-device", f"virtio-net-device,netdev=net,mac={segment.HARDWARE}"]
