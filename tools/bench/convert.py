@@ -2,7 +2,8 @@
 
 A round is believed only where the service finds its memory unchanged in each form (by a hash that it makes then), has answered each request once and in order (it counts them), on the connection with
 which the client began, under the guest's kernel and the node's in turn. Counted is what the client sees: the longest wait for an answer during a conversion. How long a conversion takes from order to
-end, with the boot of the guest, during which the service goes on, stands beside it, and what the wait is made of.
+end, with the boot of the guest, during which the service goes on, stands beside it, and what the wait is made of; also the processor's
+time that the guest had for its part of it, which other load on the machine does not change.
 """
 
 import asyncio
@@ -85,7 +86,17 @@ class Client(threading.Thread):
         return words[3] if len(words) > 3 else ""
 
 
-async def converted(conversions: hot.Conversions, key: Key, client: Client, to: str, reached: list[tuple[str, float]]) -> tuple[Client, dict[str, float]]:
+def guest_cpu(conversions: hot.Conversions, key: Key) -> float:
+    """Seconds of processor that the guest's QEMU has had; 0 where there is none."""
+    try:
+        pid = json.loads((conversions._guest(key).folder / "machine.json").read_text())["pid"]
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0.0
+
+
+async def converted(conversions: hot.Conversions, key: Key, client: Client, to: str, reached: list[tuple[str, float, float]]) -> tuple[Client, dict[str, float]]:
     """One conversion, with the client asking all the while; what it saw."""
     client.start()
     await asyncio.sleep(AROUND_S)
@@ -98,7 +109,9 @@ async def converted(conversions: hot.Conversions, key: Key, client: Client, to: 
     await asyncio.to_thread(client.join, PATIENCE_S)
     if client.problem or client.is_alive():
         raise SystemExit(f"to {to}: {client.problem or 'no answer any more'}")
-    parts = {f"{word}_s": at - before for (_, before), (word, at) in itertools.pairwise(reached) if word in ("frozen", "dumped", "restored", "passing", "ended", "went", "plugged")}
+    words = ("frozen", "dumped", "restored", "passing", "ended", "went", "plugged")
+    parts = {f"{word}_s": at - before for (_, before, _), (word, at, _) in itertools.pairwise(reached) if word in words}
+    parts |= {f"{word}_guest_cpu_s": cpu - before for (_, _, before), (word, _, cpu) in itertools.pairwise(reached) if word in (("restored",) if to == "guest" else ("dumped",))}
     return Client(client.line, client.answered), {"wait_s": max(client.waits), "order_to_end_s": took, "requests": len(client.waits), **parts}
 
 
@@ -107,9 +120,9 @@ async def round_of(folder: Path, criu: str, kernel: str, blocks: int, options: A
     store = ImageStore(folder / "images", limits=Limits(keep_free=0))
     store.add(layout_of(folder / "image", files()), "service:1")
     driver = ContainerDriver(folder, store, Settings(criu=criu))
-    reached: list[tuple[str, float]] = []
-    conversions = hot.Conversions(folder, driver, store, hot.Settings(kernel=kernel), lambda word: reached.append((word, time.perf_counter())))
+    reached: list[tuple[str, float, float]] = []
     key, port = Key(f"bench-convert-{os.getpid()}", 1), free_port()
+    conversions = hot.Conversions(folder, driver, store, hot.Settings(kernel=kernel), lambda word: reached.append((word, time.perf_counter(), guest_cpu(conversions, key))))
     try:
         told = await driver.probe()
         if not told.can(Ability.CHECKPOINT):

@@ -155,13 +155,13 @@ class Conversions:
         (out, cut), (err, also) = await asyncio.to_thread(lambda: [last(stream) for stream in ("stdout", "stderr")])
         return Output(out, err, cut or also)
 
-    def _keep(self, now: Workload, folder: Path) -> None:
-        """What a form that has ended wrote stays; of each passage in files of its own, so that doing it again does no harm."""
+    def _keep(self, now: Workload, form: str, folder: Path) -> None:
+        """What a form that has ended wrote stays; of each passage in files of its own, so that doing it again does no harm. A container that passed comes before the guest that it passed into."""
         said = self._path(now.order.key) / "said"
         said.mkdir(exist_ok=True, mode=0o700)
         for stream in ("stdout", "stderr"):
             data, _ = tail(folder / f"{stream}.log", self._settings.log_bytes)
-            (said / f"{now.passed:09}.{stream}").write_bytes(data)
+            (said / f"{now.passed:09}-{form}.{stream}").write_bytes(data)
             for old in sorted(said.glob(f"*.{stream}"))[:-MAX_SAID]:
                 old.unlink()
 
@@ -169,9 +169,10 @@ class Conversions:
 
     async def prepare(self, order: Order) -> Status:
         """Lay out a container that can be converted: with variables that keep it from what a guest's processor lacks, and, where `spec.network` is there, a network of its own. Raises `Refused`."""
-        if self._path(order.key).exists():
+        known = self._path(order.key).exists()
+        if known and (self.workload(order.key).form != "container" or self._driver.folder(order.key).exists()):
             return await self.status(order.key)
-        if len(self.all()) >= MAX_WORKLOADS:
+        if not known and len(self.all()) >= MAX_WORKLOADS:
             raise Refused("instances", f"there are {len(self.all())} workloads that can be converted, the most there may be", "delete some")
         await self._can()
         checks.mounts(order.spec)
@@ -181,6 +182,8 @@ class Conversions:
         assert capabilities is not None
         given = order.spec.get("env") or {}
         inner = replace(order, spec={**{name: value for name, value in order.spec.items() if name != "network"}, "env": {**given, **checks.masks(capabilities.cpu_flags, flags, given)}})
+        if known:  # an agent was killed before it had laid the container out
+            await self.delete(order.key)
         new = self._folder / f".{name_of(order.key.id, order.key.epoch)}.new"
         shutil.rmtree(new, ignore_errors=True)
         (new / "network").mkdir(parents=True, mode=0o700)
@@ -197,6 +200,19 @@ class Conversions:
     async def start(self, key: Key) -> Status:
         """Start it as a container."""
         return await self._driver.start(key)
+
+    async def stop(self, key: Key, grace_s: float) -> Status:
+        """Ask it to end, in whichever form; kill it after `grace_s` seconds."""
+        async with self._one(key):
+            if self.workload(key).form == "container":
+                return await self._driver.stop(key, grace_s)
+            guest = self._guest(key)
+            with suppress(TimeoutError, Failed):  # one that takes no orders is killed
+                async with asyncio.timeout(grace_s):
+                    await guest.ask("signal", number=int(signal.SIGTERM))
+                    await unheld(guest.folder)
+            await guest.end()
+        return await self.status(key)
 
     async def _laid(self, now: Workload, folder: Path | None = None) -> Status:
         """Lay the container out, from a state where there is one."""
@@ -341,6 +357,9 @@ class Conversions:
 
     async def resume(self) -> list[Workload]:
         """Bring all that an agent left to its end. To be called once, after the driver's probe."""
+        for folder in self._folder.glob(".probe-*"):
+            await Guest(folder).end()
+            await asyncio.to_thread(shutil.rmtree, folder, True)
         for now in self.all():
             if now.step:
                 async with self._one(now.order.key):
@@ -458,7 +477,7 @@ class Conversions:
             except Failed as error:  # it runs all the same
                 now = replace(now, problem=str(error)[:1000])
         self._step("plugged")
-        await asyncio.to_thread(self._keep, now, self._driver.folder(key))
+        await asyncio.to_thread(self._keep, now, "container", self._driver.folder(key))
         now = await self._write(replace(now, form="guest", step="", to=""))
         await self._driver.delete(key)
         await asyncio.to_thread(shutil.rmtree, self._path(key) / "dump", True)
@@ -501,7 +520,10 @@ class Conversions:
                 raise Failed("convert", "the state that passed is not there", "look at the disk of the data folder")
             phase = await self._phase(key)
             own = self._driver.folder(key)
-            if phase is not None and ((read(own / "passage.json") or {}).get("token") != now.token or (phase is Phase.ENDED and not (own / "running.json").exists())):
+            passed = (read(own / "passage.json") or {}).get("token") != now.token
+            if phase is not None and (passed or (phase is Phase.ENDED and not (own / "running.json").exists())):
+                if passed and now.form == "container":
+                    await asyncio.to_thread(self._keep, now, "container", own)
                 await self._driver.delete(key)  # the container that passed into the guest, or one that could not be brought back and of which nothing ran
                 phase = None
             if phase is None:
@@ -520,7 +542,7 @@ class Conversions:
             await self._write(replace(now, problem=f"{error}; it runs nowhere, its state is {folder}"))
             raise Failed("convert", f"{error}; it runs nowhere, its state is {folder}", "see the problem; resume tries it again") from None
         await asyncio.to_thread(shutil.rmtree, own / "restore", True)
-        await asyncio.to_thread(self._keep, now, guest.folder)
+        await asyncio.to_thread(self._keep, now, "guest", guest.folder)
         problem = now.problem
         now = await self._write(replace(now, form="container", step="", to=""))
         for name in ("dump", "back", "state"):
