@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ from ..drivers.microvm_templates import UID, tsc_khz
 from ..drivers.qemu_machine import Machine, boot, command
 from . import guest, segment
 
-BOOT_S = 120.0
-"""A guest that has not booted by then will not: under emulation it takes 4 s, on a busy machine ten times as long."""
+BOOT_S = (75.0, 300.0)
+"""A guest that has not booted by then is ended; the second number is for the second try. Under emulation it takes 4 s, on a busy machine ten times as long, and about one in sixty does not boot at all."""
 
 ASK_S = 120.0
 """A guest that is not through with a restore or dump by then hangs: under emulation it takes a second for each 20 MB."""
@@ -130,7 +130,7 @@ class Guest:
         files = [[guest.IMAGE, str(image), False], [guest.WORK, str(self.folder / "work.ext4"), True], [guest.TRAVEL, str(self.folder / "travel"), False]]
         files += [["kernel", str(boots.kernel), False], ["initramfs", str(boots.initramfs), False]]
         told = {
-            "folder": str(self.folder), "template": False, "boot_s": BOOT_S, "uid": USERS + slot, "more_groups": [os.stat("/dev/kvm").st_gid] if accelerator == "kvm" else [], "groups": [], "files": files,
+            "folder": str(self.folder), "template": False, "boot_s": BOOT_S[-1], "uid": USERS + slot, "more_groups": [os.stat("/dev/kvm").st_gid] if accelerator == "kvm" else [], "groups": [], "files": files,
             "command": [*words, *boot("/proc/self/fd/{kernel}", "/proc/self/fd/{initramfs}", tsc_khz())], "memory_mb": machine.memory_mb, "log_bytes": log_bytes, "ask": self.ask_path, "keepers": list(keepers),
         }
         write(new / "keeper.json", told)
@@ -152,7 +152,7 @@ class Guest:
                 )
             os.close(its_end)
             its_end = -1
-            word = line(said, BOOT_S)
+            word = line(said, BOOT_S[-1])
         except OSError as error:
             raise Failed("guest", f"its keeper cannot be started: {error.strerror}", "look at the node") from None
         finally:
@@ -177,11 +177,11 @@ class Guest:
         """Whether its keeper does, and QEMU with it."""
         return held(self.folder)
 
-    async def ask(self, wish: str, **more: Any) -> dict[str, Any]:
+    async def ask(self, wish: str, *, within_s: float = ASK_S, **more: Any) -> dict[str, Any]:
         """A question to its keeper. Raises `Failed`."""
         writer = None
         try:
-            async with asyncio.timeout(ASK_S):
+            async with asyncio.timeout(within_s):
                 reader, writer = await asyncio.open_unix_connection(self.ask_path, limit=4 << 20)
                 writer.write(json.dumps({"do": wish, **more}).encode() + b"\n")
                 await writer.drain()
@@ -195,9 +195,28 @@ class Guest:
             raise Failed(wish, str(answer.get("failed") or self.problem() or "it ended meanwhile") if isinstance(answer, dict) else "its keeper answers nonsense", "see the reason")
         return answer
 
-    async def ready(self) -> None:
-        """Until it has booted. Raises `Failed`."""
-        await self.ask("ready")
+    async def boot(self, lay: Callable[[], None], tap: Callable[[], int] | None = None) -> None:
+        """Lay it out, and return when it has booted. Raises `Failed`; what is left of it is to be ended.
+
+        Args:
+            lay: writes its folder.
+            tap: makes its port.
+        """
+        for at, seconds in enumerate(BOOT_S):
+            await asyncio.to_thread(lay)
+            port = await asyncio.to_thread(tap) if tap is not None else -1
+            try:
+                await asyncio.to_thread(self.start, port)
+            finally:
+                if port >= 0:
+                    os.close(port)
+            try:
+                await self.ask("ready", within_s=seconds)
+                return
+            except Failed:
+                if at == len(BOOT_S) - 1:
+                    raise
+                await self.end()
 
     async def end(self) -> None:
         """End it, and its keeper; what is in its folder stays."""

@@ -267,9 +267,7 @@ class Conversions:
             if told is None:
                 guest = Guest(self._folder / f".probe-{uuid.uuid4().hex[:8]}")
                 try:
-                    await asyncio.to_thread(self._lay_guest, guest, boots, None, 64 << 20, 64 << 20, 1, MAX_WORKLOADS, False)
-                    await asyncio.to_thread(guest.start)
-                    await guest.ready()
+                    await guest.boot(lambda: self._lay_guest(guest, boots, None, 64 << 20, 64 << 20, 1, MAX_WORKLOADS, False))
                     told = {"flags": (await guest.ask("state"))["flags"]}
                     keeper.write(str(note), told)
                 finally:
@@ -383,16 +381,8 @@ class Conversions:
             boots, limit = await self._boots(), limits(now.order)
             image = await asyncio.to_thread(self._store.find, now.order.image)
             await guest.end()
-            await asyncio.to_thread(
-                self._lay_guest, guest, boots, image, limit.memory, disk_bytes(now.order), max(1, -(-limit.cpu // 1000)), self._slot(key), net is not None,
-            )
-            tap = await asyncio.to_thread(net.tap) if net is not None else -1
-            try:
-                await asyncio.to_thread(guest.start, tap)
-            finally:
-                if tap >= 0:
-                    os.close(tap)
-            await guest.ready()
+            cpus, slot = max(1, -(-limit.cpu // 1000)), self._slot(key)
+            await guest.boot(lambda: self._lay_guest(guest, boots, image, limit.memory, disk_bytes(now.order), cpus, slot, net is not None), net.tap if net is not None else None)
             self._step("ready")
             await self.check(key)  # it may have changed meanwhile
             now = await self._write(replace(now, step="taking", token=uuid.uuid4().hex))
