@@ -26,6 +26,7 @@ from .retention import Retention, RetentionSettings
 from .store.base import EdgeRow, Store, StoredRecord
 from .store.sqlite import SqliteStore
 from .store.workloads import LIVE_STATES
+from .transfers.service import Transfers
 from .workloads.service import Workloads
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Hub:
             think=self.think, rebalance_s=settings.rebalance_minutes * 60,
         )
         self.workloads.load()
+        self.transfers = Transfers(self.store, write=self.ingest.write, now_ms=self.now_ms)
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]

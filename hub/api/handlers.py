@@ -19,9 +19,11 @@ from ..book import StreamBook
 from ..dating import BootClock, date
 from ..hierarchy import build_tree
 from ..store.base import EdgeRow, StoredRecord
+from ..transfers.book import Contradicts
 from .openapi import OPERATIONS, document
 from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
+from .transfers import TransferApi, is_workers
 from .workloads import MAX_WORKLOAD_BODY_BYTES, WorkloadApi, error_answer
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi(WorkloadApi):
+class HubApi(WorkloadApi, TransferApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:
@@ -66,12 +68,12 @@ class HubApi(WorkloadApi):
         async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
             if request.path.startswith("/api/"):
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()):
+                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()) and not is_workers(request, given, self._hub.token):
                     return answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
             try:
                 response: web.StreamResponse = await handler(request)
             except ContractError as error:
-                return answer(error.to_json(), 400)
+                return answer(error.to_json(), 409 if isinstance(error, Contradicts) else 400)
             except NotKnown as error:
                 return answer(error.body, 404)
             except web.HTTPRequestEntityTooLarge:
