@@ -179,6 +179,7 @@ class Hub:
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
+        await self.transfers.stop()
         if self._runner is not None:
             await self._runner.cleanup()
         if hasattr(self, "link"):

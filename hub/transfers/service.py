@@ -29,6 +29,7 @@ class Transfers:
                 log.error("a transfer in the store cannot be read and is left there: %r", error)
         self.book = Book(known)
         self._new = asyncio.Condition()
+        self._stopped = False
         self._keeping = asyncio.Lock()
 
     async def submit(self, document: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Transfers:
             self.book.hello(worker, asked["facts"], self._now())
             tasks, stop = self.book.lease(worker, held, self._now())
             left = end - asyncio.get_running_loop().time()
-            if tasks or stop or left <= 0:
+            if tasks or stop or left <= 0 or self._stopped:
                 await self._keep()
                 return {"tasks": tasks, "stop": stop}
             async with self._new:
@@ -59,6 +60,12 @@ class Transfers:
                     await asyncio.wait_for(self._new.wait(), min(left, LOOK_S))
                 except TimeoutError:
                     pass
+
+    async def stop(self) -> None:
+        """Let nobody wait any more."""
+        self._stopped = True
+        async with self._new:
+            self._new.notify_all()
 
     async def report(self, worker: str, said: dict[str, Any]) -> dict[str, Any]:
         """Whether it shall go on."""

@@ -17,6 +17,7 @@ from hub.transfers import book
 from hub.transfers.service import worker_token
 from tests.integration.hub_side import Served, error_of, served_hub
 from tests.integration.waiting import until_sync
+from tools.novactl.cli import main as novactl
 
 pytest.importorskip("blake3", reason="no blake3 (pip install '.[migration]')")
 
@@ -102,7 +103,7 @@ def test_a_worker_killed_in_the_midst_takes_it_up_again(served: Served, ends: tu
     name = f"t-kill-{which}"
     data = random.Random(which + 2).randbytes(24 * EXTENT)
     (here.folder / name).write_bytes(data)
-    submit(served, name, name, limit_mbit=20)  # ten seconds at least
+    submit(served, name, name, limit_mbit=40)  # five seconds at least
     until_sync(lambda: served.json(f"/api/v1/transfers/{name}")["progress"].get("moved_bytes", 0) > 2 * EXTENT, 120, "progress")
     ends[which].end(signal.SIGKILL)
     assert not (there.folder / "in" / name).exists(), "whole or absent"
@@ -167,6 +168,21 @@ def test_bad_requests_name_the_field(served: Served) -> None:
     assert status in (200, 409)
     status, _, text = served.ask("POST", "/api/v1/migration-workers/wx/report", json.dumps({"task": "t/send", "epoch": 1, "state": "gone"}).encode())
     assert status == 400 and error_of(text)["field"] == "state"
+
+
+def test_the_command_line_shows_and_asks(served: Served, ends: tuple[Worker, Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("NOVACRON_HUB_URL", f"http://127.0.0.1:{served.hub.port}")
+    monkeypatch.setenv("NOVACRON_TOKEN", served.hub.token)
+    here, there = ends
+    (here.folder / "small").write_bytes(b"small")
+    assert novactl(["transfer", "submit", "t-cli", "--from", "wa:small", "--to", "wb:small"]) == 0
+    assert over(served, "t-cli")["state"] == "done" and (there.folder / "small").read_bytes() == b"small"
+    assert novactl(["transfer", "list"]) == 0 and "t-cli" in capsys.readouterr().out
+    assert novactl(["transfer", "show", "t-cli", "--json"]) == 0 and json.loads(capsys.readouterr().out)["state"] == "done"
+    assert novactl(["transfer", "submit", "t-bad", "--from", "wa", "--to", "wb:small"]) == 1 and "WORKER:PATH" in capsys.readouterr().err
+    assert novactl(["migration-worker", "token", "wq", "--out", str(tmp_path / "token")]) == 0
+    assert (tmp_path / "token").read_text().strip() == worker_token(served.hub.token, "wq") and (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    assert novactl(["migration-worker", "list"]) == 0 and "wa" in capsys.readouterr().out
 
 
 def test_a_worker_says_what_is_wrong_with_its_set_up(served: Served, tmp_path: Path) -> None:
