@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import keeper
+from edge_runtime.workloads.drivers import keeper_restore
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Ability, Checkpoints, Failed, Key, Order, Phase, Refused
 
@@ -225,11 +225,11 @@ async def test_a_process_that_a_signal_stopped_is_named(driver: ContainerDriver,
     key = await begun(driver, "cp-still", spec)
     await says(driver, key, "up")
     group = driver._groups.processes(f"/novacron/{driver.folder(key).name}")
-    await until(lambda: any(one["stopped"] for one in keeper.processes(group).values()))
+    await until(lambda: any(one["stopped"] for one in keeper_restore.processes(group).values()))
     with pytest.raises(Refused, match=r"process \d+ \(python3\) was stopped by a signal"):
         await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     await driver.exec(key, ["sh", "-c", "kill -CONT -1"], 10)
-    await until(lambda: not any(one["stopped"] for one in keeper.processes(group).values()))
+    await until(lambda: not any(one["stopped"] for one in keeper_restore.processes(group).values()))
     await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     await driver.delete(key)
 
@@ -248,7 +248,7 @@ async def test_odd_requests_are_refused_and_it_goes_on(driver: ContainerDriver, 
     running = asyncio.ensure_future(driver.exec(key, ["sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done"], 30))
     group = driver._groups.processes(f"/novacron/{driver.folder(key).name}")
     first = (await driver.status(key)).pid
-    await until(lambda: any(pid != first and keeper.parent(pid) not in keeper.processes(group) for pid in keeper.processes(group)))
+    await until(lambda: any(pid != first and keeper_restore.parent(pid) not in keeper_restore.processes(group) for pid in keeper_restore.processes(group)))
     with pytest.raises(Refused, match="by exec"):
         await driver.checkpoint(key, tmp_path / "state", leave_running=True)
     await driver.exec(key, ["touch", "/tmp/go"], 10)

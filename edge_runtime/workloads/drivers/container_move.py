@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import keeper
+from . import keeping
 from .checkpoint_state import read_manifest
 from .container import NOTE, ContainerDriver
 from .face import DriverError, Failed, Key, Order, Phase, Refused, Status
@@ -111,7 +111,7 @@ class Moves:
         return self._folder / f"{name}.json"
 
     async def _write(self, move: Move) -> Move:
-        await asyncio.to_thread(keeper.write, str(self._path(move.name)), asdict(move))
+        await asyncio.to_thread(keeping.write, str(self._path(move.name)), asdict(move))
         self._step(move.step)
         return move
 
