@@ -258,8 +258,9 @@ class HubApi(WorkloadApi):
     async def put_desired(self, request: web.Request) -> web.Response:
         """See the table."""
         change = await _body(request)
-        if "workloads" in change:
-            raise ContractError("workloads", "cannot be set here", "submit workloads to /api/v1/workloads: the scheduler places them")
+        for part in ("workloads", "operations"):
+            if part in change:
+                raise ContractError(part, "cannot be set here", "submit workloads to /api/v1/workloads: the scheduler places them; what is done with one is asked below it")
         return answer(await self._hub.change_desired(_edge_name(request), change))
 
     async def command(self, request: web.Request) -> web.Response:

@@ -75,7 +75,7 @@ async def test_processes_threads_pipes_sockets_connections_timers_and_deleted_fi
     manifest = await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     assert len(manifest["processes"]) >= 10 and any(one["threads"] > 1 for one in manifest["processes"])
     status = await driver.status(key)
-    assert status.phase is Phase.ENDED and "its state was taken to" in status.reason
+    assert status.phase is Phase.CHECKPOINTED and "its state was taken to" in status.reason
     last = lines(await out(driver, key))[-1]
     again = next_of(key, spec)
     status = await driver.restore(again, tmp_path / "state")
@@ -197,7 +197,7 @@ async def test_one_that_does_not_live_after_its_restore_is_removed_and_told(driv
     with pytest.raises(Failed) as caught:
         await driver.restore(order, tmp_path / "state")
     assert caught.value.field in ("restore", "start")
-    assert not driver.folder(order.key).exists() and (await driver.status(key)).phase is Phase.ENDED
+    assert not driver.folder(order.key).exists() and (await driver.status(key)).phase is Phase.CHECKPOINTED
     monkeypatch.undo()
     assert (await driver.restore(order, tmp_path / "state")).phase is Phase.RUNNING
     for one in (key, order.key):

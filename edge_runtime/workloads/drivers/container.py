@@ -24,7 +24,7 @@ from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
+from .instance import LOOK_S, alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
@@ -351,6 +351,11 @@ class ContainerDriver:
         async with self._one(key):
             return await self.checkpoints().take(key, folder, self._criu, leave_running=leave_running, step=step)
 
+    async def examine(self, folder: Path) -> Mapping[str, Any]:
+        await self._ready(Ability.RESTORE)
+        assert self._criu is not None
+        return await self.checkpoints().look_through(folder, self._criu)
+
     async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
         ways = await self._ready(Ability.RESTORE)
@@ -383,7 +388,10 @@ class ContainerDriver:
         """Start an instance that is laid out from a checkpoint, and look whether it lives; removes it where it does not. `window_s`: instead of `container_checkpoint.WINDOW_S`."""
         try:
             async with self._one(key):
-                await self.begin(key)
+                status = await self.begin(key)
+            while status.phase is Phase.PREPARED and held(self._path(key)):  # an earlier agent's keeper is at it still
+                await asyncio.sleep(LOOK_S)
+                status = self._status(key)
             status = await self.checkpoints().lives(key, window_s)
         except Failed:
             await self.delete(key)
@@ -493,7 +501,9 @@ class ContainerDriver:
             if end.get("lapsed"):
                 return Status(key, Phase.LOST, reason="it was ended since nobody could prove that it is still this node's")
             taken = read(folder / NOTE) if end.get("signal") == signal.SIGKILL else None
-            return ended(key, end) if taken is None else replace(ended(key, end), reason=f"its state was taken to {taken.get('folder')}")
+            if taken is None or taken.get("leave_running"):
+                return ended(key, end)
+            return replace(ended(key, end), phase=Phase.CHECKPOINTED, reason=f"its state was taken to {taken.get('folder')}")
         if running is None:
             return Status(key, Phase.PREPARED)
         lives = kept or alive(running)

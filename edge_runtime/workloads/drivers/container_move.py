@@ -170,7 +170,7 @@ class Moves:
         phase = await self._phase(order.key)
         if phase is None:
             await self._driver.restore(order, state)
-        elif phase is Phase.ENDED or phase is Phase.LOST:
+        elif phase in (Phase.ENDED, Phase.LOST, Phase.CHECKPOINTED):
             status = await self._driver.status(order.key)
             if status.exit is None or status.exit.code or status.exit.signal:
                 raise Failed("restore", f"it ended before anybody saw that it lives: {status.reason or status.phase.value}", "see why")

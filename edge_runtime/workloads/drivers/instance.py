@@ -74,7 +74,7 @@ async def over(folder: Path, status: Callable[[], Status], watched: Callable[[],
         now, descriptor = status(), watched()
         if now.phase is Phase.PREPARED and not held(folder):
             raise Refused("id", f"{folder.name} was never started", "start it first")
-        if now.phase in (Phase.ENDED, Phase.LOST):
+        if now.phase in (Phase.ENDED, Phase.LOST, Phase.CHECKPOINTED):
             return now
         if descriptor is None:  # between two states
             await asyncio.sleep(LOOK_S)
