@@ -150,7 +150,8 @@ class Runner:
         return {key.removesuffix(f"/{RUNNING}"): state for key, state in self._told.items() if state in ENDS and key.endswith(f"/{RUNNING}")}
 
     async def close(self) -> None:
-        """Let go; what runs goes on."""
+        """Let go; what runs goes on, and what is asked for from now on is for the next agent."""
+        self._began_to_tend = False
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
