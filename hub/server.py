@@ -205,9 +205,17 @@ class Hub:
 
     # -- desired state -------------------------------------------------------------------------------------------------------
 
-    async def change_desired(self, edge: str, change: dict[str, Any]) -> dict[str, Any]:
-        """Change parts of an edge's desired state: checked, kept, then published; raises `ContractError`."""
+    async def change_desired(self, edge: str, change: dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Change parts of an edge's desired state: checked, kept, then published; raises `ContractError`.
+
+        `change` may be a function of the present `spec`: between its look and the change nobody else changes anything. Where it gives nothing, nothing is changed.
+        """
         async with self._lock:
+            if callable(change):
+                current = self.desired.get(edge) or {}
+                change = change(current.get("spec", {}))
+                if not change and current:
+                    return current
             row = self.fleet.rows.get(edge)
             document = next_desired(edge, self.desired.get(edge), change, self.now_ms(), row.generation if row else 0)
             now = self.now_ms()

@@ -20,9 +20,10 @@ from ..dating import BootClock, date
 from ..hierarchy import build_tree
 from ..store.base import EdgeRow, StoredRecord
 from .openapi import OPERATIONS, document
+from .operations import OperationApi
 from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
-from .workloads import MAX_WORKLOAD_BODY_BYTES, WorkloadApi, error_answer
+from .workloads import MAX_WORKLOAD_BODY_BYTES, error_answer
 
 if TYPE_CHECKING:
     from ..server import Hub
@@ -46,7 +47,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi(WorkloadApi):
+class HubApi(OperationApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:
@@ -274,12 +275,15 @@ class HubApi(WorkloadApi):
             "id": value.get("id", f"c-{secrets.token_hex(6)}"), "device": value.get("device"), "name": value.get("name"), "args": value.get("args", {}),
             "expires_ms": self._hub.now_ms() + int(seconds * 1000),
         }
-        current = (self._hub.desired.get(edge) or {}).get("spec", {}).get("commands", [])
-        known = next((item for item in current if item["id"] == command["id"]), None)
-        if known is not None:
-            return answer({"command": known, "generation": self._hub.desired[edge]["generation"], "again": True})
-        document_ = await self._hub.change_desired(edge, {"commands": [*current, command]})
-        return answer({"command": command, "generation": document_["generation"], "again": False})
+        known: list[dict[str, Any]] = []
+
+        def added(spec: dict[str, Any]) -> dict[str, Any]:
+            current = spec.get("commands", [])
+            known.extend(item for item in current if item["id"] == command["id"])
+            return {} if known else {"commands": [*current, command]}
+
+        document_ = await self._hub.change_desired(edge, added)
+        return answer({"command": known[0] if known else command, "generation": document_["generation"], "again": bool(known)})
 
     async def release(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -55,6 +55,13 @@ REBALANCE = {
     "type": "object", "additionalProperties": False,
     "properties": {"drain": {"type": "array", "items": NAME, "maxItems": 32}, "go": {"type": "boolean", "default": False}},
 }
+OPERATION = {
+    "type": "object", "additionalProperties": False, "required": ["kind"],
+    "properties": {
+        "id": NAME, "kind": {"enum": ["checkpoint", "restore", "delete-checkpoint"]}, "name": {"type": "string", "maxLength": 64}, "stop": {"type": "boolean", "default": False},
+        "expires_seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 2_592_000, "default": 300},
+    },
+}
 WHAT_IF = {
     "type": "object", "additionalProperties": False,
     "properties": {
@@ -115,6 +122,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/workloads/{workload}", "workload", "One workload with its placements", OBJECT),
     Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
     Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
+    Operation("post", "/api/v1/workloads/{workload}/operations", "operate", "Take a checkpoint of a workload, go on from one, or delete one; it waits while the edge is away, until it expires", OBJECT, body=OPERATION, contradicts=True),
+    Operation("get", "/api/v1/workloads/{workload}/operations", "operations", "Operations on a workload on its present node, newest first", LIST),
+    Operation("get", "/api/v1/workloads/{workload}/checkpoints", "checkpoints", "The checkpoints of a workload on its present node, the oldest first", LIST),
     Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, what would move, and which deadlines would be promised, if; changes nothing", OBJECT, body=WHAT_IF, contradicts=True),
     Operation("get", "/api/v1/nodes", "nodes", "Nodes by name: what each has and what is in use", LIST, (("limit", {"type": "integer", "minimum": 1, "default": 10_000}, "at most so many"),)),
     Operation("put", "/api/v1/nodes/{node}", "put_node", "Declare a node that has no agent", OBJECT, body=NODE, changes=True),
