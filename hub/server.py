@@ -22,6 +22,7 @@ from .broker.base import Broker, BrokerError, is_loopback
 from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
 from .link import HubLink
+from .questions import Questions
 from .retention import Retention, RetentionSettings
 from .store.base import EdgeRow, Store, StoredRecord
 from .store.sqlite import SqliteStore
@@ -117,6 +118,7 @@ class Hub:
             self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence,
             writer=around.executor("hub-store"), pace=around.pace, on_records=self._stored,
         )
+        self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms)
         self._thinker = around.executor("hub-think")
         self.workloads = Workloads(
             self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
@@ -167,7 +169,7 @@ class Hub:
         """Take records in from `broker` and answer; without API and page. Call inside the running loop."""
         self.broker = broker
         self.link = HubLink(
-            broker, self.settings.name, self.boot, on_message=self.ingest.message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
+            broker, self.settings.name, self.boot, on_message=self._message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
             shared_group=self.settings.shared_group, client=self.surroundings.client, entropy=self.surroundings.entropy,
         )
         self.ingest.start()
@@ -223,6 +225,12 @@ class Hub:
             self.desired[edge] = document
             self._publish_desired(edge)
             return document
+
+    def _message(self, edge: str, leaf: str, payload: bytes, retained: bool) -> None:
+        if leaf == "answer":
+            self.questions.answered(edge, payload)
+        else:
+            self.ingest.message(edge, leaf, payload, retained)
 
     def _publish(self, edge: str, leaf: str, payload: bytes, retain: bool) -> None:
         if hasattr(self, "link"):

@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .images.pull import Puller
     from .images.reference import Host
     from .images.shared import Shared
+    from .questions import Questions
     from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class WorkloadNode:
         self._checkpoints: CheckpointFolder | None = None
         self._telling_checkpoints: asyncio.Task[None] | None = None
         self._operations = Operations(journal, self._operate)
+        self._questions: Questions | None = None
         self._early: tuple[Sequence[dict[str, Any]], frozenset[str]] = ((), frozenset())
         """Operations that were asked for before the drivers had been probed, and those of them that had expired."""
 
@@ -120,6 +122,8 @@ class WorkloadNode:
         finally:
             if self._runner is not None:
                 await self._runner.close()
+            if self._questions is not None:
+                await self._questions.close()
             if self._telling_checkpoints is not None:
                 await asyncio.gather(self._telling_checkpoints, return_exceptions=True)
             if self._images is not None:
@@ -405,6 +409,18 @@ class WorkloadNode:
             except Refused:
                 pass  # it was removed meanwhile
         return self._left.get(workload)
+
+    def question(self, question: Mapping[str, Any], send: Callable[[dict[str, Any]], Awaitable[bool]]) -> None:
+        """Answer a question of the hub, by and by."""
+        from .questions import Questions
+
+        if self._questions is None:
+            self._questions = Questions(self._config.edge_id, self._journal, self._newest, self._left.get, self._config.workloads.exec)
+        self._questions.take(question, send)
+
+    async def _newest(self, workload: str) -> "tuple[Driver, Status] | None":
+        there = [(driver, status) for driver in self._drivers.values() for status in await driver.instances() if status.key.id == workload]
+        return max(there, key=lambda one: one[1].key.epoch, default=None)
 
     async def _leaves(self, driver: "Driver", status: "Status") -> None:
         """What it wrote is shown for a while: the hub forgets what is done at once, and whoever started it wants to read it."""

@@ -18,6 +18,7 @@ from .. import __version__
 from ..book import StreamBook
 from ..dating import BootClock, date
 from ..hierarchy import build_tree
+from ..questions import Unanswered
 from ..store.base import EdgeRow, StoredRecord
 from .openapi import OPERATIONS, document
 from .operations import OperationApi
@@ -73,6 +74,8 @@ class HubApi(OperationApi):
                 response: web.StreamResponse = await handler(request)
             except ContractError as error:
                 return answer(error.to_json(), 400)
+            except Unanswered as error:
+                return answer({"field": error.field, "problem": error.problem, "remedy": error.remedy}, error.status)
             except NotKnown as error:
                 return answer(error.body, 404)
             except web.HTTPRequestEntityTooLarge:

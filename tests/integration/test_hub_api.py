@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from edge_runtime.contract.records import Record
+from hub import questions
 from hub.api.handlers import MAX_BODY_BYTES, HubApi
 from hub.api.openapi import OPERATIONS, Operation, document
 from hub.server import Hub, HubSettings
@@ -32,7 +33,7 @@ WORKLOAD: dict[str, Any] = {"id": "w-1", "kind": "vm", "labels": {"app": "w"}, "
 
 CHECKPOINT = {"workload": "on-edge", "epoch": 1, "name": "x", "taken_ms": 5, "bytes": 9, "root": "ab"}
 
-AT_AN_EDGE = {"operate", "operations", "checkpoints"}
+AT_AN_EDGE = {"operate", "operations", "checkpoints", "logs", "execute"}
 """Handlers that ask the agent of the workload's node."""
 
 API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
@@ -93,15 +94,20 @@ def test_the_described_routes_are_exactly_the_served_ones(served: Served) -> Non
 BODIES: dict[str, Any] = {
     "put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}, "submit": WORKLOAD, "what_if": {"workloads": [{**WORKLOAD, "id": "w-2"}], "lose": ["n-1"]},
     "put_node": NODE, "put_budget": {"selector": {"labels": {"app": "w"}}, "allowed": 1}, "put_quota": {"nominal": {"cpu": 4}},
-    "rebalance": {"drain": ["n-1"], "go": False}, "operate": {"kind": "checkpoint", "name": "x", "stop": True},
+    "rebalance": {"drain": ["n-1"], "go": False}, "operate": {"kind": "checkpoint", "name": "x", "stop": True}, "execute": {"args": ["id"], "timeout_s": 0.01},
 }
 AGAIN = {"cancel": ("POST", "/api/v1/workloads", {**WORKLOAD, "id": "w-3"}), "delete_node": ("PUT", "/api/v1/nodes/n-1", NODE), "delete_quota": ("PUT", "/api/v1/quotas/t-1", {}), "delete_budget": ("PUT", "/api/v1/budgets/b-1", BODIES["put_budget"])}
 """What puts back what a route took away."""
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.handler)
-def test_every_route_answers_as_it_is_described(served: Served, operation: Operation) -> None:
+def test_every_route_answers_as_it_is_described(served: Served, operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     body = BODIES.get(operation.handler)
+    if operation.asks:  # the edge is away
+        monkeypatch.setattr(questions, "ANSWER_S", 0.05)
+        status, _, text = served.ask(operation.method.upper(), path_of(operation), json.dumps(body).encode() if body is not None else None)
+        assert status == 503 and error_of(text)["field"] == "edge" and not served.hub.questions._waiting
+        return
     if operation.handler == "metrics":
         status, headers, _ = served.ask("GET", operation.path)
         assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -238,7 +244,9 @@ async def test_the_token_is_made_for_its_owner_only_and_kept(tmp_path: Path) -> 
     ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"restore","epoch":9}', 400, "epoch"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","stop":1}', 400, "stop"),
     ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","id":"a b"}', 400, "id"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","expires_seconds":-1}', 400, "expires_seconds"),
     ("POST", "/api/v1/workloads/w-1/operations", b'{"kind":"checkpoint"}', 404, "workload"), ("POST", "/api/v1/workloads/too-big/operations", b'{"kind":"checkpoint"}', 409, "workload"),
-    ("POST", "/api/v1/workloads/none/operations", b'{"kind":"checkpoint"}', 404, "workload"), ("GET", "/api/v1/workloads/none/checkpoints", None, 404, "workload"),
+    ("POST", "/api/v1/workloads/on-edge/exec", b"{}", 400, "args"), ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":["a"],"timeout_s":61}', 400, "timeout_s"), ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":[5]}', 400, "args[0]"),
+    ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":["a"],"workload":"b"}', 400, "workload"), ("GET", "/api/v1/workloads/on-edge/logs?bytes=0", None, 400, "bytes"), ("GET", "/api/v1/workloads/w-1/logs", None, 404, "workload"),
+    ("GET", "/api/v1/workloads/too-big/logs", None, 409, "workload"), ("POST", "/api/v1/workloads/none/operations", b'{"kind":"checkpoint"}', 404, "workload"), ("GET", "/api/v1/workloads/none/checkpoints", None, 404, "workload"),
 ])
 def test_an_error_names_the_field_and_the_remedy_and_changes_nothing(served: Served, method: str, path: str, body: bytes | None, status: int, field: str) -> None:
     before = json.dumps(served.hub.desired)

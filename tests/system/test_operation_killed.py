@@ -69,13 +69,15 @@ async def goes_on(folder: Path) -> None:
     """One copy runs, and has left nothing out."""
     store = ImageStore(folder / "data/workloads/images")
     driver = ContainerDriver(folder / "data/workloads", store)
-    assert [(status.key, status.phase) for status in await driver.instances()] == [(key(folder), Phase.RUNNING)]
-    seen = len(numbers(folder))
-    await until(lambda: len(numbers(folder)) > seen + 3)
-    found = numbers(folder)
-    assert found == list(range(len(found))), next((at, found[at - 1:at + 2]) for at in range(len(found)) if found[at] != at)
-    driver.close()
-    store.close()
+    try:
+        assert [(status.key, status.phase) for status in await driver.instances()] == [(key(folder), Phase.RUNNING)]
+        seen = len(numbers(folder))
+        await until(lambda: len(numbers(folder)) > seen + 3)
+        found = numbers(folder)
+        assert found == list(range(len(found))), next((at, found[at - 1:at + 2]) for at in range(len(found)) if found[at] != at)
+    finally:
+        driver.close()
+        store.close()
 
 
 @pytest.mark.parametrize("step", steps(CHECKPOINT))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def counted(node: Node, name: str) -> list[int]:
 
 async def command(hub: Hub, *words: str) -> int:
     """novactl, in a thread: the hub lives in this loop."""
-    return await asyncio.to_thread(novactl, [*words, "--hub", f"http://127.0.0.1:{hub.port}", "--token", hub.token])
+    return await asyncio.to_thread(novactl, [words[0], "--hub", f"http://127.0.0.1:{hub.port}", "--token", hub.token, *words[1:]])
 
 
 async def running(hub: Hub, node: Node, name: str) -> None:
@@ -114,5 +115,48 @@ async def test_what_cannot_be_taken_names_what_is_in_the_way_and_goes_on(tmp_pat
             assert await command(hub, "workload", "restore", "stopped-inside", "--wait", str(ROOM_S)) == 1
             assert "has no checkpoint" in why(hub)
             assert [one for one in said(hub) if one[2] == "failed"] == []
+        finally:
+            await asyncio.to_thread(node.end)
+
+
+async def test_what_a_workload_says_is_asked_by_way_of_the_hub_and_a_command_is_run_where_that_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        node = Node(tmp_path, hub, exec=True)
+        try:
+            await asyncio.to_thread(node.start)
+            await submit(hub, work("counter", "echo trouble >&2; " + COUNTS), work("long", "yes 0123456789abcdef | head -c 200000; echo; echo end; exec sleep 1000"))
+            await running(hub, node, "counter")
+            assert await command(hub, "logs", "counter", "--json") == 0
+            assert (told := json.loads(capsys.readouterr().out))["stderr"] == "trouble\n" and (told["node"], told["phase"], told["epoch"]) == (EDGE, "running", 1)
+            assert await command(hub, "logs", "counter") == 0 and capsys.readouterr().err == "trouble\n"
+            assert await command(hub, "logs", "counter", "--tail", "2") == 0
+            last = capsys.readouterr().out.split()
+            assert len(last) == 2 and int(last[1]) == int(last[0]) + 1
+            await until(lambda: (node.data / "workloads/containers/long.1/stdout.log").read_bytes().endswith(b"end\n"), ROOM_S, what="it has written all")
+            assert await command(hub, "logs", "long") == 0
+            assert capsys.readouterr().out.encode() == (node.data / "workloads/containers/long.1/stdout.log").read_bytes(), "in pieces, and put together again"
+
+            assert await command(hub, "exec", "counter", "--", "sh", "-c", "echo in; echo err >&2; exit 7") == 7
+            assert (said_ := capsys.readouterr()).out == "in\n" and said_.err == "err\n"
+            await until(lambda: len(hub.store.read_events_after(("workload.exec",), 0, 100)[0]) == 2, ROOM_S, what="its records")
+            bodies = [json.loads(item.record.body) for _, item in hub.store.read_events_after(("workload.exec",), 0, 100)[0]]
+            assert [(one["state"], one.get("code")) for one in bodies] == [("begun", None), ("ended", 7)] and "exit 7" in bodies[0]["args"]
+            assert await command(hub, "exec", "counter", "--timeout", "0.3", "--", "sleep", "100") == 1, "it is killed"
+            assert "took longer than 0.3 s" in capsys.readouterr().err
+
+            looked, ask = asyncio.Event(), hub.questions.ask
+
+            async def watched(*words: Any, **more: Any) -> Any:
+                try:
+                    return await ask(*words, **more)
+                finally:
+                    looked.set()
+
+            monkeypatch.setattr(hub.questions, "ask", watched)
+            following = asyncio.create_task(command(hub, "logs", "counter", "--follow"))
+            await asyncio.wait_for(looked.wait(), ROOM_S)
+            await hub.workloads.ask(lambda planner, now: planner.cancel("counter", now))
+            assert await following == 0, "it ends with the workload"
+            assert [int(line) for line in capsys.readouterr().out.split()][:3] == [0, 1, 2]
         finally:
             await asyncio.to_thread(node.end)

@@ -1,17 +1,26 @@
-"""novactl's commands on what a workload has beside its life: checkpoints."""
+"""novactl's commands on what a workload has beside its life: checkpoints, output, commands in it."""
 
 import argparse
+import json
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
-from .client import Api, CommandError
+from .client import Api, CommandError, hub_api
 
 FINAL = ("succeeded", "failed", "expired", "cancelled", "superseded")
 """States of an operation that has ended."""
 
 LOOK_S = 0.5
 """Between two looks at an operation."""
+
+FOLLOW_S = 1.0
+"""Between two looks at a log that is followed."""
+
+ENDED = ("ended", "lost", "gone")
+"""Phases after which nothing more is written."""
 
 CHECKPOINT_HEAD = ["checkpoint", "epoch", "taken", "MiB", "hash"]
 
@@ -63,3 +72,54 @@ def _until_ended(hub: Api, path: str, name: str, seconds: float) -> dict[str, An
 
 def _at(ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ms / 1000)) if 0 < ms < 253_402_300_799_000 else ""
+
+
+def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.ArgumentParser], plain: Callable[[str], str]) -> None:
+    """Add `logs` and `exec`; `plain` makes text safe for a terminal."""
+    parser = command("logs", lambda options: logs(options, plain), "what a workload has written, asked of its edge by way of the hub")
+    parser.add_argument("name", help="the workload's id")
+    parser.add_argument("--tail", type=int, default=0, metavar="LINES", help="only the last lines of each stream")
+    parser.add_argument("--follow", action="store_true", help="go on with what comes, until it has ended")
+    parser = command("exec", lambda options: execute(options, plain), "run a command in a workload, where its edge lets the hub do that: novactl exec ID -- COMMAND")
+    parser.add_argument("name", help="the workload's id")
+    parser.add_argument("args", nargs="+", metavar="COMMAND", help="the command and its arguments, after --")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="it is killed after so long (60 at most)")
+
+
+def logs(options: Any, plain: Callable[[str], str]) -> int:
+    """`logs ID`."""
+    if options.tail < 0:
+        raise CommandError(f"logs: --tail {options.tail} is no number of lines; give one from 1 on, or leave it out")
+    hub, path, since = hub_api(options.hub, options.token), f"{workload_path(options.name)}/logs", ""
+    while True:
+        try:
+            said = hub.get(f"{path}?since={quote(since, safe='')}")
+        except CommandError as error:
+            if since and error.status in (404, 409):  # it has gone from its node since
+                return 0
+            raise
+        if options.json:
+            print(json.dumps(said))
+            return 0
+        if said["cut"] and since:
+            print("(some of it was written and gone between two looks)", file=sys.stderr)
+        for stream, target in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+            lines = said[stream].splitlines(keepends=True)
+            for line in lines[-options.tail:] if options.tail and not since else lines:
+                target.write(plain(line.rstrip("\r\n")) + ("\n" if line.endswith("\n") else ""))
+            target.flush()
+        more = bool(said["stdout"] or said["stderr"]) and bool(since)
+        since = said["since"]
+        if not options.follow or (said["phase"] in ENDED and not more):
+            return 0
+        time.sleep(0.0 if more else FOLLOW_S)
+
+
+def execute(options: Any, plain: Callable[[str], str]) -> int:
+    """`exec ID -- COMMAND`; its exit status is the command's."""
+    said = hub_api(options.hub, options.token).call("POST", f"{workload_path(options.name)}/exec", {"args": options.args, "timeout_s": options.timeout})
+    for stream, target in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        target.write("".join(plain(line.rstrip("\r\n")) + ("\n" if line.endswith("\n") else "") for line in said[stream].splitlines(keepends=True)))
+    if said["cut"]:
+        print("(it wrote more than is shown)", file=sys.stderr)
+    return int(said["code"])

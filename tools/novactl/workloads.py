@@ -87,6 +87,7 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("--limit", type=int, default=100, help="list: at most so many")
     parser.add_argument("--lose", action="append", default=[], metavar="NODE", help="what-if: as if this node were gone; may be given several times")
     operations.add_arguments(parser)
+    operations.add_commands(command, plain)
     command("nodes", nodes, "every node: what it has and what is in use")
     parser = command("node", node, "one node: drain NAME, cordon NAME, uncordon NAME")
     parser.add_argument("what", choices=("drain", "cordon", "uncordon"))
