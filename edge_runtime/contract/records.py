@@ -191,6 +191,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "workload": ("event", "id, epoch, state (accepted, running, checkpointed, refused, stopped, done, failed), reason; with running also load_ms, where the start was measured; where a site that was cut off gave it to this node, for (the node that had it) and fence"),
     "workload.restart": ("event", "what had ended is started again: id, epoch, tries (restarts in a row), reason (how it had ended)"),
     "workload.evicted": ("event", "a workload is ended since this node is short of memory or disk: id, epoch, what, free and limit (bytes), priority, used and requested (bytes)"),
+    "workload.disk": ("event", "a container is ended since it has more on the disk than it asked for: id, epoch, used and limit (bytes)"),
     "workload.exec": ("event", "a command that the hub had run in a workload: id, epoch, question, hub, args (the first kibibyte), state (begun, ended, failed), code, reason"),
     "workload.checkpoints": ("event", "the checkpoints of workloads that are kept here, when that has changed: checkpoints [{workload, epoch, name, taken_ms, bytes (on the disk), root (the hash over all of it)}]"),
     "image.pull": ("event", "an image was fetched: image, digest, registry (or mirror), bytes (over the network), blobs, resumed_bytes (what an earlier try had left), cuts (tries that failed), ms"),

@@ -118,7 +118,7 @@ class WorkloadNode:
             self._checkpoints_changed()
             self._ready.set()
             self._taken.set()
-            await asyncio.gather(self._tell(), self._follow(), self._watch_room())
+            await asyncio.gather(self._tell(), self._follow(), self._watch_room(), self._watch_disks())
         finally:
             if self._runner is not None:
                 await self._runner.close()
@@ -476,6 +476,24 @@ class WorkloadNode:
                 self._metrics.inc("workload_errors_total")
                 log.error("whether there is room left could not be seen: %s", error)
             await asyncio.sleep(LOOK_S)
+
+    async def _watch_disks(self) -> None:
+        """End containers that have more on the disk than they asked for."""
+        if self._containers is None:
+            return
+        from .drivers.container_disk import LOOK_S as DISK_LOOK_S
+
+        while True:
+            try:
+                for one in await self._containers.hold_disks():
+                    told = {"id": one.key.id, "epoch": one.key.epoch, "used": one.used, "limit": one.limit}
+                    self._journal.append("event", "workload.disk", told)
+                    self._metrics.inc("workloads_over_disk_total")
+                    log.warning("workload %s is ended: it has %d bytes on the disk, and asked for %d", one.key.id, one.used, one.limit)
+            except OSError as error:
+                self._metrics.inc("workload_errors_total")
+                log.error("what containers have on the disk could not be counted: %s", error)
+            await asyncio.sleep(DISK_LOOK_S)
 
     async def _make_room(self, now_s: float) -> None:
         assert self._runner is not None

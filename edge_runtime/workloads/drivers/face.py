@@ -35,6 +35,8 @@ class Ability(StrEnum):
     LAZY = "lazy"
     """A restore that fetches memory as it is touched."""
     LIMITS = "limits"
+    DISK_LIMIT = "disk-limit"
+    """What it writes to its root is held to `requests.disk`."""
     NETWORK = "network"
     """More than loopback, and ports that are published on the node."""
     SECCOMP = "seccomp"
