@@ -119,7 +119,7 @@ class Hub:
             self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence,
             writer=around.executor("hub-store"), pace=around.pace, on_records=self._stored,
         )
-        self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms)
+        self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms, lambda edge: self.fleet.rows[edge].state == "offline")
         self._thinker = around.executor("hub-think")
         self.workloads = Workloads(
             self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
