@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.conversion import hot
-from edge_runtime.workloads.drivers import keeper
+from edge_runtime.workloads.drivers import keeper_restore
 from edge_runtime.workloads.drivers.container import ContainerDriver, Settings, searched
 from edge_runtime.workloads.drivers.face import Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.images import ImageStore, Limits
@@ -139,13 +139,13 @@ async def test_a_state_that_cannot_be_taken_leaves_it_a_container(side: Any, mon
     _, conversions, _, _ = side
     key = await begun(conversions, "odd", "i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done")
     try:
-        processes = keeper.processes
+        processes = keeper_restore.processes
 
         def more(group: str) -> dict[int, Any]:
             found = processes(group)
             return {pid: {**one, "threads": one["threads"] + 1} for pid, one in found.items()}
 
-        monkeypatch.setattr(keeper, "processes", more)
+        monkeypatch.setattr(keeper_restore, "processes", more)
         with pytest.raises(Failed, match="not what was there"):
             await conversions.convert(key, "guest")
         monkeypatch.undo()

@@ -22,7 +22,7 @@ import sys
 import time
 
 if __package__:
-    from ..drivers.keeper import Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write
+    from ..drivers.keeping import PR_SET_NAME, Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write
     from ..drivers.qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine, Stream
     from ..drivers.qemu_qmp import QmpError
     from . import guest
@@ -30,7 +30,7 @@ else:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path += [here, os.path.join(here, os.pardir, "drivers")]
     import guest  # type: ignore[import-not-found,no-redef]
-    from keeper import Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from keeping import PR_SET_NAME, Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
     from qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine, Stream  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
@@ -286,7 +286,7 @@ def main() -> int:
         told = json.load(handle)
     told["tap"] = int(sys.argv[3])
     leave_group(told["keepers"])
-    libc.prctl(15, b"novacron-keeper", 0, 0, 0)
+    libc.prctl(PR_SET_NAME, b"novacron-keeper", 0, 0, 0)
     try:
         result = Keeper(told).keep()
     except (Trouble, OSError, ValueError) as error:

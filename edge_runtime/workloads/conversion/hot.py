@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..drivers import cgroups, keeper, qemu_kernel
+from ..drivers import cgroups, keeper_restore, keeping, qemu_kernel
 from ..drivers.checkpoint_state import IMAGES, check, read_manifest
 from ..drivers.container import COMMAND_S, LEFT_S, ContainerDriver, searched
 from ..drivers.container_checkpoint import SLOW_DISK, Checkpoints, _one_tree, _strays
@@ -187,7 +187,7 @@ class Conversions:
         new = self._folder / f".{name_of(order.key.id, order.key.epoch)}.new"
         shutil.rmtree(new, ignore_errors=True)
         (new / "network").mkdir(parents=True, mode=0o700)
-        keeper.write(str(new / "conversion.json"), asdict(Workload(replace(inner, spec={**inner.spec, **({"network": order.spec["network"]} if wanted is not None else {})}))))
+        keeping.write(str(new / "conversion.json"), asdict(Workload(replace(inner, spec={**inner.spec, **({"network": order.spec["network"]} if wanted is not None else {})}))))
         os.rename(new, self._path(order.key))
         try:
             if wanted is not None:
@@ -230,7 +230,7 @@ class Conversions:
         def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
             if manifest is not None and folder is not None:
                 self._checkpoints.fill(folder, manifest, criu, final, laid, document, told)
-                keeper.write(str(laid / "passage.json"), {"token": now.token})
+                keeping.write(str(laid / "passage.json"), {"token": now.token})
             elif "network" in now.order.spec:
                 _names(laid / "disk/upper", document, told["id_base"] or 0)
             if "network" in now.order.spec and self._segment(key).lives:
@@ -269,7 +269,7 @@ class Conversions:
                 try:
                     await guest.boot(lambda: self._lay_guest(guest, boots, None, 64 << 20, 64 << 20, 1, MAX_WORKLOADS, False))
                     told = {"flags": (await guest.ask("state"))["flags"]}
-                    keeper.write(str(note), told)
+                    keeping.write(str(note), told)
                 finally:
                     await guest.end()
                     shutil.rmtree(guest.folder, ignore_errors=True)
@@ -441,7 +441,7 @@ class Conversions:
         packing.result()
         _same(answer["processes"], those.values())
         os.rename(new, folder)
-        keeper.write(str(self._path(key) / "devices.json"), {"devices": checks.devices(_text(f"/proc/{status.pid}/mountinfo"))})  # syncs the folder too
+        keeping.write(str(self._path(key) / "devices.json"), {"devices": checks.devices(_text(f"/proc/{status.pid}/mountinfo"))})  # syncs the folder too
 
     async def _enter(self, now: Workload) -> Workload:
         """From `passing` to the guest: the container is ended, the guest let go."""
@@ -592,7 +592,7 @@ class Conversions:
         guest.lay_out(qemu, boots, disks, path, limit=limit, disk=disk, cpus=cpus, accelerator="tcg", slot=slot, connected=connected, log_bytes=self._settings.log_bytes, keepers=self._groups.folders(cgroups.KEEPERS))
 
     async def _write(self, now: Workload) -> Workload:
-        await asyncio.to_thread(keeper.write, str(self._path(now.order.key) / "conversion.json"), asdict(now))
+        await asyncio.to_thread(keeping.write, str(self._path(now.order.key) / "conversion.json"), asdict(now))
         self._step(now.step)
         return now
 
@@ -608,7 +608,7 @@ class Conversions:
 
     def _processes(self, key: Key) -> dict[int, Any]:
         try:
-            return keeper.processes(self._groups.processes(self._group(key)))
+            return keeper_restore.processes(self._groups.processes(self._group(key)))
         except OSError:
             return {}
 

@@ -14,7 +14,7 @@ from ..drivers import network
 from ..drivers.container import searched
 from ..drivers.face import Failed, Refused
 from ..drivers.instance import held, line, read, write
-from ..drivers.keeper import Trouble, started_ticks
+from ..drivers.keeping import Trouble, started_ticks
 from . import segment
 
 START_S = 30.0

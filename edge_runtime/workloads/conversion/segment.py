@@ -20,9 +20,13 @@ import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "drivers"))
 if __package__:
-    from ..drivers.keeper import CLONE_NEWNET, Network, Trouble, check, libc, started_ticks, tell, write
+    from ..drivers.keeper_network import Network
+    from ..drivers.keeper_restore import CLONE_NEWNET
+    from ..drivers.keeping import PR_SET_NAME, Trouble, check, libc, started_ticks, tell, write
 else:
-    from keeper import CLONE_NEWNET, Network, Trouble, check, libc, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from keeper_network import Network  # type: ignore[import-not-found,no-redef]
+    from keeper_restore import CLONE_NEWNET  # type: ignore[import-not-found,no-redef]
+    from keeping import PR_SET_NAME, Trouble, check, libc, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
 
 BRIDGE, UPLINK, INSIDE = "br0", "uplink", "eth0"
 """Names of interfaces: the bridge, the connecting program's, and what the workload sees."""
@@ -80,7 +84,7 @@ def serve(folder: str) -> int:
     """Make the network and stay with it."""
     with open(os.path.join(folder, "network.json")) as handle:
         told = json.load(handle)
-    libc.prctl(15, b"novacron-net", 0, 0, 0)
+    libc.prctl(PR_SET_NAME, b"novacron-net", 0, 0, 0)
     stop, stopping = os.pipe()
     signal.signal(signal.SIGTERM, lambda *_: os.write(stopping, b"."))
     before = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
