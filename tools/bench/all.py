@@ -20,7 +20,7 @@ BENCHES = (
     "nab",
     "site_failover",
     "checkpoint", "container_start",
-    "startup",
+    "startup", "convert",
     "image",
     "scheduler_latency",
     "k8s_cases",

@@ -264,11 +264,12 @@ class Conversions:
             boots = await self._boots()
             note = boots.kernel.parent / "flags.json"
             told = read(note)
-            if told is None:
+            qemu = os.stat(str(searched(self._settings.qemu))).st_mtime_ns
+            if told is None or told.get("qemu") != qemu:
                 guest = Guest(self._folder / f".probe-{uuid.uuid4().hex[:8]}")
                 try:
                     await guest.boot(lambda: self._lay_guest(guest, boots, None, 64 << 20, 64 << 20, 1, MAX_WORKLOADS, False))
-                    told = {"flags": (await guest.ask("state"))["flags"]}
+                    told = {"flags": (await guest.ask("state"))["flags"], "qemu": qemu}
                     keeping.write(str(note), told)
                 finally:
                     await guest.end()
@@ -306,7 +307,7 @@ class Conversions:
             with suppress(OSError):
                 environments[pid] = checks.environment(Path(f"/proc/{pid}/environ").read_bytes())
         left = checks.processor(capabilities.cpu_flags, await self.guest_flags(), environments)
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = next((int(line.split()[1]) << 10 for line in _text("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")), 1 << 50)
         needed = max(0, self._groups.stats(self._group(key)).memory_bytes) * 2 + (guests.OWN_MB << 20)
         if free < needed:
             raise Refused("memory", f"a guest with it takes {needed} bytes, {free} are free", "end something else first")
@@ -554,7 +555,8 @@ class Conversions:
                 await asyncio.sleep(LOOK_S)
             if told["state"] == "dumped":
                 if net is not None:
-                    await asyncio.to_thread(net.plug, GUEST)
+                    with suppress(Failed):  # it goes on all the same
+                        await asyncio.to_thread(net.plug, GUEST)
                 await guest.ask("resume")
         if net is not None:
             with suppress(Failed):
