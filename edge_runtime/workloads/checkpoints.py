@@ -9,6 +9,8 @@ import asyncio
 import logging
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 TAKING, CLEARING, PLACING = "taking", "clearing", "placing"
 """Steps that are written down: a state of this name is this operation's; the instance that a restore replaces goes; what is there under its key has been brought back."""
+
+AUTOMATIC = "auto-"
+"""How the ids of operations begin that nobody asks for, and so the names of their checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,31 @@ class Checkpointing:
         if await asyncio.to_thread(self._folder.forget, workload):
             self._changed()
 
+    async def due_s(self, workload: str, every_s: float) -> float:
+        """Seconds until its next checkpoint that nobody asks for is due."""
+        newest = await self._own(workload)
+        return every_s if not newest else min(every_s, max(0.0, every_s - (time.time() - newest[-1].taken_ms / 1000)))
+
+    async def _own(self, workload: str) -> list[Kept]:
+        """Those that nobody asked for, the oldest first."""
+        return [one for one in await asyncio.to_thread(self._folder.all, workload) if one.name.startswith(AUTOMATIC)]
+
+    def take_one(self, key: Key) -> None:
+        """Have a checkpoint taken that nobody asks for; the older ones of its kind go when it is there."""
+        self._ask(key, CHECKPOINT, "")
+
+    async def goes_on(self, key: Key) -> bool:
+        """Have it brought back from the newest checkpoint that nobody asked for; whether there is one, or an operation is under way already."""
+        if self._operations.under_way(key.id):
+            return True
+        newest = await self._own(key.id)
+        if newest:
+            self._ask(key, RESTORE, newest[-1].name)
+        return bool(newest)
+
+    def _ask(self, key: Key, kind: str, name: str) -> None:
+        self._operations.take([{"id": f"{AUTOMATIC}{uuid.uuid4().hex[:16]}", "kind": kind, "workload": key.id, "epoch": key.epoch, "name": name, "stop": False, "expires_ms": 0}])
+
     async def carry_out(self, asked: Mapping[str, Any], drivers: Mapping[str, Driver], driver: Driver | None, status: Status | None, held: bool, clears: Callable[[], None]) -> dict[str, Any]:
         """One operation; what is told of it then. Raises `DriverError`.
 
@@ -174,6 +204,10 @@ class Checkpointing:
         if not await asyncio.to_thread(path.exists):
             path.parent.mkdir(exist_ok=True, mode=0o700)
             await driver.checkpoint(status.key, path, leave_running=not asked["stop"])
+        if asked["id"].startswith(AUTOMATIC):
+            for one in await self._own(workload):
+                if one.name != name:
+                    await asyncio.to_thread(self._folder.remove, workload, one.name)
         return await self._told(workload, name)
 
     async def _room(self, driver: Driver, status: Status) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -158,5 +159,27 @@ async def test_what_a_workload_says_is_asked_by_way_of_the_hub_and_a_command_is_
             await hub.workloads.ask(lambda planner, now: planner.cancel("counter", now))
             assert await following == 0, "it ends with the workload"
             assert [int(line) for line in capsys.readouterr().out.split()][:3] == [0, 1, 2]
+        finally:
+            await asyncio.to_thread(node.end)
+
+
+@pytest.mark.slow
+async def test_what_is_lost_goes_on_from_the_checkpoint_that_its_document_asks_for(tmp_path: Path, with_criu: None) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        node = Node(tmp_path, hub)
+        try:
+            await asyncio.to_thread(node.start)
+            await submit(hub, work("counter", COUNTS, checkpoint={"every_s": 10}))
+            await running(hub, node, "counter")
+            folder = node.data / "workloads/checkpoints/counter"
+            await until(lambda: folder.exists() and any(not one.name.startswith(".") for one in folder.iterdir()), ROOM_S, what="a checkpoint that nobody asked for")
+            await until(lambda: any(states_ and states_[-1][0] == "succeeded" for states_ in operations(hub).values()), ROOM_S)
+            told = json.loads((node.data / "workloads/containers/counter.1/running.json").read_text())
+            for pid in (told["keeper"], told["pid"]):
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: states(hub, "counter")[-2:] == ["checkpointed", "running"], ROOM_S, what="it goes on")
+            await until(lambda: len(counted(node, "counter")) > 3, ROOM_S)
+            after = counted(node, "counter")
+            assert after[0] > 0 and after == list(range(after[0], after[0] + len(after))), "from its checkpoint, not from its beginning"
         finally:
             await asyncio.to_thread(node.end)

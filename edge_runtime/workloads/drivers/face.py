@@ -281,6 +281,10 @@ class Executes(Protocol):
 class Checkpoints(Protocol):
     """`Ability.CHECKPOINT` and `Ability.RESTORE`."""
 
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What the last probe said."""
+
     async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool) -> Mapping[str, Any]:
         """Write its state to an empty folder; returns what a restore needs to know."""
 
