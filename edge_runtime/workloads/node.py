@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
 from ..contract.errors import ContractError
+from ..contract.limits import MAX_OPERATIONS
 from ..contract.schema import check_fields
 from ..contract.workloads import ISOLATES, ISOLATION, KATA, MICROVM, OPERATION_FIELDS, RUNNING
 from ..journal import Journal
@@ -354,6 +355,8 @@ class WorkloadNode:
         entry = next((one for one in self.entries if one["id"] == workload and one["wanted"] == RUNNING), None)
         if entry is None:
             raise ContractError("workload", f"{workload[:80]!r} shall not run here", "list /api/v1/workloads; ask the hub where it runs")
+        if self._operations.open >= MAX_OPERATIONS:
+            raise ContractError("operations", f"{self._operations.open} are under way, the most there may be", "wait until some have ended", "limit")
         told = check_fields(OPERATION_FIELDS, {
             "id": f"local-{secrets.token_hex(8)}", **asked, "workload": workload, "epoch": entry["epoch"], "expires_ms": int(time.time() * 1000) + ASKED_HERE_MS,
         }, "payload")

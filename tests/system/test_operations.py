@@ -154,6 +154,11 @@ async def test_what_a_workload_says_is_asked_by_way_of_the_hub_and_a_command_is_
                     looked.set()
 
             monkeypatch.setattr(hub.questions, "ask", watched)
+            await submit(hub, work("short", "echo brief; exit 3"))
+            await until(lambda: hub.workloads.rows["short"].state == "failed", ROOM_S, what="its end")
+            capsys.readouterr()
+            assert await command(hub, "logs", "short") == 0 and capsys.readouterr().out == "brief\n", "of what has ended its last node is asked"
+
             following = asyncio.create_task(command(hub, "logs", "counter", "--follow"))
             await asyncio.wait_for(looked.wait(), ROOM_S)
             await hub.workloads.ask(lambda planner, now: planner.cancel("counter", now))
