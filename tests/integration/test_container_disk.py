@@ -109,7 +109,7 @@ async def test_a_look_that_took_long_is_not_begun_again_at_once(driver: Containe
     monkeypatch.setattr(container_disk, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(container_disk, "counted", slow)
     for at, seen in ((100.0, 1), (139.0, 1), (141.0, 2)):
-        driver._disks.look([key], at)
+        driver._disks.look({key: 8 * MIB}, at)
         assert len(looks) == seen
     monkeypatch.undo()
     await driver.delete(key)

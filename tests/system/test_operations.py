@@ -154,8 +154,11 @@ async def test_what_a_workload_says_is_asked_by_way_of_the_hub_and_a_command_is_
                     looked.set()
 
             monkeypatch.setattr(hub.questions, "ask", watched)
-            await submit(hub, work("short", "echo brief; exit 3"))
-            await until(lambda: hub.workloads.rows["short"].state == "failed", ROOM_S, what="its end")
+            greedy = work("greedy", "dd if=/dev/zero of=/srv/big bs=1M count=20 2>/dev/null; exec sleep 1000")
+            await submit(hub, work("short", "echo brief; exit 3"), {**greedy, "requests": {**greedy["requests"], "disk": "8Mi"}})
+            await until(lambda: hub.workloads.rows["short"].state == hub.workloads.rows["greedy"].state == "failed", ROOM_S, what="their ends")
+            assert hub.workloads.rows["greedy"].reason.endswith("asked for 8388608 (requests.disk)"), "ended by its node, and the hub knows why"
+            assert [json.loads(item.record.body)["id"] for _, item in hub.store.read_events_after(("workload.disk",), 0, 100)[0]] == ["greedy"]
             capsys.readouterr()
             assert await command(hub, "logs", "short") == 0 and capsys.readouterr().out == "brief\n", "of what has ended its last node is asked"
 

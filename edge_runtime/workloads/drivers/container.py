@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_disk import NOTE as OVER
-from .container_disk import DiskLimits, reason
+from .container_disk import DiskLimits, disk_limit, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from .instance import LOOK_S, alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
@@ -408,8 +408,8 @@ class ContainerDriver:
 
     async def hold_disks(self) -> "list[Over]":
         """End those that run and have more on the disk than they asked for; which those were."""
-        running = [status.key for status in await self.instances() if status.phase is Phase.RUNNING]
-        found = await asyncio.to_thread(self._disks.look, running, time.monotonic())
+        limits = {Key(entry["id"], entry["epoch"]): limit for entry in (await asyncio.to_thread(self._present)).values() if (limit := disk_limit(entry)) > 0}
+        found = await asyncio.to_thread(self._disks.look, limits, time.monotonic()) if limits else []
         ended = []
         for one in found:
             async with self._one(one.key):  # not while its state is being taken
