@@ -1,6 +1,7 @@
 """The checkpoints of workloads that a node keeps, and what is done with them: take one, go on from one, remove one.
 
     <data>/workloads/checkpoints/<workload>/<name>/     one state, as its driver writes it (`drivers.checkpoint_state`)
+    <data>/workloads/checkpoints/.output/<workload>/    what it wrote, while it is being restored: it goes on with that
 
 A state has its name when it is whole, so what is there under a name can be gone on from. They count to the disk budget of images. They go with their workload: when this node shall not have it any more.
 """
@@ -21,6 +22,7 @@ from ..contract.schema import ID_PATTERN
 from ..contract.workloads import CHECKPOINT, DELETE_CHECKPOINT, RESTORE
 from .drivers import checkpoint_state
 from .drivers.face import Checkpoints, Driver, Failed, Key, Observes, Order, Phase, Refused, Status
+from .drivers.instance import link_output
 from .operations import Operations
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,21 @@ class CheckpointFolder:
 
     def workloads(self) -> set[str]:
         """Those that have something here."""
-        return {entry.name for entry in os.scandir(self._folder) if entry.is_dir(follow_symlinks=False)}
+        return {entry.name for entry in os.scandir(self._folder) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")}
+
+    def output(self, workload: str) -> Path:
+        """Where what it wrote is kept while it is being restored."""
+        return self._folder / ".output" / workload
+
+    def keep_output(self, workload: str, instance: Path) -> None:
+        """Keep what an instance wrote that is about to go; where it has gone already, what was kept stays."""
+        self.output(workload).mkdir(parents=True, exist_ok=True, mode=0o700)
+        if instance.exists():
+            link_output(instance, self.output(workload))
+
+    def forget_output(self, workload: str) -> None:
+        """It has it, or needs it no more."""
+        shutil.rmtree(self.output(workload), ignore_errors=True)
 
     def all(self, workload: str = "") -> list[Kept]:
         """What is whole, the oldest first; of one workload only where it is named. What cannot be read is passed over: a restore says why."""
@@ -107,6 +123,7 @@ class CheckpointFolder:
 
     def forget(self, workload: str) -> bool:
         """All of a workload; whether there was anything."""
+        self.forget_output(workload)
         if workload not in self.workloads():
             return False
         shutil.rmtree(self._folder / workload, ignore_errors=True)
@@ -239,14 +256,16 @@ class Checkpointing:
             clears()
             await self._operations.reach(asked["id"], CLEARING)
         if step != PLACING:
+            await asyncio.to_thread(self._folder.keep_output, workload, driver.folder(key))
             await driver.delete(key)
             await self._operations.reach(asked["id"], PLACING)
             status = None
         if status is None:
             told = (await asyncio.to_thread(checkpoint_state.read_manifest, path))["order"]
-            await driver.restore(Order(key, str(told["image"]), told["requests"], told["spec"], bool(told["job"])), path)
+            await driver.restore(Order(key, str(told["image"]), told["requests"], told["spec"], bool(told["job"])), path, output=self._folder.output(workload))
         elif status.phase in (Phase.PREPARED, Phase.RUNNING, Phase.PAUSED):
             await driver.come_back(key)
+        await asyncio.to_thread(self._folder.forget_output, workload)
         return found.to_json()
 
     async def _delete(self, asked: Mapping[str, Any], held: bool) -> dict[str, Any]:

@@ -85,9 +85,9 @@ async def test_a_workload_is_checkpointed_held_over_a_killed_agent_and_restored(
 
             assert await command(hub, "workload", "restore", "counter", "--wait", str(ROOM_S)) == 0
             await until(lambda: states(hub, "counter")[-1] == "running", ROOM_S, what="it runs again")
-            await until(lambda: len(counted(node, "counter")) > 3, ROOM_S)
+            await until(lambda: len(counted(node, "counter")) > len(seen) + 3, ROOM_S)
             after = counted(node, "counter")
-            assert after[0] in (seen[-1], seen[-1] + 1) and after == list(range(after[0], after[0] + len(after))), "it goes on where it was"
+            assert after[0] == 0 and sorted(set(after)) == list(range(after[-1] + 1)), "it goes on where it was, with the output that it had (what was on its way to its keeper may stand there twice)"
             capsys.readouterr()
             assert await command(hub, "workload", "checkpoints", "counter", "--json") == 0
             there = json.loads(capsys.readouterr().out)
@@ -186,8 +186,10 @@ async def test_what_is_lost_goes_on_from_the_checkpoint_that_its_document_asks_f
             for pid in (told["keeper"], told["pid"]):
                 os.kill(pid, signal.SIGKILL)
             await until(lambda: states(hub, "counter")[-2:] == ["checkpointed", "running"], ROOM_S, what="it goes on")
-            await until(lambda: len(counted(node, "counter")) > 3, ROOM_S)
+            before = counted(node, "counter")
+            await until(lambda: len(counted(node, "counter")) > len(before) + 3, ROOM_S)
             after = counted(node, "counter")
-            assert after[0] > 0 and after == list(range(after[0], after[0] + len(after))), "from its checkpoint, not from its beginning"
+            back = [at for at in range(1, len(after)) if after[at] != after[at - 1] + 1]
+            assert len(back) == 1 and after[back[0]] > 0, "from its checkpoint, not from its beginning; and what it wrote since the checkpoint stands there twice"
         finally:
             await asyncio.to_thread(node.end)

@@ -26,7 +26,7 @@ from .container_disk import NOTE as OVER
 from .container_disk import DiskLimits, disk_limit, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import LOOK_S, alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
+from .instance import LOOK_S, alive, bounded, ended, held, known, link_output, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
@@ -361,7 +361,7 @@ class ContainerDriver:
         assert self._criu is not None
         return await self.checkpoints().look_through(folder, self._criu)
 
-    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False) -> Status:
+    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False, output: Path | None = None) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
         ways = await self._ready(Ability.RESTORE)
         assert self._criu is not None
@@ -372,17 +372,23 @@ class ContainerDriver:
             raise Refused(error.field, error.problem, error.remedy) from None
         if list(image.config.diff_ids) != manifest["layers"]:
             raise Refused("image", f"the checkpoint stands on {manifest['image'][:19]}, which has other layers than {image.digest[:19]}", f"bring the image that it had to this node ({manifest['order'].get('image')})")
-        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image)
+        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image, output=output)
 
     async def again(
         self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, criu: "Criu", folder: Path, manifest: Mapping[str, Any], image: Image | None = None, window_s: float | None = None,
+        output: Path | None = None,
     ) -> Status:
         """`restore` of what has been looked through; the probe comes here."""
+        def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
+            self.checkpoints().fill(folder, manifest, criu, final, laid, document, told)
+            if output is not None:
+                link_output(output, laid)
+
         async with self._laying:
             if self._path(order.key).exists():
                 raise Refused("id", f"there is a container {_name(order.key)} already", "delete it first, or restore it under another epoch")
             try:
-                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, lambda *where: self.checkpoints().fill(folder, manifest, criu, *where), manifest["base"])
+                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, fill, manifest["base"])
             except OSError as error:
                 raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
             finally:

@@ -115,7 +115,10 @@ class WithStates(InMemory):
         await self._step("examine")
         return checkpoint_state.read_manifest(folder)
 
-    async def restore(self, order: Order, folder: Path) -> Status:
+    def folder(self, key: Key) -> Path:
+        return self._disk.folder / ".nowhere"
+
+    async def restore(self, order: Order, folder: Path, *, output: Path | None = None) -> Status:
         if order.key in self._disk.instances:
             raise Refused("id", "there is one already", "delete it")
         await self._step("restore")
