@@ -401,10 +401,9 @@ class Runner:
             return None
         driver = self._drivers[name]
         if spec.get("checkpoint") is not None:
-            told = driver.capabilities if isinstance(driver, Checkpoints) else None
-            if told is None:
+            if not isinstance(driver, Checkpoints):
                 raise Refused("spec.checkpoint", f"the driver {name} takes no states", "leave it out, or run it as a container")
-            told.demand(Ability.CHECKPOINT)
+            driver.demand(Ability.CHECKPOINT)
         spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may

@@ -141,6 +141,10 @@ class ContainerDriver:
     def capabilities(self, told: Capabilities) -> None:
         self._capabilities = told
 
+    def demand(self, ability: Ability) -> None:
+        if self._capabilities is not None:
+            self._capabilities.demand(ability)
+
     @property
     def scratch(self) -> Path:
         """A folder for what is needed for a moment; emptied at start."""

@@ -281,9 +281,8 @@ class Executes(Protocol):
 class Checkpoints(Protocol):
     """`Ability.CHECKPOINT` and `Ability.RESTORE`."""
 
-    @property
-    def capabilities(self) -> Capabilities | None:
-        """What the last probe said."""
+    def demand(self, ability: Ability) -> None:
+        """Raises `Refused` where it cannot do that here, by the last probe."""
 
     async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool) -> Mapping[str, Any]:
         """Write its state to an empty folder; returns what a restore needs to know."""

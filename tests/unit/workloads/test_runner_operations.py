@@ -74,7 +74,10 @@ class WithStates(InMemory):
 
     _disk: Kept
 
-    capabilities = Capabilities("memory", "container", "", "", (), "none", "", {})
+    cannot: Mapping[Ability, str] = {}
+
+    def demand(self, ability: Ability) -> None:
+        Capabilities("memory", "container", "", "", (), "none", "", self.cannot).demand(ability)
 
     async def prepare(self, order: Order) -> Status:
         if order.key.id in self._disk.stands:
@@ -384,7 +387,7 @@ async def test_one_that_cannot_be_brought_back_stays_checkpointed_and_is_tried_o
 
 @pytest.mark.parametrize(("checkpoint", "cannot"), [(5, {}), ({"every_s": 1}, {}), ({"every_s": True}, {}), ({"every_s": 60, "x": 1}, {}), ({"every_s": 60}, {Ability.CHECKPOINT: "no CRIU"})])
 async def test_checkpoints_that_cannot_be_had_are_a_refusal_before_anything_is_laid_out(tmp_path: Path, checkpoint: Any, cannot: dict[Ability, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WithStates, "capabilities", Capabilities("memory", "container", "", "", (), "none", "", cannot))
+    monkeypatch.setattr(WithStates, "cannot", cannot)
     disk = Kept(tmp_path)
     agent = Agent(disk)
     await agent.runner.take([entry("a", EPOCH, checkpoint=checkpoint)])
