@@ -404,9 +404,10 @@ class ContainerDriver:
         try:
             async with self._one(key):
                 status = await self.begin(key)
-            while status.phase is Phase.PREPARED and held(self._path(key)):  # an earlier agent's keeper is at it still
+            while status.phase is Phase.PREPARED:  # an earlier agent's keeper is at it still; it ends by its own bounds
                 await asyncio.sleep(LOOK_S)
-                status = self._status(key)
+                async with self._one(key):
+                    status = await self.begin(key)
             status = await self.checkpoints().lives(key, window_s)
         except Failed:
             await self.delete(key)
