@@ -218,7 +218,7 @@ class EdgeRuntime:
 
     def _question(self, question: dict[str, Any]) -> None:
         if self.uplink is not None:
-            self.workload_node().question(question, self.uplink.answer)
+            self.workload_node().asked.question(question, self.uplink.answer)
 
     async def _sample_host(self) -> None:
         from .devices.host import HostSampler

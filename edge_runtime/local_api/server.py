@@ -188,7 +188,7 @@ class LocalApi:
 
     async def checkpoints(self, request: Any) -> Any:
         """The checkpoints of a workload that are on this node."""
-        return self._answer(await self._runtime.workload_node().checkpoints(request.match_info["workload"]) if self._runtime.config.workloads.enabled else [])
+        return self._answer(await self._runtime.workload_node().asked.checkpoints(request.match_info["workload"]) if self._runtime.config.workloads.enabled else [])
 
     async def operate(self, request: Any) -> Any:
         """Take a checkpoint of a workload that is here, go on from one, or delete one; answered before it is done."""
@@ -199,12 +199,12 @@ class LocalApi:
             raise ContractError("body", f"is {type(asked).__name__}, not an object", "send kind, and name or stop", "type")
         if not self._runtime.config.workloads.enabled:
             raise ContractError("workload", "workloads are not enabled on this edge", "set workloads.enabled")
-        return self._answer(self._runtime.workload_node().ask(request.match_info["workload"], asked))
+        return self._answer(self._runtime.workload_node().asked.ask(request.match_info["workload"], asked))
 
     async def operation(self, request: Any) -> Any:
         """How an operation stands."""
         name = request.match_info["operation"]
-        found = self._runtime.workload_node().operation(name) if self._runtime.config.workloads.enabled else None
+        found = self._runtime.workload_node().asked.operation(name) if self._runtime.config.workloads.enabled else None
         if found is None:
             return self._answer({"field": "operation", "problem": f"{name[:80]!r} is not known here", "remedy": "see the journal's operation records"}, 404)
         return self._answer(found)

@@ -174,10 +174,10 @@ class Checkpointing:
         """Have it brought back from the newest checkpoint that nobody asked for; whether there is one, or an operation is under way already."""
         if self._operations.under_way(key.id):
             return True
-        newest = await self._own(key.id)
-        if newest:
-            self._ask(key, RESTORE, newest[-1].name)
-        return bool(newest)
+        own = [one for one in await self._own(key.id) if one.epoch == key.epoch]
+        if own:
+            self._ask(key, RESTORE, own[-1].name)
+        return bool(own)
 
     def _ask(self, key: Key, kind: str, name: str) -> None:
         self._operations.take([{"id": f"{AUTOMATIC}{uuid.uuid4().hex[:16]}", "kind": kind, "workload": key.id, "epoch": key.epoch, "name": name, "stop": False, "expires_ms": 0}])
@@ -207,6 +207,8 @@ class Checkpointing:
     async def _checkpoint(self, asked: Mapping[str, Any], driver: Driver | None, status: Status | None) -> dict[str, Any]:
         name, workload = asked["name"] or asked["id"], asked["workload"]
         path = self._folder.path(workload, name)
+        if asked["name"].startswith(AUTOMATIC):
+            raise Refused("name", f"{AUTOMATIC}... is for checkpoints that nobody asks for", "give it another name")
         if driver is None or status is None:
             raise Refused("workload", f"{workload} does not run here yet", "ask again when it runs")
         if not isinstance(driver, Checkpoints):
