@@ -34,10 +34,11 @@ class Questions:
     Args:
         publish: `publish(edge, leaf, payload, retain)`.
         refused: counts and remembers a bad message of an edge.
+        away: whether an edge is known to be offline: nobody waits for what cannot come.
     """
 
-    def __init__(self, hub: str, publish: Callable[[str, str, bytes, bool], None], refused: Callable[[str, ContractError], None], now_ms: Callable[[], int]) -> None:
-        self._hub, self._publish, self._refused, self._now_ms = hub, publish, refused, now_ms
+    def __init__(self, hub: str, publish: Callable[[str, str, bytes, bool], None], refused: Callable[[str, ContractError], None], now_ms: Callable[[], int], away: Callable[[str], bool]) -> None:
+        self._hub, self._publish, self._refused, self._now_ms, self._away = hub, publish, refused, now_ms, away
         self._waiting: dict[str, tuple[str, Collected, asyncio.Event]] = {}
 
     async def ask(self, edge: str, kind: str, workload: str, **more: Any) -> tuple[Mapping[str, Any], Collected]:
@@ -46,6 +47,8 @@ class Questions:
             raise Unanswered("hub", f"{MAX_ASKED} questions wait already", "ask again in a second", 503)
         name = f"q-{secrets.token_hex(8)}"
         asked = QUESTION.parse({"v": PROTOCOL_VERSION, "edge": edge, "id": name, "hub": self._hub, "kind": kind, "workload": workload, "expires_ms": 0, **more})
+        if self._away(edge):
+            raise Unanswered("edge", f"{edge} is offline", "ask when it is back", 503)
         seconds = ANSWER_S + (asked["timeout_s"] if kind == EXEC else 0.0)
         asked["expires_ms"] = self._now_ms() + int(seconds * 1000)
         collected, whole = Collected(), asyncio.Event()

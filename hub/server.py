@@ -27,6 +27,7 @@ from .retention import Retention, RetentionSettings
 from .store.base import EdgeRow, Store, StoredRecord
 from .store.sqlite import SqliteStore
 from .store.workloads import LIVE_STATES
+from .transfers.service import Transfers
 from .workloads.service import Workloads
 
 log = logging.getLogger(__name__)
@@ -118,13 +119,14 @@ class Hub:
             self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence,
             writer=around.executor("hub-store"), pace=around.pace, on_records=self._stored,
         )
-        self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms)
+        self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms, lambda edge: self.fleet.rows[edge].state == "offline")
         self._thinker = around.executor("hub-think")
         self.workloads = Workloads(
             self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
             think=self.think, rebalance_s=settings.rebalance_minutes * 60,
         )
         self.workloads.load()
+        self.transfers = Transfers(self.store, write=self.ingest.write, now_ms=self.now_ms)
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
@@ -179,6 +181,7 @@ class Hub:
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
+        await self.transfers.stop()
         if self._runner is not None:
             await self._runner.cleanup()
         if hasattr(self, "link"):

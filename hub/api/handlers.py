@@ -20,10 +20,12 @@ from ..dating import BootClock, date
 from ..hierarchy import build_tree
 from ..questions import Unanswered
 from ..store.base import EdgeRow, StoredRecord
+from ..transfers.book import Contradicts
 from .openapi import OPERATIONS, document
 from .operations import OperationApi
 from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
+from .transfers import TransferApi, is_workers
 from .workloads import MAX_WORKLOAD_BODY_BYTES, error_answer
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi(OperationApi):
+class HubApi(OperationApi, TransferApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:
@@ -68,12 +70,12 @@ class HubApi(OperationApi):
         async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
             if request.path.startswith("/api/"):
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()):
+                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()) and not is_workers(request, given, self._hub.token):
                     return answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
             try:
                 response: web.StreamResponse = await handler(request)
             except ContractError as error:
-                return answer(error.to_json(), 400)
+                return answer(error.to_json(), 409 if isinstance(error, Contradicts) else 400)
             except Unanswered as error:
                 return answer({"field": error.field, "problem": error.problem, "remedy": error.remedy}, error.status)
             except NotKnown as error:

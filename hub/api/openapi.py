@@ -73,6 +73,27 @@ WHAT_IF = {
         "add": {"type": "array", "items": NODE, "maxItems": 256},
     },
 }
+END = {"type": "object", "required": ["worker", "path"], "properties": {"worker": NAME, "path": {"type": "string", "maxLength": 1024}}}
+TRANSFER = {
+    "type": "object", "required": ["id", "source", "destination"], "additionalProperties": False,
+    "properties": {
+        "id": NAME, "source": END, "destination": END, "limit_mbit": {"type": "number", "minimum": 0, "default": 0}, "base": {"type": "string"}, "replace": {"type": "boolean", "default": False},
+        "not_before_ms": COUNT,
+    },
+}
+LEASE = {
+    "type": "object",
+    "properties": {
+        "facts": OBJECT, "held": {"type": "array", "items": {"type": "object", "required": ["task", "epoch"]}, "maxItems": 64}, "wait_s": {"type": "number", "minimum": 0, "maximum": 30, "default": 0},
+    },
+}
+REPORT = {
+    "type": "object", "required": ["task", "epoch", "state"],
+    "properties": {
+        "task": {"type": "string"}, "epoch": COUNT, "state": {"enum": ["working", "listening", "done", "failed"]}, "address": {"type": "string"}, "progress": OBJECT, "prediction": OBJECT,
+        "root": {"type": "string"}, "result": OBJECT, "error": {"type": "string"}, "final": {"type": "boolean", "default": False},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +173,20 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/quotas", "quotas", "What tenants may use", LIST),
     Operation("put", "/api/v1/quotas/{tenant}", "put_quota", "Say what a tenant may use, and borrow from its cohort", OBJECT, body=QUOTA, changes=True),
     Operation("delete", "/api/v1/quotas/{tenant}", "delete_quota", "Let a tenant use what there is", OBJECT, changes=True),
+    Operation("post", "/api/v1/transfers", "submit_transfer", "Move a file or disk from one migration worker to another; the same again is answered as it stands", OBJECT, body=TRANSFER, contradicts=True),
+    Operation("get", "/api/v1/transfers", "transfers", "Transfers, newest first", LIST, (("limit", LIMIT, "at most so many"),)),
+    Operation("get", "/api/v1/transfers/{transfer}", "transfer", "One transfer: its sides, how far it is, what was expected", OBJECT),
+    Operation("delete", "/api/v1/transfers/{transfer}", "cancel_transfer", "End a transfer", OBJECT),
+    Operation("get", "/api/v1/migration-workers", "migration_workers", "Migration workers that were seen", LIST),
+    Operation("get", "/api/v1/migration-workers/{worker}/token", "migration_worker_token", "The token by which a worker of that name may ask for its tasks, and nothing else", OBJECT),
+    Operation("post", "/api/v1/migration-workers/{worker}/lease", "lease_transfers", "For workers: what to do, and what to stop", OBJECT, body=LEASE),
+    Operation("post", "/api/v1/migration-workers/{worker}/report", "report_transfer", "For workers: how a task stands; says whether to go on", OBJECT, body=REPORT),
     Operation("get", "/api/v1/scheduler", "scheduler", "Use of the cluster now and by the minute, counts, latencies", OBJECT, (
         ("hours", {"type": "number", "minimum": 0, "maximum": 168}, "how far back"),
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "transfer": NAME, "worker": NAME}
 
 
 def document() -> dict[str, Any]:
@@ -182,7 +211,7 @@ def document() -> dict[str, Any]:
             responses["409"] = {"description": "it contradicts what stands", **error}
         if operation.changes:
             responses["503"] = {"description": "busy, or the store refused: nothing was done", **error}
-        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant", "rebalance")):
+        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant", "rebalance", "transfer")):
             responses["404"] = {"description": "not known", **error}
         if operation.body is not None:
             responses["413"] = {"description": "the body is too large", **error}

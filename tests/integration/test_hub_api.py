@@ -23,6 +23,7 @@ from hub.api.handlers import MAX_BODY_BYTES, HubApi
 from hub.api.openapi import OPERATIONS, Operation, document
 from hub.server import Hub, HubSettings
 from hub.store.base import StoredRecord, Transaction
+from hub.transfers.document import read_transfer
 from hub.workloads.documents import read_list
 
 from .hub_side import EDGE, Served, error_of, linked_edge, served_hub, synced
@@ -59,13 +60,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             await hub.workloads.ask(lambda planner, _: planner.put_quota("t-1", {"nominal": {"cpu": 4}}))
             over = {"id": "r-1", "kind": "rebalance", "nodes": [], "state": "done", "steps": []}
             await hub.workloads.ask(lambda planner, _: planner.ledger.put(planner.tables.rebalances, "r-1", over))
+            await hub.transfers.submit(read_transfer(BODIES["submit_transfer"]))
 
         background.run(fill())
         yield Served(background, hub)
 
 
 def path_of(operation: Operation) -> str:
-    return operation.path.format(edge=EDGE, seq=3, workload="on-edge" if operation.handler in AT_AN_EDGE else "w-1", node="n-1", budget="b-1", tenant="t-1", rebalance="r-1")
+    return operation.path.format(
+        edge=EDGE, seq=3, workload="on-edge" if operation.handler in AT_AN_EDGE else "w-1", node="n-1", budget="b-1", tenant="t-1", rebalance="r-1", transfer="x-1", worker="w-a",
+    )
 
 
 # -- the description ---------------------------------------------------------------------------------------------------------
@@ -95,6 +99,8 @@ BODIES: dict[str, Any] = {
     "put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}, "submit": WORKLOAD, "what_if": {"workloads": [{**WORKLOAD, "id": "w-2"}], "lose": ["n-1"]},
     "put_node": NODE, "put_budget": {"selector": {"labels": {"app": "w"}}, "allowed": 1}, "put_quota": {"nominal": {"cpu": 4}},
     "rebalance": {"drain": ["n-1"], "go": False}, "operate": {"kind": "checkpoint", "name": "x", "stop": True}, "execute": {"args": ["id"], "timeout_s": 0.01},
+    "submit_transfer": {"id": "x-1", "source": {"worker": "w-a", "path": "disk"}, "destination": {"worker": "w-b", "path": "disk"}},
+    "lease_transfers": {"facts": {"slots": 1}, "held": [], "wait_s": 0}, "report_transfer": {"task": "x-1/send", "epoch": 1, "state": "working"},
 }
 AGAIN = {"cancel": ("POST", "/api/v1/workloads", {**WORKLOAD, "id": "w-3"}), "delete_node": ("PUT", "/api/v1/nodes/n-1", NODE), "delete_quota": ("PUT", "/api/v1/quotas/t-1", {}), "delete_budget": ("PUT", "/api/v1/budgets/b-1", BODIES["put_budget"])}
 """What puts back what a route took away."""

@@ -21,7 +21,7 @@ class Side:
         self.published: list[dict[str, Any]] = []
         self.refused: list[tuple[str, str]] = []
         self.asked = asyncio.Event()
-        self.questions = Questions("hub", self._publish, lambda edge, error: self.refused.append((edge, error.field)), lambda: 1000)
+        self.questions = Questions("hub", self._publish, lambda edge, error: self.refused.append((edge, error.field)), lambda: 1000, lambda edge: edge == "gw-away")
 
     def _publish(self, edge: str, leaf: str, payload: bytes, retain: bool) -> None:
         assert leaf == "ask" and not retain
@@ -62,6 +62,10 @@ async def test_what_an_edge_refuses_is_passed_on_and_silence_ends(monkeypatch: p
     with pytest.raises(Unanswered) as caught:
         await side.questions.ask("gw-1", "logs", "a")
     assert caught.value.status == 503 and side.questions._waiting == {}
+    published = len(side.published)
+    with pytest.raises(Unanswered, match="is offline"):
+        await side.questions.ask("gw-away", "logs", "a")
+    assert len(side.published) == published, "an edge that is away is not even asked"
     with pytest.raises(ContractError, match="args"):
         await side.questions.ask("gw-1", "exec", "a")
 
