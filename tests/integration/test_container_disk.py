@@ -87,6 +87,7 @@ async def test_files_that_were_deleted_and_are_open_count_and_so_do_files_withou
         await until(lambda key=key: written(key))
     assert counted(driver.folder(hidden) / "disk/upper")[0] < 8 * MIB, "by its names alone it would be within its limit"
     assert [one.key for one in await driver.hold_disks()] == [hidden]
+    assert "requests.disk" in (await driver.wait(hidden)).reason
     monkeypatch.setattr(counted, "__defaults__", (50,))
     monkeypatch.setattr(driver._disks, "_again", {})
     assert [(one.key, one.files) for one in await driver.hold_disks()] == [(many, True)]

@@ -130,15 +130,16 @@ class DiskLimits:
             return []
 
     async def end(self, one: Over) -> bool:
-        """End one; why stands on the disk before. Whether it ran."""
+        """End one; why stands on the disk before. Whether it ran, and nobody had ended it yet: an agent that was killed may have come as far as the reason only."""
         folder = self._driver.folder(one.key)
         try:
             if (await self._driver.status(one.key)).phase is not Phase.RUNNING:
                 return False
+            again = (folder / NOTE).exists()
             new = folder / f"{NOTE}.new"
             write(new, {"used": one.used, "limit": one.limit, "files": one.files})
             os.replace(new, folder / NOTE)
             await self._driver.kill(one.key, signal.SIGKILL)
         except (Refused, Failed, OSError):
             return False
-        return True
+        return not again

@@ -256,7 +256,7 @@ def check(disk: Kept, now: list[dict[str, Any]], names: list[str]) -> None:
         assert found.all("a"), "its state is there"
 
 
-@given(EVENTS, st.sampled_from(("never", "on-failure", "always")), st.sampled_from((None, {"every_s": 10})))
+@given(EVENTS, st.sampled_from(("never", "on-failure", "always")), st.sampled_from((None, {"every_s": 3600})))
 @settings(max_examples=200)
 def test_whoever_is_killed_when_one_copy_runs_and_each_operation_is_done_once(events: list[tuple[str, Any]], restart: str, checkpoint: Any) -> None:
     asyncio.run(live(events, restart, checkpoint=checkpoint))
@@ -328,7 +328,7 @@ async def test_a_checkpoint_over_the_budget_is_refused_before_anything_is_touche
 
 @pytest.mark.parametrize("killed", [False, True])
 async def test_what_is_lost_with_its_machine_goes_on_from_the_checkpoint_that_nobody_asked_for(tmp_path: Path, killed: bool) -> None:
-    disk, now = Kept(tmp_path), [entry("a", EPOCH, checkpoint={"every_s": 10})]
+    disk, now = Kept(tmp_path), [entry("a", EPOCH, checkpoint={"every_s": 3600})]
     agent = Agent(disk)
     await agent.runner.take(now)
     await quiet()
@@ -354,7 +354,7 @@ async def test_what_is_lost_with_its_machine_goes_on_from_the_checkpoint_that_no
 
 async def test_without_one_it_is_lost_as_before(tmp_path: Path) -> None:
     """The negative control: no checkpoint was taken yet; and none is taken where the document asks for none."""
-    for spec in ({"checkpoint": {"every_s": 10}}, {}):
+    for spec in ({"checkpoint": {"every_s": 3600}}, {}):
         disk = Kept(tmp_path)
         agent = Agent(disk)
         await agent.runner.take([entry("a", EPOCH, **spec)])
@@ -371,7 +371,7 @@ async def test_without_one_it_is_lost_as_before(tmp_path: Path) -> None:
 async def test_one_that_cannot_be_brought_back_stays_checkpointed_and_is_tried_once(tmp_path: Path) -> None:
     disk = Kept(tmp_path)
     agent = Agent(disk)
-    await agent.runner.take([entry("a", EPOCH, checkpoint={"every_s": 10}, restart="always")])
+    await agent.runner.take([entry("a", EPOCH, checkpoint={"every_s": 3600}, restart="always")])
     await quiet()
     agent.take_one()
     await quiet()
