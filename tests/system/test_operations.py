@@ -16,7 +16,7 @@ from tests.integration.waiting import until
 from tests.system.test_containers_adopted import Node, alive, said, states, submit, work
 from tools.novactl.cli import main as novactl
 
-pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system]
+pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(400)]
 
 COUNTS = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.02; done"
 EDGE = "bench-edge"
