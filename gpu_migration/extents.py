@@ -5,19 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from . import codecs, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
 from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
-from .transforms import Transforms, Words
+from .transforms import Facts, Rows, Transforms, Words
 from .transforms.cpu import CPU
+from .transforms.hashing import hashes
 
 Choose = Callable[[memoryview], codecs.Coder]
 """From the bytes that are to be coded, the coder."""
 
 PageAt = Callable[[int], bytes | None]
 """Bytes of a page of the object that this end has already, or of the base; None where it has not."""
+
+HOPELESS_BITS = PAGE * 8 * 3 // 8
+"""Bits that differ from the base's page from which a delta is not tried: random bytes differ in half of them, text from other text in a quarter."""
 
 _DELTA_CODER = codecs.BY_NAME["zstd-fast"]
 """What decides page by page whether a delta is smaller: quick, and the better the codec, the more alike its verdict."""
@@ -58,61 +61,75 @@ def zero(index: int, raw_length: int) -> Encoded:
     return Encoded(layout.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
 
 
-def _duplicates(pages: Words, left: NDArray[np.intp], transforms: Transforms) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Of the pages left, those equal to an earlier one that is left: (page, earlier page). Every match of the signature is confirmed byte by byte."""
-    marks = transforms.signatures(pages)[left]
+def _earlier(pages: Words, rows: Rows, marks: Words, transforms: Transforms) -> tuple[Rows, Rows, Rows]:
+    """Of those pages, the ones whose mark an earlier one has: (page, the first with that mark) where they are equal, every byte compared; and pages where they are not."""
+    _, first, inverse = np.unique(marks, return_index=True, return_inverse=True)
+    origin = first[inverse]
+    maybe = np.flatnonzero(origin != np.arange(len(rows)))
+    page, original = rows[maybe], rows[origin[maybe]]
+    same = transforms.equal(pages[page], pages[original])
+    return page[same], original[same], page[~same]
+
+
+def _duplicates(pages: Words, left: Rows, facts: Facts, transforms: Transforms) -> tuple[Rows, Rows]:
+    """Of the pages left, those equal to an earlier one that is left: (page, earlier page)."""
+    marks = facts.signatures(left)
     ordered = np.sort(marks)
     if (ordered[1:] != ordered[:-1]).all():
         return left[:0], left[:0]  # nearly always
-    _, first, inverse = np.unique(marks, return_index=True, return_inverse=True)
-    earlier = first[inverse]
-    maybe = np.flatnonzero(earlier != np.arange(len(left)))
-    if not len(maybe):
-        return left[:0], left[:0]
-    page, original = left[maybe], left[earlier[maybe]]
-    same = transforms.equal(pages[page], pages[original])
-    return page[same], original[same]
+    page, original, unlike = _earlier(pages, left, marks, transforms)
+    if len(unlike):  # a signature that is a sample mistook them: among themselves by their hash
+        more, more_original, _ = _earlier(pages, unlike, hashes(pages[unlike])[:, 0], transforms)
+        page, original = np.concatenate([page, more]), np.concatenate([original, more_original])
+        order = np.argsort(page)
+        page, original = page[order], original[order]
+    return page, original
 
 
-def _deltas(pages: Words, base: Words, left: NDArray[np.intp], transforms: Transforms) -> NDArray[np.intp]:
-    """Of the pages left, those whose XOR with the base codes smaller than they do, each measured."""
+def _deltas(pages: Words, base: Words, left: Rows, facts: Facts, transforms: Transforms) -> Rows:
+    """Of the pages left, those whose XOR with the base codes smaller than they do, each measured where there is hope."""
+    left = left[facts.population(left) < HOPELESS_BITS]
     mine, changed = np.ascontiguousarray(pages[left]), transforms.xor(pages[left], base[left])
     smaller = [len(_DELTA_CODER.encode(changed[n])) < len(_DELTA_CODER.encode(mine[n])) for n in range(len(left))]
     return left[np.array(smaller, np.bool_)]
 
 
-def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None, transforms: Transforms = CPU) -> Encoded:
-    """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long."""
+def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None, transforms: Transforms = CPU, facts: Facts | None = None) -> Encoded:
+    """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long.
+
+    `facts`: of these very pages and this base, where they are known already.
+    """
     raw_length = len(data)
     if not 0 < raw_length <= EXTENT:
         raise ValueError(f"an extent has 1 to {EXTENT} bytes, not {raw_length}")
     pages = as_pages(data)
     fills = pages[:, 0]
-    constant = transforms.constant(pages)
+    base_pages = as_pages(base)[: len(pages)] if base else None
+    if facts is None:
+        facts = transforms.scan(pages, base_pages)
+    constant = facts.constant()
     if constant.all() and not fills.any():
         return zero(index, raw_length)  # most extents of a young guest: its hash is known
     digest = blake3(data).digest()
     classes = np.full(len(pages), Page.CODED, np.uint8)
     classes[constant] = np.where(fills[constant] == 0, Page.ZERO, Page.CONST)
-    base_pages = as_pages(base) if base else None
     if base_pages is not None:
-        base_pages = base_pages[: len(pages)]
         shared = len(base_pages)
-        same = transforms.equal(pages[:shared], base_pages) & (classes[:shared] != Page.ZERO)
+        same = facts.unchanged()[:shared] & (classes[:shared] != Page.ZERO)
         classes[:shared][same] = Page.UNCHANGED
     left = np.flatnonzero(classes == Page.CODED)
-    original: NDArray[np.intp] = left[:0]
+    original: Rows = left[:0]
     if len(left) > 1:
-        repeated, original = _duplicates(pages, left, transforms)
+        repeated, original = _duplicates(pages, left, facts, transforms)
         if len(repeated):
             classes[repeated] = Page.DUP
             left = np.flatnonzero(classes == Page.CODED)
     if base_pages is not None and len(left):
-        classes[_deltas(pages, base_pages, left[left < len(base_pages)], transforms)] = Page.DELTA
+        classes[_deltas(pages, base_pages, left[left < len(base_pages)], facts, transforms)] = Page.DELTA
         left = np.flatnonzero(classes == Page.CODED)
     whole = len(left) == len(pages)
     if len(left):
-        dense = transforms.dense(pages if whole else pages[left])
+        dense = facts.dense(left)
         if dense.any():
             classes[left[dense]] = Page.RAW
             left, whole = left[~dense], False

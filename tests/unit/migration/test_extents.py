@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gpu_migration import choice, codecs, extents, layout
 from gpu_migration.errors import BaseMismatch, FormatError, HashMismatch, MigrationError
 from gpu_migration.layout import EXTENT, HEADER, IN_BASE, PAGE, Page
-from gpu_migration.transforms import Flags, Words
+from gpu_migration.transforms import Facts, Flags, Known, Words
 from gpu_migration.transforms.cpu import CPU
 
 from .memory import changed, contents, memory
@@ -23,20 +23,21 @@ class Plain:
 
     name = "plain"
 
-    def constant(self, pages: Words) -> Flags:
-        return np.array([len(set(row.tolist())) == 1 for row in pages], np.bool_)
+    def scan(self, pages: Words, base: Words | None) -> Facts:
+        shared = 0 if base is None else len(base)
+        return Known(
+            np.array([len(set(row.tolist())) == 1 for row in pages], np.bool_),
+            self.equal(pages[:shared], pages[:0] if base is None else base),
+            np.array([sum((a ^ b).bit_count() for a, b in zip(row.tobytes(), other.tobytes(), strict=True)) for row, other in zip(pages, () if base is None else base, strict=False)], np.int64),
+            np.array([int.from_bytes(blake3(row.tobytes()).digest(8), "little") for row in pages], np.uint64),
+            np.array([len(set(row.tobytes()[17::61][:64])) for row in pages], np.uint16),
+        )
 
     def equal(self, pages: Words, others: Words) -> Flags:
         return np.array([one.tobytes() == other.tobytes() for one, other in zip(pages, others, strict=True)], np.bool_)
 
     def xor(self, pages: Words, others: Words) -> Words:
         return np.array([[a ^ b for a, b in zip(one.tolist(), other.tolist(), strict=True)] for one, other in zip(pages, others, strict=True)], np.uint64).reshape(-1, 512)
-
-    def signatures(self, pages: Words) -> Words:
-        return np.array([int.from_bytes(blake3(row.tobytes()).digest(8), "little") for row in pages], np.uint64)
-
-    def dense(self, pages: Words) -> Flags:
-        return np.array([len(set(row.tobytes()[17::61][:64])) >= 52 for row in pages], np.bool_)
 
 
 BACK_ENDS = (CPU, Plain())
