@@ -1,6 +1,7 @@
 """The command line: send, receive, verify, base, key, bench. Results are one JSON object on the standard output; errors one line, exit status 1."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,10 +14,11 @@ from typing import Any
 
 from . import choice, keys, precopy, receiver
 from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
-from .errors import MigrationError, PauseFailed
+from .errors import DeviceFailed, MigrationError, PauseFailed
 from .receiver import PATIENCE_S, STREAMS_MOST, Receiver
 from .sender import STREAMS_AT_FIRST, Sender
 from .sources import FileSource
+from .transforms.gpu import Gpu, probe
 
 _THREADS_MOST = 256
 
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--codecs", type=_codecs, default=choice.FREE, help="auto, or those to choose from, as lz4,zstd-1")
     send.add_argument("--streams", type=_whole(1, STREAMS_MOST), default=STREAMS_MOST, help=f"at most (up to {STREAMS_MOST}); as many are used as bring something")
     send.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
+    send.add_argument("--transforms", choices=("cpu", "gpu", "auto"), default="cpu", help="what sorts out pages; auto: a GPU where there is one of use (cpu)")
     send.add_argument("--limit-mbit", type=_number(0, 1e7), default=0.0, help="bandwidth limit, Mbit/s; 0: none")
     send.add_argument("--changing", action="store_true", help="the source may change: pass again until what remains is little, then switch over")
     send.add_argument("--pause-command", default="", help="with --changing: pauses who writes the source, for the last pass; returns once it is paused")
@@ -111,10 +114,12 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
     key = keys.load_key(options.key_file)
     source = FileSource(options.source)
     base = FileSource(options.base) if options.base else None
+    gpu: Gpu | None = None
     try:
+        gpu = _gpu(options.transforms, base is not None)
         sender = Sender(
             source, key, options.to, transfer=options.transfer, base=base, codecs=options.codecs, threads=options.threads, streams=(min(STREAMS_AT_FIRST, options.streams), options.streams),
-            limit=options.limit_mbit * 1e6 / 8, patience=options.patience,
+            limit=options.limit_mbit * 1e6 / 8, patience=options.patience, gpu=gpu,
         )
         if not options.changing:
             return {**dataclasses.asdict(sent := sender.run()), "root": sent.root.hex()}
@@ -126,6 +131,22 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
         source.close()
         if base is not None:
             base.close()
+        if gpu is not None:
+            with contextlib.suppress(DeviceFailed):  # it failed before, and that was said
+                gpu.close()
+
+
+def _gpu(wanted: str, with_base: bool) -> Gpu | None:
+    """Raises DeviceFailed where a GPU is asked for and there is none of use."""
+    if wanted == "cpu":
+        return None
+    try:
+        return probe(with_base=with_base)
+    except DeviceFailed as error:
+        if wanted == "gpu":
+            raise
+        print(f"send: by the processors: {error}", file=sys.stderr)
+        return None
 
 
 def _receive(options: argparse.Namespace) -> dict[str, Any]:

@@ -42,12 +42,15 @@ class Ledger:
 
     def take(self) -> int | None:
         """The next extent to encode; waits for one; None once closed."""
+        taken = self.take_several(1)
+        return taken[0] if taken else None
+
+    def take_several(self, most: int) -> list[int]:
+        """The next extents to encode, as many as there are at once; waits for one; none once closed."""
         with self._lock:
-            while not self._pending:
-                if self._closed:
-                    return None
+            while not self._pending and not self._closed:
                 self._lock.wait()
-            return None if self._closed else self._pending.pop()
+            return [] if self._closed else [self._pending.pop() for _ in range(min(most, len(self._pending)))]
 
     def _done(self, index: int) -> None:
         self._open -= 1

@@ -1,7 +1,7 @@
 """A GPU by CuPy: kernels compiled by NVRTC for the device that is there, three streams, a memory pool with a limit. Imported only where a GPU is asked for."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from .device import Host, Lane
 
 HIGH_WATER = 0.5
 """Share of the device's free memory that is used at the most: others run there too, and a ring of six slots takes under 1 GiB."""
-_TO_DEVICE, _TO_HOST = 1, 2
+_TO_DEVICE, _TO_HOST, _BY_ADDRESS = 1, 2, 4
 """Directions of cudaMemcpyAsync."""
 
 
@@ -94,6 +94,32 @@ class CupyDevice:
     def wait(self, mark: Any) -> None:
         with self._guarded():
             mark.synchronize()
+
+    def seconds(self, kernel: str, blocks: int, threads: int, *arguments: Any, rounds: int) -> list[float]:
+        """How long a kernel takes by the device's clock, each time, after one that does not count; nothing else may be under way."""
+        given = tuple(np.uint32(one) if isinstance(one, int) else one for one in arguments)
+        return self._timed(lambda stream: self._kernels[kernel]((blocks,), (threads,), given), rounds)
+
+    def copying(self, source: Any, target: Any, rounds: int) -> list[float]:
+        """The same of a copy: arrays of the device, or pinned bytes on one side."""
+
+        def pointer(one: Any) -> int:
+            return int(one.data.ptr if isinstance(one, self._cupy.ndarray) else one.ctypes.data)
+
+        return self._timed(lambda stream: self._cupy.cuda.runtime.memcpyAsync(pointer(target), pointer(source), source.nbytes, _BY_ADDRESS, stream.ptr), rounds)
+
+    def _timed(self, work: Callable[[Any], object], rounds: int) -> list[float]:
+        event, found = self._cupy.cuda.Event, []
+        with self._on(Lane.COMPUTE) as stream:
+            for n in range(rounds + 1):
+                began, ended = event(), event()
+                began.record(stream)
+                work(stream)
+                ended.record(stream)
+                ended.synchronize()
+                if n:
+                    found.append(self._cupy.cuda.get_elapsed_time(began, ended) / 1e3)
+        return found
 
     def used(self) -> int:
         """Bytes of the device that the pool holds."""

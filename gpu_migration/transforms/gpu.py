@@ -57,13 +57,13 @@ class Slot:
 
     def extent(self, n: int) -> memoryview:
         """Where the n-th extent of the batch is to be put."""
-        return memoryview(self.pages[n * EXTENT : (n + 1) * EXTENT])
+        return self.pages.data[n * EXTENT : (n + 1) * EXTENT]
 
     def extent_of_base(self, n: int) -> memoryview:
         """Where its counterpart is to be put."""
         if self.base is None:
             raise ValueError("this ring was made without room for a base")
-        return memoryview(self.base[n * EXTENT : (n + 1) * EXTENT])
+        return self.base.data[n * EXTENT : (n + 1) * EXTENT]
 
 
 def facts_of(found: NDArray[np.void], base_pages: int) -> Known:
