@@ -11,8 +11,9 @@ Flags = NDArray[np.bool_]
 Rows = NDArray[np.intp]
 """Numbers of pages within an extent."""
 
-DENSE_DISTINCT = 52
-"""Distinct values among the 64 sampled bytes from which a page counts as dense: random bytes give 56.7 with a deviation of 2.2, machine code below 45."""
+DENSE_DISTINCT = 28
+"""Distinct values among 32 sampled bytes from which a page counts as dense: random bytes give 30.1 with a deviation of 1.3. Of a Debian guest's pages that LZ4
+cannot shrink it finds 76 %, and takes 0.5 % of the others for such."""
 
 
 class Facts(Protocol):

@@ -1,32 +1,31 @@
 """The transforms on the processor, by numpy: whole extents at a time, which keeps them in a core's cache and the interpreter out of the way."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from . import DENSE_DISTINCT, Facts, Flags, Rows, Words
 
-_SAMPLED_WORDS = np.array([1, 37, 101, 173, 256, 339, 421, 490])
-"""Words of a page that its signature mixes; a page that differs elsewhere only costs one comparison more."""
+_SAMPLE_FIRST, _SAMPLE_STRIDE, _SAMPLES = 17, 61, 64
+"""Which bytes of a page are sampled: the stride is coprime to every record length that occurs, so that all columns of a table are seen."""
 
 _MIX = np.array([0x9E3779B97F4A7C15 * (2 * n + 1) & 0xFFFFFFFFFFFFFFFF | 1 for n in range(8)], np.uint64)
-"""Odd multipliers, one a sampled word."""
-
-_SAMPLE_STRIDE = 61
-"""Bytes between those sampled by `dense`: coprime to every record length that occurs, so that all columns of a table are seen."""
+"""Odd multipliers, one for each eight sampled bytes."""
 
 _BITS = np.array([bin(n).count("1") for n in range(1 << 16)], np.uint8)
 """Ones of every 16 bits."""
 
 
-def distinct(pages: Words) -> NDArray[np.uint16]:
-    """Distinct values among 64 bytes of each page."""
-    sample = pages.view(np.uint8)[:, 17 :: _SAMPLE_STRIDE][:, :64]
-    keys = sample + (np.arange(len(pages), dtype=np.int32) << 8)[:, None]
-    seen = np.zeros(len(pages) << 8, np.bool_)
-    seen[keys.ravel()] = True
-    return np.asarray(np.add.reduce(seen.reshape(len(pages), 256).view(np.uint8), axis=1, dtype=np.uint16))
+def sampled(pages: Words) -> NDArray[np.uint8]:
+    """64 bytes of each page."""
+    end = _SAMPLE_FIRST + _SAMPLE_STRIDE * _SAMPLES
+    return pages.view(np.uint8)[:, _SAMPLE_FIRST:end:_SAMPLE_STRIDE].copy()
+
+
+def distinct(sample: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Distinct values among every second byte of each page's sample."""
+    values = sample[:, ::2].astype(np.uint16)  # of 16 bits, which are sorted by vector instructions
+    values.sort(axis=1)
+    return (np.count_nonzero(values[:, 1:] != values[:, :-1], axis=1) + 1).astype(np.uint16)
 
 
 def population(pages: Words) -> NDArray[np.int64]:
@@ -62,44 +61,46 @@ class Cpu:
     def xor(self, pages: Words, others: Words) -> Words:
         return np.bitwise_xor(pages, others)
 
-    def signatures(self, pages: Words) -> Words:
-        sampled = pages[:, _SAMPLED_WORDS] * _MIX
-        sampled ^= sampled >> np.uint64(29)
-        total: Words = sampled.sum(axis=1, dtype=np.uint64)
+    def signatures(self, sample: NDArray[np.uint8]) -> Words:
+        """Of each page's sampled bytes; a page that differs elsewhere only costs one comparison more."""
+        mixed = sample.view(np.uint64) * _MIX
+        mixed ^= mixed >> np.uint64(29)
+        total: Words = mixed.sum(axis=1, dtype=np.uint64)
         return total
-
-    def dense(self, pages: Words) -> Flags:
-        return np.asarray(distinct(pages) >= DENSE_DISTINCT)
 
     def scan(self, pages: Words, base: Words | None) -> Facts:
         return _Asked(self, pages, base)
 
 
-@dataclass(frozen=True, slots=True)
 class _Asked:
     """Facts that are found when they are asked for: most pages of most extents need only the first."""
 
-    cpu: Cpu
-    pages: Words
-    base: Words | None
+    def __init__(self, cpu: Cpu, pages: Words, base: Words | None) -> None:
+        self._cpu, self._pages, self._base = cpu, pages, base
+        self._sample: NDArray[np.uint8] | None = None
+
+    def _sampled(self) -> NDArray[np.uint8]:
+        if self._sample is None:
+            self._sample = sampled(self._pages)
+        return self._sample
 
     def constant(self) -> Flags:
-        return self.cpu.constant(self.pages)
+        return self._cpu.constant(self._pages)
 
     def unchanged(self) -> Flags:
-        if self.base is None:
+        if self._base is None:
             return np.zeros(0, np.bool_)
-        return self.cpu.equal(self.pages[: len(self.base)], self.base)
+        return self._cpu.equal(self._pages[: len(self._base)], self._base)
 
     def population(self, rows: Rows) -> NDArray[np.int64]:
-        assert self.base is not None
-        return population(self.cpu.xor(self.pages[rows], self.base[rows]))
+        assert self._base is not None
+        return population(self._cpu.xor(self._pages[rows], self._base[rows]))
 
     def signatures(self, rows: Rows) -> Words:
-        return self.cpu.signatures(self.pages)[rows]
+        return self._cpu.signatures(self._sampled()[rows])
 
     def dense(self, rows: Rows) -> Flags:
-        return self.cpu.dense(self.pages if len(rows) == len(self.pages) else self.pages[rows])
+        return np.asarray(distinct(self._sampled()[rows]) >= DENSE_DISTINCT)
 
 
 CPU = Cpu()
