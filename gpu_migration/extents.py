@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
 
-from . import codecs, layout
+from . import codecs, duplicates, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
 from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
 from .transforms import Facts, Rows, Transforms, Words
@@ -16,8 +17,19 @@ from .transforms.hashing import hashes
 Choose = Callable[[memoryview], codecs.Coder]
 """From the bytes that are to be coded, the coder."""
 
-PageAt = Callable[[int], bytes | None]
-"""Bytes of a page of the object that this end has already, or of the base; None where it has not."""
+PagesAt = Callable[[int, memoryview], bool]
+"""Fill the memory with pages of the object that this end has already, or of the base, from that one on; the last may be cut short by the end. False where it has not all of them."""
+
+
+class Elsewhere(Protocol):
+    """Pages that the destination holds in other extents."""
+
+    def find(self, index: int, pages: Words, rows: Rows, marks: Words) -> tuple[Rows, Words]:
+        """Of those pages, the ones that are equal to such a page, and its number."""
+
+    def note(self, index: int, rows: Rows, marks: Words) -> None:
+        """Those pages go out with their content."""
+
 
 HOPELESS_BITS = PAGE * 8 * 3 // 8
 """Bits that differ from the base's page from which a delta is not tried: random bytes differ in half of them, text from other text in a quarter."""
@@ -71,9 +83,8 @@ def _earlier(pages: Words, rows: Rows, marks: Words, transforms: Transforms) -> 
     return page[same], original[same], page[~same]
 
 
-def _duplicates(pages: Words, left: Rows, facts: Facts, transforms: Transforms) -> tuple[Rows, Rows]:
+def _duplicates(pages: Words, left: Rows, marks: Words, transforms: Transforms) -> tuple[Rows, Rows]:
     """Of the pages left, those equal to an earlier one that is left: (page, earlier page)."""
-    marks = facts.signatures(left)
     ordered = np.sort(marks)
     if (ordered[1:] != ordered[:-1]).all():
         return left[:0], left[:0]  # nearly always
@@ -94,10 +105,13 @@ def _deltas(pages: Words, base: Words, left: Rows, facts: Facts, transforms: Tra
     return left[np.array(smaller, np.bool_)]
 
 
-def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None, transforms: Transforms = CPU, facts: Facts | None = None) -> Encoded:
+def encode(
+    index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None,
+    transforms: Transforms = CPU, facts: Facts | None = None, elsewhere: Elsewhere | None = None,
+) -> Encoded:
     """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long.
 
-    `facts`: of these very pages and this base, where they are known already.
+    `facts`: of these very pages and this base, where they are known already. `elsewhere`: what pages may refer to outside the extent.
     """
     raw_length = len(data)
     if not 0 < raw_length <= EXTENT:
@@ -118,12 +132,22 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
         same = facts.unchanged()[:shared] & (classes[:shared] != Page.ZERO)
         classes[:shared][same] = Page.UNCHANGED
     left = np.flatnonzero(classes == Page.CODED)
-    original: Rows = left[:0]
-    if len(left) > 1:
-        repeated, original = _duplicates(pages, left, facts, transforms)
+    references = np.zeros(len(pages), np.uint64)
+    if len(left):
+        marks = facts.signatures(left)
+        if elsewhere is not None:
+            repeated, numbers = elsewhere.find(index, pages, left, marks)
+            if len(repeated):
+                classes[repeated], references[repeated] = Page.DUP, numbers
+                still = classes[left] == Page.CODED
+                left, marks = left[still], marks[still]
+        repeated, original = _duplicates(pages, left, marks, transforms)
         if len(repeated):
-            classes[repeated] = Page.DUP
-            left = np.flatnonzero(classes == Page.CODED)
+            classes[repeated], references[repeated] = Page.DUP, original + index * layout.PAGES
+            still = classes[left] == Page.CODED
+            left, marks = left[still], marks[still]
+        if elsewhere is not None:
+            elsewhere.note(index, left, marks)
     if base_pages is not None and len(left):
         classes[_deltas(pages, base_pages, left[left < len(base_pages)], facts, transforms)] = Page.DELTA
         left = np.flatnonzero(classes == Page.CODED)
@@ -149,13 +173,12 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
             coder, coded = codecs.CODERS[0], bytes(plain)
     counts = np.bincount(classes, minlength=len(Page))
     raw = pages[classes == Page.RAW].tobytes() if counts[Page.RAW] else b""
-    references = (original + index * layout.PAGES).astype(np.uint64)
-    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references, raw, coded)
+    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references[classes == Page.DUP], raw, coded)
     return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
 
 
-def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> None:
-    """Fill the pages that are references."""
+def _resolve(extent: layout.Extent, out: Words, pages_at: PagesAt | None, base_at: PagesAt | None) -> bool:
+    """Fill the pages that are references; whether any was to a page outside the extent."""
     rows = np.flatnonzero(extent.classes == Page.DUP)
     first = extent.index * layout.PAGES
     here = (extent.references >= np.uint64(first)) & (extent.references < np.uint64(first + len(out)))
@@ -164,46 +187,50 @@ def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at:
         if (extent.classes[targets] == Page.DUP).any():
             raise FormatError(f"extent {extent.index}: a reference to a page that is a reference itself")
         out[rows[here]] = out[targets]
-    for row, reference in zip(rows[~here].tolist(), extent.references[~here].tolist(), strict=True):
-        of_base = bool(reference & IN_BASE)
-        number = reference & ~IN_BASE
-        source = base_at if of_base else page_at
-        found = source(number) if source is not None else None
-        if found is None:
-            if of_base:
-                raise BaseMismatch(f"extent {extent.index}: page {number} of the base is not here; send it without a base")
-            raise FormatError(f"extent {extent.index}: refers to page {number}, which is not here yet")
-        out[row] = np.frombuffer(found.ljust(PAGE, b"\0"), np.uint64)
+    rows, references = rows[~here], extent.references[~here]
+    if not len(rows):
+        return False
+    numbers = (references & ~np.uint64(IN_BASE)).astype(np.int64)
+    found = np.zeros((len(rows), WORDS), np.uint64)
+    room = found.data.cast("B")
+    for begin, end in duplicates.runs(references.astype(np.int64)):  # runs of pages: a reading each
+        of_base = bool(int(references[begin]) & IN_BASE)
+        source = base_at if of_base else pages_at
+        if source is None or not source(int(numbers[begin]), room[begin * PAGE : end * PAGE]):
+            raise BaseMismatch(f"extent {extent.index}: page {numbers[begin]} of the {'base' if of_base else 'object'} is not here; send the extent without references")
+    out[rows] = found
+    return True
 
 
-def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> None:
-    """Write the raw bytes of an extent to `out`, which has room for whole pages; they are there only if this returns.
+def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, pages_at: PagesAt | None = None, base_at: PagesAt | None = None) -> memoryview:
+    """The raw bytes of an extent: in `out`, which has room for whole pages, or where the codec has put them.
 
-    Raises FormatError, BaseMismatch where the extent leans on a base that is not here or not the right one, HashMismatch otherwise.
+    Raises FormatError, BaseMismatch where the extent leans on a base or pages that are not here or not the right ones, HashMismatch otherwise.
     """
     count = len(extent.classes)
-    pages = np.frombuffer(out, np.uint64)[: count * WORDS].reshape(count, WORDS)
     classes = extent.classes
-    leans = bool(((classes == Page.UNCHANGED) | (classes == Page.DELTA)).any())
+    kinds = np.bincount(classes, minlength=len(Page))
+    leans = bool(kinds[Page.UNCHANGED] or kinds[Page.DELTA])
     base_pages = as_pages(base)[:count] if base and leans else None
     if leans:
         needed = int(np.flatnonzero((classes == Page.UNCHANGED) | (classes == Page.DELTA))[-1]) + 1
         if base_pages is None or len(base_pages) < needed:
             raise BaseMismatch(f"extent {extent.index}: it leans on a base that is not here; send it without a base")
     plain = codecs.decode(extent.codec, extent.coded, extent.plain_length) if extent.plain_length else b""
-    coded = classes == Page.CODED
-    if coded.all():
-        pages[:] = np.frombuffer(plain, np.uint64).reshape(count, WORDS)
+    if kinds[Page.CODED] == count:
+        out = memoryview(plain)
     else:
+        pages = np.frombuffer(out, np.uint64)[: count * WORDS].reshape(count, WORDS)
         rows = np.frombuffer(plain, np.uint64).reshape(-1, WORDS)
-        pages[classes == Page.ZERO] = 0
+        if kinds[Page.ZERO]:
+            pages[np.flatnonzero(classes == Page.ZERO)] = 0
         if len(extent.constants):
             pages[classes == Page.CONST] = extent.constants[:, None]
         if len(extent.raw):
-            pages[classes == Page.RAW] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
+            pages[np.flatnonzero(classes == Page.RAW)] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
         if len(rows):
-            split = int(np.count_nonzero(coded))
-            pages[coded] = rows[:split]
+            split = int(kinds[Page.CODED])
+            pages[np.flatnonzero(classes == Page.CODED)] = rows[:split]
             if base_pages is not None and split < len(rows):
                 deltas = np.flatnonzero(classes == Page.DELTA)
                 pages[deltas] = rows[split:] ^ base_pages[deltas]
@@ -211,8 +238,10 @@ def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview |
             unchanged = np.flatnonzero(classes == Page.UNCHANGED)
             pages[unchanged] = base_pages[unchanged]
         if len(extent.references):
-            _resolve(extent, pages, page_at, base_at)
-    if blake3(out[: extent.raw_length]).digest() != extent.raw_hash:
-        if leans or bool((extent.references & np.uint64(IN_BASE)).any()):
-            raise BaseMismatch(f"extent {extent.index}: with the base of this end other bytes come out; the base is not what it says")
+            leans |= _resolve(extent, pages, pages_at, base_at)
+    raw = out[: extent.raw_length]
+    if blake3(raw).digest() != extent.raw_hash:
+        if leans:
+            raise BaseMismatch(f"extent {extent.index}: with the base or the pages of this end other bytes come out; they are not what the sender takes them for")
         raise HashMismatch(f"extent {extent.index}: other bytes came out than went in")
+    return raw

@@ -246,7 +246,7 @@ class Receiver:
                 raise FormatError(f"stream: a record of kind {kind} is not for a receiver")
 
     def _extent(self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview) -> None:
-        extent = layout.unpack(payload)
+        extent = layout.unpack(payload, sealed=True)
         if extent.index != index or index >= sink.extents or extent.raw_length != layout.extent_length(sink.length, index) or self._root is not None:
             raise FormatError(f"extent {index}: it is not of this object, or of another place in it")
         with self._locks[index % _LOCKS]:
@@ -255,11 +255,11 @@ class Receiver:
                 if self._base is not None and index < self._base.extents:
                     base = self._base.read(index, base_scratch)
                 try:
-                    extents.decode(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
+                    raw = extents.decode(extent, scratch, base=base, pages_at=sink.pages, base_at=self._base.pages if self._base is not None else None)
                 except BaseMismatch:
                     stream.send(Kind.NAK, b"", index, attempt)
                     return
-                sink.write(index, scratch[: extent.raw_length], extent.raw_hash, extent.classes)
+                sink.write(index, raw, extent.raw_hash, extent.classes)
                 self._attempts[index] = attempt
         stream.send(Kind.ACK, b"", index, attempt)
 

@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from . import choice, extents, keys, layout, wire
 from .codecs import Coder
+from .duplicates import PageIndex
 from .errors import DeviceFailed, FormatError, HashMismatch, KeyRefused, MigrationError, Refused, TransferLost, Unauthentic
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
 from .layout import EXTENT, HASH, PAGE, Page
@@ -79,9 +80,9 @@ class Sender:
 
     def __init__(
         self, source: FileSource, key: bytes, address: tuple[str, int], *, transfer: str = "", base: FileSource | None = None, codecs: Sequence[str] = choice.FREE,
-        threads: int = 0, streams: tuple[int, int] = (STREAMS_AT_FIRST, STREAMS_MOST), limit: float = 0.0, patience: float = PATIENCE_S, gpu: Gpu | None = None,
+        threads: int = 0, streams: tuple[int, int] = (STREAMS_AT_FIRST, STREAMS_MOST), limit: float = 0.0, patience: float = PATIENCE_S, gpu: Gpu | None = None, references: bool = True,
     ) -> None:
-        """`streams`: at first and at most; `limit`: bytes a second, 0: none; `gpu`: what sorts out pages, its ring with room for a base where there is one."""
+        """`streams`: at first and at most; `limit`: bytes a second, 0: none; `gpu`: what sorts out pages, its ring with room for a base where there is one; `references`: to equal pages in other extents."""
         if not 1 <= streams[0] <= streams[1] <= STREAMS_MOST:
             raise ValueError(f"streams: {streams[0]} at first and {streams[1]} at most are not within 1 to {STREAMS_MOST}")
         self._source, self._key, self._address, self._base, self._patience = source, key, address, base, patience
@@ -97,6 +98,7 @@ class Sender:
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
+        self._index = PageIndex(layout.pages_of(source.length), source.pages, self._ledger.known.__contains__) if references else None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()
@@ -345,7 +347,8 @@ class Sender:
             chosen_at = time.thread_time()
             return coder
 
-        encoded = extents.encode(index, data, choose, base=base, facts=facts)
+        elsewhere = self._index if index not in self._ledger.plain else None
+        encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere)
         if encoded.plain >= LEARN_FROM:  # less says more about the overhead
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
         return self._put(index, encoded)

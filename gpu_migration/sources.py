@@ -57,10 +57,12 @@ class FileSource:
             raise SourceError(f"source {self.path}: {error.strerror or error} at byte {index * EXTENT + at}") from None
         return view
 
-    def page(self, number: int) -> bytes | None:
-        """One page; None beyond the end."""
-        found = os.pread(self._fd, PAGE, number * PAGE)
-        return found or None
+    def pages(self, first: int, into: memoryview) -> bool:
+        """Pages from a number on, the last perhaps cut short by the end; False where they are beyond it or cannot be read."""
+        try:
+            return os.preadv(self._fd, [into], first * PAGE) + PAGE > len(into)
+        except OSError:
+            return False
 
     def hashes(self, threads: int) -> bytes:
         """The raw hashes of all extents, one after the other."""

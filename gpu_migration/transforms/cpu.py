@@ -25,7 +25,7 @@ def distinct(sample: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """Distinct values among every second byte of each page's sample."""
     values = sample[:, ::2].astype(np.uint16)  # of 16 bits, which are sorted by vector instructions
     values.sort(axis=1)
-    return (np.count_nonzero(values[:, 1:] != values[:, :-1], axis=1) + 1).astype(np.uint16)
+    return np.asarray(np.count_nonzero(values[:, 1:] != values[:, :-1], axis=1) + 1, np.uint16)
 
 
 def population(pages: Words) -> NDArray[np.int64]:

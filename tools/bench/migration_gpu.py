@@ -143,7 +143,10 @@ def pipeline(gpu: Any, memory: NDArray[np.uint8], total: int, threads: int, code
                     found = gpu.scan_batch(slot, [EXTENT] * len(batch))
                     for n, index in enumerate(batch):
                         encoded = extents.encode(index, slot.extent(n), lambda _: chosen, facts=found[n])
-                        extents.decode(layout.unpack(encoded.data), target.data[index * EXTENT : (index + 1) * EXTENT])
+                        place = target.data[index * EXTENT : (index + 1) * EXTENT]
+                        raw = extents.decode(layout.unpack(encoded.data), place)
+                        if raw.obj is not place.obj:
+                            place[:] = raw
                         with lock:
                             coded[0] += len(encoded.data)
         except Exception as error:

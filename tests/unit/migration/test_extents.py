@@ -47,8 +47,7 @@ BACK_ENDS = (CPU, Plain())
 def decoded(encoded: bytes, **kwargs: object) -> bytes:
     out = memoryview(bytearray(EXTENT))
     extent = layout.unpack(encoded)
-    extents.decode(extent, out, **kwargs)  # type: ignore[arg-type]
-    return bytes(out[: extent.raw_length])
+    return bytes(extents.decode(extent, out, **kwargs))  # type: ignore[arg-type]
 
 
 def encode(data: bytes, coder: str = "lz4", index: int = 0, base: bytes | None = None, **kwargs: object) -> extents.Encoded:
@@ -186,14 +185,22 @@ def test_references_to_pages_elsewhere() -> None:
     def of(reference: int, index: int = 3) -> bytes:
         return layout.pack(index, 0, PAGE, blake3(data).digest(), classes, none, np.array([reference], np.uint64), b"", b"")
 
-    assert decoded(of(7), page_at=lambda number: data if number == 7 else None) == data
-    assert decoded(of(7 | IN_BASE), base_at=lambda number: data if number == 7 else None) == data
-    with pytest.raises(FormatError, match="not here yet"):
-        decoded(of(7), page_at=lambda _: None)
+    def seven(number: int, into: memoryview) -> bool:
+        into[:] = data
+        return number == 7
+
+    def wrong(number: int, into: memoryview) -> bool:
+        return True
+
+    assert decoded(of(7), pages_at=seven) == data
+    assert decoded(of(7 | IN_BASE), base_at=seven) == data
+    with pytest.raises(BaseMismatch, match="is not here"):
+        decoded(of(8), pages_at=seven)
+    for source in ({}, {"base_at": wrong}, {"pages_at": seven}):
+        with pytest.raises(BaseMismatch):
+            decoded(of(7 | IN_BASE), **source)
     with pytest.raises(BaseMismatch):
-        decoded(of(7 | IN_BASE))
-    with pytest.raises(BaseMismatch):
-        decoded(of(7 | IN_BASE), base_at=lambda _: bytes(PAGE))
+        decoded(of(7), pages_at=wrong)
     with pytest.raises(FormatError, match="reference itself"):
         decoded(of(3 * 256))
 
