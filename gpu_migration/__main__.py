@@ -1,7 +1,10 @@
 """`python -m gpu_migration`."""
 
+import os
 import sys
 
-from .cli import main
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads for matrices, of which there are none here, take processor time and memory at the start
+
+from .cli import main  # noqa: E402
 
 sys.exit(main())

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--streams", type=_whole(1, STREAMS_MOST), default=STREAMS_MOST, help=f"at most (up to {STREAMS_MOST}); as many are used as bring something")
     send.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
     send.add_argument("--transforms", choices=("cpu", "gpu", "auto"), default="cpu", help="what sorts out pages; auto: a GPU where there is one of use (cpu)")
+    send.add_argument("--no-references", action="store_true", help="send pages again that the destination holds elsewhere in the object: the sizes of records then say nothing of equal pages")
     send.add_argument("--limit-mbit", type=_number(0, 1e7), default=0.0, help="bandwidth limit, Mbit/s; 0: none")
     send.add_argument("--changing", action="store_true", help="the source may change: pass again until what remains is little, then switch over")
     send.add_argument("--pause-command", default="", help="with --changing: pauses who writes the source, for the last pass; returns once it is paused")
@@ -119,7 +120,7 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
         gpu = _gpu(options.transforms, base is not None)
         sender = Sender(
             source, key, options.to, transfer=options.transfer, base=base, codecs=options.codecs, threads=options.threads, streams=(min(STREAMS_AT_FIRST, options.streams), options.streams),
-            limit=options.limit_mbit * 1e6 / 8, patience=options.patience, gpu=gpu,
+            limit=options.limit_mbit * 1e6 / 8, patience=options.patience, gpu=gpu, references=not options.no_references,
         )
         if not options.changing:
             return {**dataclasses.asdict(sent := sender.run()), "root": sent.root.hex()}

@@ -203,13 +203,17 @@ def _resolve(extent: layout.Extent, out: Words, pages_at: PagesAt | None, base_a
 
 
 def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, pages_at: PagesAt | None = None, base_at: PagesAt | None = None) -> memoryview:
-    """The raw bytes of an extent: in `out`, which has room for whole pages, or where the codec has put them.
+    """The raw bytes of an extent, to be read only: in `out`, which has room for whole pages, or elsewhere.
 
     Raises FormatError, BaseMismatch where the extent leans on a base or pages that are not here or not the right ones, HashMismatch otherwise.
     """
     count = len(extent.classes)
     classes = extent.classes
     kinds = np.bincount(classes, minlength=len(Page))
+    if kinds[Page.ZERO] == count:
+        if extent.raw_hash != layout.zero_hash(extent.raw_length):
+            raise HashMismatch(f"extent {extent.index}: it is all zeros and its hash is another")
+        return memoryview(layout.ZEROS)[: extent.raw_length]
     leans = bool(kinds[Page.UNCHANGED] or kinds[Page.DELTA])
     base_pages = as_pages(base)[:count] if base and leans else None
     if leans:

@@ -164,6 +164,9 @@ def root_of(length: int, hashes: bytes | bytearray | memoryview) -> bytes:
     return blake3(b"novacron object 1\0" + struct.pack("<QI", length, EXTENT)).update(hashes).digest()
 
 
+ZEROS = bytes(EXTENT)
+"""An extent of zeros."""
+
 _ZERO_HASHES: dict[int, bytes] = {}
 
 
@@ -171,7 +174,7 @@ def zero_hash(length: int) -> bytes:
     """Raw hash of an extent of zeros."""
     found = _ZERO_HASHES.get(length)
     if found is None:
-        found = _ZERO_HASHES[length] = blake3(bytes(length)).digest()
+        found = _ZERO_HASHES[length] = blake3(memoryview(ZEROS)[:length]).digest()
         if len(_ZERO_HASHES) > 64:  # odd last extents of many objects
             _ZERO_HASHES.clear()
     return found

@@ -89,12 +89,13 @@ class Sender:
         self._transfer = blake3((transfer or source.path.name).encode()).digest(keys.TRANSFER_ID)
         self._session = os.urandom(16)
         self._threads = threads or max(1, os.cpu_count() or 1)
-        self._model = choice.Model(self._threads, codecs, limit=limit)
+        self._model = choice.Model(self._threads, codecs, limit=limit, processors=os.cpu_count() or 1)
         self._pace = Pace(limit)
         self._meter = Meter()
         self._streams = Streams(streams[1], streams[0])
         self._queue: Bounded[_Ready] = Bounded()
         self._ledger = Ledger(source.extents)
+        self._host = wire.host_id()
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
@@ -201,6 +202,8 @@ class Sender:
         seconds = time.monotonic() - self._began
         rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}
         rates.update({name: 1 / mean.value for name, mean in self._model.seconds.items() if mean.known})
+        rates.update({f"{name} there": 1 / mean.value for name, mean in self._model.undo.items() if mean.known})
+        rates.update({"ship": 1 / self._model.ship.value, "take there": 1 / self._model.take.value})
         transforms = "cpu" if self._gpu is None else self._gpu.name if self.without_gpu is None else f"{self._gpu.name}, then cpu: {self.without_gpu}"
         return Sent(
             root, self._source.length, seconds, self._meter.bytes, {kind.name.lower(): self._pages[kind] for kind in Page}, dict(self._coders), self._skipped, self._resent,
@@ -406,7 +409,7 @@ class Sender:
         wait = self._pace.due(len(encoded.data), time.monotonic())
         if wait:
             self._stop.wait(wait)
-        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash)
+        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash, encoded.coder, encoded.plain, len(encoded.data))
         self._meter.start()
         began, size = time.thread_time(), 0
         try:
@@ -431,7 +434,10 @@ class Sender:
             while True:
                 kind, index, attempt, payload = stream.receive()
                 if kind == Kind.ACK:
-                    self._ledger.acked(index, attempt)
+                    flight = self._ledger.acked(index, attempt)
+                    if flight is not None and len(payload) == wire.ACK.size:
+                        taking, undoing = wire.ACK.unpack(payload)
+                        self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
                 elif kind == Kind.NAK:
                     self._ledger.refused(index, attempt)
                 elif kind == Kind.COMMITTED:
@@ -474,8 +480,9 @@ class Sender:
             while True:
                 kind, start, _, payload = stream.receive()
                 if kind == Kind.ACCEPT and len(payload) == wire.ACCEPT.size:
-                    there, committed = wire.ACCEPT.unpack(payload)
+                    there, committed, host, processors = wire.ACCEPT.unpack(payload)
                     self._base_there = bool(there)
+                    self._model.there, self._model.shared = max(1, processors), host == self._host
                     if committed != wire.NOTHING:
                         self._committed = committed
                         self._committing.set()
