@@ -9,9 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import PAGE, PAGES, WORDS
+from .layout import PAGE, PAGES
 from .transforms import Rows, Words
-from .transforms.cpu import CPU
 
 SLOTS_MOST = 1 << 22
 """Pages that are remembered at the most: those of 16 GiB, 48 MiB of table. A later page takes the place of an earlier one."""
@@ -21,8 +20,8 @@ _NONE = 0xFFFFFFFF
 class PageIndex:
     """Threads may share it: a reading that another thread is writing proposes a page that is not equal, which the comparison sees."""
 
-    def __init__(self, pages: int, read: Callable[[int, memoryview], bool], held: Callable[[int], bool]) -> None:
-        """`read`: pages of the source from a number on, False where they cannot be had; `held`: whether the destination holds an extent."""
+    def __init__(self, pages: int, read: Callable[[int], bytes], held: Callable[[int], bool]) -> None:
+        """`read`: a page of the source, empty where it cannot be had; `held`: whether the destination holds an extent."""
         slots = 1 << min(pages.bit_length(), SLOTS_MOST.bit_length() - 1)
         self._shift = np.uint64(64 - (slots.bit_length() - 1))
         self._marks = np.zeros(slots, np.uint64)
@@ -37,20 +36,15 @@ class PageIndex:
         slots = self._slots(marks)
         numbers = self._pages[slots]
         maybe = np.flatnonzero((self._marks[slots] == marks) & (numbers != _NONE) & (numbers // PAGES != index))
-        if len(maybe):
-            there = {extent: self._held(extent) for extent in np.unique(numbers[maybe] // PAGES).tolist()}
-            maybe = maybe[[there[extent] for extent in (numbers[maybe] // PAGES).tolist()]]
-        if not len(maybe):
-            return rows[:0], marks[:0]
-        rows, slots = rows[maybe], slots[maybe]
-        where = numbers[maybe].astype(np.int64)
-        theirs = np.zeros((len(rows), WORDS), np.uint64)
-        room = theirs.data.cast("B")
-        for first, end in runs(where):
-            self._read(int(where[first]), room[first * PAGE : end * PAGE])
-        same = CPU.equal(pages[rows], theirs)
-        self._pages[slots[~same]] = _NONE
-        return rows[same], where[same].astype(np.uint64)
+        same: list[int] = []
+        unlike: list[int] = []
+        for at, row, number in zip(maybe.tolist(), rows[maybe].tolist(), numbers[maybe].tolist(), strict=True):
+            if self._held(number // PAGES):
+                # A page at a time: equal ones seldom follow each other, and two reads cost less than taking arrays apart.
+                (same if self._read(number).ljust(PAGE, b"\0") == pages[row].tobytes() else unlike).append(at)
+        if unlike:
+            self._pages[slots[unlike]] = _NONE
+        return rows[same], numbers[same].astype(np.uint64)
 
     def note(self, index: int, rows: Rows, marks: Words) -> None:
         """Those pages of an extent go out with their content; whoever is equal to one may refer to it once the destination holds it."""
@@ -59,9 +53,3 @@ class PageIndex:
         slots = slots[new]
         self._pages[slots] = (rows[new] + index * PAGES).astype(np.uint32)
         self._marks[slots] = marks[new]
-
-
-def runs(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Where numbers follow each other: (first, end) of each run."""
-    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
-    return list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)], strict=True))

@@ -7,18 +7,17 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
-from . import codecs, duplicates, layout
+from . import codecs, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
 from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
 from .transforms import Facts, Rows, Transforms, Words
 from .transforms.cpu import CPU
-from .transforms.hashing import hashes
 
 Choose = Callable[[memoryview], codecs.Coder]
 """From the bytes that are to be coded, the coder."""
 
-PagesAt = Callable[[int, memoryview], bool]
-"""Fill the memory with pages of the object that this end has already, or of the base, from that one on; the last may be cut short by the end. False where it has not all of them."""
+PageAt = Callable[[int], bytes]
+"""A page of the object that this end has already, or of the base; the last is cut short by the end. Empty where it has not."""
 
 
 class Elsewhere(Protocol):
@@ -73,27 +72,22 @@ def zero(index: int, raw_length: int) -> Encoded:
     return Encoded(layout.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
 
 
-def _earlier(pages: Words, rows: Rows, marks: Words, transforms: Transforms) -> tuple[Rows, Rows, Rows]:
-    """Of those pages, the ones whose mark an earlier one has: (page, the first with that mark) where they are equal, every byte compared; and pages where they are not."""
-    _, first, inverse = np.unique(marks, return_index=True, return_inverse=True)
-    origin = first[inverse]
-    maybe = np.flatnonzero(origin != np.arange(len(rows)))
-    page, original = rows[maybe], rows[origin[maybe]]
-    same = transforms.equal(pages[page], pages[original])
-    return page[same], original[same], page[~same]
-
-
 def _duplicates(pages: Words, left: Rows, marks: Words, transforms: Transforms) -> tuple[Rows, Rows]:
     """Of the pages left, those equal to an earlier one that is left: (page, earlier page)."""
     ordered = np.sort(marks)
     if (ordered[1:] != ordered[:-1]).all():
         return left[:0], left[:0]  # nearly always
-    page, original, unlike = _earlier(pages, left, marks, transforms)
-    if len(unlike):  # a signature that is a sample mistook them: among themselves by their hash
-        more, more_original, _ = _earlier(pages, unlike, hashes(pages[unlike])[:, 0], transforms)
-        page, original = np.concatenate([page, more]), np.concatenate([original, more_original])
-        order = np.argsort(page)
-        page, original = page[order], original[order]
+    _, first_with, inverse = np.unique(marks, return_index=True, return_inverse=True)
+    origin = first_with[inverse]
+    maybe = np.flatnonzero(origin != np.arange(len(left)))
+    page, original = left[maybe], left[origin[maybe]]
+    same = transforms.equal(pages[page], pages[original])
+    page, original, unlike = page[same], original[same], page[~same]
+    if len(unlike):  # a signature that is a sample mistook them; among themselves some may be equal
+        first: dict[bytes, int] = {}
+        again = [(row, earlier) for row in unlike.tolist() if (earlier := first.setdefault(pages[row].tobytes(), row)) != row]
+        if again:
+            page, original = np.concatenate([page, [row for row, _ in again]]), np.concatenate([original, [earlier for _, earlier in again]])
     return page, original
 
 
@@ -177,7 +171,7 @@ def encode(
     return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
 
 
-def _resolve(extent: layout.Extent, out: Words, pages_at: PagesAt | None, base_at: PagesAt | None) -> bool:
+def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> bool:
     """Fill the pages that are references; whether any was to a page outside the extent."""
     rows = np.flatnonzero(extent.classes == Page.DUP)
     first = extent.index * layout.PAGES
@@ -187,22 +181,17 @@ def _resolve(extent: layout.Extent, out: Words, pages_at: PagesAt | None, base_a
         if (extent.classes[targets] == Page.DUP).any():
             raise FormatError(f"extent {extent.index}: a reference to a page that is a reference itself")
         out[rows[here]] = out[targets]
-    rows, references = rows[~here], extent.references[~here]
-    if not len(rows):
-        return False
-    numbers = (references & ~np.uint64(IN_BASE)).astype(np.int64)
-    found = np.zeros((len(rows), WORDS), np.uint64)
-    room = found.data.cast("B")
-    for begin, end in duplicates.runs(references.astype(np.int64)):  # runs of pages: a reading each
-        of_base = bool(int(references[begin]) & IN_BASE)
-        source = base_at if of_base else pages_at
-        if source is None or not source(int(numbers[begin]), room[begin * PAGE : end * PAGE]):
-            raise BaseMismatch(f"extent {extent.index}: page {numbers[begin]} of the {'base' if of_base else 'object'} is not here; send the extent without references")
-    out[rows] = found
-    return True
+    for row, reference in zip(rows[~here].tolist(), extent.references[~here].tolist(), strict=True):
+        number = reference & ~IN_BASE
+        source = base_at if reference & IN_BASE else page_at
+        found = source(number) if source is not None else b""
+        if not found:
+            raise BaseMismatch(f"extent {extent.index}: page {number} of the {'base' if reference & IN_BASE else 'object'} is not here; send the extent without references")
+        out[row] = np.frombuffer(found.ljust(PAGE, b"\0"), np.uint64)
+    return not here.all()
 
 
-def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, pages_at: PagesAt | None = None, base_at: PagesAt | None = None) -> memoryview:
+def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> memoryview:
     """The raw bytes of an extent, to be read only: in `out`, which has room for whole pages, or elsewhere.
 
     Raises FormatError, BaseMismatch where the extent leans on a base or pages that are not here or not the right ones, HashMismatch otherwise.
@@ -242,7 +231,7 @@ def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview |
             unchanged = np.flatnonzero(classes == Page.UNCHANGED)
             pages[unchanged] = base_pages[unchanged]
         if len(extent.references):
-            leans |= _resolve(extent, pages, pages_at, base_at)
+            leans |= _resolve(extent, pages, page_at, base_at)
     raw = out[: extent.raw_length]
     if blake3(raw).digest() != extent.raw_hash:
         if leans:

@@ -99,7 +99,7 @@ class Sender:
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
-        self._index = PageIndex(layout.pages_of(source.length), source.pages, self._ledger.known.__contains__) if references else None
+        self._index = PageIndex(layout.pages_of(source.length), source.page, self._ledger.known.__contains__) if references else None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()

@@ -129,12 +129,10 @@ class FileSink:
         """The bytes of an extent as they lie in the partial file."""
         return os.pread(self._fd, layout.extent_length(self.length, index), index * EXTENT)
 
-    def pages(self, first: int, into: memoryview) -> bool:
-        """Pages of extents that are here, from a number on; False where one is not."""
-        last = first + len(into) // PAGE - 1
-        if any(index >= self.extents or not self.holds(index) for index in range(first // layout.PAGES, last // layout.PAGES + 1)):
-            return False
-        return os.preadv(self._fd, [into], first * PAGE) + PAGE > len(into)
+    def page(self, number: int) -> bytes:
+        """A page of an extent that is here; empty where it is not."""
+        index = number // layout.PAGES
+        return os.pread(self._fd, PAGE, number * PAGE) if index < self.extents and self.holds(index) else b""
 
     def write(self, index: int, raw: memoryview, digest: bytes, classes: NDArray[np.uint8]) -> None:
         """Put an extent to its place and into the journal. Raises DestinationError; the extent then counts as not here."""

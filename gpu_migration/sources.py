@@ -57,12 +57,12 @@ class FileSource:
             raise SourceError(f"source {self.path}: {error.strerror or error} at byte {index * EXTENT + at}") from None
         return view
 
-    def pages(self, first: int, into: memoryview) -> bool:
-        """Pages from a number on, the last perhaps cut short by the end; False where they are beyond it or cannot be read."""
+    def page(self, number: int) -> bytes:
+        """One page, the last one perhaps cut short; empty where it is beyond the end or cannot be read."""
         try:
-            return os.preadv(self._fd, [into], first * PAGE) + PAGE > len(into)
+            return os.pread(self._fd, PAGE, number * PAGE)
         except OSError:
-            return False
+            return b""
 
     def hashes(self, threads: int) -> bytes:
         """The raw hashes of all extents, one after the other."""

@@ -138,7 +138,7 @@ def test_a_receiver_that_dies_is_taken_up_again(image: Path, tmp_path: Path, at:
     with proxied(first) as proxy:
         proxy.plan(at, die)
         result: list[object] = []
-        sending = threading.Thread(target=lambda: result.append(send(image, proxy.address, codecs=("store",))))
+        sending = threading.Thread(target=lambda: result.append(send(image, proxy.address, codecs=("store",), references=False)))
         sending.start()
         assert died.wait(30)
         first.kill()

@@ -185,22 +185,21 @@ def test_references_to_pages_elsewhere() -> None:
     def of(reference: int, index: int = 3) -> bytes:
         return layout.pack(index, 0, PAGE, blake3(data).digest(), classes, none, np.array([reference], np.uint64), b"", b"")
 
-    def seven(number: int, into: memoryview) -> bool:
-        into[:] = data
-        return number == 7
+    def seven(number: int) -> bytes:
+        return data if number == 7 else b""
 
-    def wrong(number: int, into: memoryview) -> bool:
-        return True
+    def wrong(_: int) -> bytes:
+        return bytes(PAGE)
 
-    assert decoded(of(7), pages_at=seven) == data
+    assert decoded(of(7), page_at=seven) == data
     assert decoded(of(7 | IN_BASE), base_at=seven) == data
     with pytest.raises(BaseMismatch, match="is not here"):
-        decoded(of(8), pages_at=seven)
-    for source in ({}, {"base_at": wrong}, {"pages_at": seven}):
+        decoded(of(8), page_at=seven)
+    for source in ({}, {"base_at": wrong}, {"page_at": seven}):
         with pytest.raises(BaseMismatch):
             decoded(of(7 | IN_BASE), **source)
     with pytest.raises(BaseMismatch):
-        decoded(of(7), pages_at=wrong)
+        decoded(of(7), page_at=wrong)
     with pytest.raises(FormatError, match="reference itself"):
         decoded(of(3 * 256))
 
@@ -218,7 +217,7 @@ def test_root_depends_on_order_length_and_content() -> None:
 
 def test_the_choice_follows_the_wire() -> None:
     def chosen(wire: float, guess: float) -> str:
-        model = choice.Model(2)
+        model = choice.Model(2, there=2)
         for _ in range(50):
             model.sent(int(wire), 1.0)
         return model.choose(EXTENT, EXTENT, guess).name
@@ -227,6 +226,26 @@ def test_the_choice_follows_the_wire() -> None:
     assert chosen(0.01e9, 2.5) == "zstd-9"
     assert chosen(0.9e9, 2.5) not in ("store", "zstd-9")
     assert chosen(0.9e9, 1.0) == "store"
+
+
+def test_where_the_processors_are_the_same_both_ends_are_charged_and_the_wire_is_not() -> None:
+    def model(shared: bool) -> choice.Model:
+        made = choice.Model(2, processors=2, there=2, shared=shared)
+        for _ in range(50):
+            made.sent(1, 1.0)  # as slow as can be: on one machine that is what the other end takes
+            for name in made.names:
+                made.taken_there(name, EXTENT, EXTENT, 0.0005, 0.0001 if name == "store" else 0.1)
+        return made
+
+    assert model(shared=True).choose(EXTENT, EXTENT, 2.5).name == "store"
+    assert model(shared=False).choose(EXTENT, EXTENT, 2.5).name == "zstd-9"
+
+
+def test_a_measurement_far_off_counts_for_little() -> None:
+    model = choice.Model(2)
+    before = model.scan.value
+    model.scanned(1, 1e6)
+    assert model.scan.value < 2 * before
 
 
 def test_the_choice_learns_what_a_coder_really_costs() -> None:
