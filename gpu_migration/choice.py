@@ -13,6 +13,9 @@ from .codecs import BY_NAME, CODERS, Coder
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
 
+TIE = 0.15
+"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken: others use the wire too."""
+
 OUTLIER = 4.0
 """A measurement counts for at most so many times the mean: a thread that was interrupted says little of the work."""
 
@@ -138,9 +141,12 @@ class Model:
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""
         self.taken += 1
-        ranked = sorted(self.names, key=lambda name: self.cost(name, size, plain, guess))
-        best = ranked[1] if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0 else ranked[0]
-        return BY_NAME[best]
+        costs = {name: self.cost(name, size, plain, guess) for name in self.names}
+        ranked = sorted(costs, key=costs.__getitem__)
+        if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:
+            return BY_NAME[ranked[1]]
+        alike = [name for name in ranked if costs[name] <= (1 + TIE) * costs[ranked[0]]]
+        return BY_NAME[min(alike, key=lambda name: self.leaves(name, plain, guess))]
 
 
 def guess_of(plain: memoryview) -> float:
