@@ -191,8 +191,15 @@ def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at:
     return not here.all()
 
 
-def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> memoryview:
-    """The raw bytes of an extent, to be read only: in `out`, which has room for whole pages, or elsewhere.
+def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> None:
+    """Write the raw bytes of an extent to `out`, which has room for whole pages; they are there only if this returns. Raises as `decoded` does."""
+    raw = decoded(extent, out, base=base, page_at=page_at, base_at=base_at)
+    if raw.obj is not out.obj:
+        out[: len(raw)] = raw
+
+
+def decoded(extent: layout.Extent, room: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> memoryview:
+    """The raw bytes of an extent, to be read only: in `room`, which is for whole pages, or wherever they are already, which spares a copy.
 
     Raises FormatError, BaseMismatch where the extent leans on a base or pages that are not here or not the right ones, HashMismatch otherwise.
     """
@@ -211,9 +218,9 @@ def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview |
             raise BaseMismatch(f"extent {extent.index}: it leans on a base that is not here; send it without a base")
     plain = codecs.decode(extent.codec, extent.coded, extent.plain_length) if extent.plain_length else b""
     if kinds[Page.CODED] == count:
-        out = memoryview(plain)
+        room = memoryview(plain)
     else:
-        pages = np.frombuffer(out, np.uint64)[: count * WORDS].reshape(count, WORDS)
+        pages = np.frombuffer(room, np.uint64)[: count * WORDS].reshape(count, WORDS)
         rows = np.frombuffer(plain, np.uint64).reshape(-1, WORDS)
         if kinds[Page.ZERO]:
             pages[np.flatnonzero(classes == Page.ZERO)] = 0
@@ -232,7 +239,7 @@ def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview |
             pages[unchanged] = base_pages[unchanged]
         if len(extent.references):
             leans |= _resolve(extent, pages, page_at, base_at)
-    raw = out[: extent.raw_length]
+    raw = room[: extent.raw_length]
     if blake3(raw).digest() != extent.raw_hash:
         if leans:
             raise BaseMismatch(f"extent {extent.index}: with the base or the pages of this end other bytes come out; they are not what the sender takes them for")

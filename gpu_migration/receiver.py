@@ -258,7 +258,7 @@ class Receiver:
                 if self._base is not None and index < self._base.extents:
                     base = self._base.read(index, base_scratch)
                 try:
-                    raw = extents.decode(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
+                    raw = extents.decoded(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
                 except BaseMismatch:
                     stream.send(Kind.NAK, b"", index, attempt)
                     return

@@ -144,9 +144,7 @@ def pipeline(gpu: Any, memory: NDArray[np.uint8], total: int, threads: int, code
                     for n, index in enumerate(batch):
                         encoded = extents.encode(index, slot.extent(n), lambda _: chosen, facts=found[n])
                         place = target.data[index * EXTENT : (index + 1) * EXTENT]
-                        raw = extents.decode(layout.unpack(encoded.data), place)
-                        if raw.obj is not place.obj:
-                            place[:] = raw
+                        extents.decode(layout.unpack(encoded.data), place)
                         with lock:
                             coded[0] += len(encoded.data)
         except Exception as error:

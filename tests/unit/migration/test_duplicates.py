@@ -44,7 +44,7 @@ class Ends:
         return extents.encode(n, bytes(self.source[n * EXTENT : (n + 1) * EXTENT]), lambda _: LZ4, elsewhere=self.index)
 
     def arrive(self, n: int, encoded: extents.Encoded) -> None:
-        raw = extents.decode(layout.unpack(encoded.data), memoryview(bytearray(EXTENT)), page_at=self.page)
+        raw = extents.decoded(layout.unpack(encoded.data), memoryview(bytearray(EXTENT)), page_at=self.page)
         self.there[n * EXTENT : n * EXTENT + len(raw)] = raw
         self.held.add(n)
 

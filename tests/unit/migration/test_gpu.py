@@ -32,7 +32,7 @@ LZ4 = codecs.BY_NAME["lz4"]
 
 def decoded(encoded: bytes, base: bytes | None) -> bytes:
     out, extent = memoryview(bytearray(EXTENT)), layout.unpack(encoded)
-    return bytes(extents.decode(extent, out, base=base))
+    return bytes(extents.decoded(extent, out, base=base))
 
 
 @given(data=contents(), seed=st.integers(0, 99), with_base=st.booleans(), order=st.sampled_from(ORDERS))
