@@ -35,13 +35,13 @@ def decoded(encoded: bytes, base: bytes | None) -> bytes:
     return bytes(extents.decoded(extent, out, base=base))
 
 
-@given(data=contents(), seed=st.integers(0, 99), with_base=st.booleans(), order=st.sampled_from(ORDERS))
+@given(data=contents(), seed=st.integers(0, 99), with_base=st.booleans(), order=st.sampled_from(ORDERS), coder=st.sampled_from(codecs.CODERS))
 @settings(max_examples=40)
-def test_what_it_encodes_is_what_the_processor_encodes(data: bytes, seed: int, with_base: bool, order: int) -> None:
+def test_what_it_encodes_is_what_the_processor_encodes_and_decodes(data: bytes, seed: int, with_base: bool, order: int, coder: codecs.Coder) -> None:
     base = changed(data, seed)[: len(data) - seed * 100 if seed % 2 else None] if with_base else None
     back_end = Gpu(CpuDevice(order=order), slots=1, batch=1, with_base=True)
-    made = extents.encode(3, data, lambda _: LZ4, base=base or None, transforms=back_end)
-    assert made.data == extents.encode(3, data, lambda _: LZ4, base=base or None).data
+    made = extents.encode(3, data, lambda _: coder, base=base or None, transforms=back_end)
+    assert made.data == extents.encode(3, data, lambda _: coder, base=base or None).data
     assert decoded(made.data, base) == data
 
 

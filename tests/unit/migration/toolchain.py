@@ -1,4 +1,4 @@
-"""NVIDIA's compilers, where they are: nvcc of an installed toolkit, NVRTC of a toolkit or of the wheel nvidia-cuda-nvrtc. Neither needs a GPU."""
+"""NVIDIA's compilers, where they are: nvcc of an installed toolkit, or NVRTC and ptxas of the wheels of the extra `kernels`. None of them needs a GPU."""
 
 import ctypes
 import ctypes.util
@@ -25,10 +25,15 @@ class Resources:
 
 
 def resources(source: Path, architecture: str, folder: Path) -> dict[str, Resources]:
-    """Compile for a machine; what each kernel takes. Raises CalledProcessError."""
-    done = subprocess.run(
-        ["nvcc", f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(folder / "kernels.cubin"), str(source)], capture_output=True, text=True, timeout=COMPILE_S, check=True
-    )
+    """Compile for a machine (its number, as 90); what each kernel takes. Raises CalledProcessError or ValueError where it is no CUDA."""
+    cubin = str(folder / "kernels.cubin")
+    if shutil.which("nvcc"):
+        command = ["nvcc", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", cubin, str(source)]
+    else:
+        ptx = folder / "kernels.ptx"
+        ptx.write_bytes(nvrtc(source.read_text(), f"compute_{architecture}"))
+        command = [str(_ptxas()), f"-arch=sm_{architecture}", "-v", "-o", cubin, str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S, check=True)
     found = {}
     for part in done.stderr.split("Compiling entry function '")[1:]:
         stack, stores, loads = (int(re.search(rf"(\d+) bytes {what}", part)[1]) for what in ("stack frame", "spill stores", "spill loads"))  # type: ignore[index]
@@ -37,9 +42,15 @@ def resources(source: Path, architecture: str, folder: Path) -> dict[str, Resour
     return found
 
 
+WHEELS = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+
+
+def _ptxas() -> Path | None:
+    return next(iter(sorted(WHEELS.glob("**/bin/ptxas"))), None)
+
+
 def _nvrtc_library() -> str | None:
-    places = [Path(sysconfig.get_paths()["purelib"]) / "nvidia", Path("/usr/local/cuda")]
-    for place in places:
+    for place in (WHEELS, Path("/usr/local/cuda")):
         for found in sorted(place.glob("**/libnvrtc.so.*")):
             return str(found)
     return ctypes.util.find_library("nvrtc")
@@ -64,5 +75,6 @@ def nvrtc(source: str, architecture: str) -> bytes:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc: install NVIDIA's CUDA toolkit (it needs no GPU)")
-needs_nvrtc = pytest.mark.skipif(_nvrtc_library() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc-cu12 (85 MiB, needs no GPU)")
+_INSTALL = "install NVIDIA's CUDA toolkit, or pip install 'novacron[kernels]' (125 MiB); neither needs a GPU"
+needs_assembler = pytest.mark.skipif(not shutil.which("nvcc") and (_nvrtc_library() is None or _ptxas() is None), reason=f"no nvcc: {_INSTALL}")
+needs_nvrtc = pytest.mark.skipif(_nvrtc_library() is None, reason=f"no NVRTC: {_INSTALL}")
