@@ -32,9 +32,9 @@ typedef unsigned long long u64;
 #define KEY_A 0x9e3779b97f4a7c15ull
 #define KEY_B 0xd6e8feb86659fd93ull
 
-// Where the bytes lie that are sampled: 32 of a page, as in cpu.py.
+// Which words are sampled, four bytes of each, as in cpu.py.
 #define SAMPLE_FIRST 17u
-#define SAMPLE_STRIDE 122u
+#define SAMPLE_STRIDE 61u
 
 struct PageFacts {
     u64 hash_a, hash_b;
@@ -97,7 +97,7 @@ scan_pages(const uint4* __restrict__ pages, const uint4* __restrict__ base, u32 
         const u8* bytes = (const u8*)mine;
         if (lane < 8) seen[warp][lane] = 0;
         __syncwarp();
-        const u32 value = bytes[SAMPLE_FIRST + SAMPLE_STRIDE * lane];
+        const u32 value = bytes[(SAMPLE_FIRST + SAMPLE_STRIDE * (lane / 4)) * 8 + lane % 4 * 2];
         atomicOr(&seen[warp][value / 32], 1u << (value % 32));
         __syncwarp();
         u32 distinct = lane < 8 ? __popc(seen[warp][lane]) : 0;
