@@ -64,3 +64,7 @@ class DeviceFailed(MigrationError):
 
 class DeviceFull(DeviceFailed):
     """The GPU, or the host, has no memory left for what was asked."""
+
+
+class ModelError(MigrationError):
+    """A model of predictions, or the history that calibrates it, cannot be read."""
