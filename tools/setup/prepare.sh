@@ -76,6 +76,7 @@ if [ "$kind" = dev ]; then
   command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
   command -v docker-registry >/dev/null 2>&1 || packages+=(docker-registry)
   command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
+  command -v g++ >/dev/null 2>&1 || packages+=(g++)  # runs the GPU's kernels on the processor
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   [ "$(uname -m)" != x86_64 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || packages+=(qemu-system-x86 seabios)
