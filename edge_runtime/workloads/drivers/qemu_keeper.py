@@ -26,13 +26,18 @@ import time
 if __package__:
     from . import microvm_guest as guest
     from .keeper import (
+        CLONE_NEWNS,
         DRAIN_S,
         LOOK_S,
+        MS_BIND,
+        MS_PRIVATE,
+        MS_REC,
         PATH_MAX,
         PR_SET_NAME,
         SAID,
         Lapsed,
         Log,
+        Taken,
         Trouble,
         check,
         lease_s,
@@ -50,13 +55,18 @@ else:  # run as a script: its neighbours, without the package, which would load 
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
     from keeper import (  # type: ignore[import-not-found,no-redef]
+        CLONE_NEWNS,
         DRAIN_S,
         LOOK_S,
+        MS_BIND,
+        MS_PRIVATE,
+        MS_REC,
         PATH_MAX,
         PR_SET_NAME,
         SAID,
         Lapsed,
         Log,
+        Taken,
         Trouble,
         check,
         lease_s,
@@ -96,12 +106,20 @@ OPEN_FILES = 256
 """Of a QEMU; it has about fifty."""
 
 
+def bind(source: str, target: str) -> None:
+    """Lay a file over another one, in a mount namespace of this process."""
+    check(libc.unshare(CLONE_NEWNS), "a mount namespace")
+    check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mounts of its own")
+    check(libc.mount(os.fsencode(source), os.fsencode(target), None, MS_BIND, None), f"laying a file over {target}")
+
+
 class Machine:
     """A running QEMU, its channels, and what it says when it fails."""
 
     def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
         ours, its = {}, dict(descriptors)
-        for name in ("qmp", *PORTS):
+        ports = told.get("ports", PORTS)
+        for name in ("qmp", *ports):
             ours[name], end = socket.socketpair()
             its[name] = end.detach()
         for path, value in told["groups"]:
@@ -118,6 +136,8 @@ class Machine:
                     with open(path, "w") as handle:
                         handle.write(str(os.getpid()))
             check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "a network namespace")
+            for source, target in told.get("binds", ()):
+                bind(source, target)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
             os.setgroups(told["more_groups"])
@@ -136,7 +156,7 @@ class Machine:
             )
         for name in ours:
             os.close(its[name])
-        self.ports = {name: ours[name] for name in PORTS}
+        self.ports = {name: ours[name] for name in ports}
         self.qmp = Qmp(ours["qmp"], QMP_S)
         self.qmp_line = ours["qmp"]
 
@@ -212,6 +232,26 @@ class Kept:
         self.data += data[:room]
 
 
+def save(machine: Machine, state: int) -> None:
+    """Stop a guest and write its state; its memory stays where it is. Raises `Trouble` and `QmpError`."""
+    machine.qmp.ask("stop")
+    machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+    machine.qmp_line.setblocking(True)
+    socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [state])
+    machine.qmp.answer("getfd")
+    machine.qmp.ask("migrate", uri="fd:state")
+    if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
+        raise machine.trouble("the guest's state could not be saved")
+
+
+def load(machine: Machine, state: int) -> None:
+    """Give a machine that waits for it the state of a template. Raises `Trouble` and `QmpError`."""
+    machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+    machine.qmp.ask("migrate-incoming", uri=f"fd:{state}")
+    if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
+        raise machine.trouble("the template cannot be loaded")
+
+
 def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
     """Boot a guest and save it. Returns what it took."""
     began = time.monotonic()
@@ -232,14 +272,7 @@ def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-a
             if ["ready"] in lines.take(data):
                 break
         booted = time.monotonic() - began
-        machine.qmp.ask("stop")
-        machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
-        machine.qmp_line.setblocking(True)
-        socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [descriptors["state"]])
-        machine.qmp.answer("getfd")
-        machine.qmp.ask("migrate", uri="fd:state")
-        if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
-            raise machine.trouble("the guest's state could not be saved")
+        save(machine, descriptors["state"])
         return {"template": True, "booted_s": round(booted, 3), "saved_s": round(time.monotonic() - began - booted, 3), "at_ms": int(time.time() * 1000)}
     except QmpError as error:
         raise machine.trouble(str(error)) from None
@@ -276,10 +309,7 @@ class Keeper:
             if told["lease"] and lease_s(told["lease"]) <= 0:
                 raise Lapsed("its lease was over before it began")
             machine.qmp.begin()
-            machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
-            machine.qmp.ask("migrate-incoming", uri=f"fd:{told['state_descriptor']}")
-            if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
-                raise machine.trouble("the template cannot be loaded")
+            load(machine, told["state_descriptor"])
             machine.qmp.ask("cont")
             machine.say(guest.start(told["document"], self.token, secrets.token_hex(64), int(time.time())))
             self.watch()
@@ -493,8 +523,8 @@ class Keeper:
             })
 
 
-def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
-    """A keeper's life."""
+def live(folder: str, descriptors: list, keeper: type = Keeper, template: object = make_template) -> None:  # type: ignore[type-arg]
+    """A keeper's life. `keeper`, `template`: what keeps an instance, and what makes a template."""
     with open(os.path.join(folder, "keeper.json")) as handle:
         told = json.load(handle)
     libc.prctl(PR_SET_NAME, b"novacron-keeper", 0, 0, 0)
@@ -506,9 +536,9 @@ def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
             told["state_descriptor"] = names["state"]
         for name, path, writable in told["files"]:
             names[name] = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        result = make_template(told, names) if told["template"] else Keeper(told, names).keep()
+        result = template(told, names) if told["template"] else keeper(told, names).keep()  # type: ignore[operator]
     except (Trouble, OSError, ValueError, subprocess.SubprocessError) as error:
-        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken)}
     for _ in range(2):
         try:
             write(os.path.join(folder, "exit.json"), result)
@@ -535,8 +565,8 @@ def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
     tell("ended")
 
 
-def main() -> int:
-    """The server."""
+def main(keeper: type = Keeper, template: object = make_template) -> int:
+    """The server; see `live`."""
     ordinary_turns()
     leave_group(sys.argv[2:])
     libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
@@ -560,7 +590,7 @@ def main() -> int:
                 for source, target in ((descriptors[1], 1), (descriptors[2], 2)):
                     os.dup2(source, target)
                     os.close(source)
-                live(os.fsdecode(data), descriptors[3:])
+                live(os.fsdecode(data), descriptors[3:], keeper, template)
                 code = 0
             except BaseException:
                 sys.excepthook(*sys.exc_info())
