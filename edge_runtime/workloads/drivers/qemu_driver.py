@@ -125,6 +125,8 @@ class QemuDriver:
             await self._ready()
             word = await asyncio.to_thread(self._launch, key)
             status = self._status(key)
+            if word != "running" and (read(self._path(key) / "exit.json") or {}).get("taken"):
+                raise Refused("spec.network.ports", status.reason, "publish it as another host_port, or place it on another node")
             if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST) and (status.exit is None):
                 raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
             return status
