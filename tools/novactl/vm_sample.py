@@ -11,7 +11,6 @@ the port `novacron.0` (see `vm_keeper`), so it can be a template.
 
 import base64
 import struct
-from pathlib import Path
 
 from edge_runtime.workloads.drivers import qemu_kernel
 
@@ -176,18 +175,21 @@ while read -r module; do insmod /modules/$module.ko; done < /modules/order
 mkdir -p /seed /data /www /etc
 ifconfig lo 127.0.0.1
 if ifconfig eth0 10.0.2.15 netmask 255.255.255.0 2>/dev/null; then route add default gw 10.0.2.2; echo nameserver 10.0.2.3 > /etc/resolv.conf; fi
+mount -t ext2 /dev/vda2 /data 2>/dev/null || { mke2fs -q /dev/vda2 >/dev/null 2>&1; mount -t ext2 /dev/vda2 /data; }
+read -r starts 2>/dev/null < /data/starts; starts=$((starts + 1)); echo $starts > /data/starts
+read -r release < /proc/sys/kernel/osrelease
 port=
-for one in /sys/class/virtio-ports/*; do [ "$(cat $one/name 2>/dev/null)" = novacron.0 ] && port=/dev/${one##*/}; done
+for one in /sys/class/virtio-ports/*; do read -r label 2>/dev/null < $one/name; [ "$label" = novacron.0 ] && port=/dev/${one##*/}; done
 if [ -n "$port" ]; then
   until (exec 8>$port) 2>/dev/null; do sleep 0.02; done
   exec 3<>$port; echo ready >&3; read -r word seconds seed name <&3
-  date -s @$seconds >/dev/null; printf %s "$seed" >/dev/urandom; reseed </dev/urandom
 fi
+hello() { echo "$1" > /proc/sys/kernel/hostname; hello="hello from $1, a virtual machine on Linux $release, start $starts"; echo "$hello" > /dev/ttyS0; echo "$hello" > /www/index.html; }
+[ -z "$name" ] || hello $name
+[ -z "$seconds" ] || { printf %s "$seed" >/dev/urandom; reseed </dev/urandom; date -s @$seconds >/dev/null; }
 mount -t vfat -o ro /dev/vdb /seed
-name=$(sed 's/.*"local-hostname": *"\([^"]*\)".*/\1/' /seed/meta-data); hostname "${name:-vm}"
-mount -t ext2 /dev/vda2 /data 2>/dev/null || { mke2fs -q /dev/vda2 >/dev/null 2>&1; mount -t ext2 /dev/vda2 /data; }
-echo started >> /data/starts
-echo "hello from $(hostname), a virtual machine on $(uname -s) $(uname -r), start $(wc -l < /data/starts)" | tee /www/index.html > /dev/ttyS0
+while read -r line; do case $line in *'"local-hostname": "'*) told=${line#*'"local-hostname": "'}; told=${told%%'"'*};; esac; done < /seed/meta-data
+[ "$name" = "$told" ] || hello $told
 httpd -p 80 -h /www
 for button in /dev/input/event*; do
   (dd if=$button of=/dev/null bs=24 count=1 2>/dev/null && { echo "the power button was pressed" > /dev/ttyS0; umount /data; sync; poweroff -f; }) &

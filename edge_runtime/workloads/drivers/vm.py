@@ -49,7 +49,7 @@ sleep 1000
 FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")
 """Of UEFI: code, and the variables that each machine begins with."""
 
-QUIET = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on"
+QUIET = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off"
 """Arguments of the probe's kernel."""
 
 OPTION_ROM = "linuxboot_dma.bin"
@@ -162,7 +162,8 @@ class VmDriver(QemuDriver):
             content = vm_image.Content(folder / "base.raw", "raw", 1 << 20, folder / "kernel", folder / "initramfs", QUIET)
             return self._template(folder, shape, content, QUIET)
 
-        self.booted_s = self._templates.get(("probe", accelerator), BOOT_S, told).booted_s
+        self.booted_s = self._templates.get("probe", BOOT_S, told).booted_s
+        self._templates.drop("probe")
 
     # -- prepare -------------------------------------------------------------------------------------------------------------
 

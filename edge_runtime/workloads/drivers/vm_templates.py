@@ -64,6 +64,11 @@ class VmTemplates:
             _forget(self._made.pop(next(iter(self._made))))
         return found
 
+    def drop(self, key: object) -> None:
+        """Nobody will ask for it again."""
+        if (template := self._made.pop(key, None)) is not None:
+            _forget(template)
+
     def _make(self, boot_s: float, told: Callable[[Path], Mapping[str, Any]]) -> Template:
         folder = self._folder / uuid.uuid4().hex[:12]
         folder.mkdir(mode=0o700)
