@@ -107,6 +107,23 @@ async def test_clones_of_a_template_are_their_own(vms: VmDriver, image: str) -> 
         await vms.delete(key)
 
 
+async def test_a_snapshot_is_a_disk_that_boots(vms: VmDriver, tmp_path: Path) -> None:
+    key = await started(vms, "source", "kernel:1", "sync; echo over", template=True)
+    await console(vms, key, b"over")
+    (tmp_path / "copy").mkdir()
+    told = await vms.snapshot(key, tmp_path / "copy")
+    assert told["bytes"] == vm_image.disk_bytes(tmp_path / "copy/disk.qcow2") and (await vms.status(key)).phase is Phase.RUNNING
+    with pytest.raises(Refused, match="is not empty"):
+        await vms.snapshot(key, tmp_path / "copy")
+    assert list((tmp_path / "copy").iterdir()) == [tmp_path / "copy/disk.qcow2"]
+    await vms.delete(key)
+    vms._store.add(layout(tmp_path / "in", [layer([("file", "disk/a.qcow2", (tmp_path / "copy/disk.qcow2").read_bytes())], mode=0o644)], name="copy:1", packed=False))
+    again = await started(vms, "again", "copy:1")
+    hello = HELLO.search(await console(vms, again, b"start 2"))
+    assert hello is not None and hello[1] == b"again"
+    await vms.delete(again)
+
+
 async def test_a_clone_that_an_earlier_agent_prepared_gets_the_template_that_is_there_now(vms: VmDriver) -> None:
     key = Key("late", 1)
     await vms.prepare(Order(key, "kernel:1", {"memory": MEMORY}, {"template": True}))

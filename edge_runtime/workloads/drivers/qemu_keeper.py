@@ -9,13 +9,12 @@ QEMU has a user of its own, no rights, no network, and dies with its keeper. An 
     {"do": "signal", "number": 15}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "exec", "args": [..], "timeout_s": 5}
 """
 
-import base64
+import binascii
 import errno
 import gc
 import json
 import os
 import resource
-import secrets
 import selectors
 import signal
 import socket
@@ -49,7 +48,6 @@ if __package__:
         tell,
         write,
     )
-    from .qemu_machine import PORTS
     from .qemu_qmp import Qmp, QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
@@ -78,7 +76,6 @@ else:  # run as a script: its neighbours, without the package, which would load 
         tell,
         write,
     )
-    from qemu_machine import PORTS  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
 
 CLONE_NEWNET, CLONE_NEWIPC = 0x4000_0000, 0x0800_0000
@@ -118,7 +115,7 @@ class Machine:
 
     def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
         ours, its = {}, dict(descriptors)
-        ports = told.get("ports", PORTS)
+        ports = told.get("ports", guest.PORTS)
         for name in ("qmp", *ports):
             ours[name], end = socket.socketpair()
             its[name] = end.detach()
@@ -252,6 +249,11 @@ def load(machine: Machine, state: int) -> None:
         raise machine.trouble("the template cannot be loaded")
 
 
+def _text(data: bytearray) -> str:
+    """Bytes as base64. Not by the module of that name, nor random ones by `secrets`: each keeper would have a megabyte more."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
 def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
     """Boot a guest and save it. Returns what it took."""
     began = time.monotonic()
@@ -285,7 +287,7 @@ class Keeper:
 
     def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
         self.told, self.folder = told, told["folder"]
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         self.lines, self.token = Lines(), token
         logs = {name: Log(os.path.join(self.folder, f"std{name}.log"), told["log_bytes"]) for name in ("out", "err")}
         self.streams = {name: Stream(token, log.take) for name, log in logs.items()}
@@ -311,7 +313,7 @@ class Keeper:
             machine.qmp.begin()
             load(machine, told["state_descriptor"])
             machine.qmp.ask("cont")
-            machine.say(guest.start(told["document"], self.token, secrets.token_hex(64), int(time.time())))
+            machine.say(guest.start(told["document"], self.token, os.urandom(64).hex(), int(time.time())))
             self.watch()
         except QmpError as error:
             raise machine.trouble(str(error)) from None
@@ -500,7 +502,7 @@ class Keeper:
         elif request["do"] == "exec":
             if self.exec is not None:
                 return {"failed": "another command runs in it"}
-            token, out, err = secrets.token_hex(8), Kept(), Kept()
+            token, out, err = os.urandom(8).hex(), Kept(), Kept()
             script = guest.run(self.told["document"], [str(word) for word in request["args"]], token)
             self.exec = {
                 "line": line, "code": None, "late": False, "end": time.monotonic() + float(request["timeout_s"]), "out": out, "err": err, "exec_out": Stream(token, out.take), "exec_err": Stream(token, err.take),
@@ -519,7 +521,7 @@ class Keeper:
         self.exec = None
         if run["line"] is not None:
             self.answer(run["line"], {
-                "code": run["code"], "late": run["late"], "cut": run["out"].cut or run["err"].cut, "out": base64.b64encode(run["out"].data).decode(), "err": base64.b64encode(run["err"].data).decode(),
+                "code": run["code"], "late": run["late"], "cut": run["out"].cut or run["err"].cut, "out": _text(run["out"].data), "err": _text(run["err"].data),
             })
 
 

@@ -8,11 +8,11 @@ Its serial console is its output. It is believed to boot when that has the first
 
 by which it sets its clock and its random numbers. A template is a guest that is stopped between the two; its clones get the answer, each its own. An agent asks as a micro-VM's keeper is asked:
 
-    {"do": "powerdown"}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}
+    {"do": "powerdown"}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "copy", "path": "/where/an/empty/disk.qcow2"}
 """
 
+import json
 import os
-import secrets
 import selectors
 import socket
 import sys
@@ -35,9 +35,13 @@ SEED_BYTES = 32
 """Random bytes that a guest is given."""
 
 
+COPY, COPY_SET = "copy", 100
+"""What a copy of a disk, and its job, are called in QEMU; the number of its descriptor set."""
+
+
 def go(hostname: str) -> bytes:
     """The answer to a guest that is ready."""
-    return f"go {int(time.time())} {secrets.token_hex(SEED_BYTES)} {hostname}\n".encode()
+    return f"go {int(time.time())} {os.urandom(SEED_BYTES).hex()} {hostname}\n".encode()
 
 
 def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
@@ -90,6 +94,8 @@ class VmKeeper(Keeper):
         self.told, self.folder, self.lines = told, told["folder"], Lines()
         self.console = Log(os.path.join(self.folder, "stdout.log"), told["log_bytes"])
         self.wish, self.started, self.asking, self.exec = "", False, {}, None
+        self.copying: list = []  # type: ignore[type-arg]
+        """The agent that waits for a copy."""
         self.machine = Machine(told, descriptors)
         self.network = Network(told["network"], self.machine.process.pid, self.folder) if told["network"] else None
         self.selector = selectors.DefaultSelector()
@@ -169,6 +175,7 @@ class VmKeeper(Keeper):
                     retry = key.data.tend(self.selector)
                 else:
                     key.data()
+            self.copied()
 
     def heard_qemu(self) -> None:
         """Events; where QEMU has closed the line, it ends."""
@@ -204,6 +211,45 @@ class VmKeeper(Keeper):
         except OSError:
             pass
 
+    def copy(self, path: str, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
+        """Have QEMU write the disk, as it is now, into an empty one, while the guest goes on: it has no rights to do harm, other than a program that would read what a guest wrote as root."""
+        if self.copying:
+            return {"failed": "another copy is being made"}
+        qmp, target = self.machine.qmp, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.machine.qmp_line.setblocking(True)
+            socket.send_fds(self.machine.qmp_line, [json.dumps({"execute": "add-fd", "arguments": {"fdset-id": COPY_SET}}).encode() + b"\n"], [target])
+            qmp.answer("add-fd")
+        finally:
+            os.close(target)
+        try:
+            qmp.ask("blockdev-add", **{"driver": "qcow2", "node-name": COPY, "file": {"driver": "file", "filename": f"/dev/fdset/{COPY_SET}", "locking": "off"}})
+            qmp.ask("blockdev-backup", **{"job-id": COPY, "device": "disk", "target": COPY, "sync": "full"})
+        except QmpError:
+            self.forget_copy()
+            raise
+        self.copying = [line]
+        return None
+
+    def copied(self) -> None:
+        """Answer whoever waits for a copy that is over."""
+        qmp = self.machine.qmp
+        over = [data for name, data in qmp.events if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and data.get("device") == COPY]
+        if self.copying and over:
+            qmp.events = [(name, data) for name, data in qmp.events if not name.startswith("BLOCK_JOB")]
+            line, self.copying = self.copying[0], []
+            self.forget_copy()
+            if line in self.asking:
+                self.answer(line, {"failed": f"the copy was not made: {over[-1]['error']}"} if "error" in over[-1] else {"done": True})
+
+    def forget_copy(self) -> None:
+        """Close what it was written to."""
+        for command, arguments in (("blockdev-del", {"node-name": COPY}), ("remove-fd", {"fdset-id": COPY_SET})):
+            try:
+                self.machine.qmp.ask(command, **arguments)
+            except QmpError:
+                pass  # it had not come that far
+
     def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """What is asked."""
         paused = os.path.join(self.folder, "paused")
@@ -213,6 +259,8 @@ class VmKeeper(Keeper):
             self.machine.qmp.ask("cont")
             if os.path.exists(paused):
                 os.unlink(paused)
+        elif request["do"] == "copy":
+            return self.copy(str(request["path"]), line)
         elif request["do"] in ("kill", "pause"):
             return super().do(request, line)
         else:
