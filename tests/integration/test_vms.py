@@ -15,6 +15,7 @@ from edge_runtime.workloads.drivers import vm, vm_image, vm_qcow2
 from edge_runtime.workloads.drivers.container import searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import read
+from edge_runtime.workloads.drivers.qemu_driver import QEMU_OWN
 from edge_runtime.workloads.drivers.vm import UID, VmDriver
 from edge_runtime.workloads.images import ImageStore
 from hub.broker.mosquitto import free_port
@@ -151,6 +152,45 @@ async def test_qemu_has_no_rights_and_dies_with_its_keeper_and_the_next_driver_s
     assert lost.phase is Phase.LOST and "keeper was killed" in lost.reason
     await until(lambda: not Path(f"/proc/{pid}").exists())
     await vms.delete(key)
+
+
+async def test_bombs_in_a_guest_stay_in_it(vms: VmDriver) -> None:
+    """Memory, processes and disk: the node gives what was set aside, and a neighbour goes on."""
+    quiet = await started(vms, "neighbour", "kernel:1", "while :; do echo alive; sleep 0.1; done", template=True)
+    bomb = await started(vms, "bomb", "kernel:1", "umount /data; dd if=/dev/urandom of=/dev/vda2 bs=1M count=64 2>/dev/null; echo full; b() { b | b & }; b; tail /dev/zero; echo over", template=True)
+    await console(vms, bomb, b"full")
+    disk = vms.folder(bomb) / "disk.qcow2"
+    size = int(vms._instance(bomb)["bytes"])
+    await until(lambda: disk.stat().st_blocks * 512 > 8 << 20, 60.0, what="the disk grows")
+    assert disk.stat().st_blocks * 512 <= size + (4 << 20)
+    spent = (await vms.stats(bomb)).cpu_ns
+
+    async def rages() -> bool:
+        return (await vms.stats(bomb)).cpu_ns - spent > 1_000_000_000
+
+    await until(rages, 90.0)
+    stats = await vms.stats(bomb)
+    assert stats.memory_bytes <= MEMORY + QEMU_OWN and stats.processes <= 256
+    before = len((await vms.logs(quiet, 65_536)).stdout)
+
+    async def goes_on() -> bool:
+        return len((await vms.logs(quiet, 65_536)).stdout) > before
+
+    await until(goes_on, 60.0)
+    for key in (bomb, quiet):
+        assert (await vms.stop(key, 0.0)).phase is Phase.ENDED
+        await vms.delete(key)
+
+
+@pytest.mark.slow
+async def test_the_firmware_of_uefi_starts(vms: VmDriver) -> None:
+    if not all(map(os.path.exists, vm.FIRMWARE)):
+        pytest.skip("no OVMF (as root: apt install ovmf)")
+    key = await started(vms, "uefi", "blank:1", boot="uefi")
+    await console(vms, key, b"BdsDxe", 100.0)
+    await vms.delete(key)
+    with pytest.raises(Refused, match="cannot be had of a machine that boots by uefi"):
+        await vms.prepare(Order(key, "blank:1", {"memory": MEMORY}, {"boot": "uefi", "template": True}))
 
 
 async def test_what_does_not_boot_is_ended_within_its_bound(vms: VmDriver) -> None:
