@@ -25,12 +25,8 @@ import time
 if __package__:
     from . import microvm_guest as guest
     from .keeper import (
-        CLONE_NEWNS,
         DRAIN_S,
         LOOK_S,
-        MS_BIND,
-        MS_PRIVATE,
-        MS_REC,
         PATH_MAX,
         PR_SET_NAME,
         SAID,
@@ -53,12 +49,8 @@ else:  # run as a script: its neighbours, without the package, which would load 
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
     from keeper import (  # type: ignore[import-not-found,no-redef]
-        CLONE_NEWNS,
         DRAIN_S,
         LOOK_S,
-        MS_BIND,
-        MS_PRIVATE,
-        MS_REC,
         PATH_MAX,
         PR_SET_NAME,
         SAID,
@@ -78,7 +70,8 @@ else:  # run as a script: its neighbours, without the package, which would load 
     )
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
 
-CLONE_NEWNET, CLONE_NEWIPC = 0x4000_0000, 0x0800_0000
+CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWIPC = 0x0002_0000, 0x4000_0000, 0x0800_0000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_THP_DISABLE = 1, 38, 41
 
 QMP_S = 20.0

@@ -349,7 +349,7 @@ def _boot(shape: Shape, content: vm_image.Content, arguments: str, clone: bool) 
     """Files to open, and options, by which a machine boots. A clone has booted."""
     if shape.boot == KERNEL:
         if clone:
-            return [], ["-option-rom", OPTION_ROM]
+            return [], ["-option-rom", OPTION_ROM, "-no-reboot"]  # it has no kernel to boot any more
         assert content.kernel is not None
         files = [["kernel", str(content.kernel), False], *([["initrd", str(content.initrd), False]] if content.initrd is not None else [])]
         escaped = arguments.replace("{", "{{").replace("}", "}}")  # whoever starts it puts descriptors into braces

@@ -19,12 +19,12 @@ import sys
 import time
 
 if __package__:
-    from .keeper import LOOK_S, Lapsed, Log, Network, lease_s, out_of_memory, started_ticks, tell, write
+    from .keeper import LOOK_S, Lapsed, Log, Network, Trouble, lease_s, out_of_memory, started_ticks, tell, write
     from .qemu_keeper import CHUNK, Keeper, Lines, Machine, load, main, save
     from .qemu_qmp import QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    from keeper import LOOK_S, Lapsed, Log, Network, lease_s, out_of_memory, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from keeper import LOOK_S, Lapsed, Log, Network, Trouble, lease_s, out_of_memory, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
     from qemu_keeper import CHUNK, Keeper, Lines, Machine, load, main, save  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
@@ -136,7 +136,10 @@ class VmKeeper(Keeper):
     def ending(self) -> dict:  # type: ignore[type-arg]
         """What is written down: a guest that switched its machine off has ended well."""
         now = int(time.time() * 1000)
-        if any(name == "SHUTDOWN" and data.get("guest") for name, data in self.machine.qmp.events):
+        shutdown = next((data for name, data in self.machine.qmp.events if name == "SHUTDOWN" and data.get("guest")), None)
+        if shutdown is not None and shutdown.get("reason") == "guest-reset":
+            raise Trouble("the guest restarted, which a clone that was given a kernel cannot: start it anew")
+        if shutdown is not None:
             return {"code": 0, "signal": 0, "out_of_memory": False, "at_ms": now, "lapsed": False}
         if self.wish:
             return {"code": 137, "signal": 9, "out_of_memory": False, "at_ms": now, "lapsed": self.wish == "lapsed"}

@@ -58,7 +58,11 @@ class VmTemplates:
 
     def get(self, key: object, boot_s: float, told: Callable[[Path], Mapping[str, Any]]) -> Template:
         """That of `key`, made where it is not there. Raises `Failed`. `told`: lays out what its guest needs in a folder; what its keeper is told beside what all are."""
-        found = self._made.pop(key, None) or self._make(boot_s, told)
+        found = self._made.pop(key, None)
+        if found is not None and not (found.folder / DISK).exists():  # removed by hand
+            _forget(found)
+            found = None
+        found = found or self._make(boot_s, told)
         self._made[key] = found  # as the one that was used last
         while len(self._made) > MAX_TEMPLATES:
             _forget(self._made.pop(next(iter(self._made))))
