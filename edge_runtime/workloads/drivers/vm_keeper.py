@@ -19,13 +19,15 @@ import sys
 import time
 
 if __package__:
-    from .keeper import LOOK_S, Lapsed, Log, Network, Trouble, lease_s, out_of_memory, started_ticks, tell, write
-    from .qemu_keeper import CHUNK, Keeper, Lines, Machine, load, main, save
+    from .keeper_network import Network
+    from .keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, out_of_memory, serve, started_ticks, tell, write
+    from .qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save
     from .qemu_qmp import QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    from keeper import LOOK_S, Lapsed, Log, Network, Trouble, lease_s, out_of_memory, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
-    from qemu_keeper import CHUNK, Keeper, Lines, Machine, load, main, save  # type: ignore[import-not-found,no-redef]
+    from keeper_network import Network  # type: ignore[import-not-found,no-redef]
+    from keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, out_of_memory, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
 READY = ["ready"]
@@ -272,4 +274,4 @@ class VmKeeper(Keeper):
 
 
 if __name__ == "__main__":
-    sys.exit(main(VmKeeper, make_template))
+    sys.exit(serve(lambda folder, descriptors: live(folder, descriptors, VmKeeper, make_template), int(sys.argv[1]), sys.argv[2:], MORE_DESCRIPTORS))
