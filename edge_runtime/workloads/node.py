@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import ISOLATES, ISOLATION, KATA, MICROVM
+from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
     from .drivers.microvm import MicrovmDriver
+    from .drivers.vm import VmDriver
     from .images import Image, ImageStore
     from .images.pull import Puller
     from .images.reference import Host
@@ -72,7 +73,7 @@ class WorkloadNode:
         self.told: dict[str, Any] | None = None
         self._why = ""
         self._entries: Sequence[dict[str, Any]] | None = None
-        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions or config.workloads.microvms)
+        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions or config.workloads.microvms or config.workloads.vms)
         self._taken = asyncio.Event()
         self._ready = asyncio.Event()
         self._handing = asyncio.Lock()
@@ -80,6 +81,7 @@ class WorkloadNode:
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
         self._microvms: MicrovmDriver | None = None
+        self._vms: VmDriver | None = None
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
         self._drivers: Mapping[str, Driver] = {}
@@ -110,7 +112,7 @@ class WorkloadNode:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._containers, self._microvms):
+            for driver in (self._functions, self._containers, self._microvms, self._vms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -141,6 +143,11 @@ class WorkloadNode:
 
                 settings = microvm.Settings(kernel=workloads.guest_kernel, enabled=workloads.microvms)
                 drivers[MICROVM] = self._microvms = await asyncio.to_thread(microvm.MicrovmDriver, folder, self._store, settings)
+            if workloads.vms or (folder / "vms").exists():
+                from .drivers import vm
+
+                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, enabled=workloads.vms)
+                drivers["vm"] = self._vms = await asyncio.to_thread(vm.VmDriver, folder, self._store, machines)
         except (ImageError, OSError) as error:
             why.append(str(error))
             log.error("workloads cannot be run: %s", error)
@@ -149,8 +156,8 @@ class WorkloadNode:
             why += reasons
             if name == MICROVM:
                 self._microvms_why = "; ".join(reasons)
-        # A job is of whatever kind its image is.
-        self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable))
+        # A job is of whatever kind its image is; no machine is a job.
+        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm"}))
         self._why = "; ".join(why)
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
@@ -306,6 +313,8 @@ class WorkloadNode:
         if self._microvms is not None:
             modules = modules | await asyncio.to_thread(self._microvms.layers)
             await self._microvms.prune(budget)
+        if self._vms is not None:
+            modules = modules | await asyncio.to_thread(self._vms.layers)
         layers, taken = await self.asked.held()
         modules, budget = modules | layers, max(0, budget - taken)
         if self._containers is not None:
