@@ -28,6 +28,7 @@ from .uplink.link import Uplink, UplinkSettings
 
 if TYPE_CHECKING:
     from .site_wiring import SharedDuties
+    from .updates.duty import UpdateDuty
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class EdgeRuntime:
         self._stopping = asyncio.Event()
         self._api: Any = None
         self._workloads: Any = None
+        self.updates: UpdateDuty | None = None
         self.api_port = 0
         self.site: SharedDuties | None = None
         if config.duties.enabled:
@@ -130,6 +132,12 @@ class EdgeRuntime:
             self._tasks.append(loop.create_task(self._sample_host(), name="host"))
         if self.config.workloads.enabled:
             self._tasks.append(loop.create_task(self.workload_node().run(), name="workloads"))
+        if self.config.updates.enabled:
+            from .updates.duty import UpdateDuty
+
+            requests = Path(self.config.data_dir) / "updates"
+            self.updates = UpdateDuty(requests, Path(self.config.updates.status_file), self.journal, self._unproven, lambda: not self.is_offline())
+            self._tasks.append(loop.create_task(self.updates.run(), name="updates"))
         if self.config.api.enabled:
             from .local_api.server import serve
 
@@ -393,6 +401,15 @@ class EdgeRuntime:
         missing = []
         if self.bus is not None and not self.bus.up:
             missing.append(f"the local bus is away: {self.bus.last_error or 'connecting'}")
+        return missing
+
+    def _unproven(self, linked: bool) -> list[str]:
+        """What a new image must still show before it is kept: it senses, its journal can be written, and it has its hub again where the old one had it (`linked`)."""
+        missing = self.ready() + self.fatal()
+        if self.config.devices.host.enabled and not self.pipeline.readings_taken:
+            missing.append("no reading has been taken")
+        if linked and self.is_offline():
+            missing.append("the hub, which was there before the update, has not been reached")
         return missing
 
     def _status_line(self) -> str:
