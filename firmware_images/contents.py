@@ -163,6 +163,8 @@ busybox awk 'FNR > 1 && $4 == "0A" {print FILENAME, $2}' /proc/net/tcp /proc/net
 busybox awk 'FNR > 1 && $4 == "07" {print FILENAME, $2}' /proc/net/udp /proc/net/udp6
 echo "failed:"
 systemctl list-units --failed --plain --no-legend --no-pager
+echo "slot:"
+busybox grep -o 'novacron.slot=[^ ]*' /proc/cmdline
 echo "root:"
 busybox grep ' / ' /proc/mounts
 echo "=== end of report"
