@@ -57,7 +57,7 @@ LLMNR=no
 MulticastDNS=no
 """
 
-_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout=30s 0 2
+_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout=5min 0 2
 tmpfs /var tmpfs mode=0755,nodev,nosuid,noexec,size=25% 0 0
 tmpfs /tmp tmpfs mode=1777,nodev,nosuid,noexec,size=25% 0 0
 """

@@ -1,5 +1,6 @@
 """A device on plain files, for tests of its updater: boot partition, two slots, the folder of its state; what systemd-boot would start, and whether that is whole."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from edge_runtime.updates import slots
 from edge_runtime.updates.bundle import ARTIFACTS, Artifact, Manifest
 from edge_runtime.updates.bundle import head as bundle_head
 from edge_runtime.updates.install import Installer, Places
-from edge_runtime.updates.verity import BLOCK, hash_tree
+from edge_runtime.updates.verity import BLOCK, Verity, hash_tree
 from firmware_images.bundles import pieces
 
 SLOT_BYTES = 4 << 20
@@ -27,10 +28,15 @@ class Image:
     sequence: int
     content: dict[str, bytes]
 
+    @functools.cached_property
+    def tree(self) -> Verity:
+        """The hash tree of its root."""
+        return hash_tree(self.content["root"], SALT)
+
     @property
     def root_hash(self) -> str:
         """Of its root."""
-        return hash_tree(self.content["root"], SALT).root.hex()
+        return self.tree.root.hex()
 
     def manifest(self, base: "Image | None" = None, **changed: Any) -> Manifest:
         """As a bundle's; a delta where there is a base."""
@@ -46,7 +52,7 @@ def image(sequence: int, like: Image | None = None, blocks: int = 60) -> Image:
         root[70_000:70_016] = sequence.to_bytes(16, "big")
         return Image(sequence, {**like.content, "root": bytes(root)})
     noise = b"".join(hashlib.sha512(f"{sequence} {number}".encode()).digest() for number in range(blocks * BLOCK // 64))
-    return Image(sequence, {"root": noise, "linux": noise[5000:90_000], "initrd": noise[7000:40_000]})
+    return Image(sequence, {"root": noise, "linux": noise[500 : len(noise) // 3], "initrd": noise[700 : len(noise) // 6]})
 
 
 def packed(manifest: Manifest, content: dict[str, bytes], signature: bytes = SIGNED) -> bytes:
@@ -80,7 +86,7 @@ class Device:
         for path in self.slots.values():
             path.write_bytes(bytes(SLOT_BYTES))
         root = self.first.content["root"]
-        self.slots["novacron-a"].write_bytes((root + hash_tree(root, SALT).tree).ljust(SLOT_BYTES, b"\0"))
+        self.slots["novacron-a"].write_bytes((root + self.first.tree.tree).ljust(SLOT_BYTES, b"\0"))
         for name in ("linux", "initrd"):
             (self.esp / slots.folder(self.first.root_hash) / name).write_bytes(self.first.content[name])
         self.know(self.first)
@@ -105,8 +111,7 @@ class Device:
         self.running = slots.running(self.command_line)
         made = self.known[self.running[1]]
         data = self.slots[self.running[0]].read_bytes()
-        tree = hash_tree(made.content["root"], SALT)
-        assert data.startswith(made.content["root"] + tree.tree), "the slot is not whole"
+        assert data.startswith(made.content["root"] + made.tree.tree), "the slot is not whole"
         for name in ("linux", "initrd"):
             assert (self.esp / words[name].lstrip("/")).read_bytes() == made.content[name], f"{name} is not whole"
         self.image = {"arch": "amd64", "profile": "device", "sequence": made.sequence}
