@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import signature
 from .install import Installer, Places, alone, read_document
@@ -31,6 +33,9 @@ LATER = 75
 
 TURNS_MAX = 16
 """Requests in one run; an update has three."""
+
+FOLLOW_S, LOOK_S = 20.0, 0.25
+"""The agent answers `written` with the next request within seconds, and systemd does not tell of a change while we are still ending: it is waited for."""
 
 AGENT = "novacron-edge.service"
 
@@ -72,6 +77,14 @@ def places(esp: Path) -> Places:
     return Places(esp, {name: disk[name] for name in SLOTS}, STATE, Path("/proc/cmdline").read_text(), json.loads(IMAGE.read_text()), partial(signature.verified, KEYS))
 
 
+def next_request(order: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Another request than `order`, waited for so long at most; `order` where none came."""
+    end = time.monotonic() + seconds
+    while (newer := read_document(REQUEST)) == order and time.monotonic() < end:
+        time.sleep(LOOK_S)
+    return newer
+
+
 def turn() -> int:
     """What the request asks, as long as there is something next."""
     order = read_document(REQUEST)
@@ -85,7 +98,7 @@ def turn() -> int:
         try:
             for _ in range(TURNS_MAX):
                 again = installer.turn(order)
-                newer = read_document(REQUEST)
+                newer = next_request(order, FOLLOW_S if installer.status.get("state") == "written" else 0.0)
                 if again or newer == order:
                     break
                 order = newer

@@ -15,20 +15,10 @@ from typing import Any
 from ..contract import jsoncodec
 from ..contract.errors import ContractError
 from ..contract.operations import FINAL_STATES, Operation
-from ..contract.schema import Field, check_fields
+from ..contract.updates import parse_order
 from ..journal import Journal
 
 log = logging.getLogger(__name__)
-
-ORDER_FIELDS = (
-    Field("id", "id", "the update's name, unique within the edge; the same again is answered as it stands"),
-    Field("url", "string", "where the bundle is: http:// or https://, a server that takes ranges", required=False, default="", max_items=2048),
-    Field("token", "string", "sent along as a bearer token", required=False, default="", max_items=512),
-    Field("path", "string", "or its file, on the data partition", required=False, default="", max_items=1024),
-)
-
-DATA = "/var/lib/novacron/"
-"""Where an order may name a file: what is read with root's rights is not anything on the device."""
 
 LOOK_S = 1.0
 """Between two looks at the status while an update is under way; without one nothing is looked at."""
@@ -53,18 +43,6 @@ _NEXT = {"written": ("switching", "switch"), "trial": ("proven", "good")}
 _ENDS = {"good": "succeeded", "refused": "failed", "failed": "failed"}
 
 
-def parse_order(value: Any) -> dict[str, str]:
-    """An order, checked. Raises ContractError."""
-    order = check_fields(ORDER_FIELDS, value, "payload")
-    if bool(order["url"]) == bool(order["path"]):
-        raise ContractError("url", "is missing, or path is there too", "give one of url and path", "missing")
-    if order["url"] and not order["url"].startswith(("http://", "https://")):
-        raise ContractError("url", "is no address of a web server", "give http:// or https://", "type")
-    if order["path"] and (not order["path"].startswith(DATA) or ".." in order["path"].split("/")):
-        raise ContractError("path", f"is not below {DATA}", "put the bundle onto the data partition, or give url", "path")
-    return order
-
-
 class UpdateDuty:
     """One edge's updates, one at a time.
 
@@ -82,6 +60,7 @@ class UpdateDuty:
         self._writing = False
         self._quiet = self._well = 0
         self._gate_told: list[str] | None = None
+        self._wanted: dict[str, Any] | None = None
         self._news = asyncio.Event()
 
     # -- orders --------------------------------------------------------------------------------------------------------------
@@ -104,6 +83,17 @@ class UpdateDuty:
         self._news.set()
         return dict(self._now["operation"])
 
+    def want(self, order: dict[str, Any]) -> None:
+        """What the hub's desired state names: ordered now, or when the update that is under way has ended. A checked order."""
+        self._wanted = order
+        self._news.set()
+
+    def _take_wanted(self) -> None:
+        if self._wanted is None or self._now:
+            return
+        order, self._wanted = self._wanted, None
+        self.order(order)
+
     # -- following -----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -111,9 +101,10 @@ class UpdateDuty:
         while True:
             try:
                 self.look()
+                self._take_wanted()
             except Exception:
                 log.exception("looking at the update failed")
-            if self._now:
+            if self._now or self._wanted is not None:
                 await asyncio.sleep(LOOK_S)
             else:
                 self._news.clear()

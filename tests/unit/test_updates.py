@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from edge_runtime.clock import SystemClock
 from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.updates import parse_order
 from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.updates import bundle, signature, slots
 from edge_runtime.updates.bundle import Refused, Running, check_for, open_manifest, parse_head, parse_manifest
-from edge_runtime.updates.duty import SETTLED_LOOKS, UpdateDuty, parse_order
+from edge_runtime.updates.duty import SETTLED_LOOKS, UpdateDuty
 from edge_runtime.updates.install import read_document, write_document
 from edge_runtime.updates.source import Interrupted, WebSource
 from edge_runtime.updates.verity import BLOCK, hash_tree
