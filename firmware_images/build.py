@@ -15,6 +15,7 @@ from typing import Any
 
 from edge_runtime import __version__
 from edge_runtime.updates import slots
+from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK, hash_tree
 
 from . import bundles, gpt, initrd, packages, recipes, root, sbom, tools
@@ -35,6 +36,9 @@ The root folder is not in the archive: without `-all-root` and `-root-mode` it w
 
 DATA_FEATURES = "none,has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 """Named one by one, so that this machine's mke2fs.conf decides nothing: without a configuration mke2fs leaves even the journal out, and a power cut then damages the file system."""
+
+RESERVED_NAMES = 40
+"""Of four entries of 32 bytes each: ten clusters of 512. An update needs room for some five names of as many entries, and cleans up behind those of the one before."""
 
 SPACE_BYTES = 2 << 30
 """Free space that a build wants beside its disk: packages, trees in work, the squashed root."""
@@ -207,12 +211,34 @@ def _boot_partition(top: Path, arch: Architecture, folder: str, entry: str, text
     (top / "entry.conf").write_text(text)
     for inside in ("EFI", "EFI/BOOT", "loader", slots.ENTRIES, folder, "novacron"):
         tools.run(["mmd", "-i", str(target), f"::/{inside}"], field="boot partition", remedy="see mmd's words", env=env)
+        if inside == slots.ENTRIES:
+            _reserve(top, target, inside, env)
+    _reserve(top, target, "", env)
     copies: Sequence[tuple[str, str]] = (
         ("loader.efi", f"EFI/BOOT/{arch.loader}"), ("loader.conf", "loader/loader.conf"), ("entry.conf", f"{slots.ENTRIES}/{entry}"), ("linux", f"{folder}/linux"), ("initrd", f"{folder}/initrd"),
     )
     for name, inside in copies:
         os.utime(top / name, (time_s, time_s))
         tools.run(["mcopy", "-m", "-i", str(target), str(top / name), f"::/{inside}"], field="boot partition", remedy="the boot partition may be too small (ESP_MIB)", env=env)
+
+
+def _reserve(top: Path, target: Path, folder: str, env: dict[str, str]) -> None:
+    """Room in a folder for names to come (`edge_runtime.updates.fat` says why): it is made longer by files that are removed again, and their places are cleaned."""
+    names = [f"reserved-for-names-that-are-to-come-{number:02}" for number in range(RESERVED_NAMES)]
+    with tempfile.TemporaryDirectory(dir=top) as made:
+        for name in names:
+            (Path(made) / name).touch()
+            os.utime(Path(made) / name, (0, 0))
+        tools.run(["mcopy", "-m", "-i", str(target), *(f"{made}/{name}" for name in names), f"::/{folder}"], field="boot partition", remedy="see mcopy's words", env=env)
+    tools.run(["mdel", "-i", str(target), *(f"::/{folder}/{name}" for name in names)], field="boot partition", remedy="see mdel's words", env=env)
+    with target.open("r+b") as file:
+        def read(at: int, size: int) -> bytes:
+            file.seek(at)
+            return file.read(size)
+
+        for at, data in Fat(read).cleaned(folder):
+            file.seek(at)
+            file.write(data)
 
 
 def _data_partition(target: Path, size: int, identity: uuid.UUID, time_s: int) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from . import signature
+from .fat import Fat
 from .install import Installer, Places, alone, read_document
-from .slots import SLOTS
+from .slots import ENTRIES, SLOTS
 from .source import Interrupted
 
 DATA = Path("/var/lib/novacron")
@@ -54,6 +55,17 @@ def partitions() -> dict[str, Path]:
     return {one["PARTNAME"]: Path("/dev") / one["DEVNAME"] for one in told if "PARTNAME" in one}
 
 
+def make_room(device: Path) -> None:
+    """Room behind the names of the boot loader's entries, on a boot partition that is not mounted."""
+    with device.open("r+b", buffering=0) as file:
+        try:
+            for at, data in Fat(lambda at, size: os.pread(file.fileno(), size, at)).cleaned(ENTRIES):
+                os.pwrite(file.fileno(), data, at)
+                os.fsync(file.fileno())
+        except (ValueError, FileNotFoundError) as error:
+            say(f"the boot partition: {error}")
+
+
 @contextmanager
 def boot_partition(check: bool) -> Iterator[Path]:
     """The boot partition, mounted for us alone (the unit has mounts of its own); looked over before, where something is to be written that needs room: a cut leaves clusters that belong to nothing."""
@@ -63,6 +75,7 @@ def boot_partition(check: bool) -> Iterator[Path]:
         done = subprocess.run(["fsck.fat", "-a", "-w", str(device)], stdin=subprocess.DEVNULL, capture_output=True)
         if done.returncode not in (0, 1):
             say(f"fsck.fat: {done.stdout.decode(errors='replace')[-300:]}")
+        make_room(device)
     ESP_MOUNT.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "vfat", "-o", "rw,noatime,nodev,nosuid,noexec,umask=0077", str(device), str(ESP_MOUNT)], check=True, stdin=subprocess.DEVNULL)
     try:

@@ -39,7 +39,7 @@ def bundle_file(data_dir: Path, hub_token: str, name: str, given: str) -> web.St
     """The file, as far as the request's ranges say. Raises NotKnown where it is not there."""
     told = given.encode("utf-8", "surrogateescape")
     if not any(hmac.compare_digest(told, wanted.encode()) for wanted in (bundle_token(hub_token, name), hub_token)):
-        return answer({"field": "Authorization", "problem": "no valid token", "remedy": "send the bundle's own token, see /api/v1/bundles"}, 401)
+        return answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN` with the bundle's own token, see /api/v1/bundles"}, 401)
     path = data_dir / FOLDER / name
     if not ID_PATTERN.match(name) or not path.is_file():
         raise NotKnown("bundle", "there is none of this name", "put it into the folder bundles of the hub's data folder")

@@ -5,6 +5,7 @@ import random
 import struct
 import subprocess
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.updates import slots
+from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK
-from firmware_images import tools
-from firmware_images.fat import Fat
+from firmware_images import build, recipes, tools
 from tests.unit.updates_world import SALT, Image, image
 from tools.powercut.machine_log import MAGIC, Replay, entries, write_sparse
 from tools.powercut.slot_verdict import Known, Verdict
@@ -164,3 +165,42 @@ def test_a_disk_is_judged_by_its_bytes(tmp_path: Path, entry: slots.Entry, damag
         return
     with pytest.raises(ValueError, match=told):
         verdict.sequence(disk, dict.fromkeys(slots.SLOTS, 0))
+
+
+def test_the_folders_of_a_new_boot_partition_have_room_and_are_the_same_each_time(tmp_path: Path) -> None:
+    """A folder that grows is what a power cut breaks; room for names is there when their chain of clusters is long and what stands in it is short."""
+    needs("mkfs.vfat", "mmd", "mcopy", "mdel")
+    made = []
+    for number in range(2):
+        top = tmp_path / str(number)
+        top.mkdir()
+        for name in ("loader.efi", "linux", "initrd"):
+            (top / name).write_bytes(name.encode() * 100)
+        build._boot_partition(top, recipes.architecture("amd64"), "novacron-0123456789abcdef", slots.Entry(0, "novacron-a").name, "title x\n", 1_700_000_000, uuid.UUID(int=7))
+        made.append((top / "esp.vfat").read_bytes())
+    assert made[0] == made[1]
+    here = Fat(lambda at, size: made[0][at : at + size])
+    assert [found.name for found in here.names(slots.ENTRIES)] == ["novacron-0000000000-a.conf"]
+    assert {found.name.lower() for found in here.names("/")} >= {"efi", "loader", "novacron", "novacron-0123456789abcdef"}
+    for folder in (slots.ENTRIES, "/"):
+        assert here.room(folder) >= 100, folder
+    # Control: a folder that nobody made room in.
+    assert here.room("EFI") < 16
+
+
+def test_cleaning_a_folder_cut_after_any_write_keeps_its_names(tmp_path: Path) -> None:
+    files = {f"loader/entries/a-name-that-takes-four-entries-of-the-folder-{number:02}": b"x" * number for number in range(30)}
+    fat(tmp_path / "esp", files)
+    env = {**os.environ, "MTOOLS_SKIP_CHECK": "1"}
+    gone = [name for number, name in enumerate(files) if number > 9 or number % 3 == 0]
+    subprocess.run(["mdel", "-i", str(tmp_path / "esp"), *(f"::/{name}" for name in gone)], check=True, capture_output=True, env=env)
+    raw = bytearray((tmp_path / "esp").read_bytes())
+    here = Fat(lambda at, size: bytes(raw[at : at + size]))
+    left = {name.split("/")[-1] for name in files if name not in gone}
+    before = here.room(slots.ENTRIES)
+    writes = here.cleaned(slots.ENTRIES)
+    assert len(writes) > 3
+    for at, data in writes:
+        raw[at : at + len(data)] = data
+        assert {found.name for found in Fat(lambda at, size: bytes(raw[at : at + size])).names(slots.ENTRIES)} == left
+    assert here.room(slots.ENTRIES) >= before + 4 * 20 and not here.cleaned(slots.ENTRIES)

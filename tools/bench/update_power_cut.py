@@ -35,6 +35,7 @@ from firmware_images.contents import DATA_NAME, ESP_NAME
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command, free_port, prepare
+from tools.novactl.client import CommandError
 from tools.novactl.journal import check
 from tools.powercut.machine_log import Replay, write_sparse
 from tools.powercut.slot_verdict import Known, Verdict
@@ -224,11 +225,12 @@ def _read(disk: Any, partitions: Any, recorded: Recorded, log_end: int, folder: 
     with tempfile.TemporaryDirectory(dir=folder) as top:
         edge = take_out(target, {"partitions": partitions}, Path(top)) / "edge"
         least = max((seq for at, seq in recorded.shown if at <= log_end), default=0)
-        if not (edge / "journal" / "journal.db").exists():
-            if least:
-                tally.bad.append(f"{where}: there is no journal, and decision {least} had been shown")
+        try:
+            told = check(edge, lambda *_: None)
+        except CommandError as error:
+            if least:  # before the first start has made it there is none to lose
+                tally.bad.append(f"{where}: there is no journal, and decision {least} had been shown: {error}")
             return
-        told = check(edge, lambda *_: None)
         if not told["ok"] or int(told["records"].get("decision", 0)) < least:
             tally.bad.append(f"{where}: the journal is not whole, or behind decision {least}: {told}")
         tally.started["journal intact"] += 1

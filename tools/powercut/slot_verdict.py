@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_runtime.updates import slots
+from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images.contents import ESP_NAME
-from firmware_images.fat import Fat
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,25 @@
-"""Reading FAT32 as a boot loader does (Microsoft's FAT specification, 2000): for looking at what a power cut left. Pure over a function that reads. It believes the first table alone, as the firmware does."""
+"""FAT32 as a boot loader reads it (Microsoft's FAT specification, 2000): for looking at what a power cut left, and for keeping room in a folder. Pure over a function that reads. It believes the first table alone, as the
+firmware does.
+
+Room: when systemd-boot counts a start, the firmware's driver (EDK2's EnhancedFatDxe) writes the new name behind the folder's last one, never into a hole, and where a folder is full it lets it grow; the table that leads to the
+new cluster is then on the disk before the one that ends the chain there, and a cut between the two leaves a folder that cannot be read: nothing starts any more. A folder that has room never grows.
+"""
 
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 ENTRY_BYTES = 32
+SECTOR = 512
+"""What a disk writes whole."""
+
 FILE_MAX_BYTES = 64 << 20
 """No kernel is larger."""
 
 FOLDER_MAX_BYTES = 1 << 20
 _DIRECTORY, _LABEL, _LONG = 0x10, 0x08, 0x0F
 _LAST = 0x0FFFFFF8
+_FREE = 0xE5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +64,23 @@ class Fat:
             self._kept[page] = self._read(self._table + page * 4096, min(4096, self._table_bytes - page * 4096))
         return int(struct.unpack_from("<I", self._kept[page], at % 4096)[0]) & 0x0FFFFFFF
 
-    def _chain(self, cluster: int, most: int) -> bytes:
-        """The bytes of a chain; raises ValueError where it leads astray, or on and on."""
-        out = bytearray()
+    def _runs(self, cluster: int, most: int) -> Iterator[tuple[int, int]]:
+        """Place and bytes of the runs of a chain; raises ValueError where it leads astray, or on and on."""
+        done = 0
         while cluster < _LAST:
-            if cluster < 2 or len(out) >= most:
+            if cluster < 2 or done >= most:
                 raise ValueError("a chain of clusters leads astray")
             run, first = 1, cluster
             cluster = self._next(cluster)
             while cluster == first + run and run * self._cluster_bytes < most:
                 cluster = self._next(first + run)
                 run += 1
-            out += self._read(self._data + (first - 2) * self._cluster_bytes, run * self._cluster_bytes)
-        return bytes(out)
+            done += run * self._cluster_bytes
+            yield self._data + (first - 2) * self._cluster_bytes, run * self._cluster_bytes
+
+    def _chain(self, cluster: int, most: int) -> bytes:
+        """The bytes of a chain; raises ValueError."""
+        return b"".join(self._read(at, size) for at, size in self._runs(cluster, most))
 
     def _entries(self, cluster: int) -> Iterator[Found]:
         parts: dict[int, str] = {}
@@ -77,7 +90,7 @@ class Fat:
             entry = raw[at : at + ENTRY_BYTES]
             if entry[0] == 0:
                 return
-            if entry[0] == 0xE5:
+            if entry[0] == _FREE:
                 parts = {}
             elif entry[11] == _LONG:
                 if entry[0] & 0x40:
@@ -114,6 +127,30 @@ class Fat:
         if not here.folder:
             raise FileNotFoundError(path)
         return [found for found in self._entries(here.cluster) if found.name not in (".", "..")]
+
+    def _behind(self, path: str) -> tuple[list[tuple[int, bytes]], int]:
+        """A folder's sectors with their places, and the number of its first entry behind the last name."""
+        sectors = [(at + step, self._read(at + step, SECTOR)) for at, size in self._runs(self._find(path).cluster, FOLDER_MAX_BYTES) for step in range(0, size, SECTOR)]
+        raw = b"".join(data for _, data in sectors)
+        used = [at for at in range(0, len(raw), ENTRY_BYTES) if raw[at] not in (0, _FREE)]
+        return sectors, (used[-1] // ENTRY_BYTES + 1 if used else 0)
+
+    def room(self, path: str) -> int:
+        """How many entries are behind a folder's last name and were never used, or were cleaned. Raises FileNotFoundError, ValueError."""
+        sectors, behind = self._behind(path)
+        raw = b"".join(data for _, data in sectors)
+        return sum(raw[at] == 0 for at in range(behind * ENTRY_BYTES, len(raw), ENTRY_BYTES))
+
+    def cleaned(self, path: str) -> list[tuple[int, bytes]]:
+        """Writes, each a sector, that make all behind a folder's last name as if it had never been used; to be done in this order, from the end to the front: cut anywhere, the names stay. Raises FileNotFoundError, ValueError."""
+        sectors, behind = self._behind(path)
+        writes = []
+        for number, (at, data) in reversed(list(enumerate(sectors))):
+            kept = max(0, min(SECTOR, behind * ENTRY_BYTES - number * SECTOR))
+            clean = data[:kept].ljust(SECTOR, b"\0")
+            if clean != data:
+                writes.append((at, clean))
+        return writes
 
     def file(self, path: str) -> bytes:
         """A file's bytes. Raises FileNotFoundError; ValueError where its clusters are not there."""
