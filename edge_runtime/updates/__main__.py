@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..contract.errors import ContractError
+from ..contract.updates import parse_order
 from . import signature
 from .fat import Fat
 from .install import Installer, Places, alone, read_document
@@ -90,17 +92,27 @@ def places(esp: Path) -> Places:
     return Places(esp, {name: disk[name] for name in SLOTS}, STATE, Path("/proc/cmdline").read_text(), json.loads(IMAGE.read_text()), partial(signature.verified, KEYS))
 
 
+def request() -> dict[str, Any]:
+    """What the agent asks; empty where it asks for nothing that it may. It has checked its order too, but what runs with root's rights does not rely on that."""
+    asked = read_document(REQUEST)
+    try:
+        return {**parse_order(asked), "action": asked.get("action"), "asked": asked.get("asked")} if asked.get("action") == "install" else asked
+    except ContractError as error:
+        say(f"the request is not looked at: {error}")
+        return {}
+
+
 def next_request(order: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Another request than `order`, waited for so long at most; `order` where none came."""
     end = time.monotonic() + seconds
-    while (newer := read_document(REQUEST)) == order and time.monotonic() < end:
+    while (newer := request()) == order and time.monotonic() < end:
         time.sleep(LOOK_S)
     return newer
 
 
 def turn() -> int:
     """What the request asks, as long as there is something next."""
-    order = read_document(REQUEST)
+    order = request()
     again = False
     with alone(STATE), boot_partition(check=order.get("action") == "install") as esp:
         installer = Installer(places(esp), say)

@@ -23,7 +23,7 @@ from edge_runtime.updates import bundle, signature, slots
 from edge_runtime.updates.bundle import Refused, Running, check_for, open_manifest, parse_head, parse_manifest
 from edge_runtime.updates.duty import SETTLED_LOOKS, UpdateDuty
 from edge_runtime.updates.install import read_document, write_document
-from edge_runtime.updates.source import Interrupted, WebSource
+from edge_runtime.updates.source import FileSource, Interrupted, WebSource
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import bundles, tools
 from tests.unit.updates_world import SLOT_BYTES, Device, Image, image, packed
@@ -449,6 +449,16 @@ def test_a_server_that_will_not_give_it_is_a_refusal_and_one_that_is_ill_is_not(
         pass
     with pytest.raises(Interrupted):
         WebSource(url, "secret")
+
+
+def test_a_file_that_is_no_plain_file_is_refused_and_does_not_hold_it_up(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(GOOD)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", "nothing", "."):
+        with pytest.raises(Refused) as told:
+            FileSource(tmp_path / name)
+        assert told.value.reason == "source"
 
 
 # -- the agent's half ------------------------------------------------------------------------------------------------------------
