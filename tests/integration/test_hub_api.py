@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from edge_runtime.contract.records import Record
+from edge_runtime.updates.source import WebSource
 from hub.api.handlers import MAX_BODY_BYTES, HubApi
 from hub.api.openapi import OPERATIONS, Operation, document
 from hub.server import Hub, HubSettings
@@ -167,6 +168,9 @@ def test_a_bundle_opens_to_its_own_token_from_any_byte_on_and_to_no_other(served
     assert told["bytes"] == 8
     status, headers, text = served.ask("GET", told["path"], headers={"Authorization": f"Bearer {told['token']}", "Range": "bytes=2-"})
     assert (status, headers["content-range"], text) == (206, "bytes 2-7/8", b"bundle")
+    source = WebSource(f"http://127.0.0.1:{served.hub.port}{told['path']}", told["token"])  # as a device reads it, from the first byte and from another one
+    assert (source.size, source.read(0, 4), source.read(2, 6)) == (8, b"a bu", b"bundle")
+    source.close()
     for path in ("/bundles/b-2", "/api/v1/bundles"):
         assert served.ask("GET", path, headers={"Authorization": f"Bearer {told['token']}"})[0] == 401
     for path in ("/bundles/..%2Ftoken", "/bundles/%2e%2e%2ftoken", "/bundles/b-9"):
