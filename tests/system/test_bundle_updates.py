@@ -21,11 +21,11 @@ from tests.integration.waiting import until_sync
 from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image
 from tools.novactl.journal import check, show
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(5400)]
 
 KEY = HOME / "keys" / "update.key"
 
-UPDATE_S = 900
+UPDATE_S = 1800
 """Longest wait for an update: two boots and the writing of a slot, all emulated."""
 
 HOST = "10.0.2.2"

@@ -117,6 +117,7 @@ def test_a_log_is_played_and_what_was_not_flushed_may_be_lost(tmp_path: Path) ->
             seen.add(disk[1024:2560])
     assert len(seen) > 3 and bytes(1536) in seen
     assert replay.durable[1024:2560] == bytes(1536)  # nothing of it stays
+    assert replay.unsure(1024, 1) and replay.unsure(0, 4096) and not replay.unsure(0, 1024) and not replay.unsure(2560, 512)
     replay.step()
     assert replay.durable[512:3072] == replay.content[512:3072]
     write_sparse(replay.content, tmp_path / "out", [(512, 1024)], 4096)

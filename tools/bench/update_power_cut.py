@@ -45,6 +45,9 @@ from .harness import ROOT, arguments, machine, note, report
 RANDOM_CUTS = 200
 """Random writes of the whole update at which it is cut, beside each write to the boot partition."""
 
+LOSSES = 8
+"""Draws of what is lost of the unflushed writes, after each write to the boot partition."""
+
 DISKS_READ, DISKS_BOOTED = 20, 20
 """Of those: disks whose journal is read, and disks that are really booted."""
 
@@ -192,13 +195,16 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
             continue
         where = f"write {number} of {len(replay.entries)}"
         told = _judge(verdict, replay.content, versions, all_cuts, where)
-        with replay.lossy(draw) as disk:
-            # A slot may be torn here too, so its version is this cut's own.
-            _judge(verdict, disk, {name: (versions[name], number) if versions[name] else 0 for name in slots.SLOTS}, all_cuts, f"{where}, unflushed lost")
-            if number in read:
-                _read(disk, partitions, recorded, entry.end, folder, all_cuts, where)
-            if number in booted and not options.control:
-                _boot(disk, built, recorded, folder, boots, where, verdict, {name: (versions[name], number) if versions[name] else 0 for name in slots.SLOTS})
+        # A boot partition may lose its unflushed writes in many ways, and looking costs little.
+        for lost in range(LOSSES if number in switching else 1):
+            with replay.lossy(draw) as disk:
+                # A slot with unflushed writes is torn too: its content is this cut's own.
+                own = {name: (number, lost) if replay.unsure(partitions[name]["start"], partitions[name]["size"]) else versions[name] for name in slots.SLOTS}
+                _judge(verdict, disk, own, all_cuts, f"{where}, unflushed lost")
+                if number in read and not lost:
+                    _read(disk, partitions, recorded, entry.end, folder, all_cuts, where)
+                if number in booted and not lost and not options.control:
+                    _boot(disk, built, recorded, folder, boots, where, verdict)
         if len(all_cuts.bad) + len(boots.bad) > 50:
             break
         if all_cuts.cuts % 200 == 0:
@@ -236,7 +242,7 @@ def _read(disk: Any, partitions: Any, recorded: Recorded, log_end: int, folder: 
         tally.started["journal intact"] += 1
 
 
-def _boot(disk: Any, built: Built, recorded: Recorded, folder: Path, tally: Tally, where: str, verdict: Verdict, versions: Any) -> None:
+def _boot(disk: Any, built: Built, recorded: Recorded, folder: Path, tally: Tally, where: str, verdict: Verdict) -> None:
     """A real start of a cut disk: it comes up, in the slot that was told."""
     tally.cuts += 1
     entry, _, _ = verdict.choice(disk)

@@ -75,6 +75,10 @@ class Replay:
                 self._settle()
         return entry
 
+    def unsure(self, offset: int, size: int) -> bool:
+        """Whether a write to this part of the disk is not flushed yet."""
+        return any(write.offset < offset + size and write.offset + len(write.data) > offset for write in self._pending)
+
     def _settle(self) -> None:
         for write in self._pending:
             self.durable[write.offset : write.offset + len(write.data)] = write.data
