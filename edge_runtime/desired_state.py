@@ -223,6 +223,7 @@ class DesiredState:
                     log.error("desired twin of %s was refused: %s", device, error)
             self.journal.put_state("twins_generation", desired.generation)
         self._take_commands(desired)
+        self._runtime.take_update(desired.update)
         if desired.workloads or self.journal.state("workloads"):
             self._runtime.workload_node().take(desired.workloads)
         if desired.operations:

@@ -35,7 +35,8 @@ _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What a machine gets: `forwards` maps ports of this machine's loopback to the guest's, `credentials` are files by name, `online` lets the guest reach the network."""
+    """What a machine gets: `forwards` maps ports of this machine's loopback to the guest's, `credentials` are files by name, `online` lets the guest reach the network. `log` is a file that each write to the disk
+    is noted in (QEMU's blklogwrites)."""
 
     memory_mib: int
     forwards: Mapping[int, int] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Wiring:
     clock: str = ""
     accelerator: str = "tcg"
     direct: tuple[Path, Path, str] | None = None
+    log: Path | None = None
 
 
 def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list[str]:
@@ -52,9 +54,12 @@ def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list
         if "," in str(path) or "," in name:
             raise FirmwareError("credential", f"{name}: {path} has a comma", "give a path without one")
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for here, there in wiring.forwards.items())
+    drive = ["-drive", f"if=none,id=disk,file={disk},format=raw,cache=writeback,discard=unmap"]
+    if wiring.log:
+        drive = ["-blockdev", f"driver=file,node-name=below,filename={disk}", "-blockdev", f"driver=file,node-name=log,filename={wiring.log}", "-blockdev", "driver=blklogwrites,node-name=disk,file=below,log=log,log-sector-size=512"]
     words = [
         arch.qemu, *arch.machine, "-accel", wiring.accelerator, "-smp", str(CORES), "-m", f"{wiring.memory_mib}M", "-nodefaults", "-no-user-config", "-display", "none",
-        "-serial", "stdio", "-monitor", "none", "-drive", f"if=none,id=disk,file={disk},format=raw,cache=writeback,discard=unmap", "-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci",
+        "-serial", "stdio", "-monitor", "none", *drive, "-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci",
         "-netdev", f"user,id=net{'' if wiring.online else ',restrict=on'}{forwards}", "-device", "virtio-net-pci,netdev=net,romfile=",
     ]
     if arch.name == "amd64":

@@ -22,11 +22,11 @@ KERNEL_FOLDERS = (
 
 BASE_PACKAGES = (
     "systemd-sysv", "systemd-timesyncd", "systemd-resolved", "udev", "kmod", "mount", "e2fsprogs", "busybox-static", "dmsetup", "python3-minimal", "libpython3-stdlib", "ca-certificates", "netbase", "tzdata",
-    "systemd-boot-efi",
+    "systemd-boot-efi", "openssl", "dosfstools",
 )
 
 LEFT_OUT = frozenset((
-    "initramfs-tools", "initramfs-tools-bin", "initramfs-tools-core", "klibc-utils", "libklibc", "dracut-install", "dracut", "dracut-core", "cpio", "dpkg", "debconf", "tar", "openssl", "openssl-provider-legacy", "linux-base",
+    "initramfs-tools", "initramfs-tools-bin", "initramfs-tools-core", "klibc-utils", "libklibc", "dracut-install", "dracut", "dracut-core", "cpio", "dpkg", "debconf", "tar", "openssl-provider-legacy", "linux-base",
     "debianutils", "coreutils", "coreutils-from-uutils", "rust-coreutils", "libgmp10", "readline-common", "libreadline8t64", "libdb5.3t64", "libncursesw6", "dash", "perl-base", "sysvinit-utils", "dbus", "dbus-bin", "dbus-daemon",
     "dbus-session-bus-common", "dbus-system-bus-common", "libdbus-1-3", "passwd", "login", "logsave", "bsdutils", "init-system-helpers", "adduser", "base-files", "sed", "gzip", "findutils", "diffutils", "hostname", "libcrypt-dev",
 ))

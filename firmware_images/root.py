@@ -4,7 +4,7 @@ import hashlib
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import initrd, tools
@@ -151,7 +151,7 @@ def index_modules(tree: Tree, version: str) -> None:
             tree.file(f"{folder}/{path.name}", path.read_bytes())
 
 
-def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str) -> tuple[Tree, str]:
+def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str, sequence: int, keys: Mapping[str, bytes]) -> tuple[Tree, str]:
     """The finished root and the agent's digest. /boot is still in it.
 
     Raises:
@@ -163,7 +163,7 @@ def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, res
     agent = add_agent(tree, repository, engines=False)
     certificates(tree)
     units = repository / "tools" / "systemd"
-    add(tree, arch, chosen, (units / "novacron-edge.service").read_text(), (units / "novacron-edge.service.d" / "containers.conf").read_text(), version)
+    add(tree, arch, chosen, (units / "novacron-edge.service").read_text(), (units / "novacron-edge.service.d" / "containers.conf").read_text(), version, sequence, keys)
     try:
         if lacking := initrd.missing_libraries(tree):
             raise FirmwareError("packages", "; ".join(lacking[:10]), "take the package that has it out of LEFT_OUT, or leave out the file that needs it")

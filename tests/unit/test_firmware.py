@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import build, cli, configuration, contents, elf, gpt, initrd, packages, recipes, sbom, tools
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
-from firmware_images.verity import BLOCK, hash_tree
 from tools.bench.harness import ROOT
 
 AMD64, DEVICE = recipes.architecture("amd64"), recipes.profile("device")

@@ -81,7 +81,7 @@ if [ "$kind" = dev ]; then
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   [ "$(uname -m)" != x86_64 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || packages+=(qemu-system-x86 seabios)
   # For images (`make image`, `make boot`), and the disks of virtual machines in tests.
-  for pair in qemu-img:qemu-utils mksquashfs:squashfs-tools mcopy:mtools mkfs.vfat:dosfstools depmod:kmod debugfs:e2fsprogs veritysetup:cryptsetup-bin sfdisk:fdisk cpio:cpio; do
+  for pair in openssl:openssl qemu-img:qemu-utils mksquashfs:squashfs-tools mcopy:mtools mkfs.vfat:dosfstools depmod:kmod debugfs:e2fsprogs veritysetup:cryptsetup-bin sfdisk:fdisk cpio:cpio; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || [ -x "/usr/sbin/${pair%%:*}" ] || packages+=("${pair##*:}")
   done
   [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || packages+=(ovmf)
