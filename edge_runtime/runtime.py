@@ -96,7 +96,7 @@ class EdgeRuntime:
     # -- life ----------------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Bring everything up from local state alone; the network is not waited for."""
+        """Bring everything up from local state alone; the network is not waited for. Ready is who senses and decides; the interface comes after."""
         self.journal.start()
         recovered = [
             {"database": item.database, "damage": item.damage[:300], "salvaged": item.salvaged, "lost": item.lost} for item in self.journal.recoveries
@@ -130,12 +130,13 @@ class EdgeRuntime:
             self._tasks.append(loop.create_task(self._sample_host(), name="host"))
         if self.config.workloads.enabled:
             self._tasks.append(loop.create_task(self.workload_node().run(), name="workloads"))
+        await asyncio.sleep(0)  # each duty begins: the first look at this host is decided on before the interface is loaded, which takes as long as all the rest
+        self.service.notify(READY="1", STATUS=self._status_line())
         if self.config.api.enabled:
             from .local_api.server import serve
 
             self._api, self.api_port = await serve(self)
         self.surroundings.settle()
-        self.service.notify(READY="1", STATUS=self._status_line())
 
     async def wait(self) -> None:
         """Until SIGTERM, SIGINT or `stop_soon`; then stop."""
