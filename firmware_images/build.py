@@ -77,6 +77,16 @@ def preflight(home: Path, arch: Architecture, chosen: Profile) -> None:
         raise FirmwareError("space", f"{home} has {free // MIB} MiB free, the build wants {need // MIB}", "make room, or give another folder with --home")
 
 
+def chosen_wheels(cache: Path, arch: Architecture, names: Sequence[str], say: Callable[[str], None]) -> list[Path]:
+    """The wheels of these names that the lock has for the target, verified. Raises FirmwareError."""
+    lines = recipes.locked((REPOSITORY / "requirements" / "run.lock").read_text(), names, arch.python)
+    wheels = packages.wheels(cache, arch, lines, len(names), say)
+    for wheel in wheels:
+        if packages.digest_of(wheel) not in lines:
+            raise FirmwareError(f"wheel {wheel.name}", "its SHA-256 is not in the lock", f"remove {wheel.parent} and build again")
+    return wheels
+
+
 def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], None], refresh: bool = False) -> Built:
     """Build one image into `home`. Raises FirmwareError."""
     preflight(home, arch, chosen)
@@ -90,14 +100,7 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
     tell(f"packages of {arch.suite} for {arch.name}")
     resolved = packages.resolve(cache, arch.suite, arch.name, recipes.packages(arch, chosen), tell, refresh)
     own = packages.resolve(cache, arch.suite, MACHINES[platform.machine()], ["python3-minimal", "libpython3-stdlib"], tell, refresh)
-    wheels: list[Path] = []
-    lines = ""
-    if not arch.debian_modules:
-        lines = recipes.locked((REPOSITORY / "requirements" / "run.lock").read_text(), chosen.wheels)
-        wheels = packages.wheels(cache, arch, lines, len(chosen.wheels), tell)
-        for wheel in wheels:
-            if packages.digest_of(wheel) not in lines:
-                raise FirmwareError(f"wheel {wheel.name}", "its SHA-256 is not in the lock", f"remove {wheel.parent} and build again")
+    wheels = [] if arch.debian_modules else chosen_wheels(cache, arch, chosen.wheels, tell)
     tell(f"root from {len(resolved.packages)} packages and {len(wheels)} wheels")
     tree, agent = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.unpack(cache, own.packages, chosen), __version__)
     with tempfile.TemporaryDirectory(dir=home) as top:

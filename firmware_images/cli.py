@@ -1,4 +1,4 @@
-"""`python -m firmware_images build|boot`."""
+"""`python -m firmware_images build|boot|containers`."""
 
 import argparse
 import sys
@@ -22,11 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="make an image")
     boot = commands.add_parser("boot", help="boot an image in QEMU")
-    for command in (build, boot):
+    oci = commands.add_parser("containers", help="make images of containers of edge and hub, as OCI layouts")
+    for command in (build, boot, oci):
         command.add_argument("--arch", default="amd64", help=f"{', '.join(recipes.ARCHITECTURES)} (amd64)")
-        command.add_argument("--profile", default="device", help=f"{', '.join(recipes.PROFILES)} (device)")
         command.add_argument("--home", type=Path, default=HOME, help=f"folder of caches and images ({HOME})")
-    build.add_argument("--refresh", action="store_true", help="ask Debian anew which packages there are")
+    for command in (build, oci):
+        command.add_argument("--refresh", action="store_true", help="ask Debian anew which packages there are")
+    for command in (build, boot):
+        command.add_argument("--profile", default="device", help=f"{', '.join(recipes.PROFILES)} (device)")
+    oci.add_argument("--service", default="all", help="edge, hub (both)")
+    oci.add_argument("--mode", default="production", help="production, development (production)")
     boot.add_argument("--config", type=Path, help="configuration for the first boot (a small one that shows the device by itself)")
     boot.add_argument("--credential", action="append", default=[], metavar="NAME=FILE", help="one more credential, such as novacron.ca.pem=ca.pem")
     boot.add_argument("--state", type=Path, help="folder of the machine's own disk; where there is one, the machine goes on from it (HOME/ARCH-PROFILE/machine)")
@@ -38,7 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     boot.add_argument("--report", action="store_true", help="the device tells on its console how the start went")
     options = parser.parse_args(arguments)
     try:
-        arch, chosen = recipes.architecture(options.arch), recipes.profile(options.profile)
+        arch = recipes.architecture(options.arch)
+        if options.command == "containers":
+            from . import containers
+
+            for service in containers.SERVICES.values() if options.service == "all" else (containers.service(options.service),):
+                containers.build(options.home, arch, service, options.mode, say, options.refresh)
+            return 0
+        chosen = recipes.profile(options.profile)
         if options.command == "build":
             from .build import build as make
 

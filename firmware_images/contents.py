@@ -20,6 +20,9 @@ NETWORK_ORDER = "After=network.target\n"
 ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
 
+DATA_WAIT_S = 300
+"""Longest wait for the data partition: nothing else waits for it, and an agent that gave up would never start. A slow card, or a machine emulated beside others, has taken half a minute."""
+
 USERS = {
     "root": (0, "/root"), "nobody": (65534, "/nonexistent"), "systemd-network": (998, "/"), "systemd-resolve": (997, "/"), "systemd-timesync": (996, "/"), "novacron": (AGENT_UID, "/"), "mosquitto": (989, "/"),
 }
@@ -51,7 +54,7 @@ LLMNR=no
 MulticastDNS=no
 """
 
-_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout=30s 0 2
+_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout={DATA_WAIT_S}s 0 2
 tmpfs /var tmpfs mode=0755,nodev,nosuid,noexec,size=25% 0 0
 tmpfs /tmp tmpfs mode=1777,nodev,nosuid,noexec,size=25% 0 0
 """

@@ -1,5 +1,6 @@
 """What an image is made of: architectures, profiles, and what of Debian's packages is left out. Pure data."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -159,7 +160,15 @@ def unwanted(path: str, chosen: Profile) -> bool:
     return False
 
 
-def locked(lock: str, wanted: Sequence[str]) -> str:
+_PYTHON_MARKER = re.compile(r"python_full_version (<|>=) '(\d+)\.(\d+)'")
+
+
+def _for_python(marker: str, python: tuple[int, int]) -> bool:
+    """Whether what a marker says of Python's version holds for the target; the rest of it is about this machine."""
+    return all((python < (int(major), int(minor))) == (sign == "<") for sign, major, minor in _PYTHON_MARKER.findall(marker))
+
+
+def locked(lock: str, wanted: Sequence[str], python: tuple[int, int]) -> str:
     """The lines of a requirements lock (hashes included) that are about `wanted`, their markers left off: the target is not this machine. Raises FirmwareError where one is missing."""
     kept: list[str] = []
     seen = set()
@@ -167,7 +176,7 @@ def locked(lock: str, wanted: Sequence[str]) -> str:
     for line in lock.splitlines():
         if line and not line[0].isspace() and not line.startswith("#"):
             name = line.split("==")[0].strip()
-            taking = name in wanted
+            taking = name in wanted and _for_python(line.partition(" ;")[2], python)
             if taking:
                 seen.add(name)
                 line = line.split(" ;")[0].rstrip(" \\") + " \\"
