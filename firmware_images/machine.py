@@ -66,6 +66,8 @@ def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list
     if wiring.direct:
         kernel, early, line = wiring.direct
         return [*words, "-kernel", str(kernel), "-initrd", str(early), "-append", line]
+    if not arch.firmware[1]:
+        return [*words, "-kernel", arch.firmware[0]]
     return [*words, "-drive", f"if=pflash,unit=0,readonly=on,format=raw,file={arch.firmware[0]}", "-drive", f"if=pflash,unit=1,format=raw,file={flash}"]
 
 
@@ -73,14 +75,14 @@ def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
     """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
     tools.require([arch.qemu, "cp"])
     for path in arch.firmware:
-        if not Path(path).exists():
+        if path and not Path(path).exists():
             raise FirmwareError("tools", f"no {path}", f"as root, apt install --no-install-recommends {arch.firmware_package}")
     state.mkdir(parents=True, exist_ok=True)
     disk, flash = state / "disk.img", state / "variables.fd"
     if not disk.exists():
         tools.run(["cp", "--sparse=always", "--reflink=auto", str(image), str(disk) + ".new"], field="state", remedy="is there room?")
         Path(str(disk) + ".new").replace(disk)
-    if not flash.exists():
+    if arch.firmware[1] and not flash.exists():
         shutil.copyfile(arch.firmware[1], flash)
     return disk, flash
 

@@ -48,7 +48,10 @@ UNWANTED_PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One kind of machine: Debian's names, the wheels' tags, the firmware's and QEMU's."""
+    """One kind of machine: Debian's names, the wheels' tags, the firmware's and QEMU's.
+
+    `firmware` is code and first variables, in flash; without variables it is a program that QEMU starts (U-Boot, which speaks EFI too).
+    """
 
     name: str
     suite: str
@@ -85,8 +88,8 @@ ARCHITECTURES = {
             ("/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd"), "qemu-efi-aarch64",
         ),
         Architecture(
-            "riscv64", "unstable", "linux-image-riscv64", (3, 14), _manylinux("riscv64"), "riscv64", "ttyS0", "qemu-system-riscv64", ("-machine", "virt",),
-            ("/usr/share/qemu-efi-riscv64/RISCV_VIRT_CODE.fd", "/usr/share/qemu-efi-riscv64/RISCV_VIRT_VARS.fd"), "qemu-efi-riscv64", debian_modules=True,
+            "riscv64", "unstable", "linux-image-riscv64", (3, 14), _manylinux("riscv64"), "riscv64", "ttyS0", "qemu-system-riscv64", ("-machine", "virt"),
+            ("/usr/lib/u-boot/qemu-riscv64_smode/uboot.elf", ""), "u-boot-qemu", debian_modules=True,
         ),
     )
 }
