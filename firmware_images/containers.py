@@ -135,9 +135,9 @@ def make_root(cache: Path, arch: Architecture, chosen: Service, mode: str, say: 
 
 def build(home: Path, arch: Architecture, chosen: Service, mode: str, say: Callable[[str], None], refresh: bool = False) -> Path:
     """Build one image into its layout; the layout's folder. Raises FirmwareError."""
-    tools.require(("apt-get", "dpkg-deb"))
     if mode not in MODES:
         raise FirmwareError("mode", f"{mode!r} is unknown", f"take one of {', '.join(MODES)}")
+    tools.require(("apt-get", "dpkg-deb"))
     if platform.machine() not in MACHINES:
         raise FirmwareError("machine", f"{platform.machine()} cannot build", f"build on one of {', '.join(MACHINES)}")
     home.mkdir(parents=True, exist_ok=True)
