@@ -157,6 +157,8 @@ def unwanted(path: str, chosen: Profile) -> bool:
     """Whether a file of a package stays out of the image."""
     if path.startswith(UNWANTED_PREFIXES) or any(part in path for part in UNWANTED_PARTS):
         return True
+    if path.startswith("/usr/lib/modules/") and path.split("/")[5:6] in (["dtb"], ["config"], ["System.map"]):
+        return True  # what describes a board comes from its firmware
     head, found, module = path.partition("/kernel/")
     if found and head.startswith(("/usr/lib/modules/", "/lib/modules/")) and ".ko" in module:
         return not chosen.all_modules and not module.startswith(KERNEL_FOLDERS)
