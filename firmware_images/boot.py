@@ -8,7 +8,7 @@ from pathlib import Path
 from . import configuration
 from .build import finished, output
 from .errors import FirmwareError
-from .machine import Machine, Wiring, command, free_port, prepare
+from .machine import Machine, Wiring, command, free_port, kvm_boots, prepare
 from .recipes import Architecture, Profile
 
 API_PORT = 8470
@@ -63,6 +63,11 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
     handed, token = credentials(state, options.config, options.credential, options.report, f"{chosen.name}-{arch.name}")
     port = options.port or free_port()
     say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://127.0.0.1:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
-    wiring = Wiring(memory, {port: API_PORT}, handed, online=options.online, clock=options.clock, accelerator=options.accel)
+    accelerator = options.accel
+    if accelerator == "auto":
+        why = kvm_boots(arch, built.image.with_name("linux"), built.image.with_name("initrd"))
+        accelerator = "tcg" if why else "kvm"
+        say(f"emulated: {why}" if why else "with KVM")
+    wiring = Wiring(memory, {port: API_PORT}, handed, online=options.online, clock=options.clock, accelerator=accelerator)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
         machine.process.wait()

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     boot.add_argument("--port", type=int, default=0, help="port on loopback that leads to the device's interface (a free one)")
     boot.add_argument("--online", action="store_true", help="let the device reach the network")
     boot.add_argument("--clock", default="", metavar="DATE", help="start with a wrong clock, such as 1970-01-02")
-    boot.add_argument("--accel", default="tcg", choices=("tcg", "kvm"), help="kvm only where a kernel really boots with it (tcg)")
+    boot.add_argument("--accel", default="auto", choices=("auto", "tcg", "kvm"), help="auto: kvm where this image's kernel really boots with it, else emulated (auto)")
     boot.add_argument("--report", action="store_true", help="the device tells on its console how the start went")
     options = parser.parse_args(arguments)
     try:

@@ -20,7 +20,7 @@ from firmware_images.boot import API_PORT, credentials
 from firmware_images.build import Built, build, finished
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
-from firmware_images.machine import Machine, Wiring, command, free_port, prepare
+from firmware_images.machine import Machine, Wiring, comes_up, command, free_port, prepare
 from tests.integration.edges import MOSQUITTO
 from tests.integration.waiting import until_sync
 from tools.bench.harness import ROOT, die_with_parent, stop
@@ -220,3 +220,11 @@ def test_control_a_model_that_answers_otherwise_is_noticed() -> None:
     assert judged_otherwise([body, {"rule": "awake"}]) == (1, [])
     body["inputs"]["model:host-anomaly"]["output"][0] += 0.1
     assert judged_otherwise([body])[1]
+
+
+def test_whether_a_kernel_comes_up_is_found_by_booting_it(tmp_path: Path) -> None:
+    built = image_of("amd64")
+    arch, kernel, early = recipes.architecture("amd64"), built.image.with_name("linux"), built.image.with_name("initrd")
+    assert any(comes_up(arch, kernel, early, "tcg") for _ in range(6))  # each waits PROBE_S, which is short beside others
+    (tmp_path / "none").write_bytes(b"")
+    assert not comes_up(arch, kernel, tmp_path / "none", "tcg")
