@@ -2,11 +2,12 @@
 
 import argparse
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import configuration
-from .build import finished, output
+from . import configuration, tools
+from .build import Built, finished, output
+from .contents import ESP_NAME
 from .errors import FirmwareError
 from .machine import Machine, Wiring, command, free_port, kvm_boots, prepare
 from .recipes import Architecture, Profile
@@ -50,6 +51,16 @@ def credentials(state: Path, config: Path | None, more: list[str], report: bool,
     return found, found["novacron.api.token"].read_text().strip()
 
 
+def hand_over(arch: Architecture, built: Built, disk: Path, found: Mapping[str, Path]) -> Mapping[str, Path]:
+    """Put files into the folder `novacron` of the boot partition of a machine's own disk, where its QEMU has no other way to it; what is left for `Wiring.credentials`. Raises FirmwareError."""
+    if arch.fw_cfg:
+        return found
+    tools.require(["mcopy"])
+    for name, path in found.items():
+        tools.run(["mcopy", "-o", "-i", f"{disk}@@{built.manifest['partitions'][ESP_NAME]['start']}", str(path), f"::/novacron/{name.removeprefix('novacron.')}"], field="credential", remedy="see mcopy's words", env={"MTOOLS_SKIP_CHECK": "1"})
+    return {}
+
+
 def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: Callable[[str], None]) -> None:
     """Boot and show the console until the machine ends or Ctrl-C takes its power away. Raises FirmwareError."""
     memory = options.memory or chosen.memory_mib
@@ -68,6 +79,6 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
         why = kvm_boots(arch, built.image.with_name("linux"), built.image.with_name("initrd"))
         accelerator = "tcg" if why else "kvm"
         say(f"emulated: {why}" if why else "with KVM")
-    wiring = Wiring(memory, {port: API_PORT}, handed, online=options.online, clock=options.clock, accelerator=accelerator)
+    wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online, clock=options.clock, accelerator=accelerator)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
         machine.process.wait()

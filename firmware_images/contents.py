@@ -11,8 +11,8 @@ ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
 
 AGENT_UID = 990
 
-PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "edge.yaml")
-"""Files that first boot takes over, edge.yaml last: where it is, the others are whole."""
+PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")
+"""Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
 
 NETWORK_ORDER = "After=network.target\n"
 """What the image leaves out of the agent's unit: a device decides without a network, so it starts beside it."""
@@ -128,9 +128,10 @@ for device; do :; done
 exec /usr/sbin/fsck.ext4 -y "$device"
 """
 
-_REPORT_UNIT = """[Unit]
+_REPORT_UNIT = f"""[Unit]
 Description=NovaCron: tell the console how the start went
-ConditionCredential=novacron.report
+ConditionCredential=|novacron.report
+ConditionPathExists=|{DATA}/config/report
 After=novacron-edge.service
 
 [Service]

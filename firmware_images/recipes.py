@@ -51,6 +51,7 @@ class Architecture:
     """One kind of machine: Debian's names, the wheels' tags, the firmware's and QEMU's.
 
     `firmware` is code and first variables, in flash; without variables it is a program that QEMU starts (U-Boot, which speaks EFI too).
+    `fw_cfg`: QEMU hands credentials over there (7.2 does not for riscv64); else the boot partition has them, as for a real device.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Architecture:
     firmware: tuple[str, str]
     firmware_package: str
     debian_modules: bool = False
+    fw_cfg: bool = True
 
     @property
     def loader(self) -> str:
@@ -89,7 +91,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "riscv64", "unstable", "linux-image-riscv64", (3, 14), _manylinux("riscv64"), "riscv64", "ttyS0", "qemu-system-riscv64", ("-machine", "virt"),
-            ("/usr/lib/u-boot/qemu-riscv64_smode/uboot.elf", ""), "u-boot-qemu", debian_modules=True,
+            ("/usr/lib/u-boot/qemu-riscv64_smode/uboot.elf", ""), "u-boot-qemu", debian_modules=True, fw_cfg=False,
         ),
     )
 }

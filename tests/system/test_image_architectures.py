@@ -16,7 +16,7 @@ from edge_runtime.decisions.models.manifest import read_manifest
 from edge_runtime.decisions.models.model import load_model
 from edge_runtime.decisions.models.tflite_engine import find_library
 from firmware_images import recipes, tools
-from firmware_images.boot import API_PORT, credentials
+from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, build, finished
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
@@ -101,7 +101,8 @@ class Device:
             self.disk, self.flash = prepare(self.arch, built.image, self.state)
         except FirmwareError as error:
             pytest.skip(f"no machine can be made here: {error}")
-        handed, self.token = credentials(self.state, config, [], True, NAME)
+        found, self.token = credentials(self.state, config, [], True, NAME)
+        handed = hand_over(self.arch, built, self.disk, found)
         self.port = free_port()
         self.wiring = Wiring(profile.memory_mib, {self.port: API_PORT}, handed, clock="1970-01-02")
 

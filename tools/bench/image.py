@@ -18,7 +18,7 @@ if not __package__:
     __import__("as_module").again(__file__)
 
 from firmware_images import recipes
-from firmware_images.boot import API_PORT, credentials
+from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, build, finished
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command, free_port, prepare
@@ -48,7 +48,8 @@ def boots(built: Built, arch: Architecture, chosen: Profile, rounds: int, option
     with tempfile.TemporaryDirectory(dir=built.image.parent) as top:
         state = Path(top)
         disk, flash = prepare(arch, built.image, state)
-        handed, token = credentials(state, None, [], True, "bench")
+        found, token = credentials(state, None, [], True, "bench")
+        handed = hand_over(arch, built, disk, found)
         for number in range(rounds + 1):
             port = free_port()
             request, whole = (urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/decisions?limit={limit}", headers={"Authorization": f"Bearer {token}"}) for limit in (1, 1000))
