@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import configuration, tools
+from . import configuration, recipes, tools
 from .build import Built, finished, output
 from .contents import ESP_NAME
 from .errors import FirmwareError
@@ -63,7 +63,7 @@ def hand_over(arch: Architecture, built: Built, disk: Path, found: Mapping[str, 
 
 def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: Callable[[str], None]) -> None:
     """Boot and show the console until the machine ends or Ctrl-C takes its power away. Raises FirmwareError."""
-    memory = options.memory or chosen.memory_mib
+    memory = options.memory or recipes.memory_mib(arch, chosen)
     if not MEMORY_LEAST_MIB <= memory <= MEMORY_MOST_MIB:
         raise FirmwareError("memory", f"{memory} MiB", f"give {MEMORY_LEAST_MIB} to {MEMORY_MOST_MIB}")
     if options.config is not None:

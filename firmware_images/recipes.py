@@ -52,6 +52,7 @@ class Architecture:
 
     `firmware` is code and first variables, in flash; without variables it is a program that QEMU starts (U-Boot, which speaks EFI too).
     `fw_cfg`: QEMU hands credentials over there (7.2 does not for riscv64); else the boot partition has them, as for a real device.
+    `least_mib`: MiB of memory below which its firmware does not start.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Architecture:
     firmware_package: str
     debian_modules: bool = False
     fw_cfg: bool = True
+    least_mib: int = 0
 
     @property
     def loader(self) -> str:
@@ -91,7 +93,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "riscv64", "unstable", "linux-image-riscv64", (3, 14), _manylinux("riscv64"), "riscv64", "ttyS0", "qemu-system-riscv64", ("-machine", "virt"),
-            ("/usr/lib/u-boot/qemu-riscv64_smode/uboot.elf", ""), "u-boot-qemu", debian_modules=True, fw_cfg=False,
+            ("/usr/lib/u-boot/qemu-riscv64_smode/uboot.elf", ""), "u-boot-qemu", debian_modules=True, fw_cfg=False, least_mib=256,
         ),
     )
 }
@@ -147,6 +149,11 @@ def profile(name: str) -> Profile:
     if name not in PROFILES:
         raise FirmwareError("profile", f"{name!r} is unknown", f"take one of {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+def memory_mib(arch: Architecture, chosen: Profile) -> int:
+    """MiB of memory of a machine for it."""
+    return max(arch.least_mib, chosen.memory_mib)
 
 
 def packages(arch: Architecture, chosen: Profile) -> list[str]:

@@ -104,7 +104,7 @@ class Device:
         found, self.token = credentials(self.state, config, [], True, NAME)
         handed = hand_over(self.arch, built, self.disk, found)
         self.port = free_port()
-        self.wiring = Wiring(profile.memory_mib, {self.port: API_PORT}, handed, clock="1970-01-02")
+        self.wiring = Wiring(recipes.memory_mib(self.arch, profile), {self.port: API_PORT}, handed, clock="1970-01-02")
 
     def on(self, online: bool = False) -> Machine:
         """Power on."""

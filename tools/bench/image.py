@@ -53,7 +53,7 @@ def boots(built: Built, arch: Architecture, chosen: Profile, rounds: int, option
         for number in range(rounds + 1):
             port = free_port()
             request, whole = (urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/decisions?limit={limit}", headers={"Authorization": f"Bearer {token}"}) for limit in (1, 1000))
-            with Machine(command(arch, disk, flash, Wiring(chosen.memory_mib, {port: API_PORT}, handed, clock="1970-01-02"))) as running:
+            with Machine(command(arch, disk, flash, Wiring(recipes.memory_mib(arch, chosen), {port: API_PORT}, handed, clock="1970-01-02"))) as running:
                 before = max((row["newest"] for row in rows), default=0)
                 while (newest := max((int(record["seq"]) for record in _decisions(request)), default=0)) <= before:
                     if time.monotonic() - running.started_s > BOOT_S:
@@ -125,7 +125,7 @@ def main() -> int:
         "of that, MB": {name: round(value / 1e6, 1) for name, value in built.manifest["bytes"].items()}, **figures, "first boot": {key: value for key, value in rows[0].items() if key != "chain"},
         "critical chain of the quickest": min(counted, key=lambda row: float(row["first_decision_s"]))["chain"], "sha256": built.manifest["sha256"],
     }
-    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": chosen.memory_mib, "emulated": True, "bars": {"compressed_mb": SIZE_MB if barred else None, "agent_start_s": START_S, "agent_rss_mb": RSS_MB}}
+    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": recipes.memory_mib(arch, chosen), "emulated": True, "bars": {"compressed_mb": SIZE_MB if barred else None, "agent_start_s": START_S, "agent_rss_mb": RSS_MB}}
     return report(options, about, f"image of a {chosen.name} for {arch.name}, compressed, kernel included", size, "MB", ok, inputs=inputs, details=details)
 
 
