@@ -122,7 +122,8 @@ def make_root(cache: Path, arch: Architecture, chosen: Service, mode: str, say: 
         root.add_wheel(tree, wheel)
     code = root.add_code(tree, REPOSITORY, (*chosen.code, *(("tools/novactl",) if mode == "development" else ())), chosen.suffixes)
     root.certificates(tree)
-    tree.drop(lambda path: path.startswith(("/usr/lib/systemd", "/usr/lib/udev", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/boot")))
+    # No init, no devices, no logins.
+    tree.drop(lambda path: path.startswith(("/usr/lib/systemd", "/usr/lib/udev", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/boot", "/etc/security")) or "/security/" in path)
     furnish(tree, chosen, mode)
     try:
         if lacking := missing_libraries(tree):

@@ -89,7 +89,8 @@ prefix=novacron.
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
   from=/run/novacron-esp prefix=
   busybox mkdir -p $from
-  mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
+  # By its path: busybox's shell would take its own mount, which knows no names of partitions.
+  /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
 fi
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
   echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
