@@ -65,7 +65,7 @@ async def test_a_container_of_ours_runs_in_our_driver(service: str, mode: str, p
 
         async def answer() -> str:
             ran = await driver.exec(key, ["/usr/bin/python3", "-c", ASK, f"http://127.0.0.1:{port}{path}"], 60)
-            return ran.stdout.decode()
+            return ran.output.stdout.decode()
 
         async with asyncio.timeout(START_S):
             while not (said := await answer()).strip() or said.strip() == "[]":
@@ -73,7 +73,7 @@ async def test_a_container_of_ours_runs_in_our_driver(service: str, mode: str, p
                 assert status.exit is None, (status, (await driver.logs(key, 1 << 16)).stderr.decode())
         if service == "edge":
             assert json.loads(said)[0]["body"]["rule"] == "awake"
-        who = (await driver.exec(key, ["/usr/bin/python3", "-c", "import os, shutil; print(os.getuid(), os.getgid(), shutil.which('sh'))"], 60)).stdout.decode().split()
+        who = (await driver.exec(key, ["/usr/bin/python3", "-c", "import os, shutil; print(os.getuid(), os.getgid(), shutil.which('sh'))"], 60)).output.stdout.decode().split()
         assert who == [str(containers.USER), str(containers.USER), "/usr/bin/sh" if mode == "development" else "None"]
         await driver.stop(key, 30)
         status = await driver.wait(key)
