@@ -123,7 +123,7 @@ def make_root(cache: Path, arch: Architecture, chosen: Service, mode: str, say: 
     code = root.add_code(tree, REPOSITORY, (*chosen.code, *(("tools/novactl",) if mode == "development" else ())), chosen.suffixes)
     root.certificates(tree)
     # No init, no devices, no logins.
-    tree.drop(lambda path: path.startswith(("/usr/lib/systemd", "/usr/lib/udev", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/boot", "/etc/security")) or "/security/" in path)
+    tree.drop(lambda path: path.startswith(("/usr/lib/systemd", "/usr/lib/udev", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/boot", "/etc/security")))
     furnish(tree, chosen, mode)
     try:
         if lacking := missing_libraries(tree):

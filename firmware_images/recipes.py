@@ -42,7 +42,7 @@ UNWANTED_PREFIXES = (
 
 UNWANTED_PARTS = (
     "/gconv/", "/ossl-modules/", "/engines-3/", "/lib-dynload/_curses", "/lib-dynload/readline.", "/lib-dynload/_dbm.", "/lib-dynload/_gdbm.", "/lib-dynload/_tkinter.", "/lib-dynload/_test", "/lib-dynload/_ctypes_test", "/lib-dynload/xx",
-    "/idlelib/", "/lib2to3/", "/tkinter/", "/turtledemo/", "/ensurepip/", "/pydoc_data/", "/distutils/", "/__pycache__/", "/sitecustomize.py", "/audit/", "/perl5/", "/perl/", "-stub.efi", ".elf.stub",
+    "/idlelib/", "/lib2to3/", "/tkinter/", "/turtledemo/", "/ensurepip/", "/pydoc_data/", "/distutils/", "/__pycache__/", "/sitecustomize.py", "/security/pam_", "/audit/", "/perl5/", "/perl/", "-stub.efi", ".elf.stub",
 )
 
 
