@@ -85,7 +85,7 @@ def run(config: object) -> int:
     from .config import EdgeConfig
     from .lean_imports import leave_out_openssl
 
-    gc.disable()  # until all is up (`surroundings.settle`): what a start makes stays, and looking through it again and again is a tenth of the start
+    gc.disable()  # until all is up: what a start makes stays, and looking through it again and again takes a part of the start
     if not isinstance(config, EdgeConfig):
         raise TypeError("run takes an EdgeConfig")
     if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
@@ -114,6 +114,7 @@ def run(config: object) -> int:
         except BaseException:
             await runtime.stop("failed to start")
             raise
+        gc.enable()
         await runtime.wait()
 
     try:

@@ -23,7 +23,6 @@ from .system.process import return_free_memory
 
 def settle() -> None:
     """After start-up: what is there stays, so the collector need not look at it again, and free pages go back to the system."""
-    gc.enable()
     gc.collect()
     gc.freeze()
     return_free_memory()
