@@ -225,6 +225,9 @@ class DesiredState:
         self._take_commands(desired)
         if desired.workloads or self.journal.state("workloads"):
             self._runtime.workload_node().take(desired.workloads)
+        if desired.operations:
+            stamp = self._runtime.clock.stamp()
+            self._runtime.workload_node().operate(desired.operations, frozenset(one["id"] for one in desired.operations if stamp.quality != "unsynced" and stamp.wall_ms > one["expires_ms"]))
         if self._runtime.uplink is not None:
             self._runtime.uplink.announce("desired")
 

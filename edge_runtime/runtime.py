@@ -213,9 +213,13 @@ class EdgeRuntime:
         self.uplink = Uplink(
             settings, self.journal, self.clock, self.metrics, presence=self._presence, on_desired=self.desired_state.receive,
             on_bad_desired=self.desired_state.refuse, on_link=self._on_link, session=self.surroundings.session, entropy=self.surroundings.entropy,
-            pace=self.surroundings.pace,
+            pace=self.surroundings.pace, on_question=self._question,
         )
         self.uplink.start()
+
+    def _question(self, question: dict[str, Any]) -> None:
+        if self.uplink is not None:
+            self.workload_node().question(question, self.uplink.answer)
 
     async def _sample_host(self) -> None:
         from .devices.host import HostSampler

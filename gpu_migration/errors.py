@@ -56,3 +56,7 @@ class NotConverged(MigrationError):
 
 class Undecided(MigrationError):
     """The destination was asked to commit and its answer is not known: the writer stays paused, so that never both ends go on."""
+
+
+class ModelError(MigrationError):
+    """A model of predictions, or the history that calibrates it, cannot be read."""

@@ -157,6 +157,11 @@ class Sender:
         with self._lock:
             return self._moved, PAGE * (sum(self._pages) - self._pages[Page.ZERO])
 
+    def progress(self) -> dict[str, int]:
+        """How far it is: bytes of the source that are dealt with, in all passes, and on the wire."""
+        with self._lock:
+            return {"moved_bytes": self._moved + EXTENT * self._skipped, "wire_bytes": self._meter.bytes, "length": self._source.length, "passes": self._passes}
+
     def survey(self) -> list[int]:
         """The extents that the destination does not hold as they are now: a read of the whole."""
         hashes = self._source.hashes(self._threads)

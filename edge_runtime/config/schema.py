@@ -136,6 +136,7 @@ class WorkloadsConfig:
     evict_memory_bytes: int = key(100 << 20, "with less memory available than this, workloads are ended, the least priority first; 0: never", low=0, high=1 << 46)
     evict_disk_bytes: int = key(1 << 30, "the same of free space of the data folder's file system; images that nothing stands on go before", low=0, high=1 << 50)
     mounts: tuple[str, ...] = key((), "folders of this node that containers may mount, with all below them")
+    exec: bool = key(False, "let the hub run commands in workloads (novactl exec); each is an event record")
     network: bool = key(True, "let containers that ask for it have this node's network, where slirp4netns is installed")
     publish: tuple[str, ...] = key(("127.0.0.1",), "IPv4 addresses of this node on which containers may publish ports; 0.0.0.0 allows all, none allows none")
     taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")

@@ -71,6 +71,7 @@ class LocalApi:
             web.get("/api/v1/decisions/{seq}", self.decision), web.get("/api/v1/journal", self.journal), web.get("/api/v1/journal/chain", self.chain),
             web.get("/api/v1/journal/{stream}", self.records), web.get("/api/v1/config", self.config), web.get("/api/v1/errors", self.errors),
             web.post("/api/v1/functions/{function}", self.call), web.get("/api/v1/workloads", self.workloads), web.get("/api/v1/workloads/{workload}/logs", self.logs),
+            web.get("/api/v1/workloads/{workload}/checkpoints", self.checkpoints), web.post("/api/v1/workloads/{workload}/operations", self.operate), web.get("/api/v1/operations/{operation}", self.operation),
         ])
         return app
 
@@ -184,6 +185,29 @@ class LocalApi:
         if told is None:
             return self._answer({"field": "workload", "problem": f"nothing is known of {workload[:80]!r} here", "remedy": "list /api/v1/workloads; ask the hub where it runs"}, 404)
         return self._answer(told)
+
+    async def checkpoints(self, request: Any) -> Any:
+        """The checkpoints of a workload that are on this node."""
+        return self._answer(await self._runtime.workload_node().checkpoints(request.match_info["workload"]) if self._runtime.config.workloads.enabled else [])
+
+    async def operate(self, request: Any) -> Any:
+        """Take a checkpoint of a workload that is here, go on from one, or delete one; answered before it is done."""
+        if "Origin" in request.headers:
+            return self._answer({"field": "Origin", "problem": "operations are not asked for by pages", "remedy": "ask from a program"}, 403)
+        asked = jsoncodec.decode(await request.read(), MAX_BODY_BYTES)
+        if not isinstance(asked, dict):
+            raise ContractError("body", f"is {type(asked).__name__}, not an object", "send kind, and name or stop", "type")
+        if not self._runtime.config.workloads.enabled:
+            raise ContractError("workload", "workloads are not enabled on this edge", "set workloads.enabled")
+        return self._answer(self._runtime.workload_node().ask(request.match_info["workload"], asked))
+
+    async def operation(self, request: Any) -> Any:
+        """How an operation stands."""
+        name = request.match_info["operation"]
+        found = self._runtime.workload_node().operation(name) if self._runtime.config.workloads.enabled else None
+        if found is None:
+            return self._answer({"field": "operation", "problem": f"{name[:80]!r} is not known here", "remedy": "see the journal's operation records"}, 404)
+        return self._answer(found)
 
     async def decisions(self, request: Any) -> Any:
         """The newest decisions."""

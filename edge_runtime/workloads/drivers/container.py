@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
+from .container_disk import NOTE as OVER
+from .container_disk import DiskLimits, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
+from .instance import LOOK_S, alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from .container_checkpoint import Checkpoints
+    from .container_disk import Over
     from .criu import Criu
 
 T = TypeVar("T")
@@ -116,6 +119,7 @@ class ContainerDriver:
         self._ways: Ways | None = None
         self._criu: Criu | None = None
         self._checkpoints: Checkpoints | None = None
+        self._disks = DiskLimits(self, self._groups)
         self._keepers = Keepers(self._groups.folders(cgroups.KEEPERS))
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying = asyncio.Lock()
@@ -277,11 +281,11 @@ class ContainerDriver:
             if status.phase is Phase.PAUSED:
                 await self._runtime(key, "resume", _name(key))
             if status.phase in (Phase.RUNNING, Phase.PAUSED):
-                await self._kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
+                await self.kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
         if status.phase in (Phase.RUNNING, Phase.PAUSED):
             with suppress(TimeoutError):
                 return await asyncio.wait_for(self.wait(key), grace_s)
-            await self._kill(key, signal.SIGKILL)
+            await self.kill(key, signal.SIGKILL)
             return await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
         return status
 
@@ -292,7 +296,7 @@ class ContainerDriver:
                 return
             status = self._status(key)
             if status.phase in (Phase.RUNNING, Phase.PAUSED):
-                await self._kill(key, signal.SIGKILL)
+                await self.kill(key, signal.SIGKILL)
                 if status.phase is Phase.PAUSED:
                     with suppress(Failed):
                         await self._runtime(key, "resume", _name(key))
@@ -315,7 +319,8 @@ class ContainerDriver:
     def lease_ms(self, key: Key) -> int:
         return lease.read(self._path(key))
 
-    async def _kill(self, key: Key, number: int) -> None:
+    async def kill(self, key: Key, number: int) -> None:
+        """Send its first process a signal; what has just ended needs none."""
         try:
             await self._runtime(key, "kill", _name(key), str(int(number)))
         except Failed:
@@ -351,6 +356,11 @@ class ContainerDriver:
         async with self._one(key):
             return await self.checkpoints().take(key, folder, self._criu, leave_running=leave_running, step=step)
 
+    async def examine(self, folder: Path) -> Mapping[str, Any]:
+        await self._ready(Ability.RESTORE)
+        assert self._criu is not None
+        return await self.checkpoints().look_through(folder, self._criu)
+
     async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
         ways = await self._ready(Ability.RESTORE)
@@ -383,13 +393,29 @@ class ContainerDriver:
         """Start an instance that is laid out from a checkpoint, and look whether it lives; removes it where it does not. `window_s`: instead of `container_checkpoint.WINDOW_S`."""
         try:
             async with self._one(key):
-                await self.begin(key)
+                status = await self.begin(key)
+            while status.phase is Phase.PREPARED and held(self._path(key)):  # an earlier agent's keeper is at it still
+                await asyncio.sleep(LOOK_S)
+                status = self._status(key)
             status = await self.checkpoints().lives(key, window_s)
         except Failed:
             await self.delete(key)
             raise
         await asyncio.to_thread(shutil.rmtree, self._path(key) / "restore", True)
         return status
+
+    # -- the disk ------------------------------------------------------------------------------------------------------------
+
+    async def hold_disks(self) -> "list[Over]":
+        """End those that run and have more on the disk than they asked for; which those were."""
+        running = [status.key for status in await self.instances() if status.phase is Phase.RUNNING]
+        found = await asyncio.to_thread(self._disks.look, running, time.monotonic())
+        ended = []
+        for one in found:
+            async with self._one(one.key):  # not while its state is being taken
+                if await self._disks.end(one):
+                    ended.append(one)
+        return ended
 
     # -- pause, stats, logs, exec --------------------------------------------------------------------------------------------
 
@@ -492,8 +518,13 @@ class ContainerDriver:
         if end is not None:
             if end.get("lapsed"):
                 return Status(key, Phase.LOST, reason="it was ended since nobody could prove that it is still this node's")
+            over = read(folder / OVER) if end.get("signal") == signal.SIGKILL else None
+            if over is not None:
+                return replace(ended(key, end), reason=reason(over))
             taken = read(folder / NOTE) if end.get("signal") == signal.SIGKILL else None
-            return ended(key, end) if taken is None else replace(ended(key, end), reason=f"its state was taken to {taken.get('folder')}")
+            if taken is None or taken.get("leave_running"):
+                return ended(key, end)
+            return replace(ended(key, end), phase=Phase.CHECKPOINTED, reason=f"its state was taken to {taken.get('folder')}")
         if running is None:
             return Status(key, Phase.PREPARED)
         lives = kept or alive(running)

@@ -1,4 +1,4 @@
-"""What stands between the agent and one virtual machine: a small process that outlives the agent, as `keeper` does for containers (see there: server, lock, first word, files of the folder).
+"""What stands between the agent and one virtual machine: a small process that outlives the agent, as `keeper` does for containers (see there: lock, first word, files of the folder; `keeping`: the server).
 
     python -I -S qemu_keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
 
@@ -10,8 +10,6 @@ QEMU has a user of its own, no rights, no network, and dies with its keeper. An 
 """
 
 import base64
-import errno
-import gc
 import json
 import os
 import resource
@@ -25,49 +23,13 @@ import time
 
 if __package__:
     from . import microvm_guest as guest
-    from .keeper import (
-        DRAIN_S,
-        LOOK_S,
-        PATH_MAX,
-        PR_SET_NAME,
-        SAID,
-        Lapsed,
-        Log,
-        Trouble,
-        check,
-        lease_s,
-        leave_group,
-        libc,
-        ordinary_turns,
-        out_of_memory,
-        started_ticks,
-        tell,
-        write,
-    )
+    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
     from .qemu_machine import PORTS
     from .qemu_qmp import Qmp, QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
-    from keeper import (  # type: ignore[import-not-found,no-redef]
-        DRAIN_S,
-        LOOK_S,
-        PATH_MAX,
-        PR_SET_NAME,
-        SAID,
-        Lapsed,
-        Log,
-        Trouble,
-        check,
-        lease_s,
-        leave_group,
-        libc,
-        ordinary_turns,
-        out_of_memory,
-        started_ticks,
-        tell,
-        write,
-    )
+    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
     from qemu_machine import PORTS  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
 
@@ -91,6 +53,9 @@ MAX_ASKING = 8
 
 MAX_OUTPUT = 1 << 20
 """Bytes kept of each stream of a command."""
+
+MORE_DESCRIPTORS = 5
+"""That a keeper gets at most beside its own: what `descriptors` of `keeper.json` names."""
 
 OPEN_FILES = 256
 """Of a QEMU; it has about fifty."""
@@ -497,7 +462,6 @@ def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
     """A keeper's life."""
     with open(os.path.join(folder, "keeper.json")) as handle:
         told = json.load(handle)
-    libc.prctl(PR_SET_NAME, b"novacron-keeper", 0, 0, 0)
     names = dict(zip(told["descriptors"], descriptors, strict=True))
     try:
         if "state" in names and not told["template"]:
@@ -509,18 +473,7 @@ def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
         result = make_template(told, names) if told["template"] else Keeper(told, names).keep()
     except (Trouble, OSError, ValueError, subprocess.SubprocessError) as error:
         result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
-    for _ in range(2):
-        try:
-            write(os.path.join(folder, "exit.json"), result)
-            break
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                break
-            for stale in ("stdout.log.1", "stderr.log.1"):
-                try:
-                    os.unlink(os.path.join(folder, stale))
-                except OSError:
-                    pass
+    write_end(folder, result)
     for path, value in told["groups"]:
         if value is None:
             try:
@@ -535,41 +488,5 @@ def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
     tell("ended")
 
 
-def main() -> int:
-    """The server."""
-    ordinary_turns()
-    leave_group(sys.argv[2:])
-    libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    gc.freeze()
-    line = socket.socket(fileno=int(sys.argv[1]))
-    line.set_inheritable(False)
-    while True:
-        try:
-            data, descriptors, _, _ = socket.recv_fds(line, PATH_MAX, 8, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionError:
-            return 0
-        if not data:
-            return 0
-        if len(descriptors) >= 3 and os.fork() == 0:
-            code = 1
-            try:
-                os.setsid()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                line.close()
-                for source, target in ((descriptors[1], 1), (descriptors[2], 2)):
-                    os.dup2(source, target)
-                    os.close(source)
-                live(os.fsdecode(data), descriptors[3:])
-                code = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(live, int(sys.argv[1]), sys.argv[2:], MORE_DESCRIPTORS))
