@@ -99,7 +99,7 @@ class EdgeRuntime:
     # -- life ----------------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Bring everything up from local state alone; the network is not waited for."""
+        """Bring everything up from local state alone; the network is not waited for. Ready is who senses and decides; the interface comes after."""
         self.journal.start()
         recovered = [
             {"database": item.database, "damage": item.damage[:300], "salvaged": item.salvaged, "lost": item.lost} for item in self.journal.recoveries
@@ -140,12 +140,13 @@ class EdgeRuntime:
             self.updates = UpdateDuty(requests, Path(self.config.updates.status_file), self.journal, self._unproven, lambda: not self.is_offline())
             self._tasks.append(loop.create_task(self.updates.run(), name="updates"))
             self.take_update(self.desired.update if self.desired else None)
+        await asyncio.sleep(0)  # each duty begins: the first look at this host is decided on before the interface is loaded, which takes as long as all the rest
+        self.service.notify(READY="1", STATUS=self._status_line())
         if self.config.api.enabled:
             from .local_api.server import serve
 
             self._api, self.api_port = await serve(self)
         self.surroundings.settle()
-        self.service.notify(READY="1", STATUS=self._status_line())
 
     async def wait(self) -> None:
         """Until SIGTERM, SIGINT or `stop_soon`; then stop."""

@@ -14,8 +14,8 @@ ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
 
 AGENT_UID = 990
 
-PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "edge.yaml")
-"""Files that first boot takes over, edge.yaml last: where it is, the others are whole."""
+PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")
+"""Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
 
 UPDATE_KEYS = "/usr/lib/novacron/update-keys"
 """Public keys whose bundles a device takes; without one it takes none."""
@@ -25,6 +25,9 @@ NETWORK_ORDER = "After=network.target\n"
 
 ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
+
+DATA_WAIT_S = 300
+"""Longest wait for the data partition: nothing else waits for it, and an agent that gave up would never start. A slow card, or a machine emulated beside others, has taken half a minute."""
 
 USERS = {
     "root": (0, "/root"), "nobody": (65534, "/nonexistent"), "systemd-network": (998, "/"), "systemd-resolve": (997, "/"), "systemd-timesync": (996, "/"), "novacron": (AGENT_UID, "/"), "mosquitto": (989, "/"),
@@ -57,7 +60,7 @@ LLMNR=no
 MulticastDNS=no
 """
 
-_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout=5min 0 2
+_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout={DATA_WAIT_S}s 0 2
 tmpfs /var tmpfs mode=0755,nodev,nosuid,noexec,size=25% 0 0
 tmpfs /tmp tmpfs mode=1777,nodev,nosuid,noexec,size=25% 0 0
 """
@@ -92,7 +95,8 @@ prefix=novacron.
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
   from=/run/novacron-esp prefix=
   busybox mkdir -p $from
-  mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
+  # By its path: busybox's shell would take its own mount, which knows no names of partitions.
+  /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
 fi
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
   echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
@@ -131,9 +135,10 @@ for device; do :; done
 exec /usr/sbin/fsck.ext4 -y "$device"
 """
 
-_REPORT_UNIT = """[Unit]
+_REPORT_UNIT = f"""[Unit]
 Description=NovaCron: tell the console how the start went
-ConditionCredential=novacron.report
+ConditionCredential=|novacron.report
+ConditionPathExists=|{DATA}/config/report
 After=novacron-edge.service
 
 [Service]
