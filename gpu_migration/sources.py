@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +57,21 @@ class FileSource:
         except OSError as error:
             raise SourceError(f"source {self.path}: {error.strerror or error} at byte {index * EXTENT + at}") from None
         return view
+
+    def read_pages(self, runs: Sequence[tuple[int, int, int]], into: memoryview) -> memoryview:
+        """Whole pages one after the other, from runs as (place in `into`, first page, pages), in pages. Raises SourceError."""
+        end = 0
+        try:
+            for place, first, count in runs:
+                at, end = place * PAGE, (place + count) * PAGE
+                while at < end:
+                    got = os.preadv(self._fd, [into[at:end]], first * PAGE + at - place * PAGE)
+                    if not got:
+                        raise SourceError(f"source {self.path}: it became shorter while it was read; send it again")
+                    at += got
+        except OSError as error:
+            raise SourceError(f"source {self.path}: {error.strerror or error}") from None
+        return into[:end]
 
     def page(self, number: int) -> bytes | None:
         """One page; None beyond the end."""
