@@ -152,7 +152,8 @@ class WriteProtect:
                 at = _SCAN.unpack(argument)[4]
                 if count:
                     runs.append(((self._regions[:count, :2] - np.uint64(start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64) + first)
-        return expand(np.concatenate(runs)) if runs else _NO_PAGES
+        # Where its inner buffer was full on the way, the kernel says that the walk ended there though it went on to the end: what is walked once more may have been written once more.
+        return expand(runs[0]) if len(runs) == 1 else np.unique(expand(np.concatenate(runs))) if runs else _NO_PAGES
 
     def close(self) -> None:
         """The kernel takes the protection away."""

@@ -18,7 +18,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from . import choice, dirty, keys, patches, qemu_guest, wire
@@ -349,15 +348,15 @@ class Source:
             marks.append(("stop", time.monotonic()))
             leaving = qemu_guest.Leaving(qmp)
             options.progress(Step.PAGES)
-            last = np.union1d(pending, live.look())
-            moved.last_pages = len(last)
-            live.send(last)
-            marks.append(("pages", time.monotonic()))
+            live.send(pending)  # beside QEMU, which leaves its state meanwhile
+            marks.append(("pages left", time.monotonic()))
             options.progress(Step.STATE)
             state = leaving.whole()
-            # QEMU may have written while it left its state; and it is the tracker that knows.
-            live.send(live.look())
             marks.append(("state", time.monotonic()))
+            last = live.look()  # only now: leaving its state, QEMU may have written
+            live.send(last)
+            moved.last_pages = len(pending) + len(last)
+            marks.append(("last pages", time.monotonic()))
             live.load(state)
             options.progress(Step.LOADED)
             expect(live.stream, Kind.LOADED)
