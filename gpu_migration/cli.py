@@ -1,4 +1,4 @@
-"""The command line: send, receive, verify, base, key, bench. Results are one JSON object on the standard output; errors one line, exit status 1."""
+"""The command line: send, receive, verify, base, key, bench, vm-send, vm-receive. Results are one JSON object on the standard output; errors one line, exit status 1."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import choice, keys, precopy, receiver
+from . import choice, keys, precopy, qemu_cli, receiver
 from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
 from .errors import MigrationError, PauseFailed
 from .receiver import PATIENCE_S, STREAMS_MOST, Receiver
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     receive.add_argument("--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT")
     receive.add_argument("--bases", type=Path, help="folder of bases, named by their root hash")
     receive.add_argument("--replace", action="store_true", help="put it in place of what is there, at once, at the end")
+    qemu_cli.add(commands, _address, _number, _whole, _codecs)
     for command in (send, receive):
         command.add_argument("--key-file", type=Path, help=f"file with the key, for its owner alone (else {keys.KEY_VARIABLE})")
         command.add_argument("--patience", type=_number(0.1, 86400), default=PATIENCE_S, help="seconds to bear without the other end")
@@ -171,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 with one line that says what is wrong."""
     options = _parser().parse_args(arguments)
     _keep_memory()
+    if options.command == "vm-send":
+        signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that a guest that stands still runs again
     try:
         if options.command == "key":
             print(keys.new_key())
@@ -178,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "base":
             result = {"root": receiver.add_base(options.file, options.bases, os.cpu_count() or 1).hex()}
         else:
-            result = {"send": _send, "receive": _receive, "verify": _verify, "bench": _bench}[options.command](options)
+            result = {"send": _send, "receive": _receive, "verify": _verify, "bench": _bench, "vm-send": qemu_cli.send, "vm-receive": qemu_cli.receive}[options.command](options)
     except MigrationError as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return 1

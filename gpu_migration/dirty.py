@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from . import inject, layout
 from .errors import SourceError
-from .layout import PAGE, PAGE_SHIFT
+from .layout import HASH, PAGE, PAGE_SHIFT
 from .sources import FileSource
 
 Numbers = NDArray[np.int64]
@@ -40,11 +40,15 @@ REGIONS = 1 << 16
 """Runs of pages that one call of a look gives at most: 1.5 MiB."""
 _DIGEST = 16
 """Bytes of a page's hash: 128 bits of BLAKE3, so that no two pages that anybody can make are taken for the same."""
+Digests = NDArray[np.uint8]
+"""One a page, of _DIGEST bytes."""
 _NO_PAGES: Numbers = np.zeros(0, np.int64)
 
 
 class Tracker(Protocol):
-    """Finds written pages. `arm` begins; each `written` gives those since the one before, at least; what is read after it is then no older than what it has seen."""
+    """Finds the pages that differ from what the target has: `arm` before the first is read, `brought` with the hashes of all extents as they were sent, `sent` with each page that is sent after that.
+
+    What is found is to be read after it was found, and sent; a page may be given that has not changed."""
 
     name: str
     seconds: float
@@ -52,6 +56,8 @@ class Tracker(Protocol):
     looks: int
 
     def arm(self) -> None: ...
+    def brought(self, hashes: bytes) -> None: ...
+    def sent(self, numbers: Numbers, data: memoryview) -> None: ...
     def written(self) -> Numbers: ...
     def close(self) -> None: ...
 
@@ -129,6 +135,12 @@ class WriteProtect:
         """Protect all of it."""
         self._look(0)
 
+    def brought(self, hashes: bytes) -> None:
+        """Of no account: it sees every write."""
+
+    def sent(self, numbers: Numbers, data: memoryview) -> None:
+        """Of no account."""
+
     def written(self) -> Numbers:
         """Pages written since the last look, protected again."""
         began = time.monotonic()
@@ -190,37 +202,52 @@ def _fetch_userfaultfd(pid: int) -> int:
 
 
 class PageHashes:
-    """By a hash of every page, on `threads` threads: works with every kernel and whoever writes, and reads the whole at each look."""
+    """By a hash of every page, on `threads` threads: works with every kernel and whoever writes, and reads the whole at each look.
+
+    What is there is held against the hashes of what was sent, not of what was seen at the look before: a page that is written, sent, and written back would else look as if it had never changed.
+    """
 
     name = "page hashes"
 
     def __init__(self, source: FileSource, threads: int) -> None:
         self.seconds, self.looks = 0.0, 0
         self._source, self._threads = source, threads
-        self._known: NDArray[np.uint8] = np.zeros((0, _DIGEST), np.uint8)
+        self._sent: Digests = np.zeros((layout.pages_of(source.length), _DIGEST), np.uint8)
+        """Of what the target has; zeros, which is the hash of nothing that anybody knows, where that is not known."""
         self._zero = blake3(bytes(PAGE)).digest(_DIGEST)
 
-    def _hash(self) -> NDArray[np.uint8]:
+    def _hash(self, held: bytes | None = None) -> Digests:
+        """All pages; with the hashes of extents, zeros for those whose extent has another."""
+
         def digests(index: int) -> bytes:
             size = layout.extent_length(self._source.length, index)
+            wanted = None if held is None else held[index * HASH : (index + 1) * HASH]
             if self._source.hole(index):
-                return self._zero * layout.pages_of(size)
+                return (self._zero if wanted in (None, layout.zero_hash(size)) else bytes(_DIGEST)) * layout.pages_of(size)
             data = self._source.read(index, memoryview(bytearray(size)))
+            if wanted is not None and blake3(data).digest() != wanted:
+                return bytes(_DIGEST * layout.pages_of(size))
             return b"".join(blake3(data[at : at + PAGE]).digest(_DIGEST) for at in range(0, size, PAGE))
 
         with ThreadPoolExecutor(self._threads) as pool:
             return np.frombuffer(b"".join(pool.map(digests, range(self._source.extents))), np.uint8).reshape(-1, _DIGEST)
 
     def arm(self) -> None:
-        """Hash all of it."""
-        self._known = self._hash()
+        """Nothing is known yet."""
+
+    def brought(self, hashes: bytes) -> None:
+        """The target has all extents as they were then."""
+        self._sent = self._hash(hashes).copy()
+
+    def sent(self, numbers: Numbers, data: memoryview) -> None:
+        """The target has those pages so."""
+        for place, number in enumerate(numbers.tolist()):
+            self._sent[number] = np.frombuffer(blake3(data[place * PAGE : (place + 1) * PAGE]).digest(_DIGEST), np.uint8)
 
     def written(self) -> Numbers:
-        """Pages whose hash is another than at the last look."""
+        """Pages that are not as they were sent."""
         began = time.monotonic()
-        now = self._hash()
-        found = np.flatnonzero((now != self._known).any(axis=1)).astype(np.int64)
-        self._known = now
+        found = np.flatnonzero((self._hash() != self._sent).any(axis=1)).astype(np.int64)
         self.seconds += time.monotonic() - began
         self.looks += 1
         return found

@@ -13,10 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
@@ -294,7 +293,7 @@ class Source:
                 _say(stream, Kind.HELLO, wire.HELLO_GUEST.pack(session, source.length))
                 expect(stream, Kind.GO)
                 tracker.arm()  # before the first page is read: what is written from here on is found
-                control, rate = self._memory(source, stream, moved)
+                control, rate = self._memory(source, stream, tracker, moved)
                 live = _Live(stream, source, tracker, choice.Model(1, options.codecs, limit=options.limit), moved, options)
                 live.model.wire.value = rate
                 options.progress(Step.PASSES)
@@ -314,7 +313,7 @@ class Source:
                 moved.look_s = tracker.seconds / tracker.looks
         return moved
 
-    def _memory(self, source: FileSource, stream: wire.Stream, moved: Moved) -> tuple[Control, float]:
+    def _memory(self, source: FileSource, stream: wire.Stream, tracker: dirty.Tracker, moved: Moved) -> tuple[Control, float]:
         """The whole memory as an object, while the guest runs; what is known of the bandwidth, and the wire's rate."""
         options = self._options
         options.progress(Step.MEMORY)
@@ -326,12 +325,13 @@ class Source:
         try:
             sender.start()
             sender.pass_over()
-            sent, brought = sender.commit(), sender.moved()[1]
+            sent, brought, held = sender.commit(), sender.moved()[1], sender.held()
         finally:
             sender.close()
         seconds, moved.memory_bytes = time.monotonic() - began, sent.wire_bytes
         options.progress(Step.LIVE)
         _say(stream, Kind.LIVE, sent.root)
+        tracker.brought(held)
         expect(stream, Kind.READY)
         control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, stall=options.stall)))
         control.after(Pass(brought, seconds, seconds, source.length))
@@ -461,6 +461,7 @@ class _Live:
             return self.model.choose(len(data), len(plain), guess)
 
         payload, encoded = patches.pack(numbers, data, choose)
+        self._tracker.sent(numbers, data)
         if encoded.plain >= WARM_MOST >> 4:
             self.model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - began, guess)
         self._sequence += 1
@@ -475,8 +476,3 @@ class _Live:
             _say(self.stream, Kind.STATE, state[at : at + qemu_guest.CHUNK])
         self._moved.state_bytes = len(state)
         _say(self.stream, Kind.LOAD, wire.LOAD_GUEST.pack(patches.chain(self._chain, state), root))
-
-
-def again(options: Options, **changes: Any) -> Options:
-    """Options with other values."""
-    return replace(options, **changes)

@@ -157,6 +157,11 @@ class Sender:
         with self._lock:
             return self._moved, PAGE * (sum(self._pages) - self._pages[Page.ZERO])
 
+    def held(self) -> bytes:
+        """Raw hashes of all extents as the destination has them, after a pass over all of them."""
+        known = self._ledger.known
+        return b"".join(known[index] for index in range(self._source.extents))
+
     def survey(self) -> list[int]:
         """The extents that the destination does not hold as they are now: a read of the whole."""
         hashes = self._source.hashes(self._threads)
@@ -186,8 +191,7 @@ class Sender:
         """Let the destination become visible; returns once it is. Raises TransferLost where it cannot even be asked before the deadline (monotonic)."""
         root = self._committed
         if root is None:
-            known = self._ledger.known
-            root = layout.root_of(self._source.length, b"".join(known[index] for index in range(self._source.extents)))
+            root = layout.root_of(self._source.length, self.held())
             self._commit(root, deadline)
         seconds = time.monotonic() - self._began
         rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}

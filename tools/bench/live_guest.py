@@ -43,7 +43,7 @@ def version(program: str) -> tuple[int, int]:
 
 def qemus() -> dict[str, str]:
     """The QEMUs of this machine by their version's first number: that of PATH, and one that was laid out beside the project."""
-    found = {}
+    found: dict[str, str] = {}
     for program in (shutil.which("qemu-system-x86_64"), str(BESIDE)):
         if program and os.access(program, os.X_OK) and version(program)[0]:
             found.setdefault(str(version(program)[0]), program)
