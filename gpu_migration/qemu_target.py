@@ -378,7 +378,7 @@ class Target:
         assert self._qmp is not None
         taking = qemu_guest.Taking(self._qmp)
         memory = os.open(self._folder.memory, os.O_RDWR | os.O_CLOEXEC)
-        state, chain, scratch = bytearray(), wire.NOTHING, memoryview(bytearray(EXTENT))
+        state, chain, scratch, self._patches = bytearray(), wire.NOTHING, memoryview(bytearray(EXTENT)), 0
         try:
             self._progress(Step.READY)
             stream.send(Kind.READY)

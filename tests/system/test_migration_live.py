@@ -22,7 +22,8 @@ from gpu_migration.errors import MigrationError, NotConverged, Refused, SourceEr
 from gpu_migration.layout import PAGE
 from gpu_migration.qemu_qmp import QemuError, Qmp
 from tools.bench import live_guest
-from tools.bench.live_guest import Console, Guest, Machine, Missing
+from tools.bench.live_guest import Console, Guest, Machine
+from tools.bench.migration_guest import Missing
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = bytes(range(32))
