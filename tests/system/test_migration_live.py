@@ -249,7 +249,7 @@ def test_a_target_that_is_killed(world: World, step: str) -> None:
 
         def send() -> None:
             try:
-                found.append(qemu_source.Source(world.guest.control, KEY, where(address), options(patience=LONG if step in ("deciding", "decided", "running") else 2.0)).move())
+                found.append(qemu_source.Source(world.guest.control, KEY, where(address), options()).move())
             except MigrationError as error:
                 found.append(error)
 
@@ -297,9 +297,10 @@ def options_with_little_patience() -> qemu_source.Options:
 
 
 def test_one_that_writes_faster_than_it_may_be_stopped_for_runs_on(world: World) -> None:
+    every: Numbers = np.arange(world.machine.memory << 8, dtype=np.int64)
     there = Receiving(world, world.next())
     with pytest.raises(NotConverged, match="--downtime"):
-        qemu_source.Source(world.guest.control, KEY, there.address, qemu_source.Options(patience=LONG, first=0.0, ceiling=0.0, stall=0.2)).move()
+        qemu_source.Source(world.guest.control, KEY, there.address, qemu_source.Options(patience=LONG, first=0.001, ceiling=0.001, stall=0.2, lose=lambda pages: every)).move()
     world.runs_here()
     there.target.close()
 
