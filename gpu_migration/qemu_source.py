@@ -35,8 +35,12 @@ TRANSFER = blake3(b"novacron guest 1").digest(keys.TRANSFER_ID)
 """Name of the stream by which both ends agree; the memory's is another."""
 FIRST_S = 0.01
 """Seconds that the last pages may take at first: what a guest at rest leaves goes in less, and it keeps the whole standstill near what stopping and starting it cost anyway."""
-WARM_MOST = 1 << 22
-"""Bytes of a pass below which its time says more of the two ends' round trip than of their rate."""
+SHRINK = 0.7
+"""Share to which another pass must have brought what remains to be worth one more, once the guest might be stopped: a pass over little takes milliseconds, and so leaves less."""
+FEW = 64
+"""Pages below which it does not matter: they go in a millisecond."""
+LEARN_FROM = 1 << 18
+"""Bytes coded at once from which the time that it took says something of the coder."""
 GUARD_S = 20.0
 """Seconds for the guard to start: an interpreter, on a busy machine."""
 
@@ -90,6 +94,7 @@ class Moved:
     running_at: float = 0.0
     """By the clocks of the two ends, since 1970."""
     passes: int = 0
+    memory_s: float = 0.0
     memory_bytes: int = 0
     """On the wire, for the whole memory while it ran."""
     pages: int = 0
@@ -314,7 +319,7 @@ class Source:
         return moved
 
     def _memory(self, source: FileSource, stream: wire.Stream, tracker: dirty.Tracker, moved: Moved) -> tuple[Control, float]:
-        """The whole memory as an object, while the guest runs; what is known of the bandwidth, and the wire's rate."""
+        """The whole memory as an object, while the guest runs; what decides on passes after it, and the wire's rate."""
         options = self._options
         options.progress(Step.MEMORY)
         began = time.monotonic()
@@ -325,16 +330,15 @@ class Source:
         try:
             sender.start()
             sender.pass_over()
-            sent, brought, held = sender.commit(), sender.moved()[1], sender.held()
+            sent, held = sender.commit(), sender.held()
         finally:
             sender.close()
-        seconds, moved.memory_bytes = time.monotonic() - began, sent.wire_bytes
+        moved.memory_s, moved.memory_bytes = time.monotonic() - began, sent.wire_bytes
         options.progress(Step.LIVE)
         _say(stream, Kind.LIVE, sent.root)
         tracker.brought(held)
         expect(stream, Kind.READY)
         control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, stall=options.stall)))
-        control.after(Pass(brought, seconds, seconds, source.length))
         return control, max(sent.rates.get("wire", 0.0) * 1e9, choice.START_WIRE)
 
     def _switch(self, qmp: Qmp, live: "_Live", pending: dirty.Numbers, session: bytes, guard: _Guard, moved: Moved) -> None:
@@ -427,13 +431,13 @@ class _Live:
         """Pass by pass; the pages that are left when it may be stopped. Raises NotConverged."""
         pending = self.look()
         while True:
-            began = time.monotonic()
+            began, before = time.monotonic(), len(pending)
             self.send(pending)
-            sent, sending = len(pending) * PAGE, time.monotonic() - began
+            sending = time.monotonic() - began
             self._moved.passes += 1
             pending = self.look()
-            verdict = control.after(Pass(sent if sent >= WARM_MOST else 0.0, sending, time.monotonic() - began, len(pending) * PAGE))
-            if verdict.next is Next.SWITCH:
+            verdict = control.after(Pass(before * PAGE, sending, time.monotonic() - began, len(pending) * PAGE))
+            if verdict.next is Next.SWITCH and not FEW < len(pending) < SHRINK * before:
                 self._moved.implied_s = verdict.implied
                 return pending
             if verdict.next is Next.GIVE_UP:
@@ -462,7 +466,7 @@ class _Live:
 
         payload, encoded = patches.pack(numbers, data, choose)
         self._tracker.sent(numbers, data)
-        if encoded.plain >= WARM_MOST >> 4:
+        if encoded.plain >= LEARN_FROM:
             self.model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - began, guess)
         self._sequence += 1
         self._chain = patches.chain(self._chain, payload)

@@ -60,7 +60,7 @@ def ours(machine_: Machine, guest: Guest, folder: Path) -> tuple[Move, Guest]:
     process.join(MOVE_S)
     there = Guest(folder / "qmp", Console(folder / "console"), pid=taken[0].pid)
     move = _look(guest, there, moved.running_at - moved.stopped_at, moved.total_s)
-    move.more = {"passes": moved.passes, "last_pages": moved.last_pages, "pages": moved.pages, "look_ms": round(moved.look_s * 1e3, 3), "parts_ms": {name: round(value * 1e3, 2) for name, value in moved.parts_s.items()}}
+    move.more = {"passes": moved.passes, "last_pages": moved.last_pages, "pages": moved.pages, "memory_s": round(moved.memory_s, 3), "look_ms": round(moved.look_s * 1e3, 3), "parts_ms": {name: round(value * 1e3, 2) for name, value in moved.parts_s.items()}}
     return move, there
 
 
