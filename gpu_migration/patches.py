@@ -45,13 +45,12 @@ def unpack(payload: memoryview, scratch: memoryview, pages: int) -> tuple[NDArra
 
 
 def chain(before: bytes, payload: bytes | bytearray | memoryview) -> bytes:
-    """What two ends that have sent and applied the same records, in the same order, have in common."""
+    """What two ends that have sent and applied the same, in the same order, have in common."""
     return blake3(before).update(payload).digest()
 
 
-def runs(numbers: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Ascending page numbers as runs: place in the list, first page, pages."""
-    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
-    starts = np.concatenate([[0], cuts])
-    ends = np.concatenate([cuts, [len(numbers)]])
-    return [(int(at), int(numbers[at]), int(end - at)) for at, end in zip(starts, ends, strict=True)]
+def follow(before: bytes, payload: bytes | memoryview) -> bytes:
+    """The chain after a record: over its numbers and its extent's header, whose hash covers the rest."""
+    (count,) = _COUNT.unpack_from(payload)
+    return chain(before, payload[: _COUNT.size + 8 * count + layout.HEADER.size])
+

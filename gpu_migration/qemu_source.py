@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 from blake3 import blake3
 
 from . import choice, dirty, keys, patches, qemu_guest, wire
@@ -35,6 +36,8 @@ TRANSFER = blake3(b"novacron guest 1").digest(keys.TRANSFER_ID)
 """Name of the stream by which both ends agree; the memory's is another."""
 FIRST_S = 0.01
 """Seconds that the last pages may take at first: what a guest at rest leaves goes in less, and it keeps the whole standstill near what stopping and starting it cost anyway."""
+STEPS, COOL_DOWN_S = 40, 1.0
+"""Raises of what the last pages may take, and seconds between two: finer than for a writer that is paused by a command, as a pass takes milliseconds here."""
 SHRINK = 0.7
 """Share to which another pass must have brought what remains to be worth one more, once the guest might be stopped: a pass over little takes milliseconds, and so leaves less."""
 FEW = 64
@@ -338,7 +341,7 @@ class Source:
         _say(stream, Kind.LIVE, sent.root)
         tracker.brought(held)
         expect(stream, Kind.READY)
-        control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, stall=options.stall)))
+        control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, steps=STEPS, cool_down=COOL_DOWN_S, stall=options.stall)))
         return control, max(sent.rates.get("wire", 0.0) * 1e9, choice.START_WIRE)
 
     def _switch(self, qmp: Qmp, live: "_Live", pending: dirty.Numbers, session: bytes, guard: _Guard, moved: Moved) -> None:
@@ -346,22 +349,24 @@ class Source:
         options, asked, leaving = self._options, False, None
         options.progress(Step.STOPPING)
         guard.say(b"s")
+        qemu_guest.hurry()
         marks = [("", time.monotonic())]
         try:
             moved.stopped_at = qemu_guest.stop(qmp)
             marks.append(("stop", time.monotonic()))
             leaving = qemu_guest.Leaving(qmp)
             options.progress(Step.PAGES)
-            live.send(pending)  # beside QEMU, which leaves its state meanwhile
+            live.put(pending)  # beside QEMU, which leaves its state meanwhile
             marks.append(("pages left", time.monotonic()))
             options.progress(Step.STATE)
             state = leaving.whole()
             marks.append(("state", time.monotonic()))
             last = live.look()  # only now: leaving its state, QEMU may have written
-            live.send(last)
+            live.put(last)
             moved.last_pages = len(pending) + len(last)
             marks.append(("last pages", time.monotonic()))
             live.load(state)
+            live.written()
             options.progress(Step.LOADED)
             expect(live.stream, Kind.LOADED)
             marks.append(("load", time.monotonic()))
@@ -419,9 +424,10 @@ class _Live:
     def __init__(self, stream: wire.Stream, source: FileSource, tracker: dirty.Tracker, model: choice.Model, moved: Moved, options: Options) -> None:
         self.stream, self.model = stream, model
         self._source, self._tracker, self._moved, self._options = source, tracker, moved, options
-        self._scratch = memoryview(bytearray(patches.MOST * PAGE))
+        self._memory = source.mapped()
+        self._scratch = np.empty((patches.MOST, PAGE), np.uint8)
         self._chain = wire.NOTHING
-        self._sequence = 0
+        self._sequence = self._written = 0
 
     def look(self) -> dirty.Numbers:
         """Pages written since the last look."""
@@ -450,13 +456,24 @@ class _Live:
 
     def send(self, numbers: dirty.Numbers) -> None:
         """Those pages, as they are now; returns when the target has written them."""
+        self.put(numbers)
+        self.written()
+
+    def put(self, numbers: dirty.Numbers) -> None:
+        """Send them, and wait for nothing: while the guest stands still, a round trip less. The answers, 40 bytes for a MiB, wait in the socket."""
         for at in range(0, len(numbers), patches.MOST):
             self._patch(numbers[at : at + patches.MOST])
-        for _ in range(0, len(numbers), patches.MOST):
+
+    def written(self) -> None:
+        """Until the target has written all that was sent."""
+        while self._written < self._sequence:
             expect(self.stream, Kind.APPLIED)
+            self._written += 1
 
     def _patch(self, numbers: dirty.Numbers) -> None:
-        data = self._source.read_pages(patches.runs(numbers), self._scratch)
+        rows = self._scratch[: len(numbers)]
+        np.take(self._memory, numbers, axis=0, out=rows, mode="clip")  # one copy, so that what is hashed is what is sent
+        data = rows.data.cast("B")
         guess, began = 1.0, 0.0
 
         def choose(plain: memoryview) -> Coder:
@@ -469,7 +486,7 @@ class _Live:
         if encoded.plain >= LEARN_FROM:
             self.model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - began, guess)
         self._sequence += 1
-        self._chain = patches.chain(self._chain, payload)
+        self._chain = patches.follow(self._chain, payload)
         self._moved.pages_bytes += _say(self.stream, Kind.PATCH, payload, self._sequence)
         self._moved.pages += len(numbers)
 

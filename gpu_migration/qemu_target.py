@@ -8,6 +8,7 @@ is killed in between, the next one that serves the folder goes on from there.
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import queue
 import signal
@@ -20,9 +21,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
+
 from . import patches, qemu_guest, wire
 from .errors import DestinationError, FormatError, HashMismatch, KeyRefused, MigrationError, TransferLost, Unauthentic
-from .layout import EXTENT, PAGE, pages_of
+from .layout import EXTENT, OBJECT_MAX, PAGE, pages_of
 from .qemu_qmp import QemuError, Qmp
 from .qemu_source import TRANSFER
 from .receiver import CONNECTIONS_MOST, PATIENCE_S, TEXT_MOST, Receiver
@@ -313,6 +316,8 @@ class Target:
         if kind != Kind.HELLO or len(payload) != wire.HELLO_GUEST.size:
             raise FormatError(f"a record of kind {kind} does not begin a guest's move")
         session, length = wire.HELLO_GUEST.unpack(payload)
+        if not 0 < length <= OBJECT_MAX or length % PAGE:
+            raise FormatError(f"a memory of {length} bytes is none")
         root = self._memory(stream, length)
         self._progress(Step.STARTING)
         self._start()
@@ -377,18 +382,19 @@ class Target:
     def _live(self, stream: wire.Stream, session: bytes, length: int, root: bytes) -> Decision:
         assert self._qmp is not None
         taking = qemu_guest.Taking(self._qmp)
-        memory = os.open(self._folder.memory, os.O_RDWR | os.O_CLOEXEC)
+        with self._folder.memory.open("r+b") as file:
+            pages = np.frombuffer(mmap.mmap(file.fileno(), length), np.uint8).reshape(-1, PAGE)
         state, chain, scratch, self._patches = bytearray(), wire.NOTHING, memoryview(bytearray(EXTENT)), 0
         try:
             self._progress(Step.READY)
+            qemu_guest.hurry()  # after QEMU was started, which would inherit it
             stream.send(Kind.READY)
             while True:
                 kind, _, sequence, payload = stream.receive()
                 if kind == Kind.PATCH:
                     numbers, data = patches.unpack(payload, scratch, pages_of(length))
-                    chain = patches.chain(chain, payload)
-                    for at, first, count in patches.runs(numbers):
-                        _write(memory, data[at * PAGE : (at + count) * PAGE], first * PAGE)
+                    chain = patches.follow(chain, payload)
+                    pages[numbers] = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
                     self._patches += 1
                     if sequence != self._patches:
                         raise FormatError(f"patch {sequence} came where {self._patches} was due")
@@ -409,7 +415,6 @@ class Target:
                 raise TransferLost(f"the source is gone: {error}") from None
             raise
         finally:
-            os.close(memory)
             taking.close()
 
     def _load(self, taking: qemu_guest.Taking, state: bytearray, chain: bytes, payload: memoryview) -> None:
@@ -472,8 +477,3 @@ class Target:
             finally:
                 stream.close()
 
-
-def _write(memory: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(memory, data, at)
-        data, at = data[count:], at + count

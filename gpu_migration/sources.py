@@ -1,12 +1,14 @@
 """What is sent: a file, a raw disk, or a guest's memory in a shared file. Only ever read."""
 
 import errno
+import mmap
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from . import layout
 from .errors import SourceError
@@ -58,20 +60,13 @@ class FileSource:
             raise SourceError(f"source {self.path}: {error.strerror or error} at byte {index * EXTENT + at}") from None
         return view
 
-    def read_pages(self, runs: Sequence[tuple[int, int, int]], into: memoryview) -> memoryview:
-        """Whole pages one after the other, from runs as (place in `into`, first page, pages), in pages. Raises SourceError."""
-        end = 0
+    def mapped(self) -> NDArray[np.uint8]:
+        """All its pages as they change, shape (pages, PAGE), not to be written; for a memory file, which does not become shorter. Raises SourceError."""
         try:
-            for place, first, count in runs:
-                at, end = place * PAGE, (place + count) * PAGE
-                while at < end:
-                    got = os.preadv(self._fd, [into[at:end]], first * PAGE + at - place * PAGE)
-                    if not got:
-                        raise SourceError(f"source {self.path}: it became shorter while it was read; send it again")
-                    at += got
-        except OSError as error:
-            raise SourceError(f"source {self.path}: {error.strerror or error}") from None
-        return into[:end]
+            view = mmap.mmap(self._fd, self.length, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"source {self.path}: it cannot be mapped ({error})") from None
+        return np.frombuffer(view, np.uint8).reshape(-1, PAGE)
 
     def page(self, number: int) -> bytes | None:
         """One page; None beyond the end."""

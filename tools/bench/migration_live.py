@@ -6,10 +6,11 @@ target; beside it what the guest's console shows: from the last of its ticks (ev
 """
 
 import contextlib
+import json
+import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,13 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
-from gpu_migration import dirty, qemu_source, qemu_target
+from gpu_migration import dirty
 from gpu_migration.qemu_qmp import Qmp, at
+from gpu_migration.qemu_target import MEMORY
 from gpu_migration.sources import FileSource
 
 from . import live_guest
-from .harness import Stolen, arguments, die_with_parent, free_port, machine, note, percentile, report
+from .harness import ROOT, Stolen, arguments, die_with_parent, free_port, machine, note, percentile, report, stop
 from .live_guest import Console, Guest, Machine
 from .migration_guest import Missing
 
@@ -51,16 +53,23 @@ class Move:
 
 
 def ours(machine_: Machine, guest: Guest, folder: Path) -> tuple[Move, Guest]:
-    """Move a guest by this engine, both ends on this machine; it is there then, and right."""
-    target = qemu_target.Target(folder, KEY, ("127.0.0.1", 0), machine_.command(qemu_target.MEMORY, folder / "console"), patience=MOVE_S)
-    taken: list[qemu_target.Taken] = []
-    process = threading.Thread(target=lambda: taken.append(target.serve()), daemon=True)
-    process.start()
-    moved = qemu_source.Source(guest.control, KEY, target.address, qemu_source.Options(patience=MOVE_S)).move()
-    process.join(MOVE_S)
-    there = Guest(folder / "qmp", Console(folder / "console"), pid=taken[0].pid)
-    move = _look(guest, there, moved.running_at - moved.stopped_at, moved.total_s)
-    move.more = {"passes": moved.passes, "last_pages": moved.last_pages, "pages": moved.pages, "memory_s": round(moved.memory_s, 3), "look_ms": round(moved.look_s * 1e3, 3), "parts_ms": {name: round(value * 1e3, 2) for name, value in moved.parts_s.items()}}
+    """Move a guest by this engine, by its two commands; it is there then, and right. Raises Missing."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NOVACRON_MIGRATION_KEY": KEY.hex()}
+    words = [sys.executable, "-m", "gpu_migration"]
+    receive = subprocess.Popen([*words, "vm-receive", str(folder), "--", *machine_.command(MEMORY, folder / "console")], env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert receive.stderr is not None
+        send = subprocess.run([*words, "vm-send", str(guest.control), receive.stderr.readline().split()[-1]], env=environment, capture_output=True, text=True, timeout=MOVE_S)
+        if send.returncode:
+            raise Missing(f"vm-send: {send.stderr}")
+        said, _ = receive.communicate(timeout=MOVE_S)
+    finally:
+        stop(receive)
+    moved = json.loads(send.stdout)
+    there = Guest(folder / "qmp", Console(folder / "console"), pid=json.loads(said)["pid"])
+    move = _look(guest, there, moved["running_at"] - moved["stopped_at"], moved["total_s"])
+    move.more = {name: moved[name] for name in ("passes", "last_pages", "pages", "memory_s", "look_s", "parts_s")}
     return move, there
 
 
