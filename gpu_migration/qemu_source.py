@@ -397,9 +397,9 @@ class Source:
         moved.downtime_s = marks[-1][1] - marks[0][1]
         moved.parts_s = {name: round(when - before, 5) for (name, when), (_, before) in zip(marks[1:], marks, strict=False)}
         options.progress(Step.TAKEN)
-        with contextlib.suppress(OSError):
-            live.stream.send(Kind.BYE)
         self._leave(qmp)
+        with contextlib.suppress(OSError):
+            live.stream.send(Kind.BYE)  # nothing will be asked any more
 
     def _ask(self, stream: wire.Stream, session: bytes) -> float | None:
         """The question, and its answer by whichever stream. Raises TransferLost."""
