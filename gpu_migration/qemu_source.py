@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -330,17 +331,20 @@ class Source:
             source, self._key, self._address, transfer=f"guest {source.path.name}", codecs=options.codecs, streams=(min(STREAMS_AT_FIRST, options.streams), options.streams), limit=options.limit,
             patience=options.patience,
         )
+        watch = _Watch(stream, sender)
         try:
             sender.start()
             sender.pass_over()
             sent, held = sender.commit(), sender.held()
+            moved.memory_s, moved.memory_bytes = time.monotonic() - began, sent.wire_bytes
+            options.progress(Step.LIVE)
+            _say(stream, Kind.LIVE, sent.root)
+            tracker.brought(held)
+            watch.ready(options.patience)
+        except MigrationError as error:
+            raise watch.error or error from None
         finally:
             sender.close()
-        moved.memory_s, moved.memory_bytes = time.monotonic() - began, sent.wire_bytes
-        options.progress(Step.LIVE)
-        _say(stream, Kind.LIVE, sent.root)
-        tracker.brought(held)
-        expect(stream, Kind.READY)
         control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, steps=STEPS, cool_down=COOL_DOWN_S, stall=options.stall)))
         return control, max(sent.rates.get("wire", 0.0) * 1e9, choice.START_WIRE)
 
@@ -409,6 +413,33 @@ class Source:
         except (OSError, TransferLost, Refused):
             stream.close()
             return ask(self._address, self._key, session, self._options.patience)
+
+
+class _Watch:
+    """Waits for the target's next word on the guest's stream while its memory goes over others: where that stream is gone, so is the move, and the others need not be waited for."""
+
+    def __init__(self, stream: wire.Stream, sender: Sender) -> None:
+        self._stream, self._sender = stream, sender
+        self.error: MigrationError | None = None
+        stream.timeout(None)
+        self._thread = threading.Thread(target=self._wait, daemon=True, name="watch")
+        self._thread.start()
+
+    def _wait(self) -> None:
+        try:
+            expect(self._stream, Kind.READY)
+        except MigrationError as error:
+            self.error = error
+            self._sender.abandon(error)
+
+    def ready(self, patience: float) -> None:
+        """Until the target's QEMU waits. Raises what it says instead, TransferLost."""
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            raise TransferLost(f"the target's QEMU was not ready within {patience:g} s")
+        if self.error is not None:
+            raise self.error
+        self._stream.timeout(patience)
 
 
 def _say(stream: wire.Stream, kind: Kind, payload: bytes | memoryview = b"", attempt: int = 0) -> int:

@@ -340,6 +340,7 @@ class Target:
             except MigrationError as error:
                 wrong.append(error)
                 self._tell(stream, error)
+                stream.close()  # whoever waits on it wakes
 
         thread = threading.Thread(target=take, daemon=True, name="memory")
         thread.start()

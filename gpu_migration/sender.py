@@ -238,6 +238,11 @@ class Sender:
                     pass
             self._stop.wait(RETRY_S[0])
 
+    def abandon(self, error: MigrationError) -> None:
+        """End what goes on with this, from another thread."""
+        self._ledger.fail(error)
+        self._stop.set()
+
     def close(self) -> None:
         """End every thread and stream."""
         self._stop.set()

@@ -83,12 +83,13 @@ class Machine:
     checked: int = 96
     rewrites: int = 0
     checks: int = 50_000
+    accelerator: str = "tcg,tb-size=64"
 
     def command(self, memory: str, console: Path, *more: str) -> list[str]:
         """QEMU's command line, but for its control socket. `memory`: a path, or empty for memory of QEMU's own."""
         backend = f"memory-backend-file,id=ram,size={self.memory}M,mem-path={memory},share=on" if memory else f"memory-backend-ram,id=ram,size={self.memory}M"
         return [
-            self.qemu, "-machine", "q35,memory-backend=ram", "-accel", "tcg,tb-size=64", "-cpu", "max", "-m", str(self.memory), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config", "-no-reboot",
+            self.qemu, "-machine", "q35,memory-backend=ram", "-accel", self.accelerator, "-cpu", "max", "-m", str(self.memory), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config", "-no-reboot",
             "-object", backend, "-kernel", str(self.kernel), "-initrd", str(self.initial),
             "-append", f"console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off random.trust_cpu=on -- {self.checked} {self.rewrites} {self.checks}",
             "-chardev", f"socket,id=console,path={console},server=on,wait=off", "-serial", "chardev:console", *more,
