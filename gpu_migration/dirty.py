@@ -256,9 +256,11 @@ class PageHashes:
         """Nothing is held."""
 
 
-def tracker(pid: int, source: FileSource, threads: int, kind: str = "auto") -> Tracker:
-    """Write protection where it can be had (`auto`), or what is asked for: `protect`, `hash`. Raises SourceError."""
-    if kind == "hash":
+def tracker(pid: int, source: FileSource, threads: int, kind: str = "auto", unseen: str = "") -> Tracker:
+    """Write protection where it can be had (`auto`), or what is asked for: `protect`, `hash`. `unseen`: why protection would not see all writes. Raises SourceError."""
+    if kind == "protect" and unseen:
+        raise SourceError(f"no write protection: {unseen}; give --track hash")
+    if kind == "hash" or unseen:
         return PageHashes(source, threads)
     try:
         return WriteProtect(pid, source.path, source.length)

@@ -50,6 +50,14 @@ def memory_of(qmp: Qmp) -> Memory:
     return Memory(path, size)
 
 
+def unseen(qmp: Qmp) -> str:
+    """Why write protection would not see all writes; empty where it does. A device that writes memory by itself has asked for the page before, and writes it when the disk is ready, protected or not."""
+    for node in qmp("query-named-block-nodes"):
+        if node.get("cache", {}).get("direct"):
+            return f"the disk {node.get('file') or node.get('node-name')} is read past the page cache (cache.direct), straight into the guest's memory"
+    return ""
+
+
 def hurry() -> None:
     """Ask to be preferred: a guest stands still, and each of the four processes that hand it on waits for the one before. Without the right to, as before."""
     with contextlib.suppress(OSError):

@@ -6,11 +6,8 @@ written down before it is asked (a journal beside QEMU's control socket), so tha
 """
 
 import contextlib
-import json
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,22 +16,20 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
-from . import choice, dirty, keys, patches, qemu_guest, wire
+from . import choice, dirty, patches, qemu_guest, wire
 from .codecs import Coder
 from .convergence import CEILING_S, STALL_S, Control, Limits, Next, Pass
-from .errors import KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Unauthentic, Undecided
+from .errors import KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Undecided
 from .layout import PAGE
 from .precopy import limits_for
 from .qemu_qmp import QemuError, Qmp
-from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
-from .sender import RETRY_S, STREAMS_AT_FIRST, Sender
+from .qemu_question import Guard, Journal, answer, ask, call, expect
+from .receiver import PATIENCE_S, STREAMS_MOST
+from .sender import STREAMS_AT_FIRST, Sender
 from .sources import FileSource
 from .wire import Kind
 
-TRANSFER = blake3(b"novacron guest 1").digest(keys.TRANSFER_ID)
-"""Name of the stream by which both ends agree; the memory's is another."""
 FIRST_S = 0.01
 """Seconds that the last pages may take at first: what a guest at rest leaves goes in less, and it keeps the whole standstill near what stopping and starting it cost anyway."""
 STEPS, COOL_DOWN_S = 40, 1.0
@@ -45,8 +40,6 @@ FEW = 64
 """Pages below which it does not matter: they go in a millisecond."""
 LEARN_FROM = 1 << 18
 """Bytes coded at once from which the time that it took says something of the coder."""
-GUARD_S = 20.0
-"""Seconds for the guard to start: an interpreter, on a busy machine."""
 
 
 class Step(StrEnum):
@@ -117,126 +110,6 @@ class Moved:
     """An earlier run had moved it and had not heard of it."""
 
 
-class Journal:
-    """That the target was asked, whose the guest is therefore not known here."""
-
-    def __init__(self, control: Path) -> None:
-        self.path = control.with_name(control.name + ".moving")
-
-    def read(self) -> tuple[bytes, tuple[str, int]] | None:
-        """Session and target; None where nothing is open. Raises SourceError."""
-        try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise SourceError(f"journal {self.path}: {error.strerror or error}") from None
-        try:
-            found = json.loads(text)
-            session = bytes.fromhex(found["session"])
-            if len(session) == wire.SESSION:
-                return session, (str(found["host"]), int(found["port"]))
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise SourceError(f"journal {self.path}: it cannot be read; find out whether the guest runs at its target, then remove it")
-
-    def write(self, session: bytes, address: tuple[str, int]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            with part.open("w") as file:
-                json.dump({"session": session.hex(), "host": address[0], "port": address[1]}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(self.path)
-        except OSError as error:
-            raise SourceError(f"journal {self.path}: {error.strerror or error}") from None
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-class _Guard:
-    """Resumes the guest if we are killed."""
-
-    def __init__(self, control: Path, journal: Path) -> None:
-        package = Path(__file__).resolve().parent
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{package.name}.guard", str(control.resolve()), str(journal.resolve())], cwd=package.parent, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._in, self._out = self._process.stdin, self._process.stdout
-
-    def ready(self) -> None:
-        """Wait until it watches. Raises SourceError."""
-        if self._out.readline() != b"ready\n":
-            raise SourceError("the guard that resumes the guest if this program is killed did not start")
-
-    def say(self, letter: bytes) -> None:
-        self._in.write(letter)
-        self._in.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.say(b"d")
-        self._in.close()
-        self._out.close()
-        self._process.wait()
-
-
-def call(address: tuple[str, int], key: bytes, patience: float) -> wire.Stream:
-    """A stream to the target, for as long as the patience lasts. Raises TransferLost, KeyRefused."""
-    end, wait = time.monotonic() + patience, RETRY_S[0]
-    while True:
-        try:
-            stream = wire.call(address, key, TRANSFER)
-            stream.timeout(patience)
-            return stream
-        except (OSError, Unauthentic) as error:
-            if time.monotonic() + wait > end:
-                raise TransferLost(f"target {address[0]}:{address[1]}: out of reach for {patience:g} s ({error})") from None
-        time.sleep(wait)
-        wait = min(RETRY_S[1], wait * 2)
-
-
-def expect(stream: wire.Stream, kind: Kind) -> memoryview:
-    """The next record, which is to be of that kind. Raises Refused with the target's words, TransferLost."""
-    try:
-        found, _, _, payload = stream.receive()
-    except (OSError, Unauthentic) as error:
-        raise TransferLost(f"the target is gone: {error}") from None
-    if found == Kind.REFUSED:
-        raise Refused(f"the target gave up: {bytes(payload[:TEXT_MOST]).decode(errors='replace')}")
-    if found != kind:
-        raise TransferLost(f"the target said {found} where {kind.name} was due")
-    return payload
-
-
-def ask(address: tuple[str, int], key: bytes, session: bytes, patience: float) -> float | None:
-    """Whose is the guest? Since when it runs at the target (seconds since 1970), None: it is ours, for good. Raises TransferLost where nobody answers in time."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            stream = call(address, key, max(0.1, end - time.monotonic()))
-            try:
-                stream.send(Kind.ASK, session)
-                return _verdict(expect(stream, Kind.VERDICT))
-            finally:
-                with contextlib.suppress(OSError):
-                    stream.send(Kind.BYE)
-                stream.close()
-        except (OSError, TransferLost, Refused):
-            if time.monotonic() > end:
-                raise TransferLost(f"target {address[0]}:{address[1]}: it did not say whose the guest is") from None
-            time.sleep(RETRY_S[0])
-
-
-def _verdict(payload: memoryview) -> float | None:
-    if len(payload) != wire.VERDICT_GUEST.size:
-        raise TransferLost("the target's verdict is not understood")
-    taken, since = wire.VERDICT_GUEST.unpack(payload)
-    return float(since) if taken else None
-
-
 class Source:
     """Moves one guest, whose QEMU has that control socket."""
 
@@ -281,6 +154,8 @@ class Source:
             qemu_guest.resume(qmp)
             self._journal.remove()
             return None
+        if qemu_guest.running(qmp):
+            raise SourceError(f"the target has the guest of an earlier run, and one runs here: if this is another, remove {self._journal.path} and run this again")
         self._leave(qmp)
         return Moved(0, running_at=since, earlier=True)
 
@@ -294,7 +169,7 @@ class Source:
 
     def _move(self, qmp: Qmp, source: FileSource) -> Moved:
         options, session, moved = self._options, os.urandom(wire.SESSION), Moved(source.length)
-        tracker = dirty.tracker(qmp.pid, source, max(1, os.cpu_count() or 1), options.track)
+        tracker = dirty.tracker(qmp.pid, source, max(1, os.cpu_count() or 1), options.track, qemu_guest.unseen(qmp))
         try:
             moved.tracker = tracker.name
             stream = call(self._address, self._key, options.patience)
@@ -306,7 +181,7 @@ class Source:
                 live = _Live(stream, source, tracker, choice.Model(1, options.codecs, limit=options.limit), moved, options)
                 live.model.wire.value = rate
                 options.progress(Step.PASSES)
-                guard = _Guard(self._control, self._journal.path)
+                guard = Guard(self._control, self._journal.path)
                 try:
                     pending = live.converge(control)
                     guard.ready()
@@ -348,7 +223,7 @@ class Source:
         control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, steps=STEPS, cool_down=COOL_DOWN_S, stall=options.stall)))
         return control, max(sent.rates.get("wire", 0.0) * 1e9, choice.START_WIRE)
 
-    def _switch(self, qmp: Qmp, live: "_Live", pending: dirty.Numbers, session: bytes, guard: _Guard, moved: Moved) -> None:
+    def _switch(self, qmp: Qmp, live: "_Live", pending: dirty.Numbers, session: bytes, guard: Guard, moved: Moved) -> None:
         """Stop, last pages, state, question."""
         options, asked, leaving = self._options, False, None
         options.progress(Step.STOPPING)
@@ -409,7 +284,7 @@ class Source:
         """The question, and its answer by whichever stream. Raises TransferLost."""
         try:
             stream.send(Kind.COMMIT_GUEST, session)
-            return _verdict(expect(stream, Kind.VERDICT))
+            return answer(expect(stream, Kind.VERDICT))
         except (OSError, TransferLost, Refused):
             stream.close()
             return ask(self._address, self._key, session, self._options.patience)

@@ -27,7 +27,7 @@ from . import patches, qemu_guest, wire
 from .errors import DestinationError, FormatError, HashMismatch, KeyRefused, MigrationError, TransferLost, Unauthentic
 from .layout import EXTENT, OBJECT_MAX, PAGE, pages_of
 from .qemu_qmp import QemuError, Qmp
-from .qemu_source import TRANSFER
+from .qemu_question import TRANSFER
 from .receiver import CONNECTIONS_MOST, PATIENCE_S, TEXT_MOST, Receiver
 from .sources import FileSource
 from .wire import Kind

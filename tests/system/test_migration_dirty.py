@@ -128,6 +128,9 @@ def test_what_others_map_or_is_not_shared_is_not_protected(memory: Path) -> None
     source, first = FileSource(memory), Writer(memory)
     try:
         protect(first.process.pid, source).close()
+        assert dirty.tracker(first.process.pid, source, 1, unseen="a disk writes into it").name == "page hashes"
+        with pytest.raises(SourceError, match="a disk writes into it"):
+            dirty.tracker(first.process.pid, source, 1, "protect", "a disk writes into it")
         second = Writer(memory)
         with pytest.raises(SourceError, match=f"process {second.process.pid} maps it too"):
             dirty.tracker(first.process.pid, source, 1, "protect")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_migration import qemu_source, qemu_target, wire
+from gpu_migration import qemu_question, qemu_source, qemu_target, wire
 from gpu_migration.dirty import Numbers
 from gpu_migration.errors import DestinationError, KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Undecided
 from gpu_migration.layout import PAGE
@@ -330,8 +330,8 @@ def test_what_is_no_source_does_no_harm(world: World) -> None:
         with socket.create_connection(there.address, LONG) as stranger:
             stranger.sendall(junk)
     with pytest.raises(KeyRefused):
-        wire.call(there.address, bytes(32), qemu_source.TRANSFER)
-    asking = qemu_source.call(there.address, KEY, LONG)
+        wire.call(there.address, bytes(32), qemu_question.TRANSFER)
+    asking = qemu_question.call(there.address, KEY, LONG)
     asking.send(wire.Kind.ASK, bytes(16))
     assert asking.receive()[0] == wire.Kind.VERDICT
     asking.close()
@@ -381,6 +381,23 @@ def test_qemu_7_alone_damages_guests_under_emulation(tmp_path: Path) -> None:
     if not wrong:
         pytest.skip(f"{len(moves)} moves went well this time")
     assert "damaged" in wrong[0] or "panic" in wrong[0] or "did not say" in wrong[0], wrong
+
+
+def test_a_journal_of_another_guest_ends_none(world: World) -> None:
+    """The target says that it has the guest of that session; the one that runs here is left alone."""
+    folder = world.next()
+    there = Receiving(world, folder)
+    qemu_source.Source(world.guest.control, KEY, there.address, options()).move()
+    world.moved_to(folder, there.done().pid)
+    again = Receiving(world, folder)
+    session = bytes.fromhex(json.loads((folder / "decision").read_text())["session"])
+    journal = qemu_question.Journal(world.guest.control)
+    journal.write(session, again.address)
+    with pytest.raises(SourceError, match="remove"):
+        qemu_source.Source(world.guest.control, KEY, again.address, options()).move()
+    again.done()
+    journal.remove()
+    world.runs_here()
 
 
 def test_one_that_writes_faster_than_it_may_be_stopped_for_runs_on(world: World) -> None:
