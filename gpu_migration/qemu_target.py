@@ -222,7 +222,7 @@ class Target:
         self.address = self._door.address
         self._qmp: Qmp | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._patches = 0
+        self._qemu = self._patches = 0
 
     def serve(self) -> Taken:
         """Raises MigrationError; nothing of the guest runs here then, unless it had been decided before."""
@@ -233,8 +233,7 @@ class Target:
                 decision = self._until_decided()
             else:
                 self._pick_up()
-            assert self._qmp is not None
-            return Taken(str(self._folder.control), self._qmp.pid, decision.running_at, self._patches)
+            return Taken(str(self._folder.control), self._qemu, decision.running_at, self._patches)
         finally:
             self.close()
 
@@ -253,11 +252,13 @@ class Target:
         assert decision is not None
         try:
             self._qmp = Qmp(self._folder.control, QUIT_S)
+            self._qemu = self._qmp.pid
             if not qemu_guest.running(self._qmp):
                 self._progress(Step.RUNNING)
                 qemu_guest.go(self._qmp)
         except QemuError as error:
             raise QemuError(f"the guest is this end's, and its QEMU is gone ({error}; {self._folder.said()}); remove {self._folder.path} once it is not missed") from None
+        self._qmp.close()  # it takes one client, and whoever runs the guest may want it
         self._answer_questions(decision)
 
     def _until_decided(self) -> Decision:
@@ -377,6 +378,7 @@ class Target:
         process = self._process
         try:
             self._qmp = Qmp(self._folder.control, alive=lambda: process.poll() is None)
+            self._qemu = self._qmp.pid
         except QemuError as error:
             raise QemuError(f"the QEMU that was started here: {error}; {self._folder.said()}") from None
 
