@@ -1,6 +1,7 @@
-"""The command line: send, receive, verify, base, key, bench, vm-send, vm-receive. Results are one JSON object on the standard output; errors one line, exit status 1."""
+"""The command line: send, receive, predict, verify, base, key, bench, worker, vm-send, vm-receive. Results are one JSON object on the standard output; errors one line, exit status 1."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,14 +12,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import choice, keys, precopy, qemu_cli, receiver
+from . import choice, keys, precopy, qemu_cli, receiver, sample
 from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
-from .errors import MigrationError, PauseFailed
+from .errors import DeviceFailed, MigrationError, ModelError, PauseFailed
+from .layout import PAGE
+from .precopy_model import Link
+from .prediction import History, MigrationPrediction, Outcome, Predictor, Question, busy
 from .receiver import PATIENCE_S, STREAMS_MOST, Receiver
-from .sender import STREAMS_AT_FIRST, Sender
+from .sender import STREAMS_AT_FIRST, Sender, Sent
 from .sources import FileSource
+from .transforms.gpu import Gpu, probe
 
 _THREADS_MOST = 256
+PROGRESS_S = 1.0
+"""Between two words on how far it is."""
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -45,6 +52,13 @@ def _whole(least: int, most: int) -> Any:
     return lambda text: int(_number(least, most)(text))
 
 
+def _ports(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    if not (low.isdigit() and high.isdigit() and 0 < int(low) <= int(high) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text}: give LOW-HIGH, as 7400-7431")
+    return int(low), int(high)
+
+
 def _codecs(text: str) -> tuple[str, ...]:
     try:
         return choice.names_of(text)
@@ -63,19 +77,41 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--codecs", type=_codecs, default=choice.FREE, help="auto, or those to choose from, as lz4,zstd-1")
     send.add_argument("--streams", type=_whole(1, STREAMS_MOST), default=STREAMS_MOST, help=f"at most (up to {STREAMS_MOST}); as many are used as bring something")
     send.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
+    send.add_argument("--transforms", choices=("cpu", "gpu", "auto"), default="cpu", help="what sorts out pages; auto: a GPU where there is one of use (cpu)")
+    send.add_argument("--no-references", action="store_true", help="send pages again that the destination holds elsewhere in the object: the sizes of records then say nothing of equal pages")
     send.add_argument("--limit-mbit", type=_number(0, 1e7), default=0.0, help="bandwidth limit, Mbit/s; 0: none")
     send.add_argument("--changing", action="store_true", help="the source may change: pass again until what remains is little, then switch over")
     send.add_argument("--pause-command", default="", help="with --changing: pauses who writes the source, for the last pass; returns once it is paused")
     send.add_argument("--resume-command", default="", help="lets it run again, where the move fails before its commit")
     send.add_argument("--downtime", type=_number(0.001, 3600), default=CEILING_S, help=f"seconds that the writer may stand still, at most ({CEILING_S:g}); less is tried first")
     send.add_argument("--stall", type=_number(0.1, 86400), default=STALL_S, help=f"seconds without progress after which the move is given up ({STALL_S:g})")
+    send.add_argument("--history", type=Path, help="predict it first, and add how it went to this file; needs --limit-mbit")
+    predict = commands.add_parser("predict", help="how long a move would take, and within what")
+    predict.add_argument("source", type=Path)
+    predict.add_argument("--limit-mbit", type=_number(0.01, 1e7), required=True, help="bandwidth of the link or its limit, Mbit/s")
+    predict.add_argument("--changing", action="store_true", help="the source is written to: watch it for half a second, and reckon with its passes")
+    predict.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
+    predict.add_argument("--downtime", type=_number(0.001, 3600), default=CEILING_S, help=f"seconds that the writer may stand still, at most ({CEILING_S:g})")
+    predict.add_argument("--stall", type=_number(0.1, 86400), default=STALL_S, help=argparse.SUPPRESS)
+    predict.add_argument("--history", type=Path, help="how moves went here before: calibrates the interval")
     receive = commands.add_parser("receive", help="receive one object")
     receive.add_argument("destination", type=Path)
     receive.add_argument("--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT")
     receive.add_argument("--bases", type=Path, help="folder of bases, named by their root hash")
     receive.add_argument("--replace", action="store_true", help="put it in place of what is there, at once, at the end")
+    worker = commands.add_parser("worker", help="do what a hub asks for: send and receive files below a folder")
+    worker.add_argument("--hub", required=True, help="the hub's address, as https://hub.example")
+    worker.add_argument("--name", required=True, help="this worker's name")
+    worker.add_argument("--token-file", type=Path, required=True, help="file with the token that the hub has for this name, for its owner alone")
+    worker.add_argument("--folder", type=Path, required=True, help="what may be sent and where to receive: nothing outside of it is touched")
+    worker.add_argument("--bases", type=Path, help="folder of bases")
+    worker.add_argument("--listen", default="127.0.0.1", metavar="HOST", help="where receivers listen (127.0.0.1)")
+    worker.add_argument("--advertise", default="", metavar="HOST", help="how others reach it, where that is another name")
+    worker.add_argument("--ports", type=_ports, default=(0, 0), metavar="LOW-HIGH", help="ports for receivers (any free one)")
+    worker.add_argument("--slots", type=_whole(1, 64), default=2, help="sides that are carried at once (2)")
     qemu_cli.add(commands, _address, _number, _whole, _codecs)
     for command in (send, receive):
+        command.add_argument("--events", action="store_true", help="for programs: what happens, as one JSON object a line on the standard error")
         command.add_argument("--key-file", type=Path, help=f"file with the key, for its owner alone (else {keys.KEY_VARIABLE})")
         command.add_argument("--patience", type=_number(0.1, 86400), default=PATIENCE_S, help="seconds to bear without the other end")
     verify = commands.add_parser("verify", help="the root hash of a file, and whether it is the one given")
@@ -107,31 +143,110 @@ def _terminated(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _limits(options: argparse.Namespace, length: int) -> Limits:
+    return precopy.limits_for(length, Limits(first=min(FIRST_S, options.downtime), ceiling=options.downtime, stall=options.stall))
+
+
+def _question(options: argparse.Namespace, source: FileSource) -> Question:
+    link = Link(options.limit_mbit * 1e6 / 8, options.threads or os.cpu_count() or 1)
+    return Question(sample.take(source, changing=options.changing), link, _limits(options, source.length) if options.changing else None, busy())
+
+
+def _predicted(question: Question, history: Path | None) -> MigrationPrediction:
+    predictor = Predictor.load()
+    for outcome in History(history).read() if history else ():
+        predictor.learn(outcome)
+    return predictor.predict(question)
+
+
+def _predict(options: argparse.Namespace) -> dict[str, Any]:
+    source = FileSource(options.source)
+    try:
+        return _predicted(_question(options, source), options.history).to_json()
+    finally:
+        source.close()
+
+
 def _send(options: argparse.Namespace) -> dict[str, Any]:
+    if options.history and not options.limit_mbit:
+        raise ModelError("--history: a move over a link of unknown bandwidth cannot be predicted; give --limit-mbit")
     hook = _hook(options)
     key = keys.load_key(options.key_file)
     source = FileSource(options.source)
     base = FileSource(options.base) if options.base else None
+    gpu: Gpu | None = None
     try:
+        gpu = _gpu(options.transforms, base is not None)
+        question = _question(options, source) if options.history else None
+        said = {"predicted": _predicted(question, options.history).to_json()} if question else {}
+        if options.events and said:
+            _event(prediction=said["predicted"])
         sender = Sender(
             source, key, options.to, transfer=options.transfer, base=base, codecs=options.codecs, threads=options.threads, streams=(min(STREAMS_AT_FIRST, options.streams), options.streams),
-            limit=options.limit_mbit * 1e6 / 8, patience=options.patience,
+            limit=options.limit_mbit * 1e6 / 8, patience=options.patience, gpu=gpu, references=not options.no_references,
         )
+        if options.events:
+            threading.Thread(target=_tell_progress, args=(sender,), daemon=True, name="progress").start()
         if not options.changing:
-            return {**dataclasses.asdict(sent := sender.run()), "root": sent.root.hex()}
-        limits = precopy.limits_for(source.length, Limits(first=min(FIRST_S, options.downtime), ceiling=options.downtime, stall=options.stall))
-        live = dataclasses.asdict(precopy.move(sender, hook, limits))
+            sent = sender.run()
+            _learn(options, question, sent)
+            return {**dataclasses.asdict(sent), "root": sent.root.hex(), **said}
+        moved = precopy.move(sender, hook, _limits(options, source.length))
+        _learn(options, question, moved.sent)
+        live = dataclasses.asdict(moved)
         sent_live = live.pop("sent")
-        return {**sent_live, **{f"{name}_s": round(value, 4) for name, value in live.items()}, "root": sent_live["root"].hex()}
+        return {**said, **sent_live, **{f"{name}_s": round(value, 4) for name, value in live.items()}, "root": sent_live["root"].hex()}
     finally:
         source.close()
         if base is not None:
             base.close()
+        if gpu is not None:
+            with contextlib.suppress(DeviceFailed):  # it failed before, and that was said
+                gpu.close()
+
+
+def _gpu(wanted: str, with_base: bool) -> Gpu | None:
+    """Raises DeviceFailed where a GPU is asked for and there is none of use."""
+    if wanted == "cpu":
+        return None
+    try:
+        return probe(with_base=with_base)
+    except DeviceFailed as error:
+        if wanted == "gpu":
+            raise
+        print(f"send: by the processors: {error}", file=sys.stderr)
+        return None
+
+
+def _learn(options: argparse.Namespace, question: Question | None, sent: Sent) -> None:
+    """Add how it went, where it was a whole move: one that took up an earlier one, or had a base or a cut, says nothing of others. The move is done, whatever becomes of the history."""
+    if question is None or sum(sent.pages.values()) * PAGE < sent.length or sent.cuts or options.base:
+        return
+    foreseen = question.foresee()
+    if foreseen.converges:
+        try:
+            History(options.history).add(Outcome(tuple(question.features(foreseen)), foreseen.seconds, sent.seconds))
+        except ModelError as error:
+            print(f"send: {error}", file=sys.stderr)
+
+
+def _event(**what: Any) -> None:
+    print(json.dumps(what), file=sys.stderr, flush=True)
+
+
+def _tell_progress(sender: Sender) -> None:
+    """Until the process ends."""
+    while True:
+        _event(progress=sender.progress())
+        time.sleep(PROGRESS_S)
 
 
 def _receive(options: argparse.Namespace) -> dict[str, Any]:
     taking = Receiver(options.destination, keys.load_key(options.key_file), options.listen, bases=options.bases, replace=options.replace, patience=options.patience)
-    print(f"listening on {taking.address[0]}:{taking.address[1]}", file=sys.stderr, flush=True)
+    if options.events:
+        _event(listening=taking.address[1])
+    else:
+        print(f"listening on {taking.address[0]}:{taking.address[1]}", file=sys.stderr, flush=True)
     done = taking.serve()
     return {**dataclasses.asdict(done), "root": done.root.hex()}
 
@@ -178,12 +293,20 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "key":
             print(keys.new_key())
             return 0
+        if options.command == "worker":
+            from .worker import Worker
+
+            Worker(options).run()
+            return 0
         if options.command == "base":
             result = {"root": receiver.add_base(options.file, options.bases, os.cpu_count() or 1).hex()}
         else:
-            result = {"send": _send, "receive": _receive, "verify": _verify, "bench": _bench, "vm-send": qemu_cli.send, "vm-receive": qemu_cli.receive}[options.command](options)
+            result = {"send": _send, "predict": _predict, "receive": _receive, "verify": _verify, "bench": _bench, "vm-send": qemu_cli.send, "vm-receive": qemu_cli.receive}[options.command](options)
     except MigrationError as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
+        if getattr(options, "events", False):
+            _event(error=str(error), kind=type(error).__name__)
+        else:
+            print(f"{options.command}: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result), flush=True)
     return 0

@@ -75,10 +75,10 @@ def limits_for(length: int, limits: Limits | None = None) -> Limits:
     return replace(limits or Limits(), seconds=SECONDS_A_GIB * max(1.0, length / (1 << 30)))
 
 
-def move(sender: Sender, hook: Hook | None, limits: Limits | None = None, pause_most: float = 0.0) -> Live:
+def move(sender: Sender, hook: Hook | None, limits: Limits | None = None, pause_most: float = 0.0, seen: Callable[[Pass], None] | None = None) -> Live:
     """All of it. Without a hook nothing can be paused, so that only a source that is found unchanged after a pass is committed.
 
-    Raises NotConverged, Undecided, and every other MigrationError; the source is only read. `pause_most`: seconds, 0: by the limits."""
+    Raises NotConverged, Undecided, and every other MigrationError; the source is only read. `pause_most`: seconds, 0: by the limits. `seen` is told each pass."""
     limits = limits or limits_for(sender.length)
     if hook is None:
         limits = replace(limits, first=0.0, ceiling=0.0)
@@ -86,7 +86,7 @@ def move(sender: Sender, hook: Hook | None, limits: Limits | None = None, pause_
         sender.start()
         if sender.committed:  # by an earlier run that did not hear of it, and start has found the source to be what was committed
             return Live(sender.commit(), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        verdict = _converge(sender, Control(limits), hook is not None)
+        verdict = _converge(sender, Control(limits), hook is not None, seen)
         if hook is None:
             return Live(sender.commit(), 0.0, 0.0, 0.0, 0.0, verdict.implied, verdict.allowed)
         return _switch(sender, hook, verdict, pause_most or max(PAUSE_MOST_S, 2 * limits.ceiling))
@@ -94,7 +94,7 @@ def move(sender: Sender, hook: Hook | None, limits: Limits | None = None, pause_
         sender.close()
 
 
-def _converge(sender: Sender, control: Control, pausing: bool) -> Verdict:
+def _converge(sender: Sender, control: Control, pausing: bool, seen: Callable[[Pass], None] | None) -> Verdict:
     """Passes until it may be switched over. Raises NotConverged."""
     which: list[int] | None = None
     while True:
@@ -107,7 +107,10 @@ def _converge(sender: Sender, control: Control, pausing: bool) -> Verdict:
         looked = time.monotonic()
         remaining = min(sender.length, len(which) * EXTENT)
         # The last pass looks at the whole too, so that what one look takes is the least that a switch-over does.
-        verdict = control.after(Pass(after[kind] - before[kind], passed - began, looked - began, remaining, looked - passed if pausing else 0.0))
+        done = Pass(after[kind] - before[kind], passed - began, looked - began, remaining, looked - passed if pausing else 0.0)
+        if seen is not None:
+            seen(done)
+        verdict = control.after(done)
         if verdict.next is Next.SWITCH:
             return verdict
         if verdict.next is Next.GIVE_UP:

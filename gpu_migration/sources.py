@@ -68,10 +68,12 @@ class FileSource:
             raise SourceError(f"source {self.path}: it cannot be mapped ({error})") from None
         return np.frombuffer(view, np.uint8).reshape(-1, PAGE)
 
-    def page(self, number: int) -> bytes | None:
-        """One page; None beyond the end."""
-        found = os.pread(self._fd, PAGE, number * PAGE)
-        return found or None
+    def page(self, number: int) -> bytes:
+        """One page, the last one perhaps cut short; empty where it is beyond the end or cannot be read."""
+        try:
+            return os.pread(self._fd, PAGE, number * PAGE)
+        except OSError:
+            return b""
 
     def hashes(self, threads: int) -> bytes:
         """The raw hashes of all extents, one after the other."""

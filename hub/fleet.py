@@ -7,7 +7,7 @@ from typing import Any
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.desired import Desired, parse_desired
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.limits import MAX_COMMANDS, MAX_MESSAGE_BYTES
+from edge_runtime.contract.limits import MAX_COMMANDS, MAX_MESSAGE_BYTES, MAX_OPERATIONS
 
 from .book import BootWatch
 from .store.base import EdgeRow
@@ -119,27 +119,28 @@ def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[s
     """A new desired state document: `change`'s parts replace the current ones, the generation grows past what anyone has seen.
 
     Args:
-        change: any of `rules`, `models`, `twins`, `commands`, `workloads`, `expires_ms`; `rules: null` gives the rules back to the edge.
+        change: any of `rules`, `models`, `twins`, `commands`, `workloads`, `operations`, `update`, `expires_ms`; `rules: null` gives the rules back to the edge, `update: null` wants none.
         edge_generation: the generation that the edge reports; higher than ours after a hub was restored from a backup.
 
     Raises:
         ContractError: a part that does not fit, naming it; nothing is changed then.
     """
-    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "workloads", "expires_ms"})
+    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "workloads", "operations", "update", "expires_ms"})
     if unknown:
-        raise ContractError(unknown[0][:80] or "body", f"{unknown[0][:80]!r} is not part of desired state", "send rules, models, twins, commands or expires_ms", "field")
+        raise ContractError(unknown[0][:80] or "body", f"{unknown[0][:80]!r} is not part of desired state", "send rules, models, twins, commands, update or expires_ms", "field")
     spec: dict[str, Any] = dict((current or {}).get("spec", {}))
     spec.update({key: value for key, value in change.items() if key != "expires_ms"})
     if spec.get("rules", 0) is None:
         del spec["rules"]
-    # A command that has expired is no one's wish any more; without this the document only grows.
-    commands = spec.get("commands", [])
-    if isinstance(commands, list):
-        spec["commands"] = [
-            command for command in commands if not (isinstance(command, dict) and type(command.get("expires_ms")) is int and command["expires_ms"] < now_ms - 3_600_000)
-        ]
-        if len(spec["commands"]) > MAX_COMMANDS:
-            raise ContractError("commands", f"{len(spec['commands'])} are over {MAX_COMMANDS}", "wait until some are done or expired", "limit")
+    if spec.get("update", 0) is None:
+        del spec["update"]
+    # What has expired is no one's wish any more; without this the document only grows.
+    for kind, most in (("commands", MAX_COMMANDS), ("operations", MAX_OPERATIONS)):
+        listed = spec.get(kind, [])
+        if isinstance(listed, list):
+            spec[kind] = [one for one in listed if not (isinstance(one, dict) and type(one.get("expires_ms")) is int and one["expires_ms"] < now_ms - 3_600_000)]
+            if len(spec[kind]) > most:
+                raise ContractError(kind, f"{len(spec[kind])} are over {most}", "wait until some are done or expired", "limit")
     generation = max((current or {}).get("generation", 0), edge_generation) + 1
     desired: Desired = parse_desired(
         {"v": 1, "edge": edge, "generation": generation, "issued_ms": now_ms, "expires_ms": change.get("expires_ms", 0), "spec": spec}, edge

@@ -31,7 +31,7 @@ class HubLink:
     """One hub at one broker.
 
     Args:
-        on_message: called with edge, leaf (`up`, `status`), payload and whether it was retained.
+        on_message: called with edge, leaf (`up`, `status`, `answer`), payload and whether it was retained.
         on_up: called after each subscription; returns nothing, may publish.
         shared_group: MQTT 5 shared subscription for several hubs; empty for one.
         client: makes MQTT clients; None takes `aiomqtt.Client`.
@@ -131,7 +131,7 @@ class HubLink:
             topic = str(message.topic)
             payload = message.payload if isinstance(message.payload, bytes | bytearray) else str(message.payload or "").encode()
             try:
-                edge, leaf = topics.parse(topic, "edge", ("up", "status"))
+                edge, leaf = topics.parse(topic, "edge", ("up", "status", "answer"))
             except ContractError as error:
                 self._on_bad("", error)
                 continue

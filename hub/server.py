@@ -22,10 +22,12 @@ from .broker.base import Broker, BrokerError, is_loopback
 from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
 from .link import HubLink
+from .questions import Questions
 from .retention import Retention, RetentionSettings
 from .store.base import EdgeRow, Store, StoredRecord
 from .store.sqlite import SqliteStore
 from .store.workloads import LIVE_STATES
+from .transfers.service import Transfers
 from .workloads.service import Workloads
 
 log = logging.getLogger(__name__)
@@ -117,12 +119,14 @@ class Hub:
             self.store, self.fleet, settings.name, self.boot, publish=self._publish, now_ms=self.now_ms, on_presence=self._presence,
             writer=around.executor("hub-store"), pace=around.pace, on_records=self._stored,
         )
+        self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms, lambda edge: self.fleet.rows[edge].state == "offline")
         self._thinker = around.executor("hub-think")
         self.workloads = Workloads(
             self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
             think=self.think, rebalance_s=settings.rebalance_minutes * 60,
         )
         self.workloads.load()
+        self.transfers = Transfers(self.store, write=self.ingest.write, now_ms=self.now_ms)
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
@@ -167,7 +171,7 @@ class Hub:
         """Take records in from `broker` and answer; without API and page. Call inside the running loop."""
         self.broker = broker
         self.link = HubLink(
-            broker, self.settings.name, self.boot, on_message=self.ingest.message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
+            broker, self.settings.name, self.boot, on_message=self._message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
             shared_group=self.settings.shared_group, client=self.surroundings.client, entropy=self.surroundings.entropy,
         )
         self.ingest.start()
@@ -177,6 +181,7 @@ class Hub:
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
+        await self.transfers.stop()
         if self._runner is not None:
             await self._runner.cleanup()
         if hasattr(self, "link"):
@@ -205,9 +210,17 @@ class Hub:
 
     # -- desired state -------------------------------------------------------------------------------------------------------
 
-    async def change_desired(self, edge: str, change: dict[str, Any]) -> dict[str, Any]:
-        """Change parts of an edge's desired state: checked, kept, then published; raises `ContractError`."""
+    async def change_desired(self, edge: str, change: dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Change parts of an edge's desired state: checked, kept, then published; raises `ContractError`.
+
+        `change` may be a function of the present `spec`: between its look and the change nobody else changes anything. Where it gives nothing, nothing is changed.
+        """
         async with self._lock:
+            if callable(change):
+                current = self.desired.get(edge) or {}
+                change = change(current.get("spec", {}))
+                if not change and current:
+                    return current
             row = self.fleet.rows.get(edge)
             document = next_desired(edge, self.desired.get(edge), change, self.now_ms(), row.generation if row else 0)
             now = self.now_ms()
@@ -215,6 +228,12 @@ class Hub:
             self.desired[edge] = document
             self._publish_desired(edge)
             return document
+
+    def _message(self, edge: str, leaf: str, payload: bytes, retained: bool) -> None:
+        if leaf == "answer":
+            self.questions.answered(edge, payload)
+        else:
+            self.ingest.message(edge, leaf, payload, retained)
 
     def _publish(self, edge: str, leaf: str, payload: bytes, retain: bool) -> None:
         if hasattr(self, "link"):

@@ -9,6 +9,7 @@ from .desired import DESIRED
 from .limits import MAX_BODY_BYTES, MAX_DEPTH, MAX_MESSAGE_BYTES, MAX_METRICS, PROTOCOL_VERSION
 from .operations import OPERATION_FIELDS, STATES
 from .presence import EDGE_PRESENCE, HUB_PRESENCE
+from .questions import ANSWER, QUESTION
 from .receipts import RECEIPTS
 from .records import BATCH, RECORD_KINDS
 from .schema import Field, Message
@@ -19,7 +20,7 @@ from .workloads import REPORT_FIELDS
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "mqtt-api.md"
 
 MESSAGES: tuple[Message, ...] = (
-    BATCH, EDGE_PRESENCE, RECEIPTS, DESIRED, HUB_PRESENCE, device.TELEMETRY, device.REGISTER, device.REPORTED, device.TWIN_DESIRED, device.COMMAND, device.RESULT,
+    BATCH, EDGE_PRESENCE, RECEIPTS, DESIRED, QUESTION, ANSWER, HUB_PRESENCE, device.TELEMETRY, device.REGISTER, device.REPORTED, device.TWIN_DESIRED, device.COMMAND, device.RESULT,
     MEMBER, CLAIM, TABLE, SPEC, DUTY, LOAD,
 )
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ContractError
-from .limits import MAX_COMMANDS, MAX_INTEGER, MAX_MODELS, MAX_RULES, MAX_TWINS, MAX_WORKLOADS, PROTOCOL_VERSION
+from .limits import MAX_COMMANDS, MAX_INTEGER, MAX_MODELS, MAX_OPERATIONS, MAX_RULES, MAX_TWINS, MAX_WORKLOADS, PROTOCOL_VERSION
 from .schema import ID_PATTERN, VERSION, Field, Message
 from .topics import EDGE_DESIRED
-from .workloads import WORKLOAD_FIELDS
+from .updates import UPDATE_FIELDS, check_order
+from .workloads import OPERATION_FIELDS, WORKLOAD_FIELDS
 
 COMMAND_FIELDS = (
     Field("id", "id", "the command's name, unique; a device that sees it twice does it once"),
@@ -23,6 +24,8 @@ _SPEC_FIELDS = (
     Field("twins", "object", "device to desired twin state", required=False, default={}, max_items=MAX_TWINS),
     Field("commands", "array", "commands that wait", required=False, default=[], max_items=MAX_COMMANDS, items=COMMAND_FIELDS),
     Field("workloads", "array", "workloads that shall run here, and those that shall stop", required=False, default=[], max_items=MAX_WORKLOADS, items=WORKLOAD_FIELDS),
+    Field("operations", "array", "what shall be done with workloads that are here", required=False, default=[], max_items=MAX_OPERATIONS, items=OPERATION_FIELDS),
+    Field("update", "object", "an update of the image that the edge runs from; absent: none is wanted", required=False, default=None, items=UPDATE_FIELDS),
 )
 
 
@@ -36,11 +39,14 @@ def _check_spec(message: dict[str, Any]) -> None:
         for index, entry in enumerate(message["spec"][kind] or ()):
             if not isinstance(entry, dict):
                 raise ContractError(f"spec.{kind}[{index}]", f"is {type(entry).__name__}, not an object", "send a JSON object", "type")
-    seen: set[str] = set()
-    for index, command in enumerate(message["spec"]["commands"]):
-        if command["id"] in seen:
-            raise ContractError(f"spec.commands[{index}].id", f"{command['id']!r} stands twice", "give each command its own id", "duplicate")
-        seen.add(command["id"])
+    if message["spec"]["update"] is not None:
+        check_order(message["spec"]["update"], "spec.update.")
+    for kind in ("commands", "operations"):
+        seen: set[str] = set()
+        for index, entry in enumerate(message["spec"][kind]):
+            if entry["id"] in seen:
+                raise ContractError(f"spec.{kind}[{index}].id", f"{entry['id']!r} stands twice", f"give each of the {kind} its own id", "duplicate")
+            seen.add(entry["id"])
     placed: set[tuple[str, int]] = set()
     for index, workload in enumerate(message["spec"]["workloads"]):
         if (workload["id"], workload["epoch"]) in placed:
@@ -75,6 +81,7 @@ DESIRED = Message(
                  "gpus": [], "numa": [], "document": {"id": "camera-7", "image": "registry.example/camera:2", "requests": {"cpu": "500m", "memory": "256Mi"}}},
                 {"id": "old-job", "epoch": 1, "wanted": "stopped"},
             ],
+            "operations": [{"id": "o-17", "kind": "checkpoint", "workload": "camera-7", "epoch": 3, "name": "before-update", "stop": False, "expires_ms": 1795500060000}],
         },
     },
 )
@@ -93,6 +100,8 @@ class Desired:
     twins: dict[str, dict[str, Any]] = field(default_factory=dict)
     commands: list[dict[str, Any]] = field(default_factory=list)
     workloads: list[dict[str, Any]] = field(default_factory=list)
+    operations: list[dict[str, Any]] = field(default_factory=list)
+    update: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The document as it travels."""
@@ -101,6 +110,10 @@ class Desired:
             spec["rules"] = self.rules
         if self.workloads:  # absent where there are none: an edge from before workloads gets the document it knows
             spec["workloads"] = self.workloads
+        if self.operations:
+            spec["operations"] = self.operations
+        if self.update is not None:
+            spec["update"] = self.update
         return {
             "v": PROTOCOL_VERSION, "edge": self.edge, "generation": self.generation, "issued_ms": self.issued_ms,
             "expires_ms": self.expires_ms, "spec": spec,
@@ -114,5 +127,5 @@ def parse_desired(value: Any, edge: str) -> Desired:
         raise ContractError("edge", f"is for {data['edge']!r}, not {edge!r}", "publish on that edge's topic", "topic")
     spec = data["spec"]
     return Desired(
-        edge, data["generation"], data["issued_ms"], data["expires_ms"], spec["rules"], spec["models"], spec["twins"], spec["commands"], spec["workloads"]
+        edge, data["generation"], data["issued_ms"], data["expires_ms"], spec["rules"], spec["models"], spec["twins"], spec["commands"], spec["workloads"], spec["operations"], spec["update"],
     )

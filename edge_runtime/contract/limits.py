@@ -69,5 +69,11 @@ MAX_WORKLOADS = 256
 MAX_WORKLOAD_BYTES = 16_384
 """Bytes of one workload's document: sixteen of them fit a desired state at the least, and none is a disk image by mistake."""
 
+MAX_OPERATIONS = 64
+"""Operations on workloads in one desired state: they are asked for by people, and go when they have ended or expired."""
+
+MAX_CHECKPOINTS = 64
+"""Checkpoints that one node keeps: what it tells of them is one record."""
+
 MAX_INTEGER = 2**63 - 1
 """Largest magnitude of an integer: what SQLite and PostgreSQL store exactly."""

@@ -10,6 +10,8 @@ EDGE_UP = f"{ROOT}/edge/<edge>/up"
 EDGE_STATUS = f"{ROOT}/edge/<edge>/status"
 EDGE_RECEIPTS = f"{ROOT}/edge/<edge>/receipts"
 EDGE_DESIRED = f"{ROOT}/edge/<edge>/desired"
+EDGE_ASK = f"{ROOT}/edge/<edge>/ask"
+EDGE_ANSWER = f"{ROOT}/edge/<edge>/answer"
 HUB_STATUS = f"{ROOT}/hub/status"
 DEVICE_TELEMETRY = f"{ROOT}/device/<device>/telemetry"
 DEVICE_REGISTER = f"{ROOT}/device/<device>/register"
@@ -29,7 +31,7 @@ SITE_LOAD = f"{ROOT}/site/<site>/load/<edge>"
 SITE_LEAVES = {"member": True, "claim": False, "table": False, "spec": True, "duty": True, "load": True}
 """What stands behind `site/<site>/`, and whether a name follows."""
 
-EDGE_LEAVES = ("up", "status", "receipts", "desired")
+EDGE_LEAVES = ("up", "status", "receipts", "desired", "ask", "answer")
 DEVICE_LEAVES = ("telemetry", "register", "reported", "desired", "command", "result")
 
 
@@ -56,12 +58,12 @@ def site_subscriptions(site: str) -> tuple[str, ...]:
 def hub_subscriptions(shared_group: str = "") -> tuple[str, ...]:
     """What a hub subscribes to; with `shared_group` (MQTT 5) the batches are shared among the hubs of that group."""
     prefix = f"$share/{shared_group}/" if shared_group else ""
-    return (f"{prefix}{ROOT}/edge/+/up", f"{ROOT}/edge/+/status")
+    return (f"{prefix}{ROOT}/edge/+/up", f"{ROOT}/edge/+/status", f"{ROOT}/edge/+/answer")
 
 
 def edge_subscriptions(edge: str) -> tuple[str, ...]:
     """What an edge subscribes to on its uplink."""
-    return (edge_topic(edge, "receipts"), edge_topic(edge, "desired"), HUB_STATUS)
+    return (edge_topic(edge, "receipts"), edge_topic(edge, "desired"), edge_topic(edge, "ask"), HUB_STATUS)
 
 
 def bus_subscriptions() -> tuple[str, ...]:

@@ -10,7 +10,10 @@ KINDS = ("vm", "container", "function", "batch")
 
 RUNNING, STOPPED = "running", "stopped"
 
-REPORTED = ("accepted", "running", "refused", "stopped", "done", "failed")
+CHECKPOINTED = "checkpointed"
+"""It stands still in a checkpoint on its node: it neither runs nor has it ended, and goes on where it is restored."""
+
+REPORTED = ("accepted", "running", CHECKPOINTED, "refused", "stopped", "done", "failed")
 """What an edge says of a placement. The last four end it."""
 
 ENDED = frozenset(("refused", "stopped", "done", "failed"))
@@ -37,6 +40,20 @@ WORKLOAD_FIELDS = (
     Field("document", "object", "the workload as it was submitted", required=False, default={}, max_items=64),
 )
 """One entry of `spec.workloads`. A `stopped` one has only the first three; the edge answers it with a `stopped` record, also where it never ran."""
+
+CHECKPOINT, RESTORE, DELETE_CHECKPOINT = OPERATIONS = ("checkpoint", "restore", "delete-checkpoint")
+"""What can be done with a workload that is placed, beside running and stopping it."""
+
+OPERATION_FIELDS = (
+    Field("id", "id", "the operation's name, unique; an edge that sees it twice does it once"),
+    Field("kind", "enum", "what to do", choices=OPERATIONS),
+    Field("workload", "id", "with which workload"),
+    Field("epoch", "integer", "the epoch of the placement that is meant; of another one it is refused", minimum=1),
+    Field("name", "string", "the checkpoint; checkpoint: empty takes the operation's id; restore: empty takes the newest", required=False, default="", max_items=64),
+    Field("stop", "boolean", "checkpoint: the workload does not go on; it is checkpointed then, until it is restored", required=False, default=False),
+    Field("expires_ms", "integer", "wall time after which it must not be begun, milliseconds since 1970 UTC", minimum=0),
+)
+"""One entry of `spec.operations`. The answers are `operation` records."""
 
 REPORT_FIELDS = (
     Field("id", "id", "the workload's name"),

@@ -13,6 +13,7 @@ from ..contract.desired import Desired, parse_desired
 from ..contract.errors import ContractError
 from ..contract.limits import PROTOCOL_VERSION
 from ..contract.presence import HUB_PRESENCE
+from ..contract.questions import QUESTION
 from ..contract.receipts import RECEIPTS
 from ..contract.records import encode_batch
 from ..journal import Journal
@@ -25,6 +26,9 @@ from .lanes import Lanes, Send
 log = logging.getLogger(__name__)
 STATUS_TRUST_MS = 5_000
 """Receipts of another hub than the one whose presence we heard may be late ones for so long after it; later they say that we missed a presence."""
+
+ANSWER_S = 15.0
+"""A broker that has not taken a piece of an answer by then: who asked waits no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,16 @@ class Uplink:
         session: makes connections.
         entropy: where the pauses between tries are drawn.
         pace: how often the presence is said again.
+        on_question: called with each question of the hub.
     """
 
     def __init__(
         self, settings: UplinkSettings, journal: Journal, clock: Clock, metrics: Metrics, *, presence: Callable[[], dict[str, Any]],
         on_desired: Callable[[Desired], None], on_bad_desired: Callable[[ContractError, int], None], on_link: Callable[[bool, str], None],
         session: Callable[..., MqttSession] = MqttSession, entropy: random.Random | None = None, pace: Pace | None = None,
+        on_question: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
+        self._on_question = on_question
         self._settings = settings
         self._journal = journal
         self._clock = clock
@@ -187,8 +194,10 @@ class Uplink:
                 if payload:
                     self._hub_status(HUB_PRESENCE.parse(jsoncodec.decode(payload)))
             else:
-                _, leaf = topics.parse(topic, "edge", ("receipts", "desired"))
-                if leaf == "receipts":
+                _, leaf = topics.parse(topic, "edge", ("receipts", "desired", "ask"))
+                if leaf == "ask":
+                    self._question(QUESTION.parse(jsoncodec.decode(payload)))
+                elif leaf == "receipts":
                     self._receipts(RECEIPTS.parse(jsoncodec.decode(payload)))
                 elif payload:
                     self._desired(payload)
@@ -295,6 +304,27 @@ class Uplink:
         if self._session is not None and self._session.open:
             self._start_lanes()
             self._publish_presence("online", "rebased")
+
+    def _question(self, message: dict[str, Any]) -> None:
+        if message["edge"] != self._settings.edge:
+            raise ContractError("edge", f"is for {message['edge']!r}", "publish on that edge's topic", "topic")
+        stamp = self._clock.stamp()
+        if stamp.quality == "unsynced" or stamp.wall_ms <= message["expires_ms"]:
+            self._on_question(message)
+
+    async def answer(self, piece: dict[str, Any]) -> bool:
+        """Send one piece of an answer; returns when the broker has it. False where the link is gone: nobody waits any more."""
+        session = self._session
+        if session is None or not session.open:
+            return False
+        sent = asyncio.Event()
+        if not session.publish(topics.edge_topic(self._settings.edge, "answer"), jsoncodec.encode(piece).encode(), on_ack=sent.set):
+            return False
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await sent.wait()
+        except TimeoutError:
+            return False
 
     def _desired(self, payload: bytes) -> None:
         generation = 0

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import ISOLATES, ISOLATION, KATA, MICROVM
+from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
+from .asked import Asked
 from .capacity import changed, describe
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
     from .drivers.microvm import MicrovmDriver
+    from .drivers.vm import VmDriver
     from .images import Image, ImageStore
     from .images.pull import Puller
     from .images.reference import Host
@@ -61,6 +63,7 @@ class WorkloadNode:
         runs: the kinds of workload for which there is a driver here; none before the drivers have been probed.
         siblings: where workloads may move within the site.
         told: the newest `node.capacity`.
+        asked: what is asked of the workloads here, beside running them.
     """
 
     def __init__(self, config: EdgeConfig, journal: Journal, metrics: Metrics) -> None:
@@ -70,7 +73,7 @@ class WorkloadNode:
         self.told: dict[str, Any] | None = None
         self._why = ""
         self._entries: Sequence[dict[str, Any]] | None = None
-        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions or config.workloads.microvms)
+        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions or config.workloads.microvms or config.workloads.vms)
         self._taken = asyncio.Event()
         self._ready = asyncio.Event()
         self._handing = asyncio.Lock()
@@ -78,6 +81,7 @@ class WorkloadNode:
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
         self._microvms: MicrovmDriver | None = None
+        self._vms: VmDriver | None = None
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
         self._drivers: Mapping[str, Driver] = {}
@@ -87,6 +91,7 @@ class WorkloadNode:
         self._pressure = Pressure({MEMORY: config.workloads.evict_memory_bytes, DISK: config.workloads.evict_disk_bytes})
         self._shortage = asyncio.Event()
         self._runner: Runner | None = None
+        self.asked = Asked(config, journal, lambda: self.entries, self._newest, self._left.get)
 
     async def run(self) -> None:
         """Probe the drivers, then make true what is wanted, and tell what this node has, at boot and when it has changed. Until cancelled; what runs then goes on."""
@@ -95,17 +100,19 @@ class WorkloadNode:
                 await self._probe()
             if self._entries is not None:
                 self._answer(self._entries)
+            self.asked.begin(self._runner, self._why)
             self._ready.set()
             self._taken.set()
-            await asyncio.gather(self._tell(), self._follow(), self._watch_room())
+            await asyncio.gather(self._tell(), self._follow(), self._watch_room(), self._watch_disks())
         finally:
             if self._runner is not None:
                 await self._runner.close()
+            await self.asked.close()
             if self._images is not None:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._containers, self._microvms):
+            for driver in (self._functions, self._containers, self._microvms, self._vms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -136,6 +143,11 @@ class WorkloadNode:
 
                 settings = microvm.Settings(kernel=workloads.guest_kernel, enabled=workloads.microvms)
                 drivers[MICROVM] = self._microvms = await asyncio.to_thread(microvm.MicrovmDriver, folder, self._store, settings)
+            if workloads.vms or (folder / "vms").exists():
+                from .drivers import vm
+
+                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, enabled=workloads.vms)
+                drivers["vm"] = self._vms = await asyncio.to_thread(vm.VmDriver, folder, self._store, machines)
         except (ImageError, OSError) as error:
             why.append(str(error))
             log.error("workloads cannot be run: %s", error)
@@ -144,11 +156,12 @@ class WorkloadNode:
             why += reasons
             if name == MICROVM:
                 self._microvms_why = "; ".join(reasons)
-        # A job is of whatever kind its image is.
-        self.runs = tuple(kind for kind in ("container", "function", "batch") if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable))
+        # A job is of whatever kind its image is; no machine is a job.
+        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm"}))
         self._why = "; ".join(why)
+        checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
-            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves)
+            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
             self._drivers = drivers
         self._probed = True
 
@@ -300,6 +313,10 @@ class WorkloadNode:
         if self._microvms is not None:
             modules = modules | await asyncio.to_thread(self._microvms.layers)
             await self._microvms.prune(budget)
+        if self._vms is not None:
+            modules = modules | await asyncio.to_thread(self._vms.layers)
+        layers, taken = await self.asked.held()
+        modules, budget = modules | layers, max(0, budget - taken)
         if self._containers is not None:
             return bool(await self._containers.prune(budget, modules))
         return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
@@ -322,6 +339,10 @@ class WorkloadNode:
             except Refused:
                 pass  # it was removed meanwhile
         return self._left.get(workload)
+
+    async def _newest(self, workload: str) -> "tuple[Driver, Status] | None":
+        there = [(driver, status) for driver in self._drivers.values() for status in await driver.instances() if status.key.id == workload]
+        return max(there, key=lambda one: one[1].key.epoch, default=None)
 
     async def _leaves(self, driver: "Driver", status: "Status") -> None:
         """What it wrote is shown for a while: the hub forgets what is done at once, and whoever started it wants to read it."""
@@ -377,6 +398,24 @@ class WorkloadNode:
                 self._metrics.inc("workload_errors_total")
                 log.error("whether there is room left could not be seen: %s", error)
             await asyncio.sleep(LOOK_S)
+
+    async def _watch_disks(self) -> None:
+        """End containers that have more on the disk than they asked for."""
+        if self._containers is None:
+            return
+        from .drivers.container_disk import LOOK_S as DISK_LOOK_S
+
+        while True:
+            try:
+                for one in await self._containers.hold_disks():
+                    told = {"id": one.key.id, "epoch": one.key.epoch, "used": one.used, "limit": one.limit}
+                    self._journal.append("event", "workload.disk", told)
+                    self._metrics.inc("workloads_over_disk_total")
+                    log.warning("workload %s is ended: it has %d bytes on the disk, and asked for %d", one.key.id, one.used, one.limit)
+            except OSError as error:
+                self._metrics.inc("workload_errors_total")
+                log.error("what containers have on the disk could not be counted: %s", error)
+            await asyncio.sleep(DISK_LOOK_S)
 
     async def _make_room(self, now_s: float) -> None:
         assert self._runner is not None

@@ -3,16 +3,21 @@
 A workload's epochs are instances of their own, and no epoch starts before the earlier ones have ended here. What is not wanted is stopped and removed, by the driver on whose disk it is: what shall
 stop does not say its kind. What has ended is started again where its document says so (`restarts`), else it stays on the disk, with its output, until desired state does not list it any more.
 What was said of a placement is said once, also over restarts of the agent (`REPORTED`), which forget no tries (`TRIES`).
+
+Operations (`operations`, `checkpoints`) are carried out by the workload's task between two other things that it does, so nothing else is done with the workload meanwhile. What a checkpoint has ended is
+checkpointed: it is not started again by itself, and neither done nor failed; it waits for its restore, or for not being wanted any more.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
-from ..contract.workloads import ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
-from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
+from ..contract.workloads import CHECKPOINTED, ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
+from .checkpoints import Checkpointing
+from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
 log = logging.getLogger(__name__)
@@ -61,17 +66,22 @@ class Runner:
         said: called when something was said.
         short: why nothing new can be taken, empty where it can.
         leaves: called before what has ended is removed.
+        checkpoints: carries out operations; None: there are none.
     """
 
     def __init__(
         self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
         said: Callable[[], None] = lambda: None, short: Callable[[], str] = lambda: "", leaves: Callable[[Driver, Status], Awaitable[None]] | None = None,
+        checkpoints: Checkpointing | None = None,
     ) -> None:
         self._short = short
         self._evicted: dict[str, str] = {}
         """What is ended for want of room, to why; until that has been said."""
         self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
-        self._leaves = leaves
+        self._leaves, self._checkpoints = leaves, checkpoints
+        self._asked: dict[str, dict[str, Mapping[str, Any]]] = {}
+        """Operations that wait, by workload and id."""
+        self._began_to_tend = False
         self._wanted: dict[str, list[Mapping[str, Any]]] = {}
         self._may: Mapping[str, bool] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -81,6 +91,10 @@ class Runner:
         tries = journal.state(TRIES)
         self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
         self._due: dict[str, float] = {}
+        self._taking: dict[str, float] = {}
+        """When the next checkpoint that nobody asks for is due; times of the loop."""
+        self._going_on: set[str] = set()
+        """What is brought back from one: once for each time that it is lost."""
 
     async def take(self, entries: Iterable[Mapping[str, Any]], may: Mapping[str, bool] | None = None) -> None:
         """From now on these are wanted, and nothing else. Returns at once; the tasks see to it.
@@ -90,18 +104,30 @@ class Runner:
         wanted: dict[str, list[Mapping[str, Any]]] = {}
         for entry in entries:
             wanted.setdefault(entry["id"], []).append(entry)
-        there = {status.key.id for driver in self._drivers.values() for status in await driver.instances()}
+        there = {status.key.id for driver in self._drivers.values() for status in await driver.instances()} | (await self._checkpoints.workloads() if self._checkpoints is not None else set())
+        self._began_to_tend = True
         self._wanted, self._may = wanted, dict(may or {})
         listed = {_said(entry) for those in wanted.values() for entry in those}
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
         self._forget_tries(set(self._tries) - listed)
+        self._taking = {key: at for key, at in self._taking.items() if key in listed}
+        self._going_on &= listed
         self._evicted = {key: why for key, why in self._evicted.items() if key in listed}
-        for workload in {*wanted, *there, *self._tasks}:
-            self._changed.setdefault(workload, asyncio.Event()).set()
-            if workload not in self._tasks:
-                self._tasks[workload] = asyncio.create_task(self._tend(workload), name=f"workload {workload}")
+        for workload in {*wanted, *there, *self._tasks, *self._asked}:
+            self._wake(workload)
+
+    def _wake(self, workload: str) -> None:
+        self._changed.setdefault(workload, asyncio.Event()).set()
+        if workload not in self._tasks:
+            self._tasks[workload] = asyncio.create_task(self._tend(workload), name=f"workload {workload}")
+
+    def operate(self, asked: Mapping[str, Any]) -> None:
+        """Have an operation carried out, an entry of `spec.operations`. Returns at once; what became of it is told by `operations`. None is begun before it is known what is wanted here."""
+        self._asked.setdefault(asked["workload"], {})[asked["id"]] = asked
+        if self._began_to_tend:
+            self._wake(asked["workload"])
 
     async def ended(self, workload: str) -> None:
         """Until nothing of a workload is under way or runs, where nothing of it may."""
@@ -130,7 +156,8 @@ class Runner:
         return {key.removesuffix(f"/{RUNNING}"): state for key, state in self._told.items() if state in ENDS and key.endswith(f"/{RUNNING}")}
 
     async def close(self) -> None:
-        """Let go; what runs goes on."""
+        """Let go; what runs goes on, and what is asked for from now on is for the next agent."""
+        self._began_to_tend = False
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -173,6 +200,9 @@ class Runner:
                         await self._leaves(driver, ended)
                     await driver.delete(status.key)
                     self._tidy()
+        await self._operate(workload, wanted)
+        if wanted is None and self._checkpoints is not None:
+            await self._checkpoints.forget(workload)
         for entry in entries:
             if entry["wanted"] == STOPPED:
                 self._say(entry, "stopped", "")
@@ -186,6 +216,39 @@ class Runner:
         if wanted is not None and may is not False and self._told.get(_said(wanted)) not in ENDS:
             await self._run(wanted, changed)
 
+    async def _operate(self, workload: str, wanted: Mapping[str, Any] | None) -> None:
+        """Carry out what is asked, one after the other."""
+        waiting = self._asked.get(workload, {})
+        while waiting:
+            asked = next(iter(waiting.values()))
+            assert self._checkpoints is not None  # nobody else asks
+            operations = self._checkpoints.operations
+            try:
+                if wanted is None or wanted["epoch"] != asked["epoch"] or self._told.get(_said(wanted)) in ENDS:
+                    raise Refused("workload", f"{workload} of epoch {asked['epoch']} is not here, or has ended", "see where it is; ask again")
+                driver, status = await self._there(Key(workload, int(asked["epoch"])))
+                held = self._told.get(_said(wanted)) == CHECKPOINTED or (status is not None and status.phase is Phase.CHECKPOINTED)
+                clears = partial(self._say, wanted, CHECKPOINTED, "it is being restored")  # from here on it is nothing that could be started anew, also where its instance is gone
+                detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
+            except DriverError as error:
+                operations.end(asked["id"], "failed", str(error))
+            except Exception as error:
+                log.exception("operation %s of workload %s", asked["id"], workload)
+                operations.end(asked["id"], "failed", f"it could not be done ({type(error).__name__}); see the agent's log")
+            else:
+                operations.end(asked["id"], "succeeded", "", detail)
+            del waiting[asked["id"]]
+        self._asked.pop(workload, None)
+
+    async def _there(self, key: Key) -> tuple[Driver | None, Status | None]:
+        """On whose disk an instance is, and how it stands."""
+        for driver in self._drivers.values():
+            try:
+                return driver, await driver.status(key)
+            except Refused:
+                continue
+        return None, None
+
     async def _run(self, entry: Mapping[str, Any], changed: asyncio.Event) -> None:
         key, said = Key(entry["id"], int(entry["epoch"])), _said(entry)
         self._say(entry, "accepted", "")
@@ -193,6 +256,13 @@ class Runner:
             try:
                 spec = _spec(entry)
                 how = policy(str(entry["kind"]), spec)
+                _, there = await self._there(key)
+                if there.phase is Phase.CHECKPOINTED if there is not None else self._told.get(said) == CHECKPOINTED:
+                    self._say(entry, CHECKPOINTED, there.reason if there is not None else "")
+                    if await _changes(changed, self._left_s(said, how)):
+                        return
+                    self._late(entry, how)
+                    return
                 begun = await self._begin(key, entry, spec, changed)
                 if begun is None:
                     return
@@ -208,20 +278,52 @@ class Runner:
                 if status.phase in (Phase.RUNNING, Phase.PAUSED):
                     self._began(said, how, status)
                     self._say(entry, "running", status.reason, status.load_ms)
-                    ended = await self._until(driver, key, changed, self._left_s(said, how))
+                    self._going_on.discard(said)
+                    ended = await self._until(driver, key, changed, await self._next_s(key, said, how))
                     if ended is None:
                         if changed.is_set():
                             return
+                        if self._left_s(said, how) != 0.0:
+                            assert self._checkpoints is not None
+                            self._taking[said] = asyncio.get_running_loop().time() + how.checkpoint_s
+                            self._checkpoints.take_one(key)
+                            continue
                         await driver.stop(key, GRACE_S)
-                        self._say(entry, "failed", f"its deadline of {how.deadline_s:g} s has passed")
-                        self._forget_tries({said})
+                        self._late(entry, how)
                         return
                     status = ended
+                    if status.phase is Phase.CHECKPOINTED:
+                        continue
                 if status.leased and status.phase is Phase.LOST:
                     raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
+            if status.phase is Phase.LOST and not status.leased and await self._goes_on(key, said, how):
+                await changed.wait()
+                return
             if not await self._again(entry, how, status, changed):
                 return
             await self._remove(key)
+
+    async def _next_s(self, key: Key, said: str, how: Policy) -> float | None:
+        """Seconds until its deadline, or until its next checkpoint; None: it has neither."""
+        left_s = self._left_s(said, how)
+        if not how.checkpoint_s or self._checkpoints is None:
+            return left_s
+        now = asyncio.get_running_loop().time()
+        if said not in self._taking:
+            self._taking[said] = now + await self._checkpoints.due_s(key.id, how.checkpoint_s)
+        due_s = max(0.0, self._taking[said] - now)
+        return due_s if left_s is None else min(left_s, due_s)
+
+    async def _goes_on(self, key: Key, said: str, how: Policy) -> bool:
+        """Whether what was lost is brought back from its newest checkpoint; tried once, then it is as if there were none."""
+        if self._checkpoints is None or not how.checkpoint_s or (said in self._going_on and not self._checkpoints.operations.under_way(key.id)):
+            return False
+        self._going_on.add(said)
+        return await self._checkpoints.goes_on(key)
+
+    def _late(self, entry: Mapping[str, Any], how: Policy) -> None:
+        self._say(entry, "failed", f"its deadline of {how.deadline_s:g} s has passed")
+        self._forget_tries({_said(entry)})
 
     def _ended_alone(self, entry: Mapping[str, Any], status: Status) -> None:
         """It had ended by itself before it was another's: told, unless it would be started again."""
@@ -283,11 +385,8 @@ class Runner:
 
     async def _begin(self, key: Key, entry: Mapping[str, Any], spec: Mapping[str, Any], changed: asyncio.Event) -> tuple[Driver, Status] | None:
         """What runs it, and how it stands; None where something else is wanted before its image is here."""
-        for driver in self._drivers.values():
-            try:
-                await driver.status(key)
-            except Refused:
-                continue
+        driver, _ = await self._there(key)
+        if driver is not None:
             return driver, await _started(driver, key)  # what is on the disk, from an earlier agent too
         if short := self._short():
             raise Refused("node", short, "place it on another node")
@@ -301,6 +400,10 @@ class Runner:
         if name is None:
             return None
         driver = self._drivers[name]
+        if spec.get("checkpoint") is not None:
+            if not isinstance(driver, Checkpoints):
+                raise Refused("spec.checkpoint", f"the driver {name} takes no states", "leave it out, or run it as a container")
+            driver.demand(Ability.CHECKPOINT)
         spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may
@@ -322,12 +425,12 @@ class Runner:
             await asyncio.gather(end, other, return_exceptions=True)
 
     def _say(self, entry: Mapping[str, Any], state: str, reason: str, load_ms: float = 0.0) -> None:
-        """Once each, nothing after an end, and nothing of what is not listed any more."""
-        key, order = _said(entry), ("accepted", "running", *ENDS)
+        """Once each (but what was checkpointed runs again), nothing after an end, and nothing of what is not listed any more."""
+        key = _said(entry)
         if all(_said(listed) != key for listed in self._wanted.get(entry["id"], ())):
             return
         before = self._told.get(key)
-        if before in ENDS or (before is not None and order.index(state) <= order.index(before)):
+        if before in ENDS or before == state or (before is not None and state == "accepted"):
             return
         self._told[key] = state
         body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000], **({"load_ms": load_ms} if load_ms else {})}
@@ -349,6 +452,16 @@ async def _unless(changed: asyncio.Event, doing: Awaitable[str]) -> str | None:
         for waiting in (done, other):
             waiting.cancel()
         await asyncio.gather(done, other, return_exceptions=True)
+
+
+async def _changes(changed: asyncio.Event, left_s: float | None) -> bool:
+    """Whether something else is wanted before so many seconds have passed."""
+    try:
+        async with asyncio.timeout(left_s):
+            await changed.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _said(entry: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Handlers of the hub's API."""
 
+import asyncio
 import hmac
 import json
 import logging
@@ -18,11 +19,16 @@ from .. import __version__
 from ..book import StreamBook
 from ..dating import BootClock, date
 from ..hierarchy import build_tree
+from ..questions import Unanswered
 from ..store.base import EdgeRow, StoredRecord
+from ..transfers.book import Contradicts
+from .bundles import bundle_file, listing
 from .openapi import OPERATIONS, document
+from .operations import OperationApi
 from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
-from .workloads import MAX_WORKLOAD_BODY_BYTES, WorkloadApi, error_answer
+from .transfers import TransferApi, is_workers
+from .workloads import MAX_WORKLOAD_BODY_BYTES, error_answer
 
 if TYPE_CHECKING:
     from ..server import Hub
@@ -46,7 +52,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi(WorkloadApi):
+class HubApi(OperationApi, TransferApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:
@@ -66,12 +72,14 @@ class HubApi(WorkloadApi):
         async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
             if request.path.startswith("/api/"):
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()):
+                if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._hub.token.encode()) and not is_workers(request, given, self._hub.token):
                     return answer({"field": "Authorization", "problem": "no valid token", "remedy": "send `Authorization: Bearer TOKEN`"}, 401)
             try:
                 response: web.StreamResponse = await handler(request)
             except ContractError as error:
-                return answer(error.to_json(), 400)
+                return answer(error.to_json(), 409 if isinstance(error, Contradicts) else 400)
+            except Unanswered as error:
+                return answer({"field": error.field, "problem": error.problem, "remedy": error.remedy}, error.status)
             except NotKnown as error:
                 return answer(error.body, 404)
             except web.HTTPRequestEntityTooLarge:
@@ -115,6 +123,15 @@ class HubApi(WorkloadApi):
     async def metrics(self, _request: web.Request) -> web.Response:
         """See the table."""
         return web.Response(text=self._hub.render_metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def bundles(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await asyncio.to_thread(listing, self._hub.settings.data_dir, self._hub.token))
+
+    async def bundle(self, request: web.Request) -> web.StreamResponse:
+        """See the table."""
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        return bundle_file(self._hub.settings.data_dir, self._hub.token, request.match_info["bundle"], given)
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """See the table."""
@@ -258,8 +275,9 @@ class HubApi(WorkloadApi):
     async def put_desired(self, request: web.Request) -> web.Response:
         """See the table."""
         change = await _body(request)
-        if "workloads" in change:
-            raise ContractError("workloads", "cannot be set here", "submit workloads to /api/v1/workloads: the scheduler places them")
+        for part in ("workloads", "operations"):
+            if part in change:
+                raise ContractError(part, "cannot be set here", "submit workloads to /api/v1/workloads: the scheduler places them; what is done with one is asked below it")
         return answer(await self._hub.change_desired(_edge_name(request), change))
 
     async def command(self, request: web.Request) -> web.Response:
@@ -273,12 +291,15 @@ class HubApi(WorkloadApi):
             "id": value.get("id", f"c-{secrets.token_hex(6)}"), "device": value.get("device"), "name": value.get("name"), "args": value.get("args", {}),
             "expires_ms": self._hub.now_ms() + int(seconds * 1000),
         }
-        current = (self._hub.desired.get(edge) or {}).get("spec", {}).get("commands", [])
-        known = next((item for item in current if item["id"] == command["id"]), None)
-        if known is not None:
-            return answer({"command": known, "generation": self._hub.desired[edge]["generation"], "again": True})
-        document_ = await self._hub.change_desired(edge, {"commands": [*current, command]})
-        return answer({"command": command, "generation": document_["generation"], "again": False})
+        known: list[dict[str, Any]] = []
+
+        def added(spec: dict[str, Any]) -> dict[str, Any]:
+            current = spec.get("commands", [])
+            known.extend(item for item in current if item["id"] == command["id"])
+            return {} if known else {"commands": [*current, command]}
+
+        document_ = await self._hub.change_desired(edge, added)
+        return answer({"command": known[0] if known else command, "generation": document_["generation"], "again": bool(known)})
 
     async def release(self, request: web.Request) -> web.Response:
         """See the table."""

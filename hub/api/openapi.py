@@ -20,7 +20,7 @@ CHANGE = {
     "properties": {
         "rules": {"type": ["array", "null"], "items": OBJECT, "maxItems": 256}, "models": {"type": "array", "items": OBJECT, "maxItems": 16},
         "twins": {"type": "object", "additionalProperties": OBJECT}, "commands": {"type": "array", "items": OBJECT, "maxItems": 256},
-        "expires_ms": COUNT,
+        "update": {"type": ["object", "null"], "required": ["id"], "properties": {"id": NAME, "url": {"type": "string"}, "token": {"type": "string"}, "path": {"type": "string"}}}, "expires_ms": COUNT,
     },
 }
 COMMAND = {
@@ -55,6 +55,17 @@ REBALANCE = {
     "type": "object", "additionalProperties": False,
     "properties": {"drain": {"type": "array", "items": NAME, "maxItems": 32}, "go": {"type": "boolean", "default": False}},
 }
+OPERATION = {
+    "type": "object", "additionalProperties": False, "required": ["kind"],
+    "properties": {
+        "id": NAME, "kind": {"enum": ["checkpoint", "restore", "delete-checkpoint"]}, "name": {"type": "string", "maxLength": 64}, "stop": {"type": "boolean", "default": False},
+        "expires_seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 2_592_000, "default": 300},
+    },
+}
+EXECUTE = {
+    "type": "object", "additionalProperties": False, "required": ["args"],
+    "properties": {"args": {"type": "array", "items": {"type": "string", "maxLength": 8192}, "minItems": 1, "maxItems": 64}, "timeout_s": {"type": "number", "minimum": 0, "maximum": 60, "default": 10}},
+}
 WHAT_IF = {
     "type": "object", "additionalProperties": False,
     "properties": {
@@ -62,11 +73,32 @@ WHAT_IF = {
         "add": {"type": "array", "items": NODE, "maxItems": 256},
     },
 }
+END = {"type": "object", "required": ["worker", "path"], "properties": {"worker": NAME, "path": {"type": "string", "maxLength": 1024}}}
+TRANSFER = {
+    "type": "object", "required": ["id", "source", "destination"], "additionalProperties": False,
+    "properties": {
+        "id": NAME, "source": END, "destination": END, "limit_mbit": {"type": "number", "minimum": 0, "default": 0}, "base": {"type": "string"}, "replace": {"type": "boolean", "default": False},
+        "not_before_ms": COUNT,
+    },
+}
+LEASE = {
+    "type": "object",
+    "properties": {
+        "facts": OBJECT, "held": {"type": "array", "items": {"type": "object", "required": ["task", "epoch"]}, "maxItems": 64}, "wait_s": {"type": "number", "minimum": 0, "maximum": 30, "default": 0},
+    },
+}
+REPORT = {
+    "type": "object", "required": ["task", "epoch", "state"],
+    "properties": {
+        "task": {"type": "string"}, "epoch": COUNT, "state": {"enum": ["working", "listening", "done", "failed"]}, "address": {"type": "string"}, "progress": OBJECT, "prediction": OBJECT,
+        "root": {"type": "string"}, "result": OBJECT, "error": {"type": "string"}, "final": {"type": "boolean", "default": False},
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One row of the table; `handler` names a method of `HubApi`; `changes`: the placing task does it, which may be busy or find that it `contradicts` what stands."""
+    """One row of the table; `handler` names a method of `HubApi`; `changes`: the placing task does it, which may be busy or find that it `contradicts` what stands; `asks`: an edge answers it now, or does not."""
 
     method: str
     path: str
@@ -78,6 +110,7 @@ class Operation:
     open: bool = False
     changes: bool = False
     contradicts: bool = False
+    asks: bool = False
 
 
 _STREAM = ("stream", {"type": "string", "enum": ["decision", "event", "telemetry"]}, "the stream")
@@ -100,6 +133,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/api/v1/edges/{edge}/commands", "command", "Order a command; it waits while the edge is away, until it expires", OBJECT, body=COMMAND),
     Operation("post", "/api/v1/edges/{edge}/release", "release", "End a quarantine", OBJECT),
     Operation("get", "/api/v1/edges/{edge}/verify", "verify", "What the hub can prove of an edge's records by itself", OBJECT),
+    Operation("get", "/api/v1/bundles", "bundles", "Update bundles that this hub serves, each with the token that opens it to a device", LIST),
+    Operation("get", "/bundles/{bundle}", "bundle", "An update bundle, with ranges; its own token (see /api/v1/bundles), or the hub's", {"type": "string"}),
     Operation("get", "/api/v1/decisions", "decisions", "The newest decisions of all edges", LIST, (
         ("limit", LIMIT, "at most so many"), ("edge", NAME, "of this edge only"),
     )),
@@ -115,6 +150,13 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/workloads/{workload}", "workload", "One workload with its placements", OBJECT),
     Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
     Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
+    Operation("post", "/api/v1/workloads/{workload}/operations", "operate", "Take a checkpoint of a workload, go on from one, or delete one; it waits while the edge is away, until it expires", OBJECT, body=OPERATION, contradicts=True),
+    Operation("get", "/api/v1/workloads/{workload}/operations", "operations", "Operations on a workload on its present node, newest first", LIST),
+    Operation("get", "/api/v1/workloads/{workload}/checkpoints", "checkpoints", "The checkpoints of a workload on its present node, the oldest first", LIST),
+    Operation("get", "/api/v1/workloads/{workload}/logs", "logs", "The end of what a workload has written, asked of its edge now; with since, what came after an earlier answer", OBJECT, (
+        ("bytes", {"type": "integer", "minimum": 1, "maximum": 262_144, "default": 262_144}, "of each stream at most so many"), ("since", {"type": "string", "maxLength": 128}, "an earlier answer's `since`"),
+    ), asks=True),
+    Operation("post", "/api/v1/workloads/{workload}/exec", "execute", "Run a command in a workload, where its edge lets the hub do that (workloads.exec)", OBJECT, body=EXECUTE, asks=True),
     Operation("post", "/api/v1/what-if", "what_if", "Where workloads would go, what would move, and which deadlines would be promised, if; changes nothing", OBJECT, body=WHAT_IF, contradicts=True),
     Operation("get", "/api/v1/nodes", "nodes", "Nodes by name: what each has and what is in use", LIST, (("limit", {"type": "integer", "minimum": 1, "default": 10_000}, "at most so many"),)),
     Operation("put", "/api/v1/nodes/{node}", "put_node", "Declare a node that has no agent", OBJECT, body=NODE, changes=True),
@@ -133,12 +175,20 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/quotas", "quotas", "What tenants may use", LIST),
     Operation("put", "/api/v1/quotas/{tenant}", "put_quota", "Say what a tenant may use, and borrow from its cohort", OBJECT, body=QUOTA, changes=True),
     Operation("delete", "/api/v1/quotas/{tenant}", "delete_quota", "Let a tenant use what there is", OBJECT, changes=True),
+    Operation("post", "/api/v1/transfers", "submit_transfer", "Move a file or disk from one migration worker to another; the same again is answered as it stands", OBJECT, body=TRANSFER, contradicts=True),
+    Operation("get", "/api/v1/transfers", "transfers", "Transfers, newest first", LIST, (("limit", LIMIT, "at most so many"),)),
+    Operation("get", "/api/v1/transfers/{transfer}", "transfer", "One transfer: its sides, how far it is, what was expected", OBJECT),
+    Operation("delete", "/api/v1/transfers/{transfer}", "cancel_transfer", "End a transfer", OBJECT),
+    Operation("get", "/api/v1/migration-workers", "migration_workers", "Migration workers that were seen", LIST),
+    Operation("get", "/api/v1/migration-workers/{worker}/token", "migration_worker_token", "The token by which a worker of that name may ask for its tasks, and nothing else", OBJECT),
+    Operation("post", "/api/v1/migration-workers/{worker}/lease", "lease_transfers", "For workers: what to do, and what to stop", OBJECT, body=LEASE),
+    Operation("post", "/api/v1/migration-workers/{worker}/report", "report_transfer", "For workers: how a task stands; says whether to go on", OBJECT, body=REPORT),
     Operation("get", "/api/v1/scheduler", "scheduler", "Use of the cluster now and by the minute, counts, latencies", OBJECT, (
         ("hours", {"type": "number", "minimum": 0, "maximum": 168}, "how far back"),
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "transfer": NAME, "worker": NAME, "bundle": NAME}
 
 
 def document() -> dict[str, Any]:
@@ -149,7 +199,7 @@ def document() -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": schema} for name, schema in IN_PATH.items() if f"{{{name}}}" in operation.path
         ]
         parameters += [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in operation.query]
-        kind = "text/plain" if operation.handler == "metrics" else "application/json"
+        kind = {"metrics": "text/plain", "bundle": "application/octet-stream"}.get(operation.handler, "application/json")
         responses: dict[str, Any] = {"200": {"description": operation.summary, "content": {kind: {"schema": operation.answer}}}}
         error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
         if operation.handler in ("healthz", "readyz"):
@@ -157,11 +207,13 @@ def document() -> dict[str, Any]:
         if not operation.open:
             responses["401"] = {"description": "no valid token", **error}
             responses["400"] = {"description": "a field is wrong; it is named", **error}
-        if operation.changes or operation.contradicts:
+        if operation.asks:
+            responses["503"] = {"description": "the edge does not answer", **error}
+        if operation.changes or operation.contradicts or operation.asks:
             responses["409"] = {"description": "it contradicts what stands", **error}
         if operation.changes:
             responses["503"] = {"description": "busy, or the store refused: nothing was done", **error}
-        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant", "rebalance")):
+        if any(f"{{{name}}}" in operation.path for name in ("edge", "workload", "node", "budget", "tenant", "rebalance", "transfer")):
             responses["404"] = {"description": "not known", **error}
         if operation.body is not None:
             responses["413"] = {"description": "the body is too large", **error}

@@ -15,16 +15,22 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }
 
+NAV = (("/", "Edges"), ("workloads.html", "Workloads"), ("transfers.html", "Transfers"))
+"""Address and name of each page."""
+
 PAGES = {
-    "index.html": {"title": "NovaCron hub", "href": "workloads.html", "link": "Workloads", "script": "page.js"},
-    "workloads.html": {"title": "NovaCron workloads", "href": "/", "link": "Edges", "script": "workloads.js"},
+    "index.html": {"title": "NovaCron hub", "name": "Edges", "script": "page.js"},
+    "workloads.html": {"title": "NovaCron workloads", "name": "Workloads", "script": "workloads.js"},
+    "transfers.html": {"title": "NovaCron transfers", "name": "Transfers", "script": "transfers.js"},
 }
 """What each page puts into the frame beside its own sections."""
 
 
 @cache
 def _page(name: str) -> str:
-    return Template((WEB / "frame.html").read_text()).substitute(PAGES[name], main=(WEB / name).read_text())
+    about = PAGES[name]
+    nav = " ".join(f'<a href="{address}">{title}</a>' for address, title in NAV if title != about["name"])
+    return Template((WEB / "frame.html").read_text()).substitute(about, nav=nav, main=(WEB / name).read_text())
 
 
 def serve(name: str) -> web.StreamResponse:

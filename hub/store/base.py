@@ -129,5 +129,11 @@ class Store(WorkloadStore, Protocol):
     def read_outages(self, since_ms: int, limit: int = 1000) -> list[dict[str, Any]]:
         """Outages that ended after `since_ms` or have not ended."""
 
+    def commit_transfers(self, changes: Mapping[str, dict[str, Any] | None]) -> None:
+        """Keep what transfers have become, or forget them (None), by id: all of it or none."""
+
+    def transfers(self) -> list[dict[str, Any]]:
+        """Every transfer, oldest first."""
+
     def prune(self, edge: str, stream: str, upto: int, chain: bytes) -> int:
         """Delete a stream's records with seq <= `upto`; its base becomes `upto` + 1, the chain before it `chain`. Returns how many went."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import keeper
+from edge_runtime.workloads.drivers import keeper_restore
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Ability, Checkpoints, Failed, Key, Order, Phase, Refused
 
@@ -75,7 +75,7 @@ async def test_processes_threads_pipes_sockets_connections_timers_and_deleted_fi
     manifest = await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     assert len(manifest["processes"]) >= 10 and any(one["threads"] > 1 for one in manifest["processes"])
     status = await driver.status(key)
-    assert status.phase is Phase.ENDED and "its state was taken to" in status.reason
+    assert status.phase is Phase.CHECKPOINTED and "its state was taken to" in status.reason
     last = lines(await out(driver, key))[-1]
     again = next_of(key, spec)
     status = await driver.restore(again, tmp_path / "state")
@@ -197,7 +197,7 @@ async def test_one_that_does_not_live_after_its_restore_is_removed_and_told(driv
     with pytest.raises(Failed) as caught:
         await driver.restore(order, tmp_path / "state")
     assert caught.value.field in ("restore", "start")
-    assert not driver.folder(order.key).exists() and (await driver.status(key)).phase is Phase.ENDED
+    assert not driver.folder(order.key).exists() and (await driver.status(key)).phase is Phase.CHECKPOINTED
     monkeypatch.undo()
     assert (await driver.restore(order, tmp_path / "state")).phase is Phase.RUNNING
     for one in (key, order.key):
@@ -225,11 +225,11 @@ async def test_a_process_that_a_signal_stopped_is_named(driver: ContainerDriver,
     key = await begun(driver, "cp-still", spec)
     await says(driver, key, "up")
     group = driver._groups.processes(f"/novacron/{driver.folder(key).name}")
-    await until(lambda: any(one["stopped"] for one in keeper.processes(group).values()))
+    await until(lambda: any(one["stopped"] for one in keeper_restore.processes(group).values()))
     with pytest.raises(Refused, match=r"process \d+ \(python3\) was stopped by a signal"):
         await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     await driver.exec(key, ["sh", "-c", "kill -CONT -1"], 10)
-    await until(lambda: not any(one["stopped"] for one in keeper.processes(group).values()))
+    await until(lambda: not any(one["stopped"] for one in keeper_restore.processes(group).values()))
     await driver.checkpoint(key, tmp_path / "state", leave_running=False)
     await driver.delete(key)
 
@@ -248,7 +248,7 @@ async def test_odd_requests_are_refused_and_it_goes_on(driver: ContainerDriver, 
     running = asyncio.ensure_future(driver.exec(key, ["sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done"], 30))
     group = driver._groups.processes(f"/novacron/{driver.folder(key).name}")
     first = (await driver.status(key)).pid
-    await until(lambda: any(pid != first and keeper.parent(pid) not in keeper.processes(group) for pid in keeper.processes(group)))
+    await until(lambda: any(pid != first and keeper_restore.parent(pid) not in keeper_restore.processes(group) for pid in keeper_restore.processes(group)))
     with pytest.raises(Refused, match="by exec"):
         await driver.checkpoint(key, tmp_path / "state", leave_running=True)
     await driver.exec(key, ["touch", "/tmp/go"], 10)

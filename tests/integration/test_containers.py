@@ -15,7 +15,7 @@ from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.container import FIRST_ID, ContainerDriver, Ways, searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import held, readable
-from edge_runtime.workloads.drivers.keeper import ordinary_turns
+from edge_runtime.workloads.drivers.keeping import ordinary_turns
 
 from .container_side import driver, made_driver, made_store, output, reason_against, started
 from .waiting import until

@@ -18,16 +18,25 @@ from hypothesis import strategies as st
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from edge_runtime.contract.records import Record
+from edge_runtime.updates.source import WebSource
+from hub import questions
 from hub.api.handlers import MAX_BODY_BYTES, HubApi
 from hub.api.openapi import OPERATIONS, Operation, document
 from hub.server import Hub, HubSettings
 from hub.store.base import StoredRecord, Transaction
+from hub.transfers.document import read_transfer
 from hub.workloads.documents import read_list
 
 from .hub_side import EDGE, Served, error_of, linked_edge, served_hub, synced
+from .waiting import until
 
 NODE: dict[str, Any] = {"capacity": {"cpu": 8, "memory": "16Gi"}, "region": "eu"}
 WORKLOAD: dict[str, Any] = {"id": "w-1", "kind": "vm", "labels": {"app": "w"}, "requests": {"cpu": "500m", "memory": "1Gi"}}
+
+CHECKPOINT = {"workload": "on-edge", "epoch": 1, "name": "x", "taken_ms": 5, "bytes": 9, "root": "ab"}
+
+AT_AN_EDGE = {"operate", "operations", "checkpoints", "logs", "execute"}
+"""Handlers that ask the agent of the workload's node."""
 
 API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
 
@@ -36,11 +45,18 @@ API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("api")
     with served_hub(folder / "hub") as (background, hub):
+        (folder / "hub" / "bundles").mkdir()
+        (folder / "hub" / "bundles" / "b-1").write_bytes(b"a bundle")
+
         async def fill() -> None:
             await hub.change_desired(EDGE, {"twins": {"fan-1": {"speed": 2}}})
             async with linked_edge(folder / "edge", hub.broker.port) as edge:
                 await edge.append(25)
+                edge.journal.append("event", "node.capacity", {"kind": "edge", "capacity": {"cpu": "1000m", "memory": 1 << 30, "slots": 4}, "runs": ["container"]})
+                edge.journal.append("event", "workload.checkpoints", {"checkpoints": [CHECKPOINT, {**CHECKPOINT, "workload": "another"}]})
                 await synced(hub, edge)
+                await hub.workloads.submit(read_list([{"id": "on-edge", "kind": "container", "requests": {"cpu": "100m"}, "node_kinds": ["edge"]}]))
+                await until(lambda: hub.workloads.rows["on-edge"].state == "placed")
             hub.ingest.message("gw-x", "up", b"garbage", False)
             await hub.workloads.ask(lambda planner, now: planner.put_node("n-1", NODE, "declared", now))
             await hub.workloads.submit(read_list([WORKLOAD, {"id": "too-big", "requests": {"cpu": 64}}]))
@@ -48,13 +64,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             await hub.workloads.ask(lambda planner, _: planner.put_quota("t-1", {"nominal": {"cpu": 4}}))
             over = {"id": "r-1", "kind": "rebalance", "nodes": [], "state": "done", "steps": []}
             await hub.workloads.ask(lambda planner, _: planner.ledger.put(planner.tables.rebalances, "r-1", over))
+            await hub.transfers.submit(read_transfer(BODIES["submit_transfer"]))
 
         background.run(fill())
         yield Served(background, hub)
 
 
 def path_of(operation: Operation) -> str:
-    return operation.path.format(edge=EDGE, seq=3, workload="w-1", node="n-1", budget="b-1", tenant="t-1", rebalance="r-1")
+    return operation.path.format(
+        edge=EDGE, seq=3, workload="on-edge" if operation.handler in AT_AN_EDGE else "w-1", node="n-1", budget="b-1", tenant="t-1", rebalance="r-1", transfer="x-1", worker="w-a", bundle="b-1",
+    )
 
 
 # -- the description ---------------------------------------------------------------------------------------------------------
@@ -83,18 +102,29 @@ def test_the_described_routes_are_exactly_the_served_ones(served: Served) -> Non
 BODIES: dict[str, Any] = {
     "put_desired": {"twins": {"fan-1": {"speed": 2}}}, "command": {"device": "fan-1", "name": "on"}, "submit": WORKLOAD, "what_if": {"workloads": [{**WORKLOAD, "id": "w-2"}], "lose": ["n-1"]},
     "put_node": NODE, "put_budget": {"selector": {"labels": {"app": "w"}}, "allowed": 1}, "put_quota": {"nominal": {"cpu": 4}},
-    "rebalance": {"drain": ["n-1"], "go": False},
+    "rebalance": {"drain": ["n-1"], "go": False}, "operate": {"kind": "checkpoint", "name": "x", "stop": True}, "execute": {"args": ["id"], "timeout_s": 0.01},
+    "submit_transfer": {"id": "x-1", "source": {"worker": "w-a", "path": "disk"}, "destination": {"worker": "w-b", "path": "disk"}},
+    "lease_transfers": {"facts": {"slots": 1}, "held": [], "wait_s": 0}, "report_transfer": {"task": "x-1/send", "epoch": 1, "state": "working"},
 }
 AGAIN = {"cancel": ("POST", "/api/v1/workloads", {**WORKLOAD, "id": "w-3"}), "delete_node": ("PUT", "/api/v1/nodes/n-1", NODE), "delete_quota": ("PUT", "/api/v1/quotas/t-1", {}), "delete_budget": ("PUT", "/api/v1/budgets/b-1", BODIES["put_budget"])}
 """What puts back what a route took away."""
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.handler)
-def test_every_route_answers_as_it_is_described(served: Served, operation: Operation) -> None:
+def test_every_route_answers_as_it_is_described(served: Served, operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     body = BODIES.get(operation.handler)
+    if operation.asks:  # the edge is away
+        monkeypatch.setattr(questions, "ANSWER_S", 0.05)
+        status, _, text = served.ask(operation.method.upper(), path_of(operation), json.dumps(body).encode() if body is not None else None)
+        assert status == 503 and error_of(text)["field"] == "edge" and not served.hub.questions._waiting
+        return
     if operation.handler == "metrics":
         status, headers, _ = served.ask("GET", operation.path)
         assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+        return
+    if operation.handler == "bundle":
+        status, headers, raw_body = served.ask("GET", path_of(operation))
+        assert status == 200 and headers["content-type"] == "application/octet-stream" and raw_body == b"a bundle"
         return
     answer = served.json(path_of(operation), operation.method.upper(), body)
     jsonschema.validate(answer, operation.answer)
@@ -153,6 +183,20 @@ def test_nothing_under_api_is_told_or_done_without_the_token(served: Served, ope
         status, _, text = served.ask(operation.method.upper(), path_of(operation), b'{"device":"a","name":"b"}', headers)
         assert status == 401 and error_of(text)["field"] == "Authorization" and "Bearer" in error_of(text)["remedy"]
     assert served.hub.desired[EDGE]["generation"] == before
+
+
+def test_a_bundle_opens_to_its_own_token_from_any_byte_on_and_to_no_other(served: Served) -> None:
+    told = next(one for one in served.json("/api/v1/bundles") if one["name"] == "b-1")
+    assert told["bytes"] == 8
+    status, headers, text = served.ask("GET", told["path"], headers={"Authorization": f"Bearer {told['token']}", "Range": "bytes=2-"})
+    assert (status, headers["content-range"], text) == (206, "bytes 2-7/8", b"bundle")
+    source = WebSource(f"http://127.0.0.1:{served.hub.port}{told['path']}", told["token"])  # as a device reads it, from the first byte and from another one
+    assert (source.size, source.read(0, 4), source.read(2, 6)) == (8, b"a bu", b"bundle")
+    source.close()
+    for path in ("/bundles/b-2", "/api/v1/bundles"):
+        assert served.ask("GET", path, headers={"Authorization": f"Bearer {told['token']}"})[0] == 401
+    for path in ("/bundles/..%2Ftoken", "/bundles/%2e%2e%2ftoken", "/bundles/b-9"):
+        assert served.ask("GET", path)[0] == 404
 
 
 def raw(port: int, request: bytes) -> bytes:
@@ -223,6 +267,14 @@ async def test_the_token_is_made_for_its_owner_only_and_kept(tmp_path: Path) -> 
     ("POST", f"/api/v1/edges/{EDGE}/commands", b"{}", 400, "spec.commands"), ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","expires_seconds":0}', 400, "expires_seconds"),
     ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","expires_seconds":true}', 400, "expires_seconds"), ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","id":"no way"}', 400, "spec.commands"),
     ("POST", f"/api/v1/edges/{EDGE}/commands", b'{"device":"a","name":"b","args":[]}', 400, "spec.commands"), ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"rules":"' + b"x" * MAX_BODY_BYTES + b'"}', 413, "body"),
+    ("PUT", f"/api/v1/edges/{EDGE}/desired", b'{"operations":[]}', 400, "operations"), ("POST", "/api/v1/workloads/on-edge/operations", b"{}", 400, "kind"), ("POST", "/api/v1/workloads/on-edge/operations", b"[]", 400, "body"),
+    ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"explode"}', 400, "kind"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"delete-checkpoint"}', 400, "name"),
+    ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"restore","epoch":9}', 400, "epoch"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","stop":1}', 400, "stop"),
+    ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","id":"a b"}', 400, "id"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","expires_seconds":-1}', 400, "expires_seconds"),
+    ("POST", "/api/v1/workloads/w-3/operations", b'{"kind":"checkpoint"}', 404, "workload"), ("POST", "/api/v1/workloads/too-big/operations", b'{"kind":"checkpoint"}', 409, "workload"),
+    ("POST", "/api/v1/workloads/on-edge/exec", b"{}", 400, "args"), ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":["a"],"timeout_s":61}', 400, "timeout_s"), ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":[5]}', 400, "args[0]"),
+    ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":["a"],"workload":"b"}', 400, "workload"), ("GET", "/api/v1/workloads/on-edge/logs?bytes=0", None, 400, "bytes"), ("GET", "/api/v1/workloads/w-3/logs", None, 404, "workload"),
+    ("GET", "/api/v1/workloads/too-big/logs", None, 409, "workload"), ("POST", "/api/v1/workloads/none/operations", b'{"kind":"checkpoint"}', 404, "workload"), ("GET", "/api/v1/workloads/none/checkpoints", None, 404, "workload"),
 ])
 def test_an_error_names_the_field_and_the_remedy_and_changes_nothing(served: Served, method: str, path: str, body: bytes | None, status: int, field: str) -> None:
     before = json.dumps(served.hub.desired)
@@ -230,6 +282,18 @@ def test_an_error_names_the_field_and_the_remedy_and_changes_nothing(served: Ser
     said = error_of(text)
     assert got == status and said["field"].startswith(field), said
     assert json.dumps(served.hub.desired) == before
+
+
+def test_an_operation_is_asked_for_once_whatever_is_asked_how_often(served: Served) -> None:
+    path = "/api/v1/workloads/on-edge/operations"
+    first = served.json(path, "POST", {"id": "o-once", "kind": "checkpoint", "name": "x"})
+    assert first["node"] == EDGE and served.json(path, "POST", {"id": "o-once", "kind": "checkpoint", "name": "x"})["generation"] == first["generation"]
+    status, _, text = served.ask("POST", path, json.dumps({"id": "o-once", "kind": "restore", "name": "x"}).encode())
+    assert status == 409 and error_of(text)["field"] == "kind"
+    [one] = [one for one in served.json(path) if one["id"] == "o-once"]
+    assert (one["state"], one["detail"]) == ("pending", {"workload": "on-edge", "name": "x"})
+    assert [one["id"] for one in served.hub.desired[EDGE]["spec"]["operations"]].count("o-once") == 1
+    assert served.json("/api/v1/workloads/on-edge/checkpoints") == [CHECKPOINT], "another workload's is not shown"
 
 
 def test_a_store_that_fails_is_an_error_in_words_and_the_next_request_works(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,15 +317,17 @@ ODD = st.one_of(
     st.binary(max_size=8).map(lambda data: data.decode("latin-1")),
 )
 READ_PATHS = [path_of(operation) for operation in OPERATIONS if operation.method == "get"]
-QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours", "state", "node"]), st.text(max_size=8)), ODD, max_size=4)
+QUERY = st.dictionaries(st.one_of(st.sampled_from(["limit", "after", "edge", "kind", "stream", "newest", "hours", "state", "node", "bytes", "since"]), st.text(max_size=8)), ODD, max_size=4)
 
 
 @settings(max_examples=250, deadline=None)
 @given(path=st.sampled_from(READ_PATHS), query=QUERY)
 def test_no_query_breaks_the_api(served: Served, path: str, query: dict[str, str]) -> None:
     text = "&".join(f"{quote(name)}={quote(value, safe='')}" for name, value in query.items())
-    status, _, body = served.ask("GET", f"{path}?{text}")
-    assert status in (200, 400, 404), (status, body[:300])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(questions, "ANSWER_S", 0.002)  # the edge that is asked is away
+        status, _, body = served.ask("GET", f"{path}?{text}")
+    assert status in (200, 400, 404, *((503,) if path.endswith("/logs") else ())), (status, body[:300])
     if status != 200:
         error_of(body)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import keeper
+from edge_runtime.workloads.drivers import keeper_restore
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.container_move import Moves
 from edge_runtime.workloads.drivers.face import Failed, Key, Phase, Refused
@@ -61,7 +61,7 @@ async def one_copy(driver: ContainerDriver, folder: Path) -> Key:
     source, target = keys(folder)
     other = driver.folder(target if running == [source] else source).name
     try:
-        assert not keeper.processes(driver._groups.processes(f"/novacron/{other}"))
+        assert not keeper_restore.processes(driver._groups.processes(f"/novacron/{other}"))
     except FileNotFoundError:
         pass  # the group is gone with its processes
     seen = len(numbers(folder))

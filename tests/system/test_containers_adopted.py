@@ -43,7 +43,8 @@ def states(hub: Hub, name: str) -> list[str]:
 class Node:
     """An agent process that runs containers, and a look at what runs."""
 
-    def __init__(self, folder: Path, hub: Hub) -> None:
+    def __init__(self, folder: Path, hub: Hub, **workloads: Any) -> None:
+        self._workloads = workloads
         self.data = folder / "data"
         archives = self.data / "workloads/archives"
         archives.mkdir(parents=True)
@@ -55,7 +56,7 @@ class Node:
 
     def start(self) -> None:
         self.agent = Agent(0, api=False, uplink_port=self._port, model="", host=False, data=self.data, extra={
-            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"], "functions": False}, "decisions": {},
+            "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"], "functions": False, **self._workloads}, "decisions": {},
             "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
         })
         self.agent.__enter__()

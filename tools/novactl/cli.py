@@ -19,6 +19,7 @@ from .journal import check as check_journal
 from .journal import show as show_journal
 from .journal import summary as journal_summary
 from .run import add_commands as add_run
+from .transfers import add_commands as add_transfers
 from .verify import verify_edge
 from .workloads import add_commands, explain_workload
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("decision", help="EDGE/SEQ, or SEQ with --edge-api; or the word workload")
     explain.add_argument("workload", nargs="?", default="", help="the workload's id")
     add_commands(command, _print, _plain)
+    add_transfers(command, _print)
     add_run(command, _print, _plain)
     verify = command("verify", _verify, "prove that the hub holds exactly what the edges journalled")
     verify.add_argument("edges", nargs="*", help="default: all")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from . import operations
 from .client import Api, CommandError, hub_api
 
 Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
@@ -26,10 +27,14 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
         hub = hub_api(options.hub, options.token)
         if options.what == "submit":
             return _submit(hub, options, show)
+        if options.what in operations.WHAT:
+            value, rows, head, code = operations.operate(hub, options)
+            show(value, options.json, rows, head)
+            return code
         if options.what == "what-if":
             return _what_if(hub, options, show, plain)
         if options.what == "cancel":
-            answer = hub.call("DELETE", _path(options.name))
+            answer = hub.call("DELETE", operations.workload_path(options.name))
             show(answer, options.json, [_row(answer)], HEAD)
             return 0
         asked = "&".join(f"{key}={quote(value, safe='')}" for key, value in (("state", options.state), ("node", options.node), ("limit", str(options.limit))) if value)
@@ -74,13 +79,15 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("what", nargs="?", default="plan", choices=("plan", "go", "list", "cancel"))
     parser.add_argument("id", nargs="?", default="", help="cancel: which")
     parser.add_argument("--drain", action="append", default=[], metavar="NODE", help="empty this node; may be given several times")
-    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID")
-    parser.add_argument("what", choices=("submit", "what-if", "list", "cancel"))
+    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint ID")
+    parser.add_argument("what", choices=("submit", "what-if", "list", "cancel", *operations.WHAT))
     parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
     parser.add_argument("--state", default="", help="list: in this state only")
     parser.add_argument("--node", default="", help="list: on this node only")
     parser.add_argument("--limit", type=int, default=100, help="list: at most so many")
     parser.add_argument("--lose", action="append", default=[], metavar="NODE", help="what-if: as if this node were gone; may be given several times")
+    operations.add_arguments(parser)
+    operations.add_commands(command, plain)
     command("nodes", nodes, "every node: what it has and what is in use")
     parser = command("node", node, "one node: drain NAME, cordon NAME, uncordon NAME")
     parser.add_argument("what", choices=("drain", "cordon", "uncordon"))
@@ -120,12 +127,6 @@ def _node_row(one: dict[str, Any]) -> list[Any]:
         one["node"], one["kind"], one["origin"], one["cordon"] or one["status"], used("cpu", 1000), used("memory", GIB), f"{sum(1000 - gpu['free_milli'] for gpu in gpus) / 1000:.1f} of {len(gpus)}" if gpus else "",
         one["workloads"], ",".join(one["runs"]), one["problem"],
     ]
-
-
-def _path(name: str) -> str:
-    if not name:
-        raise CommandError("workload: the id is missing; novactl workload list lists them")
-    return f"/api/v1/workloads/{quote(name, safe='')}"
 
 
 def _documents(options: Any) -> Any:
@@ -173,7 +174,7 @@ def _said(one: dict[str, Any]) -> str:
 
 def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:
     """`explain workload ID`: per node why it will do or will not."""
-    said = hub_api(options.hub, options.token).get(_path(name) + "/explain")
+    said = hub_api(options.hub, options.token).get(operations.workload_path(name) + "/explain")
     if options.json:
         show(said, True, None, None)
         return 0

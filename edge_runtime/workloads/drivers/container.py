@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
+from .container_disk import NOTE as OVER
+from .container_disk import DiskLimits, disk_limit, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
+from .instance import LOOK_S, alive, bounded, ended, held, known, link_output, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from .container_checkpoint import Checkpoints
+    from .container_disk import Over
     from .criu import Criu
 
 T = TypeVar("T")
@@ -116,6 +119,7 @@ class ContainerDriver:
         self._ways: Ways | None = None
         self._criu: Criu | None = None
         self._checkpoints: Checkpoints | None = None
+        self._disks = DiskLimits(self, self._groups)
         self._keepers = Keepers(self._groups.folders(cgroups.KEEPERS))
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying = asyncio.Lock()
@@ -136,6 +140,10 @@ class ContainerDriver:
     @capabilities.setter
     def capabilities(self, told: Capabilities) -> None:
         self._capabilities = told
+
+    def demand(self, ability: Ability) -> None:
+        if self._capabilities is not None:
+            self._capabilities.demand(ability)
 
     @property
     def scratch(self) -> Path:
@@ -277,11 +285,11 @@ class ContainerDriver:
             if status.phase is Phase.PAUSED:
                 await self._runtime(key, "resume", _name(key))
             if status.phase in (Phase.RUNNING, Phase.PAUSED):
-                await self._kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
+                await self.kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
         if status.phase in (Phase.RUNNING, Phase.PAUSED):
             with suppress(TimeoutError):
                 return await asyncio.wait_for(self.wait(key), grace_s)
-            await self._kill(key, signal.SIGKILL)
+            await self.kill(key, signal.SIGKILL)
             return await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
         return status
 
@@ -292,7 +300,7 @@ class ContainerDriver:
                 return
             status = self._status(key)
             if status.phase in (Phase.RUNNING, Phase.PAUSED):
-                await self._kill(key, signal.SIGKILL)
+                await self.kill(key, signal.SIGKILL)
                 if status.phase is Phase.PAUSED:
                     with suppress(Failed):
                         await self._runtime(key, "resume", _name(key))
@@ -315,7 +323,8 @@ class ContainerDriver:
     def lease_ms(self, key: Key) -> int:
         return lease.read(self._path(key))
 
-    async def _kill(self, key: Key, number: int) -> None:
+    async def kill(self, key: Key, number: int) -> None:
+        """Send its first process a signal; what has just ended needs none."""
         try:
             await self._runtime(key, "kill", _name(key), str(int(number)))
         except Failed:
@@ -351,7 +360,12 @@ class ContainerDriver:
         async with self._one(key):
             return await self.checkpoints().take(key, folder, self._criu, leave_running=leave_running, step=step)
 
-    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False) -> Status:
+    async def examine(self, folder: Path) -> Mapping[str, Any]:
+        await self._ready(Ability.RESTORE)
+        assert self._criu is not None
+        return await self.checkpoints().look_through(folder, self._criu)
+
+    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False, output: Path | None = None) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
         ways = await self._ready(Ability.RESTORE)
         assert self._criu is not None
@@ -362,17 +376,23 @@ class ContainerDriver:
             raise Refused(error.field, error.problem, error.remedy) from None
         if list(image.config.diff_ids) != manifest["layers"]:
             raise Refused("image", f"the checkpoint stands on {manifest['image'][:19]}, which has other layers than {image.digest[:19]}", f"bring the image that it had to this node ({manifest['order'].get('image')})")
-        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image)
+        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image, output=output)
 
     async def again(
         self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, criu: "Criu", folder: Path, manifest: Mapping[str, Any], image: Image | None = None, window_s: float | None = None,
+        output: Path | None = None,
     ) -> Status:
         """`restore` of what has been looked through; the probe comes here."""
+        def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
+            self.checkpoints().fill(folder, manifest, criu, final, laid, document, told)
+            if output is not None:
+                link_output(output, laid)
+
         async with self._laying:
             if self._path(order.key).exists():
                 raise Refused("id", f"there is a container {_name(order.key)} already", "delete it first, or restore it under another epoch")
             try:
-                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, lambda *where: self.checkpoints().fill(folder, manifest, criu, *where), manifest["base"])
+                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, fill, manifest["base"])
             except OSError as error:
                 raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
             finally:
@@ -383,13 +403,30 @@ class ContainerDriver:
         """Start an instance that is laid out from a checkpoint, and look whether it lives; removes it where it does not. `window_s`: instead of `container_checkpoint.WINDOW_S`."""
         try:
             async with self._one(key):
-                await self.begin(key)
+                status = await self.begin(key)
+            while status.phase is Phase.PREPARED:  # an earlier agent's keeper is at it still; it ends by its own bounds
+                await asyncio.sleep(LOOK_S)
+                async with self._one(key):
+                    status = await self.begin(key)
             status = await self.checkpoints().lives(key, window_s)
         except Failed:
             await self.delete(key)
             raise
         await asyncio.to_thread(shutil.rmtree, self._path(key) / "restore", True)
         return status
+
+    # -- the disk ------------------------------------------------------------------------------------------------------------
+
+    async def hold_disks(self) -> "list[Over]":
+        """End those that run and have more on the disk than they asked for; which those were."""
+        limits = {Key(entry["id"], entry["epoch"]): limit for entry in (await asyncio.to_thread(self._present)).values() if (limit := disk_limit(entry)) > 0}
+        found = await asyncio.to_thread(self._disks.look, limits, time.monotonic()) if limits else []
+        ended = []
+        for one in found:
+            async with self._one(one.key):  # not while its state is being taken
+                if await self._disks.end(one):
+                    ended.append(one)
+        return ended
 
     # -- pause, stats, logs, exec --------------------------------------------------------------------------------------------
 
@@ -492,8 +529,13 @@ class ContainerDriver:
         if end is not None:
             if end.get("lapsed"):
                 return Status(key, Phase.LOST, reason="it was ended since nobody could prove that it is still this node's")
+            over = read(folder / OVER) if end.get("signal") == signal.SIGKILL else None
+            if over is not None:
+                return replace(ended(key, end), reason=reason(over))
             taken = read(folder / NOTE) if end.get("signal") == signal.SIGKILL else None
-            return ended(key, end) if taken is None else replace(ended(key, end), reason=f"its state was taken to {taken.get('folder')}")
+            if taken is None or taken.get("leave_running"):
+                return ended(key, end)
+            return replace(ended(key, end), phase=Phase.CHECKPOINTED, reason=f"its state was taken to {taken.get('folder')}")
         if running is None:
             return Status(key, Phase.PREPARED)
         lives = kept or alive(running)

@@ -3,7 +3,7 @@
 A checkpoint freezes the container, has its state written and packed, gives the folder its name, and only then ends the container, or lets it go on. What is under way stands in
 `FOLDER/checkpoint.json` of the instance; the rename of the state is what decides: before it the container goes on (`settle` of the next agent thaws it), after it the state is what counts.
 
-A restore looks through all of the state before anything is laid out, lays an instance out as `prepare` does, and has its keeper bring it back (`keeper.restore`, `keeper.compare`). Nothing of it runs before it
+A restore looks through all of the state before anything is laid out, lays an instance out as `prepare` does, and has its keeper bring it back (`keeper_restore`). Nothing of it runs before it
 is written down that it does. Then it is looked at whether it lives: every process that was brought back has had the processor, and the first one has not died within `WINDOW_S`.
 """
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from ..images import ImageError, Limits
 from ..images.layer import OPAQUE, WHITEOUT, unpack
-from . import cgroups, keeper
+from . import cgroups, keeper_restore, keeping
 from .checkpoint_state import CHUNK, DISK, IMAGES, Reader, Writer, add, check, codec, read_manifest, seal, suits
 from .container import COMMAND_S, LEFT_S, NOTE
 from .container_spec import ID_RANGE
@@ -105,7 +105,7 @@ class Checkpoints:
         for one in self._processes(key).values():
             if one.pop("stopped"):  # CRIU waits for it without an end
                 raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
-        keeper.write(str(own / NOTE), note)
+        keeping.write(str(own / NOTE), note)
         try:
             step("noted")
             manifest = await self._written(key, folder, criu, note, used, step)
@@ -212,7 +212,7 @@ class Checkpoints:
         status = await self._driver.status(key)
         if not (read(self._driver.folder(key) / "config.json") or {}).get("root", {}).get("readonly") or not status.pid:
             return
-        process = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", str(Path(keeper.__file__)), "remount", str(status.pid), "rw" if writable else "ro", stderr=asyncio.subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", str(Path(keeper_restore.__file__)), "remount", str(status.pid), "rw" if writable else "ro", stderr=asyncio.subprocess.DEVNULL)
         if await process.wait() and (await self._driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED):
             raise Failed("checkpoint", f"its root could not be made {'writable' if writable else 'read-only again'}", "leave spec.read_only_root out" if writable else "stop it: it could write to its root")
 
@@ -279,7 +279,7 @@ class Checkpoints:
             for image in restore.joinpath(IMAGES).glob("userns-*.img"):
                 image.write_bytes(user_namespace(image.read_bytes(), base))
         write_options(restore / "criu.conf", stopped=True)
-        document["hooks"] = {"createRuntime": [{"path": sys.executable, "args": [sys.executable, "-I", "-S", str(Path(keeper.__file__)), "loopback"]}]}
+        document["hooks"] = {"createRuntime": [{"path": sys.executable, "args": [sys.executable, "-I", "-S", str(Path(keeper_restore.__file__)), "loopback"]}]}
         binds = []
         for at, mount in enumerate(document["mounts"]):
             if mount["type"] == "bind":
@@ -350,7 +350,7 @@ class Checkpoints:
 
     def _processes(self, key: Key) -> dict[int, Any]:
         try:
-            return keeper.processes(self._groups.processes(self._group(key)))
+            return keeper_restore.processes(self._groups.processes(self._group(key)))
         except OSError:
             return {}
 
@@ -378,14 +378,14 @@ def _emptied(folder: Path) -> None:
 def _one_tree(first: int, those: Mapping[int, Any]) -> None:
     """Refuses where a process is in the container and does not descend from its first one: such a one (of `exec`) would not be in the state."""
     for pid, one in those.items():
-        if pid != first and keeper.parent(pid) not in those:
+        if pid != first and keeper_restore.parent(pid) not in those:
             raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was put into the container from outside, by exec", "wait until that command has ended")
 
 
 def _switches(pid: int, otherwise: int) -> int:
     """Of one that is gone: another number than `otherwise`."""
     try:
-        return keeper.switches(pid)
+        return keeper_restore.switches(pid)
     except (OSError, KeyError):
         return otherwise + 1
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import keeper
+from . import keeping
 from .checkpoint_state import read_manifest
 from .container import NOTE, ContainerDriver
 from .face import DriverError, Failed, Key, Order, Phase, Refused, Status
@@ -111,7 +111,7 @@ class Moves:
         return self._folder / f"{name}.json"
 
     async def _write(self, move: Move) -> Move:
-        await asyncio.to_thread(keeper.write, str(self._path(move.name)), asdict(move))
+        await asyncio.to_thread(keeping.write, str(self._path(move.name)), asdict(move))
         self._step(move.step)
         return move
 
@@ -170,7 +170,7 @@ class Moves:
         phase = await self._phase(order.key)
         if phase is None:
             await self._driver.restore(order, state)
-        elif phase is Phase.ENDED or phase is Phase.LOST:
+        elif phase in (Phase.ENDED, Phase.LOST, Phase.CHECKPOINTED):
             status = await self._driver.status(order.key)
             if status.exit is None or status.exit.code or status.exit.signal:
                 raise Failed("restore", f"it ended before anybody saw that it lives: {status.reason or status.phase.value}", "see why")

@@ -35,6 +35,8 @@ class Ability(StrEnum):
     LAZY = "lazy"
     """A restore that fetches memory as it is touched."""
     LIMITS = "limits"
+    DISK_LIMIT = "disk-limit"
+    """What it writes to its root is held to `requests.disk`."""
     NETWORK = "network"
     """More than loopback, and ports that are published on the node."""
     SECCOMP = "seccomp"
@@ -112,6 +114,8 @@ class Phase(StrEnum):
     PREPARED = "prepared"
     RUNNING = "running"
     PAUSED = "paused"
+    CHECKPOINTED = "checkpointed"
+    """It does not run, and goes on where its state is restored: that was taken, and ended it."""
     ENDED = "ended"
     LOST = "lost"
     """It does not run, and nobody saw how it ended: the machine restarted, or what watched it was killed."""
@@ -277,11 +281,23 @@ class Executes(Protocol):
 class Checkpoints(Protocol):
     """`Ability.CHECKPOINT` and `Ability.RESTORE`."""
 
+    def demand(self, ability: Ability) -> None:
+        """Raises `Refused` where it cannot do that here, by the last probe."""
+
     async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool) -> Mapping[str, Any]:
         """Write its state to an empty folder; returns what a restore needs to know."""
 
-    async def restore(self, order: Order, folder: Path) -> Status:
-        """Go on from a checkpoint."""
+    def folder(self, key: Key) -> Path:
+        """An instance's folder, there or not."""
+
+    async def examine(self, folder: Path) -> Mapping[str, Any]:
+        """What a restore needs to know of a checkpoint that can go on here; raises `Refused` where it cannot. Changes nothing."""
+
+    async def restore(self, order: Order, folder: Path, *, output: Path | None = None) -> Status:
+        """Go on from a checkpoint, where nothing has the order's key. `output`: a folder with what it wrote before, that it goes on with (`instance.link_output`)."""
+
+    async def come_back(self, key: Key) -> Status:
+        """Bring to its end a `restore` that an earlier agent began; of it there is something."""
 
 
 @runtime_checkable

@@ -118,7 +118,7 @@ class FunctionDriver:
         """Compile and run a module, and say what worked."""
         cannot = dict.fromkeys(
             (Ability.CHECKPOINT, Ability.RESTORE, Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "a function keeps nothing between two calls",
-        ) | {Ability.PAUSE: "a function that nobody calls stands still", Ability.EXEC: "a function's program is its module alone", Ability.NETWORK: "a module has no way to ask for one"}
+        ) | {Ability.PAUSE: "a function that nobody calls stands still", Ability.EXEC: "a function's program is its module alone", Ability.NETWORK: "a module has no way to ask for one", Ability.DISK_LIMIT: "a module writes to no disk"}
         cannot |= {Ability.USER_NAMESPACE: "each function has a user of its own instead"}
         if not function_seccomp.there():
             cannot[Ability.SECCOMP] = "the kernel does not filter system calls, or their numbers on this architecture are not known"

@@ -6,9 +6,11 @@ import json
 import os
 import select
 import time
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .face import Exit, Key, Phase, Refused, Status
 
@@ -16,8 +18,19 @@ MAX_EXEC_OUTPUT = 1 << 20
 """Bytes kept of each stream of a command; what comes after is read and dropped."""
 
 
+OUTPUT = ("stdout.log.1", "stdout.log", "stderr.log.1", "stderr.log")
+"""Files of what an instance wrote, in its folder."""
+
 LOOK_S = 0.02
 """Pause between two looks at a lock, for which there is no event."""
+
+
+def link_output(source: Path, target: Path) -> None:
+    """Give what an instance wrote a second name in another folder of the same file system; what is there goes, but for a file that `source` has not."""
+    for name in OUTPUT:
+        if (source / name).exists():
+            (target / name).unlink(missing_ok=True)
+            os.link(source / name, target / name)
 
 
 def held(folder: Path) -> bool:
@@ -74,7 +87,7 @@ async def over(folder: Path, status: Callable[[], Status], watched: Callable[[],
         now, descriptor = status(), watched()
         if now.phase is Phase.PREPARED and not held(folder):
             raise Refused("id", f"{folder.name} was never started", "start it first")
-        if now.phase in (Phase.ENDED, Phase.LOST):
+        if now.phase in (Phase.ENDED, Phase.LOST, Phase.CHECKPOINTED):
             return now
         if descriptor is None:  # between two states
             await asyncio.sleep(LOOK_S)
@@ -144,6 +157,49 @@ def tail(path: Path, most: int) -> tuple[bytes, bool]:
         except FileNotFoundError:
             continue
     return found, more
+
+
+Mark = tuple[int, int, int]
+"""A place in a log: the file's inode, bytes from its beginning, and the CRC-32 of what stands before it there: inodes are used again, at once."""
+
+NOWHERE: Mark = (0, 0, 0)
+"""The place in a log of which there is nothing yet."""
+
+MARKED = 64
+"""Bytes before a place that are looked at: a line or two, so that with its number or time no two are the same."""
+
+
+def since(path: Path, mark: Mark | None, most: int) -> tuple[bytes, Mark, bool]:
+    """What a log got after `mark` (None: its end), at most `most` bytes; the place after it; whether something is missing before it, since the files have turned meanwhile."""
+    with ExitStack() as stack:
+        files: list[tuple[BinaryIO, int, int]] = []
+        for name in (path.with_name(path.name + ".1"), path):
+            with suppress(FileNotFoundError):
+                opened = stack.enter_context(open(name, "rb"))
+                told = os.fstat(opened.fileno())
+                if told.st_size:
+                    files.append((opened, told.st_ino, told.st_size))
+        at = next((number for number, (file, inode, size) in enumerate(files) if mark is not None and 0 < mark[1] <= size and mark == (inode, mark[1], _before(file, mark[1]))), None)
+        if at is not None and mark is not None:
+            starts, missing = [size if number < at else mark[1] if number == at else 0 for number, (_, _, size) in enumerate(files)], False
+        else:
+            room, starts = most, [0] * len(files)
+            for number in reversed(range(len(files))):
+                starts[number] = max(0, files[number][2] - room)
+                room -= files[number][2] - starts[number]
+            missing = sum(starts) > 0 or (mark is not None and (mark != NOWHERE or len(files) > 1))  # with two files there may have been a third
+        found, place = b"", mark or NOWHERE
+        for (file, inode, size), start in zip(files, starts, strict=True):
+            file.seek(start)
+            data = file.read(min(size - start, most - len(found)))
+            if data:
+                found, place = found + data, (inode, start + len(data), _before(file, start + len(data)))
+        return found, place, missing
+
+
+def _before(file: BinaryIO, place: int) -> int:
+    file.seek(max(0, place - MARKED))
+    return zlib.crc32(file.read(min(place, MARKED)))
 
 
 def read(path: Path) -> dict[str, Any] | None:

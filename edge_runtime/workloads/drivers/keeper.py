@@ -1,11 +1,8 @@
-"""What stands between the agent and one container: a small process of its own that outlives the agent. Run as a script, with nothing of ours imported.
+"""What stands between the agent and one container: a small process of its own that outlives the agent. Run as a script, with nothing of ours imported but what stands beside it.
 
     python -I -S keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
-    python -I -S keeper.py loopback               the hook of a restore: the state of a container on stdin
-    python -I -S keeper.py remount PID ro|rw      makes the root of a container's mount namespace read-only, or not
 
-That is the server, which forks a keeper for each folder that comes through the socket, with three descriptors: the folder's lock, where to say the first word, where errors go. It ends
-when the socket's other end is closed; the keepers do not.
+That is the server (see `keeping`), which forks a keeper for each folder that it is sent.
 
 A keeper mounts the container's root in a mount namespace of its own, has the runtime start it, keeps what it writes, waits for its end and writes that down. Its mounts go with it, whoever is
 killed. It holds a lock on `FOLDER/lock` for as long as it lives: that is how the agent, this one or the next, knows that it is there. What it is told stands in `FOLDER/keeper.json`, what
@@ -15,123 +12,47 @@ it did in (where `keeper.json` names a lease, it ends the container when that is
     exit.json       how it ended (or that it could not be started, and what the runtime said)
     stdout.log, stdout.log.1, stderr.log, stderr.log.1    the end of what it wrote, each pair within `log_bytes`
 
-Where `keeper.json` has `restore`, the container goes on from a checkpoint instead. All of it stands still then until it was held against what the checkpoint had, and `running.json` is there: as
-with a start, nothing of it has run where that file is not.
+Where `keeper.json` has `restore`, the container goes on from a checkpoint instead (`keeper_restore`). All of it stands still then until it was held against what the checkpoint had, and
+`running.json` is there: as with a start, nothing of it has run where that file is not.
 
 The first word that it says is `running` or `ended`: then the file is there.
 """
 
-import ctypes
-import errno
-import fcntl
-import gc
 import json
 import os
-import select
 import selectors
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import time
 
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x0002_0000, 0x1000_0000, 0x4000_0000
-SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
+if __package__:
+    from .keeper_network import Network
+    from .keeper_restore import compare, restore, switches
+    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
+else:  # run as a script: its neighbours, without the package, which would load the agent
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from keeper_network import Network  # type: ignore[import-not-found,no-redef]
+    from keeper_restore import compare, restore, switches  # type: ignore[import-not-found,no-redef]
+    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x0002_0000, 0x1000_0000
+MS_REC, MS_PRIVATE = 0x4000, 0x4_0000
 MS_NOSUID, MS_NODEV = 2, 4
-PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+PR_SET_CHILD_SUBREAPER = 36
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 """Numbers of the calls: the same on all architectures."""
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH = 4
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 1, 0x0010_0000
-
-SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "armv7l": 380}
-"""Numbers of the system call; the agent has them as well (`system.process`), but nothing of ours is imported here."""
-
-PATH_MAX = 4096
-"""Bytes of a path, at most (Linux)."""
+MOUNT_ATTR_IDMAP = 0x0010_0000
 
 CHUNK = 65_536
 """Bytes that are read of the container's output at a time: what a pipe holds."""
 
-DRAIN_S = 2.0
-"""What a container has written is read for as long after its end; all who could write are dead then."""
-
 RUNTIME_S = 60.0
 """A runtime that takes longer for one command hangs."""
-
-LOOK_S = 1.0
-"""Between two looks at the lease: so late a container may be ended."""
-
-RUN = "/run/novacron"
-"""For what needs a short path for a moment."""
-
-CONNECT_S = 5.0
-"""What connects a container has done so within milliseconds; more means that it hangs."""
-
-RECONNECT_S = 1.0
-"""Pause before what connects a container is started again where it ended."""
-
-SAID = 4096
-"""Bytes kept of what a runtime says when it fails."""
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
-
-
-class Trouble(Exception):
-    """It could not be started; the text is for people."""
-
-
-class Taken(Trouble):
-    """A port that it publishes cannot be had here; it may be had on another node."""
-
-
-class Lapsed(Trouble):
-    """Its lease was over before it began."""
-
-
-def lease_s(path: str) -> float:
-    """Seconds that are left of a lease; none where it is not there."""
-    try:
-        with open(path) as handle:
-            return (int(handle.read()) - time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000) / 1000
-    except (OSError, ValueError):
-        return 0.0
-
-
-def check(result: int, what: str) -> int:
-    """Raises `Trouble` where a call of the C library failed."""
-    if result < 0:
-        raise Trouble(f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
-
-
-def write(path: str, value: dict) -> None:  # type: ignore[type-arg]
-    """A document, whole or not at all, on the disk when this returns. A disk that is full is told apart from nothing: the agent then sees that the end is not known."""
-    temporary = path + ".new"
-    with open(temporary, "w") as handle:
-        json.dump(value, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def leave_group(folders: list) -> None:  # type: ignore[type-arg]
-    """Out of the agent's control groups: a service manager ends all that is in them, and their limits are the agent's. What cannot be left is not."""
-    for folder in folders:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "cgroup.procs"), "w") as handle:
-                handle.write(str(os.getpid()))
-        except OSError:
-            continue
 
 
 def user_namespace(base: int, size: int) -> int:
@@ -216,181 +137,6 @@ def said(log: str) -> str:
     return found[:SAID]
 
 
-def started_ticks(pid: int) -> int:
-    """When a process began, in ticks since boot: with the pid and the boot it names a process for good."""
-    with open(f"/proc/{pid}/stat", "rb") as handle:
-        return int(handle.read().rpartition(b")")[2].split()[19])
-
-
-class Log:
-    """The end of a stream in two files that together stay within `most` bytes. What the disk does not take is dropped: the container must not wait for it."""
-
-    def __init__(self, path: str, most: int) -> None:
-        self._path, self._half = path, max(1, most // 2)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._file).st_size
-
-    def take(self, data: bytes) -> None:
-        """Append."""
-        while data:
-            if self._size >= self._half:
-                self._turn()
-            piece = data[:self._half - self._size] or data[:1]
-            try:
-                done = os.write(self._file, piece)
-            except OSError:
-                return
-            self._size += done
-            data = data[done:]
-
-    def _turn(self) -> None:
-        os.rename(self._path, self._path + ".1")
-        os.close(self._file)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._size = 0
-
-
-def tell(word: str) -> None:
-    """One line to the agent; it may be dead."""
-    try:
-        os.write(1, word.encode() + b"\n")
-        null = os.open("/dev/null", os.O_WRONLY)
-        os.dup2(null, 1)
-        os.close(null)
-    except OSError:
-        pass
-
-
-def out_of_memory(told: dict) -> bool:  # type: ignore[type-arg]
-    """Whether the kernel killed in the container's control group for want of memory."""
-    for path in told["oom"]:
-        try:
-            with open(path) as handle:
-                for line in handle:
-                    if line.startswith("oom_kill ") and int(line.split()[1]) > 0:
-                        return True
-        except (OSError, ValueError, IndexError):
-            continue
-    return False
-
-
-def processes(group: str) -> dict:  # type: ignore[type-arg]
-    """By pid on the host, what a control group has (the file of its processes): pid in the innermost namespace, name, threads, descriptors, whether a signal has stopped it. Without those that have ended."""
-    found = {}
-    with open(group) as handle:
-        pids = [int(line) for line in handle]
-    for pid in pids:
-        try:
-            told = status(pid)
-            state = told["State"][:1]
-            if state not in ("Z", "X"):
-                found[pid] = {"pid": int(told["NSpid"].split()[-1]), "name": told["Name"], "threads": int(told["Threads"]), "descriptors": len(os.listdir(f"/proc/{pid}/fd")), "stopped": state in ("T", "t")}
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def status(pid: int) -> dict:  # type: ignore[type-arg]
-    """What /proc/PID/status says."""
-    with open(f"/proc/{pid}/status", errors="replace") as handle:
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in handle)}
-
-
-def parent(pid: int) -> int:
-    """The parent's pid; 0 where the process is gone."""
-    try:
-        return int(status(pid)["PPid"])
-    except (OSError, KeyError):
-        return 0
-
-
-def switches(pid: int) -> int:
-    """How often the first thread of a process has left the processor: this grows only where it got it."""
-    told = status(pid)
-    return int(told["voluntary_ctxt_switches"]) + int(told["nonvoluntary_ctxt_switches"])
-
-
-def restore(told: dict, again: dict, out: int, err: int) -> None:  # type: ignore[type-arg]
-    """Bring back what a checkpoint has; all of it is stopped when this returns.
-
-    CRIU mounts a folder of the node as the container's root user, who may not be allowed to go through the folders above it: so they are mounted where he may, in our own mount namespace, first.
-    """
-    for source, place in again["binds"]:
-        if os.path.isdir(source):
-            os.makedirs(place, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            os.close(os.open(place, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))
-        above = os.path.dirname(place)
-        for folder in (above, os.path.dirname(above)):
-            os.chmod(folder, os.stat(folder).st_mode & 0o7777 | 0o111)  # whatever the umask of who made it
-        check(libc.mount(os.fsencode(source), os.fsencode(place), None, MS_BIND, None), f"mounting {source}")
-    path = os.pathsep.join((again["criu"], os.environ.get("PATH", os.defpath)))
-    try:
-        runtime(
-            told, "restore", "--detach", "--tcp-established", "--file-locks", "--image-path", again["images"], "--work-path", again["work"], "--bundle", told["folder"], "--pid-file", os.path.join(told["folder"], "pid"), told["name"],
-            out=out, err=err, more={"PATH": path, "CRIU_CONFIG_FILE": again["config"]}, seconds=RUNTIME_S + again["more_s"],
-        )
-    except Trouble as error:
-        raise Trouble(f"{error}{complaint(os.path.join(again['work'], 'restore.log'))}") from None
-
-
-def complaint(log: str) -> str:
-    """What CRIU says of a failure, to be put behind something."""
-    try:
-        with open(log, "rb") as handle:
-            handle.seek(max(0, os.fstat(handle.fileno()).st_size - (1 << 18)))
-            lines = [line.decode("utf-8", "replace") for line in handle.read().splitlines() if b"Error (" in line and b"RLIMIT_NOFILE" not in line]
-    except OSError:
-        return ""
-    return f"; CRIU says: {' | '.join(lines[:4])}"[:SAID // 2] if lines else ""
-
-
-def compare(again: dict, first: int) -> list:  # type: ignore[type-arg]
-    """Hold what was restored, and stands still, against what the checkpoint had; returns the pids on the host. Ends all of it where they differ, or its root cannot be as it was."""
-    found = processes(again["group"])
-    keys = ("pid", "threads", "descriptors")
-    have, want = (sorted(tuple(one[key] for key in keys) for one in those) for those in (found.values(), again["processes"]))
-    if have != want:
-        os.kill(first, signal.SIGKILL)
-        raise Trouble(f"what was restored is not what was there: of (pid, threads, descriptors) it has {[one for one in have if one not in want]} in place of {[one for one in want if one not in have]}"[:SAID])
-    if again["read_only"]:
-        try:
-            remount(first, True)
-        except Trouble:
-            os.kill(first, signal.SIGKILL)
-            raise
-    return list(found)
-
-
-def remount(pid: int, read_only: bool) -> None:
-    """Make the root of a process' mount namespace read-only, or not: CRIU makes a folder in it for a moment, so a state is taken of one that can be written. In a process of its own."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            check(libc.setns(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), CLONE_NEWNS), "entering the mount namespace")
-            attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY * read_only, MOUNT_ATTR_RDONLY * (not read_only), 0, 0)
-            check(libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", 0, attributes, len(attributes)), "mounting the root again")
-            code = 0
-        finally:
-            os._exit(code)
-    if os.waitpid(child, 0)[1]:
-        raise Trouble(f"its root could not be made {'read-only' if read_only else 'writable'}")
-
-
-def loopback() -> int:
-    """Bring up the loopback interface in the network namespace of the container whose state comes on stdin: a runtime does that at a start only."""
-    pid = int(json.load(sys.stdin)["pid"])
-    namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    check(libc.setns(namespace, CLONE_NEWNET), "entering the network namespace")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
-        asked = struct.pack("16sH14x", b"lo", 0)
-        flags = struct.unpack("16sH14x", fcntl.ioctl(line, SIOCGIFFLAGS, asked))[1]
-        fcntl.ioctl(line, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | IFF_UP))
-    return 0
-
-
 def keep(told: dict) -> dict:  # type: ignore[type-arg]
     """Start the container and stay with it until its end; returns how that was."""
     folder, name = told["folder"], told["name"]
@@ -399,7 +145,7 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     (out, out_end), (err, err_end) = os.pipe(), os.pipe()
     again = told.get("restore")
     if again:
-        restore(told, again, out_end, err_end)
+        restore(runtime, told, again, out_end, err_end, RUNTIME_S)
     else:
         runtime(told, "create", "--bundle", folder, "--pid-file", os.path.join(folder, "pid"), name, out=out_end, err=err_end)
     os.close(out_end)
@@ -432,100 +178,7 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
 
 
-class Network:
-    """What connects the container to the node's network: a process that ends with this one. Started again where it ends by itself.
-
-    In its command stand PID (the container's first process), READY and EXIT (descriptors: it writes when it is ready, and ends when the other end of EXIT is closed), and SOCKET, where it takes
-    requests for ports.
-    """
-
-    def __init__(self, told: dict, pid: int, folder: str) -> None:  # type: ignore[type-arg]
-        self._told, self._pid, self._errors = told, pid, os.path.join(folder, "network.err")
-        self._socket = f"{RUN}/network-{os.getpid()}"  # not in the folder, whose path may be longer than a socket's name can be
-        self._process: subprocess.Popen | None = None  # type: ignore[type-arg]
-        self._line = -1
-        self.ended = -1
-        """Readable when it has ended; -1 where it does not run."""
-        self.again_at = 0.0
-
-    def start(self) -> None:
-        """Returns when the container is connected and its ports are open; raises `Trouble`."""
-        (ready, its_ready), (its_end, self._line) = os.pipe(), os.pipe()
-        places = {"PID": str(self._pid), "READY": str(its_ready), "EXIT": str(its_end), "SOCKET": self._socket}
-        words = []
-        for word in self._told["command"]:
-            for place, value in places.items():
-                word = word.replace(place, value)
-            words.append(word)
-        os.makedirs(RUN, mode=0o700, exist_ok=True)
-        try:
-            with open(self._errors, "wb") as errors:
-                self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, cwd="/", pass_fds=(its_ready, its_end))
-            os.close(its_ready)
-            its_ready = -1
-            self.ended = os.pidfd_open(self._process.pid)
-            if not select.select([ready], [], [], CONNECT_S)[0] or not os.read(ready, 1):
-                with open(self._errors, "rb") as said:
-                    lines = said.read(SAID).decode("utf-8", "replace").splitlines()
-                raise Trouble(f"spec.network: {lines[-1] if lines else 'the container was not connected'}")
-            for request in self._told["ports"]:
-                self._ask(request)
-        except BaseException:
-            self.stop()
-            raise
-        finally:
-            for descriptor in (ready, its_ready, its_end):
-                if descriptor >= 0:
-                    os.close(descriptor)
-            try:
-                os.unlink(self._socket)  # nobody shall ask for more
-            except FileNotFoundError:
-                pass
-
-    def _ask(self, request: dict) -> None:  # type: ignore[type-arg]
-        with socket.socket(socket.AF_UNIX) as line:
-            line.settimeout(CONNECT_S)
-            try:
-                line.connect(self._socket)
-                line.sendall(json.dumps(request).encode())
-                line.shutdown(socket.SHUT_WR)
-                answer = json.loads(line.recv(CHUNK))
-            except (OSError, ValueError) as error:
-                answer = {"error": {"desc": str(error)}}
-        if "error" in answer:
-            told = request["arguments"]
-            raise Taken(f"port {told['host_port']} ({told['proto']}) of {told['host_addr']} cannot be had on this node: it is taken, or the address is not here")
-
-    def stop(self) -> None:
-        """End it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        for descriptor in (self.ended, self._line):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.ended = self._line = -1
-
-    def tend(self, selector: selectors.BaseSelector) -> float:
-        """It has ended: start it again when its pause is over. Seconds until it wants to be tended, 0: it runs."""
-        now = time.monotonic()
-        if self.ended >= 0:
-            selector.unregister(self.ended)
-            self.stop()
-            self.again_at = now + RECONNECT_S
-        if now < self.again_at:
-            return self.again_at - now
-        try:
-            self.start()
-        except (Trouble, OSError):
-            self.again_at = time.monotonic() + RECONNECT_S
-            return RECONNECT_S
-        selector.register(self.ended, selectors.EVENT_READ, self)
-        return 0.0
-
-
-def watch(ended: int, streams: dict, pid: int, lease: str, network: "Network | None" = None) -> tuple:  # type: ignore[type-arg]
+def watch(ended: int, streams: dict, pid: int, lease: str, network: Network | None = None) -> tuple:  # type: ignore[type-arg]
     """Write down what comes until the process has ended and all was read; returns its wait status, and whether its lease ended it."""
     selector = selectors.DefaultSelector()
     selector.register(ended, selectors.EVENT_READ)
@@ -580,36 +233,15 @@ def reap(pid: int) -> None:
             return
 
 
-def ordinary_turns() -> None:
-    """The priority and the turns at the processor that any process has: the agent's own are better than what it starts may have."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
-    number = SCHED_SETATTR.get(os.uname().machine)
-    if number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.getpriority(os.PRIO_PROCESS, 0), 0, 0, 0, 0)  # no length of turns: the kernel's own
-        libc.syscall(number, 0, attributes, 0)
-
-
-def live(folder: str) -> None:
+def live(folder: str, _: list) -> None:  # type: ignore[type-arg]
     """A keeper's life."""
     with open(os.path.join(folder, "keeper.json")) as handle:
         told = json.load(handle)
-    libc.prctl(PR_SET_NAME, b"novacron-keeper", 0, 0, 0)
     try:
         result = keep(told)
     except (Trouble, OSError, ValueError) as error:
         result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken)}
-    for _ in range(2):
-        try:
-            write(os.path.join(folder, "exit.json"), result)
-            break
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                break
-            for stale in ("stdout.log.1", "stderr.log.1"):  # how it ended is worth more than what it said before
-                try:
-                    os.unlink(os.path.join(folder, stale))
-                except OSError:
-                    pass
+    write_end(folder, result)
     try:
         runtime(told, "delete", "--force", told["name"])
     except Trouble:
@@ -617,54 +249,5 @@ def live(folder: str) -> None:
     tell("ended")
 
 
-def fork(folder: str, descriptors: list, line: socket.socket) -> None:  # type: ignore[type-arg]
-    """A keeper; returns in the server."""
-    if os.fork() != 0:
-        return
-    code = 1
-    try:
-        os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        line.close()
-        _lock, said, errors = descriptors  # the lock is held by being open
-        for source, target in ((said, 1), (errors, 2)):
-            os.dup2(source, target)
-            os.close(source)
-        live(folder)
-        code = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def main() -> int:
-    """The server, or a hook."""
-    if sys.argv[1:] == ["loopback"]:
-        return loopback()
-    if sys.argv[1:2] == ["remount"]:
-        remount(int(sys.argv[2]), sys.argv[3] == "ro")
-        return 0
-    ordinary_turns()
-    leave_group(sys.argv[2:])
-    libc.prctl(PR_SET_NAME, b"novacron-keepers", 0, 0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers that end leave nothing behind
-    gc.freeze()  # what is here is shared with all that are forked, and a collection would write to it
-    line = socket.socket(fileno=int(sys.argv[1]))
-    line.set_inheritable(False)
-    while True:
-        try:
-            data, descriptors, _, _ = socket.recv_fds(line, PATH_MAX, 3, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionError:
-            return 0
-        if not data:
-            return 0
-        if len(descriptors) == 3:
-            fork(os.fsdecode(data), descriptors, line)
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(live, int(sys.argv[1]), sys.argv[2:]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.workloads.drivers import cgroups, seccomp
 from edge_runtime.workloads.drivers.container_spec import CAPABILITIES, DEFAULT_MEMORY, Host, configuration, stop_signal
 from edge_runtime.workloads.drivers.face import Ability, Capabilities, Checkpoints, Driver, Executes, Exit, Key, Migrates, Observes, Order, Pauses, Refused
-from edge_runtime.workloads.drivers.keeper import Log
+from edge_runtime.workloads.drivers.keeping import Log
 from edge_runtime.workloads.drivers.probe_program import program
 from edge_runtime.workloads.drivers.users import ids
 from edge_runtime.workloads.images import Config

@@ -1,0 +1,84 @@
+"""Operations on workloads that are placed: entries of an edge's desired state, and what its records say of them. Pure."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edge_runtime.contract import jsoncodec
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.operations import Operation
+from edge_runtime.contract.schema import check_fields
+from edge_runtime.contract.workloads import OPERATION_FIELDS, RESTORE
+
+from ..store.base import StoredRecord
+from ..store.workloads import WorkloadRow
+from .documents import Conflict
+
+ASKED_S = 300.0
+"""Seconds for which an operation waits for an edge that is away, where nothing else is asked for."""
+
+MOST_ASKED_S = 2_592_000.0
+"""Thirty days: as long as a command may wait."""
+
+LOOK_BACK = 1000
+"""Newest records of operations of one edge that are looked at for how one stands: fifteen for each that a desired state may list."""
+
+ASKED = ("id", "kind", "name", "stop", "expires_seconds")
+
+
+def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int) -> dict[str, Any]:
+    """What an edge is asked, from a request: `name` is the operation's where the request has none. Raises `ContractError`, or `Conflict` where the workload is nowhere."""
+    unknown = sorted(set(asked) - set(ASKED))
+    if unknown:
+        raise ContractError(unknown[0][:80], "is not known here", f"send {', '.join(ASKED)}", "field")
+    seconds = asked.get("expires_seconds", ASKED_S)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MOST_ASKED_S:
+        raise ContractError("expires_seconds", f"{str(seconds)[:20]!r} is not 0 to {MOST_ASKED_S:.0f}", "use seconds")
+    if row.state != "placed":
+        raise Conflict("workload", f"{row.id} is {row.state}, and on no node", "ask when it is placed")
+    told = {key: value for key, value in asked.items() if key != "expires_seconds"}
+    found = check_fields(OPERATION_FIELDS, {"id": name, **told, "workload": row.id, "epoch": row.epoch, "expires_ms": now_ms + int(seconds * 1000)}, "payload")
+    if not found["name"] and found["kind"] not in (RESTORE, "checkpoint"):
+        raise ContractError("name", "is missing", "name the checkpoint", "missing")
+    return found
+
+
+def added(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The change of a desired state that asks for an operation; empty where it is asked for already. Raises `Conflict` where another one has its id."""
+    listed = list(spec.get("operations", ()))
+    for one in listed:
+        if one["id"] == wanted["id"]:
+            other = next((key for key in wanted if key != "expires_ms" and one.get(key) != wanted[key]), "")
+            if other:
+                raise Conflict(other, f"operation {wanted['id']} was asked for with another {other}", "give this one an id of its own")
+            return {}
+    return {"operations": [*listed, wanted]}
+
+
+def shown(listed: Iterable[Mapping[str, Any]], records: Iterable[StoredRecord], workload: str) -> list[dict[str, Any]]:
+    """The operations on one workload, the newest first.
+
+    Args:
+        listed: what the edge's desired state asks for.
+        records: `operation` records of the edge, the newest first.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for stored in records:
+        try:
+            told = Operation.from_json(jsoncodec.decode(stored.record.body.encode())).to_json()
+        except ContractError:
+            continue
+        if told["detail"].get("workload") == workload and told["id"] not in found:
+            found[told["id"]] = {**told, "node": stored.edge, "said_ms": stored.received_ms}
+    waiting = [
+        Operation(one["id"], one["kind"], "pending", one["epoch"], "", "the edge has not answered yet", {"workload": workload, "name": one["name"]}).to_json()
+        for one in listed if one["workload"] == workload and one["id"] not in found
+    ]
+    return [*reversed(waiting), *found.values()]
+
+
+def checkpoints(record: StoredRecord | None, workload: str) -> list[dict[str, Any]]:
+    """The checkpoints of one workload by an edge's newest `workload.checkpoints` record."""
+    if record is None:
+        return []
+    there = jsoncodec.decode(record.record.body.encode()).get("checkpoints")
+    return [one for one in there if isinstance(one, dict) and one.get("workload") == workload] if isinstance(there, list) else []
