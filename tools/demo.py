@@ -187,10 +187,11 @@ async def end_workloads(edge_data: Path) -> int:
     from edge_runtime.workloads.drivers.face import DriverError
     from edge_runtime.workloads.drivers.function import FunctionDriver
     from edge_runtime.workloads.drivers.microvm import MicrovmDriver
+    from edge_runtime.workloads.drivers.vm import VmDriver
     from edge_runtime.workloads.images import ImageError, ImageStore
 
     folder, ended = (edge_data / "workloads").resolve(), 0
-    kinds = [kind for name, kind in (("containers", ContainerDriver), ("functions", FunctionDriver), ("microvms", MicrovmDriver)) if (folder / name).exists()]
+    kinds = [kind for name, kind in (("containers", ContainerDriver), ("functions", FunctionDriver), ("microvms", MicrovmDriver), ("vms", VmDriver)) if (folder / name).exists()]
     if not kinds:
         return 0
     try:
@@ -304,20 +305,20 @@ class Demo:
             "uplink": {"url": f"mqtt://127.0.0.1:{uplink_port}", "backoff_base": "500ms", "backoff_cap": "5s", "keepalive": "5s", "protocol": protocol},
             "bus": {"url": f"mqtt://127.0.0.1:{bus_port}", "protocol": protocol}, "api": {"port": api_port},
             "decisions": {"rules": rules(threshold), "models": [f"shipped:host-anomaly/{form}"]},
-            "workloads": {"enabled": True, "reserve_disk": "1GiB", "reserve_memory": "256MiB", **self._microvms()},
+            "workloads": {"enabled": True, "reserve_disk": "1GiB", "reserve_memory": "256MiB", **self._guests()},
         }
         path = self.home / "edge.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return path
 
-    def _microvms(self) -> dict[str, Any]:
-        """Where they are asked for: they cost the boot of a guest, and memory."""
-        kernel = Path(".novacron/guest-kernel").resolve()
-        return {"microvms": True, **({"guest_kernel": str(kernel)} if kernel.is_dir() else {})} if self.options.microvms else {}
+    def _guests(self) -> dict[str, Any]:
+        """Micro-VMs and virtual machines, where they are asked for: they cost the boot of a guest, and the first ones memory."""
+        kernel, wanted = Path(".novacron/guest-kernel").resolve(), {name: True for name in ("microvms", "vms") if getattr(self.options, name)}
+        return {**wanted, **({"guest_kernel": str(kernel)} if wanted and kernel.is_dir() else {})}
 
     def _samples(self) -> None:
         """What `novactl run` runs."""
-        for kind in samples.NAMES:
+        for kind in (kind for kind in samples.NAMES if kind != "vm" or self.options.vms):
             try:
                 samples.make(kind, self.edge_data / "workloads" / "archives")
             except CommandError as error:
@@ -414,6 +415,7 @@ def main() -> int:
     parser.add_argument("--home", default=".novacron/demo", help="where everything is kept")
     parser.add_argument("--keep", dest="fresh", action="store_false", help="go on with what the last run left")
     parser.add_argument("--microvms", action="store_true", help="let the edge run micro-VMs: needs root and QEMU, and takes 130 MB")
+    parser.add_argument("--vms", action="store_true", help="let the edge run virtual machines: needs root and QEMU")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     options = parser.parse_args()
     try:

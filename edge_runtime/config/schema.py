@@ -127,6 +127,7 @@ class WorkloadsConfig:
     runtimes: tuple[str, ...] = key(("runc", "crun"), "programs that run containers, the first one that passes the probe is taken; none: containers are refused")
     criu: str = key("criu", "the program that takes checkpoints of containers (CRIU 4.2 or later), by its name on PATH or its path; empty: none are taken")
     microvms: bool = key(False, "run containers and batch jobs with isolation microvm: boots a guest when the agent starts, and keeps 130 MB of memory for its clones")
+    vms: bool = key(False, "run virtual machines: boots a guest when the agent starts, to see whether it can")
     guest_kernel: str = key("", "folder with boot/ and lib/modules/ of the kernel that guests boot; empty: this machine's own")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
     images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
@@ -140,6 +141,14 @@ class WorkloadsConfig:
     network: bool = key(True, "let containers that ask for it have this node's network, where slirp4netns is installed")
     publish: tuple[str, ...] = key(("127.0.0.1",), "IPv4 addresses of this node on which containers may publish ports; 0.0.0.0 allows all, none allows none")
     taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatesConfig:
+    """Updates of the image that this edge runs from (see firmware_images/README.md); an image turns them on by itself."""
+
+    enabled: bool = key(False, "take orders for updates; only where the image's updater runs beside the agent")
+    status_file: str = key("/var/lib/novacron/updates/status.json", "where the updater says how the update stands")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,5 +187,6 @@ class EdgeConfig:
     decisions: DecisionsConfig = key(DecisionsConfig, "", factory=True)
     duties: DutiesConfig = key(DutiesConfig, "", factory=True)
     workloads: WorkloadsConfig = key(WorkloadsConfig, "", factory=True)
+    updates: UpdatesConfig = key(UpdatesConfig, "", factory=True)
     api: ApiConfig = key(ApiConfig, "", factory=True)
     logging: LoggingConfig = key(LoggingConfig, "", factory=True)

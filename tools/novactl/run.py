@@ -3,6 +3,7 @@
 import argparse
 import http.client
 import secrets
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +15,7 @@ from urllib.parse import quote
 from . import samples
 from .client import Api, CommandError, edge_api, hub_api
 
-KINDS = {"container": "container", "function": "function", "microvm": "container"}
+KINDS = {"container": "container", "function": "function", "microvm": "container", "vm": "vm"}
 """What can be run so, to the kind of its sample; more come with their drivers."""
 
 LOOK_S = 0.1
@@ -26,6 +27,9 @@ SETTLE_S = 10.0
 REQUESTS = {"cpu": "100m", "memory": "64Mi"}
 """What is set aside where nothing is said: a small edge has it."""
 
+VM_REQUESTS = {"cpu": "500m", "memory": "128Mi"}
+"""The same for a virtual machine, whose system is in its memory too."""
+
 Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
 
 
@@ -36,7 +40,7 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
         return _run(options, show, plain)
 
     def image(options: Any) -> int:
-        path = samples.make(options.kind, options.to)
+        path = samples.make(options.kind, options.to, options.kernel)
         show({"image": samples.NAMES[options.kind], "archive": str(path)}, options.json, [[samples.NAMES[options.kind], path]], ["image", "archive"])
         return 0
 
@@ -49,9 +53,10 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("--input", default="world", help="function: what it is sent")
     parser.add_argument("--timeout", type=float, default=60, help="seconds until it must have answered")
     parser.add_argument("--rm", action="store_true", help="remove it at the end, also where it failed")
-    parser.add_argument("args", nargs="*", metavar="COMMAND", help="after --: a container's command, a function's arguments")
-    parser = command("image", image, "make a sample image as an archive: image container --to FOLDER, image function --to FOLDER")
+    parser.add_argument("args", nargs="*", metavar="COMMAND", help="after --: a container's command, a function's arguments, what a virtual machine runs at its first boot")
+    parser = command("image", image, "make a sample image as an archive: image container --to FOLDER, image function --to FOLDER, image vm --to FOLDER")
     parser.add_argument("kind", choices=sorted(samples.NAMES))
+    parser.add_argument("--kernel", default="", help="vm: folder with boot/ and lib/modules/ of its kernel; default: .novacron/guest-kernel, else this machine's own")
     parser.add_argument("--to", type=Path, required=True, help="a folder, such as the edge's DATA_DIR/workloads/archives")
 
 
@@ -60,8 +65,10 @@ def _run(options: Any, show: Show, plain: Callable[[str], str]) -> int:
         raise CommandError(f"run: --timeout {options.timeout:g} is no time; give seconds")
     hub, name, end = hub_api(options.hub, options.token), options.name or f"run-{options.kind}-{secrets.token_hex(3)}", time.monotonic() + options.timeout
     kind = KINDS[options.kind]
-    requests = {**REQUESTS, **({"cpu": options.cpu} if options.cpu else {}), **({"memory": options.memory} if options.memory else {})}
+    requests = {**(VM_REQUESTS if kind == "vm" else REQUESTS), **({"cpu": options.cpu} if options.cpu else {}), **({"memory": options.memory} if options.memory else {})}
     spec: dict[str, Any] = {"command" if kind == "container" else "args": options.args} if options.args else {}
+    if kind == "vm" and options.args:
+        spec = {"cloud_init": {"user_data": "#!/bin/sh\n" + shlex.join(options.args) + "\n"}}
     if options.kind == "microvm":
         spec["isolation"] = "microvm"
     hub.call("POST", "/api/v1/workloads", {"id": name, "kind": kind, "image": options.image or samples.NAMES[kind], "requests": requests, "spec": spec})

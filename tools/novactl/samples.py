@@ -1,4 +1,4 @@
-"""Sample images, made on the spot: a container around this machine's static busybox, and a WebAssembly function. Each is a tar archive of an OCI layout, as the archives folder of an edge takes it."""
+"""Sample images, made on the spot: a container around this machine's static busybox, a WebAssembly function, and the disk of a virtual machine (`vm_sample`). Each is a tar archive of an OCI layout, as the archives folder of an edge takes it."""
 
 import base64
 import gzip
@@ -17,7 +17,7 @@ from .client import CommandError
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("cat", "date", "echo", "env", "hostname", "id", "ls", "ps", "sh", "sleep", "true", "uname", "wc")
 
-NAMES = {"container": "sample-box:1", "function": "sample-greet:1"}
+NAMES = {"container": "sample-box:1", "function": "sample-greet:1", "vm": "sample-vm:1"}
 """Names of the samples by kind."""
 
 HELLO = 'trap "exit 0" TERM; echo "hello from $(hostname), a container on $(uname -s) $(uname -r) with $(ls /proc | wc -l) entries in /proc"; sleep 3600 & wait'
@@ -44,9 +44,13 @@ GREET_TEXT = """(module
 _GO = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "riscv64": "riscv64", "ppc64le": "ppc64le", "s390x": "s390x"}
 
 
-def make(kind: str, folder: Path) -> Path:
-    """Write the sample of a kind into a folder, which is made; returns the archive. Raises `CommandError` where it cannot be made here."""
-    parts = _container() if kind == "container" else _function()
+GUEST_KERNEL = Path(__file__).parents[2] / ".novacron/guest-kernel"
+"""Where the set-up puts a kernel for guests."""
+
+
+def make(kind: str, folder: Path, kernel: str = "") -> Path:
+    """Write the sample of a kind into a folder, which is made; returns the archive. Raises `CommandError` where it cannot be made here. `kernel`: folder of the kernel of a virtual machine."""
+    parts = _container() if kind == "container" else _function() if kind == "function" else _vm(kernel)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{NAMES[kind].partition(':')[0]}.tar"
     # Whoever looks into the folder meanwhile sees nothing, or all of it.
@@ -91,6 +95,21 @@ def _container() -> dict[str, bytes]:
 
 def _function() -> dict[str, bytes]:
     return _layout(NAMES["function"], b"{}", "application/vnd.wasm.config.v0+json", GREET, "application/wasm")
+
+
+def _vm(kernel: str) -> dict[str, bytes]:
+    from . import vm_sample
+
+    disk = vm_sample.disk(kernel or (str(GUEST_KERNEL) if GUEST_KERNEL.is_dir() else ""))
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        member = tarfile.TarInfo("disk/sample.raw")
+        member.size, member.mode = len(disk), 0o644
+        archive.addfile(member, io.BytesIO(disk))
+    layer = target.getvalue()
+    machine = platform.machine()
+    config = {"os": "linux", "architecture": _GO.get(machine, machine), "config": {}, "rootfs": {"type": "layers", "diff_ids": [f"sha256:{sha256(layer).hexdigest()}"]}}
+    return _layout(NAMES["vm"], json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json", gzip.compress(layer, 1, mtime=0), "application/vnd.oci.image.layer.v1.tar+gzip")
 
 
 def _layout(name: str, config: bytes, config_media: str, layer: bytes, layer_media: str) -> dict[str, bytes]:

@@ -7,6 +7,9 @@ What programs write goes through a pipe (so that /dev/stdout can be opened) to a
 import shlex
 from collections.abc import Mapping, Sequence
 
+PORTS = ("control", "out", "err", "exec_out", "exec_err")
+"""The channels of a guest (virtio-serial ports 1..): orders and answers, what its program writes, what a command in it writes."""
+
 INIT = rb"""#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin

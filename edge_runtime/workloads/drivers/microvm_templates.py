@@ -29,7 +29,7 @@ BOOT_S = 60.0
 UID = 0x6FFF_0000
 """User of a template's QEMU; those of instances come after it. Below the ranges of containers."""
 
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 PLACEHOLDERS = ("driver=null-co,node-name=disk0,size=1048576,read-only=on", "driver=null-co,node-name=disk1,size=1048576")
 """What stands for a clone's disks; a template does not look at them."""
@@ -54,8 +54,8 @@ class Templates:
 
     def __init__(self, qemu: str, kernel: qemu_kernel.Kernel, folder: Path, keepers: Keepers, boot_s: float = BOOT_S) -> None:
         self._qemu, self._folder, self._keepers, self._boot_s = qemu, folder, keepers, boot_s
-        self._kernel = _sealed("kernel", kernel.image.read_bytes())
-        self._initramfs = _sealed("initramfs", qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel), microvm_guest.INIT))
+        self._kernel = sealed("kernel", kernel.image.read_bytes())
+        self._initramfs = sealed("initramfs", qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel), microvm_guest.INIT))
         self._made: dict[Machine, Template] = {}
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class Templates:
     def _make(self, machine: Machine) -> Template:
         folder = self._folder / f"template-{uuid.uuid4().hex[:12]}"
         folder.mkdir(mode=0o700)
-        ram, state = _memory("novacron-guest"), _memory("novacron-state")
+        ram, state = memory("novacron-guest"), memory("novacron-state")
         try:
             os.ftruncate(ram, machine.memory_mb << 20)
             told = {
@@ -94,7 +94,7 @@ class Templates:
             if word != "ended" or not end.get("template"):
                 raise Failed("template", str(end.get("failed") or "its keeper ended without a word"), "see the reason")
             for descriptor in (ram, state):
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             return Template(ram, state, float(end["booted_s"]), float(end["saved_s"]))
         except BaseException:
             os.close(ram)
@@ -104,16 +104,16 @@ class Templates:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
-def _sealed(name: str, data: bytes) -> int:
-    descriptor = _memory(name)
+def sealed(name: str, data: bytes) -> int:
+    descriptor = memory(name)
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view):]
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
     return descriptor
 
 

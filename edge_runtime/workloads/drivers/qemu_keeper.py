@@ -9,11 +9,10 @@ QEMU has a user of its own, no rights, no network, and dies with its keeper. An 
     {"do": "signal", "number": 15}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "exec", "args": [..], "timeout_s": 5}
 """
 
-import base64
+import binascii
 import json
 import os
 import resource
-import secrets
 import selectors
 import signal
 import socket
@@ -23,17 +22,16 @@ import time
 
 if __package__:
     from . import microvm_guest as guest
-    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
-    from .qemu_machine import PORTS
+    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
     from .qemu_qmp import Qmp, QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
-    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
-    from qemu_machine import PORTS  # type: ignore[import-not-found,no-redef]
+    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
 
-CLONE_NEWNET, CLONE_NEWIPC = 0x4000_0000, 0x0800_0000
+CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWIPC = 0x0002_0000, 0x4000_0000, 0x0800_0000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x4_0000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_THP_DISABLE = 1, 38, 41
 
 QMP_S = 20.0
@@ -61,12 +59,20 @@ OPEN_FILES = 256
 """Of a QEMU; it has about fifty."""
 
 
+def bind(source: str, target: str) -> None:
+    """Lay a file over another one, in a mount namespace of this process."""
+    check(libc.unshare(CLONE_NEWNS), "a mount namespace")
+    check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mounts of its own")
+    check(libc.mount(os.fsencode(source), os.fsencode(target), None, MS_BIND, None), f"laying a file over {target}")
+
+
 class Machine:
     """A running QEMU, its channels, and what it says when it fails."""
 
     def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
         ours, its = {}, dict(descriptors)
-        for name in ("qmp", *PORTS):
+        ports = told.get("ports", guest.PORTS)
+        for name in ("qmp", *ports):
             ours[name], end = socket.socketpair()
             its[name] = end.detach()
         for path, value in told["groups"]:
@@ -83,6 +89,8 @@ class Machine:
                     with open(path, "w") as handle:
                         handle.write(str(os.getpid()))
             check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "a network namespace")
+            for source, target in told.get("binds", ()):
+                bind(source, target)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
             os.setgroups(told["more_groups"])
@@ -101,7 +109,7 @@ class Machine:
             )
         for name in ours:
             os.close(its[name])
-        self.ports = {name: ours[name] for name in PORTS}
+        self.ports = {name: ours[name] for name in ports}
         self.qmp = Qmp(ours["qmp"], QMP_S)
         self.qmp_line = ours["qmp"]
 
@@ -177,6 +185,31 @@ class Kept:
         self.data += data[:room]
 
 
+def save(machine: Machine, state: int) -> None:
+    """Stop a guest and write its state; its memory stays where it is. Raises `Trouble` and `QmpError`."""
+    machine.qmp.ask("stop")
+    machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+    machine.qmp_line.setblocking(True)
+    socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [state])
+    machine.qmp.answer("getfd")
+    machine.qmp.ask("migrate", uri="fd:state")
+    if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
+        raise machine.trouble("the guest's state could not be saved")
+
+
+def load(machine: Machine, state: int) -> None:
+    """Give a machine that waits for it the state of a template. Raises `Trouble` and `QmpError`."""
+    machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+    machine.qmp.ask("migrate-incoming", uri=f"fd:{state}")
+    if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
+        raise machine.trouble("the template cannot be loaded")
+
+
+def _text(data: bytearray) -> str:
+    """Bytes as base64. Not by the module of that name, nor random ones by `secrets`: each keeper would have a megabyte more."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
 def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
     """Boot a guest and save it. Returns what it took."""
     began = time.monotonic()
@@ -197,14 +230,7 @@ def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-a
             if ["ready"] in lines.take(data):
                 break
         booted = time.monotonic() - began
-        machine.qmp.ask("stop")
-        machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
-        machine.qmp_line.setblocking(True)
-        socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [descriptors["state"]])
-        machine.qmp.answer("getfd")
-        machine.qmp.ask("migrate", uri="fd:state")
-        if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
-            raise machine.trouble("the guest's state could not be saved")
+        save(machine, descriptors["state"])
         return {"template": True, "booted_s": round(booted, 3), "saved_s": round(time.monotonic() - began - booted, 3), "at_ms": int(time.time() * 1000)}
     except QmpError as error:
         raise machine.trouble(str(error)) from None
@@ -217,7 +243,7 @@ class Keeper:
 
     def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
         self.told, self.folder = told, told["folder"]
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         self.lines, self.token = Lines(), token
         logs = {name: Log(os.path.join(self.folder, f"std{name}.log"), told["log_bytes"]) for name in ("out", "err")}
         self.streams = {name: Stream(token, log.take) for name, log in logs.items()}
@@ -241,12 +267,9 @@ class Keeper:
             if told["lease"] and lease_s(told["lease"]) <= 0:
                 raise Lapsed("its lease was over before it began")
             machine.qmp.begin()
-            machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
-            machine.qmp.ask("migrate-incoming", uri=f"fd:{told['state_descriptor']}")
-            if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
-                raise machine.trouble("the template cannot be loaded")
+            load(machine, told["state_descriptor"])
             machine.qmp.ask("cont")
-            machine.say(guest.start(told["document"], self.token, secrets.token_hex(64), int(time.time())))
+            machine.say(guest.start(told["document"], self.token, os.urandom(64).hex(), int(time.time())))
             self.watch()
         except QmpError as error:
             raise machine.trouble(str(error)) from None
@@ -435,7 +458,7 @@ class Keeper:
         elif request["do"] == "exec":
             if self.exec is not None:
                 return {"failed": "another command runs in it"}
-            token, out, err = secrets.token_hex(8), Kept(), Kept()
+            token, out, err = os.urandom(8).hex(), Kept(), Kept()
             script = guest.run(self.told["document"], [str(word) for word in request["args"]], token)
             self.exec = {
                 "line": line, "code": None, "late": False, "end": time.monotonic() + float(request["timeout_s"]), "out": out, "err": err, "exec_out": Stream(token, out.take), "exec_err": Stream(token, err.take),
@@ -454,12 +477,12 @@ class Keeper:
         self.exec = None
         if run["line"] is not None:
             self.answer(run["line"], {
-                "code": run["code"], "late": run["late"], "cut": run["out"].cut or run["err"].cut, "out": base64.b64encode(run["out"].data).decode(), "err": base64.b64encode(run["err"].data).decode(),
+                "code": run["code"], "late": run["late"], "cut": run["out"].cut or run["err"].cut, "out": _text(run["out"].data), "err": _text(run["err"].data),
             })
 
 
-def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
-    """A keeper's life."""
+def live(folder: str, descriptors: list, keeper: type = Keeper, template: object = make_template) -> None:  # type: ignore[type-arg]
+    """A keeper's life. `keeper`, `template`: what keeps an instance, and what makes a template."""
     with open(os.path.join(folder, "keeper.json")) as handle:
         told = json.load(handle)
     names = dict(zip(told["descriptors"], descriptors, strict=True))
@@ -470,9 +493,9 @@ def live(folder: str, descriptors: list) -> None:  # type: ignore[type-arg]
             told["state_descriptor"] = names["state"]
         for name, path, writable in told["files"]:
             names[name] = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        result = make_template(told, names) if told["template"] else Keeper(told, names).keep()
+        result = template(told, names) if told["template"] else keeper(told, names).keep()  # type: ignore[operator]
     except (Trouble, OSError, ValueError, subprocess.SubprocessError) as error:
-        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed)}
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken)}
     write_end(folder, result)
     for path, value in told["groups"]:
         if value is None:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PORTS = ("control", "out", "err", "exec_out", "exec_err")
-"""The channels of a guest (virtio-serial ports 1..): orders and answers, what its program writes, what a command in it writes."""
+from .microvm_guest import PORTS
 
 TRANSLATED_MB = 24
 """QEMU's room for translated code (TCG). Its default takes a quarter of the guest's memory; with this a small guest loses nothing, and stays within its memory bar."""

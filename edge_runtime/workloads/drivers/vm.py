@@ -1,0 +1,371 @@
+"""Virtual machines: a disk of any system, in a QEMU that is a PC; each is watched over by a keeper of its own (`vm_keeper`), which outlives the agent.
+
+    <dir>/vms/<name>/        one instance: instance.json, keeper.json, disk.qcow2 (what it wrote), seed.img (for cloud-init), and what its keeper writes
+    <dir>/vms/.templates/    what the disks of templates have beyond their images (`vm_templates`)
+
+The image's disk is read by all that started from it, and written by nobody.
+"""
+
+import asyncio
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..images import Image, ImageError, ImageStore
+from . import cgroups, lease, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
+from .container import searched
+from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused, Status
+from .instance import read, sync_folder, write
+from .microvm_templates import UID as FIRST_UID
+from .network import PROGRAM, connection, resolv_conf
+from .qemu_driver import MAX_INSTANCES, PROGRAMS, QemuDriver, ask_path, name_of, open_to_group, version_of
+from .vm_machine import KERNEL, UEFI, Layer, Shape
+from .vm_spec import BOOT_S, Offer, Vm, machine
+from .vm_templates import DISK, Template, VmTemplates
+
+UID = FIRST_UID + 0x1000
+"""User of a template's QEMU; those of instances come after it. Beside those of micro-VMs."""
+
+PROBE = Shape(128, 1, KERNEL)
+"""What the probe boots."""
+
+PROBE_MODULES = ("virtio_pci", "virtio_console")
+
+PROBE_INIT = rb"""#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys
+while read -r module; do insmod /modules/$module.ko; done < /modules/order
+until (exec 8>/dev/vport2p1 || exec 8>/dev/vport1p1 || exec 8>/dev/vport0p1) 2>/dev/null; do sleep 0.02; done
+for port in /dev/vport*p1; do echo ready > $port; done
+sleep 1000
+"""
+"""The probe's guest: Linux with its devices."""
+
+FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")
+"""Of UEFI: code, and the variables that each machine begins with."""
+
+QUIET = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off"
+"""Arguments of the probe's kernel."""
+
+COPY_S = 600.0
+"""A copy of a disk that takes longer hangs: 60 GB at 100 MB/s take as long."""
+
+OPTION_ROM = "linuxboot_dma.bin"
+"""What QEMU adds to a machine that is given a kernel: a clone, which needs no kernel any more, must have it all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How virtual machines are run.
+
+    Attributes:
+        kernel: folder with boot/ and lib/modules/ of the kernel that the probe boots; empty: this machine's.
+        qemu: programs to try.
+        log_bytes: kept of the serial console.
+        network: let machines have the node's network, where slirp4netns is installed.
+        publish: addresses of the node on which ports may be published.
+        enabled: else nothing is started; what is there is ended.
+    """
+
+    kernel: str = ""
+    qemu: tuple[str, ...] = PROGRAMS
+    log_bytes: int = 4 << 20
+    network: bool = True
+    publish: tuple[str, ...] = ("127.0.0.1",)
+    enabled: bool = True
+
+
+class VmDriver(QemuDriver):
+    """The driver of virtual machines; see `face.Driver`."""
+
+    WHAT, FOLDER, KEEPER = "virtual machine", "vms", "vm_keeper.py"
+
+    def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
+        super().__init__(directory, store)
+        self._settings = settings
+        self._templates = VmTemplates(self._folder / ".templates", self._keepers)
+        self._qemu, self._accelerator, self._connector = "", "tcg", searched(PROGRAM) if settings.network else None
+        self.booted_s = 0.0
+        """What the probe's boot took."""
+
+    def close(self) -> None:
+        """What runs goes on."""
+        super().close()
+        self._templates.close()
+
+    # -- what can be done ----------------------------------------------------------------------------------------------------
+
+    def _find(self) -> Capabilities:
+        cannot = dict.fromkeys(
+            (Ability.CHECKPOINT, Ability.RESTORE, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+        ) | {
+            Ability.ROOTLESS: "the driver makes control groups and network namespaces, which needs root", Ability.USER_NAMESPACE: "a guest has a kernel of its own instead",
+            Ability.EXEC: "what runs in a guest is its own affair: log in to it over its network",
+        }
+        if self._connector is None:
+            cannot[Ability.NETWORK] = self._no_network()
+        why, version = "", ""
+        qemu = next((path for name in self._settings.qemu if (path := searched(name))), None)
+        if not self._settings.enabled:
+            why = "switched off (workloads.vms in its configuration)"
+        elif os.geteuid() != 0:
+            why = "the agent does not run as root"
+        elif platform.machine() != "x86_64":
+            why = f"there is no machine type q35 for {platform.machine()}"
+        elif self._groups.lacks:
+            why = self._groups.lacks
+        elif qemu is None:
+            why = "QEMU is not installed (as root: apt install qemu-system-x86)"
+        else:
+            try:
+                self._qemu = qemu
+                kernel = qemu_kernel.find(self._settings.kernel)
+                self._accelerator, cpu = self._boots(kernel)
+                version = f"{version_of(qemu)}, {self._accelerator}, Linux {kernel.release}" + (f" (kvm: {cpu})" if cpu else "")
+            except (qemu_kernel.NoKernel, OSError) as error:
+                why = str(error)
+            except Failed as error:
+                why = f"no guest boots: {error.problem}"
+        if why:
+            cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), why)
+        return Capabilities("vm", "vm", version[:400], platform.machine(), (), self._groups.layout, platform.release(), cannot)
+
+    def _no_network(self) -> str:
+        return f"{PROGRAM} is not installed (as root: apt install {PROGRAM})" if self._settings.network else "switched off (workloads.network in its configuration)"
+
+    def _boots(self, kernel: qemu_kernel.Kernel) -> tuple[str, str]:
+        """The accelerator with which Linux boots, and why not with the better one. That /dev/kvm opens proves nothing (see `microvm`)."""
+        why = "there is no /dev/kvm"
+        if os.path.exists("/dev/kvm"):
+            why = "" if open_to_group("/dev/kvm") else "neither its group nor others may open /dev/kvm"
+            if not why:
+                try:
+                    self._try(kernel, "kvm")
+                    return "kvm", ""
+                except Failed as error:
+                    why = error.problem
+        self._try(kernel, "tcg")
+        return "tcg", why[:200]
+
+    def _try(self, kernel: qemu_kernel.Kernel, accelerator: str) -> None:
+        """Boot the probe's guest to its first process, and save it. Raises `Failed`."""
+        shape = replace(PROBE, accelerator=accelerator)
+
+        def told(folder: Path) -> dict[str, Any]:
+            (folder / "initramfs").write_bytes(qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel, PROBE_MODULES), PROBE_INIT))
+            shutil.copyfile(kernel.image, folder / "kernel")
+            (folder / "base.raw").write_bytes(vm_seed.seed({}))
+            for name in ("kernel", "initramfs"):
+                (folder / name).chmod(0o644)
+            content = vm_image.Content(folder / "base.raw", "raw", 1 << 20, folder / "kernel", folder / "initramfs", QUIET)
+            return self._template(folder, shape, content, QUIET)
+
+        self.booted_s = self._templates.get("probe", BOOT_S, told).booted_s
+        self._templates.drop("probe")
+
+    # -- prepare -------------------------------------------------------------------------------------------------------------
+
+    async def prepare(self, order: Order) -> Status:
+        await self._ready()
+        async with self._laying:
+            if not self._path(order.key).exists():
+                try:
+                    await asyncio.to_thread(self._lay_out, order)
+                except ImageError as error:
+                    raise Refused(error.field, error.problem, error.remedy) from None
+                except OSError as error:
+                    raise Failed("disk", f"the machine could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
+        return self._status(order.key)
+
+    def _lay_out(self, order: Order) -> None:
+        """Check everything, then write the instance's folder, all or nothing; blocks."""
+        image, content, vm = self._plan(order)
+        present = self._present()
+        if len(present) >= MAX_INSTANCES:
+            raise Refused("instances", f"there are {len(present)} virtual machines on this node, the most there may be", "delete those that have ended")
+        space = os.statvfs(self._folder)
+        if order.requests.get("disk", 0) > space.f_bavail * space.f_frsize:
+            raise Refused("requests.disk", f"{order.requests['disk']} bytes are asked for, {space.f_bavail * space.f_frsize} are free", "ask for less, free space, or place it on another node")
+        taken = {entry.get("slot") for entry in present.values()}
+        slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
+        name, folder = name_of(order.key), self._path(order.key)
+        laid = self._new / name
+        shutil.rmtree(laid, ignore_errors=True)
+        laid.mkdir(mode=0o700)
+        if vm.template:
+            os.link(self._template_of(image, vm, content).folder / DISK, laid / DISK)
+        _overlay(laid / "disk.qcow2", vm.disk_bytes)
+        (laid / "seed.img").write_bytes(vm_seed.seed(vm_seed.files(name, vm.hostname, vm.cloud_init)))
+        if vm.shape.boot == UEFI:
+            shutil.copyfile(FIRMWARE[1], laid / "variables.fd")
+        for file, value in (("keeper.json", self._keeper(order, vm, content, folder, slot)), ("instance.json", {
+            "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest, "layers": list(image.config.diff_ids), "leased": order.leased, "bytes": vm.disk_bytes,
+            "reference": order.image, "requests": dict(order.requests), "spec": dict(order.spec),
+        })):
+            write(laid / file, value)
+        (laid / "lock").touch(mode=0o600)
+        os.rename(laid, folder)
+        sync_folder(self._folder)
+
+    def _plan(self, order: Order) -> tuple[Image, vm_image.Content, Vm]:
+        """All that is asked for, checked."""
+        image = self._store.find(order.image)
+        if image.config.module:
+            raise Refused("image", "is a WebAssembly module", "submit it as a function or a batch job")
+        content = vm_image.find(self._store.lower(image))
+        offer = Offer(
+            content.kernel is not None, content.arguments, content.bytes, all(map(os.path.exists, FIRMWARE)), self._accelerator, os.cpu_count() or 1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            self._settings.publish if self._connector is not None else None, self._no_network(),
+        )
+        vm = machine(order, offer)
+        return image, content, vm
+
+    def _keeper(self, order: Order, vm: Vm, content: vm_image.Content, folder: Path, slot: int) -> dict[str, Any]:
+        """What the keeper of an instance is told."""
+        shape, group = vm.shape, f"{cgroups.PARENT}/{folder.name}"
+        files = [["base", str(content.disk), False], *([["under", str(folder / DISK), False]] if vm.template else []), ["disk", str(folder / "disk.qcow2"), True], ["seed", str(folder / "seed.img"), False]]
+        formats = [content.format, *(["qcow2"] if vm.template else []), "qcow2"]
+        sets = [word for at, (file, _, _) in enumerate(files, 1) for word in ("-add-fd", f"fd={{{file}}},set={at}")]
+        disks = [*sets, *vm_machine.chain("disk", [Layer(form, at) for at, form in enumerate(formats, 1)], True), *vm_machine.chain("seed", [Layer("raw", len(files))], False)]
+        boot, more = _boot(shape, content, vm.arguments, vm.template)
+        if shape.boot == UEFI:
+            at = len(files) + 1
+            boot = [["firmware", FIRMWARE[0], False], ["variables", str(folder / "variables.fd"), True]]
+            more = ["-add-fd", f"fd={{firmware}},set={at}", "-add-fd", f"fd={{variables}},set={at + 1}", *vm_machine.chain("firmware", [Layer("raw", at)], False), *vm_machine.chain("variables", [Layer("raw", at + 1)], True), "-machine", "pflash0=firmware,pflash1=variables"]
+        memory = vm_machine.file(shape, "/proc/self/fd/{ram}", False) if vm.template else vm_machine.anonymous(shape)
+        network = connection(self._connector, vm.outside, False) if vm.network is not None and self._connector is not None else None
+        return {
+            "folder": str(folder), "name": folder.name, "template": False, "boot_s": vm.boot_s, "uid": UID + 1 + slot, "more_groups": kvm_groups(shape), "ports": vm_machine.PORTS, "hostname": vm.hostname,
+            "groups": self._limits(group, shape.memory_mb, order), "descriptors": ["ram", "state"] if vm.template else [], "files": [*files, *boot],
+            "command": vm_machine.command(self._qemu, shape, memory, disks, vm.forwards, [*more, *(["-incoming", "defer"] if vm.template else [])]),
+            "binds": self._resolver() if network is not None else [], "network": network, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group),
+            "lease": str(lease.path_of(self._lease(order.key))) if order.leased else "", "ask": str(ask_path(folder)),
+        }
+
+    def _resolver(self) -> list[list[str]]:
+        """What QEMU takes for this node's resolv.conf: the resolver of what connects it to the node's network. Nothing where the node has none."""
+        target = os.path.realpath("/etc/resolv.conf")
+        if not os.path.exists(target):
+            return []
+        path = self._folder / ".resolv.conf"
+        if not path.exists():
+            path.write_text(resolv_conf())
+            path.chmod(0o644)
+        return [[str(path), target]]
+
+    # -- templates -----------------------------------------------------------------------------------------------------------
+
+    def _template_of(self, image: Image, vm: Vm, content: vm_image.Content) -> Template:
+        """The template of a machine, made where it is not there."""
+        if vm.shape.boot == UEFI:
+            raise Refused("spec.template", "cannot be had of a machine that boots by uefi", "boot by bios or kernel")
+        return self._templates.get((image.digest, vm.shape, vm.disk_bytes, vm.arguments), vm.boot_s or BOOT_S, lambda folder: self._template(folder, vm.shape, content, vm.arguments, vm.disk_bytes))
+
+    def _template(self, folder: Path, shape: Shape, content: vm_image.Content, arguments: str, size: int = 1 << 20) -> dict[str, Any]:
+        """Lay out what a template's guest boots from; what its keeper is told."""
+        _overlay(folder / DISK, size)
+        (folder / "seed.img").write_bytes(bytes(vm_seed.SECTORS * vm_seed.SECTOR))  # of the size of any; a guest that waits for its orders does not look at it
+        files = [["base", str(content.disk), False], ["disk", str(folder / DISK), True], ["seed", str(folder / "seed.img"), False]]
+        sets = [word for at, (file, _, _) in enumerate(files, 1) for word in ("-add-fd", f"fd={{{file}}},set={at}")]
+        disks = [*sets, *vm_machine.chain("disk", [Layer(content.format, 1), Layer("qcow2", 2)], True), *vm_machine.chain("seed", [Layer("raw", 3)], False)]
+        boot, more = _boot(shape, content, arguments, False)
+        return {
+            "uid": UID, "more_groups": kvm_groups(shape), "ports": vm_machine.PORTS, "memory_mb": shape.memory_mb, "files": [*files, *boot],
+            "command": vm_machine.command(self._qemu, shape, vm_machine.file(shape, "/proc/self/fd/{ram}", True), disks, (), more),
+        }
+
+    # -- start, end ----------------------------------------------------------------------------------------------------------
+
+    def _launch(self, key: Key) -> str:
+        told = read(self._path(key) / "keeper.json") or {}
+        descriptors: tuple[int, ...] = ()
+        if "state" in told.get("descriptors", ()):
+            template = self._linked(key)
+            descriptors = (template.ram, template.state)
+        return self._keepers.start(self._path(key), float(told.get("boot_s", BOOT_S)) + 30, descriptors)
+
+    def _linked(self, key: Key) -> Template:
+        """The template of an instance that was not started yet. One that an earlier agent prepared stands on a template that has gone with it: it gets the disk that belongs to the new one."""
+        instance = self._instance(key)
+        image, content, vm = self._plan(Order(key, instance["reference"], instance["requests"], instance["spec"]))
+        template = self._template_of(image, vm, content)
+        link = self._path(key) / DISK
+        if not os.path.samefile(link, template.folder / DISK):
+            link.unlink()
+            os.link(template.folder / DISK, link)
+        return template
+
+    async def stop(self, key: Key, grace_s: float) -> Status:
+        """By its power button; a guest that does not heed it is killed."""
+        status = self._status(key)
+        if status.phase not in (Phase.RUNNING, Phase.PAUSED):
+            return status
+        with suppress(TimeoutError, Failed):
+            async with asyncio.timeout(grace_s):
+                if status.phase is Phase.PAUSED:
+                    await self._ask(key, {"do": "resume"})
+                await self._ask(key, {"do": "powerdown"})
+                return await self.wait(key)
+        return await self._kill(key)
+
+
+    # -- snapshot ------------------------------------------------------------------------------------------------------------
+
+    async def snapshot(self, key: Key, folder: Path) -> Mapping[str, Any]:
+        """The disk as of one moment, as one qcow2 file without others below it, while the guest goes on. What the guest had not written yet is not in it, as after a loss of power."""
+        await self._ready(Ability.SNAPSHOT)
+        self._running(key)
+        if any(folder.iterdir()):
+            raise Refused("folder", f"{folder} is not empty", "give an empty one")
+        target, size = folder / "disk.qcow2", int(self._instance(key)["bytes"])
+        await asyncio.to_thread(_overlay, target, size)
+        try:
+            await self._ask(key, {"do": "copy", "path": str(target)}, COPY_S)
+            await asyncio.to_thread(_settle, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        return {"format": "qcow2", "bytes": size, "image": self._instance(key)["image"], "at_ms": int(time.time() * 1000)}
+
+
+def _settle(path: Path) -> None:
+    """On the disk, with its name."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+
+
+def _boot(shape: Shape, content: vm_image.Content, arguments: str, clone: bool) -> tuple[list[list[Any]], list[str]]:
+    """Files to open, and options, by which a machine boots. A clone has booted."""
+    if shape.boot == KERNEL:
+        if clone:
+            return [], ["-option-rom", OPTION_ROM, "-no-reboot"]  # it has no kernel to boot any more
+        assert content.kernel is not None
+        files = [["kernel", str(content.kernel), False], *([["initrd", str(content.initrd), False]] if content.initrd is not None else [])]
+        escaped = arguments.replace("{", "{{").replace("}", "}}")  # whoever starts it puts descriptors into braces
+        return files, vm_machine.kernel("/proc/self/fd/{kernel}", "/proc/self/fd/{initrd}" if content.initrd is not None else "", escaped)
+    return [], []
+
+
+def _overlay(path: Path, size: int) -> None:
+    """An empty disk that lies over another one."""
+    head, length = vm_qcow2.empty(size)
+    with open(path, "xb") as handle:
+        os.fchmod(handle.fileno(), 0o600)
+        handle.write(head)
+        handle.truncate(length)
+
+
+def kvm_groups(shape: Shape) -> list[int]:
+    """The group of /dev/kvm, where a machine needs it."""
+    return [os.stat("/dev/kvm").st_gid] if shape.accelerator == "kvm" else []

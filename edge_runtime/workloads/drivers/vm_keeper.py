@@ -1,0 +1,277 @@
+"""What stands between the agent and one virtual machine that boots a disk of its own: as `qemu_keeper`, but for what is known of the guest, which is nothing.
+
+    python -I -S vm_keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
+
+Its serial console is its output. It is believed to boot when that has the first byte. A guest that knows of us may open the port `novacron.0` and write `ready`; it is answered
+
+    go SECONDS SEED HOSTNAME
+
+by which it sets its clock and its random numbers. A template is a guest that is stopped between the two; its clones get the answer, each its own. An agent asks as a micro-VM's keeper is asked:
+
+    {"do": "powerdown"}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "copy", "path": "/where/an/empty/disk.qcow2"}
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import time
+
+if __package__:
+    from .keeper_network import Network
+    from .keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, out_of_memory, serve, started_ticks, tell, write
+    from .qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save
+    from .qemu_qmp import QmpError
+else:  # run as a script: its neighbours, without the package, which would load the agent
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from keeper_network import Network  # type: ignore[import-not-found,no-redef]
+    from keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, out_of_memory, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save  # type: ignore[import-not-found,no-redef]
+    from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
+
+READY = ["ready"]
+"""What a guest says on its port when it may be copied."""
+
+SEED_BYTES = 32
+"""Random bytes that a guest is given."""
+
+
+COPY, COPY_SET = "copy", 100
+"""What a copy of a disk, and its job, are called in QEMU; the number of its descriptor set."""
+
+
+def go(hostname: str) -> bytes:
+    """The answer to a guest that is ready."""
+    return f"go {int(time.time())} {os.urandom(SEED_BYTES).hex()} {hostname}\n".encode()
+
+
+def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
+    """Boot a guest until it is ready, and save it. Returns what it took."""
+    began = time.monotonic()
+    machine, lines, said = Machine(told, descriptors), Lines(), b""
+    selector = selectors.DefaultSelector()
+    try:
+        machine.qmp.begin()
+        machine.qmp.ask("cont")
+        for name, port in machine.ports.items():
+            port.setblocking(False)
+            selector.register(port, selectors.EVENT_READ, name)
+        end, ready = began + told["boot_s"], False
+        while not ready:
+            found = selector.select(max(0.0, end - time.monotonic()))
+            if time.monotonic() >= end:
+                raise machine.trouble(f"the guest was not ready within {told['boot_s']:g} s; its console said last: {said.decode('utf-8', 'replace').strip()[-300:] or 'nothing'}")
+            for key, _ in found:
+                data = _received(key.fileobj)  # type: ignore[arg-type]
+                if data == b"":
+                    raise machine.trouble(f"the guest ended before it was ready; its console said last: {said.decode('utf-8', 'replace').strip()[-300:] or 'nothing'}")
+                if key.data == "console":
+                    said = (said + (data or b""))[-CHUNK:]
+                else:
+                    ready = ready or READY in lines.take(data or b"")
+        booted = time.monotonic() - began
+        save(machine, descriptors["state"])
+        return {"template": True, "booted_s": round(booted, 3), "saved_s": round(time.monotonic() - began - booted, 3), "at_ms": int(time.time() * 1000)}
+    except QmpError as error:
+        raise machine.trouble(str(error)) from None
+    finally:
+        machine.end()
+
+
+def _received(port: socket.socket) -> bytes | None:
+    """What has come, empty at the end, None where nothing has."""
+    try:
+        return port.recv(CHUNK)
+    except BlockingIOError:
+        return None
+    except ConnectionError:
+        return b""
+
+
+class VmKeeper(Keeper):
+    """The life of one machine."""
+
+    def __init__(self, told: dict, descriptors: dict) -> None:  # type: ignore[type-arg]
+        self.told, self.folder, self.lines = told, told["folder"], Lines()
+        self.console = Log(os.path.join(self.folder, "stdout.log"), told["log_bytes"])
+        self.wish, self.started, self.asking, self.exec = "", False, {}, None
+        self.copying: list = []  # type: ignore[type-arg]
+        """The agent that waits for a copy."""
+        self.machine = Machine(told, descriptors)
+        self.network = Network(told["network"], self.machine.process.pid, self.folder) if told["network"] else None
+        self.selector = selectors.DefaultSelector()
+
+    def keep(self) -> dict:  # type: ignore[type-arg]
+        """From its beginning to its end; returns how that was."""
+        machine, told = self.machine, self.told
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as handle:
+                boot = handle.read().strip()
+            pid = machine.process.pid
+            write(os.path.join(self.folder, "running.json"), {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)})
+            if told["lease"] and lease_s(told["lease"]) <= 0:
+                raise Lapsed("its lease was over before it began")
+            machine.qmp.begin()
+            if self.network is not None:
+                self.network.start()
+            if "state_descriptor" in told:
+                load(machine, told["state_descriptor"])
+            for port in machine.ports.values():
+                port.setblocking(False)
+            machine.qmp.ask("cont")
+            if "state_descriptor" in told:
+                self.answer_guest()
+            self.watch()
+        except QmpError as error:
+            raise machine.trouble(str(error)) from None
+        finally:
+            machine.qmp.drain()
+            machine.end()
+            self.drain()
+            if self.network is not None:
+                self.network.stop()
+        for one in self.asking:
+            one.close()
+        return self.ending()
+
+    def ending(self) -> dict:  # type: ignore[type-arg]
+        """What is written down: a guest that switched its machine off has ended well."""
+        now = int(time.time() * 1000)
+        shutdown = next((data for name, data in self.machine.qmp.events if name == "SHUTDOWN" and data.get("guest")), None)
+        if shutdown is not None and shutdown.get("reason") == "guest-reset":
+            raise Trouble("the guest restarted, which a clone that was given a kernel cannot: start it anew")
+        if shutdown is not None:
+            return {"code": 0, "signal": 0, "out_of_memory": False, "at_ms": now, "lapsed": False}
+        if self.wish:
+            return {"code": 137, "signal": 9, "out_of_memory": False, "at_ms": now, "lapsed": self.wish == "lapsed"}
+        if out_of_memory(self.told):
+            return {"code": 137, "signal": 9, "out_of_memory": True, "at_ms": now, "lapsed": False}
+        raise self.machine.trouble(f"QEMU ended by itself ({self.machine.process.returncode})")
+
+    def watch(self) -> None:
+        """Until it has ended."""
+        register, told = self.selector.register, self.told
+        ended = os.pidfd_open(self.machine.process.pid)
+        register(ended, selectors.EVENT_READ, lambda: None)
+        register(self.machine.qmp_line, selectors.EVENT_READ, self.heard_qemu)
+        listener = self.listen()
+        register(listener, selectors.EVENT_READ, lambda: self.accept(listener))
+        for name, port in self.machine.ports.items():
+            register(port, selectors.EVENT_READ, lambda name=name: self.read(name))
+        retry = 0.0
+        if self.network is not None:
+            register(self.network.ended, selectors.EVENT_READ, self.network)
+        deadline = time.monotonic() + told["boot_s"]
+        if not told["boot_s"]:
+            self.begun()
+        while self.machine.process.poll() is None and not self.wish:
+            now, lease = time.monotonic(), told["lease"]
+            if lease and lease_s(lease) <= 0:
+                self.wish = "lapsed"
+                return
+            if not self.started and now >= deadline:
+                raise self.machine.trouble(f"the guest wrote nothing to its serial console within {told['boot_s']:g} s: it does not boot")
+            if self.network is not None and retry:
+                retry = self.network.tend(self.selector)
+            waits = [LOOK_S] * bool(lease) + [deadline - now] * (not self.started) + [retry] * (retry > 0)
+            for key, _ in self.selector.select(max(0.0, min(waits)) if waits else None):
+                if isinstance(key.data, Network):
+                    retry = key.data.tend(self.selector)
+                else:
+                    key.data()
+            self.copied()
+
+    def heard_qemu(self) -> None:
+        """Events; where QEMU has closed the line, it ends."""
+        if not self.machine.qmp.drain():
+            self.selector.unregister(self.machine.qmp_line)
+
+    def begun(self) -> None:
+        """It is seen to run."""
+        if not self.started:
+            self.started = True
+            tell("running")
+
+    def read(self, name: str) -> None:
+        """What a port of the guest has: no more than one part, as a guest that writes without end has no more of its keeper than its turn."""
+        data = _received(self.machine.ports[name])
+        if data == b"":
+            self.selector.unregister(self.machine.ports[name])
+        elif data and name == "console":
+            self.console.take(data)
+            self.begun()
+        elif data and READY in self.lines.take(data):
+            self.answer_guest()
+
+    def drain(self) -> None:
+        """What it had written, after its end."""
+        while data := _received(self.machine.ports["console"]):
+            self.console.take(data)
+
+    def answer_guest(self) -> None:
+        """That it may go on. One that does not read has no room for more, and gets none: what it says must not hold up its keeper."""
+        try:
+            self.machine.ports["control"].send(go(self.told["hostname"]))
+        except OSError:
+            pass
+
+    def copy(self, path: str, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
+        """Have QEMU write the disk, as it is now, into an empty one, while the guest goes on: it has no rights to do harm, other than a program that would read what a guest wrote as root."""
+        if self.copying:
+            return {"failed": "another copy is being made"}
+        qmp, target = self.machine.qmp, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.machine.qmp_line.setblocking(True)
+            socket.send_fds(self.machine.qmp_line, [json.dumps({"execute": "add-fd", "arguments": {"fdset-id": COPY_SET}}).encode() + b"\n"], [target])
+            qmp.answer("add-fd")
+        finally:
+            os.close(target)
+        try:
+            qmp.ask("blockdev-add", **{"driver": "qcow2", "node-name": COPY, "file": {"driver": "file", "filename": f"/dev/fdset/{COPY_SET}", "locking": "off"}})
+            qmp.ask("blockdev-backup", **{"job-id": COPY, "device": "disk", "target": COPY, "sync": "full"})
+        except QmpError:
+            self.forget_copy()
+            raise
+        self.copying = [line]
+        return None
+
+    def copied(self) -> None:
+        """Answer whoever waits for a copy that is over."""
+        qmp = self.machine.qmp
+        over = [data for name, data in qmp.events if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and data.get("device") == COPY]
+        if self.copying and over:
+            qmp.events = [(name, data) for name, data in qmp.events if not name.startswith("BLOCK_JOB")]
+            line, self.copying = self.copying[0], []
+            self.forget_copy()
+            if line in self.asking:
+                self.answer(line, {"failed": f"the copy was not made: {over[-1]['error']}"} if "error" in over[-1] else {"done": True})
+
+    def forget_copy(self) -> None:
+        """Close what it was written to."""
+        for command, arguments in (("blockdev-del", {"node-name": COPY}), ("remove-fd", {"fdset-id": COPY_SET})):
+            try:
+                self.machine.qmp.ask(command, **arguments)
+            except QmpError:
+                pass  # it had not come that far
+
+    def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
+        """What is asked."""
+        paused = os.path.join(self.folder, "paused")
+        if request["do"] == "powerdown":
+            self.machine.qmp.ask("system_powerdown")
+        elif request["do"] == "resume":
+            self.machine.qmp.ask("cont")
+            if os.path.exists(paused):
+                os.unlink(paused)
+        elif request["do"] == "copy":
+            return self.copy(str(request["path"]), line)
+        elif request["do"] in ("kill", "pause"):
+            return super().do(request, line)
+        else:
+            return {"failed": "that is not known here"}
+        return {"done": True}
+
+
+if __name__ == "__main__":
+    sys.exit(serve(lambda folder, descriptors: live(folder, descriptors, VmKeeper, make_template), int(sys.argv[1]), sys.argv[2:], MORE_DESCRIPTORS))
