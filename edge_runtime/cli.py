@@ -1,10 +1,12 @@
 """`novacron-edge`: run the agent, check a configuration."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -12,14 +14,17 @@ from . import __version__
 LEAN_FLAGS = ("-OO", "-X", "no_debug_ranges")
 """Interpreter flags of a running agent: no docstrings, no column tables; 2 MiB less. Nothing relies on assert."""
 
+_Help = partial(argparse.HelpFormatter, width=100)
+"""Text of a set width: to ask the terminal for its own, argparse loads `shutil` and the libraries of three compressions, at each start."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="novacron-edge", description="NovaCron edge agent")
+    parser = argparse.ArgumentParser(prog="novacron-edge", description="NovaCron edge agent", formatter_class=_Help)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
     for name, text in (("run", "run the agent"), ("check", "check a configuration and say what it comes to")):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, formatter_class=_Help)
         command.add_argument("--config", type=Path, help="YAML file (see docs/edge-config.md)")
     options = parser.parse_args(arguments)
     from .config import ConfigError, load_config
@@ -80,6 +85,7 @@ def run(config: object) -> int:
     from .config import EdgeConfig
     from .lean_imports import leave_out_openssl
 
+    gc.disable()  # until all is up: what a start makes stays, and looking through it again and again takes a part of the start
     if not isinstance(config, EdgeConfig):
         raise TypeError("run takes an EdgeConfig")
     if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
@@ -108,6 +114,7 @@ def run(config: object) -> int:
         except BaseException:
             await runtime.stop("failed to start")
             raise
+        gc.enable()
         await runtime.wait()
 
     try:

@@ -223,11 +223,12 @@ class DesiredState:
                     log.error("desired twin of %s was refused: %s", device, error)
             self.journal.put_state("twins_generation", desired.generation)
         self._take_commands(desired)
+        self._runtime.take_update(desired.update)
         if desired.workloads or self.journal.state("workloads"):
             self._runtime.workload_node().take(desired.workloads)
         if desired.operations:
             stamp = self._runtime.clock.stamp()
-            self._runtime.workload_node().operate(desired.operations, frozenset(one["id"] for one in desired.operations if stamp.quality != "unsynced" and stamp.wall_ms > one["expires_ms"]))
+            self._runtime.workload_node().asked.operate(desired.operations, frozenset(one["id"] for one in desired.operations if stamp.quality != "unsynced" and stamp.wall_ms > one["expires_ms"]))
         if self._runtime.uplink is not None:
             self._runtime.uplink.announce("desired")
 

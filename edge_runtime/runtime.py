@@ -12,6 +12,7 @@ from . import __version__
 from .agent_metrics import describe
 from .config import EdgeConfig
 from .contract.desired import Desired
+from .contract.operations import Operation
 from .decisions.detectors.bank import KEPT_APART_MS, MAX_DETECTORS
 from .decisions.rules import RuleSet
 from .desired_state import DesiredState
@@ -28,6 +29,7 @@ from .uplink.link import Uplink, UplinkSettings
 
 if TYPE_CHECKING:
     from .site_wiring import SharedDuties
+    from .updates.duty import UpdateDuty
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class EdgeRuntime:
         self._stopping = asyncio.Event()
         self._api: Any = None
         self._workloads: Any = None
+        self.updates: UpdateDuty | None = None
         self.api_port = 0
         self.site: SharedDuties | None = None
         if config.duties.enabled:
@@ -96,7 +99,7 @@ class EdgeRuntime:
     # -- life ----------------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Bring everything up from local state alone; the network is not waited for."""
+        """Bring everything up from local state alone; the network is not waited for. Ready is who senses and decides; the interface comes after."""
         self.journal.start()
         recovered = [
             {"database": item.database, "damage": item.damage[:300], "salvaged": item.salvaged, "lost": item.lost} for item in self.journal.recoveries
@@ -130,12 +133,20 @@ class EdgeRuntime:
             self._tasks.append(loop.create_task(self._sample_host(), name="host"))
         if self.config.workloads.enabled:
             self._tasks.append(loop.create_task(self.workload_node().run(), name="workloads"))
+        if self.config.updates.enabled:
+            from .updates.duty import UpdateDuty
+
+            requests = Path(self.config.data_dir) / "updates"
+            self.updates = UpdateDuty(requests, Path(self.config.updates.status_file), self.journal, self._unproven, lambda: not self.is_offline())
+            self._tasks.append(loop.create_task(self.updates.run(), name="updates"))
+            self.take_update(self.desired.update if self.desired else None)
+        await asyncio.sleep(0)  # each duty begins: the first look at this host is decided on before the interface is loaded, which takes as long as all the rest
+        self.service.notify(READY="1", STATUS=self._status_line())
         if self.config.api.enabled:
             from .local_api.server import serve
 
             self._api, self.api_port = await serve(self)
         self.surroundings.settle()
-        self.service.notify(READY="1", STATUS=self._status_line())
 
     async def wait(self) -> None:
         """Until SIGTERM, SIGINT or `stop_soon`; then stop."""
@@ -218,7 +229,7 @@ class EdgeRuntime:
 
     def _question(self, question: dict[str, Any]) -> None:
         if self.uplink is not None:
-            self.workload_node().question(question, self.uplink.answer)
+            self.workload_node().asked.question(question, self.uplink.answer)
 
     async def _sample_host(self) -> None:
         from .devices.host import HostSampler
@@ -397,6 +408,25 @@ class EdgeRuntime:
         missing = []
         if self.bus is not None and not self.bus.up:
             missing.append(f"the local bus is away: {self.bus.last_error or 'connecting'}")
+        return missing
+
+    def take_update(self, order: dict[str, Any] | None) -> None:
+        """The hub wants an update of the image. One that is ordered while another is under way is taken when that has ended."""
+        if order is None:
+            return
+        if self.updates is not None:
+            self.updates.want(order)
+        elif not self.config.updates.enabled and self.journal.state("update_unable") != order["id"]:
+            self.journal.put_state("update_unable", order["id"])
+            self.journal.append("event", "operation", Operation(order["id"], "update", "failed", 0, "refused", "updates: this edge does not run from an image that can be updated").to_json())
+
+    def _unproven(self, linked: bool) -> list[str]:
+        """What a new image must still show before it is kept: it senses, its journal can be written, and it has its hub again where the old one had it (`linked`)."""
+        missing = self.ready() + self.fatal()
+        if self.config.devices.host.enabled and not self.pipeline.readings_taken:
+            missing.append("no reading has been taken")
+        if linked and self.is_offline():
+            missing.append("the hub, which was there before the update, has not been reached")
         return missing
 
     def _status_line(self) -> str:

@@ -2,13 +2,14 @@
 
 import argparse
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import configuration
-from .build import finished, output
+from . import configuration, recipes, tools
+from .build import Built, finished, output
+from .contents import ESP_NAME
 from .errors import FirmwareError
-from .machine import Machine, Wiring, command, free_port, prepare
+from .machine import Machine, Wiring, command, free_port, kvm_boots, prepare
 from .recipes import Architecture, Profile
 
 API_PORT = 8470
@@ -50,9 +51,19 @@ def credentials(state: Path, config: Path | None, more: list[str], report: bool,
     return found, found["novacron.api.token"].read_text().strip()
 
 
+def hand_over(arch: Architecture, built: Built, disk: Path, found: Mapping[str, Path]) -> Mapping[str, Path]:
+    """Put files into the folder `novacron` of the boot partition of a machine's own disk, where its QEMU has no other way to it; what is left for `Wiring.credentials`. Raises FirmwareError."""
+    if arch.fw_cfg:
+        return found
+    tools.require(["mcopy"])
+    for name, path in found.items():
+        tools.run(["mcopy", "-o", "-i", f"{disk}@@{built.manifest['partitions'][ESP_NAME]['start']}", str(path), f"::/novacron/{name.removeprefix('novacron.')}"], field="credential", remedy="see mcopy's words", env={"MTOOLS_SKIP_CHECK": "1"})
+    return {}
+
+
 def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: Callable[[str], None]) -> None:
     """Boot and show the console until the machine ends or Ctrl-C takes its power away. Raises FirmwareError."""
-    memory = options.memory or chosen.memory_mib
+    memory = options.memory or recipes.memory_mib(arch, chosen)
     if not MEMORY_LEAST_MIB <= memory <= MEMORY_MOST_MIB:
         raise FirmwareError("memory", f"{memory} MiB", f"give {MEMORY_LEAST_MIB} to {MEMORY_MOST_MIB}")
     if options.config is not None:
@@ -63,6 +74,11 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
     handed, token = credentials(state, options.config, options.credential, options.report, f"{chosen.name}-{arch.name}")
     port = options.port or free_port()
     say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://127.0.0.1:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
-    wiring = Wiring(memory, {port: API_PORT}, handed, online=options.online, clock=options.clock, accelerator=options.accel)
+    accelerator = options.accel
+    if accelerator == "auto":
+        why = kvm_boots(arch, built.image.with_name("linux"), built.image.with_name("initrd"))
+        accelerator = "tcg" if why else "kvm"
+        say(f"emulated: {why}" if why else "with KVM")
+    wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online, clock=options.clock, accelerator=accelerator)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
         machine.process.wait()

@@ -1,5 +1,8 @@
 """What an image has beside Debian's files: users, mounts, units, the scripts of initrd and first boot. Pure: names and texts."""
 
+import json
+from collections.abc import Mapping
+
 from .recipes import Architecture, Profile
 from .tree import Tree
 
@@ -7,18 +10,24 @@ DATA = "/var/lib/novacron"
 """The data partition: journal and models in edge/, configuration in config/."""
 
 ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
-"""Names of partitions; a slot's name is `novacron-` with the first half of its root hash, so that no other disk's slot is taken for it."""
+"""Names of partitions, beside the two slots (`edge_runtime.updates.slots`). The initrd takes a slot by its name and its root hash, so that no other disk's slot is taken for it."""
 
 AGENT_UID = 990
 
-PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "edge.yaml")
-"""Files that first boot takes over, edge.yaml last: where it is, the others are whole."""
+PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")
+"""Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
+
+UPDATE_KEYS = "/usr/lib/novacron/update-keys"
+"""Public keys whose bundles a device takes; without one it takes none."""
 
 NETWORK_ORDER = "After=network.target\n"
 """What the image leaves out of the agent's unit: a device decides without a network, so it starts beside it."""
 
 ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
+
+DATA_WAIT_S = 300
+"""Longest wait for the data partition: nothing else waits for it, and an agent that gave up would never start. A slow card, or a machine emulated beside others, has taken half a minute."""
 
 USERS = {
     "root": (0, "/root"), "nobody": (65534, "/nonexistent"), "systemd-network": (998, "/"), "systemd-resolve": (997, "/"), "systemd-timesync": (996, "/"), "novacron": (AGENT_UID, "/"), "mosquitto": (989, "/"),
@@ -51,7 +60,7 @@ LLMNR=no
 MulticastDNS=no
 """
 
-_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout=30s 0 2
+_FSTAB = f"""PARTLABEL={DATA_NAME} {DATA} ext4 noatime,nodev,nosuid,noexec,errors=remount-ro,nofail,x-systemd.device-timeout={DATA_WAIT_S}s 0 2
 tmpfs /var tmpfs mode=0755,nodev,nosuid,noexec,size=25% 0 0
 tmpfs /tmp tmpfs mode=1777,nodev,nosuid,noexec,size=25% 0 0
 """
@@ -86,7 +95,8 @@ prefix=novacron.
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
   from=/run/novacron-esp prefix=
   busybox mkdir -p $from
-  mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
+  # By its path: busybox's shell would take its own mount, which knows no names of partitions.
+  /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
 fi
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
   echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
@@ -125,9 +135,10 @@ for device; do :; done
 exec /usr/sbin/fsck.ext4 -y "$device"
 """
 
-_REPORT_UNIT = """[Unit]
+_REPORT_UNIT = f"""[Unit]
 Description=NovaCron: tell the console how the start went
-ConditionCredential=novacron.report
+ConditionCredential=|novacron.report
+ConditionPathExists=|{DATA}/config/report
 After=novacron-edge.service
 
 [Service]
@@ -157,6 +168,8 @@ busybox awk 'FNR > 1 && $4 == "0A" {print FILENAME, $2}' /proc/net/tcp /proc/net
 busybox awk 'FNR > 1 && $4 == "07" {print FILENAME, $2}' /proc/net/udp /proc/net/udp6
 echo "failed:"
 systemctl list-units --failed --plain --no-legend --no-pager
+echo "slot:"
+busybox grep -o 'novacron.slot=[^ ]*' /proc/cmdline
 echo "root:"
 busybox grep ' / ' /proc/mounts
 echo "=== end of report"
@@ -181,23 +194,28 @@ for word in $(cat /proc/cmdline); do
   esac
 done
 [ -n "$name" ] && [ -n "$table" ] || fail "the command line names no slot"
+# novacron.verity=BLOCKS:ROOT:SALT
+blocks="${{table%%:*}}"; rest="${{table#*:}}"; root="${{rest%%:*}}"; salt="${{rest#*:}}"
 modprobe -a -q dm-verity squashfs
 tried=0
+other=
 while :; do
   find /sys/devices -name modalias -exec cat {{}} + 2> /dev/null | sort -u > /modaliases
   xargs -r modprobe -a -q < /modaliases 2> /dev/null
   for found in /sys/class/block/*/uevent; do
     grep -q "^PARTNAME=$name\\$" "$found" || continue
     device=/dev/$(sed -n 's/^DEVNAME=//p' "$found")
-    [ -b "$device" ] && up=1 && break
+    [ -b "$device" ] || continue
+    # The top of the hash tree, right behind the data: another disk's slot of this name, or one half written, has another.
+    top=$({{ printf "$(echo "$salt" | sed 's/../\\\\x&/g')"; dd if="$device" bs=4096 skip="$blocks" count=1 2> /dev/null; }} | sha256sum)
+    [ "${{top%% *}}" = "$root" ] && up=1 && break
+    other=" has the root hash $root" tried=$((tried + 9))
   done
   [ -n "$up" ] && break
   tried=$((tried + 1))
-  [ $tried -lt {ROOT_WAIT_TENTHS} ] || fail "no disk has the slot $name"
+  [ $tried -lt {ROOT_WAIT_TENTHS} ] || fail "no disk's slot $name${{other:- is there}}"
   usleep 100000
 done
-# novacron.verity=BLOCKS:ROOT:SALT
-blocks="${{table%%:*}}"; rest="${{table#*:}}"; root="${{rest%%:*}}"; salt="${{rest#*:}}"
 dmsetup create novacron-root --readonly --noudevsync --noudevrules --table "0 $((blocks * 8)) verity 1 $device $device 4096 4096 $blocks $blocks sha256 $root $salt 1 panic_on_corruption" \\
   || fail "dm-verity refuses the slot $name"
 # The only one there is; the node is the kernel's own, no udev runs here.
@@ -208,7 +226,7 @@ mount --move /proc /root/proc
 exec switch_root /root /usr/lib/systemd/systemd
 """
 
-INITRD_APPLETS = ("sh", "mount", "cat", "sleep", "reboot", "modprobe", "find", "sort", "xargs", "grep", "sed", "usleep", "switch_root")
+INITRD_APPLETS = ("sh", "mount", "cat", "sleep", "reboot", "modprobe", "find", "sort", "xargs", "grep", "sed", "usleep", "switch_root", "printf", "dd", "sha256sum", "echo")
 
 INITRD_MODULES = (
     "dm-verity", "squashfs", "virtio_blk", "virtio_scsi", "virtio_pci", "virtio_mmio", "nvme", "ahci", "ata_piix", "sd_mod", "usb-storage", "uas", "xhci-pci", "xhci-plat-hcd", "ehci-pci", "mmc_block", "sdhci-pci", "sdhci-acpi", "sdhci-iproc",
@@ -228,6 +246,7 @@ StartLimitIntervalSec=0
 ExecStart=
 ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime run --config {DATA}/config/edge.yaml
 Environment=PYTHONDONTWRITEBYTECODE=1
+Environment=NOVACRON_EDGE__UPDATES__ENABLED=true
 # A name of its own for a device whose configuration gives it none.
 DynamicUser=no
 User=novacron
@@ -291,13 +310,106 @@ log_dest stderr
 """
 
 
+_UPDATE_UNIT = f"""[Unit]
+Description=NovaCron: put an update into the other slot
+RequiresMountsFor={DATA}
+After=novacron-provision.service
+ConditionPathExists=|{DATA}/edge/updates/request.json
+ConditionPathExists=|{DATA}/updates/trial.json
+StartLimitIntervalSec=0
+
+[Service]
+# Not oneshot: no start waits for a download.
+Type=exec
+ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates turn
+Restart=on-failure
+RestartSec=10
+RestartSteps=6
+RestartMaxDelaySec=10min
+Nice=10
+IOSchedulingClass=idle
+MemoryMax=64M
+TasksMax=16
+OOMScoreAdjust=500
+StateDirectory=novacron/updates
+StateDirectoryMode=0755
+RuntimeDirectory=novacron-update
+RuntimeDirectoryPreserve=yes
+StandardOutput=journal+console
+StandardError=journal+console
+PrivateTmp=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectClock=yes
+ProtectHostname=yes
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+# It mounts the boot partition for itself, and reads what the agent asks for.
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_READ_SEARCH
+DevicePolicy=closed
+DeviceAllow=block-* rw
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_UPDATE_PATH = f"""[Unit]
+Description=NovaCron: what the agent asks of the updater
+
+[Path]
+PathChanged={DATA}/edge/updates/request.json
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_GATE_UNIT = f"""[Unit]
+Description=NovaCron: go back from an image that does not prove itself
+RequiresMountsFor={DATA}
+ConditionPathExists={DATA}/updates/trial.json
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates gate
+StateDirectory=novacron/updates
+StateDirectoryMode=0755
+RuntimeDirectory=novacron-update
+RuntimeDirectoryPreserve=yes
+PrivateMounts=yes
+StandardOutput=journal+console
+StandardError=journal+console
+"""
+
+_GATE_TIMER = """[Unit]
+Description=NovaCron: look whether an image on trial has proven itself
+# Also where the start gets stuck before the targets that a device is to reach.
+DefaultDependencies=no
+
+[Timer]
+OnBootSec=30
+OnUnitInactiveSec=15
+AccuracySec=1
+
+[Install]
+WantedBy=sysinit.target
+"""
+
+
 def enable(tree: Tree, unit: str, target: str) -> None:
     """What `systemctl enable` would do."""
     tree.link(f"/etc/systemd/system/{target}.wants/{unit}", f"/usr/lib/systemd/system/{unit}")
 
 
-def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, containers_drop_in: str, version: str) -> None:
-    """Put all of it into the tree, over what the packages brought."""
+def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, containers_drop_in: str, version: str, sequence: int = 0, keys: Mapping[str, bytes] | None = None) -> None:
+    """Put all of it into the tree, over what the packages brought. `keys`: public keys (PEM) by name, whose bundles the device takes."""
     for name in ("proc", "sys", "dev", "run", "tmp", "var", "root", "mnt"):
         tree.folder(f"/{name}", 0o700 if name == "root" else 0o755)
     gids = {**{name: uid for name, (uid, _) in USERS.items() if name != "nobody"}, **GROUPS}
@@ -335,9 +447,16 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     if "broker" in chosen.extra:
         ours["novacron-broker.service"] = _BROKER_UNIT
         tree.file("/etc/mosquitto/novacron.conf", _BROKER)
+    ours |= {"novacron-update.service": _UPDATE_UNIT, "novacron-update.path": _UPDATE_PATH}
     for unit, text in ours.items():
         tree.file(f"/usr/lib/systemd/system/{unit}", text)
         enable(tree, unit, "multi-user.target")
+    tree.file("/usr/lib/systemd/system/novacron-gate.service", _GATE_UNIT)
+    tree.file("/usr/lib/systemd/system/novacron-gate.timer", _GATE_TIMER)
+    enable(tree, "novacron-gate.timer", "sysinit.target")
+    tree.file("/usr/lib/novacron/image.json", json.dumps({"arch": arch.name, "profile": chosen.name, "version": version, "sequence": sequence}))
+    for name, data in (keys or {}).items():
+        tree.file(f"{UPDATE_KEYS}/{name}.pem", data)
     tree.file("/usr/lib/systemd/system/novacron-edge.service.d/10-image.conf", _agent_drop_in(chosen))
     if "containers" in chosen.extra:
         tree.file("/usr/lib/systemd/system/novacron-edge.service.d/20-containers.conf", containers_drop_in + "SystemCallFilter=\nRestrictSUIDSGID=no\nRestrictRealtime=no\nProtectClock=no\n")
@@ -354,9 +473,8 @@ def initrd_init() -> str:
     return _INIT
 
 
-def command_line(arch: Architecture, slot: str, blocks: int, root: str, salt: str) -> str:
-    """The kernel's command line for one slot."""
+def command_line(arch: Architecture) -> str:
+    """The kernel's command line, without what names the slot (`edge_runtime.updates.slots.slot_words`)."""
     return (
-        f"console=tty0 console={arch.console} quiet loglevel=4 panic=10 ro fsck.repair=yes systemd.gpt_auto=no systemd.show_status=yes systemd.tty.term.console=dumb lockdown=integrity "
-        f"novacron.slot={slot} novacron.verity={blocks}:{root}:{salt}"
+        f"console=tty0 console={arch.console} quiet loglevel=4 panic=10 ro fsck.repair=yes systemd.gpt_auto=no systemd.show_status=yes systemd.tty.term.console=dumb lockdown=integrity"
     )

@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import posixpath
+import re
 from collections.abc import Iterable, Mapping
 
 from . import elf
@@ -135,9 +136,18 @@ def make(tree: Tree, version: str, time_s: int) -> tuple[bytes, list[str]]:
     return gzip.compress(as_cpio(made.items(), time_s), compresslevel=9, mtime=0), sorted(names)
 
 
+_KERNELS = re.compile(r"/boot/vmlinu[xz]-(.+)|/usr/lib/modules/([^/]+)/vmlinu[xz]")
+"""Where Debian's packages have a kernel: with 13 in /boot, later beside its modules."""
+
+
 def kernel_of(tree: Tree) -> tuple[str, Entry]:
     """The one kernel of the tree: version and image. Raises ValueError where there is none, or more than one."""
-    found = [(path.removeprefix("/boot/").partition("-")[2], entry) for path, entry in tree.items() if path.startswith(("/boot/vmlinuz-", "/boot/vmlinux-")) and entry.kind == "file"]
+    found = [(matched[1] or matched[2], entry) for path, entry in tree.items() if (matched := _KERNELS.fullmatch(path)) and entry.kind == "file"]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} kernels in /boot, not one")
+        raise ValueError(f"{len(found)} kernels in the packages, not one")
     return found[0]
+
+
+def drop_kernel(tree: Tree) -> None:
+    """Take the kernel out of the root: it is in the boot partition."""
+    tree.drop(lambda path: path.startswith("/boot/") or _KERNELS.fullmatch(path) is not None)

@@ -3,6 +3,8 @@
 Emulated (TCG) unless told otherwise: that /dev/kvm can be opened says nothing, there are hosts where it boots no stock kernel.
 """
 
+import os
+import platform
 import re
 import shutil
 import socket
@@ -35,7 +37,8 @@ _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What a machine gets: `forwards` maps ports of this machine's loopback to the guest's, `credentials` are files by name, `online` lets the guest reach the network."""
+    """What a machine gets: `forwards` maps ports of this machine's loopback to the guest's, `credentials` are files by name, `online` lets the guest reach the network. `log` is a file that each write to the disk
+    is noted in (QEMU's blklogwrites)."""
 
     memory_mib: int
     forwards: Mapping[int, int] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class Wiring:
     clock: str = ""
     accelerator: str = "tcg"
     direct: tuple[Path, Path, str] | None = None
+    log: Path | None = None
 
 
 def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list[str]:
@@ -52,9 +56,12 @@ def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list
         if "," in str(path) or "," in name:
             raise FirmwareError("credential", f"{name}: {path} has a comma", "give a path without one")
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for here, there in wiring.forwards.items())
+    drive = ["-drive", f"if=none,id=disk,file={disk},format=raw,cache=writeback,discard=unmap"]
+    if wiring.log:
+        drive = ["-blockdev", f"driver=file,node-name=below,filename={disk}", "-blockdev", f"driver=file,node-name=log,filename={wiring.log}", "-blockdev", "driver=blklogwrites,node-name=disk,file=below,log=log,log-sector-size=512"]
     words = [
         arch.qemu, *arch.machine, "-accel", wiring.accelerator, "-smp", str(CORES), "-m", f"{wiring.memory_mib}M", "-nodefaults", "-no-user-config", "-display", "none",
-        "-serial", "stdio", "-monitor", "none", "-drive", f"if=none,id=disk,file={disk},format=raw,cache=writeback,discard=unmap", "-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci",
+        "-serial", "stdio", "-monitor", "none", *drive, "-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci",
         "-netdev", f"user,id=net{'' if wiring.online else ',restrict=on'}{forwards}", "-device", "virtio-net-pci,netdev=net,romfile=",
     ]
     if arch.name == "amd64":
@@ -66,21 +73,52 @@ def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list
     if wiring.direct:
         kernel, early, line = wiring.direct
         return [*words, "-kernel", str(kernel), "-initrd", str(early), "-append", line]
+    if not arch.firmware[1]:
+        return [*words, "-kernel", arch.firmware[0]]
     return [*words, "-drive", f"if=pflash,unit=0,readonly=on,format=raw,file={arch.firmware[0]}", "-drive", f"if=pflash,unit=1,format=raw,file={flash}"]
+
+
+PROBE_S = 20.0
+"""Longest wait for a kernel under KVM to reach its initrd: two seconds where it works, beside others."""
+
+PROBE_MIB = 256
+
+INITRD_SPEAKS = "novacron: the command line names no slot"
+"""What our initrd says that is given no slot: kernel and programs ran."""
+
+
+def comes_up(arch: Architecture, kernel: Path, early: Path, accelerator: str) -> bool:
+    """Whether a kernel of ours reaches its initrd."""
+    line = f"console={arch.console} panic=-1"
+    with Machine([arch.qemu, *arch.machine, "-accel", accelerator, "-m", f"{PROBE_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(early), "-append", line]) as machine:
+        try:
+            machine.wait_for(re.escape(INITRD_SPEAKS), PROBE_S)
+        except (TimeoutError, EOFError):
+            return False
+    return True
+
+
+def kvm_boots(arch: Architecture, kernel: Path, early: Path) -> str:
+    """Why this image's own kernel does not come up under KVM; empty where it does. That /dev/kvm opens is no answer: see above."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "/dev/kvm is not there, or not ours"
+    if not arch.qemu.endswith(platform.machine()):
+        return f"this machine is no {arch.name}"
+    return "" if comes_up(arch, kernel, early, "kvm") else f"the kernel does not come up under KVM within {PROBE_S:g} s"
 
 
 def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
     """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
     tools.require([arch.qemu, "cp"])
     for path in arch.firmware:
-        if not Path(path).exists():
+        if path and not Path(path).exists():
             raise FirmwareError("tools", f"no {path}", f"as root, apt install --no-install-recommends {arch.firmware_package}")
     state.mkdir(parents=True, exist_ok=True)
     disk, flash = state / "disk.img", state / "variables.fd"
     if not disk.exists():
         tools.run(["cp", "--sparse=always", "--reflink=auto", str(image), str(disk) + ".new"], field="state", remedy="is there room?")
         Path(str(disk) + ".new").replace(disk)
-    if not flash.exists():
+    if arch.firmware[1] and not flash.exists():
         shutil.copyfile(arch.firmware[1], flash)
     return disk, flash
 

@@ -1,5 +1,6 @@
 """What an image is made of: architectures, profiles, and what of Debian's packages is left out. Pure data."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,11 +23,11 @@ KERNEL_FOLDERS = (
 
 BASE_PACKAGES = (
     "systemd-sysv", "systemd-timesyncd", "systemd-resolved", "udev", "kmod", "mount", "e2fsprogs", "busybox-static", "dmsetup", "python3-minimal", "libpython3-stdlib", "ca-certificates", "netbase", "tzdata",
-    "systemd-boot-efi",
+    "systemd-boot-efi", "openssl", "dosfstools",
 )
 
 LEFT_OUT = frozenset((
-    "initramfs-tools", "initramfs-tools-bin", "initramfs-tools-core", "klibc-utils", "libklibc", "dracut-install", "dracut", "dracut-core", "cpio", "dpkg", "debconf", "tar", "openssl", "openssl-provider-legacy", "linux-base",
+    "initramfs-tools", "initramfs-tools-bin", "initramfs-tools-core", "klibc-utils", "libklibc", "dracut-install", "dracut", "dracut-core", "cpio", "dpkg", "debconf", "tar", "openssl-provider-legacy", "linux-base",
     "debianutils", "coreutils", "coreutils-from-uutils", "rust-coreutils", "libgmp10", "readline-common", "libreadline8t64", "libdb5.3t64", "libncursesw6", "dash", "perl-base", "sysvinit-utils", "dbus", "dbus-bin", "dbus-daemon",
     "dbus-session-bus-common", "dbus-system-bus-common", "libdbus-1-3", "passwd", "login", "logsave", "bsdutils", "init-system-helpers", "adduser", "base-files", "sed", "gzip", "findutils", "diffutils", "hostname", "libcrypt-dev",
 ))
@@ -41,13 +42,18 @@ UNWANTED_PREFIXES = (
 
 UNWANTED_PARTS = (
     "/gconv/", "/ossl-modules/", "/engines-3/", "/lib-dynload/_curses", "/lib-dynload/readline.", "/lib-dynload/_dbm.", "/lib-dynload/_gdbm.", "/lib-dynload/_tkinter.", "/lib-dynload/_test", "/lib-dynload/_ctypes_test", "/lib-dynload/xx",
-    "/idlelib/", "/lib2to3/", "/tkinter/", "/turtledemo/", "/ensurepip/", "/pydoc_data/", "/distutils/", "/__pycache__/", "/audit/", "/perl5/", "/perl/", "-stub.efi", ".elf.stub",
+    "/idlelib/", "/lib2to3/", "/tkinter/", "/turtledemo/", "/ensurepip/", "/pydoc_data/", "/distutils/", "/__pycache__/", "/sitecustomize.py", "/security/pam_", "/audit/", "/perl5/", "/perl/", "-stub.efi", ".elf.stub",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One kind of machine: Debian's names, the wheels' tags, the firmware's and QEMU's."""
+    """One kind of machine: Debian's names, the wheels' tags, the firmware's and QEMU's.
+
+    `firmware` is code and first variables, in flash; without variables it is a program that QEMU starts (U-Boot, which speaks EFI too).
+    `fw_cfg`: QEMU hands credentials over there (7.2 does not for riscv64); else the boot partition has them, as for a real device.
+    `least_mib`: MiB of memory below which its firmware does not start.
+    """
 
     name: str
     suite: str
@@ -61,6 +67,8 @@ class Architecture:
     firmware: tuple[str, str]
     firmware_package: str
     debian_modules: bool = False
+    fw_cfg: bool = True
+    least_mib: int = 0
 
     @property
     def loader(self) -> str:
@@ -84,8 +92,8 @@ ARCHITECTURES = {
             ("/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd"), "qemu-efi-aarch64",
         ),
         Architecture(
-            "riscv64", "unstable", "linux-image-riscv64", (3, 14), _manylinux("riscv64"), "riscv64", "ttyS0", "qemu-system-riscv64", ("-machine", "virt",),
-            ("/usr/share/qemu-efi-riscv64/RISCV_VIRT_CODE.fd", "/usr/share/qemu-efi-riscv64/RISCV_VIRT_VARS.fd"), "qemu-efi-riscv64", debian_modules=True,
+            "riscv64", "unstable", "linux-image-riscv64", (3, 14), _manylinux("riscv64"), "riscv64", "ttyS0", "qemu-system-riscv64", ("-machine", "virt"),
+            ("/usr/lib/u-boot/qemu-riscv64_smode/uboot.elf", ""), "u-boot-qemu", debian_modules=True, fw_cfg=False, least_mib=256,
         ),
     )
 }
@@ -107,11 +115,11 @@ class Profile:
 
 
 LEAN_WHEELS = (
-    "aiohappyeyeballs", "aiohttp", "aiosignal", "attrs", "frozenlist", "idna", "multidict", "paho-mqtt", "propcache", "psutil", "pyyaml", "yarl",
+    "aiohappyeyeballs", "aiohttp", "aiosignal", "attrs", "frozenlist", "idna", "multidict", "paho-mqtt", "propcache", "pyyaml", "yarl",
 )
-"""The agent with its local interface; models run in the portable evaluator."""
+"""The agent with its local interface; models run in the portable evaluator. Without psutil: the agent's own reader of /proc gives the same metrics on Linux, for less memory and a shorter start."""
 
-DEBIAN_MODULES = ("python3-yaml", "python3-aiohttp", "python3-paho-mqtt", "python3-psutil")
+DEBIAN_MODULES = ("python3-yaml", "python3-aiohttp", "python3-paho-mqtt")
 """The same where there are no wheels: Debian's own packages of them, whose versions the manifest records."""
 
 PROFILES = {
@@ -143,6 +151,11 @@ def profile(name: str) -> Profile:
     return PROFILES[name]
 
 
+def memory_mib(arch: Architecture, chosen: Profile) -> int:
+    """MiB of memory of a machine for it."""
+    return max(arch.least_mib, chosen.memory_mib)
+
+
 def packages(arch: Architecture, chosen: Profile) -> list[str]:
     """The packages to resolve, kernel included."""
     named = [QEMU_OF_HOST[arch.name] if package.startswith("qemu-system") else package for package in chosen.packages]
@@ -153,13 +166,23 @@ def unwanted(path: str, chosen: Profile) -> bool:
     """Whether a file of a package stays out of the image."""
     if path.startswith(UNWANTED_PREFIXES) or any(part in path for part in UNWANTED_PARTS):
         return True
+    if path.startswith("/usr/lib/modules/") and path.split("/")[5:6] in (["dtb"], ["config"], ["System.map"]):
+        return True  # what describes a board comes from its firmware
     head, found, module = path.partition("/kernel/")
     if found and head.startswith(("/usr/lib/modules/", "/lib/modules/")) and ".ko" in module:
         return not chosen.all_modules and not module.startswith(KERNEL_FOLDERS)
     return False
 
 
-def locked(lock: str, wanted: Sequence[str]) -> str:
+_PYTHON_MARKER = re.compile(r"python_full_version (<|>=) '(\d+)\.(\d+)'")
+
+
+def _for_python(marker: str, python: tuple[int, int]) -> bool:
+    """Whether what a marker says of Python's version holds for the target; the rest of it is about this machine."""
+    return all((python < (int(major), int(minor))) == (sign == "<") for sign, major, minor in _PYTHON_MARKER.findall(marker))
+
+
+def locked(lock: str, wanted: Sequence[str], python: tuple[int, int]) -> str:
     """The lines of a requirements lock (hashes included) that are about `wanted`, their markers left off: the target is not this machine. Raises FirmwareError where one is missing."""
     kept: list[str] = []
     seen = set()
@@ -167,7 +190,7 @@ def locked(lock: str, wanted: Sequence[str]) -> str:
     for line in lock.splitlines():
         if line and not line[0].isspace() and not line.startswith("#"):
             name = line.split("==")[0].strip()
-            taking = name in wanted
+            taking = name in wanted and _for_python(line.partition(" ;")[2], python)
             if taking:
                 seen.add(name)
                 line = line.split(" ;")[0].rstrip(" \\") + " \\"

@@ -4,7 +4,7 @@ import hashlib
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import initrd, tools
@@ -23,9 +23,8 @@ MERGED = ("bin", "sbin", "lib", "lib64")
 _SOURCES = (".pyx", ".pxd", ".pxi", ".c", ".h", ".pyi", ".typed", ".hash", ".cc", ".rst")
 """Files of wheels and of our code that nothing reads at run time."""
 
-_AGENT_DATA = (".py", ".json", ".portable")
-_AGENT_ENGINES = (".tflite", ".onnx")
-"""Models for engines that only a profile with those engines has use for."""
+AGENT_DATA = (".py", ".json", ".portable")
+"""The agent's own: code, documents, models of the portable evaluator. Those of other engines stay out where the engines do."""
 
 SLOWER_TWIN = ("frozenlist/_frozenlist.",)
 """Compiled parts that stay out because their package does without them: this one alone would bring the library of C++ (2.5 MB on the disk, more in memory), for lists of a few signals."""
@@ -75,11 +74,11 @@ def add_wheel(tree: Tree, wheel: Path) -> None:
         raise FirmwareError(f"wheel {wheel.name}", f"it cannot be read ({error})", "remove it from the cache and build again") from None
 
 
-def add_agent(tree: Tree, repository: Path, engines: bool) -> str:
-    """Our own code into SITE; the digest of what went in."""
+def add_code(tree: Tree, repository: Path, folders: Sequence[str], suffixes: tuple[str, ...]) -> str:
+    """Our own code into SITE: files with these suffixes below these folders of the repository; the digest of what went in."""
     digest = hashlib.sha256()
-    for path in sorted((repository / "edge_runtime").rglob("*")):
-        if path.suffix in _AGENT_DATA + (_AGENT_ENGINES if engines else ()) and "__pycache__" not in path.parts and path.is_file():
+    for path in sorted(path for folder in folders for path in (repository / folder).rglob("*")):
+        if path.suffix in suffixes and "__pycache__" not in path.parts and path.is_file():
             name = path.relative_to(repository).as_posix()
             data = path.read_bytes()
             digest.update(f"{name}\0{len(data)}\0".encode() + data)
@@ -112,8 +111,8 @@ def write_out(tree: Tree, folder: Path, under: tuple[str, ...]) -> None:
             target.chmod(entry.mode | 0o600)
 
 
-def compile_python(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> int:
-    """Byte code for `-OO`, made by the interpreter of the same version for this machine; how many files.
+def compile_python(tree: Tree, interpreter: Tree, python: tuple[int, int], levels: Sequence[str] = ("2",)) -> int:
+    """Byte code (for `-OO`, or for the `levels` of optimisation), made by the interpreter of the same version for this machine; how many files.
 
     Missing byte code costs the agent 8 MiB and a second. It is not checked against its source (the root cannot change), so it depends on no time.
     """
@@ -130,7 +129,7 @@ def compile_python(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> in
             raise FirmwareError("tools", "Debian's packages for this machine have no loader", "build on amd64, arm64 or riscv64")
         libraries = ":".join(str(tool / folder[1:]) for folder in initrd.library_folders(interpreter))
         tools.run(
-            [str(loader), "--library-path", libraries, str(tool / f"usr/bin/python{version}"), "-S", "-m", "compileall", "-q", "-o", "2", "--invalidation-mode", "unchecked-hash", "-s", str(work), "-p", "/", str(work)],
+            [str(loader), "--library-path", libraries, str(tool / f"usr/bin/python{version}"), "-S", "-m", "compileall", "-q", *(word for level in levels for word in ("-o", level)), "--invalidation-mode", "unchecked-hash", "-s", str(work), "-p", "/", str(work)],
             field="compile", remedy="see the file that is named", env={"PYTHONHOME": str(tool / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
         )
         count = 0
@@ -151,7 +150,7 @@ def index_modules(tree: Tree, version: str) -> None:
             tree.file(f"{folder}/{path.name}", path.read_bytes())
 
 
-def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str) -> tuple[Tree, str]:
+def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str, sequence: int, keys: Mapping[str, bytes]) -> tuple[Tree, str]:
     """The finished root and the agent's digest. /boot is still in it.
 
     Raises:
@@ -160,10 +159,10 @@ def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, res
     tree = unpack(cache, resolved, chosen)
     for wheel in wheels:
         add_wheel(tree, wheel)
-    agent = add_agent(tree, repository, engines=False)
+    agent = add_code(tree, repository, ("edge_runtime",), AGENT_DATA)
     certificates(tree)
     units = repository / "tools" / "systemd"
-    add(tree, arch, chosen, (units / "novacron-edge.service").read_text(), (units / "novacron-edge.service.d" / "containers.conf").read_text(), version)
+    add(tree, arch, chosen, (units / "novacron-edge.service").read_text(), (units / "novacron-edge.service.d" / "containers.conf").read_text(), version, sequence, keys)
     try:
         if lacking := initrd.missing_libraries(tree):
             raise FirmwareError("packages", "; ".join(lacking[:10]), "take the package that has it out of LEFT_OUT, or leave out the file that needs it")

@@ -9,12 +9,12 @@ from typing import IO
 from .errors import FirmwareError
 
 PACKAGES = {
-    "apt-get": "apt", "dpkg-deb": "dpkg", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "mkfs.vfat": "dosfstools", "mmd": "mtools", "mcopy": "mtools", "depmod": "kmod", "cp": "coreutils", "debugfs": "e2fsprogs", "veritysetup": "cryptsetup-bin", "sfdisk": "fdisk", "e2fsck": "e2fsprogs",
-    "qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm", "qemu-system-riscv64": "qemu-system-misc",
+    "apt-get": "apt", "dpkg-deb": "dpkg", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "mkfs.vfat": "dosfstools", "mmd": "mtools", "mcopy": "mtools", "mdel": "mtools", "depmod": "kmod", "cp": "coreutils", "debugfs": "e2fsprogs", "veritysetup": "cryptsetup-bin", "sfdisk": "fdisk", "e2fsck": "e2fsprogs", "openssl": "openssl",
+    "qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm", "qemu-system-riscv64": "qemu-system-misc",  # in Debian 13: qemu-system-riscv
 }
 """Program to Debian package."""
 
-BUILD = ("apt-get", "dpkg-deb", "mksquashfs", "mke2fs", "mkfs.vfat", "mmd", "mcopy", "depmod", "cp")
+BUILD = ("apt-get", "dpkg-deb", "mksquashfs", "mke2fs", "mkfs.vfat", "mmd", "mcopy", "mdel", "depmod", "cp", "openssl")
 
 SBIN = ("/usr/sbin", "/sbin")
 """Where ordinary users' PATH does not look."""

@@ -1,7 +1,7 @@
 """Which coder for which extent: the one with which the slowest stage is done soonest, by rates that were measured in this very transfer. Pure.
 
-A coder that is stronger takes longer on the processors and leaves less for the wire. The stages work side by side, so that an extent costs the most that it
-costs any of them, and a little for what does not overlap. What a coder makes of an extent is guessed from a sample of it, coded by the quickest coder: the ratios of two coders on the same bytes go
+A coder that is stronger takes longer on the processors, of both ends, and leaves less for the wire. The stages work side by side, so that an extent costs the most that it
+costs any of them, and a little for what does not overlap. Where both ends run on one machine their processors are the same ones, and there is no wire but what it costs of them. What a coder makes of an extent is guessed from a sample of it, coded by the quickest coder: the ratios of two coders on the same bytes go
 together, and how is learnt from what really came out.
 """
 
@@ -13,9 +13,18 @@ from .codecs import BY_NAME, CODERS, Coder
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
 
+TIE = 0.15
+"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken: others use the wire too."""
+
+OUTLIER = 4.0
+"""A measurement counts for at most so many times the mean: a thread that was interrupted says little of the work."""
+
 SERIAL = 0.2
 """Share of the quicker stage that is not done beside the slower one: at the ends, and because both want the same memory and processors. Of two coders that would
 be done at the same time, it favours the one that leaves the other end less to do."""
+
+TOLD_FROM = 512 << 10
+"""Bytes of a coded section from which the time that it took there says something of the coder: of less, what every extent costs is the most."""
 
 SAMPLE = 16 << 10
 """Bytes that are coded for a guess: four pages' worth, 1.5 % of an extent's cost."""
@@ -23,11 +32,17 @@ SAMPLE = 16 << 10
 EXPLORE_EVERY = 64
 """Every so many choices the second best coder is taken, so that its rates stay known."""
 
-START_RATES = {"store": 8e9, "lz4-fast": 1.4e9, "lz4": 1.2e9, "zstd-fast": 1.0e9, "zstd-1": 0.75e9, "zstd-3": 0.55e9, "zstd-9": 0.12e9, "deflate-1": 0.7e9}
+START_RATES = {"store": 8e9, "lz4-faster": 2.0e9, "lz4-fast": 1.4e9, "lz4": 1.2e9, "zstd-fast": 1.0e9, "zstd-1": 0.75e9, "zstd-3": 0.55e9, "zstd-9": 0.12e9, "deflate-1": 0.7e9}
 """Bytes a second and thread until measured (one core of a 2020s server, guest memory); only the first choices hang on them."""
 
-START_FACTORS = {"store": 0.0, "lz4-fast": 1.0, "lz4": 1.25, "zstd-fast": 1.4, "zstd-1": 1.8, "zstd-3": 1.9, "zstd-9": 2.4, "deflate-1": 1.7}
+START_FACTORS = {"store": 0.0, "lz4-faster": 0.65, "lz4-fast": 1.0, "lz4": 1.25, "zstd-fast": 1.4, "zstd-1": 1.8, "zstd-3": 1.9, "zstd-9": 2.4, "deflate-1": 1.7}
 """Ratio less one, as a multiple of the sample's, until measured; same origin."""
+
+START_UNDO = {"store": 4e9, "lz4-faster": 2.2e9, "lz4-fast": 2.1e9, "lz4": 2.0e9, "zstd-fast": 0.9e9, "zstd-1": 0.8e9, "zstd-3": 0.8e9, "zstd-9": 0.8e9, "deflate-1": 0.4e9}
+"""Bytes a second and thread of decoding and checking at the other end, until measured; same origin. Writing costs the same whatever the coder."""
+
+START_TAKE = 2e9
+"""Encoded bytes a second and thread of receiving and opening there, until measured."""
 
 START_SCAN = 2e9
 """Bytes a second and thread of reading, hashing and sorting out pages, until measured."""
@@ -38,7 +53,7 @@ START_SHIP = 2e9
 START_WIRE = 1e9
 """Bytes a second of the wire until measured."""
 
-FREE = ("store", "lz4-fast", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-9")
+FREE = ("store", "lz4-faster", "lz4-fast", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-9")
 """Coders to choose from unless told otherwise. Deflate is for those that ask for it: at its rate zstd is smaller."""
 
 
@@ -50,6 +65,7 @@ class Mean:
     known: bool = False
 
     def learn(self, value: float) -> None:
+        value = min(value, OUTLIER * self.value)
         self.value += LEARN * (value - self.value)  # the first one too: it pays for cold caches and fresh memory
         self.known = True
 
@@ -67,6 +83,14 @@ class Model:
     ship: Mean = field(default_factory=lambda: Mean(1 / START_SHIP))
     seconds: dict[str, Mean] = field(default_factory=lambda: {name: Mean(1 / rate) for name, rate in START_RATES.items()})
     factors: dict[str, Mean] = field(default_factory=lambda: {name: Mean(factor) for name, factor in START_FACTORS.items()})
+    processors: int = 1
+    """Of this machine."""
+    there: int = 1
+    """Processors of the other end's machine."""
+    shared: bool = False
+    """They are the same."""
+    take: Mean = field(default_factory=lambda: Mean(1 / START_TAKE))
+    undo: dict[str, Mean] = field(default_factory=lambda: {name: Mean(1 / rate) for name, rate in START_UNDO.items()})
     taken: int = 0
 
     def scanned(self, size: int, seconds: float) -> None:
@@ -88,24 +112,41 @@ class Model:
         """Sealing and handing so many bytes to the kernel took so much of a processor."""
         self.ship.learn(seconds / size)
 
+    def taken_there(self, coder: str, size: int, plain: int, taking: float, undoing: float) -> None:
+        """The other end took so much of a processor to receive and open an encoded extent, and to decode it."""
+        if plain >= TOLD_FROM:
+            self.take.learn(taking / size)
+            self.undo[coder].learn(undoing / plain)
+
     def wire_rate(self) -> float:
         """Bytes a second."""
         return min(self.wire.value, self.limit) if self.limit else self.wire.value
 
     def cost(self, name: str, size: int, plain: int, guess: float) -> float:
         """Seconds that the slowest stage takes for an extent of `size` bytes of which `plain` are to be coded."""
-        ratio = 1 + self.factors[name].value * max(0.0, guess - 1)
-        out = plain / ratio
-        processor = (size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value) / self.threads
-        wire = out / self.wire_rate()
-        return max(processor, wire) + SERIAL * min(processor, wire)
+        out = self.leaves(name, plain, guess)
+        here = size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value
+        there = out * self.take.value + plain * self.undo[name].value
+        if self.shared:
+            stages = [(here + there) / self.processors, out / self.limit if self.limit else 0.0]
+        else:
+            stages = [here / self.threads, there / self.there, out / self.wire_rate()]
+        longest = max(stages)
+        return longest + SERIAL * (sum(stages) - longest)
+
+    def leaves(self, name: str, plain: int, guess: float) -> float:
+        """Bytes that a coder leaves of so many."""
+        return plain / (1 + self.factors[name].value * max(0.0, guess - 1))
 
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""
         self.taken += 1
-        ranked = sorted(self.names, key=lambda name: self.cost(name, size, plain, guess))
-        best = ranked[1] if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0 else ranked[0]
-        return BY_NAME[best]
+        costs = {name: self.cost(name, size, plain, guess) for name in self.names}
+        ranked = sorted(costs, key=costs.__getitem__)
+        if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:
+            return BY_NAME[ranked[1]]
+        alike = [name for name in ranked if costs[name] <= (1 + TIE) * costs[ranked[0]]]
+        return BY_NAME[min(alike, key=lambda name: self.leaves(name, plain, guess))]
 
 
 def guess_of(plain: memoryview) -> float:

@@ -1,6 +1,7 @@
 """The command line: send, receive, predict, verify, base, key, bench, worker. Results are one JSON object on the standard output; errors one line, exit status 1."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,13 +14,14 @@ from typing import Any
 
 from . import choice, keys, precopy, receiver, sample
 from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
-from .errors import MigrationError, ModelError, PauseFailed
+from .errors import DeviceFailed, MigrationError, ModelError, PauseFailed
 from .layout import PAGE
 from .precopy_model import Link
 from .prediction import History, MigrationPrediction, Outcome, Predictor, Question, busy
 from .receiver import PATIENCE_S, STREAMS_MOST, Receiver
 from .sender import STREAMS_AT_FIRST, Sender, Sent
 from .sources import FileSource
+from .transforms.gpu import Gpu, probe
 
 _THREADS_MOST = 256
 PROGRESS_S = 1.0
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--codecs", type=_codecs, default=choice.FREE, help="auto, or those to choose from, as lz4,zstd-1")
     send.add_argument("--streams", type=_whole(1, STREAMS_MOST), default=STREAMS_MOST, help=f"at most (up to {STREAMS_MOST}); as many are used as bring something")
     send.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
+    send.add_argument("--transforms", choices=("cpu", "gpu", "auto"), default="cpu", help="what sorts out pages; auto: a GPU where there is one of use (cpu)")
+    send.add_argument("--no-references", action="store_true", help="send pages again that the destination holds elsewhere in the object: the sizes of records then say nothing of equal pages")
     send.add_argument("--limit-mbit", type=_number(0, 1e7), default=0.0, help="bandwidth limit, Mbit/s; 0: none")
     send.add_argument("--changing", action="store_true", help="the source may change: pass again until what remains is little, then switch over")
     send.add_argument("--pause-command", default="", help="with --changing: pauses who writes the source, for the last pass; returns once it is paused")
@@ -169,14 +173,16 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
     key = keys.load_key(options.key_file)
     source = FileSource(options.source)
     base = FileSource(options.base) if options.base else None
+    gpu: Gpu | None = None
     try:
+        gpu = _gpu(options.transforms, base is not None)
         question = _question(options, source) if options.history else None
         said = {"predicted": _predicted(question, options.history).to_json()} if question else {}
         if options.events and said:
             _event(prediction=said["predicted"])
         sender = Sender(
             source, key, options.to, transfer=options.transfer, base=base, codecs=options.codecs, threads=options.threads, streams=(min(STREAMS_AT_FIRST, options.streams), options.streams),
-            limit=options.limit_mbit * 1e6 / 8, patience=options.patience,
+            limit=options.limit_mbit * 1e6 / 8, patience=options.patience, gpu=gpu, references=not options.no_references,
         )
         if options.events:
             threading.Thread(target=_tell_progress, args=(sender,), daemon=True, name="progress").start()
@@ -193,6 +199,22 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
         source.close()
         if base is not None:
             base.close()
+        if gpu is not None:
+            with contextlib.suppress(DeviceFailed):  # it failed before, and that was said
+                gpu.close()
+
+
+def _gpu(wanted: str, with_base: bool) -> Gpu | None:
+    """Raises DeviceFailed where a GPU is asked for and there is none of use."""
+    if wanted == "cpu":
+        return None
+    try:
+        return probe(with_base=with_base)
+    except DeviceFailed as error:
+        if wanted == "gpu":
+            raise
+        print(f"send: by the processors: {error}", file=sys.stderr)
+        return None
 
 
 def _learn(options: argparse.Namespace, question: Question | None, sent: Sent) -> None:

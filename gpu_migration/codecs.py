@@ -54,6 +54,7 @@ CODERS = (
     Coder("store", STORE, bytes),
     Coder("lz4", LZ4, lambda data: bytes(lz4.block.compress(data, store_size=False))),
     Coder("lz4-fast", LZ4, lambda data: bytes(lz4.block.compress(data, mode="fast", acceleration=16, store_size=False))),
+    Coder("lz4-faster", LZ4, lambda data: bytes(lz4.block.compress(data, mode="fast", acceleration=32, store_size=False))),
     Coder("zstd-fast", ZSTD, lambda data: bytes(_zstd_encoder(-3).compress(data))),
     Coder("zstd-1", ZSTD, lambda data: bytes(_zstd_encoder(1).compress(data))),
     Coder("zstd-3", ZSTD, lambda data: bytes(_zstd_encoder(3).compress(data))),

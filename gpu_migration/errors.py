@@ -58,5 +58,13 @@ class Undecided(MigrationError):
     """The destination was asked to commit and its answer is not known: the writer stays paused, so that never both ends go on."""
 
 
+class DeviceFailed(MigrationError):
+    """A GPU cannot be used, went away or gave something wrong; the processors can do the same work."""
+
+
+class DeviceFull(DeviceFailed):
+    """The GPU, or the host, has no memory left for what was asked."""
+
+
 class ModelError(MigrationError):
     """A model of predictions, or the history that calibrates it, cannot be read."""

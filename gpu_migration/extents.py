@@ -2,22 +2,36 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from . import codecs, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
 from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
-from .transforms import Transforms, Words
+from .transforms import Facts, Rows, Transforms, Words
 from .transforms.cpu import CPU
 
 Choose = Callable[[memoryview], codecs.Coder]
 """From the bytes that are to be coded, the coder."""
 
-PageAt = Callable[[int], bytes | None]
-"""Bytes of a page of the object that this end has already, or of the base; None where it has not."""
+PageAt = Callable[[int], bytes]
+"""A page of the object that this end has already, or of the base; the last is cut short by the end. Empty where it has not."""
+
+
+class Elsewhere(Protocol):
+    """Pages that the destination holds in other extents."""
+
+    def find(self, index: int, pages: Words, rows: Rows, marks: Words) -> tuple[Rows, Words]:
+        """Of those pages, the ones that are equal to such a page, and its number."""
+
+    def note(self, index: int, rows: Rows, marks: Words) -> None:
+        """Those pages go out with their content."""
+
+
+HOPELESS_BITS = PAGE * 8 * 3 // 8
+"""Bits that differ from the base's page from which a delta is not tried: random bytes differ in half of them, text from other text in a quarter."""
 
 _DELTA_CODER = codecs.BY_NAME["zstd-fast"]
 """What decides page by page whether a delta is smaller: quick, and the better the codec, the more alike its verdict."""
@@ -58,61 +72,82 @@ def zero(index: int, raw_length: int) -> Encoded:
     return Encoded(layout.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
 
 
-def _duplicates(pages: Words, left: NDArray[np.intp], transforms: Transforms) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Of the pages left, those equal to an earlier one that is left: (page, earlier page). Every match of the signature is confirmed byte by byte."""
-    marks = transforms.signatures(pages)[left]
+def _duplicates(pages: Words, left: Rows, marks: Words, transforms: Transforms) -> tuple[Rows, Rows]:
+    """Of the pages left, those equal to an earlier one that is left: (page, earlier page)."""
     ordered = np.sort(marks)
     if (ordered[1:] != ordered[:-1]).all():
         return left[:0], left[:0]  # nearly always
-    _, first, inverse = np.unique(marks, return_index=True, return_inverse=True)
-    earlier = first[inverse]
-    maybe = np.flatnonzero(earlier != np.arange(len(left)))
-    if not len(maybe):
-        return left[:0], left[:0]
-    page, original = left[maybe], left[earlier[maybe]]
+    _, first_with, inverse = np.unique(marks, return_index=True, return_inverse=True)
+    origin = first_with[inverse]
+    maybe = np.flatnonzero(origin != np.arange(len(left)))
+    page, original = left[maybe], left[origin[maybe]]
     same = transforms.equal(pages[page], pages[original])
-    return page[same], original[same]
+    page, original, unlike = page[same], original[same], page[~same]
+    if len(unlike):  # a signature that is a sample mistook them; among themselves some may be equal
+        first: dict[bytes, int] = {}
+        again = [(row, earlier) for row in unlike.tolist() if (earlier := first.setdefault(pages[row].tobytes(), row)) != row]
+        if again:
+            page, original = np.concatenate([page, [row for row, _ in again]]), np.concatenate([original, [earlier for _, earlier in again]])
+    return page, original
 
 
-def _deltas(pages: Words, base: Words, left: NDArray[np.intp], transforms: Transforms) -> NDArray[np.intp]:
-    """Of the pages left, those whose XOR with the base codes smaller than they do, each measured."""
+def _deltas(pages: Words, base: Words, left: Rows, facts: Facts, transforms: Transforms) -> Rows:
+    """Of the pages left, those whose XOR with the base codes smaller than they do, each measured where there is hope."""
+    left = left[facts.population(left) < HOPELESS_BITS]
     mine, changed = np.ascontiguousarray(pages[left]), transforms.xor(pages[left], base[left])
     smaller = [len(_DELTA_CODER.encode(changed[n])) < len(_DELTA_CODER.encode(mine[n])) for n in range(len(left))]
     return left[np.array(smaller, np.bool_)]
 
 
-def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None, transforms: Transforms = CPU) -> Encoded:
-    """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long."""
+def encode(
+    index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None,
+    transforms: Transforms = CPU, facts: Facts | None = None, elsewhere: Elsewhere | None = None,
+) -> Encoded:
+    """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long.
+
+    `facts`: of these very pages and this base, where they are known already. `elsewhere`: what pages may refer to outside the extent.
+    """
     raw_length = len(data)
     if not 0 < raw_length <= EXTENT:
         raise ValueError(f"an extent has 1 to {EXTENT} bytes, not {raw_length}")
     pages = as_pages(data)
     fills = pages[:, 0]
-    constant = transforms.constant(pages)
+    base_pages = as_pages(base)[: len(pages)] if base else None
+    if facts is None:
+        facts = transforms.scan(pages, base_pages)
+    constant = facts.constant()
     if constant.all() and not fills.any():
         return zero(index, raw_length)  # most extents of a young guest: its hash is known
     digest = blake3(data).digest()
     classes = np.full(len(pages), Page.CODED, np.uint8)
     classes[constant] = np.where(fills[constant] == 0, Page.ZERO, Page.CONST)
-    base_pages = as_pages(base) if base else None
     if base_pages is not None:
-        base_pages = base_pages[: len(pages)]
         shared = len(base_pages)
-        same = transforms.equal(pages[:shared], base_pages) & (classes[:shared] != Page.ZERO)
+        same = facts.unchanged()[:shared] & (classes[:shared] != Page.ZERO)
         classes[:shared][same] = Page.UNCHANGED
     left = np.flatnonzero(classes == Page.CODED)
-    original: NDArray[np.intp] = left[:0]
-    if len(left) > 1:
-        repeated, original = _duplicates(pages, left, transforms)
+    references = np.zeros(len(pages), np.uint64)
+    if len(left):
+        marks = facts.signatures(left)
+        if elsewhere is not None:
+            repeated, numbers = elsewhere.find(index, pages, left, marks)
+            if len(repeated):
+                classes[repeated], references[repeated] = Page.DUP, numbers
+                still = classes[left] == Page.CODED
+                left, marks = left[still], marks[still]
+        repeated, original = _duplicates(pages, left, marks, transforms)
         if len(repeated):
-            classes[repeated] = Page.DUP
-            left = np.flatnonzero(classes == Page.CODED)
+            classes[repeated], references[repeated] = Page.DUP, original + index * layout.PAGES
+            still = classes[left] == Page.CODED
+            left, marks = left[still], marks[still]
+        if elsewhere is not None:
+            elsewhere.note(index, left, marks)
     if base_pages is not None and len(left):
-        classes[_deltas(pages, base_pages, left[left < len(base_pages)], transforms)] = Page.DELTA
+        classes[_deltas(pages, base_pages, left[left < len(base_pages)], facts, transforms)] = Page.DELTA
         left = np.flatnonzero(classes == Page.CODED)
     whole = len(left) == len(pages)
     if len(left):
-        dense = transforms.dense(pages if whole else pages[left])
+        dense = facts.dense(left)
         if dense.any():
             classes[left[dense]] = Page.RAW
             left, whole = left[~dense], False
@@ -132,13 +167,12 @@ def encode(index: int, data: bytes | bytearray | memoryview, choose: Choose, *, 
             coder, coded = codecs.CODERS[0], bytes(plain)
     counts = np.bincount(classes, minlength=len(Page))
     raw = pages[classes == Page.RAW].tobytes() if counts[Page.RAW] else b""
-    references = (original + index * layout.PAGES).astype(np.uint64)
-    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references, raw, coded)
+    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references[classes == Page.DUP], raw, coded)
     return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
 
 
-def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> None:
-    """Fill the pages that are references."""
+def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> bool:
+    """Fill the pages that are references; whether any was to a page outside the extent."""
     rows = np.flatnonzero(extent.classes == Page.DUP)
     first = extent.index * layout.PAGES
     here = (extent.references >= np.uint64(first)) & (extent.references < np.uint64(first + len(out)))
@@ -148,45 +182,55 @@ def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at:
             raise FormatError(f"extent {extent.index}: a reference to a page that is a reference itself")
         out[rows[here]] = out[targets]
     for row, reference in zip(rows[~here].tolist(), extent.references[~here].tolist(), strict=True):
-        of_base = bool(reference & IN_BASE)
         number = reference & ~IN_BASE
-        source = base_at if of_base else page_at
-        found = source(number) if source is not None else None
-        if found is None:
-            if of_base:
-                raise BaseMismatch(f"extent {extent.index}: page {number} of the base is not here; send it without a base")
-            raise FormatError(f"extent {extent.index}: refers to page {number}, which is not here yet")
+        source = base_at if reference & IN_BASE else page_at
+        found = source(number) if source is not None else b""
+        if not found:
+            raise BaseMismatch(f"extent {extent.index}: page {number} of the {'base' if reference & IN_BASE else 'object'} is not here; send the extent without references")
         out[row] = np.frombuffer(found.ljust(PAGE, b"\0"), np.uint64)
+    return not here.all()
 
 
 def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> None:
-    """Write the raw bytes of an extent to `out`, which has room for whole pages; they are there only if this returns.
+    """Write the raw bytes of an extent to `out`, which has room for whole pages; they are there only if this returns. Raises as `decoded` does."""
+    raw = decoded(extent, out, base=base, page_at=page_at, base_at=base_at)
+    if raw.obj is not out.obj:
+        out[: len(raw)] = raw
 
-    Raises FormatError, BaseMismatch where the extent leans on a base that is not here or not the right one, HashMismatch otherwise.
+
+def decoded(extent: layout.Extent, room: memoryview, *, base: bytes | memoryview | None = None, page_at: PageAt | None = None, base_at: PageAt | None = None) -> memoryview:
+    """The raw bytes of an extent, to be read only: in `room`, which is for whole pages, or wherever they are already, which spares a copy.
+
+    Raises FormatError, BaseMismatch where the extent leans on a base or pages that are not here or not the right ones, HashMismatch otherwise.
     """
     count = len(extent.classes)
-    pages = np.frombuffer(out, np.uint64)[: count * WORDS].reshape(count, WORDS)
     classes = extent.classes
-    leans = bool(((classes == Page.UNCHANGED) | (classes == Page.DELTA)).any())
+    kinds = np.bincount(classes, minlength=len(Page))
+    if kinds[Page.ZERO] == count:
+        if extent.raw_hash != layout.zero_hash(extent.raw_length):
+            raise HashMismatch(f"extent {extent.index}: it is all zeros and its hash is another")
+        return memoryview(layout.ZEROS)[: extent.raw_length]
+    leans = bool(kinds[Page.UNCHANGED] or kinds[Page.DELTA])
     base_pages = as_pages(base)[:count] if base and leans else None
     if leans:
         needed = int(np.flatnonzero((classes == Page.UNCHANGED) | (classes == Page.DELTA))[-1]) + 1
         if base_pages is None or len(base_pages) < needed:
             raise BaseMismatch(f"extent {extent.index}: it leans on a base that is not here; send it without a base")
     plain = codecs.decode(extent.codec, extent.coded, extent.plain_length) if extent.plain_length else b""
-    coded = classes == Page.CODED
-    if coded.all():
-        pages[:] = np.frombuffer(plain, np.uint64).reshape(count, WORDS)
+    if kinds[Page.CODED] == count:
+        room = memoryview(plain)
     else:
+        pages = np.frombuffer(room, np.uint64)[: count * WORDS].reshape(count, WORDS)
         rows = np.frombuffer(plain, np.uint64).reshape(-1, WORDS)
-        pages[classes == Page.ZERO] = 0
+        if kinds[Page.ZERO]:
+            pages[np.flatnonzero(classes == Page.ZERO)] = 0
         if len(extent.constants):
             pages[classes == Page.CONST] = extent.constants[:, None]
         if len(extent.raw):
-            pages[classes == Page.RAW] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
+            pages[np.flatnonzero(classes == Page.RAW)] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
         if len(rows):
-            split = int(np.count_nonzero(coded))
-            pages[coded] = rows[:split]
+            split = int(kinds[Page.CODED])
+            pages[np.flatnonzero(classes == Page.CODED)] = rows[:split]
             if base_pages is not None and split < len(rows):
                 deltas = np.flatnonzero(classes == Page.DELTA)
                 pages[deltas] = rows[split:] ^ base_pages[deltas]
@@ -194,8 +238,10 @@ def decode(extent: layout.Extent, out: memoryview, *, base: bytes | memoryview |
             unchanged = np.flatnonzero(classes == Page.UNCHANGED)
             pages[unchanged] = base_pages[unchanged]
         if len(extent.references):
-            _resolve(extent, pages, page_at, base_at)
-    if blake3(out[: extent.raw_length]).digest() != extent.raw_hash:
-        if leans or bool((extent.references & np.uint64(IN_BASE)).any()):
-            raise BaseMismatch(f"extent {extent.index}: with the base of this end other bytes come out; the base is not what it says")
+            leans |= _resolve(extent, pages, page_at, base_at)
+    raw = room[: extent.raw_length]
+    if blake3(raw).digest() != extent.raw_hash:
+        if leans:
+            raise BaseMismatch(f"extent {extent.index}: with the base or the pages of this end other bytes come out; they are not what the sender takes them for")
         raise HashMismatch(f"extent {extent.index}: other bytes came out than went in")
+    return raw

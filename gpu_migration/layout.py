@@ -113,8 +113,11 @@ def pack(index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map,
     return b"".join((before, digest.digest(), *parts))
 
 
-def unpack(encoded: bytes | bytearray | memoryview) -> Extent:
-    """Take an encoded extent apart; every length and the hash of coded are checked. Raises FormatError."""
+def unpack(encoded: bytes | bytearray | memoryview, *, sealed: bool = False) -> Extent:
+    """Take an encoded extent apart; every length and the hash of coded are checked. Raises FormatError.
+
+    `sealed`: the bytes came out of an authenticated record as they were packed, which is more than their hash says; it is not computed then.
+    """
     view = memoryview(encoded)
     if len(view) < HEADER.size:
         raise FormatError(f"extent: truncated, {len(view)} bytes are less than its header of {HEADER.size}; send it again")
@@ -131,7 +134,7 @@ def unpack(encoded: bytes | bytearray | memoryview) -> Extent:
         raise FormatError(f"extent {index}: raw length {raw_length} is not within 1 to {EXTENT}")
     if length != len(view) - HEADER.size:
         raise FormatError(f"extent {index}: truncated or padded, {len(view) - HEADER.size} bytes follow the header and {length} are promised")
-    if blake3(view[:_BEFORE_CODED_HASH]).update(view[HEADER.size :]).digest() != coded_hash:
+    if not sealed and blake3(view[:_BEFORE_CODED_HASH]).update(view[HEADER.size :]).digest() != coded_hash:
         raise FormatError(f"extent {index}: the hash of its coded bytes does not agree; it was damaged")
     body, pages = view[HEADER.size :], pages_of(raw_length)
     map_length = 1 if flags & UNIFORM else pages
@@ -161,6 +164,9 @@ def root_of(length: int, hashes: bytes | bytearray | memoryview) -> bytes:
     return blake3(b"novacron object 1\0" + struct.pack("<QI", length, EXTENT)).update(hashes).digest()
 
 
+ZEROS = bytes(EXTENT)
+"""An extent of zeros."""
+
 _ZERO_HASHES: dict[int, bytes] = {}
 
 
@@ -168,7 +174,7 @@ def zero_hash(length: int) -> bytes:
     """Raw hash of an extent of zeros."""
     found = _ZERO_HASHES.get(length)
     if found is None:
-        found = _ZERO_HASHES[length] = blake3(bytes(length)).digest()
+        found = _ZERO_HASHES[length] = blake3(memoryview(ZEROS)[:length]).digest()
         if len(_ZERO_HASHES) > 64:  # odd last extents of many objects
             _ZERO_HASHES.clear()
     return found

@@ -13,6 +13,11 @@ class Flight:
     stream: int
     attempt: int
     raw_hash: bytes
+    coder: str = ""
+    plain: int = 0
+    """Bytes that the coder got."""
+    size: int = 0
+    """Bytes of the encoded extent."""
 
 
 class Ledger:
@@ -42,12 +47,15 @@ class Ledger:
 
     def take(self) -> int | None:
         """The next extent to encode; waits for one; None once closed."""
+        taken = self.take_several(1)
+        return taken[0] if taken else None
+
+    def take_several(self, most: int) -> list[int]:
+        """The next extents to encode, as many as there are at once; waits for one; none once closed."""
         with self._lock:
-            while not self._pending:
-                if self._closed:
-                    return None
+            while not self._pending and not self._closed:
                 self._lock.wait()
-            return None if self._closed else self._pending.pop()
+            return [] if self._closed else [self._pending.pop() for _ in range(min(most, len(self._pending)))]
 
     def _done(self, index: int) -> None:
         self._open -= 1
@@ -59,11 +67,11 @@ class Ledger:
         with self._lock:
             self._done(index)
 
-    def sent(self, index: int, stream: int, raw_hash: bytes) -> int:
-        """An extent goes out on a stream; its attempt number."""
+    def sent(self, index: int, stream: int, raw_hash: bytes, coder: str = "", plain: int = 0, size: int = 0) -> int:
+        """An extent goes out on a stream, made by that coder of so many bytes and so large; its attempt number."""
         with self._lock:
             attempt = self._attempts[index] = self._attempts.get(index, 0) + 1
-            self._flights[index] = Flight(stream, attempt, raw_hash)
+            self._flights[index] = Flight(stream, attempt, raw_hash, coder, plain, size)
             self.known.pop(index, None)
             return attempt
 
@@ -73,8 +81,8 @@ class Ledger:
             self._pending.append(index)
             self._lock.notify_all()
 
-    def acked(self, index: int, attempt: int) -> None:
-        """That attempt is written there; an older one is of no account."""
+    def acked(self, index: int, attempt: int) -> Flight | None:
+        """That attempt is written there; an older one is of no account, and gives None."""
         with self._lock:
             flight = self._flights.get(index)
             if flight is not None and flight.attempt == attempt:
@@ -83,6 +91,8 @@ class Ledger:
                 self._done(index)
                 if self._draining:
                     self._lock.notify_all()
+                return flight
+            return None
 
     def refused(self, index: int, attempt: int) -> None:
         """The base did not do for that attempt: once more, without."""

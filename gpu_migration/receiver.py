@@ -57,6 +57,7 @@ class Receiver:
         except OSError as error:
             raise DestinationError(f"listen {listen[0]}:{listen[1]}: {error.strerror or error}; give another address") from None
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._host = wire.host_id()
         self._state = threading.Condition()
         self._opening = threading.Lock()
         self._sink: FileSink | None = None
@@ -190,7 +191,7 @@ class Receiver:
                         self._base = FileSource(self._bases / base_root.hex())
                 self._streams[stream] = threading.current_thread()
                 sink, base, root = self._sink, self._base, self._root
-        stream.send(Kind.ACCEPT, wire.ACCEPT.pack(base is not None, root or wire.NOTHING))
+        stream.send(Kind.ACCEPT, wire.ACCEPT.pack(base is not None, root or wire.NOTHING, self._host, min(os.cpu_count() or 1, 0xFFFF)))
         for first in range(0, sink.extents if root is None else 0, wire.CLAIMS_MAX):
             claims = bytes(sink.hashes[first * HASH : (first + wire.CLAIMS_MAX) * HASH])
             if any(claims):
@@ -225,12 +226,13 @@ class Receiver:
         sink = self._sink
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
         while True:
+            began = time.thread_time()
             kind, index, attempt, payload = stream.receive()
             with self._state:
                 self._records += 1
                 self._wire_bytes += wire.RECORD.size + len(payload) + keys.TAG
             if kind == Kind.EXTENT:
-                self._extent(stream, sink, index, attempt, payload, scratch, base_scratch)
+                self._extent(stream, sink, index, attempt, payload, scratch, base_scratch, began)
             elif kind == Kind.COMMIT and len(payload) == HASH:
                 with self._state:
                     sink.commit(bytes(payload))
@@ -245,8 +247,9 @@ class Receiver:
             else:
                 raise FormatError(f"stream: a record of kind {kind} is not for a receiver")
 
-    def _extent(self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview) -> None:
-        extent = layout.unpack(payload)
+    def _extent(self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview, began: float) -> None:
+        extent = layout.unpack(payload, sealed=True)
+        taken = decoded = time.thread_time()
         if extent.index != index or index >= sink.extents or extent.raw_length != layout.extent_length(sink.length, index) or self._root is not None:
             raise FormatError(f"extent {index}: it is not of this object, or of another place in it")
         with self._locks[index % _LOCKS]:
@@ -255,13 +258,18 @@ class Receiver:
                 if self._base is not None and index < self._base.extents:
                     base = self._base.read(index, base_scratch)
                 try:
-                    extents.decode(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
+                    raw = extents.decoded(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
                 except BaseMismatch:
                     stream.send(Kind.NAK, b"", index, attempt)
                     return
-                sink.write(index, scratch[: extent.raw_length], extent.raw_hash, extent.classes)
+                decoded = time.thread_time()
+                sink.write(index, raw, extent.raw_hash, extent.classes)
                 self._attempts[index] = attempt
-        stream.send(Kind.ACK, b"", index, attempt)
+        stream.send(Kind.ACK, wire.ACK.pack(_microseconds(taken - began), _microseconds(decoded - taken)), index, attempt)
+
+
+def _microseconds(seconds: float) -> int:
+    return min(0xFFFFFFFF, max(0, int(seconds * 1e6)))
 
 
 def add_base(path: Path, bases: Path, threads: int) -> bytes:

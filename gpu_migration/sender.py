@@ -13,12 +13,15 @@ from blake3 import blake3
 
 from . import choice, extents, keys, layout, wire
 from .codecs import Coder
-from .errors import FormatError, HashMismatch, KeyRefused, MigrationError, Refused, TransferLost, Unauthentic
+from .duplicates import PageIndex
+from .errors import DeviceFailed, FormatError, HashMismatch, KeyRefused, MigrationError, Refused, TransferLost, Unauthentic
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
 from .layout import EXTENT, HASH, PAGE, Page
 from .ledger import Ledger
 from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
 from .sources import FileSource
+from .transforms import Facts
+from .transforms.gpu import Gpu
 from .wire import Kind
 
 STREAMS_AT_FIRST = 2
@@ -58,6 +61,8 @@ class Sent:
     passes: int
     high_water: int
     """Bytes of the queue at its fullest."""
+    transforms: str = "cpu"
+    """What sorted out pages; and where a GPU failed meanwhile, how."""
     rates: dict[str, float] = field(default_factory=dict)
     """Bytes a second, as measured: scan and codecs on one thread, the wire altogether."""
 
@@ -75,21 +80,26 @@ class Sender:
 
     def __init__(
         self, source: FileSource, key: bytes, address: tuple[str, int], *, transfer: str = "", base: FileSource | None = None, codecs: Sequence[str] = choice.FREE,
-        threads: int = 0, streams: tuple[int, int] = (STREAMS_AT_FIRST, STREAMS_MOST), limit: float = 0.0, patience: float = PATIENCE_S,
+        threads: int = 0, streams: tuple[int, int] = (STREAMS_AT_FIRST, STREAMS_MOST), limit: float = 0.0, patience: float = PATIENCE_S, gpu: Gpu | None = None, references: bool = True,
     ) -> None:
-        """`streams`: at first and at most; `limit`: bytes a second, 0: none."""
+        """`streams`: at first and at most; `limit`: bytes a second, 0: none; `gpu`: what sorts out pages, its ring with room for a base where there is one; `references`: to equal pages in other extents."""
         if not 1 <= streams[0] <= streams[1] <= STREAMS_MOST:
             raise ValueError(f"streams: {streams[0]} at first and {streams[1]} at most are not within 1 to {STREAMS_MOST}")
         self._source, self._key, self._address, self._base, self._patience = source, key, address, base, patience
         self._transfer = blake3((transfer or source.path.name).encode()).digest(keys.TRANSFER_ID)
         self._session = os.urandom(16)
         self._threads = threads or max(1, os.cpu_count() or 1)
-        self._model = choice.Model(self._threads, codecs, limit=limit)
+        self._model = choice.Model(self._threads, codecs, limit=limit, processors=os.cpu_count() or 1)
         self._pace = Pace(limit)
         self._meter = Meter()
         self._streams = Streams(streams[1], streams[0])
         self._queue: Bounded[_Ready] = Bounded()
         self._ledger = Ledger(source.extents)
+        self._host = wire.host_id()
+        self._gpu = gpu
+        self.without_gpu: str | None = None
+        """Why the GPU that was given is not used any more."""
+        self._index = PageIndex(layout.pages_of(source.length), source.page, self._ledger.known.__contains__) if references else None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()
@@ -197,9 +207,12 @@ class Sender:
         seconds = time.monotonic() - self._began
         rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}
         rates.update({name: 1 / mean.value for name, mean in self._model.seconds.items() if mean.known})
+        rates.update({f"{name} there": 1 / mean.value for name, mean in self._model.undo.items() if mean.known})
+        rates.update({"ship": 1 / self._model.ship.value, "take there": 1 / self._model.take.value})
+        transforms = "cpu" if self._gpu is None else self._gpu.name if self.without_gpu is None else f"{self._gpu.name}, then cpu: {self.without_gpu}"
         return Sent(
             root, self._source.length, seconds, self._meter.bytes, {kind.name.lower(): self._pages[kind] for kind in Page}, dict(self._coders), self._skipped, self._resent,
-            self._streams.count, self._cuts, self._passes, self._queue.peak, {name: round(rate / 1e9, 3) for name, rate in rates.items()},
+            self._streams.count, self._cuts, self._passes, self._queue.peak, transforms, {name: round(rate / 1e9, 3) for name, rate in rates.items()},
         )
 
     def _commit(self, root: bytes, deadline: float) -> None:
@@ -270,39 +283,86 @@ class Sender:
 
     def _encode(self) -> None:
         """Take extents, encode them, queue them."""
+        if self._gpu is not None:
+            self._encode_batches(self._gpu)
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
         while (index := self._ledger.take()) is not None:
-            known = self._ledger.known.get(index)
             began = time.thread_time()
-            if self._source.hole(index):
-                size = layout.extent_length(self._source.length, index)
-                if known == layout.zero_hash(size):
-                    self._hold(index)
-                    continue
-                encoded = extents.zero(index, size)
-            else:
-                data = self._source.read(index, scratch)
-                if known is not None and extents.raw_hash(data) == known:
-                    self._hold(index)
-                    continue
-                base = None
-                if self._base is not None and self._base_there and index not in self._ledger.plain and index < self._base.extents:
-                    base = self._base.read(index, base_scratch)
-                guess, chosen_at = 1.0, 0.0
-
-                def choose(plain: memoryview, began: float = began, size: int = len(data)) -> Coder:
-                    nonlocal guess, chosen_at
-                    self._model.scanned(size, time.thread_time() - began)
-                    guess = choice.guess_of(plain)
-                    coder = self._model.choose(size, len(plain), guess)
-                    chosen_at = time.thread_time()
-                    return coder
-
-                encoded = extents.encode(index, data, choose, base=base)
-                if encoded.plain >= LEARN_FROM:  # less says more about the overhead
-                    self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
-            if not self._queue.put(_Ready(index, encoded), len(encoded.data)):
+            data = self._read(index, scratch)
+            if data is not None and not self._one(index, data, self._read_base(index, base_scratch), began, None):
                 return
+
+    def _encode_batches(self, gpu: Gpu) -> None:
+        """The same, a batch at a time whose facts the GPU finds; until the end, or until it fails and the processors go on with what was taken."""
+        while self.without_gpu is None:
+            with gpu.slot() as slot:
+                indices = self._ledger.take_several(gpu.batch)
+                if not indices:
+                    return
+                began = time.thread_time()
+                held: list[tuple[int, memoryview, memoryview | None]] = []
+                for index in indices:
+                    where = slot.extent(len(held))
+                    data = self._read(index, where)
+                    if data is not None:
+                        where[len(data) : layout.pages_of(len(data)) * PAGE] = bytes(-len(data) % PAGE)
+                        held.append((index, data, self._read_base(index, slot.extent_of_base(len(held))) if slot.base is not None else None))
+                if not held:
+                    continue
+                facts: Sequence[Facts | None]
+                try:
+                    facts = gpu.scan_batch(slot, [len(data) for _, data, _ in held], [0 if base is None else len(base) for _, _, base in held])
+                except DeviceFailed as error:
+                    self.without_gpu, facts = str(error), [None] * len(held)
+                began = (time.thread_time() - began) / len(held)
+                for (index, data, base), found in zip(held, facts, strict=True):
+                    if not self._one(index, data, base, time.thread_time() - began, found):
+                        return
+
+    def _read(self, index: int, into: memoryview) -> memoryview | None:
+        """The bytes of an extent; None where there is nothing to be coded: it is a hole, or the destination holds it."""
+        known = self._ledger.known.get(index)
+        if self._source.hole(index):
+            size = layout.extent_length(self._source.length, index)
+            if known == layout.zero_hash(size):
+                self._hold(index)
+            else:
+                self._put(index, extents.zero(index, size))
+            return None
+        data = self._source.read(index, into)
+        if known is not None and extents.raw_hash(data) == known:
+            self._hold(index)
+            return None
+        return data
+
+    def _read_base(self, index: int, into: memoryview) -> memoryview | None:
+        if self._base is None or not self._base_there or index in self._ledger.plain or index >= self._base.extents:
+            return None
+        base = self._base.read(index, into)
+        rest = -len(base) % PAGE
+        into[len(base) : len(base) + rest] = bytes(rest)
+        return base
+
+    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None) -> bool:
+        """Encode and queue an extent, the work on which began at that processor time of this thread; False once closed."""
+        guess, chosen_at = 1.0, 0.0
+
+        def choose(plain: memoryview) -> Coder:
+            nonlocal guess, chosen_at
+            self._model.scanned(len(data), time.thread_time() - began)
+            guess = choice.guess_of(plain)
+            coder = self._model.choose(len(data), len(plain), guess)
+            chosen_at = time.thread_time()
+            return coder
+
+        elsewhere = self._index if index not in self._ledger.plain else None
+        encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere)
+        if encoded.plain >= LEARN_FROM:  # less says more about the overhead
+            self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
+        return self._put(index, encoded)
+
+    def _put(self, index: int, encoded: extents.Encoded) -> bool:
+        return self._queue.put(_Ready(index, encoded), len(encoded.data))
 
     def _hold(self, index: int) -> None:
         with self._lock:
@@ -354,7 +414,7 @@ class Sender:
         wait = self._pace.due(len(encoded.data), time.monotonic())
         if wait:
             self._stop.wait(wait)
-        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash)
+        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash, encoded.coder, encoded.plain, len(encoded.data))
         self._meter.start()
         began, size = time.thread_time(), 0
         try:
@@ -379,7 +439,10 @@ class Sender:
             while True:
                 kind, index, attempt, payload = stream.receive()
                 if kind == Kind.ACK:
-                    self._ledger.acked(index, attempt)
+                    flight = self._ledger.acked(index, attempt)
+                    if flight is not None and len(payload) == wire.ACK.size:
+                        taking, undoing = wire.ACK.unpack(payload)
+                        self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
                 elif kind == Kind.NAK:
                     self._ledger.refused(index, attempt)
                 elif kind == Kind.COMMITTED:
@@ -422,8 +485,9 @@ class Sender:
             while True:
                 kind, start, _, payload = stream.receive()
                 if kind == Kind.ACCEPT and len(payload) == wire.ACCEPT.size:
-                    there, committed = wire.ACCEPT.unpack(payload)
+                    there, committed, host, processors = wire.ACCEPT.unpack(payload)
                     self._base_there = bool(there)
+                    self._model.there, self._model.shared = max(1, processors), host == self._host
                     if committed != wire.NOTHING:
                         self._committed = committed
                         self._committing.set()

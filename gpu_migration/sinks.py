@@ -129,10 +129,10 @@ class FileSink:
         """The bytes of an extent as they lie in the partial file."""
         return os.pread(self._fd, layout.extent_length(self.length, index), index * EXTENT)
 
-    def page(self, number: int) -> bytes | None:
-        """A page of an extent that is here."""
+    def page(self, number: int) -> bytes:
+        """A page of an extent that is here; empty where it is not."""
         index = number // layout.PAGES
-        return os.pread(self._fd, PAGE, number * PAGE) if index < self.extents and self.holds(index) else None
+        return os.pread(self._fd, PAGE, number * PAGE) if index < self.extents and self.holds(index) else b""
 
     def write(self, index: int, raw: memoryview, digest: bytes, classes: NDArray[np.uint8]) -> None:
         """Put an extent to its place and into the journal. Raises DestinationError; the extent then counts as not here."""

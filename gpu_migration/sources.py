@@ -57,10 +57,12 @@ class FileSource:
             raise SourceError(f"source {self.path}: {error.strerror or error} at byte {index * EXTENT + at}") from None
         return view
 
-    def page(self, number: int) -> bytes | None:
-        """One page; None beyond the end."""
-        found = os.pread(self._fd, PAGE, number * PAGE)
-        return found or None
+    def page(self, number: int) -> bytes:
+        """One page, the last one perhaps cut short; empty where it is beyond the end or cannot be read."""
+        try:
+            return os.pread(self._fd, PAGE, number * PAGE)
+        except OSError:
+            return b""
 
     def hashes(self, threads: int) -> bytes:
         """The raw hashes of all extents, one after the other."""

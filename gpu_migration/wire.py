@@ -1,9 +1,12 @@
 """Records over a stream: a clear header that is authenticated with what it heads, then sealed bytes. Lengths are bounded before anything is read."""
 
+import os
 import socket
 import struct
 import threading
 from enum import IntEnum
+
+from blake3 import blake3
 
 from . import keys
 from .errors import KeyRefused, Unauthentic
@@ -27,13 +30,13 @@ class Kind(IntEnum):
     OPEN = 1
     """Sender: session 16, length u64, root of the base 32 (zeros: none)."""
     ACCEPT = 2
-    """Receiver: base is here u8, committed root 32 (zeros: not committed)."""
+    """Receiver: base is here u8, committed root 32 (zeros: not committed), its host's id 16, its processors u16."""
     CLAIMS = 3
     """Receiver: hashes of what it holds, from `extent` on, zeros where it holds nothing. The last record is empty."""
     EXTENT = 4
     """Sender: an encoded extent."""
     ACK = 5
-    """Receiver: that attempt of that extent is written."""
+    """Receiver: that attempt of that extent is written; processor time that it took, microseconds: u32 to receive and open, u32 to decode."""
     NAK = 6
     """Receiver: the base did not do for that attempt of that extent; send it without."""
     COMMIT = 7
@@ -47,8 +50,19 @@ class Kind(IntEnum):
 
 
 OPEN = struct.Struct("<16sQ32s")
-ACCEPT = struct.Struct("<B32s")
+ACCEPT = struct.Struct("<B32s16sH")
+ACK = struct.Struct("<II")
 NOTHING = bytes(HASH)
+
+
+def host_id() -> bytes:
+    """The same for all processes of a running system, and for no other system: whose processors are shared. Random where the system does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            told = file.read(64)
+    except OSError:
+        told = os.urandom(32)
+    return blake3(b"novacron host 1\0" + told).digest(16)
 
 
 class Stream:

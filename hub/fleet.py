@@ -119,19 +119,21 @@ def next_desired(edge: str, current: Mapping[str, Any] | None, change: Mapping[s
     """A new desired state document: `change`'s parts replace the current ones, the generation grows past what anyone has seen.
 
     Args:
-        change: any of `rules`, `models`, `twins`, `commands`, `workloads`, `operations`, `expires_ms`; `rules: null` gives the rules back to the edge.
+        change: any of `rules`, `models`, `twins`, `commands`, `workloads`, `operations`, `update`, `expires_ms`; `rules: null` gives the rules back to the edge, `update: null` wants none.
         edge_generation: the generation that the edge reports; higher than ours after a hub was restored from a backup.
 
     Raises:
         ContractError: a part that does not fit, naming it; nothing is changed then.
     """
-    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "workloads", "operations", "expires_ms"})
+    unknown = sorted(set(change) - {"rules", "models", "twins", "commands", "workloads", "operations", "update", "expires_ms"})
     if unknown:
-        raise ContractError(unknown[0][:80] or "body", f"{unknown[0][:80]!r} is not part of desired state", "send rules, models, twins, commands or expires_ms", "field")
+        raise ContractError(unknown[0][:80] or "body", f"{unknown[0][:80]!r} is not part of desired state", "send rules, models, twins, commands, update or expires_ms", "field")
     spec: dict[str, Any] = dict((current or {}).get("spec", {}))
     spec.update({key: value for key, value in change.items() if key != "expires_ms"})
     if spec.get("rules", 0) is None:
         del spec["rules"]
+    if spec.get("update", 0) is None:
+        del spec["update"]
     # What has expired is no one's wish any more; without this the document only grows.
     for kind, most in (("commands", MAX_COMMANDS), ("operations", MAX_OPERATIONS)):
         listed = spec.get(kind, [])

@@ -144,6 +144,14 @@ class WorkloadsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdatesConfig:
+    """Updates of the image that this edge runs from (see firmware_images/README.md); an image turns them on by itself."""
+
+    enabled: bool = key(False, "take orders for updates; only where the image's updater runs beside the agent")
+    status_file: str = key("/var/lib/novacron/updates/status.json", "where the updater says how the update stands")
+
+
+@dataclass(frozen=True, slots=True)
 class ApiConfig:
     """The local HTTP API."""
 
@@ -179,5 +187,6 @@ class EdgeConfig:
     decisions: DecisionsConfig = key(DecisionsConfig, "", factory=True)
     duties: DutiesConfig = key(DutiesConfig, "", factory=True)
     workloads: WorkloadsConfig = key(WorkloadsConfig, "", factory=True)
+    updates: UpdatesConfig = key(UpdatesConfig, "", factory=True)
     api: ApiConfig = key(ApiConfig, "", factory=True)
     logging: LoggingConfig = key(LoggingConfig, "", factory=True)

@@ -7,6 +7,7 @@ from .errors import ContractError
 from .limits import MAX_COMMANDS, MAX_INTEGER, MAX_MODELS, MAX_OPERATIONS, MAX_RULES, MAX_TWINS, MAX_WORKLOADS, PROTOCOL_VERSION
 from .schema import ID_PATTERN, VERSION, Field, Message
 from .topics import EDGE_DESIRED
+from .updates import UPDATE_FIELDS, check_order
 from .workloads import OPERATION_FIELDS, WORKLOAD_FIELDS
 
 COMMAND_FIELDS = (
@@ -24,6 +25,7 @@ _SPEC_FIELDS = (
     Field("commands", "array", "commands that wait", required=False, default=[], max_items=MAX_COMMANDS, items=COMMAND_FIELDS),
     Field("workloads", "array", "workloads that shall run here, and those that shall stop", required=False, default=[], max_items=MAX_WORKLOADS, items=WORKLOAD_FIELDS),
     Field("operations", "array", "what shall be done with workloads that are here", required=False, default=[], max_items=MAX_OPERATIONS, items=OPERATION_FIELDS),
+    Field("update", "object", "an update of the image that the edge runs from; absent: none is wanted", required=False, default=None, items=UPDATE_FIELDS),
 )
 
 
@@ -37,6 +39,8 @@ def _check_spec(message: dict[str, Any]) -> None:
         for index, entry in enumerate(message["spec"][kind] or ()):
             if not isinstance(entry, dict):
                 raise ContractError(f"spec.{kind}[{index}]", f"is {type(entry).__name__}, not an object", "send a JSON object", "type")
+    if message["spec"]["update"] is not None:
+        check_order(message["spec"]["update"], "spec.update.")
     for kind in ("commands", "operations"):
         seen: set[str] = set()
         for index, entry in enumerate(message["spec"][kind]):
@@ -97,6 +101,7 @@ class Desired:
     commands: list[dict[str, Any]] = field(default_factory=list)
     workloads: list[dict[str, Any]] = field(default_factory=list)
     operations: list[dict[str, Any]] = field(default_factory=list)
+    update: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The document as it travels."""
@@ -107,6 +112,8 @@ class Desired:
             spec["workloads"] = self.workloads
         if self.operations:
             spec["operations"] = self.operations
+        if self.update is not None:
+            spec["update"] = self.update
         return {
             "v": PROTOCOL_VERSION, "edge": self.edge, "generation": self.generation, "issued_ms": self.issued_ms,
             "expires_ms": self.expires_ms, "spec": spec,
@@ -120,5 +127,5 @@ def parse_desired(value: Any, edge: str) -> Desired:
         raise ContractError("edge", f"is for {data['edge']!r}, not {edge!r}", "publish on that edge's topic", "topic")
     spec = data["spec"]
     return Desired(
-        edge, data["generation"], data["issued_ms"], data["expires_ms"], spec["rules"], spec["models"], spec["twins"], spec["commands"], spec["workloads"], spec["operations"]
+        edge, data["generation"], data["issued_ms"], data["expires_ms"], spec["rules"], spec["models"], spec["twins"], spec["commands"], spec["workloads"], spec["operations"], spec["update"],
     )

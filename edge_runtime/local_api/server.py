@@ -1,4 +1,4 @@
-"""REST of the edge. Reads are plain; what writes is a twin's desired state, and the call of a function that runs here."""
+"""REST of the edge. Reads are plain; what writes is a twin's desired state, the call of a function that runs here, and the order of an update of the image."""
 
 import hmac
 import json
@@ -70,6 +70,7 @@ class LocalApi:
             web.patch("/api/v1/devices/{device}/desired", self.desire), web.get("/api/v1/decisions", self.decisions),
             web.get("/api/v1/decisions/{seq}", self.decision), web.get("/api/v1/journal", self.journal), web.get("/api/v1/journal/chain", self.chain),
             web.get("/api/v1/journal/{stream}", self.records), web.get("/api/v1/config", self.config), web.get("/api/v1/errors", self.errors),
+            web.get("/api/v1/updates", self.updates), web.post("/api/v1/updates", self.update),
             web.post("/api/v1/functions/{function}", self.call), web.get("/api/v1/workloads", self.workloads), web.get("/api/v1/workloads/{workload}/logs", self.logs),
             web.get("/api/v1/workloads/{workload}/checkpoints", self.checkpoints), web.post("/api/v1/workloads/{workload}/operations", self.operate), web.get("/api/v1/operations/{operation}", self.operation),
         ])
@@ -174,6 +175,19 @@ class LocalApi:
         failed = {"field": "function", "problem": problem, "remedy": "see stderr", "code": answer.code, "stdout": answer.stdout.decode("utf-8", "replace"), "stderr": answer.stderr.decode("utf-8", "replace")}
         return self._web.Response(text=json.dumps(failed), content_type="application/json", status=504 if answer.what == "timed out" else 502, headers=headers)
 
+    async def updates(self, _request: Any) -> Any:
+        """Updates of this device's image, as operations."""
+        return self._answer(self._runtime.updates.to_json() if self._runtime.updates is not None else [])
+
+    async def update(self, request: Any) -> Any:
+        """Order an update: a signed bundle by its address, or by its file on the data partition."""
+        if "Origin" in request.headers:
+            return self._answer({"field": "Origin", "problem": "updates are not ordered by pages", "remedy": "order them from a program"}, 403)
+        order = jsoncodec.decode(await request.read(), MAX_BODY_BYTES)
+        if self._runtime.updates is None:
+            return self._answer({"field": "updates", "problem": "this edge does not run from an image that can be updated", "remedy": "see firmware_images/README.md"}, 404)
+        return self._answer(self._runtime.updates.order(order))
+
     async def workloads(self, _request: Any) -> Any:
         """What runs, or has run, on this node."""
         return self._answer(await self._runtime.workload_node().instances() if self._runtime.config.workloads.enabled else [])
@@ -188,7 +202,7 @@ class LocalApi:
 
     async def checkpoints(self, request: Any) -> Any:
         """The checkpoints of a workload that are on this node."""
-        return self._answer(await self._runtime.workload_node().checkpoints(request.match_info["workload"]) if self._runtime.config.workloads.enabled else [])
+        return self._answer(await self._runtime.workload_node().asked.checkpoints(request.match_info["workload"]) if self._runtime.config.workloads.enabled else [])
 
     async def operate(self, request: Any) -> Any:
         """Take a checkpoint of a workload that is here, go on from one, or delete one; answered before it is done."""
@@ -199,12 +213,12 @@ class LocalApi:
             raise ContractError("body", f"is {type(asked).__name__}, not an object", "send kind, and name or stop", "type")
         if not self._runtime.config.workloads.enabled:
             raise ContractError("workload", "workloads are not enabled on this edge", "set workloads.enabled")
-        return self._answer(self._runtime.workload_node().ask(request.match_info["workload"], asked))
+        return self._answer(self._runtime.workload_node().asked.ask(request.match_info["workload"], asked))
 
     async def operation(self, request: Any) -> Any:
         """How an operation stands."""
         name = request.match_info["operation"]
-        found = self._runtime.workload_node().operation(name) if self._runtime.config.workloads.enabled else None
+        found = self._runtime.workload_node().asked.operation(name) if self._runtime.config.workloads.enabled else None
         if found is None:
             return self._answer({"field": "operation", "problem": f"{name[:80]!r} is not known here", "remedy": "see the journal's operation records"}, 404)
         return self._answer(found)

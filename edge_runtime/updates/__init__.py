@@ -1,1 +1,1 @@
-"""Room for zero-downtime updates of the agent and its images. Nothing is here yet; see the issues."""
+"""A device's own image: signed bundles into the slot that does not run, a switch that a power cut cannot spoil, a way back. See README.md."""

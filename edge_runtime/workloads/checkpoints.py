@@ -1,6 +1,7 @@
 """The checkpoints of workloads that a node keeps, and what is done with them: take one, go on from one, remove one.
 
     <data>/workloads/checkpoints/<workload>/<name>/     one state, as its driver writes it (`drivers.checkpoint_state`)
+    <data>/workloads/checkpoints/.output/<workload>/    what it wrote, while it is being restored: it goes on with that
 
 A state has its name when it is whole, so what is there under a name can be gone on from. They count to the disk budget of images. They go with their workload: when this node shall not have it any more.
 """
@@ -9,6 +10,8 @@ import asyncio
 import logging
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,16 @@ from ..contract.schema import ID_PATTERN
 from ..contract.workloads import CHECKPOINT, DELETE_CHECKPOINT, RESTORE
 from .drivers import checkpoint_state
 from .drivers.face import Checkpoints, Driver, Failed, Key, Observes, Order, Phase, Refused, Status
+from .drivers.instance import link_output
 from .operations import Operations
 
 log = logging.getLogger(__name__)
 
 TAKING, CLEARING, PLACING = "taking", "clearing", "placing"
 """Steps that are written down: a state of this name is this operation's; the instance that a restore replaces goes; what is there under its key has been brought back."""
+
+AUTOMATIC = "auto-"
+"""How the ids of operations begin that nobody asks for, and so the names of their checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,21 @@ class CheckpointFolder:
 
     def workloads(self) -> set[str]:
         """Those that have something here."""
-        return {entry.name for entry in os.scandir(self._folder) if entry.is_dir(follow_symlinks=False)}
+        return {entry.name for entry in os.scandir(self._folder) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")}
+
+    def output(self, workload: str) -> Path:
+        """Where what it wrote is kept while it is being restored."""
+        return self._folder / ".output" / workload
+
+    def keep_output(self, workload: str, instance: Path) -> None:
+        """Keep what an instance wrote that is about to go; where it has gone already, what was kept stays."""
+        self.output(workload).mkdir(parents=True, exist_ok=True, mode=0o700)
+        if instance.exists():
+            link_output(instance, self.output(workload))
+
+    def forget_output(self, workload: str) -> None:
+        """It has it, or needs it no more."""
+        shutil.rmtree(self.output(workload), ignore_errors=True)
 
     def all(self, workload: str = "") -> list[Kept]:
         """What is whole, the oldest first; of one workload only where it is named. What cannot be read is passed over: a restore says why."""
@@ -102,6 +123,7 @@ class CheckpointFolder:
 
     def forget(self, workload: str) -> bool:
         """All of a workload; whether there was anything."""
+        self.forget_output(workload)
         if workload not in self.workloads():
             return False
         shutil.rmtree(self._folder / workload, ignore_errors=True)
@@ -135,6 +157,31 @@ class Checkpointing:
         if await asyncio.to_thread(self._folder.forget, workload):
             self._changed()
 
+    async def due_s(self, workload: str, every_s: float) -> float:
+        """Seconds until its next checkpoint that nobody asks for is due."""
+        newest = await self._own(workload)
+        return every_s if not newest else min(every_s, max(0.0, every_s - (time.time() - newest[-1].taken_ms / 1000)))
+
+    async def _own(self, workload: str) -> list[Kept]:
+        """Those that nobody asked for, the oldest first."""
+        return [one for one in await asyncio.to_thread(self._folder.all, workload) if one.name.startswith(AUTOMATIC)]
+
+    def take_one(self, key: Key) -> None:
+        """Have a checkpoint taken that nobody asks for; the older ones of its kind go when it is there."""
+        self._ask(key, CHECKPOINT, "")
+
+    async def goes_on(self, key: Key) -> bool:
+        """Have it brought back from the newest checkpoint that nobody asked for; whether there is one, or an operation is under way already."""
+        if self._operations.under_way(key.id):
+            return True
+        own = [one for one in await self._own(key.id) if one.epoch == key.epoch]
+        if own:
+            self._ask(key, RESTORE, own[-1].name)
+        return bool(own)
+
+    def _ask(self, key: Key, kind: str, name: str) -> None:
+        self._operations.take([{"id": f"{AUTOMATIC}{uuid.uuid4().hex[:16]}", "kind": kind, "workload": key.id, "epoch": key.epoch, "name": name, "stop": False, "expires_ms": 0}])
+
     async def carry_out(self, asked: Mapping[str, Any], drivers: Mapping[str, Driver], driver: Driver | None, status: Status | None, held: bool, clears: Callable[[], None]) -> dict[str, Any]:
         """One operation; what is told of it then. Raises `DriverError`.
 
@@ -160,6 +207,8 @@ class Checkpointing:
     async def _checkpoint(self, asked: Mapping[str, Any], driver: Driver | None, status: Status | None) -> dict[str, Any]:
         name, workload = asked["name"] or asked["id"], asked["workload"]
         path = self._folder.path(workload, name)
+        if asked["name"].startswith(AUTOMATIC):
+            raise Refused("name", f"{AUTOMATIC}... is for checkpoints that nobody asks for", "give it another name")
         if driver is None or status is None:
             raise Refused("workload", f"{workload} does not run here yet", "ask again when it runs")
         if not isinstance(driver, Checkpoints):
@@ -174,6 +223,10 @@ class Checkpointing:
         if not await asyncio.to_thread(path.exists):
             path.parent.mkdir(exist_ok=True, mode=0o700)
             await driver.checkpoint(status.key, path, leave_running=not asked["stop"])
+        if asked["id"].startswith(AUTOMATIC):
+            for one in await self._own(workload):
+                if one.name != name:
+                    await asyncio.to_thread(self._folder.remove, workload, one.name)
         return await self._told(workload, name)
 
     async def _room(self, driver: Driver, status: Status) -> None:
@@ -205,14 +258,16 @@ class Checkpointing:
             clears()
             await self._operations.reach(asked["id"], CLEARING)
         if step != PLACING:
+            await asyncio.to_thread(self._folder.keep_output, workload, driver.folder(key))
             await driver.delete(key)
             await self._operations.reach(asked["id"], PLACING)
             status = None
         if status is None:
             told = (await asyncio.to_thread(checkpoint_state.read_manifest, path))["order"]
-            await driver.restore(Order(key, str(told["image"]), told["requests"], told["spec"], bool(told["job"])), path)
+            await driver.restore(Order(key, str(told["image"]), told["requests"], told["spec"], bool(told["job"])), path, output=self._folder.output(workload))
         elif status.phase in (Phase.PREPARED, Phase.RUNNING, Phase.PAUSED):
             await driver.come_back(key)
+        await asyncio.to_thread(self._folder.forget_output, workload)
         return found.to_json()
 
     async def _delete(self, asked: Mapping[str, Any], held: bool) -> dict[str, Any]:

@@ -3,26 +3,22 @@
 import asyncio
 import logging
 import os
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.errors import ContractError
-from ..contract.schema import check_fields
-from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM, OPERATION_FIELDS, RUNNING
+from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
+from .asked import Asked
 from .capacity import changed, describe
-from .operations import Operations
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
 if TYPE_CHECKING:
-    from .checkpoints import CheckpointFolder
     from .drivers.container import ContainerDriver
     from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
@@ -33,7 +29,6 @@ if TYPE_CHECKING:
     from .images.pull import Puller
     from .images.reference import Host
     from .images.shared import Shared
-    from .questions import Questions
     from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -46,12 +41,6 @@ MAX_TOLD_IMAGES = 256
 
 MAX_TOLD_NAME = 253
 """Characters of a reference that the hub takes in a node's description."""
-
-ASKED_HERE_MS = 300_000
-"""An operation that is asked for at the node itself is begun within this, or not at all."""
-
-CHECKPOINTS_TOLD = "workload_checkpoints"
-"""The journal's state document that keeps what was told last of the checkpoints here."""
 
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
@@ -74,6 +63,7 @@ class WorkloadNode:
         runs: the kinds of workload for which there is a driver here; none before the drivers have been probed.
         siblings: where workloads may move within the site.
         told: the newest `node.capacity`.
+        asked: what is asked of the workloads here, beside running them.
     """
 
     def __init__(self, config: EdgeConfig, journal: Journal, metrics: Metrics) -> None:
@@ -101,12 +91,7 @@ class WorkloadNode:
         self._pressure = Pressure({MEMORY: config.workloads.evict_memory_bytes, DISK: config.workloads.evict_disk_bytes})
         self._shortage = asyncio.Event()
         self._runner: Runner | None = None
-        self._checkpoints: CheckpointFolder | None = None
-        self._telling_checkpoints: asyncio.Task[None] | None = None
-        self._operations = Operations(journal, self._operate)
-        self._questions: Questions | None = None
-        self._early: tuple[Sequence[dict[str, Any]], frozenset[str]] = ((), frozenset())
-        """Operations that were asked for before the drivers had been probed, and those of them that had expired."""
+        self.asked = Asked(config, journal, lambda: self.entries, self._newest, self._left.get)
 
     async def run(self) -> None:
         """Probe the drivers, then make true what is wanted, and tell what this node has, at boot and when it has changed. Until cancelled; what runs then goes on."""
@@ -115,19 +100,14 @@ class WorkloadNode:
                 await self._probe()
             if self._entries is not None:
                 self._answer(self._entries)
-            self._operations.resume()
-            self._operations.take(*self._early)
-            self._checkpoints_changed()
+            self.asked.begin(self._runner, self._why)
             self._ready.set()
             self._taken.set()
             await asyncio.gather(self._tell(), self._follow(), self._watch_room(), self._watch_disks())
         finally:
             if self._runner is not None:
                 await self._runner.close()
-            if self._questions is not None:
-                await self._questions.close()
-            if self._telling_checkpoints is not None:
-                await asyncio.gather(self._telling_checkpoints, return_exceptions=True)
+            await self.asked.close()
             if self._images is not None:
                 await self._images.close()
             if self._puller is not None:
@@ -139,7 +119,6 @@ class WorkloadNode:
                 self._store.close()
 
     async def _probe(self) -> None:
-        from .checkpoints import CheckpointFolder, Checkpointing
         from .images import ImageError, ImageStore
         from .images.shared import Shared
         from .runner import Runner
@@ -180,11 +159,7 @@ class WorkloadNode:
         # A job is of whatever kind its image is; no machine is a job.
         self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm"}))
         self._why = "; ".join(why)
-        checkpointing = None
-        if self._containers is not None:
-            self._checkpoints = await asyncio.to_thread(CheckpointFolder, folder / "checkpoints")
-            await asyncio.to_thread(self._checkpoints.tidy)  # the driver has settled what was under way
-            checkpointing = Checkpointing(self._checkpoints, self._operations, workloads.images_bytes, self._checkpoints_changed)
+        checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
             self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
             self._drivers = drivers
@@ -340,65 +315,11 @@ class WorkloadNode:
             await self._microvms.prune(budget)
         if self._vms is not None:
             modules = modules | await asyncio.to_thread(self._vms.layers)
-        if self._checkpoints is not None:
-            kept = await asyncio.to_thread(self._checkpoints.all)
-            modules, budget = modules | {layer for one in kept for layer in one.layers}, max(0, budget - sum(one.bytes for one in kept))
+        layers, taken = await self.asked.held()
+        modules, budget = modules | layers, max(0, budget - taken)
         if self._containers is not None:
             return bool(await self._containers.prune(budget, modules))
         return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
-
-    # -- operations ----------------------------------------------------------------------------------------------------------
-
-    def operate(self, entries: Sequence[dict[str, Any]], late: frozenset[str]) -> None:
-        """Operations of a desired state that was taken, `late` those that had expired; each is carried out once, also over restarts."""
-        if self._probed:
-            self._operations.take(entries, late)
-        else:
-            self._early = (entries, late)
-
-    def ask(self, workload: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """An operation that somebody at the node asks for: `kind`, `name`, `stop`, and `id` where it shall be done once however often it is asked. How it stands then. Raises `ContractError`."""
-        if not self._probed:
-            raise ContractError("node", "the agent has just started, and looks at what it can run", "come again")
-        entry = next((one for one in self.entries if one["id"] == workload and one["wanted"] == RUNNING), None)
-        if entry is None:
-            raise ContractError("workload", f"{workload[:80]!r} shall not run here", "list /api/v1/workloads; ask the hub where it runs")
-        told = check_fields(OPERATION_FIELDS, {
-            "id": f"local-{secrets.token_hex(8)}", **asked, "workload": workload, "epoch": entry["epoch"], "expires_ms": int(time.time() * 1000) + ASKED_HERE_MS,
-        }, "payload")
-        self._operations.take([told])
-        return self._operations.get(told["id"]) or {}
-
-    def operation(self, name: str) -> dict[str, Any] | None:
-        """One operation, as its newest record says; None where it is not known (any more)."""
-        return self._operations.get(name)
-
-    async def checkpoints(self, workload: str) -> list[dict[str, Any]]:
-        """The checkpoints of one workload that are here, the oldest first."""
-        if self._checkpoints is None:
-            return []
-        return [one.to_json() for one in await asyncio.to_thread(self._checkpoints.all, workload)]
-
-    def _operate(self, asked: Mapping[str, Any]) -> None:
-        if self._runner is not None and self._checkpoints is not None:
-            self._runner.operate(asked)
-        else:
-            self._operations.end(asked["id"], "failed", f"containers cannot be run here: {self._why or 'switched off (workloads in its configuration)'}")
-
-    def _checkpoints_changed(self) -> None:
-        """Tell which checkpoints are here, where that is news."""
-        before = self._telling_checkpoints
-
-        async def tell() -> None:
-            if before is not None:
-                await asyncio.gather(before, return_exceptions=True)
-            there = [one.to_json() for one in await asyncio.to_thread(self._checkpoints.all)] if self._checkpoints is not None else []
-            if there != (self._journal.state(CHECKPOINTS_TOLD) or []):
-                self._journal.append("event", "workload.checkpoints", {"checkpoints": there})
-                self._journal.put_state(CHECKPOINTS_TOLD, there)
-
-        if self._checkpoints is not None:
-            self._telling_checkpoints = asyncio.get_running_loop().create_task(tell(), name="checkpoints, telling")
 
     # -- what people ask -----------------------------------------------------------------------------------------------------
 
@@ -418,14 +339,6 @@ class WorkloadNode:
             except Refused:
                 pass  # it was removed meanwhile
         return self._left.get(workload)
-
-    def question(self, question: Mapping[str, Any], send: Callable[[dict[str, Any]], Awaitable[bool]]) -> None:
-        """Answer a question of the hub, by and by."""
-        from .questions import Questions
-
-        if self._questions is None:
-            self._questions = Questions(self._config.edge_id, self._journal, self._newest, self._left.get, self._config.workloads.exec)
-        self._questions.take(question, send)
 
     async def _newest(self, workload: str) -> "tuple[Driver, Status] | None":
         there = [(driver, status) for driver in self._drivers.values() for status in await driver.instances() if status.key.id == workload]

@@ -79,6 +79,15 @@ class Operations:
         row = self._rows.get(name)
         return dict(row["operation"]) if row is not None else None
 
+    @property
+    def open(self) -> int:
+        """How many have not ended."""
+        return sum(row["entry"] is not None for row in self._rows.values())
+
+    def under_way(self, workload: str) -> bool:
+        """Whether there is one on this workload that has not ended."""
+        return any(row["entry"] is not None and row["entry"]["workload"] == workload for row in self._rows.values())
+
     def step(self, name: str) -> str:
         """The step that was written down last."""
         return str(self._rows[name]["operation"]["step"])

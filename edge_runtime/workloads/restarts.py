@@ -5,6 +5,7 @@ Keys of a workload's `spec` that are not its driver's:
     restart      `never`, `on-failure` or `always`; by default a container never, a function always (it has no end of its own), a batch job as its `retries` say
     retries      restarts in a row without a stable run between them; by default 0 for a batch job, else without an end
     pull         `always`, `missing` (default) or `never`: when a registry is asked for the image
+    checkpoint   `{"every_s": 600}`: its state is taken so often while it goes on, the newest is kept, and what is lost with its machine goes on from there
     deadline_s   of a batch job: seconds from its first start, over all tries, after which it is stopped
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from .drivers.face import Phase, Refused, Status
 
-KEYS = ("deadline_s", "pull", "restart", "retries")
+KEYS = ("checkpoint", "deadline_s", "pull", "restart", "retries")
 
 PULL_MISSING = "missing"
 PULLS = ("always", PULL_MISSING, "never")
@@ -31,14 +32,18 @@ STABLE_MS = 600_000
 MAX_RETRIES = 1000
 MAX_DEADLINE_S = 30 * 86_400
 
+LEAST_CHECKPOINT_S, MOST_CHECKPOINT_S = 10, 86_400
+"""Seconds between two checkpoints: it stands still for a second or more with each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How one workload is restarted. `retries` None: without an end; `deadline_s` 0: none."""
+    """How one workload is restarted. `retries` None: without an end; `deadline_s` 0: none; `checkpoint_s`: seconds between two checkpoints, 0: none are taken."""
 
     restart: str
     retries: int | None
     deadline_s: float
+    checkpoint_s: float = 0.0
 
     def again(self, ended: Status, tries: int) -> bool:
         """Whether it is started again after this end, and `tries` restarts in a row."""
@@ -81,4 +86,16 @@ def policy(kind: str, spec: Mapping[str, Any]) -> Policy:
         raise Refused("spec.deadline_s", f"{str(deadline)[:40]} is no number of seconds up to {MAX_DEADLINE_S}", "give one, or leave it out")
     if deadline and not job:
         raise Refused("spec.deadline_s", f"a {kind} has no end that it could miss", "submit a batch job, or leave it out")
-    return Policy(restart, retries, float(deadline))
+    return Policy(restart, retries, float(deadline), _checkpoints(kind, spec))
+
+
+def _checkpoints(kind: str, spec: Mapping[str, Any]) -> float:
+    told = spec.get("checkpoint")
+    if told is None:
+        return 0.0
+    every = told.get("every_s") if isinstance(told, dict) and set(told) == {"every_s"} else None
+    if not isinstance(every, (int, float)) or isinstance(every, bool) or not LEAST_CHECKPOINT_S <= every <= MOST_CHECKPOINT_S:
+        raise Refused("spec.checkpoint", f"{str(told)[:60]} is not {{\"every_s\": {LEAST_CHECKPOINT_S} to {MOST_CHECKPOINT_S}}}", "give the seconds between two checkpoints, or leave it out")
+    if kind not in ("container", "batch"):
+        raise Refused("spec.checkpoint", f"the state of a {kind} cannot be taken", "run it as a container or a batch job, or leave it out")
+    return float(every)

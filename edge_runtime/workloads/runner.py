@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..contract.workloads import CHECKPOINTED, ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
 from .checkpoints import Checkpointing
-from .drivers.face import Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
+from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,10 @@ class Runner:
         tries = journal.state(TRIES)
         self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
         self._due: dict[str, float] = {}
+        self._taking: dict[str, float] = {}
+        """When the next checkpoint that nobody asks for is due; times of the loop."""
+        self._going_on: set[str] = set()
+        """What is brought back from one: once for each time that it is lost."""
 
     async def take(self, entries: Iterable[Mapping[str, Any]], may: Mapping[str, bool] | None = None) -> None:
         """From now on these are wanted, and nothing else. Returns at once; the tasks see to it.
@@ -108,6 +112,8 @@ class Runner:
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
         self._forget_tries(set(self._tries) - listed)
+        self._taking = {key: at for key, at in self._taking.items() if key in listed}
+        self._going_on &= listed
         self._evicted = {key: why for key, why in self._evicted.items() if key in listed}
         for workload in {*wanted, *there, *self._tasks, *self._asked}:
             self._wake(workload)
@@ -272,10 +278,16 @@ class Runner:
                 if status.phase in (Phase.RUNNING, Phase.PAUSED):
                     self._began(said, how, status)
                     self._say(entry, "running", status.reason, status.load_ms)
-                    ended = await self._until(driver, key, changed, self._left_s(said, how))
+                    self._going_on.discard(said)
+                    ended = await self._until(driver, key, changed, await self._next_s(key, said, how))
                     if ended is None:
                         if changed.is_set():
                             return
+                        if self._left_s(said, how) != 0.0:
+                            assert self._checkpoints is not None
+                            self._taking[said] = asyncio.get_running_loop().time() + how.checkpoint_s
+                            self._checkpoints.take_one(key)
+                            continue
                         await driver.stop(key, GRACE_S)
                         self._late(entry, how)
                         return
@@ -284,9 +296,30 @@ class Runner:
                         continue
                 if status.leased and status.phase is Phase.LOST:
                     raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
+            if status.phase is Phase.LOST and not status.leased and await self._goes_on(key, said, how):
+                await changed.wait()
+                return
             if not await self._again(entry, how, status, changed):
                 return
             await self._remove(key)
+
+    async def _next_s(self, key: Key, said: str, how: Policy) -> float | None:
+        """Seconds until its deadline, or until its next checkpoint; None: it has neither."""
+        left_s = self._left_s(said, how)
+        if not how.checkpoint_s or self._checkpoints is None:
+            return left_s
+        now = asyncio.get_running_loop().time()
+        if said not in self._taking:
+            self._taking[said] = now + await self._checkpoints.due_s(key.id, how.checkpoint_s)
+        due_s = max(0.0, self._taking[said] - now)
+        return due_s if left_s is None else min(left_s, due_s)
+
+    async def _goes_on(self, key: Key, said: str, how: Policy) -> bool:
+        """Whether what was lost is brought back from its newest checkpoint; tried once, then it is as if there were none."""
+        if self._checkpoints is None or not how.checkpoint_s or (said in self._going_on and not self._checkpoints.operations.under_way(key.id)):
+            return False
+        self._going_on.add(said)
+        return await self._checkpoints.goes_on(key)
 
     def _late(self, entry: Mapping[str, Any], how: Policy) -> None:
         self._say(entry, "failed", f"its deadline of {how.deadline_s:g} s has passed")
@@ -367,6 +400,10 @@ class Runner:
         if name is None:
             return None
         driver = self._drivers[name]
+        if spec.get("checkpoint") is not None:
+            if not isinstance(driver, Checkpoints):
+                raise Refused("spec.checkpoint", f"the driver {name} takes no states", "leave it out, or run it as a container")
+            driver.demand(Ability.CHECKPOINT)
         spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may

@@ -1,5 +1,6 @@
 """Handlers of the hub's API."""
 
+import asyncio
 import hmac
 import json
 import logging
@@ -21,6 +22,7 @@ from ..hierarchy import build_tree
 from ..questions import Unanswered
 from ..store.base import EdgeRow, StoredRecord
 from ..transfers.book import Contradicts
+from .bundles import bundle_file, listing
 from .openapi import OPERATIONS, document
 from .operations import OperationApi
 from .pages import serve
@@ -121,6 +123,15 @@ class HubApi(OperationApi, TransferApi):
     async def metrics(self, _request: web.Request) -> web.Response:
         """See the table."""
         return web.Response(text=self._hub.render_metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def bundles(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        return answer(await asyncio.to_thread(listing, self._hub.settings.data_dir, self._hub.token))
+
+    async def bundle(self, request: web.Request) -> web.StreamResponse:
+        """See the table."""
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        return bundle_file(self._hub.settings.data_dir, self._hub.token, request.match_info["bundle"], given)
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """See the table."""

@@ -20,7 +20,7 @@ CHANGE = {
     "properties": {
         "rules": {"type": ["array", "null"], "items": OBJECT, "maxItems": 256}, "models": {"type": "array", "items": OBJECT, "maxItems": 16},
         "twins": {"type": "object", "additionalProperties": OBJECT}, "commands": {"type": "array", "items": OBJECT, "maxItems": 256},
-        "expires_ms": COUNT,
+        "update": {"type": ["object", "null"], "required": ["id"], "properties": {"id": NAME, "url": {"type": "string"}, "token": {"type": "string"}, "path": {"type": "string"}}}, "expires_ms": COUNT,
     },
 }
 COMMAND = {
@@ -133,6 +133,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/api/v1/edges/{edge}/commands", "command", "Order a command; it waits while the edge is away, until it expires", OBJECT, body=COMMAND),
     Operation("post", "/api/v1/edges/{edge}/release", "release", "End a quarantine", OBJECT),
     Operation("get", "/api/v1/edges/{edge}/verify", "verify", "What the hub can prove of an edge's records by itself", OBJECT),
+    Operation("get", "/api/v1/bundles", "bundles", "Update bundles that this hub serves, each with the token that opens it to a device", LIST),
+    Operation("get", "/bundles/{bundle}", "bundle", "An update bundle, with ranges; its own token (see /api/v1/bundles), or the hub's", {"type": "string"}),
     Operation("get", "/api/v1/decisions", "decisions", "The newest decisions of all edges", LIST, (
         ("limit", LIMIT, "at most so many"), ("edge", NAME, "of this edge only"),
     )),
@@ -186,7 +188,7 @@ OPERATIONS: tuple[Operation, ...] = (
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "transfer": NAME, "worker": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "transfer": NAME, "worker": NAME, "bundle": NAME}
 
 
 def document() -> dict[str, Any]:
@@ -197,7 +199,7 @@ def document() -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": schema} for name, schema in IN_PATH.items() if f"{{{name}}}" in operation.path
         ]
         parameters += [{"name": name, "in": "query", "schema": schema, "description": text} for name, schema, text in operation.query]
-        kind = "text/plain" if operation.handler == "metrics" else "application/json"
+        kind = {"metrics": "text/plain", "bundle": "application/octet-stream"}.get(operation.handler, "application/json")
         responses: dict[str, Any] = {"200": {"description": operation.summary, "content": {kind: {"schema": operation.answer}}}}
         error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
         if operation.handler in ("healthz", "readyz"):

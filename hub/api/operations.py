@@ -46,10 +46,12 @@ class OperationApi(WorkloadApi):
     async def logs(self, request: web.Request) -> web.Response:
         """See the table."""
         row = self._placed(request)
-        if not row.node:
-            raise Conflict("workload", f"{row.id} is {row.state}, and on no node", "ask when it is placed; what has ended keeps its output where it ran until the hub has heard of it")
-        detail, found = await self._hub.questions.ask(row.node, LOGS, row.id, bytes=integer_of(request, "bytes", MAX_OUTPUT), since=request.query.get("since", ""))
-        return answer(_said(row.node, detail, found))
+        past = [] if row.node else await self._hub.read(lambda: self._hub.store.read_placements(row.id, 1))
+        node = row.node or next((one.node for one in past if one.node in self._hub.fleet.rows), "")  # its last node shows for a while what it wrote
+        if not node:
+            raise Conflict("workload", f"{row.id} is {row.state}, and was on no node", "ask when it is placed")
+        detail, found = await self._hub.questions.ask(node, LOGS, row.id, bytes=integer_of(request, "bytes", MAX_OUTPUT), since=request.query.get("since", ""))
+        return answer(_said(node, detail, found))
 
     async def execute(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime.contract.workloads import RUNNING
+from edge_runtime.contract.workloads import CHECKPOINTED, RUNNING
 
 from ..scheduler import Invalid, Scheduler, drain, moves, rebalance
 from ..scheduler.model import Kind
@@ -73,7 +73,7 @@ class Rebalancing:
             if current is None:
                 continue
             found.epochs[row.id] = row.epoch
-            why = self._why_it_stays(row.id)
+            why = "it is checkpointed, and would begin anew" if current.said == CHECKPOINTED else self._why_it_stays(row.id)
             if why:
                 found.moved_ms[row.id] = now_ms
                 found.stays.append({"workload": row.id, "node": row.node, "reason": why})
@@ -88,6 +88,8 @@ class Rebalancing:
         entry, row = self._planner.tables.items[workload], self._planner.tables.rows[workload]
         if entry.item.shape.kind is Kind.BATCH:
             return "a batch job would begin anew"
+        if (entry.document.get("spec") or {}).get("checkpoint") is not None:
+            return "its document asks for checkpoints, and it would begin anew"
         if not entry.document.get("migratable", True):
             return "its document says that it does not move"
         if not self._planner.is_up(row.node):

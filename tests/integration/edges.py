@@ -15,7 +15,7 @@ import aiohttp
 import aiomqtt
 
 from edge_runtime.config import EdgeConfig
-from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, DevicesConfig, HostConfig, JournalConfig, UplinkConfig
+from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, DevicesConfig, HostConfig, JournalConfig, UpdatesConfig, UplinkConfig
 from edge_runtime.contract.desired import Desired, parse_desired
 from edge_runtime.runtime import EdgeRuntime
 from tools.bench.harness import die_with_parent, free_port, stop, wait_for_port
@@ -199,13 +199,13 @@ class Edges:
 
     async def start(
         self, *, port: int = 0, rules: tuple[dict[str, Any], ...] = (EACH,), data_dir: Path | None = None, api: ApiConfig | None = None, devices: DevicesConfig | None = None, decisions: DecisionsConfig | None = None,
-        uplink: UplinkConfig | None = None, wait: bool = True,
+        uplink: UplinkConfig | None = None, wait: bool = True, updates: UpdatesConfig | None = None,
     ) -> Edge:
         """An edge without host sampling and, unless `uplink` says otherwise, hub; with `port` its bus is awaited (unless not `wait`)."""
         config = EdgeConfig(
             edge_id="gw-1", node="gw-1", site="hall-2", data_dir=str(data_dir or self._data_dir), uplink=uplink or UplinkConfig(enabled=False, password="hunter2"),
             bus=BusConfig(url=f"mqtt://127.0.0.1:{port}" if port else ""), journal=JournalConfig(ballast_bytes=0, min_free_bytes=0),
-            devices=replace(devices or DevicesConfig(), host=HostConfig(enabled=False)), decisions=decisions or DecisionsConfig(rules=rules), api=api or ApiConfig(port=0),
+            devices=replace(devices or DevicesConfig(), host=HostConfig(enabled=False)), decisions=decisions or DecisionsConfig(rules=rules), api=api or ApiConfig(port=0), updates=updates or UpdatesConfig(),
         )
         edge = Edge(config)
         self._made.append(edge)

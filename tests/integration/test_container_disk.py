@@ -87,6 +87,7 @@ async def test_files_that_were_deleted_and_are_open_count_and_so_do_files_withou
         await until(lambda key=key: written(key))
     assert counted(driver.folder(hidden) / "disk/upper")[0] < 8 * MIB, "by its names alone it would be within its limit"
     assert [one.key for one in await driver.hold_disks()] == [hidden]
+    assert "requests.disk" in (await driver.wait(hidden)).reason
     monkeypatch.setattr(counted, "__defaults__", (50,))
     monkeypatch.setattr(driver._disks, "_again", {})
     assert [(one.key, one.files) for one in await driver.hold_disks()] == [(many, True)]
@@ -109,7 +110,7 @@ async def test_a_look_that_took_long_is_not_begun_again_at_once(driver: Containe
     monkeypatch.setattr(container_disk, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(container_disk, "counted", slow)
     for at, seen in ((100.0, 1), (139.0, 1), (141.0, 2)):
-        driver._disks.look([key], at)
+        driver._disks.look({key: 8 * MIB}, at)
         assert len(looks) == seen
     monkeypatch.undo()
     await driver.delete(key)

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.config import public_dict
-from edge_runtime.config.schema import ApiConfig
+from edge_runtime.config import EdgeConfig, public_dict
+from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, DevicesConfig, HostConfig, UplinkConfig
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.records import CHAIN_START
 from edge_runtime.local_api.server import MAX_BODY_BYTES
+from edge_runtime.runtime import EdgeRuntime
+from edge_runtime.system.service import ServiceManager
 from tests.prometheus_text import parse_exposition
 
 from .edges import EACH, Edge, Edges, LocalBroker
@@ -236,3 +238,22 @@ async def test_readiness_follows_the_bus(broker: LocalBroker, edges: Edges) -> N
     broker.start()
     await edge.bus_up()
     assert await edge.get("/readyz") == {"ready": True, "missing": []}
+
+
+async def test_ready_is_told_when_the_first_look_is_decided_on_and_before_the_interface_listens(tmp_path: Path) -> None:
+    rule = {"id": "awake", "on": {"device": "host", "metric": "uptime_seconds"}, "if": {"value": "uptime_seconds", "op": ">", "than": 0}, "trigger": "each", "then": [{"alert": {"severity": "info", "text": "up"}}]}
+    config = EdgeConfig(
+        edge_id="gw-1", data_dir=str(tmp_path / "data"), uplink=UplinkConfig(enabled=False), bus=BusConfig(enabled=False), api=ApiConfig(port=0), decisions=DecisionsConfig(rules=(rule,)),
+        devices=DevicesConfig(host=HostConfig(device_id="host", interval_s=3600)),
+    )
+    told: list[tuple[str, int, int]] = []
+
+    class Manager(ServiceManager):
+        def notify(self, **fields: str) -> bool:
+            told.append((next(iter(fields)), runtime.pipeline.decided, runtime.api_port))
+            return True
+
+    runtime = EdgeRuntime(config, Manager({}))
+    await runtime.start()
+    assert told[0] == ("READY", 1, 0) and runtime.api_port > 0
+    await runtime.stop()

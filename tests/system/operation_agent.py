@@ -125,8 +125,8 @@ async def lived(folder: Path, operations: list[list[Any]]) -> None:
     await until(lambda: numbers.exists() and len(numbers.read_text().splitlines()) > 3)
     for at, (name, _, _) in enumerate(operations):
         runtime.desired_state.receive(desired(folder, generation + 2 + at, operations[: at + 1]))
-        await until(lambda name=name: (runtime.workload_node().operation(name) or {}).get("state") in FINAL_STATES)  # type: ignore[misc]
-        print(json.dumps(runtime.workload_node().operation(name)), flush=True)
+        await until(lambda name=name: (runtime.workload_node().asked.operation(name) or {}).get("state") in FINAL_STATES)  # type: ignore[misc]
+        print(json.dumps(runtime.workload_node().asked.operation(name)), flush=True)
     await runtime.stop("test")
 
 

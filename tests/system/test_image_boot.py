@@ -1,74 +1,25 @@
 """An image that boots: without network and clock, decides, keeps its records through a power cut; and one whose root was tampered with, which does not."""
 
-import json
 import os
 import shutil
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from firmware_images import recipes, tools
-from firmware_images.boot import API_PORT, credentials
-from firmware_images.build import Built, build, finished
+from firmware_images.build import Built
 from firmware_images.data import take_out
-from firmware_images.errors import FirmwareError
-from firmware_images.machine import Machine, Wiring, command, free_port, prepare
 from tests.integration.waiting import until_sync
-from tools.bench.harness import ROOT
+from tests.system.image_device import API_PORT, BOOT_S, Device, image
 from tools.novactl.journal import check, show
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
-ARCH, PROFILE = recipes.architecture("amd64"), recipes.profile("device")
-
-BOOT_S = 240
-"""Longest wait for a boot: 30 s on an idle core, several times that where others want it too."""
-
 
 @pytest.fixture(scope="module")
 def built() -> Built:
-    """The image; built where it is not there (once, with the network)."""
-    home = Path(os.environ.get("NOVACRON_IMAGES", ROOT / ".novacron" / "images"))
-    try:
-        tools.require([*tools.BUILD, ARCH.qemu, "e2fsck", "debugfs"])
-        try:
-            return finished(home, ARCH, PROFILE)
-        except FirmwareError:
-            return build(home, ARCH, PROFILE, print)
-    except FirmwareError as error:
-        if error.field in ("tools", "network", "space"):
-            pytest.skip(f"no image can be built here: {error}")
-        raise
-
-
-class Device:
-    """The image in a machine of its own, at 1970, without a network; its interface."""
-
-    def __init__(self, built: Built, folder: Path, config: Path | None = None) -> None:
-        self.built, self.state = built, folder / "state"
-        self.disk, self.flash = prepare(ARCH, built.image, self.state)
-        handed, self.token = credentials(self.state, config, [], True, "image-test")
-        self.port = free_port()
-        self.wiring = Wiring(PROFILE.memory_mib, {self.port: API_PORT}, handed, clock="1970-01-02")
-
-    def on(self) -> Machine:
-        """Power on."""
-        return Machine(command(ARCH, self.disk, self.flash, self.wiring))
-
-    def get(self, path: str, seconds: float = BOOT_S) -> Any:
-        """An answer of the interface, asked for until there is one."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={"Authorization": f"Bearer {self.token}"})
-
-        def asked() -> tuple[Any] | None:
-            try:
-                with urllib.request.urlopen(request, timeout=10) as answer:
-                    return (json.load(answer),)
-            except (OSError, ValueError):
-                return None
-
-        return until_sync(asked, seconds, f"an answer on {path}")[0]
+    """The image."""
+    return image()
 
 
 def decisions(device: Device, least: int) -> list[dict[str, Any]]:
@@ -101,7 +52,7 @@ def test_image_decides_offline_and_loses_nothing_by_a_power_cut(built: Built, tm
     listening = report[report.index("listening:") + 1 : report.index("failed:")]
     assert {line.split(":")[-1] for line in listening if "/tcp" in line} == {f"{API_PORT:04X}"}, listening
     assert {line.split(":")[-1] for line in listening if "/udp" in line} <= {"0044", "0222"}, listening  # it asks for an address (DHCP)
-    assert report[report.index("failed:") + 1 : report.index("root:")] == []
+    assert report[report.index("failed:") + 1 : report.index("slot:")] == []
     # The dead device's disk says the same.
     edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)

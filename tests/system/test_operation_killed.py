@@ -20,7 +20,7 @@ from tests.integration.waiting import until
 from tests.system.operation_agent import key
 from tests.unit.workloads.image_side import archive, layout
 
-pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system]
+pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(400)]
 
 AGENT_S = 160.0
 """For a life of an agent that takes some seconds on a machine of one's own."""

@@ -270,7 +270,7 @@ def test_the_command_itself_ends_with_these_statuses(tmp_path: Path) -> None:
     good = tmp_path / "edge.yaml"
     good.write_text("site: a\n")
     assert status("check", "--config", str(good))[0] == 0
-    assert status("check", NOVACRON_EDGE__UPLNK="x") == (2, "the configuration cannot be used:\nenvironment: NOVACRON_EDGE__UPLNK: names no key; known here are api, bus, data_dir, decisions, devices, duties, edge_id, journal, labels, logging, nice, node, region, site, uplink, workloads\n")
+    assert status("check", NOVACRON_EDGE__UPLNK="x") == (2, "the configuration cannot be used:\nenvironment: NOVACRON_EDGE__UPLNK: names no key; known here are api, bus, data_dir, decisions, devices, duties, edge_id, journal, labels, logging, nice, node, region, site, updates, uplink, workloads\n")
     assert status("run", "--config", str(tmp_path / "none"))[0] == 2
     code, told = status("run", "--config", str(good), NOVACRON_EDGE__DATA_DIR=str(tmp_path / "d"), NOVACRON_EDGE__UPLINK__URL="http://x", NOVACRON_EDGE__API__ENABLED="false")
     assert code == 2 and "mqtt://host:port" in told and "Traceback" not in told

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import build, cli, configuration, contents, elf, gpt, initrd, packages, recipes, sbom, tools
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
-from firmware_images.verity import BLOCK, hash_tree
 from tools.bench.harness import ROOT
 
 AMD64, DEVICE = recipes.architecture("amd64"), recipes.profile("device")
@@ -217,10 +217,10 @@ def test_what_stays_out_of_a_device() -> None:
 def test_the_lock_gives_hashes_for_every_wheel_of_every_profile() -> None:
     lock = (ROOT / "requirements" / "run.lock").read_text()
     for profile in recipes.PROFILES.values():
-        lines = recipes.locked(lock, profile.wheels)
+        lines = recipes.locked(lock, profile.wheels, (3, 13))
         assert lines.count("==") == len(profile.wheels) and lines.count("--hash=sha256:") >= len(profile.wheels) and ";" not in lines
     with pytest.raises(FirmwareError, match=r"lacks no-such.*make lock"):
-        recipes.locked(lock, ["no-such"])
+        recipes.locked(lock, ["no-such"], (3, 13))
 
 
 @pytest.mark.parametrize("profile", list(recipes.PROFILES.values()), ids=str)

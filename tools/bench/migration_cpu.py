@@ -4,6 +4,9 @@ A Debian guest is booted (`migration_guest.py`), paused, and its memory moved fr
 compared afterwards; then QEMU moves the same paused guest to another QEMU, by multifd without and with zstd, without a bandwidth limit. QEMU's bytes are those
 of the interface of a network namespace of its own, for its own count leaves out what it should not; ours are those given to the sockets. Ratio: memory by
 wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
+
+The promise is kept or not by the coder that the engine chooses itself. The frontier beside it says what each coder alone gives of rate and ratio, in the same rounds. Of every move
+the processor time of both ends is counted, without their start: by two processors' time it bounds the rate, whatever else runs.
 """
 
 import json
@@ -33,6 +36,8 @@ STREAMS = 2
 """Of QEMU's multifd: its default, and as many as there are cores."""
 LINK_GBIT = 10.0
 """Bandwidth that ours is held to: on loopback alone nothing speaks for a ratio, and 1.5 GB/s of memory is what such a link is asked for."""
+FRONTIER = ("store", "lz4-faster", "lz4-fast", "zstd-fast", "zstd-1")
+"""Coders that are measured one by one."""
 MOVE_S = 120
 """A migration takes at most so long."""
 
@@ -62,12 +67,21 @@ def move(image: Path, *options: str, receive: tuple[str, ...] = ()) -> dict[str,
         return result
 
 
-def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """GB/s and ratios of a move."""
+def processor(image: Path, *options: str) -> tuple[dict[str, Any], float]:
+    """A move, and the processor time that both ends took."""
+    before = os.times()
+    result = move(image, *options)
+    after = os.times()
+    return result, after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def figures(result: dict[str, Any], seconds: float = 0.0) -> dict[str, Any]:
+    """GB/s and ratios of a move, and what so much processor time of both ends bounds it to."""
     zero = result["pages"]["zero"] * 4096
     return {
         "gb_s": round(result["length"] / result["seconds"] / 1e9, 3), "ratio": round(result["length"] / result["wire_bytes"], 2),
         "ratio_without_zero": round(max(0, result["length"] - zero) / result["wire_bytes"], 2), "zero_share": round(zero / result["length"], 3), "wire_mb": round(result["wire_bytes"] / 1e6, 1),
+        **({"processor_s": round(seconds, 2), "bound_gb_s": round(result["length"] * (os.cpu_count() or 1) / seconds / 1e9, 2)} if seconds > 0 else {}),
         "coders": result["coders"], "streams": result["streams"], "high_water": result["high_water"], "resent": result["resent"],
     }
 
@@ -129,6 +143,14 @@ def qemu_moves(folder: Path, source: migration_guest.Qmp, holder: int, compressi
             stop(process)
 
 
+def _point(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """One coder's place between rate and ratio."""
+    return {
+        "median_gb_s": statistics.median(one["gb_s"] for one in several), "best_gb_s": max(one["gb_s"] for one in several), "bound_gb_s": max(one["bound_gb_s"] for one in several),
+        "ratio": statistics.median(one["ratio"] for one in several), "ratio_without_zero": statistics.median(one["ratio_without_zero"] for one in several),
+    }
+
+
 def main() -> int:
     """Exit status 0 where the rate, the ratio and the lead over QEMU are met on the guest that was booted."""
     parser = arguments(__doc__, rounds=5)
@@ -136,18 +158,27 @@ def main() -> int:
     parser.add_argument("--codecs", default="auto", help="coders to choose from")
     parser.add_argument("--link-gbit", type=float, default=LINK_GBIT, help="bandwidth of the link that ours is held to, Gbit/s")
     options = parser.parse_args()
-    ours_by = ("--codecs", options.codecs, "--limit-mbit", str(options.link_gbit * 1000))
+    limit = ("--limit-mbit", str(options.link_gbit * 1000))
+    ours_by = ("--codecs", options.codecs, *limit)
     about, stolen = machine(), Stolen()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary, tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
         folder, memory = options.images or Path(temporary), Path(scratch) / "memory"
         ours: list[dict[str, Any]] = []
+        frontier: dict[str, list[dict[str, Any]]] = {name: [] for name in FRONTIER}
         peers: dict[str, list[dict[str, Any]]] = {"none": [], "zstd": []}
         try:
             with namespace() as holder, migration_guest.guest(folder, memory, options, ("nsenter", "-t", str(holder), "-n")) as qmp:
                 qmp("stop")
+                nothing = Path(scratch) / "nothing"
+                nothing.write_bytes(bytes(4096))
+                start = min(processor(nothing)[1] for _ in range(2))
                 for n in range(options.rounds):
                     note(options, f"round {n + 1}")
-                    ours.append(figures(move(memory, *ours_by)))
+                    result, seconds = processor(memory, *ours_by)
+                    ours.append(figures(result, seconds - start))
+                    for name, several in frontier.items():
+                        result, seconds = processor(memory, "--codecs", name, *limit)
+                        several.append(figures(result, seconds - start))
                     for compression, results in peers.items():
                         results.append(qemu_moves(folder, qmp, holder, compression, options))
                 unlimited = figures(move(memory, "--codecs", options.codecs))
@@ -164,7 +195,7 @@ def main() -> int:
         value >= RATE_GB_S and ratio >= RATIO and ahead, spread_={**spread(rates), "ratio": spread([one["ratio"] for one in ours])},
         peer={"qemu multifd " + name: {"median_gb_s": statistics.median(one["gb_s"] for one in results), "best_gb_s": best[name], "last": results[-1]} for name, results in peers.items()},
         inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "qemu_streams": STREAMS, "verified": "every byte compared"},
-        details={"last": ours[-1], "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
+        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
     )
 
 

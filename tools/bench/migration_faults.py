@@ -164,8 +164,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary:
         folder = Path(temporary)
         source = folder / "source"
-        blocks = [bytes(MIB), rng.randbytes(MIB), b"".join(b"%d device reading; " % rng.randrange(10**6) for _ in range(MIB))[:MIB]]
-        source.write_bytes(b"".join(blocks[n % 3] if n % 2 else rng.randbytes(MIB // 2) + blocks[n % 3][: MIB // 2] for n in range(24))[:SIZE])
+        text = b"".join(b"%d device reading; " % rng.randrange(10**6) for _ in range(MIB))[:MIB]
+
+        def block(n: int) -> bytes:
+            return (bytes(MIB), rng.randbytes(MIB), text)[n % 3]
+
+        # Random bytes are new in each block: a reference would go in their place, and less over the wire than the last step.
+        source.write_bytes(b"".join(block(n) if n % 2 else rng.randbytes(MIB // 2) + block(n)[: MIB // 2] for n in range(24))[:SIZE])
         for what in (*WIRE_FAULTS, "kill sender", "kill receiver"):
             if options.only in what:
                 for at in (*STEPS, 0) if what.startswith("kill") else STEPS:

@@ -191,7 +191,7 @@ def arguments(pieces: tuple[Path, Path, Path], memory: Path, control: Path, *mor
     return [
         "qemu-system-x86_64", "-machine", "q35,memory-backend=ram", "-accel", "tcg", "-cpu", "max", "-m", str(MEMORY_MIB), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config",
         "-object", f"memory-backend-file,id=ram,size={MEMORY_MIB}M,mem-path={memory},share=on", "-kernel", str(kernel), "-initrd", str(initial),
-        "-append", "console=ttyS0 quiet panic=-1", "-drive", f"file={disk},format=raw,if=virtio,snapshot=on", "-qmp", f"unix:{control},server=on,wait=off", *more,
+        "-append", "console=ttyS0 quiet panic=-1 no_timer_check", "-drive", f"file={disk},format=raw,if=virtio,snapshot=on", "-qmp", f"unix:{control},server=on,wait=off", *more,
     ]
 
 

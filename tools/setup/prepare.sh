@@ -76,14 +76,22 @@ if [ "$kind" = dev ]; then
   command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
   command -v docker-registry >/dev/null 2>&1 || packages+=(docker-registry)
   command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
+  command -v g++ >/dev/null 2>&1 || packages+=(g++)  # runs the GPU's kernels on the processor
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   [ "$(uname -m)" != x86_64 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || packages+=(qemu-system-x86 seabios)
   # For images (`make image`, `make boot`), and the disks of virtual machines in tests.
-  for pair in qemu-img:qemu-utils mksquashfs:squashfs-tools mcopy:mtools mkfs.vfat:dosfstools depmod:kmod debugfs:e2fsprogs veritysetup:cryptsetup-bin sfdisk:fdisk cpio:cpio; do
+  for pair in openssl:openssl qemu-img:qemu-utils mksquashfs:squashfs-tools mcopy:mtools mkfs.vfat:dosfstools depmod:kmod debugfs:e2fsprogs veritysetup:cryptsetup-bin sfdisk:fdisk cpio:cpio; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || [ -x "/usr/sbin/${pair%%:*}" ] || packages+=("${pair##*:}")
   done
   [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || packages+=(ovmf)
+  # For those of the other architectures, emulated. Debian 13 has QEMU for riscv64 in a package of its own.
+  command -v qemu-system-aarch64 >/dev/null 2>&1 || packages+=(qemu-system-arm)
+  [ -e /usr/share/AAVMF/AAVMF_CODE.fd ] || packages+=(qemu-efi-aarch64)
+  if ! command -v qemu-system-riscv64 >/dev/null 2>&1; then
+    if apt-cache show qemu-system-riscv >/dev/null 2>&1; then packages+=(qemu-system-riscv opensbi); else packages+=(qemu-system-misc); fi
+  fi
+  [ -e /usr/lib/u-boot/qemu-riscv64_smode/uboot.elf ] || packages+=(u-boot-qemu)
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
     apt_install "${packages[@]}" || for package in "${packages[@]}"; do

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_disk import NOTE as OVER
-from .container_disk import DiskLimits, reason
+from .container_disk import DiskLimits, disk_limit, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import LOOK_S, alive, bounded, ended, held, known, over, present, read, sync_folder, tail, unheld, write
+from .instance import LOOK_S, alive, bounded, ended, held, known, link_output, over, present, read, sync_folder, tail, unheld, write
 from .keepers import Keepers
 from .network import connection, hosts, network, resolv_conf
 from .users import ids
@@ -140,6 +140,10 @@ class ContainerDriver:
     @capabilities.setter
     def capabilities(self, told: Capabilities) -> None:
         self._capabilities = told
+
+    def demand(self, ability: Ability) -> None:
+        if self._capabilities is not None:
+            self._capabilities.demand(ability)
 
     @property
     def scratch(self) -> Path:
@@ -361,7 +365,7 @@ class ContainerDriver:
         assert self._criu is not None
         return await self.checkpoints().look_through(folder, self._criu)
 
-    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False) -> Status:
+    async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False, output: Path | None = None) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
         ways = await self._ready(Ability.RESTORE)
         assert self._criu is not None
@@ -372,17 +376,23 @@ class ContainerDriver:
             raise Refused(error.field, error.problem, error.remedy) from None
         if list(image.config.diff_ids) != manifest["layers"]:
             raise Refused("image", f"the checkpoint stands on {manifest['image'][:19]}, which has other layers than {image.digest[:19]}", f"bring the image that it had to this node ({manifest['order'].get('image')})")
-        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image)
+        return await self.again(order, image.config, self._store.lower(image), ways, self._criu, folder, manifest, image, output=output)
 
     async def again(
         self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, criu: "Criu", folder: Path, manifest: Mapping[str, Any], image: Image | None = None, window_s: float | None = None,
+        output: Path | None = None,
     ) -> Status:
         """`restore` of what has been looked through; the probe comes here."""
+        def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
+            self.checkpoints().fill(folder, manifest, criu, final, laid, document, told)
+            if output is not None:
+                link_output(output, laid)
+
         async with self._laying:
             if self._path(order.key).exists():
                 raise Refused("id", f"there is a container {_name(order.key)} already", "delete it first, or restore it under another epoch")
             try:
-                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, lambda *where: self.checkpoints().fill(folder, manifest, criu, *where), manifest["base"])
+                await asyncio.to_thread(self.lay_out, order, config, lower, ways, image, fill, manifest["base"])
             except OSError as error:
                 raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
             finally:
@@ -394,9 +404,10 @@ class ContainerDriver:
         try:
             async with self._one(key):
                 status = await self.begin(key)
-            while status.phase is Phase.PREPARED and held(self._path(key)):  # an earlier agent's keeper is at it still
+            while status.phase is Phase.PREPARED:  # an earlier agent's keeper is at it still; it ends by its own bounds
                 await asyncio.sleep(LOOK_S)
-                status = self._status(key)
+                async with self._one(key):
+                    status = await self.begin(key)
             status = await self.checkpoints().lives(key, window_s)
         except Failed:
             await self.delete(key)
@@ -408,8 +419,8 @@ class ContainerDriver:
 
     async def hold_disks(self) -> "list[Over]":
         """End those that run and have more on the disk than they asked for; which those were."""
-        running = [status.key for status in await self.instances() if status.phase is Phase.RUNNING]
-        found = await asyncio.to_thread(self._disks.look, running, time.monotonic())
+        limits = {Key(entry["id"], entry["epoch"]): limit for entry in (await asyncio.to_thread(self._present)).values() if (limit := disk_limit(entry)) > 0}
+        found = await asyncio.to_thread(self._disks.look, limits, time.monotonic()) if limits else []
         ended = []
         for one in found:
             async with self._one(one.key):  # not while its state is being taken

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cgroups
 from .face import Failed, Key, Phase, Refused
-from .instance import read, write
+from .instance import write
 
 if TYPE_CHECKING:
     from .container import ContainerDriver
@@ -87,6 +87,12 @@ def deleted(pids: Collection[int]) -> int:
     return sum(found.values())
 
 
+def disk_limit(instance: Mapping[str, Any]) -> int:
+    """Bytes that an instance asked for, by its document; 0: it did not say."""
+    limit = (instance.get("requests") or {}).get("disk", 0)
+    return limit if isinstance(limit, int) else 0
+
+
 def reason(note: Mapping[str, Any]) -> str:
     """Of one that was ended, in words."""
     return f"killed: it has {note.get('used')} bytes on the disk, and asked for {note.get('limit')} (requests.disk)" if not note.get("files") else f"killed: it has more than {MAX_FILES} files on the disk, and asked for {note.get('limit')} bytes (requests.disk)"
@@ -100,14 +106,13 @@ class DiskLimits:
         self._again: dict[Key, float] = {}
         """When one is looked at next."""
 
-    def look(self, keys: Collection[Key], now_s: float) -> list[Over]:
-        """Those of the running ones that are over their limits. Blocks: in a thread."""
-        self._again = {key: at for key, at in self._again.items() if key in keys}
+    def look(self, limits: Mapping[Key, int], now_s: float) -> list[Over]:
+        """Those that are over their limits (bytes), and have not ended. Blocks: in a thread."""
+        self._again = {key: at for key, at in self._again.items() if key in limits}
         found = []
-        for key in keys:
+        for key, limit in limits.items():
             folder = self._driver.folder(key)
-            limit = ((read(folder / "instance.json") or {}).get("requests") or {}).get("disk", 0)
-            if not isinstance(limit, int) or limit <= 0 or self._again.get(key, 0.0) > now_s:
+            if self._again.get(key, 0.0) > now_s or not (folder / "running.json").exists() or (folder / "exit.json").exists():
                 continue
             began = time.monotonic()
             used, files = counted(folder / "disk/upper")
@@ -125,15 +130,16 @@ class DiskLimits:
             return []
 
     async def end(self, one: Over) -> bool:
-        """End one; why stands on the disk before. Whether it ran."""
+        """End one; why stands on the disk before. Whether it ran, and nobody had ended it yet: an agent that was killed may have come as far as the reason only."""
         folder = self._driver.folder(one.key)
         try:
             if (await self._driver.status(one.key)).phase is not Phase.RUNNING:
                 return False
+            again = (folder / NOTE).exists()
             new = folder / f"{NOTE}.new"
             write(new, {"used": one.used, "limit": one.limit, "files": one.files})
             os.replace(new, folder / NOTE)
             await self._driver.kill(one.key, signal.SIGKILL)
         except (Refused, Failed, OSError):
             return False
-        return True
+        return not again

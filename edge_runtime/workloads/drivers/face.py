@@ -281,14 +281,20 @@ class Executes(Protocol):
 class Checkpoints(Protocol):
     """`Ability.CHECKPOINT` and `Ability.RESTORE`."""
 
+    def demand(self, ability: Ability) -> None:
+        """Raises `Refused` where it cannot do that here, by the last probe."""
+
     async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool) -> Mapping[str, Any]:
         """Write its state to an empty folder; returns what a restore needs to know."""
+
+    def folder(self, key: Key) -> Path:
+        """An instance's folder, there or not."""
 
     async def examine(self, folder: Path) -> Mapping[str, Any]:
         """What a restore needs to know of a checkpoint that can go on here; raises `Refused` where it cannot. Changes nothing."""
 
-    async def restore(self, order: Order, folder: Path) -> Status:
-        """Go on from a checkpoint, where nothing has the order's key."""
+    async def restore(self, order: Order, folder: Path, *, output: Path | None = None) -> Status:
+        """Go on from a checkpoint, where nothing has the order's key. `output`: a folder with what it wrote before, that it goes on with (`instance.link_output`)."""
 
     async def come_back(self, key: Key) -> Status:
         """Bring to its end a `restore` that an earlier agent began; of it there is something."""

@@ -18,8 +18,19 @@ MAX_EXEC_OUTPUT = 1 << 20
 """Bytes kept of each stream of a command; what comes after is read and dropped."""
 
 
+OUTPUT = ("stdout.log.1", "stdout.log", "stderr.log.1", "stderr.log")
+"""Files of what an instance wrote, in its folder."""
+
 LOOK_S = 0.02
 """Pause between two looks at a lock, for which there is no event."""
+
+
+def link_output(source: Path, target: Path) -> None:
+    """Give what an instance wrote a second name in another folder of the same file system; what is there goes, but for a file that `source` has not."""
+    for name in OUTPUT:
+        if (source / name).exists():
+            (target / name).unlink(missing_ok=True)
+            os.link(source / name, target / name)
 
 
 def held(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gpu_migration import choice, codecs, extents, layout
 from gpu_migration.errors import BaseMismatch, FormatError, HashMismatch, MigrationError
 from gpu_migration.layout import EXTENT, HEADER, IN_BASE, PAGE, Page
-from gpu_migration.transforms import Flags, Words
+from gpu_migration.transforms import Facts, Flags, Known, Words
 from gpu_migration.transforms.cpu import CPU
 
 from .memory import changed, contents, memory
@@ -23,20 +23,21 @@ class Plain:
 
     name = "plain"
 
-    def constant(self, pages: Words) -> Flags:
-        return np.array([len(set(row.tolist())) == 1 for row in pages], np.bool_)
+    def scan(self, pages: Words, base: Words | None) -> Facts:
+        shared = 0 if base is None else len(base)
+        return Known(
+            np.array([len(set(row.tolist())) == 1 for row in pages], np.bool_),
+            self.equal(pages[:shared], pages[:0] if base is None else base),
+            np.array([sum((a ^ b).bit_count() for a, b in zip(row.tobytes(), other.tobytes(), strict=True)) for row, other in zip(pages, () if base is None else base, strict=False)], np.int64),
+            np.array([int.from_bytes(blake3(row.tobytes()).digest(8), "little") for row in pages], np.uint64),
+            np.array([len({row.tobytes()[8 * (17 + 61 * word) + byte] for word in range(8) for byte in range(0, 8, 2)}) for row in pages], np.uint16),
+        )
 
     def equal(self, pages: Words, others: Words) -> Flags:
         return np.array([one.tobytes() == other.tobytes() for one, other in zip(pages, others, strict=True)], np.bool_)
 
     def xor(self, pages: Words, others: Words) -> Words:
         return np.array([[a ^ b for a, b in zip(one.tolist(), other.tolist(), strict=True)] for one, other in zip(pages, others, strict=True)], np.uint64).reshape(-1, 512)
-
-    def signatures(self, pages: Words) -> Words:
-        return np.array([int.from_bytes(blake3(row.tobytes()).digest(8), "little") for row in pages], np.uint64)
-
-    def dense(self, pages: Words) -> Flags:
-        return np.array([len(set(row.tobytes()[17::61][:64])) >= 52 for row in pages], np.bool_)
 
 
 BACK_ENDS = (CPU, Plain())
@@ -45,8 +46,11 @@ BACK_ENDS = (CPU, Plain())
 def decoded(encoded: bytes, **kwargs: object) -> bytes:
     out = memoryview(bytearray(EXTENT))
     extent = layout.unpack(encoded)
+    out[:] = b"\xa5" * len(out)
+    elsewhere = bytes(extents.decoded(extent, memoryview(bytearray(EXTENT)), **kwargs))  # type: ignore[arg-type]
     extents.decode(extent, out, **kwargs)  # type: ignore[arg-type]
-    return bytes(out[: extent.raw_length])
+    assert bytes(out[: extent.raw_length]) == elsewhere
+    return elsewhere
 
 
 def encode(data: bytes, coder: str = "lz4", index: int = 0, base: bytes | None = None, **kwargs: object) -> extents.Encoded:
@@ -145,13 +149,13 @@ def test_a_planted_collision_of_the_signature_changes_nothing() -> None:
     other = bytearray(one)
     other[3000] ^= 1
     data = bytes(one + other + one)
-    assert len(set(CPU.signatures(extents.as_pages(data)).tolist())) == 1
+    assert len(set(CPU.scan(extents.as_pages(data), None).signatures(np.arange(3)).tolist())) == 1
     encoded = encode(data)
     assert encoded.counts[Page.DUP] == 1 and decoded(encoded.data) == data
 
     class Colliding(type(CPU)):  # type: ignore[misc]
-        def signatures(self, pages: Words) -> Words:
-            return np.zeros(len(pages), np.uint64)
+        def signatures(self, sample: Words) -> Words:
+            return np.zeros(len(sample), np.uint64)
 
     many = memory(30, 6, ("text", "random"))
     assert decoded(encode(many, transforms=Colliding()).data) == many
@@ -184,14 +188,21 @@ def test_references_to_pages_elsewhere() -> None:
     def of(reference: int, index: int = 3) -> bytes:
         return layout.pack(index, 0, PAGE, blake3(data).digest(), classes, none, np.array([reference], np.uint64), b"", b"")
 
-    assert decoded(of(7), page_at=lambda number: data if number == 7 else None) == data
-    assert decoded(of(7 | IN_BASE), base_at=lambda number: data if number == 7 else None) == data
-    with pytest.raises(FormatError, match="not here yet"):
-        decoded(of(7), page_at=lambda _: None)
+    def seven(number: int) -> bytes:
+        return data if number == 7 else b""
+
+    def wrong(_: int) -> bytes:
+        return bytes(PAGE)
+
+    assert decoded(of(7), page_at=seven) == data
+    assert decoded(of(7 | IN_BASE), base_at=seven) == data
+    with pytest.raises(BaseMismatch, match="is not here"):
+        decoded(of(8), page_at=seven)
+    for source in ({}, {"base_at": wrong}, {"page_at": seven}):
+        with pytest.raises(BaseMismatch):
+            decoded(of(7 | IN_BASE), **source)
     with pytest.raises(BaseMismatch):
-        decoded(of(7 | IN_BASE))
-    with pytest.raises(BaseMismatch):
-        decoded(of(7 | IN_BASE), base_at=lambda _: bytes(PAGE))
+        decoded(of(7), page_at=wrong)
     with pytest.raises(FormatError, match="reference itself"):
         decoded(of(3 * 256))
 
@@ -209,15 +220,36 @@ def test_root_depends_on_order_length_and_content() -> None:
 
 def test_the_choice_follows_the_wire() -> None:
     def chosen(wire: float, guess: float) -> str:
-        model = choice.Model(2)
+        model = choice.Model(2, there=2)
         for _ in range(50):
             model.sent(int(wire), 1.0)
         return model.choose(EXTENT, EXTENT, guess).name
 
-    assert chosen(50e9, 2.5) == "store"
+    assert chosen(50e9, 1.2) == "store"
+    assert chosen(50e9, 2.5) == "lz4-faster"  # hardly dearer, and it sends half
     assert chosen(0.01e9, 2.5) == "zstd-9"
     assert chosen(0.9e9, 2.5) not in ("store", "zstd-9")
     assert chosen(0.9e9, 1.0) == "store"
+
+
+def test_where_the_processors_are_the_same_both_ends_are_charged_and_the_wire_is_not() -> None:
+    def model(shared: bool) -> choice.Model:
+        made = choice.Model(2, processors=2, there=2, shared=shared)
+        for _ in range(50):
+            made.sent(1, 1.0)  # as slow as can be: on one machine that is what the other end takes
+            for name in made.names:
+                made.taken_there(name, EXTENT, EXTENT, 0.0005, 0.0001 if name == "store" else 0.1)
+        return made
+
+    assert model(shared=True).choose(EXTENT, EXTENT, 2.5).name == "store"
+    assert model(shared=False).choose(EXTENT, EXTENT, 2.5).name == "zstd-9"
+
+
+def test_a_measurement_far_off_counts_for_little() -> None:
+    model = choice.Model(2)
+    before = model.scan.value
+    model.scanned(1, 1e6)
+    assert model.scan.value < 2 * before
 
 
 def test_the_choice_learns_what_a_coder_really_costs() -> None:

@@ -169,6 +169,18 @@ def test_what_may_not_move_stays_with_the_reason() -> None:
     assert plan(desk)["stays"] == []
 
 
+def test_what_has_a_state_stays_as_it_would_begin_anew_elsewhere() -> None:
+    assert {one["reason"] for one in plan(scattered(spec={"checkpoint": {"every_s": 60}}))["stays"]} == {"its document asks for checkpoints, and it would begin anew"}
+    desk = scattered("edge")
+    assert moves(plan(desk)) and plan(desk)["stays"] == [], "the control: these would move"
+    for name in ("w-gw-1", "w-gw-2"):
+        said(desk, desk.row(name).node, name, 1, "running")
+        said(desk, desk.row(name).node, name, 1, "checkpointed")
+    assert moves(plan(desk)) == [] and {one["reason"] for one in plan(desk)["stays"]} == {"it is checkpointed, and would begin anew"}
+    said(desk, desk.row("w-gw-1").node, "w-gw-1", 1, "running")
+    assert {one["workload"] for one in plan(desk)["stays"]} == {"w-gw-2"}
+
+
 def test_a_node_is_emptied_with_room_made_for_what_finds_none_and_a_budget_kept() -> None:
     desk = Desk()
     desk.node("n-1")

@@ -20,7 +20,7 @@ from edge_runtime.contract.workloads import CHECKPOINTED
 from edge_runtime.workloads import runner as runners
 from edge_runtime.workloads.checkpoints import CheckpointFolder, Checkpointing
 from edge_runtime.workloads.drivers import checkpoint_state
-from edge_runtime.workloads.drivers.face import Exit, Failed, Key, Order, Phase, Refused, Status
+from edge_runtime.workloads.drivers.face import Ability, Capabilities, Exit, Failed, Key, Order, Phase, Refused, Status
 from edge_runtime.workloads.operations import KEPT, Operations
 from edge_runtime.workloads.runner import REPORTED, Runner
 
@@ -55,6 +55,11 @@ class Kept(Disk):
         if on_durable is not None:
             asyncio.get_running_loop().call_soon(on_durable)
 
+    def lose(self, key: Key) -> None:
+        """The machine restarted."""
+        self.instances[key] = Status(key, Phase.LOST, reason="the machine restarted")
+        self.ended[key].set()
+
     def work(self) -> None:
         for key, status in self.instances.items():
             if status.phase is Phase.RUNNING:
@@ -68,6 +73,11 @@ class WithStates(InMemory):
     """How an instance stands whose state has ended it."""
 
     _disk: Kept
+
+    cannot: Mapping[Ability, str] = {}
+
+    def demand(self, ability: Ability) -> None:
+        Capabilities("memory", "container", "", "", (), "none", "", self.cannot).demand(ability)
 
     async def prepare(self, order: Order) -> Status:
         if order.key.id in self._disk.stands:
@@ -108,7 +118,10 @@ class WithStates(InMemory):
         await self._step("examine")
         return checkpoint_state.read_manifest(folder)
 
-    async def restore(self, order: Order, folder: Path) -> Status:
+    def folder(self, key: Key) -> Path:
+        return self._disk.folder / ".nowhere"
+
+    async def restore(self, order: Order, folder: Path, *, output: Path | None = None) -> Status:
         if order.key in self._disk.instances:
             raise Refused("id", "there is one already", "delete it")
         await self._step("restore")
@@ -143,6 +156,12 @@ class Agent:
         self.runner = Runner({"memory": driver(disk)}, disk, bring, lambda: None, lambda: None, checkpoints=Checkpointing(folder, self.operations, BUDGET))
         self.operations.resume()
 
+    def take_one(self) -> None:
+        """It is time for a checkpoint that nobody asks for."""
+        self.runner._taking[f"a/{EPOCH}/running"] = 0.0
+        if "a" in self.runner._changed:
+            self.runner._changed["a"].set()
+
     def _operate(self, entry: Mapping[str, Any]) -> None:
         self.runner.operate(entry)
 
@@ -173,14 +192,15 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("ask"), KINDS), st.tuples(st.just("ask"), KINDS), st.tuples(st.just("turns"), st.integers(1, 40)), st.tuples(st.just("kill"), st.none()), st.tuples(st.just("quiet"), st.none()),
         st.tuples(st.just("finish"), st.integers(0, 1)), st.tuples(st.just("fail"), st.sampled_from(("checkpoint", "restore", "come_back", "delete", "examine", "start"))), st.tuples(st.just("unwant"), st.none()),
+        st.tuples(st.just("lose"), st.none()), st.tuples(st.just("auto"), st.none()),
     ), max_size=14,
 )
 
 
-async def live(events: list[tuple[str, Any]], restart: str, driver: type[WithStates] = WithStates) -> Kept:
+async def live(events: list[tuple[str, Any]], restart: str, driver: type[WithStates] = WithStates, **spec: Any) -> Kept:
     with tempfile.TemporaryDirectory() as folder:
         disk = Kept(Path(folder))
-        agent, now = Agent(disk, driver), [entry("a", EPOCH, restart=restart)]
+        agent, now = Agent(disk, driver), [entry("a", EPOCH, restart=restart, **spec)]
         names = []
         await agent.runner.take(now)
         for what, value in events:
@@ -196,6 +216,10 @@ async def live(events: list[tuple[str, Any]], restart: str, driver: type[WithSta
                 disk.work()
             elif what == "finish" and A in disk.instances and disk.instances[A].phase is Phase.RUNNING:
                 disk.finish(A, value)
+            elif what == "lose" and A in disk.instances and disk.instances[A].phase is Phase.RUNNING:
+                disk.lose(A)
+            elif what == "auto":
+                agent.take_one()
             elif what == "fail":
                 disk.failing.append(value)
             elif what == "unwant":
@@ -232,10 +256,10 @@ def check(disk: Kept, now: list[dict[str, Any]], names: list[str]) -> None:
         assert found.all("a"), "its state is there"
 
 
-@given(EVENTS, st.sampled_from(("never", "on-failure", "always")))
-@settings(max_examples=150)
-def test_whoever_is_killed_when_one_copy_runs_and_each_operation_is_done_once(events: list[tuple[str, Any]], restart: str) -> None:
-    asyncio.run(live(events, restart))
+@given(EVENTS, st.sampled_from(("never", "on-failure", "always")), st.sampled_from((None, {"every_s": 3600})))
+@settings(max_examples=200)
+def test_whoever_is_killed_when_one_copy_runs_and_each_operation_is_done_once(events: list[tuple[str, Any]], restart: str, checkpoint: Any) -> None:
+    asyncio.run(live(events, restart, checkpoint=checkpoint))
 
 
 class Forgetful(WithStates):
@@ -299,4 +323,74 @@ async def test_a_checkpoint_over_the_budget_is_refused_before_anything_is_touche
     await quiet()
     assert disk.operations[-1][:2] == ("o-2", "failed") and "raise workloads.images_bytes" in disk.operations[-1][2]
     assert disk.instances[A].phase is Phase.RUNNING and Counter(one.name for one in CheckpointFolder(tmp_path).all()) == {"o-1": 1}
+    await agent.runner.close()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_what_is_lost_with_its_machine_goes_on_from_the_checkpoint_that_nobody_asked_for(tmp_path: Path, killed: bool) -> None:
+    disk, now = Kept(tmp_path), [entry("a", EPOCH, checkpoint={"every_s": 3600})]
+    agent = Agent(disk)
+    await agent.runner.take(now)
+    await quiet()
+    for _ in range(2):
+        disk.work()
+        agent.take_one()
+        await quiet()
+    [kept] = CheckpointFolder(tmp_path).all()
+    assert kept.name.startswith("auto-"), "the newest one alone is kept"
+    disk.work()
+    assert disk.memory[A] == 3
+    if killed:
+        await agent.runner.close()
+    disk.lose(A)
+    if killed:
+        agent = Agent(disk)
+        await agent.runner.take(now)
+    await quiet()
+    assert disk.instances[A].phase is Phase.RUNNING and (disk.memory[A], disk.starts[A]) == (2, 1)
+    assert [state for *_, state in disk.records] == ["accepted", "running", CHECKPOINTED, "running"]
+    await agent.runner.close()
+
+
+async def test_without_one_it_is_lost_as_before(tmp_path: Path) -> None:
+    """The negative control: no checkpoint was taken yet; and none is taken where the document asks for none."""
+    for spec in ({"checkpoint": {"every_s": 3600}}, {}):
+        disk = Kept(tmp_path)
+        agent = Agent(disk)
+        await agent.runner.take([entry("a", EPOCH, **spec)])
+        await quiet()
+        if not spec:
+            agent.take_one()
+            await quiet()
+        disk.lose(A)
+        await quiet()
+        assert disk.records[-1] == ("a", EPOCH, "failed") and CheckpointFolder(tmp_path).all() == []
+        await agent.runner.close()
+
+
+async def test_one_that_cannot_be_brought_back_stays_checkpointed_and_is_tried_once(tmp_path: Path) -> None:
+    disk = Kept(tmp_path)
+    agent = Agent(disk)
+    await agent.runner.take([entry("a", EPOCH, checkpoint={"every_s": 3600}, restart="always")])
+    await quiet()
+    agent.take_one()
+    await quiet()
+    disk.failing += ["restore"]
+    disk.lose(A)
+    await quiet()
+    assert A not in disk.instances and disk.records[-1][2] == CHECKPOINTED and disk.operations[-1][1] == "failed" and disk.starts[A] == 1
+    agent.operations.take([asked("o-again", "restore")])
+    await quiet()
+    assert disk.instances[A].phase is Phase.RUNNING and disk.records[-1][2] == "running"
+    await agent.runner.close()
+
+
+@pytest.mark.parametrize(("checkpoint", "cannot"), [(5, {}), ({"every_s": 1}, {}), ({"every_s": True}, {}), ({"every_s": 60, "x": 1}, {}), ({"every_s": 60}, {Ability.CHECKPOINT: "no CRIU"})])
+async def test_checkpoints_that_cannot_be_had_are_a_refusal_before_anything_is_laid_out(tmp_path: Path, checkpoint: Any, cannot: dict[Ability, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WithStates, "cannot", cannot)
+    disk = Kept(tmp_path)
+    agent = Agent(disk)
+    await agent.runner.take([entry("a", EPOCH, checkpoint=checkpoint)])
+    await quiet()
+    assert disk.records[-1] == ("a", EPOCH, "refused") and disk.instances == {}
     await agent.runner.close()

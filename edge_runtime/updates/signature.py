@@ -1,0 +1,29 @@
+"""Ed25519 signatures, checked by OpenSSL's own program: nothing is added to the agent's memory, and no cryptography is ours."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+from .bundle import SIGNATURE_BYTES
+
+OPENSSL_TIMEOUT_S = 60
+"""A check takes some milliseconds; an emulated machine that is starved takes seconds."""
+
+KEYS_MAX = 16
+"""Keys that are looked at: one in use, one that follows it, some to spare."""
+
+
+def verified(keys: Path, message: bytes, signature: bytes) -> bool:
+    """Whether one of the public keys (`*.pem`) in the folder `keys` made the signature over the message. Raises OSError where openssl cannot be run."""
+    if len(signature) != SIGNATURE_BYTES:
+        return False
+    with tempfile.TemporaryDirectory() as top:
+        said, signed = Path(top) / "message", Path(top) / "signature"
+        said.write_bytes(message)
+        signed.write_bytes(signature)
+        for key in sorted(keys.glob("*.pem"))[:KEYS_MAX]:
+            command = ["openssl", "pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", str(key), "-in", str(said), "-sigfile", str(signed)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=OPENSSL_TIMEOUT_S)
+            if done.returncode == 0:
+                return True
+    return False

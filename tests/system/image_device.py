@@ -1,0 +1,69 @@
+"""An image of ours in a machine of its own, for tests: built where there is none, booted offline or not, asked over its interface."""
+
+import json
+import os
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firmware_images import recipes, tools
+from firmware_images.boot import API_PORT, credentials
+from firmware_images.build import Built, build, finished
+from firmware_images.errors import FirmwareError
+from firmware_images.machine import Machine, Wiring, command, free_port, prepare
+from tests.integration.waiting import until_sync
+from tools.bench.harness import ROOT
+
+ARCH, PROFILE = recipes.architecture("amd64"), recipes.profile("device")
+
+HOME = Path(os.environ.get("NOVACRON_IMAGES", ROOT / ".novacron" / "images"))
+
+BOOT_S = 600
+"""Longest wait for a boot: 30 s on an idle core, ten times that where others want it too."""
+
+
+def image(variant: str = "", sequence: int = 0) -> Built:
+    """The image; built where it is not there (once, with the network). Skips where it cannot be."""
+    try:
+        tools.require([*tools.BUILD, ARCH.qemu, "e2fsck", "debugfs"])
+        try:
+            return finished(HOME, ARCH, PROFILE, variant)
+        except FirmwareError:
+            return build(HOME, ARCH, PROFILE, print, sequence=sequence, variant=variant)
+    except FirmwareError as error:
+        if error.field in ("tools", "network", "space"):
+            pytest.skip(f"no image can be built here: {error}")
+        raise
+
+
+class Device:
+    """The image in a machine of its own, at 1970, without a network unless `online`; its interface."""
+
+    def __init__(self, built: Built, folder: Path, config: Path | None = None, online: bool = False) -> None:
+        self.built, self.state = built, folder / "state"
+        self.disk, self.flash = prepare(ARCH, built.image, self.state)
+        handed, self.token = credentials(self.state, config, [], True, "image-test")
+        self.port = free_port()
+        self.wiring = Wiring(PROFILE.memory_mib, {self.port: API_PORT}, handed, online=online, clock="1970-01-02")
+
+    def on(self) -> Machine:
+        """Power on."""
+        return Machine(command(ARCH, self.disk, self.flash, self.wiring))
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """One answer of the interface, or OSError or ValueError; with a body it is a POST."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", None if body is None else json.dumps(body).encode(), {"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def get(self, path: str, seconds: float = BOOT_S, body: Any = None) -> Any:
+        """An answer of the interface, asked for until there is one."""
+        def asked() -> tuple[Any] | None:
+            try:
+                return (self.ask(path, body),)
+            except (OSError, ValueError):
+                return None
+
+        return until_sync(asked, seconds, f"an answer on {path}")[0]

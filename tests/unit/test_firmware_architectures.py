@@ -1,0 +1,87 @@
+"""What differs between architectures: the machine's command line, where a kernel is, what the lock gives, how files are handed over, and whether a kernel comes up is told by its console."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from firmware_images import build, containers, initrd, machine, recipes
+from firmware_images.boot import hand_over
+from firmware_images.contents import ESP_NAME, PROVISIONED
+from firmware_images.tree import Tree
+from tools.bench.harness import ROOT
+
+ARCHITECTURES = list(recipes.ARCHITECTURES.values())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: str(arch.name))
+def test_a_machine_starts_by_its_firmware_with_the_memory_that_this_wants(arch: recipes.Architecture) -> None:
+    memory = recipes.memory_mib(arch, recipes.profile("device"))
+    line = machine.command(arch, Path("disk"), Path("flash"), machine.Wiring(memory))
+    assert line[0] == arch.qemu and line[line.index("-m") + 1] == f"{memory}M" and memory >= max(192, arch.least_mib)
+    flash = [word for word in line if word.startswith("if=pflash")]
+    assert len(flash) == 2 if arch.firmware[1] else line[line.index("-kernel") + 1] == arch.firmware[0] and not flash
+
+
+def test_a_kernel_is_found_in_boot_or_beside_its_modules_and_only_one() -> None:
+    for path in ("/boot/vmlinuz-6.12-amd64", "/usr/lib/modules/7.2-riscv64/vmlinuz"):
+        tree = Tree()
+        tree.file(path, b"kernel")
+        tree.file("/usr/lib/modules/7.2-riscv64/kernel/vmlinuz", b"no kernel")
+        version, entry = initrd.kernel_of(tree)
+        assert version in path and entry.data == b"kernel"
+        initrd.drop_kernel(tree)
+        assert path not in tree and "/usr/lib/modules/7.2-riscv64/kernel/vmlinuz" in tree
+        with pytest.raises(ValueError, match="0 kernels"):
+            initrd.kernel_of(tree)
+    tree.file("/boot/vmlinuz-1", b"")
+    tree.file("/boot/vmlinuz-2", b"")
+    with pytest.raises(ValueError, match="2 kernels"):
+        initrd.kernel_of(tree)
+
+
+def test_what_describes_boards_stays_out_and_their_drivers_do_not() -> None:
+    device = recipes.profile("device")
+    assert all(recipes.unwanted(f"/usr/lib/modules/7.2/{name}", device) for name in ("dtb/sifive/a.dtb", "config", "System.map"))
+    assert not recipes.unwanted("/usr/lib/modules/7.2/vmlinuz", device) and not recipes.unwanted("/usr/lib/modules/7.2/modules.builtin", device)
+
+
+@pytest.mark.parametrize("service", list(containers.SERVICES.values()), ids=lambda service: str(service.name))
+def test_the_lock_gives_one_wheel_of_each_name_for_the_targets_python(service: containers.Service) -> None:
+    lock = (ROOT / "requirements" / "run.lock").read_text()
+    for python in ((3, 11), (3, 13)):
+        lines = recipes.locked(lock, service.wheels, python).splitlines()
+        names = [line.split("==")[0] for line in lines if "==" in line]
+        assert sorted(names) == sorted(service.wheels) and not any(";" in line for line in lines)
+    if "numpy" in service.wheels:  # control: the lock has two of it, for older and newer Pythons
+        assert recipes.locked(lock, ["numpy"], (3, 11)) != recipes.locked(lock, ["numpy"], (3, 13))
+
+
+def test_files_go_into_the_boot_partition_where_there_is_no_other_way(tmp_path: Path) -> None:
+    if build.tools.missing(["mcopy", "mkfs.vfat", "mmd"]):
+        pytest.skip("no mtools or dosfstools")
+    disk, start = tmp_path / "disk.img", 1 << 20
+    esp = tmp_path / "esp"
+    with esp.open("wb") as file:
+        file.truncate(40 << 20)
+    for words in (["mkfs.vfat", "-F", "32", "-s", "1", str(esp)], ["mmd", "-i", str(esp), "::/novacron"]):
+        subprocess.run([str(build.tools.find(words[0])), *words[1:]], check=True, capture_output=True)
+    disk.write_bytes(bytes(start) + esp.read_bytes())
+    (tmp_path / "yaml").write_text("edge_id: a\n")
+    found = {"novacron.edge.yaml": tmp_path / "yaml", "novacron.report": tmp_path / "yaml"}
+    built = build.Built(disk, {"partitions": {ESP_NAME: {"start": start, "size": 40 << 20}}})
+    for arch in ARCHITECTURES:
+        left = hand_over(arch, built, disk, found)
+        assert left == (found if arch.fw_cfg else {})
+    for name in ("edge.yaml", "report"):
+        assert name in PROVISIONED
+        said = subprocess.run(["mtype", "-i", f"{disk}@@{start}", f"::/novacron/{name}"], capture_output=True, check=True)
+        assert said.stdout == b"edge_id: a\n"
+
+
+def test_kvm_is_not_taken_for_another_machine_or_where_it_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine.os, "access", lambda *_: True)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    assert machine.kvm_boots(recipes.architecture("arm64"), tmp_path, tmp_path) == "this machine is no arm64"
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    assert "not ours" in machine.kvm_boots(recipes.architecture("amd64"), tmp_path, tmp_path)
