@@ -104,7 +104,7 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
         say(f"[{time.monotonic() - started:5.1f} s] {text}")
 
     tell(f"packages of {arch.suite} for {arch.name}")
-    resolved = packages.resolve(cache, arch.suite, arch.name, recipes.packages(arch, chosen), tell, refresh)
+    resolved = packages.resolve(cache, arch.suite, arch.name, recipes.packages(arch, chosen), tell, refresh, chosen.kept)
     own = packages.resolve(cache, arch.suite, MACHINES[platform.machine()], ["python3-minimal", "libpython3-stdlib"], tell, refresh)
     wheels = [] if arch.debian_modules else chosen_wheels(cache, arch, chosen.wheels, tell)
     tell(f"root from {len(resolved.packages)} packages and {len(wheels)} wheels")

@@ -98,19 +98,20 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def resolve(cache: Path, suite: str, arch: str, wanted: Sequence[str], say: Callable[[str], None], refresh: bool = False) -> Resolved:
-    """The packages that `wanted` needs (but LEFT_OUT), in the cache and verified; from the record of the last time, where there is one.
+def resolve(cache: Path, suite: str, arch: str, wanted: Sequence[str], say: Callable[[str], None], refresh: bool = False, kept: frozenset[str] = frozenset()) -> Resolved:
+    """The packages that `wanted` needs (but LEFT_OUT, of which those `kept` stay), in the cache and verified; from the record of the last time, where there is one.
 
     Raises:
         FirmwareError: no record and no network, or an unknown package.
     """
-    key = hashlib.sha256("\n".join([suite, arch, *sorted(wanted), *sorted(LEFT_OUT)]).encode()).hexdigest()[:16]
+    left_out = LEFT_OUT - kept
+    key = hashlib.sha256("\n".join([suite, arch, *sorted(wanted), *sorted(left_out)]).encode()).hexdigest()[:16]
     record = cache / "resolved" / f"{suite}-{arch}-{key}.json"
     if record.exists() and not refresh:
         told = json.loads(record.read_text())
         resolved = Resolved(tuple(Package(**entry) for entry in told["packages"]), told["date_s"])
     else:
-        resolved = _resolve(cache / "apt" / f"{suite}-{arch}", suite, arch, wanted, say)
+        resolved = _resolve(cache / "apt" / f"{suite}-{arch}", suite, arch, wanted, left_out, say)
         record.parent.mkdir(parents=True, exist_ok=True)
         write_whole(record, json.dumps({"packages": [asdict(package) for package in resolved.packages], "date_s": resolved.date_s}, indent=1))
     debs = cache / "debs"
@@ -137,13 +138,13 @@ def _apt(root: Path, suite: str, arch: str) -> dict[str, str]:
     return {"APT_CONFIG": str((root / "apt.conf").absolute())}
 
 
-def _resolve(root: Path, suite: str, arch: str, wanted: Sequence[str], say: Callable[[str], None]) -> Resolved:
+def _resolve(root: Path, suite: str, arch: str, wanted: Sequence[str], left_out: frozenset[str], say: Callable[[str], None]) -> Resolved:
     env = _apt(root, suite, arch)
     say(f"asking Debian {suite} for {arch}")
     tools.run(["apt-get", "-q", *_OPTIONS, "-o", "APT::Update::Error-Mode=any", "update"], field="network", remedy=RESOLVE_REMEDY, env=env)
     told = tools.run(["apt-get", "-q", "-y", *_OPTIONS, "--print-uris", "install", *wanted], field="packages", remedy="see the recipe's packages", env=env)
     try:
-        packages = tuple(package for package in parse_uris(told) if package.name not in LEFT_OUT)
+        packages = tuple(package for package in parse_uris(told) if package.name not in left_out)
     except ValueError as error:
         raise FirmwareError("packages", str(error), "take a mirror with SHA-256 in its index") from None
     dates = []

@@ -42,7 +42,7 @@ UNWANTED_PREFIXES = (
 
 UNWANTED_PARTS = (
     "/gconv/", "/ossl-modules/", "/engines-3/", "/lib-dynload/_curses", "/lib-dynload/readline.", "/lib-dynload/_dbm.", "/lib-dynload/_gdbm.", "/lib-dynload/_tkinter.", "/lib-dynload/_test", "/lib-dynload/_ctypes_test", "/lib-dynload/xx",
-    "/idlelib/", "/lib2to3/", "/tkinter/", "/turtledemo/", "/ensurepip/", "/pydoc_data/", "/distutils/", "/__pycache__/", "/sitecustomize.py", "/security/pam_", "/audit/", "/perl5/", "/perl/", "-stub.efi", ".elf.stub",
+    "/idlelib/", "/lib2to3/", "/tkinter/", "/turtledemo/", "/ensurepip/", "/pydoc_data/", "/distutils/", "/__pycache__/", "/sitecustomize.py", "/security/pam_", "/qemu/ui-curses.", "/sasl2/libsasldb.", "/bin/qemu-system-i386", "/sbin/arpd", "/audit/", "/perl5/", "/perl/", "-stub.efi", ".elf.stub",
 )
 
 
@@ -101,7 +101,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What an image is for: `packages` over the base, `wheels` from the lock, MiB of a root slot and of the data partition, MiB of memory that it is made for."""
+    """What an image is for: `packages` over the base, `kept` of those that are LEFT_OUT elsewhere, `wheels` from the lock, MiB of a root slot and of the data partition, MiB of memory that it is made for."""
 
     name: str
     packages: tuple[str, ...] = ()
@@ -112,6 +112,7 @@ class Profile:
     all_modules: bool = False
     agent_memory_mib: int = 96
     extra: frozenset[str] = field(default_factory=frozenset)
+    kept: frozenset[str] = field(default_factory=frozenset)
 
 
 LEAN_WHEELS = (
@@ -129,7 +130,7 @@ PROFILES = {
         Profile("gateway", packages=("mosquitto",), wheels=LEAN_WHEELS, slot_mib=112, data_mib=512, memory_mib=256, extra=frozenset(("broker",))),
         Profile(
             "host", packages=("runc", "criu", "iproute2", "nftables", "qemu-system-x86-headless"), wheels=LEAN_WHEELS, slot_mib=768, data_mib=2048, memory_mib=1024, all_modules=True, agent_memory_mib=512,
-            extra=frozenset(("containers",)),
+            extra=frozenset(("containers",)), kept=frozenset(("libgmp10",)),
         ),
     )
 }

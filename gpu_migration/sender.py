@@ -99,7 +99,7 @@ class Sender:
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
-        self._index = PageIndex(layout.pages_of(source.length), source.page, self._ledger.known.__contains__) if references else None
+        self._index = PageIndex(layout.pages_of(source.length), self._page, self._ledger.known.__contains__) if references else None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()
@@ -343,6 +343,13 @@ class Sender:
             self._hold(index)
             return None
         return data
+
+    def _page(self, number: int) -> bytes:
+        """One page of the source as it is now; empty where it cannot be had."""
+        try:
+            return self._source.page(number) or b""
+        except OSError:
+            return b""
 
     def _read_base(self, index: int, into: memoryview) -> memoryview | None:
         if self._base is None or not self._base_there or index in self._ledger.plain or index >= self._base.extents:
