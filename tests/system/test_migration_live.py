@@ -391,6 +391,7 @@ def test_a_journal_of_another_guest_ends_none(world: World) -> None:
     world.moved_to(folder, there.done().pid)
     again = Receiving(world, folder)
     session = bytes.fromhex(json.loads((folder / "decision").read_text())["session"])
+    assert qemu_question.ask(again.address, KEY, bytes(16), LONG) is None  # it answers, and so has let go of QEMU's control socket, which here is the source's too
     journal = qemu_question.Journal(world.guest.control)
     journal.write(session, again.address)
     with pytest.raises(SourceError, match="remove"):

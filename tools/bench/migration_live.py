@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,9 @@ def ours(machine_: Machine, guest: Guest, folder: Path) -> tuple[Move, Guest]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NOVACRON_MIGRATION_KEY": KEY.hex()}
     words = [sys.executable, "-m", "gpu_migration"]
     receive = subprocess.Popen([*words, "vm-receive", str(folder), "--", *machine_.command(MEMORY, folder / "console")], env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    opened: list[Console] = []
+    watching = threading.Thread(target=lambda: opened.append(Console(folder / "console")), daemon=True)
+    watching.start()  # before the guest is there: what it says to nobody is lost
     try:
         assert receive.stderr is not None
         send = subprocess.run([*words, "vm-send", str(guest.control), receive.stderr.readline().split()[-1]], env=environment, capture_output=True, text=True, timeout=MOVE_S)
@@ -67,7 +71,8 @@ def ours(machine_: Machine, guest: Guest, folder: Path) -> tuple[Move, Guest]:
     finally:
         stop(receive)
     moved = json.loads(send.stdout)
-    there = Guest(folder / "qmp", Console(folder / "console"), pid=json.loads(said)["pid"])
+    watching.join(MOVE_S)
+    there = Guest(folder / "qmp", opened[0], pid=json.loads(said)["pid"])
     move = _look(guest, there, moved["running_at"] - moved["stopped_at"], moved["total_s"])
     move.more = {name: moved[name] for name in ("passes", "last_pages", "pages", "memory_s", "look_s", "parts_s")}
     return move, there
@@ -83,7 +88,7 @@ def qemu_alone(capabilities: tuple[str, ...], parameters: dict[str, Any]) -> Cal
             [*machine_.command("", console), "-qmp", f"unix:{control},server=on,wait=off", "-incoming", "defer"], preexec_fn=die_with_parent, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        source, target = Qmp(guest.control, MOVE_S), Qmp(control, MOVE_S)
+        source, target, watched = Qmp(guest.control, MOVE_S), Qmp(control, MOVE_S), Console(console)
         try:
             for qmp in (source, target):
                 qmp("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("events", *capabilities)])
@@ -98,7 +103,7 @@ def qemu_alone(capabilities: tuple[str, ...], parameters: dict[str, Any]) -> Cal
         finally:
             source.close()
             target.close()
-        there = Guest(control, Console(console), process, process.pid)
+        there = Guest(control, watched, process, process.pid)
         return _look(guest, there, running - stopped, total), there
 
     return move
