@@ -1,4 +1,4 @@
-"""The command line: send, receive, predict, verify, base, key, bench, worker. Results are one JSON object on the standard output; errors one line, exit status 1."""
+"""The command line: send, receive, predict, verify, base, key, bench, worker, vm-send, vm-receive. Results are one JSON object on the standard output; errors one line, exit status 1."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import choice, keys, precopy, receiver, sample
+from . import choice, keys, precopy, qemu_cli, receiver, sample
 from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
 from .errors import DeviceFailed, MigrationError, ModelError, PauseFailed
 from .layout import PAGE
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--advertise", default="", metavar="HOST", help="how others reach it, where that is another name")
     worker.add_argument("--ports", type=_ports, default=(0, 0), metavar="LOW-HIGH", help="ports for receivers (any free one)")
     worker.add_argument("--slots", type=_whole(1, 64), default=2, help="sides that are carried at once (2)")
+    qemu_cli.add(commands, _address, _number, _whole, _codecs)
     for command in (send, receive):
         command.add_argument("--events", action="store_true", help="for programs: what happens, as one JSON object a line on the standard error")
         command.add_argument("--key-file", type=Path, help=f"file with the key, for its owner alone (else {keys.KEY_VARIABLE})")
@@ -286,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 with one line that says what is wrong."""
     options = _parser().parse_args(arguments)
     _keep_memory()
+    if options.command == "vm-send":
+        signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that a guest that stands still runs again
     try:
         if options.command == "key":
             print(keys.new_key())
@@ -298,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "base":
             result = {"root": receiver.add_base(options.file, options.bases, os.cpu_count() or 1).hex()}
         else:
-            result = {"send": _send, "predict": _predict, "receive": _receive, "verify": _verify, "bench": _bench}[options.command](options)
+            result = {"send": _send, "predict": _predict, "receive": _receive, "verify": _verify, "bench": _bench, "vm-send": qemu_cli.send, "vm-receive": qemu_cli.receive}[options.command](options)
     except MigrationError as error:
         if getattr(options, "events", False):
             _event(error=str(error), kind=type(error).__name__)

@@ -16,8 +16,8 @@ from .transforms.cpu import CPU
 Choose = Callable[[memoryview], codecs.Coder]
 """From the bytes that are to be coded, the coder."""
 
-PageAt = Callable[[int], bytes]
-"""A page of the object that this end has already, or of the base; the last is cut short by the end. Empty where it has not."""
+PageAt = Callable[[int], bytes | None]
+"""A page of the object that this end has already, or of the base; the last is cut short by the end. Empty or None where it has not."""
 
 
 class Elsewhere(Protocol):

@@ -98,6 +98,12 @@ class Receiver:
             self.close()
             accepting.join()
 
+    def abandon(self, error: MigrationError) -> None:
+        """End `serve` with this, from another thread."""
+        with self._state:
+            self._failure = self._failure or error
+            self._state.notify_all()
+
     def close(self) -> None:
         """End every stream and give the files free."""
         with contextlib.suppress(OSError):

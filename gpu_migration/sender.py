@@ -99,7 +99,7 @@ class Sender:
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
-        self._index = PageIndex(layout.pages_of(source.length), source.page, self._ledger.known.__contains__) if references else None
+        self._index = PageIndex(layout.pages_of(source.length), self._page, self._ledger.known.__contains__) if references else None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()
@@ -167,6 +167,11 @@ class Sender:
         with self._lock:
             return self._moved, PAGE * (sum(self._pages) - self._pages[Page.ZERO])
 
+    def held(self) -> bytes:
+        """Raw hashes of all extents as the destination has them, after a pass over all of them."""
+        known = self._ledger.known
+        return b"".join(known[index] for index in range(self._source.extents))
+
     def progress(self) -> dict[str, int]:
         """How far it is: bytes of the source that are dealt with, in all passes, and on the wire."""
         with self._lock:
@@ -201,8 +206,7 @@ class Sender:
         """Let the destination become visible; returns once it is. Raises TransferLost where it cannot even be asked before the deadline (monotonic)."""
         root = self._committed
         if root is None:
-            known = self._ledger.known
-            root = layout.root_of(self._source.length, b"".join(known[index] for index in range(self._source.extents)))
+            root = layout.root_of(self._source.length, self.held())
             self._commit(root, deadline)
         seconds = time.monotonic() - self._began
         rates = {"wire": self._model.wire.value, "scan": 1 / self._model.scan.value}
@@ -251,6 +255,11 @@ class Sender:
                 except OSError:
                     pass
             self._stop.wait(RETRY_S[0])
+
+    def abandon(self, error: MigrationError) -> None:
+        """End what goes on with this, from another thread."""
+        self._ledger.fail(error)
+        self._stop.set()
 
     def close(self) -> None:
         """End every thread and stream."""
@@ -334,6 +343,13 @@ class Sender:
             self._hold(index)
             return None
         return data
+
+    def _page(self, number: int) -> bytes:
+        """One page of the source as it is now; empty where it cannot be had."""
+        try:
+            return self._source.page(number) or b""
+        except OSError:
+            return b""
 
     def _read_base(self, index: int, into: memoryview) -> memoryview | None:
         if self._base is None or not self._base_there or index in self._ledger.plain or index >= self._base.extents:

@@ -1,11 +1,14 @@
 """What is sent: a file, a raw disk, or a guest's memory in a shared file. Only ever read."""
 
 import errno
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from . import layout
 from .errors import SourceError
@@ -56,6 +59,14 @@ class FileSource:
         except OSError as error:
             raise SourceError(f"source {self.path}: {error.strerror or error} at byte {index * EXTENT + at}") from None
         return view
+
+    def mapped(self) -> NDArray[np.uint8]:
+        """All its pages as they change, shape (pages, PAGE), not to be written; for a memory file, which does not become shorter. Raises SourceError."""
+        try:
+            view = mmap.mmap(self._fd, self.length, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"source {self.path}: it cannot be mapped ({error})") from None
+        return np.frombuffer(view, np.uint8).reshape(-1, PAGE)
 
     def page(self, number: int) -> bytes:
         """One page, the last one perhaps cut short; empty where it is beyond the end or cannot be read."""

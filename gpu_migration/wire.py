@@ -48,11 +48,41 @@ class Kind(IntEnum):
     BYE = 10
     """Sender: it has understood that the transfer is done."""
 
+    # Of a guest that moves while it runs (qemu_source, qemu_target), on a stream of their own.
+    ASK = 32
+    """Source: session 16. Whose is the guest?"""
+    HELLO = 33
+    """Source: session 16, bytes of memory u64."""
+    GO = 34
+    """Target: ready for the memory, as an object on further streams."""
+    LIVE = 35
+    """Source: root 32 of the memory as it went over."""
+    READY = 36
+    """Target: its QEMU waits."""
+    PATCH = 37
+    """Source: pages (patches.py), numbered by `attempt`."""
+    APPLIED = 38
+    """Target: that one is written."""
+    STATE = 39
+    """Source: the next bytes of the device state."""
+    LOAD = 40
+    """Source: that was all: chain 32 of all patches, root 32 of the memory or zeros."""
+    LOADED = 41
+    """Target: memory and devices are as they were."""
+    COMMIT_GUEST = 42
+    """Source: session 16. From here on only the target's word tells whose the guest is."""
+    VERDICT = 43
+    """Target: u8, 1: the guest is the target's, and runs since f64 (seconds since 1970); 0: it never will be in that session."""
+
 
 OPEN = struct.Struct("<16sQ32s")
 ACCEPT = struct.Struct("<B32s16sH")
 ACK = struct.Struct("<II")
 NOTHING = bytes(HASH)
+HELLO_GUEST = struct.Struct("<16sQ")
+LOAD_GUEST = struct.Struct("<32s32s")
+VERDICT_GUEST = struct.Struct("<Bd")
+SESSION = 16
 
 
 def host_id() -> bytes:

@@ -94,7 +94,7 @@ def _need() -> None:
         raise Missing("making the guest needs root (debootstrap); give --images a folder with memory images instead")
 
 
-def _newc(files: list[tuple[str, int, bytes]]) -> bytes:
+def newc(files: list[tuple[str, int, bytes]]) -> bytes:
     """A cpio archive (newc) of name, mode and content."""
     out = bytearray()
     for number, (name, mode, data) in enumerate([*files, ("TRAILER!!!", 0, b"")], 1):
@@ -124,7 +124,7 @@ def _initial(kernel_tree: Path, busybox: Path, target: Path) -> None:
     files += [("bin/sh", 0o120777, b"busybox"), ("bin/busybox", 0o100755, busybox.read_bytes()), ("init", 0o100755, FIRST.encode())]
     files += [(f"modules/{Path(path).name}", 0o100644, (modules / path).read_bytes()) for path in order]
     files.append(("modules/order", 0o100644, " ".join(Path(path).name for path in order).encode()))
-    target.write_bytes(_newc(files))
+    target.write_bytes(newc(files))
 
 
 def pieces(folder: Path, options: Any) -> tuple[Path, Path, Path]:

@@ -51,7 +51,7 @@ LOSSES = 8
 DISKS_READ, DISKS_BOOTED = 20, 20
 """Of those: disks whose journal is read, and disks that are really booted."""
 
-UPDATE_S, BOOT_S = 1800, 600
+UPDATE_S, BOOT_S = 3600, 1200
 """Longest waits for a whole update and for one boot, emulated on a machine that others use too."""
 
 HOST = "10.0.2.2"

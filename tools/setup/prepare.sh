@@ -80,6 +80,7 @@ if [ "$kind" = dev ]; then
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
   [ "$(uname -m)" != x86_64 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || packages+=(qemu-system-x86 seabios)
+  command -v gcc >/dev/null 2>&1 || [ "$(uname -m)" != x86_64 ] || packages+=(gcc)  # the program of guests that are migrated
   # For images (`make image`, `make boot`), and the disks of virtual machines in tests.
   for pair in openssl:openssl qemu-img:qemu-utils mksquashfs:squashfs-tools mcopy:mtools mkfs.vfat:dosfstools depmod:kmod debugfs:e2fsprogs veritysetup:cryptsetup-bin sfdisk:fdisk cpio:cpio; do
     command -v "${pair%%:*}" >/dev/null 2>&1 || [ -x "/usr/sbin/${pair%%:*}" ] || packages+=("${pair##*:}")
@@ -99,5 +100,6 @@ if [ "$kind" = dev ]; then
     done
   fi
   tools/setup/criu.sh || true  # it has said why
+  [ "$(uname -m)" != x86_64 ] || tools/setup/qemu.sh || true  # the same
   if [ "$(uname -m)" = x86_64 ]; then tools/setup/guest_kernel.sh .novacron/guest-kernel || say "no kernel for guests; the tests of micro-VMs will say that they were skipped"; fi
 fi

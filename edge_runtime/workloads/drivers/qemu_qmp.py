@@ -55,8 +55,8 @@ class Qmp:
             self._message(end)
 
     def drain(self) -> bool:
-        """Read what has come; False where QEMU has closed it."""
-        while select.select([self._line], [], [], 0)[0]:
+        """Read what has come, also what came together with an answer; False where QEMU has closed it."""
+        while b"\n" in self._waits or select.select([self._line], [], [], 0)[0]:
             try:
                 self._message(time.monotonic() + self._seconds)
             except QmpError:

@@ -238,9 +238,12 @@ class VmKeeper(Keeper):
 
     def copied(self) -> None:
         """Answer whoever waits for a copy that is over."""
+        if not self.copying:
+            return
         qmp = self.machine.qmp
+        qmp.drain()  # the end may have come together with an answer
         over = [data for name, data in qmp.events if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and data.get("device") == COPY]
-        if self.copying and over:
+        if over:
             qmp.events = [(name, data) for name, data in qmp.events if not name.startswith("BLOCK_JOB")]
             line, self.copying = self.copying[0], []
             self.forget_copy()

@@ -116,3 +116,18 @@ def test_qmp_keeps_events_apart_and_gives_up() -> None:
         qmp.ask("x")
     assert not qmp.drain()
     ours.close()
+
+
+def test_an_event_that_comes_together_with_an_answer_is_seen() -> None:
+    import socket
+
+    from edge_runtime.workloads.drivers.qemu_qmp import Qmp
+
+    ours, its = socket.socketpair()
+    qmp = Qmp(ours, 5.0)
+    its.sendall(b'{"return": {}}\n{"event": "BLOCK_JOB_COMPLETED", "data": {"device": "copy"}}\n')
+    assert qmp.ask("anything") == {} and qmp.events == []
+    assert qmp.drain() and [name for name, _ in qmp.events] == ["BLOCK_JOB_COMPLETED"]
+    its.close()
+    assert not qmp.drain()
+    ours.close()

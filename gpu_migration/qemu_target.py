@@ -1,0 +1,482 @@
+"""The receiving end of a guest that moves while it runs: takes its memory into a folder, starts a QEMU on it that waits, applies the pages that were written meanwhile, loads the device state, and lets
+it run once it is this end's.
+
+One record decides whose the guest is: the file `decision` of the folder, written before the guest runs here. Without it no QEMU of this folder is ever let run; with it the source never runs it again. Whoever
+is killed in between, the next one that serves the folder goes on from there.
+"""
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import queue
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+
+from . import patches, qemu_guest, wire
+from .errors import DestinationError, FormatError, HashMismatch, KeyRefused, MigrationError, TransferLost, Unauthentic
+from .layout import EXTENT, OBJECT_MAX, PAGE, pages_of
+from .qemu_qmp import QemuError, Qmp
+from .qemu_question import TRANSFER
+from .receiver import CONNECTIONS_MOST, PATIENCE_S, TEXT_MOST, Receiver
+from .sources import FileSource
+from .wire import Kind
+
+MEMORY = "{memory}"
+"""In QEMU's command line, in place of the file that is the guest's memory."""
+QUIT_S = 10.0
+"""Seconds for a QEMU that is not wanted any more, before it is killed."""
+LOG_MOST = 2000
+"""Characters of what QEMU said that are shown."""
+
+
+class Step(StrEnum):
+    """Where a move is, as `progress` is told: before that step is taken."""
+
+    MEMORY = "memory"
+    STARTING = "starting"
+    READY = "ready"
+    LOADING = "loading"
+    LOADED = "loaded"
+    DECIDING = "deciding"
+    DECIDED = "decided"
+    RUNNING = "running"
+
+
+@dataclass(slots=True)
+class Taken:
+    """The guest is here."""
+
+    control: str
+    """QEMU's control socket."""
+    pid: int
+    running_at: float
+    """Seconds since 1970."""
+    patches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The guest of that session is this end's."""
+
+    session: bytes
+    running_at: float
+
+
+class Folder:
+    """Where one guest lives."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DestinationError."""
+        self.path, self.memory, self.control, self.log = path, path / "memory", path / "qmp", path / "qemu.log"
+        self._decision, self._pid = path / "decision", path / "pid"
+        self._lock = -1
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise DestinationError(f"folder {path}: another program serves it; give another folder") from None
+        except OSError as error:
+            raise DestinationError(f"folder {path}: {error.strerror or error}") from None
+
+    def decision(self) -> Decision | None:
+        """Raises DestinationError where it cannot be read."""
+        try:
+            found = json.loads(self._decision.read_text())
+            return Decision(bytes.fromhex(found["session"]), float(found["running_at"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DestinationError(f"folder {self.path}: its decision cannot be read ({error}); find out whether the source runs the guest") from None
+
+    def decide(self, decision: Decision) -> None:
+        """From here on it is this end's, whatever happens. Raises DestinationError, and it is not."""
+        part = self._decision.with_name("decision.part")
+        try:
+            with part.open("w") as file:
+                json.dump({"session": decision.session.hex(), "running_at": decision.running_at}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(self._decision)
+        except OSError as error:
+            raise DestinationError(f"folder {self.path}: {error.strerror or error}") from None
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def started(self, pid: int) -> None:
+        """A QEMU of this folder."""
+        self._pid.write_text(str(pid))
+
+    def clear(self) -> None:
+        """End what an undecided move left: its QEMU, which never ran, and the memory."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            pid = int(self._pid.read_text())
+            if self._ours(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for path in (self._pid, self.control, self.memory):
+            path.unlink(missing_ok=True)
+
+    def _ours(self, pid: int) -> bool:
+        """Whether a process is a QEMU of this folder, and not one that has got its number since."""
+        try:
+            return str(self.control).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    def said(self) -> str:
+        """QEMU's last words."""
+        with contextlib.suppress(OSError):
+            return " ".join(self.log.read_text(errors="replace")[-LOG_MOST:].split())
+        return ""
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+class Door:
+    """Takes streams of whoever has the key, each handshake on a thread of its own, so that one that stalls holds up no other."""
+
+    def __init__(self, key: bytes, listen: tuple[str, int]) -> None:
+        self._key = key
+        try:
+            self._listener = socket.create_server(listen, backlog=CONNECTIONS_MOST)
+        except OSError as error:
+            raise DestinationError(f"listen {listen[0]}:{listen[1]}: {error.strerror or error}; give another address") from None
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._opened: queue.Queue[wire.Stream] = queue.Queue(CONNECTIONS_MOST)
+        self._places = threading.BoundedSemaphore(CONNECTIONS_MOST)
+        self._thread = threading.Thread(target=self._accept, daemon=True, name="door")
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._places.acquire(blocking=False):
+                threading.Thread(target=self._shake, args=(sock,), daemon=True, name="handshake").start()
+            else:
+                sock.close()
+
+    def _shake(self, sock: socket.socket) -> None:
+        try:
+            stream, transfer = wire.answer(sock, self._key)
+            if transfer != TRANSFER:
+                stream.close()
+            else:
+                self._opened.put_nowait(stream)
+        except (OSError, KeyRefused, queue.Full):
+            sock.close()
+        finally:
+            self._places.release()
+
+    def stream(self, seconds: float) -> wire.Stream | None:
+        """The next one; None where none came in time."""
+        try:
+            return self._opened.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        while not self._opened.empty():
+            self._opened.get_nowait().close()
+
+
+class Target:
+    """Receives one guest into a folder. `serve` blocks until it runs here and the source knows, or raises."""
+
+    def __init__(self, folder: Path, key: bytes, listen: tuple[str, int], command: Sequence[str], *, patience: float = PATIENCE_S, progress: Callable[[Step], None] = lambda step: None) -> None:
+        """`command`: QEMU's command line with `{memory}` where the file of the memory stands; -qmp, -incoming and -S are added."""
+        if not any(MEMORY in word for word in command):
+            raise DestinationError(f"QEMU's command line does not say {MEMORY}: give -object memory-backend-file,...,share=on,mem-path={MEMORY}")
+        self._key, self._command, self._patience, self._progress = key, list(command), patience, progress
+        self._folder = Folder(folder.resolve())
+        try:
+            self._door: Door | None = Door(key, listen)
+        except DestinationError:
+            self._folder.close()
+            raise
+        self.address = self._door.address
+        self._qmp: Qmp | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._qemu = self._patches = 0
+
+    def serve(self) -> Taken:
+        """Raises MigrationError; nothing of the guest runs here then, unless it had been decided before."""
+        try:
+            decision = self._folder.decision()
+            if decision is None:
+                self._folder.clear()
+                decision = self._until_decided()
+            else:
+                self._pick_up()
+            return Taken(str(self._folder.control), self._qemu, decision.running_at, self._patches)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """A guest that runs goes on."""
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+        if self._qmp is not None:
+            self._qmp.close()
+        self._folder.close()
+
+    def _pick_up(self) -> None:
+        """It was decided by one that did not get further: see that it runs, and tell the source."""
+        decision = self._folder.decision()
+        assert decision is not None
+        try:
+            self._qmp = Qmp(self._folder.control, QUIT_S)
+            self._qemu = self._qmp.pid
+            if not qemu_guest.running(self._qmp):
+                self._progress(Step.RUNNING)
+                qemu_guest.go(self._qmp)
+        except QemuError as error:
+            raise QemuError(f"the guest is this end's, and its QEMU is gone ({error}; {self._folder.said()}); remove {self._folder.path} once it is not missed") from None
+        self._qmp.close()  # it takes one client, and whoever runs the guest may want it
+        self._answer_questions(decision)
+
+    def _until_decided(self) -> Decision:
+        """One source after the other, until one has brought its guest."""
+        end = time.monotonic() + self._patience
+        while True:
+            if self._door is None:
+                self._door = Door(self._key, self.address)
+            stream = self._door.stream(max(0.0, end - time.monotonic()))
+            if stream is None:
+                raise TransferLost(f"receive {self._folder.path}: no source for {self._patience:g} s; start both again")
+            try:
+                decision = self._source(stream)
+                if decision is not None:
+                    return decision
+            except (OSError, Unauthentic, TransferLost):
+                self._abandon()  # that source is gone; it or another may come again
+            except MigrationError as error:
+                self._tell(stream, error)
+                self._abandon()
+                raise
+            except BaseException:
+                self._abandon()
+                raise
+            finally:
+                stream.close()
+            end = time.monotonic() + self._patience
+
+    @staticmethod
+    def _tell(stream: wire.Stream, error: MigrationError) -> None:
+        with contextlib.suppress(OSError):
+            stream.send(Kind.REFUSED, str(error).encode()[:TEXT_MOST])
+
+    def _abandon(self) -> None:
+        """Nothing of an undecided move is left. After a decision nothing is touched."""
+        if self._folder.decision() is not None:
+            return
+        if self._qmp is not None:
+            self._qmp.close()
+            self._qmp = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self._folder.clear()
+
+    def _source(self, stream: wire.Stream) -> Decision | None:
+        """All that one stream brings; None where it only asked. Raises MigrationError, OSError."""
+        stream.timeout(self._patience)
+        kind, _, _, payload = stream.receive()
+        while kind == Kind.ASK:
+            stream.send(Kind.VERDICT, wire.VERDICT_GUEST.pack(0, 0.0))  # whatever was on its way in that session is gone
+            kind, _, _, payload = stream.receive()
+        if kind == Kind.BYE:
+            return None
+        if kind != Kind.HELLO or len(payload) != wire.HELLO_GUEST.size:
+            raise FormatError(f"a record of kind {kind} does not begin a guest's move")
+        session, length = wire.HELLO_GUEST.unpack(payload)
+        if not 0 < length <= OBJECT_MAX or length % PAGE:
+            raise FormatError(f"a memory of {length} bytes is none")
+        root = self._memory(stream, length)
+        self._progress(Step.STARTING)
+        self._start()
+        return self._live(stream, session, length, root)
+
+    def _memory(self, stream: wire.Stream, length: int) -> bytes:
+        """The memory as an object; its root."""
+        self._progress(Step.MEMORY)
+        assert self._door is not None
+        self._door.close()
+        self._door = None
+        taking = Receiver(self._folder.memory, self._key, self.address, patience=self._patience)
+        found: list[bytes] = []
+        wrong: list[MigrationError] = []
+
+        def take() -> None:
+            try:
+                done = taking.serve()
+                found.append(done.root if done.length == length else b"")
+            except MigrationError as error:
+                wrong.append(error)
+                self._tell(stream, error)
+                stream.close()  # whoever waits on it wakes
+
+        thread = threading.Thread(target=take, daemon=True, name="memory")
+        thread.start()
+        try:
+            stream.send(Kind.GO)
+            stream.timeout(None)  # how long the memory takes is the receiver's business, which has a patience of its own; the end of this stream is seen
+            kind, _, _, payload = stream.receive()
+            root = bytes(payload)
+            stream.timeout(self._patience)
+        except (OSError, Unauthentic) as error:
+            taking.abandon(TransferLost(f"the source is gone: {error}"))
+            thread.join()
+            if wrong and not isinstance(wrong[0], TransferLost):
+                raise wrong[0] from None
+            raise
+        thread.join()
+        if wrong:
+            raise wrong[0]
+        if kind != Kind.LIVE or found != [root]:
+            raise HashMismatch("the memory that arrived is not what the source says it sent")
+        return root
+
+    def _start(self) -> None:
+        """QEMU, on that memory; it waits. Raises QemuError."""
+        words = [word.replace(MEMORY, str(self._folder.memory)) for word in self._command]
+        try:
+            with self._folder.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*words, "-qmp", f"unix:{self._folder.control},server=on,wait=off", "-incoming", "defer", "-S"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            raise QemuError(f"{words[0]}: {error.strerror or error}") from None
+        self._folder.started(self._process.pid)
+        process = self._process
+        try:
+            self._qmp = Qmp(self._folder.control, alive=lambda: process.poll() is None)
+            self._qemu = self._qmp.pid
+        except QemuError as error:
+            raise QemuError(f"the QEMU that was started here: {error}; {self._folder.said()}") from None
+
+    def _live(self, stream: wire.Stream, session: bytes, length: int, root: bytes) -> Decision:
+        assert self._qmp is not None
+        taking = qemu_guest.Taking(self._qmp)
+        with self._folder.memory.open("r+b") as file:
+            pages = np.frombuffer(mmap.mmap(file.fileno(), length), np.uint8).reshape(-1, PAGE)
+        state, chain, scratch, self._patches = bytearray(), wire.NOTHING, memoryview(bytearray(EXTENT)), 0
+        try:
+            self._progress(Step.READY)
+            qemu_guest.hurry()  # after QEMU was started, which would inherit it
+            stream.send(Kind.READY)
+            while True:
+                kind, _, sequence, payload = stream.receive()
+                if kind == Kind.PATCH:
+                    numbers, data = patches.unpack(payload, scratch, pages_of(length))
+                    chain = patches.follow(chain, payload)
+                    pages[numbers] = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+                    self._patches += 1
+                    if sequence != self._patches:
+                        raise FormatError(f"patch {sequence} came where {self._patches} was due")
+                    stream.send(Kind.APPLIED, b"", 0, sequence)
+                elif kind == Kind.STATE and len(state) + len(payload) <= qemu_guest.STATE_MOST:
+                    state += payload
+                elif kind == Kind.LOAD and len(payload) == wire.LOAD_GUEST.size:
+                    self._load(taking, state, chain, payload)
+                    stream.send(Kind.LOADED)
+                elif kind == Kind.COMMIT_GUEST and bytes(payload) == session:
+                    return self._commit(stream, taking, session)
+                elif kind == Kind.REFUSED:
+                    raise DestinationError(f"the source gave up: {bytes(payload[:TEXT_MOST]).decode(errors='replace')}")
+                else:
+                    raise FormatError(f"a record of kind {kind} is not for a target at this point")
+        except OSError as error:
+            if self._folder.decision() is None:
+                raise TransferLost(f"the source is gone: {error}") from None
+            raise
+        finally:
+            taking.close()
+
+    def _load(self, taking: qemu_guest.Taking, state: bytearray, chain: bytes, payload: memoryview) -> None:
+        self._progress(Step.LOADING)
+        due, root = wire.LOAD_GUEST.unpack(payload)
+        if patches.chain(chain, state) != due:
+            raise HashMismatch("the pages and the state that arrived are not those that the source sent")
+        if root != wire.NOTHING:
+            source = FileSource(self._folder.memory)
+            try:
+                if source.root(max(1, os.cpu_count() or 1)) != root:
+                    raise HashMismatch("the guest's memory here is not what it is at the source; it runs on there")
+            finally:
+                source.close()
+        try:
+            taking.load(state)
+        except QemuError as error:
+            raise QemuError(f"{error} ({self._folder.said()})") from None
+        self._progress(Step.LOADED)
+
+    def _commit(self, stream: wire.Stream, taking: qemu_guest.Taking, session: bytes) -> Decision:
+        self._progress(Step.DECIDING)
+        self._folder.decide(Decision(session, time.time()))
+        self._progress(Step.DECIDED)
+        since = taking.run()
+        decision = Decision(session, since)
+        self._progress(Step.RUNNING)
+        try:
+            stream.send(Kind.VERDICT, wire.VERDICT_GUEST.pack(1, since))
+            self._until_bye(stream)
+        except (OSError, Unauthentic):
+            self._answer_questions(decision)
+        return decision
+
+    def _until_bye(self, stream: wire.Stream) -> None:
+        while stream.receive()[0] != Kind.BYE:
+            pass
+
+    def _answer_questions(self, decision: Decision) -> None:
+        """The source may not know: until it has asked, or has not for the patience. The decision stays, for who asks later."""
+        end = time.monotonic() + self._patience
+        if self._door is None:
+            self._door = Door(self._key, self.address)
+        while (left := end - time.monotonic()) > 0:
+            stream = self._door.stream(left)
+            if stream is None:
+                return
+            try:
+                stream.timeout(self._patience)
+                kind, _, _, payload = stream.receive()
+                if kind != Kind.ASK:
+                    self._tell(stream, DestinationError("this folder has its guest; give another"))
+                    continue
+                stream.send(Kind.VERDICT, wire.VERDICT_GUEST.pack(bytes(payload) == decision.session, decision.running_at))
+                if bytes(payload) == decision.session:
+                    self._until_bye(stream)
+                    return
+            except (OSError, Unauthentic):
+                continue
+            finally:
+                stream.close()
+
