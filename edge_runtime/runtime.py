@@ -143,10 +143,18 @@ class EdgeRuntime:
         await asyncio.sleep(0)  # each duty begins: the first look at this host is decided on before the interface is loaded, which takes as long as all the rest
         self.service.notify(READY="1", STATUS=self._status_line())
         if self.config.api.enabled:
-            from .local_api.server import serve
-
-            self._api, self.api_port = await serve(self)
+            self._api, self.api_port = await self._serve()
         self.surroundings.settle()
+
+    async def _serve(self) -> tuple[Any, int]:
+        """The interface. Its modules are loaded beside the loop: on a slow machine that takes longer than the watchdog waits for a sign of life, and the agent decides meanwhile."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from .local_api import aiohttp_server, server
+
+        with ThreadPoolExecutor(1) as loader:
+            await asyncio.get_running_loop().run_in_executor(loader, aiohttp_server.import_web)
+        return await server.serve(self)
 
     async def wait(self) -> None:
         """Until SIGTERM, SIGINT or `stop_soon`; then stop."""

@@ -1,11 +1,13 @@
 """The edge's own HTTP: every route, its errors, the token, health that can be unhealthy."""
 
+import asyncio
 import json
 import os
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from edge_runtime.config import EdgeConfig, public_dict
 from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, DevicesConfig, HostConfig, UplinkConfig
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.records import CHAIN_START
+from edge_runtime.local_api import aiohttp_server
 from edge_runtime.local_api.server import MAX_BODY_BYTES
 from edge_runtime.runtime import EdgeRuntime
 from edge_runtime.system.service import ServiceManager
@@ -240,12 +243,16 @@ async def test_readiness_follows_the_bus(broker: LocalBroker, edges: Edges) -> N
     assert await edge.get("/readyz") == {"ready": True, "missing": []}
 
 
-async def test_ready_is_told_when_the_first_look_is_decided_on_and_before_the_interface_listens(tmp_path: Path) -> None:
+def alone(folder: Path) -> EdgeConfig:
+    """An edge that decides at its first look at the host, and looks once."""
     rule = {"id": "awake", "on": {"device": "host", "metric": "uptime_seconds"}, "if": {"value": "uptime_seconds", "op": ">", "than": 0}, "trigger": "each", "then": [{"alert": {"severity": "info", "text": "up"}}]}
-    config = EdgeConfig(
-        edge_id="gw-1", data_dir=str(tmp_path / "data"), uplink=UplinkConfig(enabled=False), bus=BusConfig(enabled=False), api=ApiConfig(port=0), decisions=DecisionsConfig(rules=(rule,)),
+    return EdgeConfig(
+        edge_id="gw-1", data_dir=str(folder / "data"), uplink=UplinkConfig(enabled=False), bus=BusConfig(enabled=False), api=ApiConfig(port=0), decisions=DecisionsConfig(rules=(rule,)),
         devices=DevicesConfig(host=HostConfig(device_id="host", interval_s=3600)),
     )
+
+
+async def test_ready_is_told_when_the_first_look_is_decided_on_and_before_the_interface_listens(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
 
     class Manager(ServiceManager):
@@ -253,7 +260,27 @@ async def test_ready_is_told_when_the_first_look_is_decided_on_and_before_the_in
             told.append((next(iter(fields)), runtime.pipeline.decided, runtime.api_port))
             return True
 
-    runtime = EdgeRuntime(config, Manager({}))
+    runtime = EdgeRuntime(alone(tmp_path), Manager({}))
     await runtime.start()
     assert told[0] == ("READY", 1, 0) and runtime.api_port > 0
+    await runtime.stop()
+
+
+async def test_an_edge_decides_and_is_alive_while_its_interface_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        loading.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(aiohttp_server, "import_web", slow)
+    runtime = EdgeRuntime(alone(tmp_path))
+    starting = asyncio.create_task(runtime.start())
+    await until(loading.is_set)
+    runtime.pipeline.host_reading("host", {"uptime_seconds": 5})
+    await until(lambda: runtime.pipeline.decided == 2)
+    assert not starting.done() and runtime.api_port == 0
+    go_on.set()
+    await starting
+    assert runtime.api_port > 0
     await runtime.stop()
