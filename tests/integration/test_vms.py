@@ -155,7 +155,7 @@ async def test_qemu_has_no_rights_and_dies_with_its_keeper_and_the_next_driver_s
 
 
 async def test_a_clone_that_has_no_kernel_to_boot_again_is_ended(vms: VmDriver) -> None:
-    key = await started(vms, "again", "kernel:1", "reboot -f", template=True)
+    key = await started(vms, "bare", "kernel:1", "reboot -f", template=True)
     ended = await vms.wait(key)
     assert ended.phase is Phase.ENDED and ended.exit is None and "start it anew" in ended.reason
     await vms.delete(key)

@@ -77,9 +77,9 @@ async def started(driver: VmDriver, name: str, image: str = "raw:1", script: str
 
 
 async def console(driver: VmDriver, key: Key, text: bytes, seconds: float = 60.0) -> bytes:
-    """Its console, once it has `text`."""
+    """The lines of its console, once one of them has `text`; a line that is still being written does not count."""
     end = asyncio.get_running_loop().time() + seconds
-    while text not in (found := (await driver.logs(key, 65_536)).stdout):
+    while text not in (found := (await driver.logs(key, 65_536)).stdout.rpartition(b"\n")[0] + b"\n"):
         assert (await driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED) and asyncio.get_running_loop().time() < end, (text, found, await driver.status(key))
         await asyncio.sleep(0.02)
     return found
