@@ -30,6 +30,8 @@ FORM = 1
 """Version of the model's file."""
 FEATURES = ("length", "data", "plain", "guess", "strong", "hot", "rate", "hashing", "bandwidth", "foreseen", "first", "passes", "busy", "changing")
 """In this order; times, sizes and rates as natural logarithms."""
+OF_THE_MACHINE = ("hashing", "busy")
+"""Features that say where it is moved and not what: what they do to the time here is learnt from moves that were made here."""
 SLACK = 0.05
 """Share of a feature's range by which it may lie outside of what was trained on."""
 HEADS = ("low", "middle", "high")
@@ -103,6 +105,7 @@ class Predictor:
         """`ranges`: least and most of each feature in training. `passed`: it is asked after the first pass."""
         self._heads, self._ranges, self.passed = heads, tuple(ranges), passed
         self._calibration = Calibration(scores)
+        self._learnt = 0
 
     def predict(self, question: Question) -> MigrationPrediction:
         """What to expect."""
@@ -126,6 +129,7 @@ class Predictor:
     def learn(self, outcome: Outcome) -> None:
         """How it really went."""
         low, _, high = self._raw(outcome.features)
+        self._learnt += 1
         self._calibration.learn(calibration.score(math.log(outcome.seconds / outcome.foreseen), low, high))
 
     def _raw(self, features: Sequence[float]) -> tuple[float, float, float]:
@@ -139,8 +143,12 @@ class Predictor:
             return "too few moves were made to know how far they are from what is reckoned"
         for name, value, (least, most) in zip(FEATURES, features, self._ranges, strict=True):
             slack = SLACK * (most - least) + 1e-9
-            if not least - slack <= value <= most + slack:
+            if least - slack <= value <= most + slack:
+                continue
+            if name not in OF_THE_MACHINE:
                 return f"nothing like it was trained on: {name} is {value:.3g} and was between {least:.3g} and {most:.3g}"
+            if self._learnt < calibration.LEAST:
+                return f"no machine like this was trained on ({name} is {value:.3g} and was between {least:.3g} and {most:.3g}); {calibration.LEAST} moves in the history make up for it"
         return ""
 
     @classmethod

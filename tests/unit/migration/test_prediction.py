@@ -209,6 +209,14 @@ def test_what_it_was_not_trained_on_has_a_reason_instead() -> None:
     assert not known.predict(question).reason
     said = strict.predict(question)
     assert said.confidence == 0 and "busy is 9" in said.reason and math.isfinite(said.estimated_duration_seconds)
+    for _ in range(LEAST):
+        strict.learn(outcome(1.0))
+    assert not strict.predict(question).reason, "what the machine does has been learnt from it"
+    ranges[FEATURES.index("plain")] = (0.8, 1.0)
+    other = Predictor({"low": head(-0.1), "middle": head(0.0), "high": head(0.1)}, ranges, [0.0] * 50)
+    for _ in range(LEAST):
+        other.learn(outcome(1.0))
+    assert "plain is 0.5" in other.predict(question).reason, "what a source is like has not"
 
 
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-3, 3), st.lists(st.floats(-3, 3), min_size=LEAST, max_size=60))
@@ -222,7 +230,7 @@ def test_low_middle_and_high_keep_their_order(low: float, middle: float, high: f
 
 
 def test_the_model_that_comes_along_predicts() -> None:
-    question = Question(Sample(200 << 20, 1.0, 0.5, 2.0, 3.0, 0.0, 0.0, 2e9), LINK, None, 0.3)
+    question = Question(Sample(200 << 20, 1.0, 0.5, 2.0, 3.0, 0.0, 0.0, 2.2e9), LINK, None, 0.3)
     said = Predictor.load().predict(question)
     assert not said.reason and 0.1 < said.low_seconds <= said.estimated_duration_seconds <= said.high_seconds < 10
     after = Question(question.sample, LINK, Limits(), 0.3, first_took=1.0)
