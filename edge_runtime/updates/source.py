@@ -59,6 +59,16 @@ class FileSource:
         self._file.close()
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """No redirect is followed: the token is for the server that the order names, and for nobody that it points to."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the answer is taken as it is."""
+
+
+_OPENER = urllib.request.build_opener(_Stay)
+
+
 class WebSource:
     """A bundle of a web server; `token` goes with each request. Raises Interrupted, or Refused where the server will never give it."""
 
@@ -75,7 +85,7 @@ class WebSource:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            self._answer = urllib.request.urlopen(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT_S)
+            self._answer = _OPENER.open(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             if error.code in (408, 429) or error.code >= 500:
                 raise Interrupted(f"the server answers {error.code}") from None

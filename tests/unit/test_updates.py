@@ -414,12 +414,18 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 class Served:
     """A web server with ranges and one file, whose first answer for the pieces is cut; (address, first bytes asked for)."""
 
-    def __init__(self, data: bytes, cut_after: int = 0, ranges: bool = True, status: int = 0) -> None:
+    def __init__(self, data: bytes, cut_after: int = 0, ranges: bool = True, status: int = 0, moved_to: str = "") -> None:
         asked: list[int] = []
         cuts = [cut_after] if cut_after else []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if moved_to:
+                    self.send_response(302)
+                    self.send_header("Location", moved_to)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 if status or self.headers.get("Authorization") != "Bearer secret":
                     self.send_error(status or 401)
                     return
@@ -458,6 +464,12 @@ def test_a_server_that_will_not_give_it_is_a_refusal_and_one_that_is_ill_is_not(
         pass
     with pytest.raises(Interrupted):
         WebSource(url, "secret")
+
+
+def test_a_redirect_does_not_get_the_token() -> None:
+    with Served(GOOD) as (elsewhere, asked), Served(GOOD, moved_to=elsewhere) as (url, _), pytest.raises(Refused, match="302"):
+        WebSource(url, "secret")
+    assert asked == []
 
 
 def test_a_file_that_is_no_plain_file_is_refused_and_does_not_hold_it_up(tmp_path: Path) -> None:
