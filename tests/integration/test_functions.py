@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from tests.unit.workloads.image_side import AS_ROOT, layer, layout, sha
 
 from .function_side import artefact, driver, job, made_store, module, reason_against, started, text
 from .waiting import until
+
+ROOT = Path(__file__).resolve().parents[2]
 
 __all__ = ["driver"]
 
@@ -214,15 +218,23 @@ async def test_nothing_kept_warm_means_that_each_call_is_cold_and_still_answered
     await driver.delete(key)
 
 
-async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host of this process's making, so that it has less patience."""
-    made: list[int] = []
+HURRIED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from edge_runtime.workloads.drivers import function_host, function_worker
+function_host.KEEP_LEAST_S, function_host.HOLD_WORTH = 0.1, 0.0
+function_host.host(function_worker.engine(), json.loads(sys.argv[2]), [int(one) for one in sys.argv[3:]])
+"""
+"""A host with less patience, in a process of its own: what it forks shall not be as large as a test's."""
 
-    async def fork(told: dict[str, Any], descriptors: list[int], seconds: float) -> str:
+
+async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[subprocess.Popen[bytes]] = []
+
+    async def spawn(told: dict[str, Any], descriptors: list[int], seconds: float) -> str:
         read, write = os.pipe()
-        made.append(os.fork())
-        if made[-1] == 0:
-            function_host.host(function_worker.engine(), told, [descriptors[0], write, descriptors[1]])
+        given = (descriptors[0], write, descriptors[1])
+        made.append(subprocess.Popen([sys.executable, "-I", "-c", HURRIED, str(ROOT), json.dumps(told), *map(str, given)], pass_fds=given))
         os.close(write)
         try:
             return (await asyncio.to_thread(os.read, read, 100)).decode().strip()
@@ -231,16 +243,17 @@ async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, mo
 
     key = Key("patient", 1)
     await driver.prepare(Order(key, "echo:1", {}, {"concurrency": 3, "warm": 1}))
-    monkeypatch.setattr(function_host, "KEEP_LEAST_S", 0.1)
-    monkeypatch.setattr(function_host, "HOLD_WORTH", 0.0)
-    monkeypatch.setattr(driver, "_spawn", fork)
-    await driver.start(key)
-    answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
-    assert {one.stdout for one in answers} == {b"hello x"} and any(one.cold for one in answers)
-    await until(lambda: len(workers(driver, key)) == 1, what="only the one that is kept ready is left")
-    assert not (await driver.call("patient", b"y")).cold
-    await driver.delete(key)
-    await asyncio.to_thread(os.waitpid, made[0], 0)
+    try:
+        monkeypatch.setattr(driver, "_spawn", spawn)
+        await driver.start(key)
+        answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
+        assert {one.stdout for one in answers} == {b"hello x"} and any(one.cold for one in answers), answers
+        await until(lambda: len(workers(driver, key)) == 1, what="only the one that is kept ready is left")
+        assert not (await driver.call("patient", b"y")).cold
+    finally:
+        await driver.delete(key)
+        for one in made:
+            await asyncio.to_thread(one.wait)
 
 
 def test_how_long_a_worker_is_kept_follows_what_it_holds_and_what_its_load_took() -> None:
