@@ -118,23 +118,23 @@ def compile_python(tree: Tree, interpreter: Tree, python: tuple[int, int], level
     """
     version = f"{python[0]}.{python[1]}"
     with tempfile.TemporaryDirectory() as top:
-        tool, work = Path(top) / "tool", Path(top) / "work"
-        write_out(interpreter, tool, ("/usr/bin/python", "/usr/lib", "/lib", "/lib64"))
+        own, sources_at = Path(top) / "python", Path(top) / "sources"
+        write_out(interpreter, own, ("/usr/bin/python", "/usr/lib", "/lib", "/lib64"))
         sources = [(path, data) for path, data in tree.files("/usr/lib") if path.endswith(".py") and path.startswith(("/usr/lib/python3", f"/usr/lib/python{version}"))]
         for path, data in sources:
-            (work / path[1:]).parent.mkdir(parents=True, exist_ok=True)
-            (work / path[1:]).write_bytes(data)
-        loader = next((tool / path[1:] for path, _ in interpreter.items() if path.startswith("/usr/lib") and "/ld-linux" in path), None)
+            (sources_at / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+            (sources_at / path[1:]).write_bytes(data)
+        loader = next((own / path[1:] for path, _ in interpreter.items() if path.startswith("/usr/lib") and "/ld-linux" in path), None)
         if loader is None:
             raise FirmwareError("tools", "Debian's packages for this machine have no loader", "build on amd64, arm64 or riscv64")
-        libraries = ":".join(str(tool / folder[1:]) for folder in initrd.library_folders(interpreter))
+        libraries = ":".join(str(own / folder[1:]) for folder in initrd.library_folders(interpreter))
         tools.run(
-            [str(loader), "--library-path", libraries, str(tool / f"usr/bin/python{version}"), "-S", "-m", "compileall", "-q", *(word for level in levels for word in ("-o", level)), "--invalidation-mode", "unchecked-hash", "-s", str(work), "-p", "/", str(work)],
-            field="compile", remedy="see the file that is named", env={"PYTHONHOME": str(tool / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
+            [str(loader), "--library-path", libraries, str(own / f"usr/bin/python{version}"), "-S", "-m", "compileall", "-q", *(word for level in levels for word in ("-o", level)), "--invalidation-mode", "unchecked-hash", "-s", str(sources_at), "-p", "/", str(sources_at)],
+            field="compile", remedy="see the file that is named", env={"PYTHONHOME": str(own / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
         )
         count = 0
-        for made in sorted(work.rglob("*.pyc")):
-            tree.file("/" + made.relative_to(work).as_posix(), made.read_bytes())
+        for made in sorted(sources_at.rglob("*.pyc")):
+            tree.file("/" + made.relative_to(sources_at).as_posix(), made.read_bytes())
             count += 1
     return count
 

@@ -22,6 +22,7 @@ from tools.novactl import vm_sample
 
 from .container_side import LIMITS
 from .microvm_side import kernel_folder
+from .waiting import until
 
 MEMORY = 128 << 20
 """Of a sample's guest."""
@@ -78,11 +79,16 @@ async def started(driver: VmDriver, name: str, image: str = "raw:1", script: str
 
 async def console(driver: VmDriver, key: Key, text: bytes, seconds: float = 60.0) -> bytes:
     """The lines of its console, once one of them has `text`; a line that is still being written does not count."""
-    end = asyncio.get_running_loop().time() + seconds
-    while text not in (found := (await driver.logs(key, 65_536)).stdout.rpartition(b"\n")[0] + b"\n"):
-        assert (await driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED) and asyncio.get_running_loop().time() < end, (text, found, await driver.status(key))
-        await asyncio.sleep(0.02)
-    return found
+    async def said() -> bytes | None:
+        found = (await driver.logs(key, 65_536)).stdout.rpartition(b"\n")[0] + b"\n"
+        if text in found:
+            return found
+        status = await driver.status(key)
+        assert status.phase in (Phase.RUNNING, Phase.PAUSED), (text, found, status)
+        return None
+
+    lines: bytes = await until(said, seconds, f"{text!r} on the console")
+    return lines
 
 
 def end_all(driver: VmDriver) -> None:

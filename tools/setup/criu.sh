@@ -15,22 +15,22 @@ system="$(PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v criu || true)"
 [ ! -x "$target/criu" ] || ! new_enough "$(version_of "$target/criu")" || exit 0
 
 mkdir -p .novacron
-work="$PWD/$(mktemp -d .novacron/criu.XXXXXX)"
-trap 'rm -rf "$work"' EXIT
+fresh="$PWD/$(mktemp -d .novacron/criu.XXXXXX)"
+trap 'rm -rf "$fresh"' EXIT
 printf 'setup: taking CRIU and its libraries from Debian unstable (once; 20 MB)\n' >&2
-fetch_beside unstable "$work/new" './usr/share/*
+fetch_beside unstable "$fresh/new" './usr/share/*
 ./etc/*
 */gconv/*' criu
-loader="$(loader_of "$work/new")"
-[ -n "$loader" ] && [ -x "$work/new/usr/sbin/criu" ] || fail "the packages do not have what was expected"
-cat > "$work/new/criu" <<WRAPPER
+loader="$(loader_of "$fresh/new")"
+[ -n "$loader" ] && [ -x "$fresh/new/usr/sbin/criu" ] || fail "the packages do not have what was expected"
+cat > "$fresh/new/criu" <<WRAPPER
 #!/bin/sh
 # CRIU of Debian unstable with its own C library; see tools/setup/criu.sh.
 here="\$(dirname "\$(readlink -f "\$0")")"
 exec "\$here/$loader" --library-path "\$here/$(dirname "$loader")" "\$here/usr/sbin/criu" "\$@"
 WRAPPER
-chmod 755 "$work/new/criu"
-new_enough "$(version_of "$work/new/criu")" || fail "what was taken is older than 4.2"
+chmod 755 "$fresh/new/criu"
+new_enough "$(version_of "$fresh/new/criu")" || fail "what was taken is older than 4.2"
 rm -rf "$target"
-mv "$work/new" "$target"
+mv "$fresh/new" "$target"
 printf 'setup: CRIU %s is in %s\n' "$(version_of "$target/criu")" "$target" >&2

@@ -8,9 +8,9 @@ command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || fail "this is
 package="$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ { print $2; exit }')"
 [ -n "$package" ] || fail "linux-image-cloud-amd64 is not known here: as root, apt-get update"
 mkdir -p "$folder"
-work="$(mktemp -d "$folder/.new.XXXXXX")"
-trap 'rm -rf "$work"' EXIT
-(cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$package" 2>&1) || fail "$package could not be fetched: is the network there?"
-dpkg-deb --fsys-tarfile "$work"/*.deb | tar -x -C "$work" --wildcards './boot/vmlinuz-*' './lib/modules/*' || fail "$package could not be unpacked"
+fresh="$(mktemp -d "$folder/.new.XXXXXX")"
+trap 'rm -rf "$fresh"' EXIT
+(cd "$fresh" && apt-get -qq -o APT::Sandbox::User=root download "$package" 2>&1) || fail "$package could not be fetched: is the network there?"
+dpkg-deb --fsys-tarfile "$fresh"/*.deb | tar -x -C "$fresh" --wildcards './boot/vmlinuz-*' './lib/modules/*' || fail "$package could not be unpacked"
 rm -rf "$folder/boot" "$folder/lib"
-mv "$work/boot" "$work/lib" "$folder/"
+mv "$fresh/boot" "$fresh/lib" "$folder/"

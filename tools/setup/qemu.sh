@@ -15,24 +15,24 @@ system="$(command -v qemu-system-x86_64 || true)"
 [ ! -x "$target/qemu-system-x86_64" ] || ! new_enough "$(version_of "$target/qemu-system-x86_64")" || exit 0
 
 mkdir -p .novacron
-work="$PWD/$(mktemp -d .novacron/qemu.XXXXXX)"
-trap 'rm -rf "$work"' EXIT
+fresh="$PWD/$(mktemp -d .novacron/qemu.XXXXXX)"
+trap 'rm -rf "$fresh"' EXIT
 printf 'setup: taking QEMU 10 and its libraries from Debian 13 (once; 60 MB)\n' >&2
-fetch_beside trixie "$work/new" './usr/share/doc/*
+fetch_beside trixie "$fresh/new" './usr/share/doc/*
 ./usr/share/man/*
 ./usr/share/locale/*
 ./etc/*
 */gconv/*' qemu-system-x86
-loader="$(loader_of "$work/new")"
-[ -n "$loader" ] && [ -x "$work/new/usr/bin/qemu-system-x86_64" ] || fail "the packages do not have what was expected"
-cat > "$work/new/qemu-system-x86_64" <<WRAPPER
+loader="$(loader_of "$fresh/new")"
+[ -n "$loader" ] && [ -x "$fresh/new/usr/bin/qemu-system-x86_64" ] || fail "the packages do not have what was expected"
+cat > "$fresh/new/qemu-system-x86_64" <<WRAPPER
 #!/bin/sh
 # QEMU of Debian 13 with its own C library and firmware; see tools/setup/qemu.sh.
 here="\$(dirname "\$(readlink -f "\$0")")"
 exec "\$here/$loader" --library-path "\$here/$(dirname "$loader")" "\$here/usr/bin/qemu-system-x86_64" -L "\$here/usr/share/qemu" -L "\$here/usr/share/seabios" "\$@"
 WRAPPER
-chmod 755 "$work/new/qemu-system-x86_64"
-new_enough "$(version_of "$work/new/qemu-system-x86_64")" || fail "what was taken is older than 10.0, or does not run"
+chmod 755 "$fresh/new/qemu-system-x86_64"
+new_enough "$(version_of "$fresh/new/qemu-system-x86_64")" || fail "what was taken is older than 10.0, or does not run"
 rm -rf "$target"
-mv "$work/new" "$target"
+mv "$fresh/new" "$target"
 printf 'setup: QEMU %s is in %s\n' "$(version_of "$target/qemu-system-x86_64")" "$target" >&2

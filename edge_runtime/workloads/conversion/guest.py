@@ -44,7 +44,7 @@ mount --make-rprivate /
 while read -r module; do insmod /modules/$module.ko; done < /modules/order
 mount -t cgroup2 cgroup /sys/fs/cgroup
 echo '+memory +pids +cpu' > /sys/fs/cgroup/cgroup.subtree_control
-mkdir /sys/fs/cgroup/program /run/images /run/work
+mkdir /sys/fs/cgroup/program /run/images /run/state
 echo -1000 > /proc/self/oom_score_adj
 ip link set lo up
 for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep 0.02; done; done
@@ -140,7 +140,7 @@ def framed(script: str) -> bytes:
 
 
 def _options(externals: Iterable[str]) -> str:
-    words = ["--root", "/root", "--tcp-established", "--file-locks", "--empty-ns", "net", "--manage-cgroups=ignore", "--ghost-limit", str(256 << 20), "--network-lock", "skip", "--leave-stopped", "-v2", "-W", "/run/work"]
+    words = ["--root", "/root", "--tcp-established", "--file-locks", "--empty-ns", "net", "--manage-cgroups=ignore", "--ghost-limit", str(256 << 20), "--network-lock", "skip", "--leave-stopped", "-v2", "-W", "/run/state"]
     for one in externals:
         words += ["--external", one]
     return shlex.join(words)
@@ -171,7 +171,7 @@ then
   (echo 0 >/sys/fs/cgroup/program/cgroup.procs; exec criu restore -D /run/images -o restore.log --pidfile /run/pid {inherit} {_options(f"mnt[{device}]:{device}" for device in DEVICES)} --action-script /bin/plumb --exec-cmd -- /bin/restored
   ) 8>&1 9>&7 7>&- >/run/said 2>&1 </dev/null; echo $? >/run/code; }} 4>&- | cat >&4; }} 7>&1 5>&- | cat >&5
   set -- $(cat /run/code) $(grep '^oom_kill ' /sys/fs/cgroup/program/memory.events)
-  if [ -e /run/pid ]; then echo "exit $1 $3" >&3; else echo "trouble CRIU: $(grep -h Error /run/work/restore.log /run/said 2>/dev/null | head -n 4 | tr '\\n' ' ') $(tail -n3 /run/said | tr '\\n' ' ')" >&3; fi
+  if [ -e /run/pid ]; then echo "exit $1 $3" >&3; else echo "trouble CRIU: $(grep -h Error /run/state/restore.log /run/said 2>/dev/null | head -n 4 | tr '\\n' ' ') $(tail -n3 /run/said | tr '\\n' ' ')" >&3; fi
 ) &
 else echo 'trouble its root cannot be mounted' >&3; fi
 """
@@ -202,7 +202,7 @@ then
 readlink /proc/$first/fd/1 >/disk/{SHOT}/pipes; readlink /proc/$first/fd/2 >>/disk/{SHOT}/pipes
 printf {closing} >/proc/$(cat /run/writer)/fd/1; printf {closing} >/proc/$(cat /run/writer)/fd/7
 . /bin/census; sync; echo dumped >&3
-else echo "undumped $(grep -h Error /run/work/dump.log | head -n 4 | tr '\\n' ' ')" >&3; fi
+else echo "undumped $(grep -h Error /run/state/dump.log | head -n 4 | tr '\\n' ' ')" >&3; fi
 """
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -47,7 +48,7 @@ PROGRAMS = ("qemu-system-x86_64",)
 CPU_PERIOD_US = 100_000
 
 
-class QemuDriver:
+class QemuDriver(ABC):
     """The common part of drivers; see `face.Driver`. Needs root.
 
     Args:
@@ -90,9 +91,9 @@ class QemuDriver:
         self._capabilities = await asyncio.to_thread(self._find)
         return self._capabilities
 
+    @abstractmethod
     def _find(self) -> Capabilities:
         """What can be done here; blocks."""
-        raise NotImplementedError
 
     async def _ready(self, ability: Ability = Ability.START) -> None:
         if self._capabilities is None:
@@ -131,9 +132,9 @@ class QemuDriver:
                 raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
             return status
 
+    @abstractmethod
     def _launch(self, key: Key) -> str:
         """The keeper's first word; blocks."""
-        raise NotImplementedError
 
     async def wait(self, key: Key) -> Status:
         return await over(self._path(key), lambda: self._status(key), lambda: self._watched(key))
