@@ -111,6 +111,8 @@ class ContainerDriver:
         store: where the images are.
     """
 
+    first_id = FIRST_ID
+
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
         self._folder, self._store, self._settings = directory / "containers", store, settings
         self._new, self._state = self._folder / ".new", directory / "runtime"
@@ -212,10 +214,10 @@ class ContainerDriver:
             raise Refused("requests.disk", f"{asked} bytes are asked for, {free} are free", "ask for less, free space, or place it on another node")
         taken = {entry.get("slot") for entry in present.values()}
         slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
-        before, odd = divmod(was - FIRST_ID, ID_RANGE)
+        before, odd = divmod(was - self.first_id, ID_RANGE)
         if not odd and 0 <= before <= MAX_INSTANCES and before not in {entry.get("slot") for entry in present.values() if entry["id"] != order.key.id}:
             slot = before  # what it wrote to folders of the node belongs to these ids
-        base = FIRST_ID + slot * ID_RANGE if ways.users else None
+        base = self.first_id + slot * ID_RANGE if ways.users else None
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
@@ -283,7 +285,7 @@ class ContainerDriver:
         async with self._one(key):  # not while its state is being taken
             status = self._status(key)
             if status.phase is Phase.PAUSED:
-                await self._runtime(key, "resume", _name(key))
+                await self._thaw(key)
             if status.phase in (Phase.RUNNING, Phase.PAUSED):
                 await self.kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
         if status.phase in (Phase.RUNNING, Phase.PAUSED):
@@ -303,7 +305,7 @@ class ContainerDriver:
                 await self.kill(key, signal.SIGKILL)
                 if status.phase is Phase.PAUSED:
                     with suppress(Failed):
-                        await self._runtime(key, "resume", _name(key))
+                        await self._thaw(key)
                 await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
             try:
                 await asyncio.wait_for(unheld(self._path(key)), LEFT_S / 2)
@@ -326,7 +328,7 @@ class ContainerDriver:
     async def kill(self, key: Key, number: int) -> None:
         """Send its first process a signal; what has just ended needs none."""
         try:
-            await self._runtime(key, "kill", _name(key), str(int(number)))
+            await self._signal(key, int(number))
         except Failed:
             if self._status(key).phase in (Phase.RUNNING, Phase.PAUSED):  # else it ended in between
                 raise
@@ -438,7 +440,7 @@ class ContainerDriver:
         """`pause` without asking for capabilities; raises `Failed` where it does not stand still then."""
         async with self._one(key):
             if self._running(key).phase is Phase.RUNNING:
-                await self._runtime(key, "pause", _name(key))
+                await self._freeze(key)
         status = self._status(key)
         if status.phase is Phase.RUNNING:
             raise Failed("pause", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
@@ -448,7 +450,7 @@ class ContainerDriver:
         await self._ready(Ability.PAUSE)
         async with self._one(key):
             if self._running(key).phase is Phase.PAUSED:
-                await self._runtime(key, "resume", _name(key))
+                await self._thaw(key)
         return self._status(key)
 
     async def stats(self, key: Key) -> Stats:
@@ -579,6 +581,15 @@ class ContainerDriver:
         """The runtime that the instance was made for; at the ordinary priority, whatever ours is."""
         better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
         return [*(("nice", "-n", str(better)) if better else ()), *self._instance(key)["runtime"], "--root", str(self._state)]
+
+    async def _signal(self, key: Key, number: int) -> None:
+        await self._runtime(key, "kill", _name(key), str(number))
+
+    async def _freeze(self, key: Key) -> None:
+        await self._runtime(key, "pause", _name(key))
+
+    async def _thaw(self, key: Key) -> None:
+        await self._runtime(key, "resume", _name(key))
 
     async def runtime(self, key: Key, word: str, *options: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
         """One command of the runtime about an instance; for what stands beside this module."""

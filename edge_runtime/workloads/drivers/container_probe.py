@@ -47,17 +47,17 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
             if path is None:
                 reasons.append(f"{name} is not installed")
                 continue
-            ways, lacking = await _tried(driver, settings, groups, path, code)
+            ways, lacking = await tried(driver, settings, groups, path, code)
             if ways is not None:
                 runtime = await asyncio.to_thread(_version, path)
-                ways, without = await _connected(driver, settings, groups, ways, code)
+                ways, without = await with_network(driver, settings, groups, ways, code)
                 cannot |= lacking | without
                 break
             reasons.append(f"{name}: {lacking[Ability.START]}")
     if ways is None:
         reason = "; ".join(reasons) + " (as root: apt install runc)" * any("not installed" in one for one in reasons)
         cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), reason)
-    told = Capabilities("container", "container", runtime, platform.machine(), _flags(), groups.layout, platform.release(), cannot)
+    told = Capabilities("container", "container", runtime, platform.machine(), flags(), groups.layout, platform.release(), cannot)
     if ways is None or code is None:
         return ways, None, told
     found: Criu | str = await asyncio.to_thread(criu.find, searched(settings.criu)) if settings.criu else "switched off by the configuration"
@@ -69,7 +69,7 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
     return ways, found, told
 
 
-async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
+async def tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
     """With user namespace and seccomp, then without the one, the other, both; what had to be left out, with the words of the try in which it was there."""
     lacking: dict[Ability, str] = {}
     for users, seccomp in ((True, True), (False, True), (True, False), (False, False)):
@@ -91,7 +91,7 @@ async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, pa
     return None, lacking
 
 
-async def _connected(driver: ContainerDriver, settings: Settings, groups: Groups, ways: Ways, code: bytes) -> tuple[Ways, dict[Ability, str]]:
+async def with_network(driver: ContainerDriver, settings: Settings, groups: Groups, ways: Ways, code: bytes) -> tuple[Ways, dict[Ability, str]]:
     """The same ways, with a network where a container got one."""
     program = searched(PROGRAM)
     if not settings.network:
@@ -194,7 +194,7 @@ def _version(path: str) -> str:
     return (said.splitlines() or [os.path.basename(path)])[0][:200]
 
 
-def _flags() -> tuple[str, ...]:
+def flags() -> tuple[str, ...]:
     """The processor's features, as the kernel tells them."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
