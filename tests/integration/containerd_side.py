@@ -16,6 +16,8 @@ import pytest
 from edge_runtime.workloads.drivers.container import Settings, searched
 from edge_runtime.workloads.images import ImageStore
 
+from tests.unit.workloads.image_side import layer
+
 from .container_side import made_store
 from .container_side import reason_against as against_containers
 from .waiting import until
@@ -148,8 +150,11 @@ def driver(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> 
     from .container_side import end_all
 
     folder = tmp_path_factory.mktemp("containerd")
-    store = made_store(folder)
-    made = made_driver(folder, store, containerd, log_bytes=65_536)
+    (folder / "allowed").mkdir()
+    (folder / "allowed/file").write_text("from the node")
+    (folder / "allowed/way-out").symlink_to("/etc")
+    store = made_store(folder, [layer([("file", "srv/.wh.gone", b""), ("file", "srv/old/.wh..wh..opq", b""), ("file", "srv/old/c", b"c")])])
+    made = made_driver(folder, store, containerd, allowed_mounts=(str(folder / "allowed"),), log_bytes=65_536)
     yield made
     end_all(made)
     store.close()
