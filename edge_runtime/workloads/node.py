@@ -19,7 +19,8 @@ from .capacity import changed, describe
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
 if TYPE_CHECKING:
-    from .drivers.container import ContainerDriver
+    from .drivers.container import ContainerDriver, Settings
+    from .drivers.containerd import ContainerdDriver
     from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
@@ -41,6 +42,9 @@ MAX_TOLD_IMAGES = 256
 
 MAX_TOLD_NAME = 253
 """Characters of a reference that the hub takes in a node's description."""
+
+CONTAINERD, KATA_SHIM = "containerd", "containerd-shim-kata-v2"
+"""In `workloads.runtimes`, and the name of its driver; the program that makes Kata's machines."""
 
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
@@ -79,6 +83,10 @@ class WorkloadNode:
         self._handing = asyncio.Lock()
         self._store: ImageStore | None = None
         self._containers: ContainerDriver | None = None
+        self._by_containerd: list[ContainerdDriver] = []
+        self._runs_containers = "container"
+        """Which driver does."""
+        self._kata_why = ""
         self._functions: FunctionDriver | None = None
         self._microvms: MicrovmDriver | None = None
         self._vms: VmDriver | None = None
@@ -112,7 +120,7 @@ class WorkloadNode:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._containers, self._microvms, self._vms):
+            for driver in (self._functions, self._containers, *self._by_containerd, self._microvms, self._vms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -132,8 +140,11 @@ class WorkloadNode:
             if workloads.runtimes:
                 from .drivers.container import ContainerDriver, Settings
 
-                told = Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
+                told = Settings(tuple(one for one in workloads.runtimes if one != CONTAINERD), allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
                 drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, told)
+                more, lacking = await asyncio.to_thread(_by_containerd, self._config, folder, self._store, told)
+                self._by_containerd, why = list(more.values()), [*why, *lacking]
+                drivers |= more
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 
@@ -156,8 +167,14 @@ class WorkloadNode:
             why += reasons
             if name == MICROVM:
                 self._microvms_why = "; ".join(reasons)
+            elif name == KATA:
+                self._kata_why = "; ".join(reasons)
+        asked = [CONTAINERD if one == CONTAINERD else "container" for one in workloads.runtimes]
+        self._runs_containers = next((name for name in asked if name in self._usable), "container")
+        if self._runs_containers in self._usable:
+            self._usable.add("container")
         # A job is of whatever kind its image is; no machine is a job.
-        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm"}))
+        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "batch" and self._usable - {"vm"}))
         self._why = "; ".join(why)
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
@@ -249,11 +266,11 @@ class WorkloadNode:
             raise Refused(error.field, error.problem, error.remedy) from None
         name = kind if kind != "batch" else "function" if image.config.module else "container"
         if name in (MICROVM, KATA) and name not in self._usable:
-            why = self._microvms_why if name == MICROVM else await asyncio.to_thread(_why_no_kata)
+            why = self._microvms_why if name == MICROVM else self._kata_why or await asyncio.to_thread(_why_no_kata)
             raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
         if name not in self._usable:
             raise Refused("image", f"is for the driver of {name}s, which cannot be used here: {self._why}", "place it on a node whose driver can")
-        return name
+        return self._runs_containers if name == "container" else name
 
     async def _image(self, reference: str, pull: str) -> "Image":
         """Raises `ImageError`."""
@@ -317,6 +334,8 @@ class WorkloadNode:
             modules = modules | await asyncio.to_thread(self._vms.layers)
         layers, taken = await self.asked.held()
         modules, budget = modules | layers, max(0, budget - taken)
+        for one in self._by_containerd:
+            modules = modules | await asyncio.to_thread(one.layers)
         if self._containers is not None:
             return bool(await self._containers.prune(budget, modules))
         return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
@@ -401,13 +420,14 @@ class WorkloadNode:
 
     async def _watch_disks(self) -> None:
         """End containers that have more on the disk than they asked for."""
-        if self._containers is None:
+        drivers = [driver for driver in (self._containers, *self._by_containerd) if driver is not None]
+        if not drivers:
             return
         from .drivers.container_disk import LOOK_S as DISK_LOOK_S
 
         while True:
             try:
-                for one in await self._containers.hold_disks():
+                for one in [found for driver in drivers for found in await driver.hold_disks()]:
                     told = {"id": one.key.id, "epoch": one.key.epoch, "used": one.used, "limit": one.limit}
                     self._journal.append("event", "workload.disk", told)
                     self._metrics.inc("workloads_over_disk_total")
@@ -463,7 +483,7 @@ class WorkloadNode:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **({ISOLATES + MICROVM: "true"} if MICROVM in self._usable else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
             images=self._held(),
         )
@@ -505,9 +525,24 @@ async def _written(driver: "Driver", status: "Status", most: int) -> dict[str, A
     return {"stdout": told.stdout.decode("utf-8", "replace"), "stderr": told.stderr.decode("utf-8", "replace"), "cut": told.cut}
 
 
-def _why_no_kata() -> str:
-    """Why nothing can be run by Kata."""
+def _by_containerd(config: EdgeConfig, folder: Path, store: "ImageStore", settings: "Settings") -> "tuple[dict[str, ContainerdDriver], list[str]]":
+    """The drivers that go by containerd, where they are asked for or can be, or where an earlier configuration left something of theirs; and why one that is asked for is not there."""
     from .drivers.container import searched
 
-    missing = [name for name in ("containerd", "containerd-shim-kata-v2") if searched(name) is None]
-    return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "this agent has no driver for it yet"
+    wanted = [name for name, there in ((CONTAINERD, CONTAINERD in config.workloads.runtimes), (KATA, searched(KATA_SHIM) is not None)) if there or (folder / name / "containers").exists()]
+    if not wanted:
+        return {}, []
+    try:
+        from .drivers import containerd
+    except ImportError as error:
+        return {}, [f"{name}: it needs a package that is not there ({error}): pip install 'novacron[containerd]'" for name in wanted]
+    handlers = {CONTAINERD: containerd.RUNC, KATA: containerd.KATA}
+    return {name: containerd.ContainerdDriver(folder, store, settings, path=config.workloads.containerd, handler=handlers[name]) for name in wanted}, []
+
+
+def _why_no_kata() -> str:
+    """Why nothing can be run by Kata, where there is no driver of it."""
+    from .drivers.container import searched
+
+    missing = [name for name in ("containerd", KATA_SHIM) if searched(name) is None]
+    return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "grpcio is not installed, or containers are switched off (workloads.runtimes)"

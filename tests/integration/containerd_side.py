@@ -15,7 +15,6 @@ import pytest
 
 from edge_runtime.workloads.drivers.container import Settings, searched
 from edge_runtime.workloads.images import ImageStore
-
 from tests.unit.workloads.image_side import layer
 
 from .container_side import made_store
@@ -86,14 +85,25 @@ class Containerd:
 
     def remove(self) -> None:
         """End all of it."""
-        for shim in self.shims():
+        shims = self.shims()
+        for pid in (*children(shims), *shims):
             with suppress(ProcessLookupError):
-                os.kill(shim, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         self.end()
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             if line.split()[1].startswith(f"{self.top}/"):
                 subprocess.run(["umount", "-l", line.split()[1]], capture_output=True)
         shutil.rmtree(self.top, ignore_errors=True)
+
+
+def children(parents: list[int]) -> list[int]:
+    """Processes that these have started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) in parents:
+                found.append(int(entry.name))
+    return found
 
 
 @contextmanager

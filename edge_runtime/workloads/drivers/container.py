@@ -238,7 +238,7 @@ class ContainerDriver:
         os.chown(laid / "disk/upper", top.st_uid + (base or 0), top.st_gid + (base or 0))  # the root folder itself comes from the upper layer
         keeper = {
             "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
-            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "",
+            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(self._leased(order.key))) if order.leased else "",
             "network": connection(ways.connector, connected, ways.users) if connected is not None else None,
         }
         instance = {
@@ -320,10 +320,14 @@ class ContainerDriver:
         self._busy.pop(folder.name, None)
 
     def renew(self, key: Key, until_ms: int) -> None:
-        lease.write(self._path(key), until_ms)
+        lease.write(self._leased(key), until_ms)
 
     def lease_ms(self, key: Key) -> int:
-        return lease.read(self._path(key))
+        return lease.read(self._leased(key))
+
+    def _leased(self, key: Key) -> Path:
+        """By which folder its lease goes: `lease.folder_of`."""
+        return self._path(key)
 
     async def kill(self, key: Key, number: int) -> None:
         """Send its first process a signal; what has just ended needs none."""

@@ -41,6 +41,8 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
         reasons.append(groups.lacks)
     elif code is None:
         reasons.append(f"there is no program to probe with for {platform.machine()}")
+    elif not settings.runtimes:
+        reasons.append("no program that does it is named (workloads.runtimes)")
     else:
         for name in settings.runtimes:
             path = searched(name)

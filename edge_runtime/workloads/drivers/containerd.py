@@ -114,6 +114,8 @@ class ContainerdDriver(ContainerDriver):
             await self._sweep()
             for entry in (await asyncio.to_thread(self._present)).values():
                 await self._look_after(Key(entry["id"], entry["epoch"]))
+        except Away:
+            pass  # told by the report; what is there is seen to when it is asked about
         except Failed as error:
             log.warning("what an earlier agent left to %s could not be seen to: %s", self._handler.name, error)
         return self._capabilities
@@ -138,6 +140,9 @@ class ContainerdDriver(ContainerDriver):
                 fill(final, laid, document, told)
 
         super().lay_out(order, config, lower, ways, image, more, was)
+
+    def _leased(self, key: Key) -> Path:
+        return self._folder.parent.parent / "containers" / self._path(key).name  # a site that renews it does not know by which driver it runs
 
     async def begin(self, key: Key) -> Status:
         status, folder = self._status(key), self._path(key)
@@ -202,7 +207,8 @@ class ContainerdDriver(ContainerDriver):
         })
         lower = [f"{told['layers']}/{at}" for at in range(len(told["lower"]))]
         root = containerd_wire.overlay(lower, f"{folder}/disk/upper", f"{folder}/disk/work")
-        made = await self._client.call(containerd_wire.CREATE, container_id=name, rootfs=[root], **{stream: pipe_of(str(folder), stream) for stream in STREAMS})
+        out, err = (pipe_of(str(folder), stream) for stream in STREAMS)
+        made = await self._client.call(containerd_wire.CREATE, container_id=name, rootfs=[root], stdout=out, stderr=err)
         return int(made["pid"])
 
     async def _failed(self, key: Key, told: Mapping[str, Any]) -> None:
