@@ -126,6 +126,7 @@ class WorkloadsConfig:
     interval_s: float = key(60.0, "time between two looks at what the node has", low=1, high=86400)
     runtimes: tuple[str, ...] = key(("runc", "crun"), "what runs containers, the first one that passes the probe is taken: programs, or containerd (see docs/workloads.md); none: containers are refused")
     containerd: str = key("/run/containerd/containerd.sock", "containerd's socket, where runtimes names containerd, or Kata's shim is installed")
+    rootless: bool = key(False, "where the agent is not root: run it in a user namespace of its own, so that it can run containers (see docs/workloads.md); the driver says why not, where that cannot be had")
     criu: str = key("criu", "the program that takes checkpoints of containers (CRIU 4.2 or later), by its name on PATH or its path; empty: none are taken")
     microvms: bool = key(False, "run containers and batch jobs with isolation microvm: boots a guest when the agent starts, and keeps 130 MB of memory for its clones")
     vms: bool = key(False, "run virtual machines: boots a guest when the agent starts, to see whether it can")

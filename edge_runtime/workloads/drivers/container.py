@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
-from . import cgroups, lease
+from . import cgroups, lease, outside
 from .container_disk import NOTE as OVER
 from .container_disk import DiskLimits, disk_limit, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
@@ -52,7 +52,7 @@ NOTE = "checkpoint.json"
 MAX_INSTANCES = 512
 """Instances on the disk, the ended ones too."""
 
-ROOT = "/run/novacron/root"
+ROOT = f"{outside.RUN}/root"
 """Where a container's root is mounted, in its keeper's mount namespace: each has its own there. Not in the data folder, which the container's root may not enter."""
 
 COMMAND_S = 60.0
@@ -101,6 +101,8 @@ class Ways:
     seccomp: bool
     connector: str = ""
     unconnected: str = "it was not looked for"
+    unlimited: str = ""
+    """Why no limits can be kept; empty where they are."""
 
 
 class ContainerDriver:
@@ -221,7 +223,7 @@ class ContainerDriver:
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
-            ways.unconnected, self._settings.publish, str(folder),
+            ways.unconnected, self._settings.publish, str(folder), ways.unlimited,
         )
         group = f"{cgroups.PARENT}/{name}"
         document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))

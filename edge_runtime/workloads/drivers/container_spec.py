@@ -84,6 +84,7 @@ class Host:
         memory, cpu: what there is, bytes and milli-CPU.
         network: why there is no network but loopback; empty where there is.
         publish: addresses on which ports may be published.
+        unlimited: why no limits can be kept; empty where they are.
         files: where the container's own /etc/resolv.conf and /etc/hosts will be, where it has a network.
     """
 
@@ -98,6 +99,7 @@ class Host:
     network: str = "it was not looked for"
     publish: tuple[str, ...] = ()
     files: str = ""
+    unlimited: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,8 @@ def configuration(order: Order, image: Config, host: Host, root: str, cgroup: st
     if not cwd.startswith("/"):
         raise Refused("spec.cwd", f"{cwd[:80]!r} does not begin with a slash", "name the folder from the root on")
     limit = limits(order)
+    if host.unlimited and order.spec.get("limits"):
+        raise Refused("spec.limits", f"cannot be kept on this node: {host.unlimited}", "leave it out, or place it on a node that can")
     for field, asked, there in (("memory", limit.memory, host.memory), ("cpu", limit.cpu, host.cpu)):
         if asked > there:
             raise Refused(f"spec.limits.{field}", f"{asked} are more than this node has ({there})", "ask for less, or place it on a larger node")
@@ -180,8 +184,8 @@ def configuration(order: Order, image: Config, host: Host, root: str, cgroup: st
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": min(OPEN_FILES[0], hard), "hard": hard}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
     }
     linux: dict[str, Any] = {
-        "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network", "cgroup")], "cgroupsPath": cgroup, "maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY), "rootfsPropagation": "private",
-        "resources": _resources(limit, host.swap),
+        "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network", "cgroup")], "maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY), "rootfsPropagation": "private",
+        **({"resources": {"devices": [{"allow": False, "access": "rwm"}]}} if host.unlimited else {"cgroupsPath": cgroup, "resources": _resources(limit, host.swap)}),
     }
     if host.id_base is not None:
         linux["namespaces"].append({"type": "user"})

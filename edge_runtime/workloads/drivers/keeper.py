@@ -29,11 +29,13 @@ import time
 from collections.abc import Callable
 
 if __package__:
+    from . import outside
     from .keeper_network import Network
     from .keeper_restore import compare, restore, switches
     from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import outside  # type: ignore[import-not-found,no-redef]
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
     from keeper_restore import compare, restore, switches  # type: ignore[import-not-found,no-redef]
     from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
@@ -106,11 +108,11 @@ def mount_root(told: dict) -> None:  # type: ignore[type-arg]
     """The layers, and over them the container's own changes; at `root`, in this process's mount namespace."""
     check(libc.unshare(CLONE_NEWNS), "a mount namespace")
     check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "private mounts")
-    os.makedirs(told["root"], exist_ok=True)
+    outside.made(told["root"])
     top = os.path.join(told["folder"], "lower")
     names = mount_layers(told, top)
     os.chdir(top)  # so that the option stays short: the kernel takes a page of it
-    options = f"lowerdir={':'.join(names)},upperdir={told['folder']}/disk/upper,workdir={told['folder']}/disk/work"
+    options = f"lowerdir={':'.join(names)},upperdir={told['folder']}/disk/upper,workdir={told['folder']}/disk/work" + (",userxattr" if outside.UID is not None else "")  # trusted ones are the machine's root's
     check(libc.mount(b"overlay", os.fsencode(told["root"]), b"overlay", MS_NODEV | MS_NOSUID, os.fsencode(options)), "mounting the root (overlayfs)")
     os.chdir("/")
 

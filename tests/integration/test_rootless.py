@@ -1,0 +1,207 @@
+"""The direct driver where the agent is not root: real containers of a made user, with ids that /etc/subuid gives it in mounts of the test's own. What it cannot keep, it refuses or tells."""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.workloads import rootless
+from edge_runtime.workloads.drivers import cgroups
+from edge_runtime.workloads.drivers.outside import outside
+
+from .container_side import reason_against
+from .waiting import until_sync
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("rootless_agent.py")
+UID = 100_000 + os.getpid() % 50_000
+"""Of nobody else, and of no other test that runs beside this one."""
+FIRST = 1_000_000 + UID * 65_536 % 1_000_000_000
+WAIT_S = 120.0
+"""An upper bound for one program."""
+
+
+def reason() -> str:
+    if why := reason_against():
+        return why
+    for program in ("newuidmap", "newgidmap", "unshare", "setpriv"):
+        if shutil.which(program) is None:
+            return f"no {program} (as root: apt install uidmap util-linux)"
+    done = subprocess.run(["setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", sys.executable, "-c", "import edge_runtime.workloads"], cwd="/", env={"PYTHONPATH": str(ROOT)}, capture_output=True)
+    if done.returncode:
+        return "another user cannot read this checkout or its Python"
+    done = subprocess.run(["setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", "unshare", "--user", "--mount", "true"], capture_output=True)
+    return "" if done.returncode == 0 else "user namespaces of a user who is not root are not allowed here"
+
+
+REASON = reason()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+class User:
+    """A user of the test's own, with a data folder; its programs see these files as /etc/passwd and so on."""
+
+    def __init__(self, top: Path, ids: int = 65_536) -> None:
+        self.top, self.data, self.programs = top, top / "data", list[subprocess.Popen[bytes]]()
+        top.chmod(0o755)
+        self.data.mkdir()
+        os.chown(self.data, UID, UID)
+        (top / "passwd").write_text(Path("/etc/passwd").read_text() + f"rootless:x:{UID}:{UID}::/:/bin/sh\n")
+        for name in ("subuid", "subgid"):
+            (top / name).write_text(f"rootless:{FIRST}:{ids}\n" if ids else "")
+        os.mknod(top / "tun", 0o020666, os.makedev(10, 200))
+        (top / "tun").chmod(0o666)
+
+    def start(self, what: str) -> "subprocess.Popen[bytes]":
+        binds = " && ".join([f"mount --bind {self.top}/{name} /etc/{name}" for name in ("passwd", "subuid", "subgid")] + [f"if [ -e /dev/net/tun ]; then mount --bind {self.top}/tun /dev/net/tun; fi"])
+        run = f"exec setpriv --reuid {UID} --regid {UID} --clear-groups {sys.executable} {PROGRAM} {self.data} {what}"
+        process = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"{binds} && {run}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
+            env={"PYTHONPATH": str(ROOT), "PATH": os.environ.get("PATH", os.defpath), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        self.programs.append(process)
+        return process
+
+    def done(self, what: str, told: Any = None) -> list[dict[str, Any]]:
+        """All that a program said."""
+        out, _ = self.start(what).communicate(json.dumps(told).encode() + b"\n", WAIT_S)
+        return [json.loads(line) for line in out.splitlines()]
+
+    def end(self) -> None:
+        for process in self.programs:
+            process.kill()
+            process.wait()
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and ((owner := entry.stat().st_uid) == UID or FIRST <= owner < FIRST + 65_536):
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+
+@pytest.fixture
+def user() -> Iterator[User]:
+    with tempfile.TemporaryDirectory(prefix="rootless-", dir="/var/tmp") as top:
+        one = User(Path(top))
+        try:
+            yield one
+        finally:
+            one.end()
+            shutil.rmtree(f"/tmp/novacron-{UID}", ignore_errors=True)
+
+
+@pytest.fixture
+def delegated() -> Iterator[cgroups.Groups]:
+    """Control groups that root has given to that user."""
+    groups = cgroups.read()
+    if groups.layout == "v2":
+        pytest.skip("limits without root are kept with control groups of version 1 only")
+    folders = list(dict.fromkeys(Path(f"{top}/novacron-{UID}") for top in groups.mounts.values()))
+    for folder in folders:
+        folder.mkdir()
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, UID, UID)
+    yield groups
+    for folder in (*folders, *(folder.with_name(f"novacron-{UID}-keepers") for folder in folders)):
+        for below in (*folder.glob("*"), folder):
+            if below.is_dir():
+                with suppress(OSError):
+                    below.rmdir()
+
+
+def test_a_user_runs_containers_and_is_told_what_cannot_be_kept(user: User) -> None:
+    entered, told = user.done("probe")
+    assert entered["entered"] and entered["uid"] == 0 and entered["why"] == ""
+    report = told["report"]
+    assert report["usable"] and {"start", "stop", "adopt", "logs", "exec", "seccomp", "rootless"} <= set(report["can"]), report["cannot"]
+    for ability in ("limits", "stats", "pause"):
+        assert f"mkdir novacron-{UID}, chown -R {UID}" in report["cannot"][ability], "with what root would have to do"
+    assert "machine's root" in report["cannot"]["checkpoint"] and "no ids for others" in report["cannot"]["user-namespace"]
+    script = "id -u; id -g; touch /made && stat -c %u /made /bin/busybox; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status; unshare -U true || echo no namespace; echo srv $(ls /srv) old $(ls /srv/old); ls /sys/class/net"
+    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", script], "user": "app"}})
+    out = ran["stdout"]
+    assert out.startswith("1000\n1001\n") and f"CapEff:\t{0:016x}" in out and "NoNewPrivs:\t1" in out and "Seccomp:\t2" in out and "no namespace" in out, ran
+    assert "srv old\n" in ran["stdout"].replace("old old", "old") or "srv old old c" in out, "what a layer takes away is away"
+    assert out.endswith("lo\n")
+    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", "touch /made && stat -c %u /made /bin/busybox && echo $(ls /srv/old)"]}})
+    assert ran["stdout"] == "0\n0\nc\n", ran
+    _, ran = user.done("run", {"spec": {"command": ["true"], "limits": {"memory": "32Mi"}}})
+    assert "spec.limits: cannot be kept on this node: no control group is this user's" in ran["refused"], "never silently"
+
+
+def test_with_control_groups_of_its_own_limits_hold(user: User, delegated: cgroups.Groups) -> None:
+    _, told = user.done("probe")
+    assert {"limits", "pause", "stats"} <= set(told["report"]["can"]), told["report"]["cannot"]
+    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", "exec busybox tail /dev/zero"], "limits": {"memory": "24Mi"}}})
+    assert ran["out_of_memory"], ran
+
+
+def test_it_has_a_network_where_the_node_lets_users_make_interfaces(user: User) -> None:
+    _, told = user.done("probe")
+    if "network" in told["report"]["cannot"]:
+        pytest.skip(told["report"]["cannot"]["network"])
+    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", "busybox ip -4 -o addr | busybox awk '{print $2, $4}'"], "network": {}}})
+    assert ran["stdout"].splitlines()[0] == "lo 127.0.0.1/8" and "10.0.2.100/24" in ran["stdout"], ran
+
+
+def test_an_agent_that_was_killed_finds_its_namespace_and_containers_again(user: User) -> None:
+    first = user.start("begin")
+    assert first.stdout is not None
+    entered, begun = (json.loads(_line(first)) for _ in range(2))
+    owner = os.stat(f"/proc/{begun['pid']}").st_uid
+    assert owner == FIRST + 999, "user 1000 of the container is that of the range: 0 is the user's own"
+    log = user.data / "workloads/containers/lasting.1/stdout.log"
+    until_sync(lambda: log.read_bytes() == b"up\n", WAIT_S)
+    first.kill()
+    first.wait()
+    again, ended = user.done("end")
+    assert again["entered"] and again["holder"] == entered["holder"], "the same namespace"
+    assert ended == {"phase": "running", "stdout": "up\n", "user": "1000", "code": 7}
+    os.kill(entered["holder"], signal.SIGKILL)
+    until_sync(lambda: not Path(f"/proc/{entered['holder']}/ns/user").exists(), WAIT_S)
+    (anew,) = user.done("enter")
+    assert anew["entered"] and anew["holder"] not in (None, entered["holder"]), "the control: where nobody holds it, there is another"
+
+
+def _line(process: "subprocess.Popen[bytes]") -> bytes:
+    assert process.stdout is not None
+    found = b""
+    while not found.endswith(b"\n"):
+        assert select.select([process.stdout], [], [], WAIT_S)[0], "it says nothing"
+        one = os.read(process.stdout.fileno(), 1)
+        assert one, "it has ended"
+        found += one
+    return found
+
+
+@pytest.mark.parametrize(("ids", "says"), [(0, "gives rootless no 65535 ids (as root: usermod --add-subuids"), (1000, "gives rootless no 65535 ids")])
+def test_a_user_without_ids_is_refused_and_stays_what_it_was(ids: int, says: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="rootless-", dir="/var/tmp") as top:
+        one = User(Path(top), ids)
+        try:
+            told, report = one.done("probe")
+            assert not told["entered"] and told["uid"] == UID and says in told["why"] and told["holder"] is None
+            assert not report["report"]["usable"] and says in report["report"]["cannot"]["start"], "and the driver says so"
+        finally:
+            one.end()
+
+
+def test_ranges_of_ids() -> None:
+    text = "other:100000:65536\nme:5:100\nme:200000:x\n1000:300000:65536\nme:400000:65536\nme:4294967000:65536\n"
+    assert rootless.ranges(text, "me", 1000) == (300_000, 65_536)
+    assert rootless.ranges(text, "me", 1) == (400_000, 65_536)
+    assert rootless.ranges("me:4294967000:65536", "me", 1) is None and rootless.ranges("", "me", 1) is None
+
+
+def test_who_we_are_outside() -> None:
+    assert outside("         0          0 4294967295\n") is None
+    assert outside("         0       1000          1\n         1     100000      65536\n") == 1000
+    assert outside("         0     100000      65536\n") == 100_000 and outside("1000 1000 1\n") is None
