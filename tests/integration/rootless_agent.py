@@ -18,20 +18,19 @@ async def work(driver: Any, what: str) -> None:
     from edge_runtime.workloads.drivers.face import DriverError, Key, Order
 
     report = await driver.probe()
-    if what == "probe":
+    if what in ("run", "run-connected"):
         say(report=report.to_json())
-    elif what == "run":
-        order = json.loads(sys.stdin.readline())
-        key = Key("one", 1)
-        try:
-            await driver.prepare(Order(key, "box:1", order.get("requests", {}), order["spec"]))
-            await driver.start(key)
-            status = await driver.wait(key)
-            told = await driver.logs(key, 65_536)
-            say(code=status.exit.code if status.exit else None, reason=status.reason, out_of_memory=bool(status.exit and status.exit.out_of_memory), stdout=told.stdout.decode(), stderr=told.stderr.decode())
-        except DriverError as error:
-            say(refused=str(error))
-        await driver.delete(key)
+        for line in sys.stdin:
+            key = Key("one", 1)
+            try:
+                await driver.prepare(Order(key, "box:1", {}, json.loads(line)))
+                await driver.start(key)
+                status = await driver.wait(key)
+                told = await driver.logs(key, 65_536)
+                say(reason=status.reason, out_of_memory=bool(status.exit and status.exit.out_of_memory), stdout=told.stdout.decode(), stderr=told.stderr.decode())
+            except DriverError as error:
+                say(refused=str(error))
+            await driver.delete(key)
     elif what == "begin":
         key = Key("lasting", 1)
         await driver.prepare(Order(key, "box:1", {}, {"command": ["sh", "-c", "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done"], "user": "app"}))
@@ -52,19 +51,15 @@ def main(folder: Path, what: str) -> None:
     say(entered=entered, why=rootless.why, uid=os.geteuid(), holder=rootless._holder(folder))
     if what == "enter":
         return
-    from tests.integration.container_side import made_driver, made_store
+    from edge_runtime.workloads.images import ImageStore
+    from tests.integration.container_side import LIMITS, made_driver, made_store
     from tests.unit.workloads.image_side import layer
 
-    there = (folder / "workloads/images").exists()
-    hiding = [layer([("file", "srv/.wh.gone", b""), ("file", "srv/old/.wh..wh..opq", b""), ("file", "srv/old/c", b"c")])]
-    if there:
-        from edge_runtime.workloads.images import ImageStore
-        from tests.integration.container_side import LIMITS
-
-        store = ImageStore(folder / "workloads/images", limits=LIMITS, own=entered)
+    if entered and not (folder / "workloads/images").exists():
+        store = made_store(folder / "workloads", [layer([("file", "srv/.wh.gone", b""), ("file", "srv/old/.wh..wh..opq", b""), ("file", "srv/old/c", b"c")])])
     else:
-        store = made_store(folder / "workloads", hiding) if entered else __import__("edge_runtime.workloads.images", fromlist=["ImageStore"]).ImageStore(folder / "workloads/images", own=False)
-    driver = made_driver(folder / "workloads", store)
+        store = ImageStore(folder / "workloads/images", limits=LIMITS, own=entered)
+    driver = made_driver(folder / "workloads", store, network=what == "run-connected")
     try:
         asyncio.run(work(driver, what))
     finally:

@@ -24,9 +24,10 @@ from .waiting import until_sync
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("rootless_agent.py")
-UID = 100_000 + os.getpid() % 50_000
+UID = 0x0F00_0000 + os.getpid() % 8192
 """Of nobody else, and of no other test that runs beside this one."""
-FIRST = 1_000_000 + UID * 65_536 % 1_000_000_000
+FIRST = 0x1000_0000 + os.getpid() % 8192 * 65_536
+"""First of the ids that are given to it; below those that our drivers give."""
 WAIT_S = 120.0
 """An upper bound for one program."""
 
@@ -72,9 +73,9 @@ class User:
         self.programs.append(process)
         return process
 
-    def done(self, what: str, told: Any = None) -> list[dict[str, Any]]:
-        """All that a program said."""
-        out, _ = self.start(what).communicate(json.dumps(told).encode() + b"\n", WAIT_S)
+    def done(self, what: str, *specs: Any) -> list[dict[str, Any]]:
+        """All that a program said; `specs`: of what it shall run, one after the other."""
+        out, _ = self.start(what).communicate(b"".join(json.dumps(spec).encode() + b"\n" for spec in specs), WAIT_S)
         return [json.loads(line) for line in out.splitlines()]
 
     def end(self) -> None:
@@ -117,38 +118,36 @@ def delegated() -> Iterator[cgroups.Groups]:
                     below.rmdir()
 
 
+def script(text: str, **spec: Any) -> dict[str, Any]:
+    return {"command": ["sh", "-c", text], **spec}
+
+
 def test_a_user_runs_containers_and_is_told_what_cannot_be_kept(user: User) -> None:
-    entered, told = user.done("probe")
+    see = "id -u; id -g; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status; unshare -U true || echo no namespace; ls /sys/class/net"
+    entered, told, seen, files, refused = user.done(
+        "run", script(see, user="app"), script("touch /made && stat -c %u /made /bin/busybox; echo $(ls /srv) $(ls /srv/old)"), {"command": ["true"], "limits": {"memory": "32Mi"}},
+    )
     assert entered["entered"] and entered["uid"] == 0 and entered["why"] == ""
     report = told["report"]
     assert report["usable"] and {"start", "stop", "adopt", "logs", "exec", "seccomp", "rootless"} <= set(report["can"]), report["cannot"]
     for ability in ("limits", "stats", "pause"):
         assert f"mkdir novacron-{UID}, chown -R {UID}" in report["cannot"][ability], "with what root would have to do"
     assert "machine's root" in report["cannot"]["checkpoint"] and "no ids for others" in report["cannot"]["user-namespace"]
-    script = "id -u; id -g; touch /made && stat -c %u /made /bin/busybox; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status; unshare -U true || echo no namespace; echo srv $(ls /srv) old $(ls /srv/old); ls /sys/class/net"
-    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", script], "user": "app"}})
-    out = ran["stdout"]
-    assert out.startswith("1000\n1001\n") and f"CapEff:\t{0:016x}" in out and "NoNewPrivs:\t1" in out and "Seccomp:\t2" in out and "no namespace" in out, ran
-    assert "srv old\n" in ran["stdout"].replace("old old", "old") or "srv old old c" in out, "what a layer takes away is away"
-    assert out.endswith("lo\n")
-    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", "touch /made && stat -c %u /made /bin/busybox && echo $(ls /srv/old)"]}})
-    assert ran["stdout"] == "0\n0\nc\n", ran
-    _, ran = user.done("run", {"spec": {"command": ["true"], "limits": {"memory": "32Mi"}}})
-    assert "spec.limits: cannot be kept on this node: no control group is this user's" in ran["refused"], "never silently"
+    assert seen["stdout"] == f"1000\n1001\nCapEff:\t{0:016x}\nNoNewPrivs:\t1\nSeccomp:\t2\nno namespace\nlo\n", seen
+    assert files["stdout"] == "0\n0\nold c\n", "owners as in the image, and what a layer takes away is away"
+    assert "spec.limits: cannot be kept on this node: no control group is this user's" in refused["refused"], "never silently"
 
 
 def test_with_control_groups_of_its_own_limits_hold(user: User, delegated: cgroups.Groups) -> None:
-    _, told = user.done("probe")
+    _, told, bomb = user.done("run", script("exec busybox tail /dev/zero", limits={"memory": "24Mi"}))
     assert {"limits", "pause", "stats"} <= set(told["report"]["can"]), told["report"]["cannot"]
-    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", "exec busybox tail /dev/zero"], "limits": {"memory": "24Mi"}}})
-    assert ran["out_of_memory"], ran
+    assert bomb["out_of_memory"], bomb
 
 
 def test_it_has_a_network_where_the_node_lets_users_make_interfaces(user: User) -> None:
-    _, told = user.done("probe")
+    _, told, ran = user.done("run-connected", script("busybox ip -4 -o addr | busybox awk '{print $2, $4}'", network={}))
     if "network" in told["report"]["cannot"]:
         pytest.skip(told["report"]["cannot"]["network"])
-    _, ran = user.done("run", {"spec": {"command": ["sh", "-c", "busybox ip -4 -o addr | busybox awk '{print $2, $4}'"], "network": {}}})
     assert ran["stdout"].splitlines()[0] == "lo 127.0.0.1/8" and "10.0.2.100/24" in ran["stdout"], ran
 
 
@@ -187,7 +186,7 @@ def test_a_user_without_ids_is_refused_and_stays_what_it_was(ids: int, says: str
     with tempfile.TemporaryDirectory(prefix="rootless-", dir="/var/tmp") as top:
         one = User(Path(top), ids)
         try:
-            told, report = one.done("probe")
+            told, report = one.done("run")
             assert not told["entered"] and told["uid"] == UID and says in told["why"] and told["holder"] is None
             assert not report["report"]["usable"] and says in report["report"]["cannot"]["start"], "and the driver says so"
         finally:

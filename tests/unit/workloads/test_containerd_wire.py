@@ -36,9 +36,8 @@ def said(message: Message, value: dict[str, Any]) -> dict[str, Any]:
     return {name: [of(message[name].kind, part) for part in one] if message[name].many else of(message[name].kind, one) if not message[name].table else one for name, one in value.items() if one is not None}
 
 
-@pytest.mark.parametrize("name", sorted(MESSAGES))
-@given(data=st.data())
-@settings(max_examples=20)
+@given(name=st.sampled_from(sorted(MESSAGES)), data=st.data())
+@settings(max_examples=120)
 def test_what_is_written_is_read_again(name: str, data: st.DataObject) -> None:
     value = data.draw(values(MESSAGES[name]))
     assert decode(MESSAGES[name], encode(MESSAGES[name], said(MESSAGES[name], value))) == value
@@ -80,7 +79,7 @@ def test_protobufs_own_library_reads_what_we_write_and_writes_what_we_read(name:
     peer = peers()[name]
 
     @given(value=values(MESSAGES[name]))
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     def compare(value: dict[str, Any]) -> None:
         made = peer(**said(MESSAGES[name], value))
         assert decode(MESSAGES[name], made.SerializeToString()) == value
