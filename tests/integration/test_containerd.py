@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.workloads.drivers import lease
 from edge_runtime.workloads.drivers.container import FIRST_ID, searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import held
@@ -19,11 +20,7 @@ from tools.escape.program import program
 from .container_side import end_all, layer, made_store, started
 from .containerd_side import Containerd, answers, containerd, driver, made_driver, reason_against, running
 from .test_container_disk import test_one_that_writes_more_than_it_asked_for_is_ended_and_says_why
-from .test_container_leases import (
-    test_it_does_not_begin_when_its_lease_is_over_or_missing,
-    test_it_is_ended_when_its_lease_is_over_and_goes_on_while_it_is_renewed,
-    test_what_ends_by_itself_is_no_lapse,
-)
+from .test_container_leases import now_ms, prepared
 from .test_container_network import (
     connected,
     test_a_port_that_is_taken_is_told_and_nothing_is_left,
@@ -54,10 +51,10 @@ from .waiting import until
 __all__ = [
     "connected", "containerd", "driver", "test_a_life_from_prepare_to_delete", "test_a_port_that_is_taken_is_told_and_nothing_is_left", "test_a_program_that_is_not_there_is_told_and_leaves_nothing_running",
     "test_a_published_port_answers_on_the_node_until_the_container_ends", "test_a_root_that_cannot_be_written", "test_another_user_has_no_capability", "test_commands_in_it",
-    "test_it_does_not_begin_when_its_lease_is_over_or_missing", "test_it_is_asked_to_end_and_then_killed", "test_it_is_ended_when_its_lease_is_over_and_goes_on_while_it_is_renewed",
+    "test_it_is_asked_to_end_and_then_killed",
     "test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary", "test_many_at_once", "test_memory_processes_and_processor_are_limited", "test_mounts",
     "test_one_that_writes_more_than_it_asked_for_is_ended_and_says_why", "test_output_stays_within_its_limit", "test_pause_stops_all_of_it_and_stop_ends_a_paused_one",
-    "test_what_a_container_sees_and_may", "test_what_a_container_sees_of_its_network", "test_what_cannot_be_is_refused_before_anything_is_touched", "test_what_ends_by_itself_is_no_lapse",
+    "test_what_a_container_sees_and_may", "test_what_a_container_sees_of_its_network", "test_what_cannot_be_is_refused_before_anything_is_touched",
 ]
 
 pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
@@ -169,6 +166,29 @@ async def test_an_agent_that_was_killed_before_the_start_has_it_started_by_the_n
     assert (await next_one.stop(key, WAIT_S)).exit.code == 7 and (await next_one.logs(key, 100)).stdout.count(b"ran") == 1
     await next_one.delete(key)
     next_one.close()
+
+
+async def test_its_keeper_ends_it_when_its_lease_is_over_and_it_does_not_begin_without_one(driver: Any) -> None:
+    key, other = await prepared(driver, "short", now_ms() + 3_600_000), await prepared(driver, "long", now_ms() + 3_600_000)
+    for one in (key, other):
+        assert (await driver.start(one)).phase is Phase.RUNNING
+    driver.renew(key, now_ms() - 1)
+    ended = await driver.wait(key)
+    assert ended.phase is Phase.LOST and ended.leased and "still this node's" in ended.reason
+    assert (await driver.status(other)).phase is Phase.RUNNING and driver.lease_ms(other) > now_ms(), "the control: the other one's is not over"
+    late = await prepared(driver, "late", now_ms() - 1)
+    assert (await driver.start(late)).phase is Phase.LOST
+    for one in (key, other, late):
+        await driver.delete(one)
+        lease.remove(driver._leased(one))
+
+
+async def test_a_command_that_is_not_there_is_told_and_leaves_nothing(driver: Any) -> None:
+    key = await started(driver, "without", FOREVER)
+    with pytest.raises(Failed, match="no-such-command"):
+        await driver.exec(key, ["no-such-command"], 30.0)
+    assert not list(driver._path(key).glob("exec-*")) and (await driver.exec(key, ["true"], 30.0)).exit.code == 0
+    await driver.delete(key)
 
 
 async def test_containerd_is_killed_and_comes_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ STEP_S = 0.01
 """Pause between two looks: short beside anything that is waited for here."""
 
 
-async def until(check: Callable[[], Any], seconds: float = 15.0, what: str = "") -> Any:
+async def until(check: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
     """Wait until `check()` (a plain or a coroutine function) gives something true and return it; AssertionError past `seconds`."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
@@ -25,7 +25,7 @@ async def until(check: Callable[[], Any], seconds: float = 15.0, what: str = "")
         await asyncio.sleep(STEP_S)
 
 
-def until_sync(check: Callable[[], Any], seconds: float = 15.0, what: str = "") -> Any:
+def until_sync(check: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
     """`until` for tests outside an event loop."""
     end = time.monotonic() + seconds
     while not (found := check()):

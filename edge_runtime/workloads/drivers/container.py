@@ -486,7 +486,11 @@ class ContainerDriver:
             raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time") from None
         finally:
             if process.returncode is None:
-                # The runtime waits for the command, so its pid is its own still; without it the command would live on.
+                # The runtime waits for the command, so its pid is its own still; without it the command would live on. On a busy node it may not have come as far as to write it down.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LEFT_S):
+                        while process.returncode is None and not note.exists():
+                            await asyncio.sleep(LOOK_S)
                 with suppress(OSError, ValueError):
                     os.kill(int(note.read_text()), signal.SIGKILL)
                 with suppress(ProcessLookupError):

@@ -370,9 +370,10 @@ class ContainerdDriver(ContainerDriver):
             await self._client.call(
                 containerd_wire.EXEC, container_id=container, exec_id=name, stdout=pipes[0][0], stderr=pipes[1][0], spec={"type_url": containerd_wire.PROCESS_SPEC, "value": json.dumps(process).encode()},
             )
+            starting = asyncio.ensure_future(self._client.call(containerd_wire.START, container_id=container, exec_id=name))
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._client.call(containerd_wire.START, container_id=container, exec_id=name)
+                    await asyncio.shield(starting)
                     readers = [await _reader(pipe) for _, pipe in pipes]
                     (out, cut), (err, also), told = await asyncio.gather(
                         bounded(readers[0]), bounded(readers[1]), self._client.call(containerd_wire.WAIT, timeout_s + LEFT_S, container_id=container, exec_id=name),
@@ -380,15 +381,21 @@ class ContainerdDriver(ContainerDriver):
             except TimeoutError:
                 raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time") from None
             finally:
-                await asyncio.shield(self._end_command(container, name))
+                await asyncio.shield(self._end_command(container, name, starting))
         return Ran(_exit(int(told["exit_status"])), Output(out, err, cut or also))
 
-    async def _end_command(self, container: str, name: str) -> None:
-        """Whether it runs still or not: nothing of it is left."""
-        with suppress(Failed):
+    async def _end_command(self, container: str, name: str, starting: "asyncio.Future[dict[str, Any]]") -> None:
+        """Whether it runs still or not: nothing of it is left. Its start, which containerd goes on with whoever has lost patience, comes to its end first."""
+        try:
+            await starting
+        except Failed:
+            pass  # it never ran
+        else:
             with suppress(Failed):  # it has ended
                 await self._client.call(containerd_wire.KILL, container_id=container, exec_id=name, signal=int(signal.SIGKILL))
-            await self._client.call(containerd_wire.WAIT, LEFT_S, container_id=container, exec_id=name)
+            with suppress(Failed):
+                await self._client.call(containerd_wire.WAIT, LEFT_S, container_id=container, exec_id=name)
+        with suppress(Failed):
             await self._client.call(containerd_wire.DELETE_PROCESS, container_id=container, exec_id=name)
 
 
