@@ -3,10 +3,8 @@
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,84 +17,13 @@ from edge_runtime.workloads import rootless
 from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.outside import outside
 
-from .container_side import reason_against
+from .rootless_side import FIRST, UID, WAIT_S, User, reason_against, user
 from .waiting import until_sync
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("rootless_agent.py")
-UID = 0x0F00_0000 + os.getpid() % 8192
-"""Of nobody else, and of no other test that runs beside this one."""
-FIRST = 0x1000_0000 + os.getpid() % 8192 * 65_536
-"""First of the ids that are given to it; below those that our drivers give."""
-WAIT_S = 120.0
-"""An upper bound for one program."""
+__all__ = ["user"]
 
-
-def reason() -> str:
-    if why := reason_against():
-        return why
-    for program in ("newuidmap", "newgidmap", "unshare", "setpriv"):
-        if shutil.which(program) is None:
-            return f"no {program} (as root: apt install uidmap util-linux)"
-    done = subprocess.run(["setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", sys.executable, "-c", "import edge_runtime.workloads"], cwd="/", env={"PYTHONPATH": str(ROOT)}, capture_output=True)
-    if done.returncode:
-        return "another user cannot read this checkout or its Python"
-    done = subprocess.run(["setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", "unshare", "--user", "--mount", "true"], capture_output=True)
-    return "" if done.returncode == 0 else "user namespaces of a user who is not root are not allowed here"
-
-
-REASON = reason()
+REASON = reason_against()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-
-
-class User:
-    """A user of the test's own, with a data folder; its programs see these files as /etc/passwd and so on."""
-
-    def __init__(self, top: Path, ids: int = 65_536) -> None:
-        self.top, self.data, self.programs = top, top / "data", list[subprocess.Popen[bytes]]()
-        top.chmod(0o755)
-        self.data.mkdir()
-        os.chown(self.data, UID, UID)
-        (top / "passwd").write_text(Path("/etc/passwd").read_text() + f"rootless:x:{UID}:{UID}::/:/bin/sh\n")
-        for name in ("subuid", "subgid"):
-            (top / name).write_text(f"rootless:{FIRST}:{ids}\n" if ids else "")
-        os.mknod(top / "tun", 0o020666, os.makedev(10, 200))
-        (top / "tun").chmod(0o666)
-
-    def start(self, what: str) -> "subprocess.Popen[bytes]":
-        binds = " && ".join([f"mount --bind {self.top}/{name} /etc/{name}" for name in ("passwd", "subuid", "subgid")] + [f"if [ -e /dev/net/tun ]; then mount --bind {self.top}/tun /dev/net/tun; fi"])
-        run = f"exec setpriv --reuid {UID} --regid {UID} --clear-groups {sys.executable} {PROGRAM} {self.data} {what}"
-        process = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"{binds} && {run}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
-            env={"PYTHONPATH": str(ROOT), "PATH": os.environ.get("PATH", os.defpath), "PYTHONDONTWRITEBYTECODE": "1"},
-        )
-        self.programs.append(process)
-        return process
-
-    def done(self, what: str, *specs: Any) -> list[dict[str, Any]]:
-        """All that a program said; `specs`: of what it shall run, one after the other."""
-        out, _ = self.start(what).communicate(b"".join(json.dumps(spec).encode() + b"\n" for spec in specs), WAIT_S)
-        return [json.loads(line) for line in out.splitlines()]
-
-    def end(self) -> None:
-        for process in self.programs:
-            process.kill()
-            process.wait()
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdigit() and ((owner := entry.stat().st_uid) == UID or FIRST <= owner < FIRST + 65_536):
-                    os.kill(int(entry.name), signal.SIGKILL)
-
-
-@pytest.fixture
-def user() -> Iterator[User]:
-    with tempfile.TemporaryDirectory(prefix="rootless-", dir="/var/tmp") as top:
-        one = User(Path(top))
-        try:
-            yield one
-        finally:
-            one.end()
-            shutil.rmtree(f"/tmp/novacron-{UID}", ignore_errors=True)
 
 
 @pytest.fixture
@@ -158,7 +85,7 @@ def test_an_agent_that_was_killed_finds_its_namespace_and_containers_again(user:
     owner = os.stat(f"/proc/{begun['pid']}").st_uid
     assert owner == FIRST + 999, "user 1000 of the container is that of the range: 0 is the user's own"
     log = user.data / "workloads/containers/lasting.1/stdout.log"
-    until_sync(lambda: log.read_bytes() == b"up\n", WAIT_S)
+    until_sync(lambda: log.exists() and log.read_bytes() == b"up\n", WAIT_S)
     first.kill()
     first.wait()
     again, ended = user.done("end")

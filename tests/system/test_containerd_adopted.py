@@ -39,7 +39,7 @@ async def test_a_killed_agents_containers_under_containerd_are_the_next_ones(tmp
             assert not list((node.data / "workloads/containers").glob("*.1")) and hub.workloads.rows["kata"].state == "pending", "no node has that"
             pids = {folder.name.partition(".")[0]: int(json.loads((folder / "running.json").read_text())["pid"]) for folder in folders}
             for folder in folders:
-                await until(lambda folder=folder: (folder / "stdout.log").read_bytes(), WAIT_S, what="its first word: it heeds signals")
+                await until(lambda folder=folder: (folder / "stdout.log").exists() and (folder / "stdout.log").read_bytes(), WAIT_S, what="its first word: it heeds signals")
             await asyncio.to_thread(node.kill)
             watched = os.pidfd_open(pids["ends"])
             signal.pidfd_send_signal(watched, signal.SIGTERM)

@@ -75,6 +75,7 @@ if [ "$kind" = dev ]; then
   command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /usr/sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
   command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
   command -v containerd >/dev/null 2>&1 || packages+=(containerd)  # started by the tests themselves, by hand
+  command -v newuidmap >/dev/null 2>&1 || packages+=(uidmap)  # for agents that are not root
   command -v docker-registry >/dev/null 2>&1 || packages+=(docker-registry)
   command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
   command -v g++ >/dev/null 2>&1 || packages+=(g++)  # runs the GPU's kernels on the processor

@@ -79,7 +79,7 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
 async def tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
     """With user namespace and seccomp, then without the one, the other, both; what had to be left out, with the words of the try in which it was there."""
     lacking: dict[Ability, str] = {}
-    tries = ((True, True), (False, True), (True, False), (False, False))
+    tries = [(True, True), (False, True), (True, False), (False, False)]
     if outside.UID is not None:
         lacking[Ability.USER_NAMESPACE], tries = "the agent's own user namespace has no ids for others: a container's root is the agent's user outside", tries[1::2]
     for users, seccomp in tries:

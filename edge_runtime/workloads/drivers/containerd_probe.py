@@ -1,14 +1,13 @@
 """The probe of the drivers that go by containerd: runs a container by it, with everything, then with less; where it shall have a kernel of its own, looks whether it has."""
 
 import asyncio
-import os
 import platform
 import tempfile
 import uuid
 from pathlib import Path
 
 from ..images import Config
-from . import containerd_wire
+from . import containerd_wire, outside
 from .cgroups import Groups
 from .container import Settings, Ways, searched
 from .container_probe import flags, tried, with_network
@@ -48,8 +47,8 @@ async def find(driver: ContainerdDriver, settings: Settings, groups: Groups, han
 
 def _lacks(driver: ContainerdDriver, groups: Groups, handler: Handler) -> str:
     """What a probe need not run for, in words; empty where there is nothing."""
-    if os.geteuid() != 0:
-        return "the agent does not run as root"
+    if not outside.machine_root():
+        return "the agent does not run as the machine's root"
     if searched(handler.shim) is None:
         how = "Debian has no package of it; see the Kata Containers project for one" if handler.own_kernel else "as root: apt install containerd"
         return f"{handler.shim} is not installed ({how})"

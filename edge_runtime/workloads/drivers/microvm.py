@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..images import ImageError, ImageStore
-from . import cgroups, lease, qemu_kernel
+from . import cgroups, lease, outside, qemu_kernel
 from .container import searched
 from .container_spec import Host, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Status
@@ -89,7 +89,7 @@ class MicrovmDriver(QemuDriver):
         qemu, mke2fs = next((path for name in self._settings.qemu if (path := searched(name))), None), searched("mke2fs")
         if not self._settings.enabled:
             why = "switched off (workloads.microvms in its configuration)"
-        elif os.geteuid() != 0:
+        elif not outside.machine_root():
             why = "the agent does not run as root"
         elif platform.machine() != "x86_64":
             why = f"there is no machine type microvm for {platform.machine()}"

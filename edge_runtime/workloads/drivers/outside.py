@@ -29,6 +29,11 @@ GROUPS = "/novacron" if UID is None else f"/novacron-{UID}"
 """The control group above all containers, in every hierarchy: of a user's own agent, one that root has made for it."""
 
 
+def machine_root() -> bool:
+    """Whether we are root, and that of the machine: only then there are other users to start things as."""
+    return UID is None and os.geteuid() == 0
+
+
 def made(folder: str) -> str:
     """A folder in `RUN`, made where it is not there. Raises OSError where `RUN` is somebody else's: in /tmp anybody can make anything."""
     os.makedirs(RUN, mode=0o755 if UID is None else 0o700, exist_ok=True)
