@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ UID = 0x0F00_0000 + os.getpid() % 8192
 """Of nobody else, and of no other test that runs beside this one."""
 FIRST = 0x1000_0000 + os.getpid() % 8192 * 65_536
 """First of the ids that are given to it; below those that our drivers give."""
+OVERLAY = "mkdir l u w m && mount -t overlay overlay -o lowerdir=l,upperdir=u,workdir=w,userxattr m"
 WAIT_S = 120.0
 """An upper bound for one program."""
 
 
+@cache
 def reason_against() -> str:
     """Why nothing can be tested here; empty where it can."""
     if why := against_containers():
@@ -33,26 +36,38 @@ def reason_against() -> str:
     for program in ("newuidmap", "newgidmap", "unshare", "setpriv"):
         if shutil.which(program) is None:
             return f"no {program} (as root: apt install uidmap util-linux)"
-    done = subprocess.run(["setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", sys.executable, "-c", "import edge_runtime.workloads"], cwd="/", env={"PYTHONPATH": str(ROOT)}, capture_output=True)
-    if done.returncode:
-        return "another user cannot read this checkout or its Python"
-    done = subprocess.run(["setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", "unshare", "--user", "--mount", "true"], capture_output=True)
-    return "" if done.returncode == 0 else "user namespaces of a user who is not root are not allowed here"
+    with tempfile.TemporaryDirectory(prefix="rootless-") as top:
+        one = User(Path(top))
+        try:
+            said, _ = one.start("enter").communicate(timeout=WAIT_S)
+            mounts = subprocess.run([*one.wrap(), "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", OVERLAY], cwd=one.data, capture_output=True)
+        finally:
+            one.end()
+    if not said:
+        return "another user cannot read this checkout, its Python, or temporary files"
+    told = json.loads(said.splitlines()[0])
+    if not told["entered"]:
+        return f"no user namespace can be had here: {told['why']}"
+    return "" if mounts.returncode == 0 else "overlayfs cannot be mounted in a user namespace here"
 
 
 class User:
     """A user of the test's own, with a data folder; its programs see these files as /etc/passwd and so on."""
 
-    def __init__(self, top: Path, ids: int = 65_536) -> None:
+    def __init__(self, top: Path) -> None:
         self.top, self.data, self.programs = top, top / "data", list[subprocess.Popen[bytes]]()
         top.chmod(0o755)
         self.data.mkdir()
         os.chown(self.data, UID, UID)
         (top / "passwd").write_text(Path("/etc/passwd").read_text() + f"rootless:x:{UID}:{UID}::/:/bin/sh\n")
-        for name in ("subuid", "subgid"):
-            (top / name).write_text(f"rootless:{FIRST}:{ids}\n" if ids else "")
+        self.give(65_536)
         os.mknod(top / "tun", 0o020666, os.makedev(10, 200))
         (top / "tun").chmod(0o666)
+
+    def give(self, ids: int) -> None:
+        """So many ids beside its own."""
+        for name in ("subuid", "subgid"):
+            (self.top / name).write_text(f"rootless:{FIRST}:{ids}\n" if ids else "")
 
     def wrap(self) -> list[str]:
         """What a command is put after so that this user runs it."""
@@ -86,7 +101,9 @@ class User:
 
 @pytest.fixture
 def user() -> Iterator[User]:
-    with tempfile.TemporaryDirectory(prefix="rootless-", dir="/var/tmp") as top:
+    if reason := reason_against():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="rootless-") as top:
         one = User(Path(top))
         try:
             yield one

@@ -47,6 +47,9 @@ KEEPER = Path(__file__).with_name("containerd_keeper.py")
 AGAIN_S = 1.0
 """Before a keeper that could not be started is tried again, and between two looks at whether containerd is back."""
 
+MAX_ASKED = 30
+"""A shim that is asked so often and does not tell how its container ended is broken: it is lost then, not waited for without end."""
+
 ANSWER = 8192
 """Bytes of a keeper's answer."""
 
@@ -97,6 +100,8 @@ class ContainerdDriver(ContainerDriver):
         self._tending: dict[str, asyncio.Lock] = {}
         self._begun: set[str] = set()
         """Of whose tasks it has been seen that they are started."""
+        self._asked: dict[str, int] = {}
+        """How often containerd could not tell how one ended, though it answered."""
 
     def close(self) -> None:
         """What runs goes on."""
@@ -277,9 +282,13 @@ class ContainerdDriver(ContainerDriver):
                 end = self._end(folder, told)
             except Absent:
                 end = {"lost": "containerd knows it no more: somebody removed it there, or its shim was killed"}
-            except Failed as error:
-                log.warning("how %s ended is not known yet: %s", folder.name, error)
+            except Away:
                 return
+            except Failed as error:
+                self._asked[folder.name] = asked = self._asked.get(folder.name, 0) + 1
+                if asked < MAX_ASKED:
+                    return
+                end = {"lost": f"containerd cannot tell how it ended: {error.problem}"}
             with suppress(TimeoutError):  # the end of what it wrote
                 await asyncio.wait_for(unheld(folder), LEFT_S)
             if not folder.exists():
@@ -288,6 +297,7 @@ class ContainerdDriver(ContainerDriver):
             with suppress(Failed):  # else with the rest of it
                 await self._remove(self._id(key))
             self._begun.discard(folder.name)
+            self._asked.pop(folder.name, None)
 
     def _end(self, folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
         """What is written down of an end, by containerd's answer and what the kernel counted in its control group."""
