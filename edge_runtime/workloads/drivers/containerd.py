@@ -194,11 +194,11 @@ class ContainerdDriver(ContainerDriver):
 
     async def _tell(self, line: socket.socket, pid: int) -> dict[str, Any]:
         """Tell a keeper what to keep; its answer."""
-        line.send(json.dumps({"pid": pid}).encode())
         try:
+            line.send(json.dumps({"pid": pid}).encode())
             async with asyncio.timeout(START_S):
                 heard = await asyncio.get_running_loop().sock_recv(line, ANSWER)
-        except TimeoutError:
+        except OSError:  # it has ended, or it hangs
             heard = b""
         return dict(json.loads(heard)) if heard else {"failed": "its keeper ended without a word"}
 
@@ -274,24 +274,23 @@ class ContainerdDriver(ContainerDriver):
         async with self._tending.setdefault(folder.name, asyncio.Lock()):
             if (folder / "exit.json").exists():
                 return
+            answers = False
             try:
                 process = (await self._client.call(containerd_wire.GET, container_id=self._id(key)))["process"]
                 if alive(running) and process["status"] != containerd_wire.STOPPED:
                     return
-                told = await self._client.call(containerd_wire.WAIT, LEFT_S, container_id=self._id(key))
-                end = self._end(folder, told)
+                answers = True
+                end = self._end(folder, await self._client.call(containerd_wire.WAIT, LEFT_S, container_id=self._id(key)))
             except Absent:
                 end = {"lost": "containerd knows it no more: somebody removed it there, or its shim was killed"}
-            except Away:
-                return
             except Failed as error:
-                self._asked[folder.name] = asked = self._asked.get(folder.name, 0) + 1
+                self._asked[folder.name] = asked = self._asked.get(folder.name, 0) + answers
                 if asked < MAX_ASKED:
                     return
                 end = {"lost": f"containerd cannot tell how it ended: {error.problem}"}
             with suppress(TimeoutError):  # the end of what it wrote
                 await asyncio.wait_for(unheld(folder), LEFT_S)
-            if not folder.exists():
+            if not folder.exists() or (folder / "exit.json").exists():  # a start that failed has said so meanwhile
                 return
             await asyncio.to_thread(keeping.write_end, str(folder), end)
             with suppress(Failed):  # else with the rest of it
@@ -307,6 +306,14 @@ class ContainerdDriver(ContainerDriver):
             "code": end.code, "signal": end.signal, "out_of_memory": keeping.out_of_memory(read(folder / "keeper.json") or {"oom": []}), "at_ms": when["seconds"] * 1000 + when["nanos"] // 1_000_000,
             "lapsed": killed and (folder / "lapsed.json").exists(),
         }
+
+    async def kill(self, key: Key, number: int) -> None:
+        try:
+            await self._signal(key, number)
+        except Failed as error:
+            await self._settle(key)  # what has just ended needs none
+            if not isinstance(error, Absent) and self._status(key).phase in (Phase.RUNNING, Phase.PAUSED):
+                raise
 
     async def _signal(self, key: Key, number: int) -> None:
         await self._client.call(containerd_wire.KILL, container_id=self._id(key), signal=number)
