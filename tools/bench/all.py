@@ -19,7 +19,7 @@ BENCHES = (
     "outage",
     "nab",
     "site_failover",
-    "checkpoint", "container_start",
+    "checkpoint", "container_start", "containerd_start",
     "startup", "reconcile", "convert",
     "migration_cpu", "migration_repeat", "migration_faults", "migration_live", "prediction",
     "image",
