@@ -68,13 +68,16 @@ def _holder(data_dir: Path) -> int | None:
 
 
 def _join(pid: int) -> None:
-    libc, here = ctypes.CDLL(None, use_errno=True), os.getcwd()
-    opened = [(os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC), kind, name) for name, kind in (("user", CLONE_NEWUSER), ("mnt", CLONE_NEWNS))]
-    for descriptor, kind, name in opened:
-        if libc.setns(descriptor, kind) != 0:
-            raise NoNamespace(f"the {name} namespace of an earlier agent cannot be entered: {os.strerror(ctypes.get_errno())}; end process {pid} where nothing of its containers is needed")
-        os.close(descriptor)
-    os.chdir(here)
+    libc, here, held = ctypes.CDLL(None, use_errno=True), os.getcwd(), os.pidfd_open(pid)
+    try:
+        if libc.setns(held, CLONE_NEWUSER | CLONE_NEWNS) != 0:  # both or none
+            raise NoNamespace(f"the namespace that process {pid} holds cannot be entered: {os.strerror(ctypes.get_errno())}; end that process where nothing of its containers is needed")
+    finally:
+        os.close(held)
+    try:
+        os.chdir(here)
+    except OSError:
+        os.chdir("/")
     _become_root()
 
 
