@@ -57,7 +57,7 @@ __all__ = [
     "test_what_a_container_sees_and_may", "test_what_a_container_sees_of_its_network", "test_what_cannot_be_is_refused_before_anything_is_touched",
 ]
 
-pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
+pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.timeout(600)]
 
 FOREVER = "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done"
 WAIT_S = 60.0
@@ -162,7 +162,7 @@ async def test_an_agent_that_was_killed_before_the_start_has_it_started_by_the_n
     assert (await driver.status(key)).phase is Phase.RUNNING and (await driver.logs(key, 100)).stdout == b""
     next_one = type(driver)(driver._folder.parent.parent, driver._store, driver._settings, path=driver._client.path)
     await next_one.probe()
-    await until(lambda: says(next_one, key, b"ran"), WAIT_S)
+    await until(lambda: says(next_one, key, b"up"), WAIT_S)
     assert (await next_one.stop(key, WAIT_S)).exit.code == 7 and (await next_one.logs(key, 100)).stdout.count(b"ran") == 1
     await next_one.delete(key)
     next_one.close()
@@ -197,7 +197,7 @@ async def test_containerd_is_killed_and_comes_back(tmp_path: Path) -> None:
         store = made_store(tmp_path)
         driver = made_driver(tmp_path, store, one)
         assert (await driver.probe()).usable
-        runs, ends = await started(driver, "runs", FOREVER), await started(driver, "ends", "echo up; trap 'exit 5' TERM; while :; do sleep 0.05; done")
+        runs, ends = await started(driver, "runs", FOREVER), await started(driver, "ends", "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
         for key in (runs, ends):
             await until(lambda key=key: says(driver, key, b"up"), WAIT_S)
         pid = (await driver.status(ends)).pid

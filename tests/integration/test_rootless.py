@@ -21,6 +21,8 @@ from .waiting import until_sync
 
 __all__ = ["user"]
 
+pytestmark = pytest.mark.timeout(600)
+
 LIMITLESS = "version 1 only" if cgroups.read().layout == "v2" else f"mkdir novacron-{UID}, chown -R {UID}"
 """Of the reason why no limits can be kept."""
 

@@ -14,7 +14,7 @@ from tests.integration.waiting import until
 
 from .test_containers_adopted import Node, said, states, submit, work
 
-pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.system]
+pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.system, pytest.mark.timeout(600)]
 
 WAIT_S = 120.0
 """An upper bound for what is awaited here."""

@@ -18,7 +18,7 @@ from .test_containers_adopted import said, states, submit, work
 
 __all__ = ["user"]
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 WAIT_S = 120.0
 """An upper bound for what is awaited here."""

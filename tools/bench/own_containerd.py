@@ -10,6 +10,8 @@ from pathlib import Path
 
 from edge_runtime.workloads.drivers.container import searched
 
+from .harness import die_with_parent
+
 CONFIG = """version = 2
 root = "{top}/root"
 state = "{top}/state"
@@ -40,6 +42,7 @@ class Containerd:
         with open(self.top / "log", "ab") as said:
             self.process = subprocess.Popen(
                 [str(searched("containerd")), "--config", str(self.top / "config.toml")], stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True, env={**os.environ, "PATH": self._path},
+                preexec_fn=die_with_parent,
             )
 
     def end(self, number: int = signal.SIGTERM) -> None:

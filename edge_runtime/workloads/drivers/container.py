@@ -61,6 +61,9 @@ COMMAND_S = 60.0
 START_S = 150.0
 """A keeper that has said nothing by then hangs: it gives each of two commands of the runtime a minute."""
 
+FREEZES = 5
+"""Tries to make a container stand still: one that starts processes without end gets away from runc's own tries on a busy node (control groups of version 1)."""
+
 LEFT_S = 10.0
 """A container that was killed, and its keeper, are gone by then; more means that the kernel holds on to a process."""
 
@@ -445,8 +448,15 @@ class ContainerDriver:
     async def freeze(self, key: Key) -> Status:
         """`pause` without asking for capabilities; raises `Failed` where it does not stand still then."""
         async with self._one(key):
-            if self._running(key).phase is Phase.RUNNING:
-                await self._freeze(key)
+            for left in reversed(range(FREEZES)):
+                if self._running(key).phase is Phase.PAUSED:
+                    break
+                try:
+                    await self._freeze(key)
+                    break
+                except Failed as error:
+                    if not left or "unable to freeze" not in error.problem:
+                        raise
         status = self._status(key)
         if status.phase is Phase.RUNNING:
             raise Failed("pause", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
