@@ -103,6 +103,11 @@ class ContainerdDriver(ContainerDriver):
         self._asked: dict[str, int] = {}
         """How often containerd could not tell how one ended, though it answered."""
 
+    @property
+    def name(self) -> str:
+        """Of the driver."""
+        return self._handler.name
+
     def close(self) -> None:
         """What runs goes on."""
         super().close()
