@@ -59,7 +59,9 @@ async def answers(one: Containerd) -> None:
             return False
 
     try:
-        await until(does, 60.0, what=f"an answer of containerd (see {one.top}/log)")
+        await until(does, 120.0, what="an answer of containerd")
+    except AssertionError:
+        raise AssertionError(f"containerd does not answer; it says:\n{(one.top / 'log').read_text()[-6000:]}") from None
     finally:
         client.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import lease
+from edge_runtime.workloads.drivers import cgroups, lease
 from edge_runtime.workloads.drivers.container import FIRST_ID, searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import held
@@ -38,7 +38,6 @@ from .test_containers import (
     test_it_is_asked_to_end_and_then_killed,
     test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary,
     test_many_at_once,
-    test_memory_processes_and_processor_are_limited,
     test_mounts,
     test_output_stays_within_its_limit,
     test_pause_stops_all_of_it_and_stop_ends_a_paused_one,
@@ -52,7 +51,7 @@ __all__ = [
     "connected", "containerd", "driver", "test_a_life_from_prepare_to_delete", "test_a_port_that_is_taken_is_told_and_nothing_is_left", "test_a_program_that_is_not_there_is_told_and_leaves_nothing_running",
     "test_a_published_port_answers_on_the_node_until_the_container_ends", "test_a_root_that_cannot_be_written", "test_another_user_has_no_capability", "test_commands_in_it",
     "test_it_is_asked_to_end_and_then_killed",
-    "test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary", "test_many_at_once", "test_memory_processes_and_processor_are_limited", "test_mounts",
+    "test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary", "test_many_at_once", "test_mounts",
     "test_one_that_writes_more_than_it_asked_for_is_ended_and_says_why", "test_output_stays_within_its_limit", "test_pause_stops_all_of_it_and_stop_ends_a_paused_one",
     "test_what_a_container_sees_and_may", "test_what_a_container_sees_of_its_network", "test_what_cannot_be_is_refused_before_anything_is_touched",
 ]
@@ -166,6 +165,25 @@ async def test_an_agent_that_was_killed_before_the_start_has_it_started_by_the_n
     assert (await next_one.stop(key, WAIT_S)).exit.code == 7 and (await next_one.logs(key, 100)).stdout.count(b"ran") == 1
     await next_one.delete(key)
     next_one.close()
+
+
+async def test_memory_processes_and_processor_are_limited(driver: Any) -> None:
+    hungry = await started(driver, "hungry", "exec busybox tail /dev/zero", limits={"memory": "24Mi"})
+    assert (await driver.wait(hungry)).exit.out_of_memory
+    key = await started(driver, "forks", "sh -c 'while :; do sleep 60 & done'; exec sleep 60", limits={"pids": 16, "cpu": "200m"}, requests={"memory": 32 << 20, "cpu": 500})
+
+    async def refused() -> bool:
+        return b"fork" in (await driver.logs(key, 4096)).stderr
+
+    await until(refused, WAIT_S)
+    told, groups = await driver.stats(key), cgroups.read()
+    assert 12 < told.processes <= 16 and 0 < told.memory_bytes <= 32 << 20 and told.cpu_ns > 0
+    assert groups.memory_limit(driver.group(key)) == 32 << 20
+    quota = Path(groups.unified + driver.group(key), "cpu.max") if groups.layout == "v2" else Path(groups.mounts["cpu"] + driver.group(key), "cpu.cfs_quota_us")
+    assert quota.read_text().split()[0] == "20000"
+    for one in (hungry, key):
+        await driver.delete(one)
+        assert not any(os.path.exists(folder) for folder in groups.folders(driver.group(one)))
 
 
 async def test_its_keeper_ends_it_when_its_lease_is_over_and_it_does_not_begin_without_one(driver: Any) -> None:

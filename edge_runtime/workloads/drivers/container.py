@@ -117,6 +117,8 @@ class ContainerDriver:
     """
 
     first_id = FIRST_ID
+    parent = cgroups.PARENT
+    """The control group above all of its containers."""
 
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
         self._folder, self._store, self._settings = directory / "containers", store, settings
@@ -160,6 +162,10 @@ class ContainerDriver:
     def folder(self, key: Key) -> Path:
         """An instance's folder, there or not."""
         return self._path(key)
+
+    def group(self, key: Key) -> str:
+        """Its control group, in every hierarchy."""
+        return f"{self.parent}/{_name(key)}"
 
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +234,7 @@ class ContainerDriver:
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
             ways.unconnected, self._settings.publish, str(folder), ways.unlimited,
         )
-        group = f"{cgroups.PARENT}/{name}"
+        group = self.group(order.key)
         document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))
         connected = network(order.spec.get("network"), self._settings.publish)
         laid = self._new / name
@@ -471,7 +477,7 @@ class ContainerDriver:
 
     async def stats(self, key: Key) -> Stats:
         self._running(key)
-        return self._groups.stats(f"{cgroups.PARENT}/{_name(key)}")
+        return self._groups.stats(self.group(key))
 
     async def logs(self, key: Key, most: int) -> Output:
         self._instance(key)
@@ -563,7 +569,7 @@ class ContainerDriver:
         lives = kept or alive(running)
         if not lives:
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
-        frozen = self._groups.frozen(f"{cgroups.PARENT}/{folder.name}")
+        frozen = self._groups.frozen(self.group(key))
         return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]), reason="" if kept else "its keeper was killed: what it writes and how it ends will not be known")
 
     def _running(self, key: Key) -> Status:

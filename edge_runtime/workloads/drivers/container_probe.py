@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import rootless
 from ..images import Config
-from . import cgroups, criu, outside
+from . import criu, outside
 from .cgroups import Groups
 from .container import ContainerDriver, Settings, Ways, searched
 from .container_spec import MIN_PIDS
@@ -130,7 +130,7 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
         try:
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
             status = await driver.begin(key)
-            group = f"{cgroups.PARENT}/{key.id}.{key.epoch}"
+            group = driver.group(key)
             if status.phase is not Phase.RUNNING:
                 raise Failed("start", f"the probe's container did not stay: {status.reason or status.phase.value}", "see the reason")
             if not ways.unlimited and groups.memory_limit(group) != MEMORY:

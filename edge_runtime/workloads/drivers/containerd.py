@@ -90,6 +90,7 @@ class ContainerdDriver(ContainerDriver):
         handler: what runs them.
     """
 
+    parent = f"{cgroups.PARENT}-containerd"
     first_id = FIRST_ID + (MAX_INSTANCES + 1) * ID_RANGE  # after those of the direct driver, which may have containers at the same time
 
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings(), *, path: str = SOCKET, handler: Handler = RUNC) -> None:
@@ -369,7 +370,7 @@ class ContainerdDriver(ContainerDriver):
             return Status(key, Phase.LOST, reason="it does not run any more: the machine restarted")
         if not alive(running):
             return Status(key, Phase.RUNNING, int(running["pid"]), reason=UNTOLD)
-        frozen = self._groups.frozen(f"{cgroups.PARENT}/{folder.name}")
+        frozen = self._groups.frozen(self.group(key))
         return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]))
 
     def _id(self, key: Key) -> str:
