@@ -209,20 +209,21 @@ async def test_a_command_that_is_not_there_is_told_and_leaves_nothing(driver: An
     await driver.delete(key)
 
 
+@pytest.mark.slow  # on a machine with twenty processes for each processor a start of containerd takes minutes
 async def test_containerd_is_killed_and_comes_back(tmp_path: Path) -> None:
     with running_here() as one:
         await answers(one)
         store = made_store(tmp_path)
         driver = made_driver(tmp_path, store, one)
         assert (await driver.probe()).usable
-        runs, ends = await started(driver, "runs", FOREVER), await started(driver, "ends", "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
+        runs, ends = await started(driver, "away-runs", FOREVER), await started(driver, "away-ends", "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
         for key in (runs, ends):
             await until(lambda key=key: says(driver, key, b"up"), WAIT_S)
         pid = (await driver.status(ends)).pid
         one.end(signal.SIGKILL)
         assert (await driver.status(runs)).phase is Phase.RUNNING and Path(f"/proc/{(await driver.status(runs)).pid}").exists()
-        await driver.prepare(Order(Key("new", 1), "box:1", {}, {"command": ["true"]}))
-        for what in (driver.stop(runs, 1.0), driver.start(Key("new", 1)), driver.pause(runs), driver.exec(runs, ["true"], 30.0), driver.delete(runs)):
+        await driver.prepare(Order(Key("away-new", 1), "box:1", {}, {"command": ["true"]}))
+        for what in (driver.stop(runs, 1.0), driver.start(Key("away-new", 1)), driver.pause(runs), driver.exec(runs, ["true"], 30.0), driver.delete(runs)):
             with pytest.raises(Failed, match="containerd: does not answer at .*; start it"):
                 await what
         os.kill(pid, signal.SIGTERM)
@@ -233,7 +234,7 @@ async def test_containerd_is_killed_and_comes_back(tmp_path: Path) -> None:
         await answers(one)
         assert (await waiting).exit.code == 5, "the shim has kept it"
         assert (await driver.stop(runs, WAIT_S)).exit.code == 7
-        for key in (runs, ends, Key("new", 1)):
+        for key in (runs, ends, Key("away-new", 1)):
             await driver.delete(key)
         assert await driver.instances() == []
         driver.close()
