@@ -24,7 +24,7 @@ UID = 0x0F00_0000 + os.getpid() % 8192
 FIRST = 0x1000_0000 + os.getpid() % 8192 * 65_536
 """First of the ids that are given to it; below those that our drivers give."""
 OVERLAY = "mkdir l u w m && mount -t overlay overlay -o lowerdir=l,upperdir=u,workdir=w,userxattr m"
-WAIT_S = 120.0
+WAIT_S = 250.0
 """An upper bound for one program."""
 
 

@@ -59,7 +59,7 @@ __all__ = [
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.timeout(600)]
 
 FOREVER = "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done"
-WAIT_S = 60.0
+WAIT_S = 250.0
 """An upper bound for what is awaited here."""
 
 

@@ -16,8 +16,11 @@ from .test_containers_adopted import Node, said, states, submit, work
 
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.system, pytest.mark.timeout(600)]
 
-WAIT_S = 120.0
+WAIT_S = 250.0
 """An upper bound for what is awaited here."""
+
+ROOM = {"memory": "128Mi"}
+"""What starts a container counts as well, and this is not about that."""
 
 
 async def test_a_killed_agents_containers_under_containerd_are_the_next_ones(tmp_path: Path) -> None:
@@ -29,7 +32,7 @@ async def test_a_killed_agents_containers_under_containerd_are_the_next_ones(tmp
         try:
             await asyncio.to_thread(node.start)
             await submit(
-                hub, work("adopted-goes-on", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done"), work("adopted-ends", "trap 'exit 6' TERM; echo up; while :; do sleep 0.05; done"),
+                hub, work("adopted-goes-on", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done", limits=ROOM), work("adopted-ends", "trap 'exit 6' TERM; echo up; while :; do sleep 0.05; done", limits=ROOM),
                 work("kata", "true", isolation="kata"),
             )
             for name in ("adopted-goes-on", "adopted-ends"):
@@ -61,7 +64,7 @@ async def test_without_containerd_the_next_one_named_is_taken(tmp_path: Path) ->
         node = Node(tmp_path / "node", hub, runtimes=["containerd", "runc"], containerd=str(tmp_path / "none.sock"))
         try:
             await asyncio.to_thread(node.start)
-            await submit(hub, work("adopted-direct", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done"))
+            await submit(hub, work("adopted-direct", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done", limits=ROOM))
             await until(lambda: "running" in states(hub, "adopted-direct"), WAIT_S, what=f"it to run: {said(hub)}")
             assert (node.data / "workloads/containers/adopted-direct.1").is_dir()
         finally:

@@ -20,7 +20,7 @@ __all__ = ["user"]
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
-WAIT_S = 120.0
+WAIT_S = 250.0
 """An upper bound for what is awaited here."""
 
 
