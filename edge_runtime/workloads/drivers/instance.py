@@ -54,6 +54,16 @@ async def unheld(folder: Path) -> None:
         await asyncio.sleep(LOOK_S)
 
 
+def released(folder: Path, seconds: float) -> bool:
+    """Wait until nobody holds it, so long at most; whether that is so. Blocks."""
+    end = time.monotonic() + seconds
+    while held(folder):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
 def ended(key: Key, end: Mapping[str, Any]) -> Status:
     """How an instance ended, from its `exit.json`."""
     if "failed" in end:

@@ -8,6 +8,15 @@ from .microvm_guest import PORTS
 TRANSLATED_MB = 24
 """QEMU's room for translated code (TCG). Its default takes a quarter of the guest's memory; with this a small guest loses nothing, and stays within its memory bar."""
 
+RAM = "/proc/self/fd/{ram}"
+"""The guest's memory, as `command` wants it."""
+
+DRIVES = tuple(f"driver=raw,node-name=disk{at},read-only={'off' if at else 'on'},file.driver=file,file.locking=off,file.filename=/dev/fdset/{at + 1}" for at in range(2))
+"""A clone's disks, as `command` wants them: the image, and what it writes."""
+
+DRIVE_FILES = ("-add-fd", "fd={root},set=1", "-add-fd", "fd={disk},set=2")
+"""Where those two are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

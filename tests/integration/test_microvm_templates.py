@@ -1,0 +1,237 @@
+"""Templates of images: what a clone of one is, that it is nobody's copy, and what becomes of those that are damaged, stale, unfinished or not wanted any more."""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.workloads.drivers import keepers, microvm_guest
+from edge_runtime.workloads.drivers.face import Failed, Key, Order, Phase
+from edge_runtime.workloads.drivers.instance import read
+from edge_runtime.workloads.drivers.microvm import MicrovmDriver
+from edge_runtime.workloads.drivers.microvm_templates import Background, Held, sealed
+from edge_runtime.workloads.drivers.qemu_machine import Machine
+
+from .container_side import FOLDER, layer, made_store
+from .microvm_side import end_all, made_microvms, output, reason_against, started
+from .waiting import until, until_sync
+
+pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
+
+FOREVER = "trap 'exit 7' TERM; echo up; while :; do sleep 0.1; done"
+
+WHO = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/hostname; date +%s"
+
+DISK = 64 << 20
+"""Bytes of these guests' disks."""
+
+
+@pytest.fixture
+def microvms(tmp_path: Path) -> Iterator[MicrovmDriver]:
+    """A driver that makes templates again at once."""
+    store = made_store(tmp_path)
+    made = made_microvms(tmp_path, store)
+    made._holding = Background(4, rest_s=0.0)
+    yield made
+    end_all(made)
+    store.close()
+
+
+def held(driver: MicrovmDriver, disk: int = DISK) -> Held:
+    return Held(Machine(256, 1, driver._accelerator), driver._store.find("box:1").digest, disk)
+
+
+async def first(driver: MicrovmDriver, name: str = "first") -> None:
+    """A start that leaves a template of its image behind."""
+    await output(driver, name, "true", requests={"disk": DISK})
+    await driver.settled()
+    assert driver._templates is not None and driver._templates.has(held(driver))
+
+
+def cloned(driver: MicrovmDriver, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said about templates."""
+    return [record.getMessage() for record in caplog.records if "template" in record.getMessage() or "cloned" in record.getMessage()]
+
+
+async def test_clones_of_an_image_are_whole_and_differ_in_all_that_they_must(microvms: MicrovmDriver) -> None:
+    await first(microvms)
+    script = f"{WHO}; id -u; pwd; echo a=$A; stat -c %a /tmp; echo $$; touch /srv/x 2>/dev/null; ls /srv; grep -c novacron /proc/1/environ; ls /proc/self/fd | wc -l"
+    told = []
+    for number in range(2):
+        status, out, err = await output(microvms, f"clone-{number}", script, requests={"disk": DISK}, user="app", cwd="/srv", env={"A": "it's \"so\" $HOME\n"}, mounts=[{"target": "/tmp", "tmpfs": "1Mi"}])
+        assert status.exit is not None and status.exit.code == 0, (out, err)
+        told.append(out.splitlines())
+    for one, name in zip(told, ("clone-0", "clone-1"), strict=True):
+        assert one[3] == name and abs(int(one[4]) - time.time()) < 60
+        assert one[5:10] == ["1000", "/srv", "a=it's \"so\" $HOME", "1777", "1"]
+        assert one[-1] == "4"  # its three, and the folder that ls reads
+    assert all(told[0][at] != told[1][at] for at in (0, 1, 2))  # random numbers, the machine's id of this boot
+
+
+async def test_without_new_random_numbers_clones_would_be_alike(microvms: MicrovmDriver, tmp_path: Path) -> None:
+    """The control of the test above: a guest that does not make them new."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    here = Path(keepers.__file__).parent
+    for name in ("qemu_keeper.py", "keeping.py", "microvm_guest.py", "qemu_qmp.py"):
+        shutil.copy(here / name, bad / name)
+    text = (bad / "microvm_guest.py").read_text()
+    planted = text.replace("printf %s {seed} >/dev/urandom; ", "").replace("printf '{now}' >/run/renew\nwait $renewing", "true")
+    assert planted != text
+    (bad / "microvm_guest.py").write_text(planted)
+    await microvms.probe()
+    await first(microvms)
+    microvms._keepers.close()
+    microvms._keepers._program = bad / "qemu_keeper.py"
+    ids = [(await output(microvms, f"alike-{number}", "cat /proc/sys/kernel/random/boot_id", requests={"disk": DISK}))[1] for number in range(2)]
+    assert ids[0] == ids[1] != ""
+
+
+async def test_what_they_write_is_theirs_and_the_disk_has_its_size(microvms: MicrovmDriver) -> None:
+    await first(microvms)
+    for number in range(2):
+        status, out, err = await output(microvms, f"writes-{number}", "ls /srv; echo here > /srv/own; sync; dd if=/dev/zero of=/big bs=65536 count=2000 2>&1 | grep -c 'No space'; cat /srv/own", requests={"disk": DISK})
+        assert status.exit is not None and status.exit.code == 0 and out.splitlines()[-2:] == ["1", "here"] and "own" not in out.splitlines()[:-2], (out, err)
+
+
+async def test_a_command_is_the_images_own(microvms: MicrovmDriver) -> None:
+    """Guests start with a busybox of Debian's, that has hundreds of commands of its own."""
+    await first(microvms)
+    key = await started(microvms, "own", "mkdir /srv/bin; printf '#!/bin/sh\\necho mine \"$@\"\\n' > /srv/bin/factor; chmod 755 /srv/bin/factor; " + FOREVER, env={"PATH": "/srv/bin:/bin"}, requests={"disk": DISK})
+    await until(lambda: b"up" in (microvms._path(key) / "stdout.log").read_bytes(), 60)
+    assert (await microvms.exec(key, ["factor", "12"], 60.0)).output.stdout == b"mine 12\n"
+    ran = await microvms.exec(key, ["nowhere-there"], 60.0)
+    assert ran.exit.code == 127 and b"not found" in ran.output.stderr
+    await microvms.delete(key)
+
+
+@pytest.mark.parametrize("which", ["image", "size"])
+async def test_a_template_that_cannot_be_loaded_is_made_anew(microvms: MicrovmDriver, caplog: pytest.LogCaptureFixture, which: str) -> None:
+    await first(microvms)
+    templates, key = microvms._templates, held(microvms)
+    assert templates is not None
+    if which == "size":
+        templates.drop(key)
+    damaged = key if which == "image" else key.machine
+    good = templates._made[damaged]
+    templates._made[damaged] = replace(good, state=sealed("novacron-state", b"QEVM no state " * 4000))
+    os.close(good.state)
+    with caplog.at_level(logging.WARNING):
+        status, out, _ = await output(microvms, "after", "echo fine", requests={"disk": DISK})
+    assert status.exit is not None and status.exit.code == 0 and out == "fine\n"
+    assert any(f"the template of its {which}" in line for line in cloned(microvms, caplog)), caplog.text
+    await microvms.settled()
+    assert templates.has(damaged) and templates._made[damaged].state != good.state
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert (await output(microvms, "again", "echo fine", requests={"disk": DISK}))[1] == "fine\n"
+    assert not cloned(microvms, caplog)
+
+
+async def test_another_image_or_file_or_disk_is_another_template(microvms: MicrovmDriver, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    await first(microvms)
+    templates, old = microvms._templates, held(microvms)
+    assert templates is not None and not templates.has(held(microvms, 32 << 20))
+    path = microvms._disks.path(old.image)  # type: ignore[union-attr]
+    with caplog.at_level(logging.WARNING):
+        os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))  # as if it was written to
+        assert (await output(microvms, "changed", "echo fine", requests={"disk": DISK}))[1] == "fine\n"
+    assert any("is not used" in line for line in cloned(microvms, caplog))
+    await microvms.settled()
+    assert templates.has(old)
+    made_store(tmp_path / "second", [layer([FOLDER_OF_NEW, ("file", "srv/new", b"new")])]).close()
+    microvms._store.add(tmp_path / "second/in", "box:1")
+    assert held(microvms) != old
+    assert (await output(microvms, "newer", "cat /srv/new", requests={"disk": DISK}))[1] == "new"
+    await microvms.settled()
+    assert templates.has(old) and templates.has(held(microvms))
+    assert (await output(microvms, "newest", "cat /srv/new", requests={"disk": DISK}))[1] == "new"
+
+
+async def test_templates_go_with_their_images_and_the_oldest_first(microvms: MicrovmDriver) -> None:
+    await first(microvms)
+    templates, key = microvms._templates, held(microvms)
+    assert templates is not None
+    await microvms.prepare(Order(Key("stands", 1), "box:1", {"disk": DISK}, {"limits": {"memory": "64Mi"}}))
+    await microvms.prune(0)
+    assert templates.has(key)
+    await microvms.delete(Key("stands", 1))
+    before = len(os.listdir("/proc/self/fd"))
+    await microvms.prune(0)
+    assert not templates.has(key) and not microvms._disks.path(key.image).exists()  # type: ignore[union-attr]
+    assert len(os.listdir("/proc/self/fd")) == before - 4
+    templates._most_held = 1
+    for disk in (DISK, 2 * DISK):
+        assert (await output(microvms, "again", "echo fine", requests={"disk": disk}))[1] == "fine\n"
+        await microvms.settled()
+    assert not templates.has(key) and templates.has(held(microvms, 2 * DISK))
+
+
+async def test_a_keeper_that_is_killed_while_it_saves_leaves_nothing(microvms: MicrovmDriver) -> None:
+    await first(microvms)
+    templates, key = microvms._templates, held(microvms)
+    assert templates is not None and microvms._disks is not None
+    templates.drop(key)
+    before = len(os.listdir("/proc/self/fd"))
+    found: list[BaseException] = []
+
+    def hold() -> None:
+        try:
+            microvms._hold(key, {"root_mode": "755"})
+        except Failed as error:
+            found.append(error)
+
+    making = threading.Thread(target=hold)
+    making.start()
+    parent = await until(lambda: _keeper_of(microvms), 60)
+    qemu = await until(lambda: _children(parent), 60)
+    os.kill(parent, signal.SIGKILL)
+    await asyncio.to_thread(making.join)
+    assert len(found) == 1 and "keeper" in str(found[0])
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in qemu), 60)
+    assert not templates.has(key) and not list(microvms._new.iterdir()) and len(os.listdir("/proc/self/fd")) == before
+    assert (await output(microvms, "after", "echo fine", requests={"disk": DISK}))[1] == "fine\n"
+    await microvms.settled()
+    assert templates.has(key)
+
+
+async def test_a_driver_that_is_closed_makes_no_more(microvms: MicrovmDriver) -> None:
+    await first(microvms)
+    key = await started(microvms, "lasting", FOREVER, requests={"disk": 2 * DISK})  # its template is being made now
+    await asyncio.to_thread(microvms.close)
+    assert microvms._templates is None and not list(microvms._new.iterdir())
+    second = MicrovmDriver(microvms._folder.parent, microvms._store, microvms._settings)
+    assert (await second.status(key)).phase is Phase.RUNNING
+    await second.delete(key)
+    second.close()
+
+
+def _keeper_of(driver: MicrovmDriver) -> int:
+    """The keeper that makes a template; 0 where none does."""
+    server = driver._keepers._server
+    assert server is not None
+    told = [pid for pid in _children(server.pid) if str(driver._new).encode() in Path(f"/proc/{pid}/environ").read_bytes() or _makes(pid, driver._new)]
+    return told[0] if told else 0
+
+
+def _makes(pid: int, new: Path) -> bool:
+    """Whether a process has the lock of a template's folder open."""
+    try:
+        return any(os.readlink(f"/proc/{pid}/fd/{name}").startswith(f"{new}/template-") for name in os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
