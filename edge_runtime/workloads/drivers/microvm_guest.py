@@ -1,6 +1,6 @@
 """What runs in a micro-VM beside the workload: its first process, a shell script, and the scripts that it is sent. Pure.
 
-The host sends a length, a line end and a script of that many bytes; the guest runs it. It answers in lines: `ready`, `running`, `trouble TEXT`, `exit CODE KILLED_FOR_MEMORY`, `done CODE`.
+The host sends scripts, and the guest's shell runs them as they come. It answers in lines: `ready`, `running`, `trouble TEXT`, `exit CODE KILLED_FOR_MEMORY`, `done CODE`.
 What programs write goes through a pipe (so that /dev/stdout can be opened) to a port of its own, and is closed by a mark that the host chose.
 
 Under emulation a guest's first steps are its dearest: each piece of code is translated when it is first run, anew in each QEMU. So all that guests of an image have in common is done before their template is
@@ -45,11 +45,9 @@ for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep
 exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3 6>/dev/vport0p4 7>/dev/vport0p5
 (cat /run/out >&4; read -r closing </run/closing; printf "$closing" >&4) &
 (cat /run/err >&5; read -r closing </run/closing; printf "$closing" >&5) &
-(exec renew 0<>/run/renew 3</dev/urandom) & renewing=$!
 exec 8<>/run/go 9<>/run/held
 echo ready >&3
-while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
-poweroff -f
+exec sh <&3
 """
 """Its disks are bound to their driver only when it is told to start something: a clone of it then meets its own for the first time. A port has its name before it can be opened.
 unshare mounts /proc only over what is mounted already."""
@@ -65,6 +63,7 @@ _HELD = "echo held >&9; read -r _ <&8; exec 8<&- 9>&-; . /proc/self/fd/7"
 """What the process runs that will become the program, in its namespaces and root: it waits, and then is what /run/program says, which it has open."""
 
 HOLD = f"""
+(exec renew 0<>/run/renew 3</dev/urandom) & renewing=$!
 for one in /sys/bus/virtio/devices/*; do [ -e $one/driver ] || echo ${{{{one##*/}}}} >/sys/bus/virtio/drivers/virtio_blk/bind; done
 if mount -a && chmod {{root_mode}} /root
 then
@@ -80,8 +79,7 @@ else echo 'trouble its disks cannot be mounted' >&3; fi
 
 def framed(script: str) -> bytes:
     """A script as it is sent."""
-    raw = script.strip().encode()
-    return b"%d\n%s" % (len(raw), raw)
+    return script.strip().encode() + b"\n"
 
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -123,12 +121,12 @@ def start(document: Mapping[str, object], token: str, seed: str, now_ns: int, he
     quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/program/cpu.max" if document["cpu_us"] else ""
     program = "\n".join(["exec 7<&-", *tmpfs, *read_only, _become(document, document["args"], "")])  # type: ignore[arg-type]
     return f"""
+{"" if held else hold(document)}
 printf %s {seed} >/dev/urandom; printf '{now}' >/run/renew
 wait $renewing || echo 'trouble the random numbers could not be made new' >&3
 echo {shlex.quote(str(document["hostname"]))} >/proc/sys/kernel/hostname; echo {closing} >/run/closing
 echo {document["memory"]} >/sys/fs/cgroup/program/memory.max; echo 1 >/sys/fs/cgroup/program/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/program/pids.max
 {quota}
-{"" if held else hold(document)}
 printf %s {shlex.quote(program)} >/run/program
 echo go >&8; echo running >&3
 """
