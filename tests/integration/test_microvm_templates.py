@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,16 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.workloads.drivers import keepers, microvm_guest
+from edge_runtime.workloads.drivers import qemu_kernel
 from edge_runtime.workloads.drivers.face import Failed, Key, Order, Phase
-from edge_runtime.workloads.drivers.instance import read
 from edge_runtime.workloads.drivers.microvm import MicrovmDriver
-from edge_runtime.workloads.drivers.microvm_templates import Background, Held, sealed
+from edge_runtime.workloads.drivers.microvm_templates import Background, Held, Templates, sealed
 from edge_runtime.workloads.drivers.qemu_machine import Machine
 
-from .container_side import FOLDER, layer, made_store
+from .container_side import layer, made_store
 from .microvm_side import end_all, made_microvms, output, reason_against, started
-from .waiting import until, until_sync
+from .waiting import until
 
 pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 
@@ -34,11 +32,12 @@ DISK = 64 << 20
 """Bytes of these guests' disks."""
 
 
-@pytest.fixture
-def microvms(tmp_path: Path) -> Iterator[MicrovmDriver]:
-    """A driver that makes templates again at once."""
-    store = made_store(tmp_path)
-    made = made_microvms(tmp_path, store)
+@pytest.fixture(scope="module")
+def microvms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicrovmDriver]:
+    """One driver for all, that makes templates again at once."""
+    folder = tmp_path_factory.mktemp("templates")
+    store = made_store(folder)
+    made = made_microvms(folder, store)
     made._holding = Background(4, rest_s=0.0)
     yield made
     end_all(made)
@@ -49,14 +48,17 @@ def held(driver: MicrovmDriver, disk: int = DISK) -> Held:
     return Held(Machine(256, 1, driver._accelerator), driver._store.find("box:1").digest, disk)
 
 
-async def first(driver: MicrovmDriver, name: str = "first") -> None:
-    """A start that leaves a template of its image behind."""
-    await output(driver, name, "true", requests={"disk": DISK})
+async def first(driver: MicrovmDriver) -> Templates:
+    """A start that leaves a template of its image behind, where there is none."""
     await driver.settled()
+    if driver._templates is None or not driver._templates.has(held(driver)):
+        await output(driver, "first", "true", requests={"disk": DISK})
+        await driver.settled()
     assert driver._templates is not None and driver._templates.has(held(driver))
+    return driver._templates
 
 
-def cloned(driver: MicrovmDriver, caplog: pytest.LogCaptureFixture) -> list[str]:
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was said about templates."""
     return [record.getMessage() for record in caplog.records if "template" in record.getMessage() or "cloned" in record.getMessage()]
 
@@ -76,23 +78,18 @@ async def test_clones_of_an_image_are_whole_and_differ_in_all_that_they_must(mic
     assert all(told[0][at] != told[1][at] for at in (0, 1, 2))  # random numbers, the machine's id of this boot
 
 
-async def test_without_new_random_numbers_clones_would_be_alike(microvms: MicrovmDriver, tmp_path: Path) -> None:
-    """The control of the test above: a guest that does not make them new."""
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    here = Path(keepers.__file__).parent
-    for name in ("qemu_keeper.py", "keeping.py", "microvm_guest.py", "qemu_qmp.py"):
-        shutil.copy(here / name, bad / name)
-    text = (bad / "microvm_guest.py").read_text()
-    planted = text.replace("printf %s {seed} >/dev/urandom; ", "").replace("printf '{now}' >/run/renew\nwait $renewing", "true")
-    assert planted != text
-    (bad / "microvm_guest.py").write_text(planted)
-    await microvms.probe()
-    await first(microvms)
-    microvms._keepers.close()
-    microvms._keepers._program = bad / "qemu_keeper.py"
-    ids = [(await output(microvms, f"alike-{number}", "cat /proc/sys/kernel/random/boot_id", requests={"disk": DISK}))[1] for number in range(2)]
-    assert ids[0] == ids[1] != ""
+async def test_a_guest_that_cannot_make_its_random_numbers_new_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: one that merely goes on with the template's is found out."""
+    planted = qemu_kernel.RENEW.replace(bytes.fromhex("be07520000"), bytes.fromhex("be0f520000"))  # another ioctl, which there is none of
+    assert planted != qemu_kernel.RENEW
+    monkeypatch.setattr(qemu_kernel, "RENEW", planted)
+    store = made_store(tmp_path)
+    driver = made_microvms(tmp_path, store)
+    await driver.prepare(Order(Key("stale", 1), "box:1"))
+    with pytest.raises(Failed, match="random numbers could not be made new"):
+        await driver.start(Key("stale", 1))
+    await asyncio.to_thread(end_all, driver)
+    store.close()
 
 
 async def test_what_they_write_is_theirs_and_the_disk_has_its_size(microvms: MicrovmDriver) -> None:
@@ -115,9 +112,7 @@ async def test_a_command_is_the_images_own(microvms: MicrovmDriver) -> None:
 
 @pytest.mark.parametrize("which", ["image", "size"])
 async def test_a_template_that_cannot_be_loaded_is_made_anew(microvms: MicrovmDriver, caplog: pytest.LogCaptureFixture, which: str) -> None:
-    await first(microvms)
-    templates, key = microvms._templates, held(microvms)
-    assert templates is not None
+    templates, key = await first(microvms), held(microvms)
     if which == "size":
         templates.drop(key)
     damaged = key if which == "image" else key.machine
@@ -127,27 +122,26 @@ async def test_a_template_that_cannot_be_loaded_is_made_anew(microvms: MicrovmDr
     with caplog.at_level(logging.WARNING):
         status, out, _ = await output(microvms, "after", "echo fine", requests={"disk": DISK})
     assert status.exit is not None and status.exit.code == 0 and out == "fine\n"
-    assert any(f"the template of its {which}" in line for line in cloned(microvms, caplog)), caplog.text
+    assert any(f"the template of its {which}" in line for line in said(caplog)), caplog.text
     await microvms.settled()
     assert templates.has(damaged) and templates._made[damaged].state != good.state
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert (await output(microvms, "again", "echo fine", requests={"disk": DISK}))[1] == "fine\n"
-    assert not cloned(microvms, caplog)
+    assert not said(caplog)
 
 
 async def test_another_image_or_file_or_disk_is_another_template(microvms: MicrovmDriver, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    await first(microvms)
-    templates, old = microvms._templates, held(microvms)
-    assert templates is not None and not templates.has(held(microvms, 32 << 20))
+    templates, old = await first(microvms), held(microvms)
+    assert not templates.has(held(microvms, 32 << 20))
     path = microvms._disks.path(old.image)  # type: ignore[union-attr]
     with caplog.at_level(logging.WARNING):
         os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))  # as if it was written to
         assert (await output(microvms, "changed", "echo fine", requests={"disk": DISK}))[1] == "fine\n"
-    assert any("is not used" in line for line in cloned(microvms, caplog))
+    assert any("is not used" in line for line in said(caplog))
     await microvms.settled()
     assert templates.has(old)
-    made_store(tmp_path / "second", [layer([FOLDER_OF_NEW, ("file", "srv/new", b"new")])]).close()
+    made_store(tmp_path / "second", [layer([("file", "srv/new", b"new")])]).close()
     microvms._store.add(tmp_path / "second/in", "box:1")
     assert held(microvms) != old
     assert (await output(microvms, "newer", "cat /srv/new", requests={"disk": DISK}))[1] == "new"
@@ -157,9 +151,7 @@ async def test_another_image_or_file_or_disk_is_another_template(microvms: Micro
 
 
 async def test_templates_go_with_their_images_and_the_oldest_first(microvms: MicrovmDriver) -> None:
-    await first(microvms)
-    templates, key = microvms._templates, held(microvms)
-    assert templates is not None
+    templates, key = await first(microvms), held(microvms)
     await microvms.prepare(Order(Key("stands", 1), "box:1", {"disk": DISK}, {"limits": {"memory": "64Mi"}}))
     await microvms.prune(0)
     assert templates.has(key)
@@ -176,9 +168,8 @@ async def test_templates_go_with_their_images_and_the_oldest_first(microvms: Mic
 
 
 async def test_a_keeper_that_is_killed_while_it_saves_leaves_nothing(microvms: MicrovmDriver) -> None:
-    await first(microvms)
-    templates, key = microvms._templates, held(microvms)
-    assert templates is not None and microvms._disks is not None
+    templates, key = await first(microvms), held(microvms)
+    assert microvms._disks is not None
     templates.drop(key)
     before = len(os.listdir("/proc/self/fd"))
     found: list[BaseException] = []
@@ -203,31 +194,29 @@ async def test_a_keeper_that_is_killed_while_it_saves_leaves_nothing(microvms: M
     assert templates.has(key)
 
 
-async def test_a_driver_that_is_closed_makes_no_more(microvms: MicrovmDriver) -> None:
-    await first(microvms)
-    key = await started(microvms, "lasting", FOREVER, requests={"disk": 2 * DISK})  # its template is being made now
-    await asyncio.to_thread(microvms.close)
-    assert microvms._templates is None and not list(microvms._new.iterdir())
-    second = MicrovmDriver(microvms._folder.parent, microvms._store, microvms._settings)
+async def test_a_driver_that_is_closed_makes_no_more_and_what_runs_goes_on(tmp_path: Path) -> None:
+    store = made_store(tmp_path)
+    driver = made_microvms(tmp_path, store)
+    key = await started(driver, "lasting", FOREVER, requests={"disk": DISK})  # its template is being made now
+    await asyncio.to_thread(driver.close)
+    assert driver._templates is None and not list(driver._new.iterdir())
+    second = made_microvms(tmp_path, store)
     assert (await second.status(key)).phase is Phase.RUNNING
-    await second.delete(key)
-    second.close()
+    await asyncio.to_thread(end_all, second)
+    store.close()
 
 
 def _keeper_of(driver: MicrovmDriver) -> int:
-    """The keeper that makes a template; 0 where none does."""
+    """The keeper that makes a template: it has the lock of its folder open; 0 where none does."""
     server = driver._keepers._server
     assert server is not None
-    told = [pid for pid in _children(server.pid) if str(driver._new).encode() in Path(f"/proc/{pid}/environ").read_bytes() or _makes(pid, driver._new)]
-    return told[0] if told else 0
-
-
-def _makes(pid: int, new: Path) -> bool:
-    """Whether a process has the lock of a template's folder open."""
-    try:
-        return any(os.readlink(f"/proc/{pid}/fd/{name}").startswith(f"{new}/template-") for name in os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return False
+    for pid in _children(server.pid):
+        try:
+            if any(os.readlink(f"/proc/{pid}/fd/{name}").startswith(f"{driver._new}/template-") for name in os.listdir(f"/proc/{pid}/fd")):
+                return pid
+        except OSError:
+            continue
+    return 0
 
 
 def _children(pid: int) -> list[int]:

@@ -63,7 +63,7 @@ _HELD = "echo held >&9; read -r _ <&8; exec 8<&- 9>&-; . /proc/self/fd/7"
 """What the process runs that will become the program, in its namespaces and root: it waits, and then is what /run/program says, which it has open."""
 
 HOLD = f"""
-(exec renew 0<>/run/renew 3</dev/urandom) & renewing=$!
+(exec renew 0<>/run/renew 1>&9 3</dev/urandom) &
 for one in /sys/bus/virtio/devices/*; do [ -e $one/driver ] || echo ${{{{one##*/}}}} >/sys/bus/virtio/drivers/virtio_blk/bind; done
 if mount -a && chmod {{root_mode}} /root
 then
@@ -71,10 +71,15 @@ then
   ({_JOIN}exec unshare -m -p -f --mount-proc=/root/proc chroot /root {_TOOLS} setpriv --nnp {_TOOLS} env -i {_TOOLS} sh -c '{_HELD}' 3>&- 4>&- 5>&- 6>&- 7</run/program) >/run/out 2>/run/err </dev/null & echo $! >/run/pid
   exec 8<&- 9>&-; wait $!; code=$?; set -- $(grep '^oom_kill ' /sys/fs/cgroup/program/memory.events); echo "exit $code $2" >&3
 ) &
-read -r held <&9; echo $held >&3
+read -r held <&9
+{{warm}}
+echo $held >&3
 else echo 'trouble its disks cannot be mounted' >&3; fi
 """
 """The script that mounts a guest's disks, and makes the process that will become its program. It says `held` when that waits."""
+
+WARM_BYTES = 16 << 20
+"""Read of an image before its template is saved, so that clones have it in memory, and share it: most programs are smaller. They need not even translate the code that reads a disk."""
 
 
 def framed(script: str) -> bytes:
@@ -106,24 +111,30 @@ def _become(document: Mapping[str, object], args: Sequence[str], before: str = _
     lines = [f"cd {shlex.quote(str(document['cwd']))} || exit 126"] if document["cwd"] != "/" else []
     if "/" in args[0]:
         return "\n".join([*lines, f"exec {become} {shlex.join(args)}"])
-    paths = next((entry[5:] for entry in reversed(document["env"]) if entry.startswith("PATH=")), _PATH)  # type: ignore[call-overload]
-    found = " ".join(shlex.quote(f"{folder or '.'}/{args[0]}") for folder in paths.split(":"))
+    found = _candidates(document, args[0])
     missing = f"{{ echo {shlex.quote(args[0] + ': not found in PATH')} >&2; exit 127; }}"
     return "\n".join([*lines, f'for path in {found}; do [ -f "$path" ] && [ -x "$path" ] && break; path=; done; [ "$path" ] || {missing}', f'exec {become} "$path" {shlex.join(args[1:])}'])
+
+
+def _candidates(document: Mapping[str, object], program: str) -> str:
+    """Where a program may be, as words of a shell."""
+    if "/" in program:
+        return shlex.quote(program)
+    paths = next((entry[5:] for entry in reversed(document["env"]) if entry.startswith("PATH=")), _PATH)  # type: ignore[call-overload]
+    return " ".join(shlex.quote(f"{folder or '.'}/{program}") for folder in paths.split(":"))
 
 
 def start(document: Mapping[str, object], token: str, seed: str, now_ns: int, held: bool) -> str:
     """The script that starts the program of a document (see `microvm_spec.document`). `seed`: random text, never the same twice. `held`: whether `HOLD` was run before the template was saved."""
     closing = shlex.quote(f"\\0end {token}\\n")
-    now = "".join(f"\\{byte:03o}" for byte in struct.pack("<qq", *divmod(now_ns, 1_000_000_000)))
     tmpfs = [f"{_TOOLS} mkdir -p {shlex.quote(target)}; {_TOOLS} mount -t tmpfs -o nosuid,nodev,mode=1777,size={size} tmpfs {shlex.quote(target)}" for target, size in document["tmpfs"]]  # type: ignore[attr-defined]
     read_only = [f"{_TOOLS} mount -o remount,ro /"] if document["read_only"] else []
     quota = f"echo '{document['cpu_us']} 100000' >/sys/fs/cgroup/program/cpu.max" if document["cpu_us"] else ""
     program = "\n".join(["exec 7<&-", *tmpfs, *read_only, _become(document, document["args"], "")])  # type: ignore[arg-type]
     return f"""
 {"" if held else hold(document)}
-printf %s {seed} >/dev/urandom; printf '{now}' >/run/renew
-wait $renewing || echo 'trouble the random numbers could not be made new' >&3
+printf %s {seed} >/dev/urandom; {clock(now_ns)}
+[ $failed = 0 ] || echo 'trouble the random numbers could not be made new' >&3
 echo {shlex.quote(str(document["hostname"]))} >/proc/sys/kernel/hostname; echo {closing} >/run/closing
 echo {document["memory"]} >/sys/fs/cgroup/program/memory.max; echo 1 >/sys/fs/cgroup/program/memory.oom.group; echo {document["pids"]} >/sys/fs/cgroup/program/pids.max
 {quota}
@@ -132,9 +143,18 @@ echo go >&8; echo running >&3
 """
 
 
-def hold(document: Mapping[str, object]) -> str:
-    """The script `HOLD` for an image."""
-    return HOLD.format(root_mode=document["root_mode"])
+def hold(document: Mapping[str, object], warm: str = "") -> str:
+    """The script `HOLD` for an image. `warm`: what else is done before a template is saved (see `warm`)."""
+    return HOLD.format(root_mode=document["root_mode"], warm=warm)
+
+
+def warm(document: Mapping[str, object], everything: bool) -> str:
+    """The script that reads an image's files, so that they are in memory: all of them, or the program of a document."""
+    read = f"{_TOOLS} head -c {WARM_BYTES}"
+    if everything:
+        return f"chroot /root {_TOOLS} find / -xdev -type f -exec {read} {{}} + >/dev/null; sync"
+    each = f'for path in {_candidates(document, document["args"][0])}; do [ -f "$path" ] && exec {read} "$path"; done'  # type: ignore[index]
+    return f"chroot /root {_TOOLS} sh -c {shlex.quote(each)} >/dev/null; sync"
 
 
 def kill(number: int) -> str:
@@ -162,6 +182,7 @@ def end_run() -> str:
     return f"kill -9 {_CHILD.format('exec')} $(cat /run/exec)"
 
 
-def clock(now_s: int) -> str:
-    """The script that sets the clock, after the guest stood still."""
-    return f"date -s @{now_s} >/dev/null"
+def clock(now_ns: int) -> str:
+    """The script that sets the clock, and makes the random numbers new: before anything runs, and after the guest stood still. It may have been copied."""
+    now = "".join(f"\\{byte:03o}" for byte in struct.pack("<qq", *divmod(now_ns, 1_000_000_000)))
+    return f"printf '{now}' >/run/renew; read -r failed <&9"

@@ -26,7 +26,7 @@ from . import microvm_guest, qemu_kernel
 from .face import Failed
 from .instance import read
 from .keepers import Keepers
-from .microvm_disks import copy_data
+from .microvm_disks import MARGIN, copy_data
 from .qemu_machine import DRIVE_FILES, DRIVES, RAM, Machine, boot, command
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Templates:
             before = file_of(os.fstat(opened))
             copy_data(base.ram, ram)
             copy_data(empty, disk)
-            made = self._make(key.machine, ram, (opened, disk), DRIVES, (*DRIVE_FILES, "-incoming", "defer"), {"descriptors": ["ram", "state", "root", "disk", "base"], "document": dict(document), "nice": IDLE_NICE}, base.state)
+            made = self._make(key.machine, ram, (opened, disk), DRIVES, (*DRIVE_FILES, "-incoming", "defer"), {"descriptors": ["ram", "state", "root", "disk", "base"], "document": dict(document), "everything": before[2] <= MARGIN + microvm_guest.WARM_BYTES, "nice": IDLE_NICE}, base.state)
             if file_of(os.fstat(opened)) != before:
                 made.close()
                 raise Failed("template", "the image's file system was changed meanwhile", "leave the node's folders alone")

@@ -231,7 +231,7 @@ def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-a
             load(machine, descriptors["base"])
         machine.qmp.ask("cont")
         if "base" in descriptors:
-            machine.say(guest.hold(told["document"]))
+            machine.say(guest.hold(told["document"], guest.warm(told["document"], told["everything"])))
         line, lines, word = machine.ports["control"], Lines(), ["held" if "base" in descriptors else "ready"]
         end = began + told["boot_s"]
         while True:
@@ -470,7 +470,7 @@ class Keeper:
             write(paused, {"at_ms": int(time.time() * 1000)})
         elif request["do"] == "resume":
             self.machine.qmp.ask("cont")
-            self.machine.say(guest.clock(int(time.time())))
+            self.machine.say(guest.clock(time.time_ns()))
             if os.path.exists(paused):
                 os.unlink(paused)
         elif request["do"] == "exec":

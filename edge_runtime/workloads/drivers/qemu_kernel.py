@@ -31,9 +31,11 @@ RENEW = bytes.fromhex(
     "31c0" "31ff" "488d7424e0" "ba10000000" "0f05"  # read(0, a struct timespec below the stack, 16)
     "b8e3000000" "31ff" "0f05"  # clock_settime(CLOCK_REALTIME, that)
     "b810000000" "bf03000000" "be07520000" "0f05"  # ioctl(3, RNDRESEEDCRNG)
-    "89c7" "f7df" "b83c000000" "0f05"  # exit(its error)
+    "85c0" "0f95c0" "0c30" "b40a" "66894424e0" "488d7424e0"  # "0\n" where that was done, else "1\n"
+    "b801000000" "bf01000000" "ba02000000" "0f05"  # write(1, that, 2)
+    "ebb0"  # once more
 )
-"""x86_64: waits for the time, sets the clock, makes the random numbers new, as `RESEED` does. It is started before a template is saved: a clone need not start it."""
+"""x86_64: waits for the time, sets the clock, makes the random numbers new as `RESEED` does, says whether that was done, and waits again. It runs before a template is saved: a clone need not start it, nor see it end."""
 
 _BASE = 0x40_0000
 """Where the small program is loaded."""
