@@ -116,15 +116,16 @@ async def test_a_template_that_cannot_be_loaded_is_made_anew(microvms: MicrovmDr
     if which == "size":
         templates.drop(key)
     damaged = key if which == "image" else key.machine
-    good = templates._made[damaged]
-    templates._made[damaged] = replace(good, state=sealed("novacron-state", b"QEVM no state " * 4000))
-    os.close(good.state)
+    bad = sealed("novacron-state", b"QEVM no state " * 4000)
+    number = os.fstat(bad).st_ino
+    os.close(templates._made[damaged].state)
+    templates._made[damaged] = replace(templates._made[damaged], state=bad)
     with caplog.at_level(logging.WARNING):
         status, out, _ = await output(microvms, "after", "echo fine", requests={"disk": DISK})
     assert status.exit is not None and status.exit.code == 0 and out == "fine\n"
     assert any(f"the template of its {which}" in line for line in said(caplog)), caplog.text
     await microvms.settled()
-    assert templates.has(damaged) and templates._made[damaged].state != good.state
+    assert os.fstat(templates._made[damaged].state).st_ino != number
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert (await output(microvms, "again", "echo fine", requests={"disk": DISK}))[1] == "fine\n"

@@ -68,6 +68,8 @@ class Template:
     saved_s: float
     image: int = -1
     disk: int = -1
+    file: tuple[int, ...] = ()
+    """Which file the image was in, and how it was (`file_of`)."""
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -135,7 +137,7 @@ class Templates:
             if found is None:
                 return None
             try:
-                same = file_of(os.fstat(found.image)) == file_of(os.stat(image))
+                same = found.file == file_of(os.stat(image))
             except OSError:
                 same = False
             if not same:
@@ -174,7 +176,7 @@ class Templates:
                 made.close()
                 return
             self.drop(key)
-            self._keep(key, made)
+            self._keep(key, replace(made, file=before))
 
     def drop(self, key: Machine | Held) -> None:
         """One is not to be used any more."""
@@ -190,6 +192,16 @@ class Templates:
         """Images that have one."""
         with self._lock:
             return {one.image for one in self._made if isinstance(one, Held)}
+
+    def told(self) -> list[dict[str, Any]]:
+        """What is kept: of what, bytes of memory that it has, seconds that it took to make."""
+        with self._lock:
+            return [
+                {
+                    "memory_mb": (key if isinstance(key, Machine) else key.machine).memory_mb, "image": "" if isinstance(key, Machine) else key.image,
+                    "bytes": sum(os.fstat(one).st_blocks * 512 for one in (made.ram, made.state, made.disk) if one >= 0), "seconds": round(made.booted_s + made.saved_s, 3),
+                } for key, made in self._made.items()
+            ]
 
     def _look(self) -> None:
         """Another QEMU under the same name is another machine."""
