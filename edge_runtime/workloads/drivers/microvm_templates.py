@@ -84,7 +84,8 @@ class Template:
 
     def copy(self) -> "Template":
         """With descriptors of its own."""
-        return replace(self, **{name: os.dup(found) for name in ("ram", "state", "image", "disk") if (found := getattr(self, name)) >= 0})
+        ram, state, image, disk = (os.dup(one) if one >= 0 else -1 for one in (self.ram, self.state, self.image, self.disk))
+        return replace(self, ram=ram, state=state, image=image, disk=disk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,7 @@ class Templates:
             os.close(ram)
             raise
 
-    def _make(self, machine: Machine, ram: int, root: tuple[int, ...], drives: Sequence[str], words: Sequence[str], told: Mapping[str, Any], *more: int) -> Template:
+    def _make(self, machine: Machine, ram: int, root: tuple[int, int] | tuple[()], drives: Sequence[str], words: Sequence[str], told: Mapping[str, Any], *more: int) -> Template:
         """Have a keeper make one in `ram`, and in the disk of `root` (image, disk), which are the caller's where this fails."""
         folder = self._folder / f"template-{uuid.uuid4().hex[:12]}"
         folder.mkdir(mode=0o700)
@@ -255,7 +256,8 @@ class Templates:
                 raise Failed("template", str(end.get("failed") or "its keeper ended without a word"), "see the reason")
             for descriptor in (ram, state, *root[1:]):
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-            return Template(ram, state, float(end["booted_s"]), float(end["saved_s"]), *root)
+            image, disk = root or (-1, -1)
+            return Template(ram, state, float(end["booted_s"]), float(end["saved_s"]), image, disk)
         except BaseException:
             os.close(state)
             raise
