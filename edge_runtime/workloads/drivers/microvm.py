@@ -77,6 +77,8 @@ class MicrovmDriver(QemuDriver):
 
     def close(self) -> None:
         """What runs goes on."""
+        if self._templates is not None:
+            self._templates.stop()
         self._holding.close()
         super().close()
         if self._templates is not None:

@@ -27,17 +27,17 @@ from .face import Failed
 from .instance import read
 from .keepers import Keepers
 from .microvm_disks import MARGIN, copy_data
-from .qemu_machine import DRIVE_FILES, DRIVES, RAM, Machine, boot, command
+from .qemu_machine import DRIVE_FILES, DRIVES, LEFT_OUT, RAM, Machine, boot, command
 
 log = logging.getLogger(__name__)
 
 MAX_TEMPLATES = 4
-"""Sizes that are kept; each takes 60 to 110 MB of memory, which its clones share."""
+"""Sizes that are kept; each takes some 130 MB of memory, which its clones share."""
 
 MAX_HELD, HELD_SHARE = 4, 16
 """Templates of images that are kept: so many, but no more than fit into this part of the node's memory (one at least); each takes about what that of its size takes."""
 
-HELD_BYTES = 110 << 20
+HELD_BYTES = 128 << 20
 """What one is reckoned with."""
 
 BOOT_S = 60.0
@@ -111,16 +111,21 @@ class Templates:
         self._made: dict[Machine | Held, Template] = {}
         self._lock = threading.RLock()
         self._closed = False
+        self._stop = os.eventfd(0)
         self._program = file_of(os.stat(qemu))
         self._most_held = max(1, min(MAX_HELD, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // HELD_SHARE // HELD_BYTES))
 
+    def stop(self) -> None:
+        """Who waits for one does so no more; keepers that make one see that, and end."""
+        os.eventfd_write(self._stop, 1)
+
     def close(self) -> None:
-        """Clones go on."""
+        """Clones go on. After `stop`, and when nobody uses it any more."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._forget(lambda _: True)
-                for descriptor in (self._kernel, self._initramfs):
+                for descriptor in (self._kernel, self._initramfs, self._stop):
                     os.close(descriptor)
 
     def get(self, machine: Machine) -> Template:
@@ -233,7 +238,7 @@ class Templates:
         ram = memory("novacron-guest")
         try:
             os.ftruncate(ram, machine.memory_mb << 20)
-            words = boot("/proc/self/fd/{kernel}", "/proc/self/fd/{initramfs}", tsc_khz())
+            words = boot("/proc/self/fd/{kernel}", "/proc/self/fd/{initramfs}", tsc_khz(), LEFT_OUT)
             return self._make(machine, ram, (), PLACEHOLDERS, words, {"descriptors": ["ram", "state", "kernel", "initramfs"]}, self._kernel, self._initramfs)
         except BaseException:
             os.close(ram)
@@ -250,7 +255,7 @@ class Templates:
             }
             (folder / "keeper.json").write_text(json.dumps(document))
             (folder / "lock").touch(mode=0o600)
-            word = self._keepers.start(folder, self._boot_s + 30, (ram, state, *root, *more))
+            word = self._keepers.start(folder, self._boot_s + 30, (ram, state, *root, *more), self._stop)
             end: Mapping[str, Any] = read(folder / "exit.json") or {}
             if word != "ended" or not end.get("template"):
                 raise Failed("template", str(end.get("failed") or "its keeper ended without a word"), "see the reason")

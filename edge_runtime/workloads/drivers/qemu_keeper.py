@@ -14,6 +14,7 @@ import binascii
 import json
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -233,13 +234,17 @@ def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-a
         if "base" in descriptors:
             machine.say(guest.hold(told["document"], guest.warm(told["document"], told["everything"])))
         line, lines, word = machine.ports["control"], Lines(), ["held" if "base" in descriptors else "ready"]
-        end = began + told["boot_s"]
+        line.setblocking(True)
+        poll, end = select.poll(), began + told["boot_s"]
+        poll.register(line, select.POLLIN)
+        poll.register(1, 0)  # its other end is closed where nobody waits for the template any more
         while True:
-            line.settimeout(max(0.01, end - time.monotonic()))
-            try:
-                data = line.recv(CHUNK)
-            except TimeoutError:
-                raise machine.trouble(f"the guest did not boot within {told['boot_s']:g} s") from None
+            ready = dict(poll.poll(max(0, round((end - time.monotonic()) * 1000))))
+            if 1 in ready:
+                raise Trouble("nobody waits for it any more")
+            if not ready:
+                raise machine.trouble(f"the guest did not boot within {told['boot_s']:g} s")
+            data = line.recv(CHUNK)
             if not data:
                 raise machine.trouble("QEMU or the guest's kernel ended before it had booted")
             said = lines.take(data)
