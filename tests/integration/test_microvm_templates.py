@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from edge_runtime.workloads.drivers.face import Failed, Key, Order, Phase
 from edge_runtime.workloads.drivers.microvm import MicrovmDriver
 from edge_runtime.workloads.drivers.microvm_templates import Background, Held, Templates, sealed
 from edge_runtime.workloads.drivers.qemu_machine import Machine
+from edge_runtime.workloads.images import ImageStore
 
-from .container_side import layer, made_store
+from .container_side import LIMITS, layer, made_store
 from .microvm_side import end_all, made_microvms, output, reason_against, started
 from .waiting import until
 
@@ -210,6 +212,38 @@ async def test_a_driver_that_is_closed_does_not_wait_for_a_template_and_what_run
     second = made_microvms(tmp_path, store)
     assert (await second.status(key)).phase is Phase.RUNNING
     await asyncio.to_thread(end_all, second)
+    store.close()
+
+
+_AGENT = """
+import asyncio, sys
+from pathlib import Path
+from tests.integration import microvm_side, test_microvm_templates as here
+from tests.integration.container_side import made_store
+
+async def main(folder):
+    driver = microvm_side.made_microvms(folder, made_store(folder))
+    await driver.prepare(here.Order(here.Key("laid", 1), "box:1"))
+    task, keeper, qemu = await here.making(driver, here.held(driver))
+    print(keeper, qemu, flush=True)
+    await task
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+async def test_an_agent_that_is_killed_while_a_template_is_made_leaves_no_process_and_nothing_half(tmp_path: Path) -> None:
+    agent = await asyncio.create_subprocess_exec(sys.executable, "-c", _AGENT, str(tmp_path), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert agent.stdout is not None
+    pids = [int(word) for word in (await asyncio.wait_for(agent.stdout.readline(), 120)).split()]
+    assert len(pids) == 2
+    agent.kill()
+    await agent.wait()
+    await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60)
+    store = ImageStore(tmp_path / "images", limits=LIMITS)
+    driver = made_microvms(tmp_path, store)
+    assert not list(driver._new.iterdir()) and (await driver.status(Key("laid", 1))).phase is Phase.PREPARED
+    await asyncio.to_thread(end_all, driver)
     store.close()
 
 

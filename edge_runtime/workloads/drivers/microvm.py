@@ -4,7 +4,8 @@
     <dir>/microvms/.images/    images as file systems; .blank/ empty ones (`microvm_disks`)
     <dir>/microvms/.new/       what is being laid out or removed; emptied at start
 
-What is on the disk is the truth, as for containers. An instance is a clone of a template (`microvm_templates`) that booted when the driver was probed.
+What is on the disk is the truth, as for containers. An instance is a clone of a template (`microvm_templates`): of its image where there is one, else of its size. Its disk is made when it is started, as it must
+continue what the template has of it.
 """
 
 import asyncio
@@ -71,7 +72,8 @@ class MicrovmDriver(QemuDriver):
         self._settings = settings
         self._templates: Templates | None = None
         self._disks: Disks | None = None
-        self._laying_disks = threading.Lock()
+        self._blanks = threading.Lock()
+        """Starts make empty disks at the same time."""
         self._holding = Background(MAX_HELD)
         self._qemu, self._accelerator = "", "tcg"
 
@@ -181,8 +183,7 @@ class MicrovmDriver(QemuDriver):
         if space.f_bavail * space.f_frsize < size and order.requests.get("disk", 0):
             raise Refused("requests.disk", f"{size} bytes are asked for, {space.f_bavail * space.f_frsize} are free", "ask for less, free space, or place it on another node")
         self._templates.get(shape).close()
-        with self._laying_disks:
-            disk = self._disks.image(image.digest, lower)
+        disk = self._disks.image(image.digest, lower)
         taken = {entry.get("slot") for entry in present.values()}
         slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
         name, folder = name_of(order.key), self._path(order.key)
@@ -222,7 +223,7 @@ class MicrovmDriver(QemuDriver):
     def _hold(self, held: Held, document: Mapping[str, Any]) -> None:
         """Make an image's template; blocks."""
         assert self._templates is not None and self._disks is not None
-        with self._laying_disks:
+        with self._blanks:
             image, empty = self._disks.path(held.image), self._disks.empty(held.disk)
             blank = os.open(empty, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -246,8 +247,6 @@ class MicrovmDriver(QemuDriver):
                 if held is not None:
                     self._lay_disk(folder / "disk.ext4", template.disk, held.disk)
                 word = self._keepers.start(folder, START_S + 30, template.descriptors)
-            except OSError as error:
-                raise Failed("disk", f"its disk could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
             finally:
                 template.close()
             end = read(folder / "exit.json") or {}
@@ -264,13 +263,16 @@ class MicrovmDriver(QemuDriver):
     def _lay_disk(self, path: Path, template: int, size: int) -> None:
         """An instance's disk: as its template left it, else empty."""
         assert self._disks is not None
-        path.unlink(missing_ok=True)
-        if template < 0:
-            with self._laying_disks:
-                self._disks.blank(size, path)
-            return
-        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as writing:
-            copy_data(template, writing.fileno())
+        try:
+            path.unlink(missing_ok=True)
+            if template < 0:
+                with self._blanks:
+                    self._disks.blank(size, path)
+                return
+            with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as writing:
+                copy_data(template, writing.fileno())
+        except OSError as error:
+            raise Failed("disk", f"its disk could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
 
     async def stop(self, key: Key, grace_s: float) -> Status:
         status = self._status(key)
@@ -314,7 +316,6 @@ class MicrovmDriver(QemuDriver):
 
     def _prune(self, disks: Disks, budget: int) -> None:
         """Templates go with their images; blocks."""
-        with self._laying_disks:
-            disks.prune(budget, {str(entry.get("image")) for entry in self._present().values()})
+        disks.prune(budget, {str(entry.get("image")) for entry in self._present().values()})
         if self._templates is not None:
             self._templates.keep({image for image in self._templates.images() if disks.path(image).exists()})
