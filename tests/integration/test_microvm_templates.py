@@ -235,7 +235,7 @@ asyncio.run(main(Path(sys.argv[1])))
 async def test_an_agent_that_is_killed_while_a_template_is_made_leaves_no_process_and_nothing_half(tmp_path: Path) -> None:
     agent = await asyncio.create_subprocess_exec(sys.executable, "-c", _AGENT, str(tmp_path), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert agent.stdout is not None
-    pids = [int(word) for word in (await asyncio.wait_for(agent.stdout.readline(), 120)).split()]
+    pids = [int(word) for word in (await asyncio.wait_for(agent.stdout.readline(), 150)).split()]
     assert len(pids) == 2
     agent.kill()
     await agent.wait()
