@@ -137,16 +137,17 @@ class MicrovmDriver(QemuDriver):
     def _boots(self) -> tuple[str, str]:
         """The accelerator with which a guest boots, and why not with the better one. That /dev/kvm opens proves nothing: there are hosts where it runs no kernel of Debian's."""
         assert self._templates is not None
+        templates = self._templates  # it may be closed meanwhile
         why = "there is no /dev/kvm"
         if os.path.exists("/dev/kvm"):
             why = "" if open_to_group("/dev/kvm") else "neither its group nor others may open /dev/kvm"
             if not why:
                 try:
-                    self._templates.get(replace(MACHINE, accelerator="kvm")).close()
+                    templates.get(replace(MACHINE, accelerator="kvm")).close()
                     return "kvm", ""
                 except Failed as error:
                     why = error.problem
-        self._templates.get(MACHINE).close()
+        templates.get(MACHINE).close()
         return "tcg", why[:200]
 
     # -- prepare -------------------------------------------------------------------------------------------------------------
