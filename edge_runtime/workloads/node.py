@@ -471,6 +471,9 @@ class WorkloadNode:
         if lacking == DISK and await self._prune(0):
             self._pressure.ended(now_s)
             return
+        if lacking == MEMORY and self._microvms is not None and await asyncio.to_thread(self._microvms.make_room):
+            self._pressure.ended(now_s)
+            return
         running = await self._runner.running()
         candidates = [Candidate(entry["id"], int(entry["epoch"]), priority(entry), await self._used(entry, driver, lacking), requested(entry, lacking)) for entry, driver in running]
         chosen = victim(candidates)
