@@ -53,7 +53,8 @@ os.execvp("bash", ["bash", "-o", "pipefail", "-c", sys.argv[1]])
 """
 _CONNECT = """
 import os, socket, sys
-os.dup2(socket.create_connection((sys.argv[1], int(sys.argv[2]))).fileno(), 1)
+connection = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+os.dup2(connection.fileno(), 1)
 os.execvp("bash", ["bash", "-o", "pipefail", "-c", sys.argv[3]])
 """
 """Both put a connection in a shell's place of standard input or output, and are then gone: no byte goes through them."""
