@@ -113,6 +113,13 @@ def pack(index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map,
     return b"".join((before, digest.digest(), *parts))
 
 
+def index_of(encoded: bytes | bytearray | memoryview) -> int:
+    """Which extent an encoded one says that it is. Raises FormatError; nothing else is looked at."""
+    if len(encoded) < HEADER.size:
+        raise FormatError(f"extent: truncated, {len(encoded)} bytes are less than its header of {HEADER.size}; send it again")
+    return int(HEADER.unpack_from(encoded)[5])
+
+
 def unpack(encoded: bytes | bytearray | memoryview, *, sealed: bool = False) -> Extent:
     """Take an encoded extent apart; every length and the hash of coded are checked. Raises FormatError.
 

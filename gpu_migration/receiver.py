@@ -238,7 +238,19 @@ class Receiver:
                 self._records += 1
                 self._wire_bytes += wire.RECORD.size + len(payload) + keys.TAG
             if kind == Kind.EXTENT:
-                self._extent(stream, sink, index, attempt, payload, scratch, base_scratch, began)
+                done = self._extent(stream, sink, index, attempt, payload, scratch, base_scratch, began)
+                if done is not None:
+                    stream.send(Kind.ACK, wire.ACK.pack(*done), index, attempt)
+            elif kind == Kind.EXTENTS:
+                acks = bytearray()
+                for attempt, encoded in wire.ungrouped(payload):
+                    index = layout.index_of(encoded)
+                    done = self._extent(stream, sink, index, attempt, encoded, scratch, base_scratch, began)
+                    if done is not None:
+                        acks += wire.ACK_OF.pack(index, attempt, *done)
+                    began = time.thread_time()
+                if acks:
+                    stream.send(Kind.ACKS, bytes(acks))
             elif kind == Kind.COMMIT and len(payload) == HASH:
                 with self._state:
                     sink.commit(bytes(payload))
@@ -253,7 +265,10 @@ class Receiver:
             else:
                 raise FormatError(f"stream: a record of kind {kind} is not for a receiver")
 
-    def _extent(self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview, began: float) -> None:
+    def _extent(
+        self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview, began: float
+    ) -> tuple[int, int] | None:
+        """Decode and write one: what it took to receive and to decode, microseconds; None where it was asked for without references."""
         extent = layout.unpack(payload, sealed=True)
         taken = decoded = time.thread_time()
         if extent.index != index or index >= sink.extents or extent.raw_length != layout.extent_length(sink.length, index) or self._root is not None:
@@ -267,11 +282,11 @@ class Receiver:
                     raw = extents.decoded(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
                 except BaseMismatch:
                     stream.send(Kind.NAK, b"", index, attempt)
-                    return
+                    return None
                 decoded = time.thread_time()
                 sink.write(index, raw, extent.raw_hash, extent.classes)
                 self._attempts[index] = attempt
-        stream.send(Kind.ACK, wire.ACK.pack(_microseconds(taken - began), _microseconds(decoded - taken)), index, attempt)
+        return _microseconds(taken - began), _microseconds(decoded - taken)
 
 
 def _microseconds(seconds: float) -> int:

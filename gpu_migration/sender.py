@@ -75,6 +75,31 @@ class _Ready:
     encoded: extents.Encoded
 
 
+class _Outlet:
+    """An encoder's way to the queue. Small extents wait there for each other, so that a record, its way through threads and its acknowledgement are for many."""
+
+    def __init__(self, queue: "Bounded[tuple[_Ready, ...]]") -> None:
+        self._queue = queue
+        self._small: list[_Ready] = []
+
+    def put(self, ready: _Ready) -> bool:
+        """False once the queue is closed."""
+        size = len(ready.encoded.data)
+        if size > wire.SMALL:
+            return self._queue.put((ready,), size)
+        self._small.append(ready)
+        return self.flush() if len(self._small) == wire.GROUP_MOST else True
+
+    def flush(self) -> bool:
+        """Nothing waits here after this. False once the queue is closed."""
+        together, self._small = tuple(self._small), []
+        return self._queue.put(together, sum(len(ready.encoded.data) for ready in together)) if together else True
+
+    def waits(self) -> bool:
+        """Something waits here."""
+        return bool(self._small)
+
+
 class Sender:
     """Sends one object. `run` does all; `start`, `pass_over`, `commit` and `close` are its steps, for who moves a thing that lives."""
 
@@ -93,7 +118,7 @@ class Sender:
         self._pace = Pace(limit)
         self._meter = Meter()
         self._streams = Streams(streams[1], streams[0])
-        self._queue: Bounded[_Ready] = Bounded()
+        self._queue: Bounded[tuple[_Ready, ...]] = Bounded()
         self._ledger = Ledger(source.extents)
         self._host = wire.host_id()
         self._gpu = gpu
@@ -292,16 +317,22 @@ class Sender:
 
     def _encode(self) -> None:
         """Take extents, encode them, queue them."""
+        outlet = _Outlet(self._queue)
         if self._gpu is not None:
-            self._encode_batches(self._gpu)
+            self._encode_batches(self._gpu, outlet)
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
-        while (index := self._ledger.take()) is not None:
+        while True:
+            index = self._ledger.take(wait=not outlet.waits())
+            if index is None:
+                if not outlet.waits() or not outlet.flush():
+                    return
+                continue
             began = time.thread_time()
-            data = self._read(index, scratch)
-            if data is not None and not self._one(index, data, self._read_base(index, base_scratch), began, None):
+            data = self._read(index, scratch, outlet)
+            if data is not None and not self._one(index, data, self._read_base(index, base_scratch), began, None, outlet):
                 return
 
-    def _encode_batches(self, gpu: Gpu) -> None:
+    def _encode_batches(self, gpu: Gpu, outlet: _Outlet) -> None:
         """The same, a batch at a time whose facts the GPU finds; until the end, or until it fails and the processors go on with what was taken."""
         while self.without_gpu is None:
             with gpu.slot() as slot:
@@ -312,11 +343,12 @@ class Sender:
                 held: list[tuple[int, memoryview, memoryview | None]] = []
                 for index in indices:
                     where = slot.extent(len(held))
-                    data = self._read(index, where)
+                    data = self._read(index, where, outlet)
                     if data is not None:
                         where[len(data) : layout.pages_of(len(data)) * PAGE] = bytes(-len(data) % PAGE)
                         held.append((index, data, self._read_base(index, slot.extent_of_base(len(held))) if slot.base is not None else None))
                 if not held:
+                    outlet.flush()
                     continue
                 facts: Sequence[Facts | None]
                 try:
@@ -325,10 +357,11 @@ class Sender:
                     self.without_gpu, facts = str(error), [None] * len(held)
                 began = (time.thread_time() - began) / len(held)
                 for (index, data, base), found in zip(held, facts, strict=True):
-                    if not self._one(index, data, base, time.thread_time() - began, found):
+                    if not self._one(index, data, base, time.thread_time() - began, found, outlet):
                         return
+                outlet.flush()
 
-    def _read(self, index: int, into: memoryview) -> memoryview | None:
+    def _read(self, index: int, into: memoryview, outlet: _Outlet) -> memoryview | None:
         """The bytes of an extent; None where there is nothing to be coded: it is a hole, or the destination holds it."""
         known = self._ledger.known.get(index)
         if self._source.hole(index):
@@ -336,7 +369,7 @@ class Sender:
             if known == layout.zero_hash(size):
                 self._hold(index)
             else:
-                self._put(index, extents.zero(index, size))
+                outlet.put(_Ready(index, extents.zero(index, size)))
             return None
         data = self._source.read(index, into)
         if known is not None and extents.raw_hash(data) == known:
@@ -359,7 +392,7 @@ class Sender:
         into[len(base) : len(base) + rest] = bytes(rest)
         return base
 
-    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None) -> bool:
+    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None, outlet: _Outlet) -> bool:
         """Encode and queue an extent, the work on which began at that processor time of this thread; False once closed."""
         guess, chosen_at = 1.0, 0.0
 
@@ -375,10 +408,7 @@ class Sender:
         encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere)
         if encoded.plain >= LEARN_FROM:  # less says more about the overhead
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
-        return self._put(index, encoded)
-
-    def _put(self, index: int, encoded: extents.Encoded) -> bool:
-        return self._queue.put(_Ready(index, encoded), len(encoded.data))
+        return outlet.put(_Ready(index, encoded))
 
     def _hold(self, index: int) -> None:
         with self._lock:
@@ -404,13 +434,14 @@ class Sender:
             reader = threading.Thread(target=self._acks, args=(stream, number, cut, stop), daemon=True, name=f"acks-{number}")
             reader.start()
             while not stop.is_set() and not cut.is_set():
-                ready = self._queue.get(cut)
-                if ready is None:
+                together = self._queue.get(cut)
+                if together is None:
                     break
                 if stop.is_set() and not self._stop.is_set():
-                    self._ledger.back(ready.index)
+                    for ready in together:
+                        self._ledger.back(ready.index)
                     break
-                self._put_out(stream, number, ready, cut)
+                self._put_out(stream, number, together, cut)
             if stop.is_set() and not cut.is_set():
                 self._ledger.drain(number, DRAIN_S)
             stream.close()  # what was on its way still is sent once more by another
@@ -425,25 +456,30 @@ class Sender:
             if self._committed is not None:
                 return
 
-    def _put_out(self, stream: wire.Stream, number: int, ready: _Ready, cut: threading.Event) -> None:
-        encoded = ready.encoded
-        wait = self._pace.due(len(encoded.data), time.monotonic())
+    def _put_out(self, stream: wire.Stream, number: int, together: tuple[_Ready, ...], cut: threading.Event) -> None:
+        wait = self._pace.due(sum(len(ready.encoded.data) for ready in together), time.monotonic())
         if wait:
             self._stop.wait(wait)
-        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash, encoded.coder, encoded.plain, len(encoded.data))
+        attempts = [
+            self._ledger.sent(ready.index, number, ready.encoded.raw_hash, ready.encoded.coder, ready.encoded.plain, len(ready.encoded.data)) for ready in together
+        ]
         self._meter.start()
         began, size = time.thread_time(), 0
         try:
-            size = stream.send(Kind.EXTENT, encoded.data, ready.index, attempt)
+            if len(together) == 1:
+                size = stream.send(Kind.EXTENT, together[0].encoded.data, together[0].index, attempts[0])
+            else:
+                size = stream.send(Kind.EXTENTS, wire.grouped([(attempt, ready.encoded.data) for attempt, ready in zip(attempts, together, strict=True)]))
         except OSError:
             cut.set()  # the ledger gives it to another stream
         finally:
             found = self._meter.stop(size)
         with self._lock:
-            for kind, count in enumerate(encoded.counts):
-                self._pages[kind] += count
-            self._coders[encoded.coder] += 1
-            self._moved += layout.extent_length(self._source.length, ready.index)
+            for ready in together:
+                for kind, count in enumerate(ready.encoded.counts):
+                    self._pages[kind] += count
+                self._coders[ready.encoded.coder] += 1
+                self._moved += layout.extent_length(self._source.length, ready.index)
         if found is not None:
             self._model.sent(*found)
         if size >= LEARN_FROM:
@@ -459,6 +495,9 @@ class Sender:
                     if flight is not None and len(payload) == wire.ACK.size:
                         taking, undoing = wire.ACK.unpack(payload)
                         self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
+                elif kind == Kind.ACKS and len(payload) % wire.ACK_OF.size == 0:
+                    for index, attempt, _, _ in wire.ACK_OF.iter_unpack(payload):
+                        self._ledger.acked(index, attempt)  # what so small ones took there says nothing of a coder
                 elif kind == Kind.NAK:
                     self._ledger.refused(index, attempt)
                 elif kind == Kind.COMMITTED:

@@ -4,12 +4,13 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 from enum import IntEnum
 
 from blake3 import blake3
 
 from . import keys
-from .errors import KeyRefused, Unauthentic
+from .errors import FormatError, KeyRefused, Unauthentic
 from .layout import ENCODED_MAX, HASH
 
 RECORD = struct.Struct("<B3sIQI")
@@ -47,6 +48,10 @@ class Kind(IntEnum):
     """Either: text; the transfer ends."""
     BYE = 10
     """Sender: it has understood that the transfer is done."""
+    EXTENTS = 11
+    """Sender: up to GROUP_MOST small encoded extents, before each its attempt u32 and its length u32."""
+    ACKS = 12
+    """Receiver: those of a record of EXTENTS that are written: of each the extent u64, the attempt u32, and what ACK says."""
 
     # Of a guest that moves while it runs (qemu_source, qemu_target), on a stream of their own.
     ASK = 32
@@ -79,6 +84,12 @@ OPEN = struct.Struct("<16sQ32s")
 ACCEPT = struct.Struct("<B32s16sH")
 ACK = struct.Struct("<II")
 NOTHING = bytes(HASH)
+GROUPED = struct.Struct("<II")
+ACK_OF = struct.Struct("<QIII")
+SMALL = 4096
+"""Bytes of an encoded extent up to which it may travel with others: of less, a record's way through threads and kernels costs more than the extent."""
+GROUP_MOST = 32
+"""Extents in one record at the most: what waits for the others waits some milliseconds, and a record stays below 132 KiB."""
 HELLO_GUEST = struct.Struct("<16sQ")
 LOAD_GUEST = struct.Struct("<32s32s")
 VERDICT_GUEST = struct.Struct("<Bd")
@@ -93,6 +104,27 @@ def host_id() -> bytes:
     except OSError:
         told = os.urandom(32)
     return blake3(b"novacron host 1\0" + told).digest(16)
+
+
+def grouped(parts: Sequence[tuple[int, bytes]]) -> bytes:
+    """The payload of EXTENTS, from attempts and encoded extents."""
+    return b"".join(word for attempt, encoded in parts for word in (GROUPED.pack(attempt, len(encoded)), encoded))
+
+
+def ungrouped(payload: memoryview) -> list[tuple[int, memoryview]]:
+    """Attempts and encoded extents of EXTENTS. Raises FormatError."""
+    found: list[tuple[int, memoryview]] = []
+    at = 0
+    while at < len(payload):
+        start = at + GROUPED.size
+        if start > len(payload) or len(found) == GROUP_MOST:
+            raise FormatError(f"stream: a record of several extents has more than {GROUP_MOST}, or ends within one")
+        attempt, length = GROUPED.unpack_from(payload, at)
+        at = start + length
+        if not 0 < length <= SMALL or at > len(payload):
+            raise FormatError(f"stream: an extent of {length} bytes among several is not within 1 to {SMALL}, or not whole")
+        found.append((attempt, payload[start:at]))
+    return found
 
 
 class Stream:
