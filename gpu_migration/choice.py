@@ -53,6 +53,9 @@ START_SHIP = 2e9
 START_WIRE = 1e9
 """Bytes a second of the wire until measured."""
 
+START_GUESS, START_CODER = 2.0, "lz4-fast"
+"""A sample's ratio, and what is chosen, until there is one."""
+
 FREE = ("store", "lz4-faster", "lz4-fast", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-9")
 """Coders to choose from unless told otherwise. Deflate is for those that ask for it: at its rate zstd is smaller."""
 
@@ -92,6 +95,10 @@ class Model:
     take: Mean = field(default_factory=lambda: Mean(1 / START_TAKE))
     undo: dict[str, Mean] = field(default_factory=lambda: {name: Mean(1 / rate) for name, rate in START_UNDO.items()})
     taken: int = 0
+    guess: Mean = field(default_factory=lambda: Mean(START_GUESS))
+    """Ratio of the samples."""
+    last: str = START_CODER
+    """The coder that was chosen last."""
 
     def scanned(self, size: int, seconds: float) -> None:
         """Reading and sorting out took so long on one thread."""
@@ -134,6 +141,16 @@ class Model:
         longest = max(stages)
         return longest + SERIAL * (sum(stages) - longest)
 
+    def wire_binds(self, size: int, plain: int) -> bool:
+        """Whether the wire, not the processors, is what holds an extent up, by the coder that was chosen last: only then is it worth their time to look for what need not be sent."""
+        name = self.last
+        out = self.leaves(name, plain, self.guess.value)
+        wire = out / self.limit if self.limit else 0.0
+        processors = size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value
+        if self.shared:
+            return wire > (processors + out * self.take.value + plain * self.undo[name].value) / self.processors
+        return out / self.wire_rate() > processors / self.threads
+
     def leaves(self, name: str, plain: int, guess: float) -> float:
         """Bytes that a coder leaves of so many."""
         return plain / (1 + self.factors[name].value * max(0.0, guess - 1))
@@ -141,6 +158,12 @@ class Model:
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""
         self.taken += 1
+        self.guess.learn(guess)
+        coder = self._choose(size, plain, guess)
+        self.last = coder.name
+        return coder
+
+    def _choose(self, size: int, plain: int, guess: float) -> Coder:
         costs = {name: self.cost(name, size, plain, guess) for name in self.names}
         ranked = sorted(costs, key=costs.__getitem__)
         if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:

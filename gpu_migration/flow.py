@@ -63,6 +63,10 @@ class Bounded(Generic[T]):
             self._room.notify_all()
             return item
 
+    def empty(self) -> bool:
+        """Nothing is in it, at this moment."""
+        return not self._items
+
     def wake(self) -> None:
         """Let waiters look at their stop events."""
         with self._there:
@@ -85,6 +89,10 @@ class Pace:
         self._lock = threading.Lock()
         self._limit = limit
         self._free_at = 0.0
+
+    def open(self, now: float) -> bool:
+        """Something may go at once."""
+        return not self._limit or self._free_at <= now
 
     def due(self, size: int, now: float) -> float:
         """Seconds to wait before so many bytes may go, which are booked at once."""

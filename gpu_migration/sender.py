@@ -75,25 +75,40 @@ class _Ready:
     encoded: extents.Encoded
 
 
-class _Outlet:
-    """An encoder's way to the queue. Small extents wait there for each other, so that a record, its way through threads and its acknowledgement are for many."""
+@dataclass(slots=True, eq=False)
+class _Line:
+    """A stream that is up, and what belongs to it for as long as it is."""
 
-    def __init__(self, queue: "Bounded[tuple[_Ready, ...]]") -> None:
-        self._queue = queue
+    number: int
+    stream: wire.Stream
+    stop: threading.Event
+    """No more is to be sent on it."""
+    cut: threading.Event = field(default_factory=threading.Event)
+    """It is of no more use."""
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    """Held by who sends extents on it."""
+
+
+class _Outlet:
+    """An encoder's way out. Small extents wait here for each other, so that a record, its way through threads and its acknowledgement are for many."""
+
+    def __init__(self, out: "Callable[[tuple[_Ready, ...], int], bool]") -> None:
+        """`out`: takes extents and their bytes; False once closed."""
+        self._out = out
         self._small: list[_Ready] = []
 
     def put(self, ready: _Ready) -> bool:
-        """False once the queue is closed."""
+        """False once all is closed."""
         size = len(ready.encoded.data)
         if size > wire.SMALL:
-            return self._queue.put((ready,), size)
+            return self._out((ready,), size)
         self._small.append(ready)
         return self.flush() if len(self._small) == wire.GROUP_MOST else True
 
     def flush(self) -> bool:
-        """Nothing waits here after this. False once the queue is closed."""
+        """Nothing waits here after this. False once all is closed."""
         together, self._small = tuple(self._small), []
-        return self._queue.put(together, sum(len(ready.encoded.data) for ready in together)) if together else True
+        return self._out(together, sum(len(ready.encoded.data) for ready in together)) if together else True
 
     def waits(self) -> bool:
         """Something waits here."""
@@ -131,7 +146,7 @@ class Sender:
         self._stops: list[threading.Event] = []
         self._workers: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._live: dict[int, wire.Stream] = {}
+        self._live: dict[int, _Line] = {}
         self._committed: bytes | None = None
         self.asked = False
         """The destination was asked to commit: only its answer tells whether it has."""
@@ -248,7 +263,7 @@ class Sender:
         end = time.monotonic() + self._patience
         while time.monotonic() < (end if self.asked else min(end, deadline)):
             with self._lock:
-                stream = next(iter(self._live.values()), None)
+                stream = next((line.stream for line in self._live.values()), None)
             if stream is None:
                 # Streams reconnect by themselves, and learn by the way whether it was committed.
                 self._committing.wait(RETRY_S[0])
@@ -272,7 +287,7 @@ class Sender:
         end = time.monotonic() + FAREWELL_S
         while time.monotonic() < end:
             with self._lock:
-                stream = next(iter(self._live.values()), None)
+                stream = next((line.stream for line in self._live.values()), None)
             if stream is not None:
                 try:
                     stream.send(Kind.BYE)
@@ -294,7 +309,7 @@ class Sender:
         for stop in self._stops:
             stop.set()
         with self._lock:
-            streams = list(self._live.values())
+            streams = [line.stream for line in self._live.values()]
         for stream in streams:
             stream.close()
         for worker in self._workers:
@@ -317,7 +332,7 @@ class Sender:
 
     def _encode(self) -> None:
         """Take extents, encode them, queue them."""
-        outlet = _Outlet(self._queue)
+        outlet = _Outlet(self._pass_on)
         if self._gpu is not None:
             self._encode_batches(self._gpu, outlet)
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
@@ -369,7 +384,7 @@ class Sender:
             if known == layout.zero_hash(size):
                 self._hold(index)
             else:
-                outlet.put(_Ready(index, extents.zero(index, size)))
+                outlet.put(_Ready(index, extents.zero(index, size, sealed=True)))
             return None
         data = self._source.read(index, into)
         if known is not None and extents.raw_hash(data) == known:
@@ -404,8 +419,9 @@ class Sender:
             chosen_at = time.thread_time()
             return coder
 
-        elsewhere = self._index if index not in self._ledger.plain else None
-        encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere)
+        thorough = self._model.wire_binds(EXTENT, EXTENT)
+        elsewhere = self._index if thorough and index not in self._ledger.plain else None
+        encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere, sealed=True, thorough=thorough)
         if encoded.plain >= LEARN_FROM:  # less says more about the overhead
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
         return outlet.put(_Ready(index, encoded))
@@ -428,9 +444,9 @@ class Sender:
                 if stop.is_set():
                     stream.close()
                     return
-                self._live[number] = stream
+                line = self._live[number] = _Line(number, stream, stop)
                 self._last_live = time.monotonic()
-            cut = threading.Event()
+            cut = line.cut
             reader = threading.Thread(target=self._acks, args=(stream, number, cut, stop), daemon=True, name=f"acks-{number}")
             reader.start()
             while not stop.is_set() and not cut.is_set():
@@ -441,12 +457,13 @@ class Sender:
                     for ready in together:
                         self._ledger.back(ready.index)
                     break
-                self._put_out(stream, number, together, cut)
+                with line.busy:
+                    self._put_out(line, together)
             if stop.is_set() and not cut.is_set():
                 self._ledger.drain(number, DRAIN_S)
             stream.close()  # what was on its way still is sent once more by another
             reader.join()
-            with self._lock:
+            with line.busy, self._lock:  # an encoder that was sending on it has given up by now, and none begins
                 self._live.pop(number, None)
                 self._last_live = time.monotonic()
                 if not stop.is_set():
@@ -456,22 +473,37 @@ class Sender:
             if self._committed is not None:
                 return
 
-    def _put_out(self, stream: wire.Stream, number: int, together: tuple[_Ready, ...], cut: threading.Event) -> None:
+    def _pass_on(self, together: tuple[_Ready, ...], size: int) -> bool:
+        """Send what was encoded on this very thread where a stream is idle, which spares handing it over; queue it for the streams' threads where none is. False once closed."""
+        if self._queue.empty() and self._pace.open(time.monotonic()):
+            with self._lock:
+                line = next((line for line in self._live.values() if not line.stop.is_set() and not line.cut.is_set() and line.busy.acquire(blocking=False)), None)
+            if line is not None:
+                try:
+                    self._put_out(line, together)
+                finally:
+                    line.busy.release()
+                return True
+        return self._queue.put(together, size)
+
+    def _put_out(self, line: _Line, together: tuple[_Ready, ...]) -> None:
+        """Send on a stream that is held, and is among the live ones."""
         wait = self._pace.due(sum(len(ready.encoded.data) for ready in together), time.monotonic())
         if wait:
             self._stop.wait(wait)
         attempts = [
-            self._ledger.sent(ready.index, number, ready.encoded.raw_hash, ready.encoded.coder, ready.encoded.plain, len(ready.encoded.data)) for ready in together
+            self._ledger.sent(ready.index, line.number, ready.encoded.raw_hash, ready.encoded.coder, ready.encoded.plain, len(ready.encoded.data)) for ready in together
         ]
         self._meter.start()
         began, size = time.thread_time(), 0
         try:
             if len(together) == 1:
-                size = stream.send(Kind.EXTENT, together[0].encoded.data, together[0].index, attempts[0])
+                size = line.stream.send(Kind.EXTENT, together[0].encoded.data, together[0].index, attempts[0])
             else:
-                size = stream.send(Kind.EXTENTS, wire.grouped([(attempt, ready.encoded.data) for attempt, ready in zip(attempts, together, strict=True)]))
+                size = line.stream.send(Kind.EXTENTS, wire.grouped([(attempt, ready.encoded.data) for attempt, ready in zip(attempts, together, strict=True)]))
         except OSError:
-            cut.set()  # the ledger gives it to another stream
+            line.cut.set()  # the ledger gives it to another stream
+            self._queue.wake()
         finally:
             found = self._meter.stop(size)
         with self._lock:
@@ -490,14 +522,11 @@ class Sender:
         try:
             while True:
                 kind, index, attempt, payload = stream.receive()
-                if kind == Kind.ACK:
-                    flight = self._ledger.acked(index, attempt)
-                    if flight is not None and len(payload) == wire.ACK.size:
-                        taking, undoing = wire.ACK.unpack(payload)
-                        self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
-                elif kind == Kind.ACKS and len(payload) % wire.ACK_OF.size == 0:
-                    for index, attempt, _, _ in wire.ACK_OF.iter_unpack(payload):
-                        self._ledger.acked(index, attempt)  # what so small ones took there says nothing of a coder
+                if kind == Kind.ACK and len(payload) % wire.ACK.size == 0:
+                    for acknowledged, of, taking, undoing in wire.ACK.iter_unpack(payload):
+                        flight = self._ledger.acked(acknowledged, of)
+                        if flight is not None:
+                            self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
                 elif kind == Kind.NAK:
                     self._ledger.refused(index, attempt)
                 elif kind == Kind.COMMITTED:

@@ -37,7 +37,7 @@ class Kind(IntEnum):
     EXTENT = 4
     """Sender: an encoded extent."""
     ACK = 5
-    """Receiver: that attempt of that extent is written; processor time that it took, microseconds: u32 to receive and open, u32 to decode."""
+    """Receiver: extents that are written, up to GROUP_MOST: of each its number u64, the attempt u32, and the processor time that it took, microseconds: u32 to receive and open, u32 to decode."""
     NAK = 6
     """Receiver: the base did not do for that attempt of that extent; send it without."""
     COMMIT = 7
@@ -50,8 +50,6 @@ class Kind(IntEnum):
     """Sender: it has understood that the transfer is done."""
     EXTENTS = 11
     """Sender: up to GROUP_MOST small encoded extents, before each its attempt u32 and its length u32."""
-    ACKS = 12
-    """Receiver: those of a record of EXTENTS that are written: of each the extent u64, the attempt u32, and what ACK says."""
 
     # Of a guest that moves while it runs (qemu_source, qemu_target), on a stream of their own.
     ASK = 32
@@ -82,10 +80,9 @@ class Kind(IntEnum):
 
 OPEN = struct.Struct("<16sQ32s")
 ACCEPT = struct.Struct("<B32s16sH")
-ACK = struct.Struct("<II")
+ACK = struct.Struct("<QIII")
 NOTHING = bytes(HASH)
 GROUPED = struct.Struct("<II")
-ACK_OF = struct.Struct("<QIII")
 SMALL = 4096
 """Bytes of an encoded extent up to which it may travel with others: of less, a record's way through threads and kernels costs more than the extent."""
 GROUP_MOST = 32
@@ -137,7 +134,8 @@ class Stream:
         self._out = memoryview(bytearray(RECORD.size + PAYLOAD_MAX + keys.TAG))
         self._in = memoryview(bytearray(PAYLOAD_MAX + keys.TAG))
         self._plain = memoryview(bytearray(PAYLOAD_MAX))
-        self._header = bytearray(RECORD.size)
+        self._header, self._peeked = bytearray(RECORD.size), bytearray(1)
+        self.timeout(HELLO_S)
 
     def send(self, kind: Kind, payload: bytes | memoryview = b"", extent: int = 0, attempt: int = 0) -> int:
         """Seal and send a record; the bytes that went out. Raises OSError where the stream is gone."""
@@ -147,13 +145,19 @@ class Stream:
         with self._sending:
             self._out[: RECORD.size] = header
             self._seals.out.seal(header, payload, self._out[RECORD.size : end])
-            self._socket.sendall(self._out[:end])
+            try:
+                self._socket.sendall(self._out[:end])
+            except BlockingIOError:
+                raise TimeoutError("the other end takes nothing more") from None
         return end
 
     def _fill(self, view: memoryview) -> None:
         at = 0
         while at < len(view):
-            count = self._socket.recv_into(view[at:])
+            try:
+                count = self._socket.recv_into(view[at:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise TimeoutError("nothing comes from the other end") from None
             if not count:
                 raise ConnectionResetError("the other end closed the stream")
             at += count
@@ -169,9 +173,19 @@ class Stream:
         self._seals.into.open(bytes(self._header), self._in[:size], plain)
         return kind, extent, attempt, plain
 
+    def waits(self) -> bool:
+        """Something of another record has come already, or the end of the stream."""
+        try:
+            return self._socket.recv_into(self._peeked, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) >= 0
+        except BlockingIOError:
+            return False
+
     def timeout(self, seconds: float | None) -> None:
-        """For both ways."""
-        self._socket.settimeout(seconds)
+        """For both ways. The kernel keeps it: Python's own asks before every call whether there is something, which is as many calls again."""
+        value = struct.pack("@ll", int(seconds or 0), int((seconds or 0) % 1 * 1e6))
+        self._socket.settimeout(None)
+        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, way, value)
 
     def close(self) -> None:
         """End the stream; a thread that waits on it wakes."""
