@@ -13,8 +13,12 @@ from .codecs import BY_NAME, CODERS, Coder
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
 
-TIE = 0.15
-"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken: others use the wire too."""
+TIE = 0.05
+"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken."""
+
+WIRE_WORTH = 2e-9
+"""Seconds of a processor that a byte less on the wire is worth, also where the wire holds nothing up: others use it too. A host of the 2020s has some fifty cores to 100 Gbit/s, so that a
+core's share of the wire takes 4 ns a byte; half of that, for the wire is seldom full."""
 
 OUTLIER = 4.0
 """A measurement counts for at most so many times the mean: a thread that was interrupted says little of the work."""
@@ -132,7 +136,7 @@ class Model:
     def cost(self, name: str, size: int, plain: int, guess: float) -> float:
         """Seconds that the slowest stage takes for an extent of `size` bytes of which `plain` are to be coded."""
         out = self.leaves(name, plain, guess)
-        here = size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value
+        here = size * self.scan.value + plain * self.seconds[name].value + out * (self.ship.value + WIRE_WORTH)
         there = out * self.take.value + plain * self.undo[name].value
         if self.shared:
             stages = [(here + there) / self.processors, out / self.limit if self.limit else 0.0]
