@@ -3,7 +3,7 @@
 A Debian guest is booted (`migration_guest.py`), paused, and its memory moved from its file to a file in memory by two processes of ours, with every byte
 compared afterwards; then QEMU moves the same paused guest to another QEMU, by multifd without and with zstd, without a bandwidth limit. QEMU's bytes are those
 of the interface of a network namespace of its own, for its own count leaves out what it should not; ours are those given to the sockets. Ratio: memory by
-wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
+wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. QEMU does not encrypt: ours without encryption stands beside the figures that count (`migration_plain.py`). `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
 
 The promise is kept or not by the coder that the engine chooses itself. The frontier beside it says what each coder alone gives of rate and ratio, in the same rounds. Of every move
 the processor time of both ends is counted, without their start: by two processors' time it bounds the rate, whatever else runs.
@@ -34,20 +34,23 @@ LINK_GBIT = 10.0
 """Bandwidth that ours is held to: on loopback alone nothing speaks for a ratio, and 1.5 GB/s of memory is what such a link is asked for."""
 FRONTIER = ("store", "lz4-faster", "lz4-fast", "zstd-fast", "zstd-1")
 """Coders that are measured one by one."""
+ENGINE, UNENCRYPTED = "gpu_migration", "tools.bench.migration_plain"
 MOVE_S = 120
 """A migration takes at most so long."""
 
 
-def moved(image: Path, target: Path, *options: str, receive: tuple[str, ...] = (), ends: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())) -> dict[str, Any]:
+def moved(
+    image: Path, target: Path, *options: str, receive: tuple[str, ...] = (), ends: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()), module: str = ENGINE
+) -> dict[str, Any]:
     """Move a file to where nothing is by two processes; the sender's result. Raises ValueError where it fails. `ends`: what the commands of sender and receiver begin with."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NOVACRON_MIGRATION_KEY": secrets.token_hex(32)}
     taking = subprocess.Popen(
-        [*ends[1], sys.executable, "-m", "gpu_migration", "receive", str(target), *receive], env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*ends[1], sys.executable, "-m", module, "receive", str(target), *receive], env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert taking.stderr is not None
         address = taking.stderr.readline().split()[-1]
-        done = subprocess.run([*ends[0], sys.executable, "-m", "gpu_migration", "send", str(image), address, *options], env=environment, capture_output=True, text=True, timeout=MOVE_S)
+        done = subprocess.run([*ends[0], sys.executable, "-m", module, "send", str(image), address, *options], env=environment, capture_output=True, text=True, timeout=MOVE_S)
         said, wrong = taking.communicate(timeout=MOVE_S)
     finally:
         stop(taking)
@@ -64,20 +67,20 @@ def same(one: Path, other: Path) -> bool:
     return subprocess.run(["cmp", "-s", str(one), str(other)]).returncode == 0
 
 
-def move(image: Path, *options: str, receive: tuple[str, ...] = ()) -> dict[str, Any]:
+def move(image: Path, *options: str, receive: tuple[str, ...] = (), module: str = ENGINE) -> dict[str, Any]:
     """Move a file into memory by two processes; the sender's result. Raises ValueError where another file came out."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         target = Path(folder) / "moved"
-        result = moved(image, target, *options, receive=receive)
+        result = moved(image, target, *options, receive=receive, module=module)
         if not same(image, target):
             raise ValueError("another file came out than went in")
         return result
 
 
-def processor(image: Path, *options: str) -> tuple[dict[str, Any], float]:
+def processor(image: Path, *options: str, module: str = ENGINE) -> tuple[dict[str, Any], float]:
     """A move, and the processor time that both ends took."""
     before = os.times()
-    result = move(image, *options)
+    result = move(image, *options, module=module)
     after = os.times()
     return result, after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -124,6 +127,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary, tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
         folder, memory = options.images or Path(temporary), Path(scratch) / "memory"
         ours: list[dict[str, Any]] = []
+        unencrypted: list[dict[str, Any]] = []
         frontier: dict[str, list[dict[str, Any]]] = {name: [] for name in FRONTIER}
         peers: dict[str, list[dict[str, Any]]] = {"none": [], "zstd": []}
         try:
@@ -136,6 +140,8 @@ def main() -> int:
                     note(options, f"round {n + 1}")
                     result, seconds = processor(memory, *ours_by)
                     ours.append(figures(result, seconds - start))
+                    result, seconds = processor(memory, *ours_by, module=UNENCRYPTED)
+                    unencrypted.append(figures(result, seconds - start))
                     for name, several in frontier.items():
                         result, seconds = processor(memory, "--codecs", name, *limit)
                         several.append(figures(result, seconds - start))
@@ -155,7 +161,7 @@ def main() -> int:
         value >= RATE_GB_S and ratio >= RATIO and ahead, spread_={**spread(rates), "ratio": spread([one["ratio"] for one in ours])},
         peer={"qemu multifd " + name: {"median_gb_s": statistics.median(one["gb_s"] for one in results), "best_gb_s": best[name], "last": results[-1]} for name, results in peers.items()},
         inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
-        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
+        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
     )
 
 
