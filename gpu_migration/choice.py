@@ -33,6 +33,9 @@ TOLD_FROM = 512 << 10
 SAMPLE = 16 << 10
 """Bytes that are coded for a guess: four pages' worth, 1.5 % of an extent's cost."""
 
+HOLDS, ALIKE = 4, 0.2
+"""So often at the most a choice is not made anew for an extent that is alike within so much: reckoning takes as long as a tenth of the coding."""
+
 EXPLORE_EVERY = 64
 """Every so many choices the second best coder is taken, so that its rates stay known."""
 
@@ -103,6 +106,8 @@ class Model:
     """Ratio of the samples."""
     last: str = START_CODER
     """The coder that was chosen last."""
+    _for: tuple[int, float] = (0, 0.0)
+    """Bytes to be coded and ratio of the sample, of what it was chosen for."""
 
     def scanned(self, size: int, seconds: float) -> None:
         """Reading and sorting out took so long on one thread."""
@@ -162,15 +167,17 @@ class Model:
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""
         self.taken += 1
+        if self.taken % HOLDS and abs(plain - self._for[0]) <= ALIKE * plain and abs(guess - self._for[1]) <= ALIKE * guess:
+            return BY_NAME[self.last]
         self.guess.learn(guess)
         coder = self._choose(size, plain, guess)
-        self.last = coder.name
+        self.last, self._for = coder.name, (plain, guess)
         return coder
 
     def _choose(self, size: int, plain: int, guess: float) -> Coder:
         costs = {name: self.cost(name, size, plain, guess) for name in self.names}
         ranked = sorted(costs, key=costs.__getitem__)
-        if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:
+        if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:  # a multiple of HOLDS
             return BY_NAME[ranked[1]]
         alike = [name for name in ranked if costs[name] <= (1 + TIE) * costs[ranked[0]]]
         return BY_NAME[min(alike, key=lambda name: self.leaves(name, plain, guess))]

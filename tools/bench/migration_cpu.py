@@ -3,7 +3,9 @@
 A Debian guest is booted (`migration_guest.py`), paused, and its memory moved from its file to a file in memory by two processes of ours, with every byte
 compared afterwards; then QEMU moves the same paused guest to another QEMU, by multifd without and with zstd, without a bandwidth limit. QEMU's bytes are those
 of the interface of a network namespace of its own, for its own count leaves out what it should not; ours are those given to the sockets. Ratio: memory by
-wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. QEMU does not encrypt: ours without encryption stands beside the figures that count (`migration_plain.py`). `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
+wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. QEMU does not
+encrypt: ours without encryption stands beside the figures that count (`migration_plain.py`). All memory, at both ends and QEMU's too, is in a tmpfs of huge pages, as hosts of guests
+have it; ours with pages of 4 KiB is printed as well (`--small-pages`: all with these). `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
 
 The promise is kept or not by the coder that the engine chooses itself. The frontier beside it says what each coder alone gives of rate and ratio, in the same rounds. Of every move
 the processor time of both ends is counted, without their start: by two processors' time it bounds the rate, whatever else runs.
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +70,9 @@ def same(one: Path, other: Path) -> bool:
     return subprocess.run(["cmp", "-s", str(one), str(other)]).returncode == 0
 
 
-def move(image: Path, *options: str, receive: tuple[str, ...] = (), module: str = ENGINE) -> dict[str, Any]:
-    """Move a file into memory by two processes; the sender's result. Raises ValueError where another file came out."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+def move(image: Path, *options: str, receive: tuple[str, ...] = (), module: str = ENGINE, where: Path | None = None) -> dict[str, Any]:
+    """Move a file into memory by two processes; the sender's result. Raises ValueError where another file came out. `where`: a folder of memory (/dev/shm)."""
+    with tempfile.TemporaryDirectory(dir=where or ("/dev/shm" if os.path.isdir("/dev/shm") else None)) as folder:
         target = Path(folder) / "moved"
         result = moved(image, target, *options, receive=receive, module=module)
         if not same(image, target):
@@ -77,10 +80,10 @@ def move(image: Path, *options: str, receive: tuple[str, ...] = (), module: str 
         return result
 
 
-def processor(image: Path, *options: str, module: str = ENGINE) -> tuple[dict[str, Any], float]:
+def processor(image: Path, *options: str, module: str = ENGINE, where: Path | None = None) -> tuple[dict[str, Any], float]:
     """A move, and the processor time that both ends took."""
     before = os.times()
-    result = move(image, *options, module=module)
+    result = move(image, *options, module=module, where=where)
     after = os.times()
     return result, after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -96,14 +99,18 @@ def figures(result: dict[str, Any], seconds: float = 0.0) -> dict[str, Any]:
     }
 
 
-def qemu_moves(folder: Path, source: migration_guest.Qmp, holder: int, compression: str, options: Any) -> dict[str, Any]:
+def qemu_moves(folder: Path, source: migration_guest.Qmp, holder: int, compression: str, options: Any, where: Path) -> dict[str, Any]:
     """Let QEMU move the paused guest to another QEMU in the same namespace."""
     made = migration_guest.pieces(folder, options)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
+    with tempfile.TemporaryDirectory(dir=where) as scratch:
         before = passed(holder)
         seconds = migration_qemu.move(made, source, Path(scratch) / "memory", "127.0.0.1", inside(holder), multifd=compression)
         wire, length = passed(holder) - before, migration_guest.MEMORY_MIB << 20
         return {"gb_s": round(length / seconds / 1e9, 3), "seconds": seconds, "wire_mb": round(wire / 1e6, 1), "ratio": round(length / wire, 2)}
+
+
+def _memory(options: Any) -> AbstractContextManager[Path]:
+    return migration_guest.memory_folder(huge=not options.small_pages)
 
 
 def _point(several: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,12 +127,12 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="folder that keeps the guest's pieces and memory (a temporary one)")
     parser.add_argument("--codecs", default="auto", help="coders to choose from")
     parser.add_argument("--link-gbit", type=float, default=LINK_GBIT, help="bandwidth of the link that ours is held to, Gbit/s")
+    parser.add_argument("--small-pages", action="store_true", help="memory in /dev/shm, whose pages are small, for all: ours and QEMU")
     options = parser.parse_args()
     limit = ("--limit-mbit", str(options.link_gbit * 1000))
-    ours_by = ("--codecs", options.codecs, *limit)
     about, stolen = machine(), Stolen()
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary, tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
-        folder, memory = options.images or Path(temporary), Path(scratch) / "memory"
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary, _memory(options) as scratch:
+        folder, memory = options.images or Path(temporary), scratch / "memory"
         ours: list[dict[str, Any]] = []
         unencrypted: list[dict[str, Any]] = []
         frontier: dict[str, list[dict[str, Any]]] = {name: [] for name in FRONTIER}
@@ -133,22 +140,28 @@ def main() -> int:
         try:
             with namespace() as holder, migration_guest.guest(folder, memory, options, inside(holder)) as qmp:
                 qmp("stop")
-                nothing = Path(scratch) / "nothing"
+                nothing = scratch / "nothing"
                 nothing.write_bytes(bytes(4096))
                 start = min(processor(nothing)[1] for _ in range(2))
+
+                def counted(image: Path, *how: str, module: str = ENGINE, where: Path | None = scratch) -> dict[str, Any]:
+                    result, seconds = processor(image, *how, *limit, module=module, where=where)
+                    return figures(result, seconds - start)
+
                 for n in range(options.rounds):
                     note(options, f"round {n + 1}")
-                    result, seconds = processor(memory, *ours_by)
-                    ours.append(figures(result, seconds - start))
-                    result, seconds = processor(memory, *ours_by, module=UNENCRYPTED)
-                    unencrypted.append(figures(result, seconds - start))
+                    ours.append(counted(memory, "--codecs", options.codecs))
+                    unencrypted.append(counted(memory, "--codecs", options.codecs, module=UNENCRYPTED))
                     for name, several in frontier.items():
-                        result, seconds = processor(memory, "--codecs", name, *limit)
-                        several.append(figures(result, seconds - start))
+                        several.append(counted(memory, "--codecs", name))
                     for compression, results in peers.items():
-                        results.append(qemu_moves(folder, qmp, holder, compression, options))
-                unlimited = figures(move(memory, "--codecs", options.codecs))
-            others = {path.name: figures(move(path, *ours_by)) for path in (migration_guest.images(folder, options) if options.images else [])}
+                        results.append(qemu_moves(folder, qmp, holder, compression, options, scratch))
+                unlimited = figures(move(memory, "--codecs", options.codecs, where=scratch))
+                with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as other:
+                    small = Path(other) / "memory"
+                    subprocess.run(["cp", "--sparse=always", str(memory), str(small)], check=True)
+                    small_pages = [counted(small, "--codecs", options.codecs, where=None) for _ in range(options.rounds)]
+            others = {path.name: figures(move(path, "--codecs", options.codecs, *limit, where=scratch)) for path in (migration_guest.images(folder, options) if options.images else [])}
         except migration_guest.Missing as error:
             print(f"migration_cpu: {error}", file=sys.stderr)
             return 2
@@ -160,8 +173,8 @@ def main() -> int:
         options, about, f"guest memory moved by the processors at {RATE_GB_S} GB/s, at a ratio of {RATIO} with zero pages, ahead of QEMU", value, "GB/s of guest memory, median",
         value >= RATE_GB_S and ratio >= RATIO and ahead, spread_={**spread(rates), "ratio": spread([one["ratio"] for one in ours])},
         peer={"qemu multifd " + name: {"median_gb_s": statistics.median(one["gb_s"] for one in results), "best_gb_s": best[name], "last": results[-1]} for name, results in peers.items()},
-        inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
-        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
+        inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "huge_pages": not options.small_pages, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
+        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, "auto, pages of 4 KiB": small_pages, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
     )
 
 

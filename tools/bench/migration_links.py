@@ -25,6 +25,8 @@ QUEUE_S = 0.02
 """What waits before the bucket at the most, as time of the link: more is dropped, as by a switch with deep buffers."""
 SHAPED_BELOW = 0.8
 """A link is shaped where it has at most this share of what the machine carries without: nearer, the processors hold a move up and not the link."""
+PROBES = 3
+"""How often the machine is asked what it carries; the most counts."""
 PROBE_S = 0.5
 """Seconds of sending from which what a link carries is known."""
 _LISTEN_S = 20.0
@@ -105,7 +107,7 @@ class Link:
             _ip(*inside(pid), "ip", "address", "add", f"{address}/30", "dev", _NAME)
             _ip(*inside(pid), "ip", "link", "set", _NAME, "up")
         self._shaped = False
-        self._free = self.probe()
+        self._free = max(self.probe() for _ in range(PROBES))  # of a machine that does something else meanwhile, what it can
 
     def passed(self) -> int:
         """Bytes since it was made, both ways, headers and acknowledgements too."""

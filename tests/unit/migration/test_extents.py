@@ -295,7 +295,7 @@ def test_the_choice_learns_what_a_coder_really_costs() -> None:
     first = model.choose(EXTENT, EXTENT, 2.5).name
     for _ in range(50):
         model.coded(first, EXTENT, EXTENT // 2, 1.0, 2.5)  # a second for a mebibyte
-    assert model.choose(EXTENT, EXTENT, 2.5).name != first
+    assert [model.choose(EXTENT, EXTENT, 2.5).name for _ in range(choice.HOLDS)][-1] != first
 
 
 def test_codec_names() -> None:
