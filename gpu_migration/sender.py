@@ -139,7 +139,8 @@ class Sender:
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
-        self._index = PageIndex(layout.pages_of(source.length), self._page, self._ledger.known.__contains__) if references else None
+        self._references = references
+        self._index: PageIndex | None = None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()
@@ -399,6 +400,14 @@ class Sender:
         except OSError:
             return b""
 
+    def _elsewhere(self) -> PageIndex | None:
+        """What pages may refer to; made when it is first asked for."""
+        if self._index is None and self._references:
+            with self._lock:
+                if self._index is None:
+                    self._index = PageIndex(layout.pages_of(self._source.length), self._page, self._ledger.known.__contains__)
+        return self._index
+
     def _read_base(self, index: int, into: memoryview) -> memoryview | None:
         if self._base is None or not self._base_there or index in self._ledger.plain or index >= self._base.extents:
             return None
@@ -420,7 +429,7 @@ class Sender:
             return coder
 
         thorough = self._model.wire_binds(EXTENT, EXTENT)
-        elsewhere = self._index if thorough and index not in self._ledger.plain else None
+        elsewhere = self._elsewhere() if thorough and index not in self._ledger.plain else None
         encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere, sealed=True, thorough=thorough)
         if encoded.plain >= LEARN_FROM:  # less says more about the overhead
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)

@@ -21,6 +21,8 @@ CLAIMS_MAX = PAYLOAD_MAX // HASH // 2
 """Hashes in one record of claims at the most."""
 _SOCKET_BUFFER = 4 << 20
 """Bytes that the kernel may hold of a stream each way: four extents, a round trip of 30 ms at 1 Gbit/s; the kernel may give less."""
+_LITTLE = 64 << 10
+"""Bytes of room for records: an end that gets no extents needs no more."""
 HELLO_S = 10.0
 """Seconds for a handshake: what cannot finish it holds a place of the few."""
 
@@ -103,6 +105,11 @@ def host_id() -> bytes:
     return blake3(b"novacron host 1\0" + told).digest(16)
 
 
+def _room(size: int) -> memoryview:
+    """Room for a record of that size: for a small one little, for a larger one all that there may be, so that it is made twice at the most."""
+    return memoryview(bytearray(_LITTLE if size <= _LITTLE else RECORD.size + PAYLOAD_MAX + keys.TAG))
+
+
 def grouped(parts: Sequence[tuple[int, bytes]]) -> bytes:
     """The payload of EXTENTS, from attempts and encoded extents."""
     return b"".join(word for attempt, encoded in parts for word in (GROUPED.pack(attempt, len(encoded)), encoded))
@@ -131,9 +138,7 @@ class Stream:
         self._socket = sock
         self._seals = seals
         self._sending = threading.Lock()
-        self._out = memoryview(bytearray(RECORD.size + PAYLOAD_MAX + keys.TAG))
-        self._in = memoryview(bytearray(PAYLOAD_MAX + keys.TAG))
-        self._plain = memoryview(bytearray(PAYLOAD_MAX))
+        self._out, self._in, self._plain = memoryview(b""), memoryview(b""), memoryview(b"")  # as large as records become each way
         self._header, self._peeked = bytearray(RECORD.size), bytearray(1)
         self.timeout(HELLO_S)
 
@@ -143,6 +148,8 @@ class Stream:
         header = RECORD.pack(kind, b"", size, extent, attempt)
         end = RECORD.size + size
         with self._sending:
+            if len(self._out) < end:
+                self._out = _room(end)
             self._out[: RECORD.size] = header
             self._seals.out.seal(header, payload, self._out[RECORD.size : end])
             try:
@@ -168,6 +175,8 @@ class Stream:
         kind, _, size, extent, attempt = RECORD.unpack(self._header)
         if not keys.TAG <= size <= PAYLOAD_MAX + keys.TAG:
             raise Unauthentic(f"stream: a record of {size} bytes is not within {keys.TAG} to {PAYLOAD_MAX + keys.TAG}; the stream is given up")
+        if len(self._in) < size:
+            self._in, self._plain = _room(size), _room(size)
         self._fill(self._in[:size])
         plain = self._plain[: size - keys.TAG]
         self._seals.into.open(bytes(self._header), self._in[:size], plain)

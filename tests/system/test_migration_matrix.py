@@ -93,6 +93,7 @@ def cable() -> Iterator[Link]:
 
 
 def test_a_link_is_shaped_and_one_that_is_too_fast_says_so(cable: Link) -> None:
+    cable._free = max(cable._free, 1.0)  # however busy this machine is
     try:
         shaped = cable.set(0.05)
     except Missing as error:

@@ -29,8 +29,8 @@ PROBES = 3
 """How often the machine is asked what it carries; the most counts."""
 PROBE_S = 0.5
 """Seconds of sending from which what a link carries is known."""
-_LISTEN_S = 20.0
-"""A server listens within that."""
+_LISTEN_S = 60.0
+"""A server listens within that, and ends within that once it is done: a bound for a machine that does much else."""
 
 _SINK = """
 import socket
@@ -117,7 +117,7 @@ class Link:
         """Gbit/s that it carries now."""
         with server(self.target, [sys.executable, "-S", "-c", _SINK]) as port:
             before, began = self.passed(), time.monotonic()
-            subprocess.run([*inside(self.source), sys.executable, "-S", "-c", _SOURCE, self.address, str(port), str(PROBE_S)], check=True, timeout=60)
+            subprocess.run([*inside(self.source), sys.executable, "-S", "-c", _SOURCE, self.address, str(port), str(PROBE_S)], check=True, timeout=_LISTEN_S)
             # The interpreter's start is in it: a little less than it carries, which is the safe side for SHAPED_BELOW.
             return (self.passed() - before) * 8 / (time.monotonic() - began) / 1e9
 
@@ -158,7 +158,7 @@ def server(pid: int, command: list[str]) -> Iterator[int]:
         if not line.strip().isdigit():
             raise Missing(f"{command[0]} does not listen: {(process.stderr.read() if process.stderr else '').strip()[-300:]}")
         yield int(line)
-        if process.wait(60):
+        if process.wait(_LISTEN_S):
             raise Missing(f"{command[0]} failed: {(process.stderr.read() if process.stderr else '').strip()[-300:]}")
     finally:
         late.cancel()
