@@ -205,7 +205,7 @@ def decoded(extent: layout.Extent, room: memoryview, *, base: bytes | memoryview
     """
     count = len(extent.classes)
     classes = extent.classes
-    kinds = np.bincount(classes, minlength=CLASSES)
+    kinds = extent.counts
     if kinds[ZERO] == count:
         if extent.raw_hash != layout.zero_hash(extent.raw_length):
             raise HashMismatch(f"extent {extent.index}: it is all zeros and its hash is another")
@@ -216,8 +216,7 @@ def decoded(extent: layout.Extent, room: memoryview, *, base: bytes | memoryview
         needed = int(np.flatnonzero((classes == UNCHANGED) | (classes == DELTA))[-1]) + 1
         if base_pages is None or len(base_pages) < needed:
             raise BaseMismatch(f"extent {extent.index}: it leans on a base that is not here; send it without a base")
-    length = int(kinds[CODED] + kinds[DELTA]) * PAGE
-    plain = codecs.decode(extent.codec, extent.coded, length) if length else b""
+    plain = codecs.decode(extent.codec, extent.coded, extent.plain_length) if extent.plain_length else b""
     if kinds[CODED] == count:
         room = memoryview(plain)
     else:
@@ -230,7 +229,7 @@ def decoded(extent: layout.Extent, room: memoryview, *, base: bytes | memoryview
         if len(extent.raw):
             pages[(classes == RAW).nonzero()[0]] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
         if len(rows):
-            split = int(kinds[CODED])
+            split = kinds[CODED]
             pages[(classes == CODED).nonzero()[0]] = rows[:split]
             if base_pages is not None and split < len(rows):
                 deltas = np.flatnonzero(classes == DELTA)

@@ -81,14 +81,17 @@ class Extent:
     references: Words
     raw: memoryview
     coded: memoryview
+    counts: tuple[int, ...]
+    """Pages of each class."""
 
     @property
     def plain_length(self) -> int:
         """Bytes of the coded section once decoded."""
-        return int(np.count_nonzero((self.classes == CODED) | (self.classes == DELTA))) * PAGE
+        return (self.counts[CODED] + self.counts[DELTA]) * PAGE
 
 
 _NO_WORDS: Words = np.zeros(0, np.uint64)
+_NO_OTHERS = (0,) * (CLASSES - 1)
 
 
 def pages_of(length: int) -> int:
@@ -164,26 +167,26 @@ def unpack(encoded: bytes | bytearray | memoryview, *, sealed: bool = False) -> 
         raise FormatError(f"extent {index}: the hash of its coded bytes does not agree; it was damaged")
     body, pages = view[HEADER.size :], pages_of(raw_length)
     if flags & UNIFORM and length == 1 and not body[0]:
-        return Extent(index, codec, raw_length, bytes(raw_hash), np.zeros(pages, np.uint8), _NO_WORDS, _NO_WORDS, body[1:], body[1:])
+        return Extent(index, codec, raw_length, bytes(raw_hash), np.zeros(pages, np.uint8), _NO_WORDS, _NO_WORDS, body[1:], body[1:], (pages, *_NO_OTHERS))
     map_length = 1 if flags & UNIFORM else pages
     if len(body) < map_length:
         raise FormatError(f"extent {index}: its page map is truncated")
     classes = np.frombuffer(body[:map_length], np.uint8)
     if flags & UNIFORM:
         classes = np.full(pages, classes[0], np.uint8)
-    counts = np.bincount(classes, minlength=CLASSES)
+    counts = np.bincount(classes, minlength=CLASSES).tolist()
     if len(counts) > CLASSES:
         raise FormatError(f"extent {index}: page class {int(classes.max())} is unknown in version {VERSION}")
-    constants_end = map_length + 8 * int(counts[CONST])
-    references_end = constants_end + 8 * int(counts[DUP])
-    raw_end = references_end + PAGE * int(counts[RAW])
+    constants_end = map_length + 8 * counts[CONST]
+    references_end = constants_end + 8 * counts[DUP]
+    raw_end = references_end + PAGE * counts[RAW]
     if raw_end > len(body):
         raise FormatError(f"extent {index}: its page map needs {raw_end} bytes and {len(body)} are there")
     if bool(counts[CODED] or counts[DELTA]) != (raw_end < len(body)):
         raise FormatError(f"extent {index}: coded pages without a coded section, or the other way round")
     return Extent(
         index, codec, raw_length, bytes(raw_hash), classes, np.frombuffer(body[map_length:constants_end], "<u8"), np.frombuffer(body[constants_end:references_end], "<u8"),
-        body[references_end:raw_end], body[raw_end:],
+        body[references_end:raw_end], body[raw_end:], tuple(counts),
     )
 
 

@@ -23,6 +23,8 @@ _SOCKET_BUFFER = 4 << 20
 """Bytes that the kernel may hold of a stream each way: four extents, a round trip of 30 ms at 1 Gbit/s; the kernel may give less."""
 _LITTLE = 64 << 10
 """Bytes of room for records: an end that gets no extents needs no more."""
+_WHOLE, _LOOK = int(socket.MSG_WAITALL), int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+"""How it is read: all that was asked for at once; what has come, without taking it."""
 HELLO_S = 10.0
 """Seconds for a handshake: what cannot finish it holds a place of the few."""
 
@@ -162,7 +164,7 @@ class Stream:
         at = 0
         while at < len(view):
             try:
-                count = self._socket.recv_into(view[at:], 0, socket.MSG_WAITALL)
+                count = self._socket.recv_into(view[at:], 0, _WHOLE)
             except BlockingIOError:
                 raise TimeoutError("nothing comes from the other end") from None
             if not count:
@@ -185,7 +187,7 @@ class Stream:
     def waits(self) -> bool:
         """Something of another record has come already, or the end of the stream."""
         try:
-            return self._socket.recv_into(self._peeked, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) >= 0
+            return self._socket.recv_into(self._peeked, 1, _LOOK) >= 0
         except BlockingIOError:
             return False
 
