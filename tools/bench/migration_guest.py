@@ -30,8 +30,8 @@ MOMENTS_S = (0, 10, 60)
 _NEW_MOUNTS = 0x20000
 """CLONE_NEWNS of unshare(2)."""
 
-BOOT_S = 180
-"""At most so long until the guest has done its first work; TCG on a busy machine takes 20 to 60 s."""
+BOOT_S = 600
+"""At most so long until the guest has done its first work; TCG takes 20 to 60 s, and ten times that where thirty others want the processors."""
 
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
 """What the initial file system loads to reach the disk."""
