@@ -13,8 +13,8 @@ from .codecs import BY_NAME, CODERS, Coder
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
 
-TIE = 0.05
-"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken."""
+TIE = 0.02
+"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken. More of it would be speed given away."""
 
 WIRE_WORTH = 2e-9
 """Seconds of a processor that a byte less on the wire is worth, also where the wire holds nothing up: others use it too. A host of the 2020s has some fifty cores to 100 Gbit/s, so that a
