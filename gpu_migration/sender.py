@@ -18,6 +18,7 @@ from .errors import DeviceFailed, FormatError, HashMismatch, KeyRefused, Migrati
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
 from .layout import EXTENT, HASH, PAGE, Page
 from .ledger import Ledger
+from .outlet import Line, Outlet, Ready
 from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
 from .sources import FileSource
 from .transforms import Facts
@@ -67,54 +68,6 @@ class Sent:
     """Bytes a second, as measured: scan and codecs on one thread, the wire altogether."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """An encoded extent that waits for a stream."""
-
-    index: int
-    encoded: extents.Encoded
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """A stream that is up, and what belongs to it for as long as it is."""
-
-    number: int
-    stream: wire.Stream
-    stop: threading.Event
-    """No more is to be sent on it."""
-    cut: threading.Event = field(default_factory=threading.Event)
-    """It is of no more use."""
-    busy: threading.Lock = field(default_factory=threading.Lock)
-    """Held by who sends extents on it."""
-
-
-class _Outlet:
-    """An encoder's way out. Small extents wait here for each other, so that a record, its way through threads and its acknowledgement are for many."""
-
-    def __init__(self, out: "Callable[[tuple[_Ready, ...], int], bool]") -> None:
-        """`out`: takes extents and their bytes; False once closed."""
-        self._out = out
-        self._small: list[_Ready] = []
-
-    def put(self, ready: _Ready) -> bool:
-        """False once all is closed."""
-        size = len(ready.encoded.data)
-        if size > wire.SMALL:
-            return self._out((ready,), size)
-        self._small.append(ready)
-        return self.flush() if len(self._small) == wire.GROUP_MOST else True
-
-    def flush(self) -> bool:
-        """Nothing waits here after this. False once all is closed."""
-        together, self._small = tuple(self._small), []
-        return self._out(together, sum(len(ready.encoded.data) for ready in together)) if together else True
-
-    def waits(self) -> bool:
-        """Something waits here."""
-        return bool(self._small)
-
-
 class Sender:
     """Sends one object. `run` does all; `start`, `pass_over`, `commit` and `close` are its steps, for who moves a thing that lives."""
 
@@ -133,7 +86,7 @@ class Sender:
         self._pace = Pace(limit)
         self._meter = Meter()
         self._streams = Streams(streams[1], streams[0])
-        self._queue: Bounded[tuple[_Ready, ...]] = Bounded()
+        self._queue: Bounded[tuple[Ready, ...]] = Bounded()
         self._ledger = Ledger(source.extents)
         self._host = wire.host_id()
         self._gpu = gpu
@@ -147,7 +100,7 @@ class Sender:
         self._stops: list[threading.Event] = []
         self._workers: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._live: dict[int, _Line] = {}
+        self._live: dict[int, Line] = {}
         self._committed: bytes | None = None
         self.asked = False
         """The destination was asked to commit: only its answer tells whether it has."""
@@ -333,7 +286,7 @@ class Sender:
 
     def _encode(self) -> None:
         """Take extents, encode them, queue them."""
-        outlet = _Outlet(self._pass_on)
+        outlet = Outlet(self._pass_on)
         if self._gpu is not None:
             self._encode_batches(self._gpu, outlet)
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
@@ -348,7 +301,7 @@ class Sender:
             if data is not None and not self._one(index, data, self._read_base(index, base_scratch), began, None, outlet):
                 return
 
-    def _encode_batches(self, gpu: Gpu, outlet: _Outlet) -> None:
+    def _encode_batches(self, gpu: Gpu, outlet: Outlet) -> None:
         """The same, a batch at a time whose facts the GPU finds; until the end, or until it fails and the processors go on with what was taken."""
         while self.without_gpu is None:
             with gpu.slot() as slot:
@@ -377,7 +330,7 @@ class Sender:
                         return
                 outlet.flush()
 
-    def _read(self, index: int, into: memoryview, outlet: _Outlet) -> memoryview | None:
+    def _read(self, index: int, into: memoryview, outlet: Outlet) -> memoryview | None:
         """The bytes of an extent; None where there is nothing to be coded: it is a hole, or the destination holds it."""
         known = self._ledger.known.get(index)
         if self._source.hole(index):
@@ -385,7 +338,7 @@ class Sender:
             if known == layout.zero_hash(size):
                 self._hold(index)
             else:
-                outlet.put(_Ready(index, extents.zero(index, size, sealed=True)))
+                outlet.put(Ready(index, extents.zero(index, size, sealed=True)))
             return None
         data = self._source.read(index, into)
         if known is not None and extents.raw_hash(data) == known:
@@ -416,7 +369,7 @@ class Sender:
         into[len(base) : len(base) + rest] = bytes(rest)
         return base
 
-    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None, outlet: _Outlet) -> bool:
+    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None, outlet: Outlet) -> bool:
         """Encode and queue an extent, the work on which began at that processor time of this thread; False once closed."""
         guess, chosen_at = 1.0, 0.0
 
@@ -433,7 +386,7 @@ class Sender:
         encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere, sealed=True, thorough=thorough)
         if encoded.plain >= LEARN_FROM:  # less says more about the overhead
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
-        return outlet.put(_Ready(index, encoded))
+        return outlet.put(Ready(index, encoded))
 
     def _hold(self, index: int) -> None:
         with self._lock:
@@ -453,7 +406,7 @@ class Sender:
                 if stop.is_set():
                     stream.close()
                     return
-                line = self._live[number] = _Line(number, stream, stop)
+                line = self._live[number] = Line(number, stream, stop)
                 self._last_live = time.monotonic()
             cut = line.cut
             reader = threading.Thread(target=self._acks, args=(stream, number, cut, stop), daemon=True, name=f"acks-{number}")
@@ -482,7 +435,7 @@ class Sender:
             if self._committed is not None:
                 return
 
-    def _pass_on(self, together: tuple[_Ready, ...], size: int) -> bool:
+    def _pass_on(self, together: tuple[Ready, ...], size: int) -> bool:
         """Send what was encoded on this very thread where a stream is idle, which spares handing it over; queue it for the streams' threads where none is. False once closed."""
         if self._queue.empty() and self._pace.open(time.monotonic()):
             with self._lock:
@@ -495,7 +448,7 @@ class Sender:
                 return True
         return self._queue.put(together, size)
 
-    def _put_out(self, line: _Line, together: tuple[_Ready, ...]) -> None:
+    def _put_out(self, line: Line, together: tuple[Ready, ...]) -> None:
         """Send on a stream that is held, and is among the live ones."""
         wait = self._pace.due(sum(len(ready.encoded.data) for ready in together), time.monotonic())
         if wait:
