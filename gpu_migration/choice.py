@@ -16,9 +16,9 @@ LEARN = 0.15
 TIE = 0.02
 """Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken. More of it would be speed given away."""
 
-WIRE_WORTH = 2e-9
+WIRE_WORTH = 2.5e-9
 """Seconds of a processor that a byte less on the wire is worth, also where the wire holds nothing up: others use it too. A host of the 2020s has some fifty cores to 100 Gbit/s, so that a
-core's share of the wire takes 4 ns a byte; half of that, for the wire is seldom full."""
+core's share of the wire takes 4 ns a byte; less than that, for the wire is seldom full."""
 
 OUTLIER = 4.0
 """A measurement counts for at most so many times the mean: a thread that was interrupted says little of the work."""
