@@ -38,7 +38,7 @@ LINK_GBIT = 10.0
 FRONTIER = ("store", "lz4-faster", "lz4-fast", "zstd-fast", "zstd-1")
 """Coders that are measured one by one."""
 ENGINE, UNENCRYPTED = "gpu_migration", "tools.bench.migration_plain"
-MOVE_S = 120
+MOVE_S = 300
 """A migration takes at most so long."""
 
 

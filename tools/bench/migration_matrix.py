@@ -39,7 +39,7 @@ TEN = 10.0
 """Times that are asked for somewhere."""
 KNOW_BASES = ("ours", "rsync")
 """Ways that gain by a base; what the others need with one is what they need without."""
-_COMMAND_S = 120
+_COMMAND_S = 300
 """A move takes at most so long."""
 ROUNDS = 2
 

@@ -14,7 +14,7 @@ STREAMS = 2
 DEFAULT_BYTES_S = 128 << 20
 """QEMU's bandwidth limit where nobody gave one."""
 _UNLIMITED = 1 << 40
-_MOVE_S = 120
+_MOVE_S = 300
 """A migration takes at most so long."""
 _PORT = 45454
 
