@@ -41,7 +41,7 @@ class Kind(IntEnum):
     EXTENT = 4
     """Sender: an encoded extent."""
     ACK = 5
-    """Receiver: extents that are written, up to GROUP_MOST: of each its number u64, the attempt u32, and the processor time that it took, microseconds: u32 to receive and open, u32 to decode."""
+    """Receiver: extents that are written: of each its number u64, the attempt u32, and the processor time that it took, microseconds: u32 to receive and open, u32 to decode."""
     NAK = 6
     """Receiver: the base did not do for that attempt of that extent; send it without."""
     COMMIT = 7
