@@ -4,8 +4,8 @@ A Debian guest is booted (`migration_guest.py`), paused, and its memory moved fr
 compared afterwards; then QEMU moves the same paused guest to another QEMU, by multifd without and with zstd, without a bandwidth limit. QEMU's bytes are those
 of the interface of a network namespace of its own, for its own count leaves out what it should not; ours are those given to the sockets. Ratio: memory by
 wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. QEMU does not
-encrypt: ours without encryption stands beside the figures that count (`migration_plain.py`). All memory, at both ends and QEMU's too, is in a tmpfs of huge pages, as hosts of guests
-have it; ours with pages of 4 KiB is printed as well (`--small-pages`: all with these). `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
+encrypt: ours without encryption stands beside the figures that count (`migration_plain.py`). All memory, at both ends and QEMU's too, is in /dev/shm; ours in a tmpfs of huge pages, as
+hosts of guests may have it, is printed as well (`--huge-pages`: all in these). `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
 
 The promise is kept or not by the coder that the engine chooses itself. The frontier beside it says what each coder alone gives of rate and ratio, in the same rounds. Of every move
 the processor time of both ends is counted, without their start: by two processors' time it bounds the rate, whatever else runs.
@@ -110,7 +110,7 @@ def qemu_moves(folder: Path, source: migration_guest.Qmp, holder: int, compressi
 
 
 def _memory(options: Any) -> AbstractContextManager[Path]:
-    return migration_guest.memory_folder(huge=not options.small_pages)
+    return migration_guest.memory_folder(huge=options.huge_pages)
 
 
 def _point(several: list[dict[str, Any]]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="folder that keeps the guest's pieces and memory (a temporary one)")
     parser.add_argument("--codecs", default="auto", help="coders to choose from")
     parser.add_argument("--link-gbit", type=float, default=LINK_GBIT, help="bandwidth of the link that ours is held to, Gbit/s")
-    parser.add_argument("--small-pages", action="store_true", help="memory in /dev/shm, whose pages are small, for all: ours and QEMU")
+    parser.add_argument("--huge-pages", action="store_true", help="memory in a tmpfs of huge pages for all: ours and QEMU")
     options = parser.parse_args()
     limit = ("--limit-mbit", str(options.link_gbit * 1000))
     about, stolen = machine(), Stolen()
@@ -157,10 +157,10 @@ def main() -> int:
                     for compression, results in peers.items():
                         results.append(qemu_moves(folder, qmp, holder, compression, options, scratch))
                 unlimited = figures(move(memory, "--codecs", options.codecs, where=scratch))
-                with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as other:
-                    small = Path(other) / "memory"
-                    subprocess.run(["cp", "--sparse=always", str(memory), str(small)], check=True)
-                    small_pages = [counted(small, "--codecs", options.codecs, where=None) for _ in range(options.rounds)]
+                with migration_guest.memory_folder(huge=not options.huge_pages) as other:
+                    copy = other / "memory"
+                    subprocess.run(["cp", "--sparse=always", str(memory), str(copy)], check=True)
+                    other_pages = [counted(copy, "--codecs", options.codecs, where=other) for _ in range(options.rounds)]
             others = {path.name: figures(move(path, "--codecs", options.codecs, *limit, where=scratch)) for path in (migration_guest.images(folder, options) if options.images else [])}
         except migration_guest.Missing as error:
             print(f"migration_cpu: {error}", file=sys.stderr)
@@ -173,8 +173,8 @@ def main() -> int:
         options, about, f"guest memory moved by the processors at {RATE_GB_S} GB/s, at a ratio of {RATIO} with zero pages, ahead of QEMU", value, "GB/s of guest memory, median",
         value >= RATE_GB_S and ratio >= RATIO and ahead, spread_={**spread(rates), "ratio": spread([one["ratio"] for one in ours])},
         peer={"qemu multifd " + name: {"median_gb_s": statistics.median(one["gb_s"] for one in results), "best_gb_s": best[name], "last": results[-1]} for name, results in peers.items()},
-        inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "huge_pages": not options.small_pages, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
-        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, "auto, pages of 4 KiB": small_pages, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
+        inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "huge_pages": options.huge_pages, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
+        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, f"auto, {'4 KiB' if options.huge_pages else 'huge'} pages": other_pages, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
     )
 
 

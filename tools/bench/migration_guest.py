@@ -208,7 +208,7 @@ def memory_folder(huge: bool) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         if huge:
             if ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS):
-                raise Missing(f"no mount namespace: {os.strerror(ctypes.get_errno())}; run it as root, or with --small-pages")
+                raise Missing(f"no mount namespace: {os.strerror(ctypes.get_errno())}; run it as root")
             _run("mount", "--make-rprivate", "/")
             _run("mount", "-t", "tmpfs", "-o", "huge=always", "memory", folder)
         try:

@@ -9,7 +9,7 @@ where a move fails, does not count and says why. Bytes are those of the interfac
 - `tar -S | zstd -1` over one connection; it knows no base.
 - rsync from daemon to daemon; with the base it finds equal parts by its checksums, in place.
 
-All memory is in huge pages, at both ends (`--small-pages`: in small ones). None but ours encrypts: that they are spared. Seconds are by the clock of the engine and of QEMU (total-time), without the start of their programs; of tar and rsync from the start of the command
+All memory is in /dev/shm, at both ends (`--huge-pages`: in a tmpfs of huge ones). None but ours encrypts: that they are spared. Seconds are by the clock of the engine and of QEMU (total-time), without the start of their programs; of tar and rsync from the start of the command
 to the end of the last. A link that is faster than this machine carries is not shaped, and marked.
 """
 
@@ -211,12 +211,12 @@ def main() -> int:
     parser = arguments(__doc__, rounds=ROUNDS)
     parser.add_argument("--images", type=Path, help="folder that keeps the guest's pieces (a temporary one)")
     parser.add_argument("--links", type=float, nargs="+", default=LINKS_GBIT, metavar="GBIT", help="bandwidths of the links, Gbit/s (10 25 100)")
-    parser.add_argument("--small-pages", action="store_true", help="memory in /dev/shm, whose pages are small")
+    parser.add_argument("--huge-pages", action="store_true", help="memory in a tmpfs of huge pages, at both ends")
     options = parser.parse_args()
     about, stolen = machine(), Stolen()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary:
         try:
-            with migration_guest.memory_folder(huge=not options.small_pages) as scratch:
+            with migration_guest.memory_folder(huge=options.huge_pages) as scratch:
                 cells, carried = run(options, options.images or Path(temporary), scratch)
         except (migration_guest.Missing, OSError, subprocess.SubprocessError) as error:
             print(f"migration_matrix: {error}", file=sys.stderr)
@@ -230,7 +230,7 @@ def main() -> int:
     }
     return report(
         options, about, "named baselines and ours move the same guest memory over links of 10, 25 and 100 Gbit/s, cold and with a base, each outcome compared", good, f"of {len(rows)} cells that count",
-        good == len(rows) and bool(rows), inputs={"memory_mib": migration_guest.MEMORY_MIB, "work_s": WORK_S, "rounds": options.rounds, "huge_pages": not options.small_pages, "verified": "every byte compared", "qemu_streams": migration_qemu.STREAMS},
+        good == len(rows) and bool(rows), inputs={"memory_mib": migration_guest.MEMORY_MIB, "work_s": WORK_S, "rounds": options.rounds, "huge_pages": options.huge_pages, "verified": "every byte compared", "qemu_streams": migration_qemu.STREAMS},
         peer={name: "unencrypted" for name in dict.fromkeys(row["way"] for row in rows) if name != "ours"},
         details={"rows": rows, "links": [asdict(one) for one in carried], "ten_times_less": ten, "stolen_percent": stolen.percent()},
     )
