@@ -21,7 +21,7 @@ BENCHES = (
     "site_failover",
     "checkpoint", "container_start", "containerd_start",
     "startup", "reconcile", "convert",
-    "migration_cpu", "migration_repeat", "migration_faults", "migration_live", "prediction",
+    "migration_cpu", "migration_matrix", "migration_repeat", "migration_faults", "migration_live", "prediction",
     "image",
     "scheduler_latency",
     "k8s_cases",
