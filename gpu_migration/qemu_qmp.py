@@ -91,6 +91,11 @@ class Qmp:
                     return found
             self._message(end)
 
+    def pause(self, seconds: float) -> None:
+        """Until QEMU says something, at most so long. Raises QemuError where it has ended."""
+        if b"\n" in self._waits or select.select([self._socket], [], [], seconds)[0]:
+            self._message(time.monotonic() + self._seconds)
+
     def _message(self, end: float) -> dict[str, Any]:
         while b"\n" not in self._waits:
             left = end - time.monotonic()

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import choice, dirty, patches, qemu_guest, wire
+from . import choice, dirty, guest_disks, patches, qemu_disks, qemu_guest, wire
 from .codecs import Coder
 from .convergence import CEILING_S, STALL_S, Control, Limits, Next, Pass
 from .errors import KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Undecided
 from .layout import PAGE
 from .precopy import limits_for
+from .qemu_disks import Mirrors
 from .qemu_qmp import QemuError, Qmp
 from .qemu_question import Guard, Journal, answer, ask, call, expect
 from .receiver import PATIENCE_S, STREAMS_MOST
@@ -45,10 +46,13 @@ LEARN_FROM = 1 << 18
 class Step(StrEnum):
     """Where a move is, as `progress` is told: before that step is taken."""
 
+    DISKS = "disks"
     MEMORY = "memory"
     LIVE = "live"
+    SYNCING = "syncing"
     PASSES = "passes"
     STOPPING = "stopping"
+    DETACHING = "detaching"
     PAGES = "pages"
     STATE = "state"
     LOADED = "loaded"
@@ -99,6 +103,10 @@ class Moved:
     pages_bytes: int = 0
     last_pages: int = 0
     """Sent while it stood still."""
+    disks: list[str] = field(default_factory=list)
+    """Those that went with it, by the names of their nodes."""
+    disk_bytes: int = 0
+    """Of the protocol for disks, to the target."""
     state_bytes: int = 0
     tracker: str = ""
     look_s: float = 0.0
@@ -173,11 +181,17 @@ class Source:
         try:
             moved.tracker = tracker.name
             stream = call(self._address, self._key, options.patience)
+            mirrors = None
             try:
-                _say(stream, Kind.HELLO, wire.HELLO_GUEST.pack(session, source.length))
+                qemu_disks.release(qmp)
+                offered = qemu_disks.disks_of(qmp)
+                _say(stream, Kind.HELLO, wire.HELLO_GUEST.pack(session, source.length) + guest_disks.pack(offered))
+                mirrors = self._disks(qmp, stream, session, offered, moved)
                 expect(stream, Kind.GO)
                 tracker.arm()  # before the first page is read: what is written from here on is found
                 control, rate = self._memory(source, stream, tracker, moved)
+                options.progress(Step.SYNCING)
+                mirrors.same(options.stall)
                 live = _Live(stream, source, tracker, choice.Model(1, options.codecs, limit=options.limit), moved, options)
                 live.model.wire.value = rate
                 options.progress(Step.PASSES)
@@ -186,16 +200,45 @@ class Source:
                     pending = live.converge(control)
                     guard.ready()
                     with qemu_guest.prepared(qmp):
-                        self._switch(qmp, live, pending, session, guard, moved)
+                        self._switch(qmp, live, mirrors, pending, session, guard, moved)
                 finally:
                     guard.close()
             finally:
+                if mirrors is not None:
+                    mirrors.close()
                 stream.close()
         finally:
             tracker.close()
             if tracker.looks:
                 moved.look_s = tracker.seconds / tracker.looks
         return moved
+
+    def _disks(self, qmp: Qmp, stream: wire.Stream, session: bytes, offered: list[guest_disks.Disk], moved: Moved) -> Mirrors:
+        """Those that the target asks for, which begin to be copied. Raises MigrationError."""
+        answer = bytes(expect(stream, Kind.DISKS))
+        if len(answer) != len(offered):
+            raise TransferLost("the target's answer to the offer of disks is not understood")
+        taken = [number for number, wanted in enumerate(answer) if wanted]
+        moved.disks = [offered[number].name for number in taken]
+        mirrors = Mirrors(qmp, self._control, [offered[number] for number in taken], self._options.patience, self._options.limit)
+        if not taken:
+            return mirrors
+        self._options.progress(Step.DISKS)
+        streams: list[wire.Stream] = []
+        try:
+            for number in taken:
+                streams.append(call(self._address, self._key, self._options.patience))
+                _say(streams[-1], Kind.DISK, wire.DISK_GUEST.pack(session, number))
+        except BaseException:
+            for one in streams:
+                one.close()
+            raise
+        try:
+            mirrors.start(streams)
+        except BaseException:
+            mirrors.close()
+            raise
+        return mirrors
 
     def _memory(self, source: FileSource, stream: wire.Stream, tracker: dirty.Tracker, moved: Moved) -> tuple[Control, float]:
         """The whole memory as an object, while the guest runs; what decides on passes after it, and the wire's rate."""
@@ -223,7 +266,7 @@ class Source:
         control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, steps=STEPS, cool_down=COOL_DOWN_S, stall=options.stall)))
         return control, max(sent.rates.get("wire", 0.0) * 1e9, choice.START_WIRE)
 
-    def _switch(self, qmp: Qmp, live: "_Live", pending: dirty.Numbers, session: bytes, guard: Guard, moved: Moved) -> None:
+    def _switch(self, qmp: Qmp, live: "_Live", mirrors: Mirrors, pending: dirty.Numbers, session: bytes, guard: Guard, moved: Moved) -> None:
         """Stop, last pages, state, question."""
         options, asked, leaving = self._options, False, None
         options.progress(Step.STOPPING)
@@ -233,6 +276,12 @@ class Source:
         try:
             moved.stopped_at = qemu_guest.stop(qmp)
             marks.append(("stop", time.monotonic()))
+            if moved.disks:
+                options.progress(Step.DETACHING)
+                mirrors.end()
+                moved.disk_bytes = mirrors.sent
+                _say(live.stream, Kind.DISKED)
+                marks.append(("disks", time.monotonic()))
             leaving = qemu_guest.Leaving(qmp)
             options.progress(Step.PAGES)
             live.put(pending)  # beside QEMU, which leaves its state meanwhile

@@ -1,6 +1,7 @@
 """Records over a stream: a clear header that is authenticated with what it heads, then sealed bytes. Lengths are bounded before anything is read."""
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -52,7 +53,7 @@ class Kind(IntEnum):
     ASK = 32
     """Source: session 16. Whose is the guest?"""
     HELLO = 33
-    """Source: session 16, bytes of memory u64."""
+    """Source: session 16, bytes of memory u64, then an offer of disks (guest_disks.py)."""
     GO = 34
     """Target: ready for the memory, as an object on further streams."""
     LIVE = 35
@@ -73,6 +74,14 @@ class Kind(IntEnum):
     """Source: session 16. From here on only the target's word tells whose the guest is."""
     VERDICT = 43
     """Target: u8, 1: the guest is the target's, and runs since f64 (seconds since 1970); 0: it never will be in that session."""
+    DISKS = 44
+    """Target: a byte for each disk of the offer, 1: that one is to be moved, by a stream of its own."""
+    DISK = 45
+    """Source, first on such a stream: session 16, which of the offer u8."""
+    NBD = 46
+    """Either, after that: bytes of the protocol for disks."""
+    DISKED = 47
+    """Source: all disks are at the target as the guest has left them."""
 
 
 OPEN = struct.Struct("<16sQ32s")
@@ -80,6 +89,7 @@ ACCEPT = struct.Struct("<B32s16sH")
 ACK = struct.Struct("<II")
 NOTHING = bytes(HASH)
 HELLO_GUEST = struct.Struct("<16sQ")
+DISK_GUEST = struct.Struct("<16sB")
 LOAD_GUEST = struct.Struct("<32s32s")
 VERDICT_GUEST = struct.Struct("<Bd")
 SESSION = 16
@@ -141,12 +151,28 @@ class Stream:
         """For both ways."""
         self._socket.settimeout(seconds)
 
-    def close(self) -> None:
+    def lasting(self, patience: float) -> None:
+        """It may be silent for as long as the other end is there; one that is gone without a word is noticed after the patience, in seconds."""
+        self._socket.settimeout(None)
+        whole = max(1, round(patience))
+        for option, value in ((socket.TCP_USER_TIMEOUT, whole * 1000), (socket.TCP_KEEPIDLE, whole), (socket.TCP_KEEPINTVL, max(1, whole // 3))):
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def speaks(self) -> bool:
+        """Whether there is something to receive, be it the stream's end."""
+        return bool(select.select([self._socket], [], [], 0)[0])
+
+    def hang_up(self) -> None:
         """End the stream; a thread that waits on it wakes."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+
+    def close(self) -> None:
+        """The same, and its descriptor is given back."""
+        self.hang_up()
         self._socket.close()
 
 
