@@ -30,8 +30,8 @@ class Tunnel:
         buffer = memoryview(bytearray(_BUFFER))
         with contextlib.suppress(OSError):
             while count := self._local.recv_into(buffer):
-                self._stream.send(Kind.NBD, buffer[:count])
                 self.sent += count
+                self._stream.send(Kind.NBD, buffer[:count])
         self.hang_up()
 
     def _into(self) -> None:
