@@ -4,14 +4,15 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import SourceError
+from .errors import MigrationError, SourceError
 from .qemu_qmp import QemuError, Qmp, at
 
 STATE_MOST = 256 << 20
@@ -19,6 +20,8 @@ STATE_MOST = 256 << 20
 CHUNK = 1 << 18
 NICE = -10
 """Of the two ends' own threads for the last moments."""
+SWITCH_S = 0.0005
+"""Seconds that one of their threads may keep another waiting, instead of Python's 5 ms: the whole standstill is hardly longer."""
 CANCEL_S = 10.0
 """Seconds for a migration of QEMU's that is cancelled."""
 _STATE = "novacron-state"
@@ -60,6 +63,7 @@ def unseen(qmp: Qmp) -> str:
 
 def hurry() -> None:
     """Ask to be preferred: a guest stands still, and each of the four processes that hand it on waits for the one before. Without the right to, as before."""
+    sys.setswitchinterval(SWITCH_S)
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)
 
@@ -102,14 +106,15 @@ def _tell(qmp: Qmp, capabilities: dict[str, bool], bandwidth: int | None) -> Non
 
 
 class Leaving:
-    """A stopped guest's device state as QEMU gives it, read beside whatever else is done."""
+    """A stopped guest's device state as QEMU gives it, handed on beside whatever else is done."""
 
-    def __init__(self, qmp: Qmp) -> None:
-        self._qmp, self._state, self._wrong = qmp, bytearray(), ""
+    def __init__(self, qmp: Qmp, hand: Callable[[memoryview], None]) -> None:
+        """While the guest still runs: QEMU is given what it is to write to. `hand` is called with piece after piece, on a thread of its own. Raises QemuError."""
+        self._qmp, self._hand, self._state, self._wrong = qmp, hand, bytearray(), ""
+        self._begun = self._answered = False
         self._ours, theirs = socket.socketpair()
         try:
             qmp.give(_STATE, theirs.fileno())
-            qmp("migrate", uri=f"fd:{_STATE}")
         except BaseException:
             self._ours.close()
             raise
@@ -118,6 +123,11 @@ class Leaving:
         self._reader = threading.Thread(target=self._read, daemon=True, name="state")
         self._reader.start()
 
+    def begin(self) -> None:
+        """It stands still: let QEMU write, and wait for nothing; `whole` does. Raises QemuError."""
+        self._qmp.say("migrate", uri=f"fd:{_STATE}")
+        self._begun = True
+
     def _read(self) -> None:
         try:
             while data := self._ours.recv(CHUNK):
@@ -125,13 +135,16 @@ class Leaving:
                 if len(self._state) > STATE_MOST:
                     self._wrong = f"its device state is larger than {STATE_MOST} bytes"
                     return
-        except OSError as error:
-            self._wrong = error.strerror or str(error)
+                self._hand(memoryview(data))
+        except (OSError, MigrationError) as error:
+            self._wrong = str(error)
         finally:
             self._ours.close()
 
     def whole(self) -> memoryview:
-        """All of it. Raises QemuError."""
+        """All of it, which has been handed on. Raises QemuError."""
+        self._answered = True
+        self._qmp.answer("migrate")
         found = self._qmp.until("MIGRATION", status=("completed", "failed", "cancelled"))["data"]["status"]
         self._reader.join()
         if found != "completed" or self._wrong:
@@ -143,6 +156,12 @@ class Leaving:
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
         self._reader.join()
+        with contextlib.suppress(QemuError):
+            if not self._begun:
+                self._qmp("closefd", fdname=_STATE)
+            elif not self._answered:
+                self._answered = True
+                self._qmp.answer("migrate")
 
 
 class Taking:

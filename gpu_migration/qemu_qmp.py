@@ -58,11 +58,15 @@ class Qmp:
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         """One command's answer. Raises QemuError."""
+        self.say(command, **arguments)
+        return self.answer(command)
+
+    def say(self, command: str, **arguments: Any) -> None:
+        """A command whose answer is waited for later: `answer`, before the next one. Raises QemuError."""
         try:
             self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         except OSError as error:
             raise QemuError(f"{command}: QEMU has ended ({error.strerror or error})") from None
-        return self._answer(command)
 
     def give(self, name: str, descriptor: int) -> None:
         """Hand QEMU a descriptor under a name (`fd:NAME`)."""
@@ -70,9 +74,10 @@ class Qmp:
             socket.send_fds(self._socket, [json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"], [descriptor])
         except OSError as error:
             raise QemuError(f"getfd: QEMU has ended ({error.strerror or error})") from None
-        self._answer("getfd")
+        self.answer("getfd")
 
-    def _answer(self, command: str) -> Any:
+    def answer(self, command: str) -> Any:
+        """Of what was said. Raises QemuError."""
         end = time.monotonic() + self._seconds
         while True:
             message = self._message(end)

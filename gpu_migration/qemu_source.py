@@ -19,7 +19,7 @@ import numpy as np
 
 from . import choice, dirty, guest_disks, patches, qemu_disks, qemu_guest, wire
 from .codecs import Coder
-from .convergence import CEILING_S, STALL_S, Control, Limits, Next, Pass
+from .convergence import CEILING_S, SMOOTHING, STALL_S, Control, Limits, Next, Pass
 from .errors import KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Undecided
 from .layout import PAGE
 from .precopy import limits_for
@@ -39,6 +39,8 @@ SHRINK = 0.7
 """Share to which another pass must have brought what remains to be worth one more, once the guest might be stopped: a pass over little takes milliseconds, and so leaves less."""
 FEW = 64
 """Pages below which it does not matter: they go in a millisecond."""
+PROBE = 16
+"""Pages from which the time that they took says something."""
 LEARN_FROM = 1 << 18
 """Bytes coded at once from which the time that it took says something of the coder."""
 
@@ -197,9 +199,10 @@ class Source:
                 options.progress(Step.PASSES)
                 guard = Guard(self._control, self._journal.path)
                 try:
-                    pending = live.converge(control)
-                    guard.ready()
+                    guard.ready()  # and QEMU too, before the last look at what was written: what is written from there on has to follow while the guest stands still
                     with qemu_guest.prepared(qmp):
+                        pending = live.converge(control)
+                        mirrors.check()
                         self._switch(qmp, live, mirrors, pending, session, guard, moved)
                 finally:
                     guard.close()
@@ -268,10 +271,11 @@ class Source:
 
     def _switch(self, qmp: Qmp, live: "_Live", mirrors: Mirrors, pending: dirty.Numbers, session: bytes, guard: Guard, moved: Moved) -> None:
         """Stop, last pages, state, question."""
-        options, asked, leaving = self._options, False, None
+        options, asked = self._options, False
         options.progress(Step.STOPPING)
         guard.say(b"s")
         qemu_guest.hurry()
+        leaving = qemu_guest.Leaving(qmp, live.state)
         marks = [("", time.monotonic())]
         try:
             moved.stopped_at = qemu_guest.stop(qmp)
@@ -282,17 +286,18 @@ class Source:
                 moved.disk_bytes = mirrors.sent
                 _say(live.stream, Kind.DISKED)
                 marks.append(("disks", time.monotonic()))
-            leaving = qemu_guest.Leaving(qmp)
+            leaving.begin()
             options.progress(Step.PAGES)
+            pending = dirty.merged(pending, live.look())
             live.put(pending)  # beside QEMU, which leaves its state meanwhile
-            marks.append(("pages left", time.monotonic()))
+            marks.append(("pages", time.monotonic()))
             options.progress(Step.STATE)
             state = leaving.whole()
             marks.append(("state", time.monotonic()))
-            last = live.look()  # only now: leaving its state, QEMU may have written
-            live.put(last)
-            moved.last_pages = len(pending) + len(last)
-            marks.append(("last pages", time.monotonic()))
+            late = live.look()  # leaving its state, QEMU may have written
+            live.put(late)
+            moved.last_pages = len(pending) + len(late)
+            marks.append(("late pages", time.monotonic()))
             live.load(state)
             live.written()
             options.progress(Step.LOADED)
@@ -313,8 +318,7 @@ class Source:
                 if isinstance(error, MigrationError):
                     raise Undecided(f"{error}; it was asked to take the guest over, which stays stopped here: run the same command again, resume it by hand only if the target does not have it") from error
                 raise
-            if leaving is not None:
-                leaving.close()
+            leaving.close()
             try:
                 qemu_guest.resume(qmp)
             except QemuError as second:
@@ -381,6 +385,9 @@ class _Live:
         self._source, self._tracker, self._moved, self._options = source, tracker, moved, options
         self._memory = source.mapped()
         self._scratch = np.empty((patches.MOST, PAGE), np.uint8)
+        self._plain = patches.Plain()
+        self._pace: dict[bool, float] = {}
+        """Seconds a page until the target had written it, coded and not."""
         self._chain = wire.NOTHING
         self._sequence = self._written = 0
 
@@ -410,14 +417,44 @@ class _Live:
                 )
 
     def send(self, numbers: dirty.Numbers) -> None:
-        """Those pages, as they are now; returns when the target has written them."""
-        self.put(numbers)
+        """Those pages, as they are now; returns when the target has written them. The first time that there are some, half go coded and half as they are, so that the quicker way is known."""
+        if not self._pace and len(numbers) >= 2 * PROBE and not self._options.limit:
+            half = len(numbers) // 2
+            self._timed(numbers[:half], True)
+            self._timed(numbers[half:], False)
+        else:
+            self._timed(numbers, self._coded())
+
+    def _coded(self) -> bool:
+        """Whether pages go coded: where that was quicker, or is not known, or few bytes are asked for."""
+        return not self._pace or self._pace[True] <= self._pace[False]
+
+    def _timed(self, numbers: dirty.Numbers, coded: bool) -> None:
+        began = time.monotonic()
+        self._put(numbers, coded)
         self.written()
+        if len(numbers) >= PROBE and not self._options.limit:
+            pace = (time.monotonic() - began) / len(numbers)
+            self._pace[coded] = SMOOTHING * pace + (1 - SMOOTHING) * self._pace.get(coded, pace)
 
     def put(self, numbers: dirty.Numbers) -> None:
         """Send them, and wait for nothing: while the guest stands still, a round trip less. The answers, 40 bytes for a MiB, wait in the socket."""
+        self._put(numbers, self._coded())
+
+    def _put(self, numbers: dirty.Numbers, coded: bool) -> None:
         for at in range(0, len(numbers), patches.MOST):
-            self._patch(numbers[at : at + patches.MOST])
+            (self._patch if coded else self._pages)(numbers[at : at + patches.MOST])
+
+    def _pages(self, numbers: dirty.Numbers) -> None:
+        payload, data = self._plain.pack(numbers, self._memory)
+        self._tracker.sent(numbers, data)
+        self._chain = patches.chain(self._chain, payload)
+        self._sent(Kind.PAGES, payload, numbers)
+
+    def _sent(self, kind: Kind, payload: bytes | memoryview, numbers: dirty.Numbers) -> None:
+        self._sequence += 1
+        self._moved.pages_bytes += _say(self.stream, kind, payload, self._sequence)
+        self._moved.pages += len(numbers)
 
     def written(self) -> None:
         """Until the target has written all that was sent."""
@@ -440,15 +477,15 @@ class _Live:
         self._tracker.sent(numbers, data)
         if encoded.plain >= LEARN_FROM:
             self.model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - began, guess)
-        self._sequence += 1
         self._chain = patches.follow(self._chain, payload)
-        self._moved.pages_bytes += _say(self.stream, Kind.PATCH, payload, self._sequence)
-        self._moved.pages += len(numbers)
+        self._sent(Kind.PATCH, payload, numbers)
+
+    def state(self, piece: memoryview) -> None:
+        """The next of the device state. On another thread than the rest. Raises TransferLost."""
+        _say(self.stream, Kind.STATE, piece)
 
     def load(self, state: memoryview) -> None:
-        """The device state, and what everything before it comes to."""
+        """The device state has gone; what it and everything before it come to."""
         root = self._source.root(max(1, os.cpu_count() or 1)) if self._options.verify else wire.NOTHING
-        for at in range(0, len(state), qemu_guest.CHUNK):
-            _say(self.stream, Kind.STATE, state[at : at + qemu_guest.CHUNK])
         self._moved.state_bytes = len(state)
         _say(self.stream, Kind.LOAD, wire.LOAD_GUEST.pack(patches.chain(self._chain, state), root))

@@ -489,9 +489,13 @@ class Target:
             stream.send(Kind.READY)
             while True:
                 kind, _, sequence, payload = stream.receive()
-                if kind == Kind.PATCH:
-                    numbers, data = patches.unpack(payload, scratch, pages_of(length))
-                    chain = patches.follow(chain, payload)
+                if kind in (Kind.PATCH, Kind.PAGES):
+                    if kind == Kind.PATCH:
+                        numbers, data = patches.unpack(payload, scratch, pages_of(length))
+                        chain = patches.follow(chain, payload)
+                    else:
+                        numbers, data = patches.unpack_plain(payload, pages_of(length))
+                        chain = patches.chain(chain, payload)
                     pages[numbers] = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
                     self._patches += 1
                     if sequence != self._patches:

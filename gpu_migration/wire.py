@@ -82,6 +82,8 @@ class Kind(IntEnum):
     """Either, after that: bytes of the protocol for disks."""
     DISKED = 47
     """Source: all disks are at the target as the guest has left them."""
+    PAGES = 48
+    """Source: pages as they are (patches.py), numbered by `attempt` together with the others."""
 
 
 OPEN = struct.Struct("<16sQ32s")
