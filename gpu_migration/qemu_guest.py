@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,18 @@ SWITCH_S = 0.0005
 CANCEL_S = 10.0
 """Seconds for a migration of QEMU's that is cancelled."""
 _STATE = "novacron-state"
-_OURS = {"x-ignore-shared": True, "events": True, "multifd": False, "return-path": False, "pause-before-switchover": False}
-"""What QEMU is told while it leaves or takes its state: that of the memory is moved by us."""
+_OURS = {"x-ignore-shared": True, "events": True, "multifd": False, "return-path": False, "pause-before-switchover": True}
+"""What QEMU is told while it leaves or takes its state: that of the memory is moved by us, and that it waits for us once the guest stands still."""
+EARLY_FROM = 10
+"""QEMU's version from which its own migration begins while the guest runs, and so has all but the devices' state out before it stands still: its firmware's memory, a screen's. Version 7.2 loses writes to such
+memory under emulation; those between have not been tried."""
 _UNLIMITED = 1 << 40
+_WAITS = "pre-switchover"
+_OVER = ("completed", "failed", "cancelled")
+
+
+def _migration(event: dict[str, Any], statuses: Sequence[str]) -> bool:
+    return event["event"] == "MIGRATION" and event["data"]["status"] in statuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +115,13 @@ def _tell(qmp: Qmp, capabilities: dict[str, bool], bandwidth: int | None) -> Non
 
 
 class Leaving:
-    """A stopped guest's device state as QEMU gives it, handed on beside whatever else is done."""
+    """A guest's device state as QEMU gives it, handed on beside whatever else is done. `stop`, `leave` and `whole`, in this order."""
 
-    def __init__(self, qmp: Qmp, hand: Callable[[memoryview], None]) -> None:
-        """While the guest still runs: QEMU is given what it is to write to. `hand` is called with piece after piece, on a thread of its own. Raises QemuError."""
+    def __init__(self, qmp: Qmp, hand: Callable[[memoryview, bool], None]) -> None:
+        """While the guest still runs: QEMU is given what it is to write to. `hand` is called with piece after piece, and whether it was written before the guest's end was, on a thread of its own. Raises QemuError."""
         self._qmp, self._hand, self._state, self._wrong = qmp, hand, bytearray(), ""
-        self._begun = self._answered = False
+        self._early = int(qmp("query-version")["qemu"]["major"]) >= EARLY_FROM
+        self._begun, self._left, self._said = False, not self._early, ""
         self._ours, theirs = socket.socketpair()
         try:
             qmp.give(_STATE, theirs.fileno())
@@ -123,10 +133,26 @@ class Leaving:
         self._reader = threading.Thread(target=self._read, daemon=True, name="state")
         self._reader.start()
 
-    def begin(self) -> None:
-        """It stands still: let QEMU write, and wait for nothing; `whole` does. Raises QemuError."""
-        self._qmp.say("migrate", uri=f"fd:{_STATE}")
+    def stop(self) -> float:
+        """Let the guest stand still, its disks too; since when, in seconds since 1970. Raises QemuError."""
+        if not self._early:
+            return stop(self._qmp)
+        self._qmp.events.clear()
         self._begun = True
+        self._qmp("migrate", uri=f"fd:{_STATE}")
+        found = self._qmp.first(lambda event: event["event"] == "STOP" or _migration(event, _OVER))
+        if found["event"] == "STOP" and not _migration(self._qmp.first(lambda event: _migration(event, (_WAITS, *_OVER))), _OVER):
+            return at(found)
+        raise QemuError(f"QEMU did not stop the guest: {self._qmp('query-migrate').get('error-desc', 'its migration has ended')}")
+
+    def leave(self) -> None:
+        """Let QEMU write what is left to write, and wait for nothing; `whole` does. Raises QemuError."""
+        self._left, self._said = True, "migrate-continue" if self._early else "migrate"
+        if self._early:
+            self._qmp.say(self._said, state=_WAITS)
+        else:
+            self._begun = True
+            self._qmp.say(self._said, uri=f"fd:{_STATE}")
 
     def _read(self) -> None:
         try:
@@ -135,7 +161,7 @@ class Leaving:
                 if len(self._state) > STATE_MOST:
                     self._wrong = f"its device state is larger than {STATE_MOST} bytes"
                     return
-                self._hand(memoryview(data))
+                self._hand(memoryview(data), not self._left)
         except (OSError, MigrationError) as error:
             self._wrong = str(error)
         finally:
@@ -143,9 +169,8 @@ class Leaving:
 
     def whole(self) -> memoryview:
         """All of it, which has been handed on. Raises QemuError."""
-        self._answered = True
-        self._qmp.answer("migrate")
-        found = self._qmp.until("MIGRATION", status=("completed", "failed", "cancelled"))["data"]["status"]
+        self._answer()
+        found = self._qmp.until("MIGRATION", status=_OVER)["data"]["status"]
         self._reader.join()
         if found != "completed" or self._wrong:
             raise QemuError(f"QEMU did not leave its state: {self._wrong or self._qmp('query-migrate').get('error-desc', found)}")
@@ -157,11 +182,15 @@ class Leaving:
             self._ours.shutdown(socket.SHUT_RDWR)
         self._reader.join()
         with contextlib.suppress(QemuError):
+            self._answer()
             if not self._begun:
                 self._qmp("closefd", fdname=_STATE)
-            elif not self._answered:
-                self._answered = True
-                self._qmp.answer("migrate")
+
+    def _answer(self) -> None:
+        """To what was said and has none yet."""
+        if self._said:
+            said, self._said = self._said, ""
+            self._qmp.answer(said)
 
 
 class Taking:
@@ -184,10 +213,14 @@ class Taking:
         finally:
             theirs.close()
 
-    def load(self, state: bytearray) -> None:
-        """Give it the state; returns when it has it, and stands still. Raises QemuError."""
+    def feed(self, piece: memoryview) -> None:
+        """The beginning of a state, that has nothing of its devices: they look at the memory, which is not whole yet."""
         with contextlib.suppress(OSError):  # it ends where it cannot read it, and then says why
-            self._ours.sendall(state)
+            self._ours.sendall(piece)
+
+    def load(self, rest: memoryview) -> None:
+        """Give it the rest of the state; returns when it has it, and stands still. Raises QemuError."""
+        self.feed(rest)
         self._ours.close()
         found = self._qmp.until("MIGRATION", status=("completed", "failed"))["data"]["status"]
         if found != "completed":

@@ -88,11 +88,15 @@ class Qmp:
 
     def until(self, event: str, **data: tuple[Any, ...]) -> dict[str, Any]:
         """Wait for an event whose data have one of these values; events before it are forgotten. Raises QemuError."""
+        return self.first(lambda found: found["event"] == event and all(found.get("data", {}).get(key) in values for key, values in data.items()))
+
+    def first(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait for such an event; events before it are forgotten. Raises QemuError."""
         end = time.monotonic() + self._seconds
         while True:
             while self.events:
                 found = self.events.popleft()
-                if found["event"] == event and all(found.get("data", {}).get(key) in values for key, values in data.items()):
+                if wanted(found):
                     return found
             self._message(end)
 

@@ -278,7 +278,7 @@ class Source:
         leaving = qemu_guest.Leaving(qmp, live.state)
         marks = [("", time.monotonic())]
         try:
-            moved.stopped_at = qemu_guest.stop(qmp)
+            moved.stopped_at = leaving.stop()
             marks.append(("stop", time.monotonic()))
             if moved.disks:
                 options.progress(Step.DETACHING)
@@ -286,7 +286,7 @@ class Source:
                 moved.disk_bytes = mirrors.sent
                 _say(live.stream, Kind.DISKED)
                 marks.append(("disks", time.monotonic()))
-            leaving.begin()
+            leaving.leave()
             options.progress(Step.PAGES)
             pending = dirty.merged(pending, live.look())
             live.put(pending)  # beside QEMU, which leaves its state meanwhile
@@ -480,9 +480,9 @@ class _Live:
         self._chain = patches.follow(self._chain, payload)
         self._sent(Kind.PATCH, payload, numbers)
 
-    def state(self, piece: memoryview) -> None:
+    def state(self, piece: memoryview, early: bool) -> None:
         """The next of the device state. On another thread than the rest. Raises TransferLost."""
-        _say(self.stream, Kind.STATE, piece)
+        _say(self.stream, Kind.STATE, piece, early)
 
     def load(self, state: memoryview) -> None:
         """The device state has gone; what it and everything before it come to."""

@@ -482,13 +482,13 @@ class Target:
         with self._folder.memory.open("r+b") as file:
             pages = np.frombuffer(mmap.mmap(file.fileno(), length), np.uint8).reshape(-1, PAGE)
         state, chain, scratch, self._patches = bytearray(), wire.NOTHING, memoryview(bytearray(EXTENT)), 0
-        disked = not self._disks
+        disked, fed = not self._disks, 0
         try:
             self._progress(Step.READY)
             qemu_guest.hurry()  # after QEMU was started, which would inherit it
             stream.send(Kind.READY)
             while True:
-                kind, _, sequence, payload = stream.receive()
+                kind, _, sequence, payload = stream.receive()  # of a state, `sequence` says whether it is early
                 if kind in (Kind.PATCH, Kind.PAGES):
                     if kind == Kind.PATCH:
                         numbers, data = patches.unpack(payload, scratch, pages_of(length))
@@ -501,14 +501,17 @@ class Target:
                     if sequence != self._patches:
                         raise FormatError(f"patch {sequence} came where {self._patches} was due")
                     stream.send(Kind.APPLIED, b"", 0, sequence)
-                elif kind == Kind.DISKED and self._store is not None and not state:
+                elif kind == Kind.DISKED and self._store is not None and not disked:
                     self._progress(Step.CLOSING)
                     self._store.finish()
                     disked = True
                 elif kind == Kind.STATE and len(state) + len(payload) <= qemu_guest.STATE_MOST:
                     state += payload
+                    if sequence and fed + len(payload) == len(state):
+                        fed += len(payload)
+                        taking.feed(payload)
                 elif kind == Kind.LOAD and len(payload) == wire.LOAD_GUEST.size and disked:
-                    self._load(taking, state, chain, payload)
+                    self._load(taking, memoryview(state), fed, chain, payload)
                     stream.send(Kind.LOADED)
                 elif kind == Kind.COMMIT_GUEST and bytes(payload) == session:
                     return self._commit(stream, taking, session)
@@ -523,7 +526,7 @@ class Target:
         finally:
             taking.close()
 
-    def _load(self, taking: qemu_guest.Taking, state: bytearray, chain: bytes, payload: memoryview) -> None:
+    def _load(self, taking: qemu_guest.Taking, state: memoryview, fed: int, chain: bytes, payload: memoryview) -> None:
         self._progress(Step.LOADING)
         due, root = wire.LOAD_GUEST.unpack(payload)
         if patches.chain(chain, state) != due:
@@ -536,7 +539,7 @@ class Target:
             finally:
                 source.close()
         try:
-            taking.load(state)
+            taking.load(state[fed:])
         except QemuError as error:
             raise QemuError(f"{error} ({self._folder.said()})") from None
         self._progress(Step.LOADED)
