@@ -115,13 +115,14 @@ def _tell(qmp: Qmp, capabilities: dict[str, bool], bandwidth: int | None) -> Non
 
 
 class Leaving:
-    """A guest's device state as QEMU gives it, handed on beside whatever else is done. `stop`, `leave` and `whole`, in this order."""
+    """A guest's device state as QEMU gives it, handed on beside whatever else is done. `stop`, `leave`, `pass_on` and `whole`, in this order."""
 
-    def __init__(self, qmp: Qmp, hand: Callable[[memoryview, bool], None]) -> None:
-        """While the guest still runs: QEMU is given what it is to write to. `hand` is called with piece after piece, and whether it was written before the guest's end was, on a thread of its own. Raises QemuError."""
+    def __init__(self, qmp: Qmp, hand: Callable[[memoryview], None]) -> None:
+        """While the guest still runs: QEMU is given what it is to write to. `hand` is called with piece after piece, on a thread of its own. Raises QemuError."""
         self._qmp, self._hand, self._state, self._wrong = qmp, hand, bytearray(), ""
         self._early = int(qmp("query-version")["qemu"]["major"]) >= EARLY_FROM
         self._begun, self._left, self._said = False, not self._early, ""
+        self._pass = threading.Event()
         self._ours, theirs = socket.socketpair()
         try:
             qmp.give(_STATE, theirs.fileno())
@@ -154,6 +155,10 @@ class Leaving:
             self._begun = True
             self._qmp.say(self._said, uri=f"fd:{_STATE}")
 
+    def pass_on(self) -> None:
+        """The pages that the devices may look at have been handed on: so may be their state."""
+        self._pass.set()
+
     def _read(self) -> None:
         try:
             while data := self._ours.recv(CHUNK):
@@ -161,7 +166,9 @@ class Leaving:
                 if len(self._state) > STATE_MOST:
                     self._wrong = f"its device state is larger than {STATE_MOST} bytes"
                     return
-                self._hand(memoryview(data), not self._left)
+                if self._left:  # what came before is no device's
+                    self._pass.wait()
+                self._hand(memoryview(data))
         except (OSError, MigrationError) as error:
             self._wrong = str(error)
         finally:
@@ -180,6 +187,7 @@ class Leaving:
         """Whatever came of it."""
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
+        self._pass.set()
         self._reader.join()
         with contextlib.suppress(QemuError):
             self._answer()
@@ -214,7 +222,7 @@ class Taking:
             theirs.close()
 
     def feed(self, piece: memoryview) -> None:
-        """The beginning of a state, that has nothing of its devices: they look at the memory, which is not whole yet."""
+        """The next piece of a state. Of a device only once the memory here is what it was when the guest stood still: a device that is loaded may look at it."""
         with contextlib.suppress(OSError):  # it ends where it cannot read it, and then says why
             self._ours.sendall(piece)
 

@@ -290,11 +290,12 @@ class Source:
             options.progress(Step.PAGES)
             pending = dirty.merged(pending, live.look())
             live.put(pending)  # beside QEMU, which leaves its state meanwhile
+            leaving.pass_on()
             marks.append(("pages", time.monotonic()))
             options.progress(Step.STATE)
             state = leaving.whole()
             marks.append(("state", time.monotonic()))
-            late = live.look()  # leaving its state, QEMU may have written
+            late = live.look()  # leaving its state, QEMU is not to write to the guest's memory; what it does write goes over before the guest runs, other than with QEMU's own migration
             live.put(late)
             moved.last_pages = len(pending) + len(late)
             marks.append(("late pages", time.monotonic()))
@@ -480,9 +481,9 @@ class _Live:
         self._chain = patches.follow(self._chain, payload)
         self._sent(Kind.PATCH, payload, numbers)
 
-    def state(self, piece: memoryview, early: bool) -> None:
+    def state(self, piece: memoryview) -> None:
         """The next of the device state. On another thread than the rest. Raises TransferLost."""
-        _say(self.stream, Kind.STATE, piece, early)
+        _say(self.stream, Kind.STATE, piece, not self._options.verify)  # before memory is compared, nothing there may look at it
 
     def load(self, state: memoryview) -> None:
         """The device state has gone; what it and everything before it come to."""

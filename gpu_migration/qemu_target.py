@@ -488,7 +488,7 @@ class Target:
             qemu_guest.hurry()  # after QEMU was started, which would inherit it
             stream.send(Kind.READY)
             while True:
-                kind, _, sequence, payload = stream.receive()  # of a state, `sequence` says whether it is early
+                kind, _, sequence, payload = stream.receive()  # of a state, `sequence` says whether QEMU may have it
                 if kind in (Kind.PATCH, Kind.PAGES):
                     if kind == Kind.PATCH:
                         numbers, data = patches.unpack(payload, scratch, pages_of(length))

@@ -65,7 +65,7 @@ class Kind(IntEnum):
     APPLIED = 38
     """Target: that one is written."""
     STATE = 39
-    """Source: the next bytes of the device state; `attempt` 1: before that of any device, so that QEMU may have them at once."""
+    """Source: the next bytes of the device state; `attempt` 1: QEMU may have them at once, as the memory that they go with is there."""
     LOAD = 40
     """Source: that was all: chain 32 of all patches, root 32 of the memory or zeros."""
     LOADED = 41
