@@ -25,14 +25,20 @@ SWITCH_S = 0.0005
 CANCEL_S = 10.0
 """Seconds for a migration of QEMU's that is cancelled."""
 _STATE = "novacron-state"
-_OURS = {"x-ignore-shared": True, "events": True, "multifd": False, "return-path": False, "pause-before-switchover": True}
-"""What QEMU is told while it leaves or takes its state: that of the memory is moved by us, and that it waits for us once the guest stands still."""
+_PAUSES = "pause-before-switchover"
+_OURS = {"x-ignore-shared": True, "events": True, "multifd": False, "return-path": False, _PAUSES: False}
+"""What QEMU is told while it leaves or takes its state: that of the memory is moved by us."""
 EARLY_FROM = 10
 """QEMU's version from which its own migration begins while the guest runs, and so has all but the devices' state out before it stands still: its firmware's memory, a screen's. Version 7.2 loses writes to such
 memory under emulation; those between have not been tried."""
 _UNLIMITED = 1 << 40
 _WAITS = "pre-switchover"
 _OVER = ("completed", "failed", "cancelled")
+
+
+def _early(qmp: Qmp) -> bool:
+    """Whether its own migration begins while the guest runs, and pauses once it stands still."""
+    return int(qmp("query-version")["qemu"]["major"]) >= EARLY_FROM
 
 
 def _migration(event: dict[str, Any], statuses: Sequence[str]) -> bool:
@@ -100,7 +106,7 @@ def prepared(qmp: Qmp) -> Iterator[None]:
     """QEMU is told to leave the shared memory to us; afterwards, where it still is there, it is told what it was told before: an administrator's own migration must not leave out the memory."""
     before = {one["capability"]: bool(one["state"]) for one in qmp("query-migrate-capabilities")}
     bandwidth = qmp("query-migrate-parameters").get("max-bandwidth")
-    _tell(qmp, {name: value for name, value in _OURS.items() if name in before}, _UNLIMITED)
+    _tell(qmp, {name: value for name, value in {**_OURS, _PAUSES: _early(qmp)}.items() if name in before}, _UNLIMITED)
     try:
         yield
     finally:
@@ -120,7 +126,7 @@ class Leaving:
     def __init__(self, qmp: Qmp, hand: Callable[[memoryview], None]) -> None:
         """While the guest still runs: QEMU is given what it is to write to. `hand` is called with piece after piece, on a thread of its own. Raises QemuError."""
         self._qmp, self._hand, self._state, self._wrong = qmp, hand, bytearray(), ""
-        self._early = int(qmp("query-version")["qemu"]["major"]) >= EARLY_FROM
+        self._early = _early(qmp)
         self._begun, self._left, self._said = False, not self._early, ""
         self._pass = threading.Event()
         self._ours, theirs = socket.socketpair()
