@@ -23,7 +23,9 @@ from .wire import Stream
 SYNC = "full"
 """What is copied: all that is there, not only what is written from now on."""
 END_S = 30.0
-"""Seconds for a mirror to end that has nothing left to copy, or is to be given up: the target syncs the disk meanwhile."""
+"""Seconds for a mirror to end that is given up."""
+STILL_S = 5.0
+"""Seconds for mirrors to end that have nothing left to copy, while the guest stands still: the target syncs its disks meanwhile, which takes milliseconds as a rule. After that the guest runs on here."""
 LOOK_S = 0.02
 """Seconds between two looks at mirrors that are nearly done, where QEMU says nothing."""
 _OURS = "novacron-disk-"
@@ -63,21 +65,21 @@ def _end_jobs(qmp: Qmp, names: Sequence[str]) -> None:
     for name in names:
         with contextlib.suppress(QemuError):
             qmp("block-job-cancel", device=name, force=True)
-    _wait_over(qmp, names)
+    _wait_over(qmp, names, END_S)
     for name in names:
         with contextlib.suppress(QemuError):
             qmp("job-dismiss", id=name)
 
 
-def _wait_over(qmp: Qmp, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _wait_over(qmp: Qmp, names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
     """Until all have ended; what they say. Raises QemuError."""
-    end = time.monotonic() + END_S
+    end = time.monotonic() + seconds
     while True:
         states = _states(qmp, names)
         if all(job["status"] in _OVER for job in states.values()):
             return states
         if time.monotonic() > end:
-            raise QemuError(f"a disk's mirror did not end within {END_S:g} s")
+            raise QemuError(f"a disk's mirror did not end within {seconds:g} s")
         qmp.pause(LOOK_S)
 
 
@@ -88,7 +90,7 @@ class Mirrors:
         """`limit`: bytes a second of all together; 0: none."""
         self._qmp, self._control, self._disks, self._patience = qmp, control, list(disks), patience
         self._limit = int(limit / max(1, len(disks)))
-        self._jobs: list[str] = []
+        self._jobs: dict[str, Disk] = {}
         self._nodes: list[str] = []
         self._tunnels: list[Tunnel] = []
         self._late = bool(disks) and any(one["name"] == "block-job-change" for one in qmp("query-commands"))
@@ -111,7 +113,7 @@ class Mirrors:
             self._nodes.append(name)
             mode = "background" if self._late else "write-blocking"
             self._qmp("blockdev-mirror", **{"job-id": name, "device": disk.name, "target": name, "sync": SYNC, "copy-mode": mode, "auto-dismiss": False, "speed": self._limit})
-            self._jobs.append(name)
+            self._jobs[name] = disk
         except QemuError as error:
             raise SourceError(f"disk {disk.name}: QEMU does not copy it to the target ({error})") from None
         finally:
@@ -126,8 +128,8 @@ class Mirrors:
 
     def check(self) -> None:
         """Raises SourceError where one has failed."""
-        states = _states(self._qmp, self._jobs)
-        for name, disk in zip(self._jobs, self._disks, strict=True):
+        states = _states(self._qmp, list(self._jobs))
+        for name, disk in self._jobs.items():
             job = states.get(name)
             if job is None or job["status"] in ("aborting", *_OVER):
                 raise SourceError(f"disk {disk.name}: it could not be copied to the target ({(job or {}).get('error', 'its mirror has ended')}); see that there is room and that the target is there, then start both again")
@@ -156,8 +158,8 @@ class Mirrors:
         self.check()
         for name in self._jobs:
             self._qmp("block-job-cancel", device=name)  # of a mirror that is ready: end it where both are the same
-        states = _wait_over(self._qmp, self._jobs)
-        for name, disk in zip(self._jobs, self._disks, strict=True):
+        states = _wait_over(self._qmp, list(self._jobs), STILL_S)
+        for name, disk in self._jobs.items():
             if "error" in states.get(name, {"error": ""}):
                 raise SourceError(f"disk {disk.name}: it could not be copied to its end ({states.get(name, {}).get('error')})")
             self._qmp("job-dismiss", id=name)
@@ -170,7 +172,7 @@ class Mirrors:
             tunnel.hang_up()  # so that QEMU does not wait for a target that says nothing
         with contextlib.suppress(QemuError):
             if self._jobs:
-                _end_jobs(self._qmp, self._jobs)
+                _end_jobs(self._qmp, list(self._jobs))
             self._forget()
         for tunnel in self._tunnels:
             tunnel.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from gpu_migration import qemu_disks, qemu_question, qemu_source, wire
-from gpu_migration.errors import DestinationError, MigrationError, Refused
+from gpu_migration.errors import DestinationError, MigrationError, Refused, SourceError
 from gpu_migration.qemu_qmp import Qmp
 from tools.bench import live_guest
 from tools.bench.migration_proxy import Proxy, cut_all
@@ -223,6 +223,34 @@ def test_a_wire_that_is_cut_while_the_disk_is_copied(world: World) -> None:
         assert left(world) == []
         qemu_source.Source(world.guest.control, KEY, there.address, options()).move()  # the target waits for the next attempt
         world.moved_to(folder, there.done().pid)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: int) -> Iterator[Path]:
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_target_that_has_no_room_any_more(world: World) -> None:
+    """There was enough when it was asked; another has taken it since."""
+    folder = world.next()
+    with small_disk(world.folder / f"small-{folder.name}", DISK_MIB << 20) as small:
+
+        def fill(step: qemu_source.Step) -> None:
+            if step == qemu_source.Step.DISKS:
+                with contextlib.suppress(OSError), (small / "another's").open("wb") as file:
+                    file.write(bytes(DISK_MIB << 20))
+
+        with served(world, folder, disks=small) as there, pytest.raises(SourceError, match="could not be copied.*room"):
+            qemu_source.Source(world.guest.control, KEY, there.address, options(progress=fill)).move()
+        runs_on(world, folder)
+        assert not (small / NODE).exists()
 
 
 def other(world: World) -> str:
