@@ -324,6 +324,8 @@ class Source:
                 qemu_guest.resume(qmp)
             except QemuError as second:
                 raise QemuError(f"{second}; the guest may stand still: resume it by hand (before that: {error})") from error
+            if isinstance(error, QemuError):
+                mirrors.check()  # where it is a disk's mirror that has failed, it says so, and what to do
             raise
         leaving.close()
         moved.running_at = since

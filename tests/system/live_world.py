@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -135,16 +134,6 @@ class Receiving:
         self._thread.join(LONG)
         assert self.error is not None
         return self.error
-
-
-@contextlib.contextmanager
-def served(world: World, folder: Path, **more: Any) -> Iterator[Receiving]:
-    """One that is closed at the end."""
-    there = Receiving(world, folder, **more)
-    try:
-        yield there
-    finally:
-        there.target.close()
 
 
 def options(**more: object) -> qemu_source.Options:

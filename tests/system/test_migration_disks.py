@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from gpu_migration.qemu_qmp import Qmp
 from tools.bench import live_guest
 from tools.bench.migration_proxy import Proxy, cut_all
 
-from .live_world import DISK_MIB, ENVIRONMENT, KEY, LONG, NODE, Receiving, World, make, options, receiving, sending, served, taken, where
+from .live_world import DISK_MIB, ENVIRONMENT, KEY, LONG, NODE, Receiving, World, make, options, receiving, sending, taken, where
 
 
 @contextlib.contextmanager
@@ -66,11 +67,14 @@ def left(world: World) -> list[str]:
         qmp.close()
 
 
-def runs_on(world: World, folder: Path) -> None:
-    """It runs where it was, nothing is left of the move at either end."""
+def runs_on(world: World, folder: Path, disks: Path | None = None) -> None:
+    """It runs where it was, nothing is left of the move at either end; the target tidies up when it has seen that the source is gone."""
     world.runs_here()
     assert left(world) == [] and not list(world.guest.control.parent.glob("*novacron*"))
-    assert not (folder / "disks" / NODE).exists() and not (folder / "store-pid").exists() and not (folder / "memory").exists()
+    end = time.monotonic() + LONG
+    while any(path.exists() for path in ((disks or folder / "disks") / NODE, folder / "store-pid", folder / "memory")):
+        assert time.monotonic() < end, list(folder.iterdir())
+        time.sleep(0.02)
 
 
 def test_it_goes_with_its_guest_by_commands_and_comes_back(world: World) -> None:
@@ -202,27 +206,27 @@ def test_what_writes_the_disks_is_killed_and_the_guest_runs_on(world: World, ste
         if at == step:
             live_guest.kill(int((folder / "store-pid").read_text()))
 
-    with served(world, folder) as there:
-        with pytest.raises(MigrationError, match=r"could not be copied|mirror|disks"):
-            qemu_source.Source(world.guest.control, KEY, there.address, options(progress=kill)).move()
+    there = Receiving(world, folder)
+    with pytest.raises(MigrationError, match=r"could not be copied|mirror|disks"):
+        qemu_source.Source(world.guest.control, KEY, there.address, options(progress=kill)).move()
     runs_on(world, folder)
 
 
 def test_a_wire_that_is_cut_while_the_disk_is_copied(world: World) -> None:
     folder = world.next()
-    with served(world, folder) as there:
-        proxy = Proxy(there.address)
-        try:
-            proxy.plan(1 << 20, cut_all)
-            with pytest.raises(MigrationError):
-                qemu_source.Source(world.guest.control, KEY, proxy.address, options()).move()
-            assert proxy.fired
-        finally:
-            proxy.close()
-        world.runs_here()
-        assert left(world) == []
-        qemu_source.Source(world.guest.control, KEY, there.address, options()).move()  # the target waits for the next attempt
-        world.moved_to(folder, there.done().pid)
+    there = Receiving(world, folder)
+    proxy = Proxy(there.address)
+    try:
+        proxy.plan(1 << 20, cut_all)
+        with pytest.raises(MigrationError):
+            qemu_source.Source(world.guest.control, KEY, proxy.address, options()).move()
+        assert proxy.fired
+    finally:
+        proxy.close()
+    world.runs_here()
+    assert left(world) == []
+    qemu_source.Source(world.guest.control, KEY, there.address, options()).move()  # the target waits for the next attempt
+    world.moved_to(folder, there.done().pid)
 
 
 @contextlib.contextmanager
@@ -247,10 +251,10 @@ def test_a_target_that_has_no_room_any_more(world: World) -> None:
                 with contextlib.suppress(OSError), (small / "another's").open("wb") as file:
                     file.write(bytes(DISK_MIB << 20))
 
-        with served(world, folder, disks=small) as there, pytest.raises(SourceError, match="could not be copied.*room"):
+        there = Receiving(world, folder, disks=small)
+        with pytest.raises(SourceError, match="could not be copied.*room"):
             qemu_source.Source(world.guest.control, KEY, there.address, options(progress=fill)).move()
-        runs_on(world, folder)
-        assert not (small / NODE).exists()
+        runs_on(world, folder, small)
 
 
 def other(world: World) -> str:
@@ -273,10 +277,10 @@ def test_a_disk_that_cannot_be_taken_is_refused_before_anything_is_sent(world: W
         with (disks / NODE).open("wb") as file:
             file.truncate((DISK_MIB - 1) << 20)
     seen: list[qemu_source.Step] = []
-    with served(world, folder, command=command) as there:
-        with pytest.raises(Refused, match={"format": "same format", "name": "node-name", "full": "make room", "small": "too small|remove it"}[wrong]):
-            qemu_source.Source(world.guest.control, KEY, there.address, options(progress=seen.append)).move()
-        assert isinstance(there.failed(), DestinationError)
+    there = Receiving(world, folder, command=command)
+    with pytest.raises(Refused, match={"format": "same format", "name": "node-name", "full": "make room", "small": "too small|remove it"}[wrong]):
+        qemu_source.Source(world.guest.control, KEY, there.address, options(progress=seen.append)).move()
+    assert isinstance(there.failed(), DestinationError)
     assert qemu_source.Step.MEMORY not in seen
     assert (disks / NODE).exists() == (wrong == "small")
     (disks / NODE).unlink(missing_ok=True)
@@ -292,7 +296,8 @@ def test_a_volume_of_the_right_size_is_taken_and_one_with_something_in_it_is_not
     with (folder / "disks" / NODE).open("wb") as file:
         file.write(b"the only copy")
         file.truncate(DISK_MIB << 20)
-    with served(world, folder) as there, pytest.raises(Refused, match="something in it"):
+    there = Receiving(world, folder)
+    with pytest.raises(Refused, match="something in it"):
         qemu_source.Source(world.guest.control, KEY, there.address, options()).move()
     with (folder / "disks" / NODE).open("rb") as file:
         assert file.read(13) == b"the only copy"
