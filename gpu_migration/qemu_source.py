@@ -324,8 +324,8 @@ class Source:
                 qemu_guest.resume(qmp)
             except QemuError as second:
                 raise QemuError(f"{second}; the guest may stand still: resume it by hand (before that: {error})") from error
-            if isinstance(error, QemuError):
-                mirrors.check()  # where it is a disk's mirror that has failed, it says so, and what to do
+            if isinstance(error, QemuError) and moved.disks:  # it flushes all disks when it stops, those at the target too
+                raise QemuError(f"{error}; where the mirror of a disk ({', '.join(moved.disks)}) is the cause: see that the target is there and has room, then start both again") from error
             raise
         leaving.close()
         moved.running_at = since
