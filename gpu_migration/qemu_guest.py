@@ -114,6 +114,12 @@ def prepared(qmp: Qmp) -> Iterator[None]:
             _tell(qmp, {name: before[name] for name in _OURS if name in before}, bandwidth)
 
 
+def forget(qmp: Qmp) -> None:
+    """What `prepared` told it, where that is not known otherwise: as a QEMU is that nobody told anything. Raises QemuError."""
+    there = {one["capability"] for one in qmp("query-migrate-capabilities")}
+    _tell(qmp, {name: False for name in ("x-ignore-shared", _PAUSES) if name in there}, None)
+
+
 def _tell(qmp: Qmp, capabilities: dict[str, bool], bandwidth: int | None) -> None:
     qmp("migrate-set-capabilities", capabilities=[{"capability": name, "state": value} for name, value in capabilities.items()])
     if bandwidth is not None:
@@ -243,6 +249,11 @@ class Taking:
     def run(self) -> float:
         """Let it run; since when, in seconds since 1970."""
         return go(self._qmp)
+
+    def forget(self) -> None:
+        """It runs: what it was told to take it, it is not told any more."""
+        with contextlib.suppress(QemuError):
+            forget(self._qmp)
 
     def close(self) -> None:
         """QEMU stays."""

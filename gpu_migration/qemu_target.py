@@ -306,6 +306,7 @@ class Target:
             if not qemu_guest.running(self._qmp):
                 self._progress(Step.RUNNING)
                 qemu_guest.go(self._qmp)
+            qemu_guest.forget(self._qmp)
         except QemuError as error:
             raise QemuError(f"the guest is this end's, and its QEMU is gone ({error}; {self._folder.said()}); remove {self._folder.path} once it is not missed") from None
         self._qmp.close()  # it takes one client, and whoever runs the guest may want it
@@ -553,6 +554,7 @@ class Target:
         self._progress(Step.RUNNING)
         try:
             stream.send(Kind.VERDICT, wire.VERDICT_GUEST.pack(1, since))
+            taking.forget()
             self._until_bye(stream)
         except (OSError, Unauthentic):
             self._answer_questions(decision)

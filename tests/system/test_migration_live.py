@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,11 +61,13 @@ def test_there_by_commands_and_back_by_the_other_tracker(world: World) -> None:
     result = json.loads(sent.stdout)
     assert result["length"] == world.machine.memory << 20 and result["passes"] >= 1 and result["last_pages"] > 0 and 0 < result["downtime_s"] < result["total_s"]
     world.moved_to(folder, pid)
+    assert not told(world), "its own migration would leave out the memory"
     folder = world.next()
     there = Receiving(world, folder)
     moved = qemu_source.Source(world.guest.control, KEY, there.address, options(track="hash")).move()
     assert moved.tracker == "page hashes"
     world.moved_to(folder, there.done().pid)
+    assert not told(world)
 
 
 def test_a_page_that_is_lost_is_found_by_the_guest_and_before_by_verify(world: World) -> None:
@@ -93,6 +96,21 @@ def qemu_memory(world: World) -> Path:
     return world.guest.control.with_name("memory")
 
 
+def told(world: World) -> list[str]:
+    """What the guest's QEMU is told of a move that is not of its own, once the guard has had its say."""
+    found: list[str] = []
+    for _ in range(200):
+        qmp = Qmp(world.guest.control)
+        try:
+            found = [one["capability"] for one in qmp("query-migrate-capabilities") if one["state"] and one["capability"] in ("x-ignore-shared", "pause-before-switchover")]
+        finally:
+            qmp.close()
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
+
+
 SOURCE_QUICK = ["pages", "asked", "taken"]
 SOURCE_SLOW = ["memory", "live", "passes", "stopping", "state", "loaded", "asking", "leaving"]
 
@@ -104,6 +122,7 @@ def test_a_source_that_is_killed(world: World, step: str) -> None:
         assert sending(world, address, step).returncode == -signal.SIGKILL
         if step not in ("asked", "taken", "leaving"):
             world.runs_here()  # it never stood still, or the guard has resumed it
+            assert not told(world), "its own migration would leave out the memory"
         else:
             assert world.guest.ask() in ("paused", "postmigrate"), "nobody but the target knows whose it is"
         again = sending(world, address, "none")
