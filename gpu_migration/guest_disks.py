@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from .errors import DestinationError, FormatError
 
-FORMATS = ("other", "raw", "qcow2")
-"""By their number in an offer; of the first kind nothing is moved."""
+FORMATS = ("encrypted or of another format", "raw", "qcow2")
+"""By their number in an offer; of the first kind nothing is moved: what would be made at the target would not be encrypted."""
 DISKS_MOST = 16
 """Of one guest: each has a stream of its own, and a receiver takes sixteen."""
 NAME_MOST = 31

@@ -40,7 +40,7 @@ def disks_of(qmp: Qmp) -> list[Disk]:
         node = device.get("inserted")
         if node and not node["ro"] and named(str(node.get("node-name", ""))) and not str(node["node-name"]).startswith(_OURS):
             image = node["image"]
-            kind = str(node["drv"])
+            kind = FORMATS[0] if image.get("encrypted") else str(node["drv"])
             found[node["node-name"]] = Disk(str(node["node-name"]), kind if kind in FORMATS else FORMATS[0], int(image["virtual-size"]), int(image.get("actual-size", 0)))
     if len(found) > DISKS_MOST:
         raise SourceError(f"the guest has {len(found)} disks; at most {DISKS_MOST} can be offered")

@@ -206,6 +206,7 @@ def main() -> int:
         folder = Path(scratch)
         try:
             base = Machine(program, live_guest.kernel(), live_guest.initial(folder), options.memory, int(options.memory * CHECKED), 0, 20_000)
+            cost = looks(base, folder / "looks")
             for percent in options.percents:
                 for way in options.ways:
                     guest = replace(base, rewrites=options.memory * 256 * percent // 100)
@@ -213,7 +214,6 @@ def main() -> int:
                     wrong += [f"{percent} %, {way}: {text}" for text in bad]
                     found.setdefault(f"{percent} %", {})[way] = figures(moves)
                     note(options, f"{percent} % a second, {way}: {found[f'{percent} %'][way]}")
-            cost = looks(base, folder / "looks")
         except Missing as error:
             print(f"migration_live: {error}", file=sys.stderr)
             return 2
