@@ -35,16 +35,20 @@ _OVER = ("concluded", "null")
 
 def disks_of(qmp: Qmp) -> list[Disk]:
     """Those that are written to and whose node has a name of its own."""
-    found: dict[str, Disk] = {}
-    for device in qmp("query-block"):
-        node = device.get("inserted")
-        if node and not node["ro"] and named(str(node.get("node-name", ""))) and not str(node["node-name"]).startswith(_OURS):
-            image = node["image"]
-            kind = FORMATS[0] if image.get("encrypted") else str(node["drv"])
-            found[node["node-name"]] = Disk(str(node["node-name"]), kind if kind in FORMATS else FORMATS[0], int(image["virtual-size"]), int(image.get("actual-size", 0)))
+    found = {disk.name: disk for disk in (disk_of(device) for device in qmp("query-block")) if disk is not None}
     if len(found) > DISKS_MOST:
         raise SourceError(f"the guest has {len(found)} disks; at most {DISKS_MOST} can be offered")
     return list(found.values())
+
+
+def disk_of(device: dict[str, Any]) -> Disk | None:
+    """One of `query-block`; None where it is none that can be moved."""
+    node = device.get("inserted")
+    if not node or node["ro"] or not named(str(node.get("node-name", ""))):
+        return None
+    image = node["image"]
+    kind = FORMATS[0] if image.get("encrypted") else str(node["drv"])
+    return Disk(str(node["node-name"]), kind if kind in FORMATS else FORMATS[0], int(image["virtual-size"]), int(image.get("actual-size", 0)))
 
 
 def release(qmp: Qmp) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_migration import guest_disks, keys, wire
+from gpu_migration import guest_disks, keys, qemu_disks, wire
 from gpu_migration.errors import DestinationError, FormatError
 from gpu_migration.guest_disks import DISKS_MOST, FORMATS, SECTOR, Disk
 from gpu_migration.tunnel import Tunnel
@@ -96,6 +96,21 @@ def test_limits_of_a_command_line() -> None:
     for size, said in ((512, "too small"), (2048, "too large")):
         with pytest.raises(DestinationError, match=said):
             guest_disks.same_size(Disk("a", "raw", 1024, 0), size, "here")
+
+
+def test_what_qemu_says_of_its_disks() -> None:
+    """As `query-block` of version 10 says it."""
+    image = {"virtual-size": 8388608, "filename": "/srv/root", "format": "qcow2", "actual-size": 1052672}
+    node = {"node-name": "root", "drv": "qcow2", "ro": False, "encrypted": False, "image": image, "file": "/srv/root"}
+    assert qemu_disks.disk_of({"device": "", "qdev": "/machine/peripheral-anon/device[0]/virtio-backend", "inserted": node}) == Disk("root", "qcow2", 8388608, 1052672)
+    assert qemu_disks.disk_of({"device": "cd", "locked": False}) is None
+    for other in ({"ro": True}, {"node-name": "#block127"}, {"node-name": ""}):
+        assert qemu_disks.disk_of({"inserted": node | other}) is None
+    for other in ({"drv": "vmdk"}, {"image": image | {"encrypted": True}}):
+        disk = qemu_disks.disk_of({"inserted": node | other})
+        assert disk is not None
+        with pytest.raises(DestinationError, match="encrypted or of another format"):
+            guest_disks.chosen({"root": "qcow2"}, [disk])
 
 
 class Ends:
