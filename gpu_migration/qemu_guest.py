@@ -146,16 +146,18 @@ class Leaving:
         self._reader = threading.Thread(target=self._read, daemon=True, name="state")
         self._reader.start()
 
-    def stop(self) -> float:
-        """Let the guest stand still, its disks too; since when, in seconds since 1970. Raises QemuError."""
+    def stop(self, meanwhile: Callable[[], None]) -> float:
+        """Let the guest stand still, its disks too; since when, in seconds since 1970. `meanwhile` is called until it does, and once more while its disks are drained. Raises QemuError."""
         if not self._early:
             return stop(self._qmp)
         self._qmp.events.clear()
         self._begun = True
         self._qmp("migrate", uri=f"fd:{_STATE}")
-        found = self._qmp.first(lambda event: event["event"] == "STOP" or _migration(event, _OVER))
-        if found["event"] == "STOP" and not _migration(self._qmp.first(lambda event: _migration(event, (_WAITS, *_OVER))), _OVER):
-            return at(found)
+        found = self._qmp.first(lambda event: event["event"] == "STOP" or _migration(event, _OVER), meanwhile)
+        if found["event"] == "STOP":
+            meanwhile()
+            if not _migration(self._qmp.first(lambda event: _migration(event, (_WAITS, *_OVER))), _OVER):
+                return at(found)
         raise QemuError(f"QEMU did not stop the guest: {self._qmp('query-migrate').get('error-desc', 'its migration has ended')}")
 
     def leave(self) -> None:

@@ -14,6 +14,8 @@ from .errors import MigrationError
 
 ANSWER_S = 30.0
 """Seconds for an answer: stopping a guest waits for its disks."""
+MEANWHILE_S = 0.001
+"""Seconds for QEMU to say something before something else is done: it needs a processor too."""
 LINE_MOST = 1 << 20
 """Bytes of one line that QEMU says."""
 EVENTS_MOST = 200
@@ -90,20 +92,25 @@ class Qmp:
         """Wait for an event whose data have one of these values; events before it are forgotten. Raises QemuError."""
         return self.first(lambda found: found["event"] == event and all(found.get("data", {}).get(key) in values for key, values in data.items()))
 
-    def first(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Wait for such an event; events before it are forgotten. Raises QemuError."""
+    def first(self, wanted: Callable[[dict[str, Any]], bool], meanwhile: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Wait for such an event; events before it are forgotten. `meanwhile` is called again and again as long as QEMU says nothing. Raises QemuError."""
         end = time.monotonic() + self._seconds
         while True:
             while self.events:
                 found = self.events.popleft()
                 if wanted(found):
                     return found
+            while meanwhile is not None and time.monotonic() < end and not self._speaks(MEANWHILE_S):
+                meanwhile()
             self._message(end)
 
     def pause(self, seconds: float) -> None:
         """Until QEMU says something, at most so long. Raises QemuError where it has ended."""
-        if b"\n" in self._waits or select.select([self._socket], [], [], seconds)[0]:
+        if self._speaks(seconds):
             self._message(time.monotonic() + self._seconds)
+
+    def _speaks(self, seconds: float) -> bool:
+        return b"\n" in self._waits or bool(select.select([self._socket], [], [], seconds)[0])
 
     def _message(self, end: float) -> dict[str, Any]:
         while b"\n" not in self._waits:

@@ -41,6 +41,10 @@ FEW = 64
 """Pages below which it does not matter: they go in a millisecond."""
 PROBE = 16
 """Pages from which the time that they took says something."""
+QUICK_S = 0.01
+"""Seconds for a look, on average, up to which there are several while the guest stands still; by hashes it takes that for 16 MiB, and there is one."""
+WAITING_MOST = 256
+"""Answers of the target that may wait in the socket, 40 bytes each: fewer than it holds."""
 LEARN_FROM = 1 << 18
 """Bytes coded at once from which the time that it took says something of the coder."""
 
@@ -104,7 +108,7 @@ class Moved:
     """Sent after that."""
     pages_bytes: int = 0
     last_pages: int = 0
-    """Sent while it stood still."""
+    """Sent once it stood still and its disks were drained."""
     disks: list[str] = field(default_factory=list)
     """Those that went with it, by the names of their nodes."""
     disk_bytes: int = 0
@@ -278,7 +282,9 @@ class Source:
         leaving = qemu_guest.Leaving(qmp, live.state)
         marks = [("", time.monotonic())]
         try:
-            moved.stopped_at = leaving.stop()
+            live.put(pending)
+            moved.stopped_at = leaving.stop(live.follow)
+            before = moved.pages
             marks.append(("stop", time.monotonic()))
             if moved.disks:
                 options.progress(Step.DETACHING)
@@ -288,16 +294,15 @@ class Source:
                 marks.append(("disks", time.monotonic()))
             leaving.leave()
             options.progress(Step.PAGES)
-            pending = dirty.merged(pending, live.look())
-            live.put(pending)  # beside QEMU, which leaves its state meanwhile
+            if live.quick:
+                live.put(live.look())  # beside QEMU, which leaves its state meanwhile
             leaving.pass_on()
             marks.append(("pages", time.monotonic()))
             options.progress(Step.STATE)
             state = leaving.whole()
             marks.append(("state", time.monotonic()))
-            late = live.look()  # leaving its state, QEMU is not to write to the guest's memory; what it does write goes over before the guest runs, other than with QEMU's own migration
-            live.put(late)
-            moved.last_pages = len(pending) + len(late)
+            live.put(live.look())  # leaving its state, QEMU is not to write to the guest's memory; what it does write goes over before the guest runs, other than with QEMU's own migration
+            moved.last_pages = moved.pages - before
             marks.append(("late pages", time.monotonic()))
             live.load(state)
             live.written()
@@ -389,6 +394,8 @@ class _Live:
         self._memory = source.mapped()
         self._scratch = np.empty((patches.MOST, PAGE), np.uint8)
         self._plain = patches.Plain()
+        self.quick = False
+        """Whether one more look at the memory costs next to nothing, and a device's state may be loaded before the last."""
         self._pace: dict[bool, float] = {}
         """Seconds a page until the target had written it, coded and not."""
         self._chain = wire.NOTHING
@@ -410,6 +417,7 @@ class _Live:
             verdict = control.after(Pass(before * PAGE, sending, time.monotonic() - began, len(pending) * PAGE))
             if verdict.next is Next.SWITCH and not FEW < len(pending) < SHRINK * before:
                 self._moved.implied_s = verdict.implied
+                self.quick = self._tracker.seconds <= QUICK_S * self._tracker.looks and not self._options.verify
                 return pending
             if verdict.next is Next.GIVE_UP:
                 assert verdict.reason is not None
@@ -439,6 +447,14 @@ class _Live:
         if len(numbers) >= PROBE and not self._options.limit:
             pace = (time.monotonic() - began) / len(numbers)
             self._pace[coded] = SMOOTHING * pace + (1 - SMOOTHING) * self._pace.get(coded, pace)
+
+    def follow(self) -> None:
+        """What was written since the last look, while it is waited for that the guest stands still."""
+        if not self.quick:
+            return
+        self.put(self.look())
+        if self._sequence - self._written >= WAITING_MOST:
+            self.written()
 
     def put(self, numbers: dirty.Numbers) -> None:
         """Send them, and wait for nothing: while the guest stands still, a round trip less. The answers, 40 bytes for a MiB, wait in the socket."""
@@ -485,7 +501,7 @@ class _Live:
 
     def state(self, piece: memoryview) -> None:
         """The next of the device state. On another thread than the rest. Raises TransferLost."""
-        _say(self.stream, Kind.STATE, piece, not self._options.verify)  # before memory is compared, nothing there may look at it
+        _say(self.stream, Kind.STATE, piece, self.quick)
 
     def load(self, state: memoryview) -> None:
         """The device state has gone; what it and everything before it come to."""

@@ -59,7 +59,7 @@ def test_there_by_commands_and_back_by_the_other_tracker(world: World) -> None:
         receive.kill()
         receive.communicate()
     result = json.loads(sent.stdout)
-    assert result["length"] == world.machine.memory << 20 and result["passes"] >= 1 and result["last_pages"] > 0 and 0 < result["downtime_s"] < result["total_s"]
+    assert result["length"] == world.machine.memory << 20 and result["passes"] >= 1 and result["pages"] > 0 and 0 < result["downtime_s"] < result["total_s"]
     world.moved_to(folder, pid)
     assert not told(world), "its own migration would leave out the memory"
     folder = world.next()
