@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MigrationError, SourceError
-from .qemu_qmp import QemuError, Qmp, at
+from .qemu_qmp import QemuError, QemuRefused, Qmp, at
 
 STATE_MOST = 256 << 20
 """Bytes of a device state at most: a few hundred KB as a rule, more with a screen's memory."""
@@ -91,14 +91,21 @@ def running(qmp: Qmp) -> bool:
 def resume(qmp: Qmp) -> None:
     """Let a guest run again that was to be moved and was not. May be called whatever was begun. Raises QemuError."""
     end = time.monotonic() + CANCEL_S
-    while qmp("query-migrate").get("status") in ("setup", "active", "device", "pre-switchover", "cancelling"):
-        with contextlib.suppress(QemuError):
-            qmp("migrate_cancel")
+    while True:
+        try:
+            if qmp("query-migrate").get("status") in ("setup", "active", "device", "pre-switchover", "cancelling"):
+                qmp("migrate_cancel")
+            elif running(qmp):
+                return
+            else:
+                qmp("cont")
+                return
+        except QemuRefused as error:  # a migration that has ended is not tidied up at once, and nothing is let run until it is
+            if time.monotonic() > end:
+                raise QemuError(f"the guest was not let run again within {CANCEL_S:g} s ({error})") from None
         if time.monotonic() > end:
             raise QemuError(f"QEMU's migration was not cancelled within {CANCEL_S:g} s")
         select.select([], [], [], 0.01)
-    if not running(qmp):
-        qmp("cont")
 
 
 @contextlib.contextmanager

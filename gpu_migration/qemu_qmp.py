@@ -25,6 +25,10 @@ class QemuError(MigrationError):
     """QEMU refused, ended, or said nothing in time."""
 
 
+class QemuRefused(QemuError):
+    """QEMU is there and does not do what it was told, now."""
+
+
 class Qmp:
     """One connection. Not to be shared between threads."""
 
@@ -86,7 +90,7 @@ class Qmp:
             if "return" in message:
                 return message["return"]
             if "error" in message:
-                raise QemuError(f"QEMU refuses {command}: {str(message['error'].get('desc', ''))[:500]}")
+                raise QemuRefused(f"QEMU refuses {command}: {str(message['error'].get('desc', ''))[:500]}")
 
     def until(self, event: str, **data: tuple[Any, ...]) -> dict[str, Any]:
         """Wait for an event whose data have one of these values; events before it are forgotten. Raises QemuError."""
