@@ -2,7 +2,9 @@
 
 A guest of --memory MiB rewrites so many percent of it a second, page by page in a random order, and checks every page; after each move it must have found all of them right, twice over. QEMU alone is
 QEMU 10 with memory of its own, without a bandwidth limit: by its defaults, with a downtime limit of 20 ms, and by multifd with zstd. Standing still is from QEMU's STOP at the source to its RESUME at the
-target, for both engines; the total, from the order to move until it runs there, is longer with this engine where the memory is not on a slow wire, and stands beside it: a standstill is not won by that alone. Beside it what the guest's console shows: from the last of its ticks (every 5 ms) here to the first there. Needs tools/setup/qemu.sh, tools/setup/guest_kernel.sh, gcc.
+target, for both engines, median and p99; beside it the total, from the order to move until it runs there, which over loopback is several times longer with this engine: a standstill is not won by that unsaid. And what the guest's
+console shows: from the last of its ticks (every 5 ms) here to the first there, in which on one machine the source's end takes processors too. What is equal for both is the time that they may stop it for: 10 ms are tried first here, 300 ms
+are QEMU's default, and 20 ms its setting that comes near ours. Needs tools/setup/qemu.sh, tools/setup/guest_kernel.sh, gcc.
 """
 
 import contextlib
