@@ -10,6 +10,7 @@ are QEMU's default, and 20 ms its setting that comes near ours. Needs tools/setu
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,7 @@ def _look(before: Guest, there: Guest, stood: float, total: float) -> Move:
         raise
     finally:
         before.end()
+        shutil.rmtree(before.control.parent)  # its memory is in this machine's, and there are many moves
 
 
 WAYS: dict[str, Callable[[Machine, Guest, Path], tuple[Move, Guest]]] = {
@@ -146,6 +148,7 @@ def series(way: str, machine_: Machine, folder: Path, rounds: int) -> tuple[list
         return moves, [str(error)[:300]]
     finally:
         guest.end()
+        shutil.rmtree(folder)
     return moves, []
 
 
