@@ -1,6 +1,7 @@
 """Records over a stream: a clear header that is authenticated with what it heads, then sealed bytes. Lengths are bounded before anything is read."""
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -59,7 +60,7 @@ class Kind(IntEnum):
     ASK = 32
     """Source: session 16. Whose is the guest?"""
     HELLO = 33
-    """Source: session 16, bytes of memory u64."""
+    """Source: session 16, bytes of memory u64, then an offer of disks (guest_disks.py)."""
     GO = 34
     """Target: ready for the memory, as an object on further streams."""
     LIVE = 35
@@ -71,7 +72,7 @@ class Kind(IntEnum):
     APPLIED = 38
     """Target: that one is written."""
     STATE = 39
-    """Source: the next bytes of the device state."""
+    """Source: the next bytes of the device state; `attempt` 1: QEMU may have them at once, as the memory that they go with is there."""
     LOAD = 40
     """Source: that was all: chain 32 of all patches, root 32 of the memory or zeros."""
     LOADED = 41
@@ -80,6 +81,16 @@ class Kind(IntEnum):
     """Source: session 16. From here on only the target's word tells whose the guest is."""
     VERDICT = 43
     """Target: u8, 1: the guest is the target's, and runs since f64 (seconds since 1970); 0: it never will be in that session."""
+    DISKS = 44
+    """Target: a byte for each disk of the offer, 1: that one is to be moved, by a stream of its own."""
+    DISK = 45
+    """Source, first on such a stream: session 16, which of the offer u8."""
+    NBD = 46
+    """Either, after that: bytes of the protocol for disks."""
+    DISKED = 47
+    """Source: all disks are at the target as the guest has left them."""
+    PAGES = 48
+    """Source: pages as they are (patches.py), numbered by `attempt` together with the others."""
 
 
 OPEN = struct.Struct("<16sQ32s")
@@ -92,6 +103,7 @@ SMALL = 4096
 GROUP_MOST = 32
 """Extents in one record at the most: what waits for the others waits some milliseconds, and a record stays below 132 KiB."""
 HELLO_GUEST = struct.Struct("<16sQ")
+DISK_GUEST = struct.Struct("<16sB")
 LOAD_GUEST = struct.Struct("<32s32s")
 VERDICT_GUEST = struct.Struct("<Bd")
 SESSION = 16
@@ -198,12 +210,28 @@ class Stream:
         for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, way, value)
 
-    def close(self) -> None:
+    def lasting(self, patience: float) -> None:
+        """It may be silent for as long as the other end is there; one that is gone without a word is noticed after the patience, in seconds."""
+        self._socket.settimeout(None)
+        whole = max(1, round(patience))
+        for option, value in ((socket.TCP_USER_TIMEOUT, whole * 1000), (socket.TCP_KEEPIDLE, whole), (socket.TCP_KEEPINTVL, max(1, whole // 3))):
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def speaks(self) -> bool:
+        """Whether there is something to receive, be it the stream's end."""
+        return bool(select.select([self._socket], [], [], 0)[0])
+
+    def hang_up(self) -> None:
         """End the stream; a thread that waits on it wakes."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+
+    def close(self) -> None:
+        """The same, and its descriptor is given back."""
+        self.hang_up()
         self._socket.close()
 
 
