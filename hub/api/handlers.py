@@ -24,6 +24,7 @@ from ..store.base import EdgeRow, StoredRecord
 from ..transfers.book import Contradicts
 from .bundles import bundle_file, listing
 from .openapi import OPERATIONS, document
+from .moves import MoveApi
 from .operations import OperationApi
 from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of
@@ -52,7 +53,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi(OperationApi, TransferApi):
+class HubApi(OperationApi, MoveApi, TransferApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:

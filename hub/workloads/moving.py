@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.contract.workloads import CHECKPOINTED, ISOLATION, MOVABLE, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVE_ROOM, MOVING, NAMESPACES, RUNNING
+from edge_runtime.contract.workloads import CHECKPOINTED, ISOLATION, MOVABLE, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVE_ROOM, MOVING, NAMESPACES, RUNNING, may_move
 
 from ..scheduler.model import Kind
 from ..store.workloads import PlacementRow, WorkloadRow
 from .book import BEGUN, CHECKING, MOVE, RETURNING, ROOM, SENDING, STARTING, TAKING, short
-from .documents import Conflict, may_move
+from .documents import Conflict
 
 if TYPE_CHECKING:
     from .planner import Planner

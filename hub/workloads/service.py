@@ -13,8 +13,8 @@ from typing import Any
 
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.schema import check_fields
 from edge_runtime.contract.operations import Operation
+from edge_runtime.contract.schema import check_fields
 from edge_runtime.contract.workloads import MOVES, MOVING, REPORT_FIELDS, RUNNING
 
 from ..fleet import Fleet
@@ -23,6 +23,7 @@ from ..store.base import Store, StoredRecord
 from ..store.workloads import WorkloadRow
 from ..transfers.service import Transfers
 from . import moving
+from .book import ROOM, SENDING
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
@@ -464,7 +465,7 @@ class Workloads:
                 for move in await self.look(lambda planner: list(moving.live(planner))):
                     await self._carry(transfers, move)
                 for name in transfers.unfinished(MOVING):
-                    if await self.look(lambda planner, name=name: planner.tables.moves.get(name, {}).get("step") != moving.SENDING):
+                    if self.planner.tables.moves.get(name, {}).get("step") != SENDING:  # what is kept of a move never goes back to that step
                         await transfers.cancel(name)
             except asyncio.CancelledError:
                 raise
@@ -475,9 +476,9 @@ class Workloads:
             await transfers.next(seen, self._moving)
 
     async def _carry(self, transfers: Transfers, move: dict[str, Any]) -> None:
-        if move["step"] == moving.ROOM and move["ready"] and transfers.there(move["source"]) and transfers.there(move["target"]):
+        if move["step"] == ROOM and move["ready"] and transfers.there(move["source"]) and transfers.there(move["target"]):
             await self.ask(lambda planner, now: moving.met(planner, move["id"], now))
-        if move["step"] == moving.SENDING:
+        if move["step"] == SENDING:
             told = await transfers.submit(moving.transfer(move))
             if told["state"] in ("done", "failed", "cancelled"):
                 await self.ask(lambda planner, now: moving.carried(planner, move["id"], told["state"], told["reason"], now))
