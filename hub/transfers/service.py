@@ -46,11 +46,11 @@ class Transfers:
         await self._keep()
         return self.view(one)
 
-    async def lease(self, worker: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """What a worker is to do, and to stop; waits for it as long as it asked for."""
+    async def lease(self, worker: str, asked: dict[str, Any], gone: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """What a worker is to do, and to stop; waits for it as long as it asked for. `gone`: nobody waits for the answer any more, so that nothing may be given with it: its lease would have to run out first."""
         held = {one["task"]: one["epoch"] for one in asked["held"] or ()}
         end = asyncio.get_running_loop().time() + asked["wait_s"]
-        while True:
+        while not gone():
             came = not self.there(worker)
             self.book.hello(worker, asked["facts"], self._now())
             if came:
@@ -67,6 +67,7 @@ class Transfers:
                     await asyncio.wait_for(self._new.wait(), min(left, LOOK_S))
                 except TimeoutError:
                     pass
+        return {"tasks": [], "stop": []}
 
     async def stop(self) -> None:
         """Let nobody wait any more."""

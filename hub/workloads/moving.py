@@ -71,8 +71,8 @@ def why_not(planner: "Planner", row: WorkloadRow) -> str:
     current, item = planner.current(row.id), planner.tables.items[row.id].item
     if row.state != "placed" or current is None:
         return f"it is {row.state}"
-    if len(planner.tables.epochs[row.id]) > 1:
-        return "it is being moved already"
+    if row.id in planner.tables.moving or len(planner.tables.epochs[row.id]) > 1:
+        return "it is being moved already" if row.id in planner.tables.moving else "the node that had it before has not said that it stopped it"
     if item.shape.kind not in (Kind.CONTAINER, Kind.BATCH) or (row.document.get("spec") or {}).get(ISOLATION, NAMESPACES) != NAMESPACES:
         return "only containers and batch jobs in namespaces can be moved with their state"
     if may_move(row.document):

@@ -124,14 +124,17 @@ class Two:
             return [int(one) for one in (self.folder / "shared/numbers").read_text().split("\n")[:-1]]
         return []
 
-    def move(self, name: str) -> Json:
+    async def move(self, name: str) -> Json:
         """As it is kept."""
-        return dict(self.hub.workloads.planner.tables.moves[name])
+        return dict(await self.hub.workloads.look(lambda planner: planner.tables.moves[name]))
 
     async def over(self, name: str) -> Json:
         """How a move ended."""
-        await until(lambda: self.move(name)["state"] != "running", ROOM_S, what=f"the end of {name}")
-        return self.move(name)
+        async def ended() -> bool:
+            return bool((await self.move(name))["state"] != "running")
+
+        await until(ended, ROOM_S, what=f"the end of {name}")
+        return await self.move(name)
 
     async def one_copy(self) -> str:
         """Which node runs it, after it was seen that it goes on, has left nothing out, and is nowhere else in the end."""
@@ -142,6 +145,7 @@ class Two:
         assert found == list(range(len(found))), next((at, found[max(0, at - 1):at + 3]) for at in range(len(found)) if found[at] != at)
         here, other = row.node, "b" if row.node == "a" else "a"
         await until(lambda: self.nodes[other].instances() == [], ROOM_S, what="nothing of it is left at the other node")
+        await until(lambda: len(self.hub.workloads.planner.tables.epochs[self.workload]) == 1, ROOM_S, what="the hub has heard that it stopped there")
         assert self.nodes[here].instances() == [f"{self.workload}.{row.epoch}"]
         return here
 

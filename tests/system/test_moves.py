@@ -21,6 +21,7 @@ async def test_a_running_container_moves_to_the_other_node_and_back(tmp_path: Pa
                 begun = await hub.workloads.ask(lambda planner, now, target=target: moving.begin(planner, two.workload, target, now, "asked for"))
                 ended = await two.over(begun["id"])
                 assert (ended["state"], ended["reason"]) == ("done", "")
+                print(ended)
                 assert await two.one_copy() == target and hub.workloads.rows[two.workload].epoch == epoch
         finally:
             await two.end()
