@@ -1,0 +1,240 @@
+"""Moves with state, by the planner alone: one copy at most, whatever is told when, whoever is restarted, wherever it fails; what fails goes on where it was; drains move what can be moved."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hub.scheduler.audit import check_invariants
+from hub.workloads import moving
+from hub.workloads.book import STARTING, STEPS
+from hub.workloads.documents import Conflict
+from hub.workloads.planner import Planner
+
+from .kept import round_of, said
+from .moving_world import W, World
+from .test_planner import entries
+
+
+def world(seed: int = 1, nodes: int = 2) -> World:
+    found = World(random.Random(seed), nodes)
+    assert found.where() == ["a"] and not found.trouble
+    return found
+
+
+def last(there: World) -> dict[str, object]:
+    return list(there.desk.kept.moves.values())[-1]
+
+
+def sound(there: World) -> None:
+    assert there.trouble == []
+    check_invariants(there.desk.planner.state)
+
+
+def test_it_runs_where_it_was_moved_to_and_nothing_is_left() -> None:
+    there = world()
+    there.begin()
+    there.settle()
+    assert there.where() == ["b"] and last(there)["state"] == "done" and there.count > 5
+    assert (there.desk.row(W).node, there.desk.row(W).epoch) == ("b", 2) and list(there.desk.planner.tables.open) == [(W, 2)]
+    assert entries(there.desk, "a") == [] and moving.operations(there.desk.planner, "a") == moving.operations(there.desk.planner, "b") == []
+    there.begin("a")
+    there.settle()
+    assert there.where() == ["a"] and there.desk.row(W).epoch == 3
+    sound(there)
+
+
+@pytest.mark.parametrize("what", ["check", "room", "out", "carry", "from"])
+def test_what_fails_before_the_commit_goes_on_at_its_source(what: str) -> None:
+    there = world()
+    there.failing = {what}
+    there.begin()
+    there.settle()
+    assert there.where() == ["a"] and (there.desk.row(W).node, there.desk.row(W).epoch, there.desk.row(W).state) == ("a", 1, "placed")
+    assert last(there)["state"] == "failed" and last(there)["reason"] and list(there.desk.planner.tables.open) == [(W, 1)]
+    there.failing = set()
+    round_of(there.desk, after_ms=120_000, a=True, b=True)
+    assert there.begin()
+    there.settle()
+    assert there.where() == ["b"] and there.desk.row(W).epoch == 3, "the epoch of the target that refused is not given again"
+    sound(there)
+
+
+def test_where_it_cannot_even_come_back_the_state_stays_and_is_told() -> None:
+    there = world()
+    there.failing = {"from", "back"}
+    there.begin()
+    there.settle()
+    assert there.where() == [] and last(there)["state"] == "failed" and "its state is there" in str(last(there)["reason"]) and there.agents["a"].held
+    sound(there)
+
+
+def until(there: World, step: str) -> None:
+    for _ in range(40):
+        if (move := there.desk.planner.move_of(W)) is None or move["step"] == step:
+            break
+        for agent in there.agents.values():
+            there.hear(agent)
+            there.act(agent)
+            there.speak(agent)
+        if (move := there.desk.planner.move_of(W)) is not None and move["step"] != step:
+            there.carry()
+    assert there.desk.planner.move_of(W)["step"] == step  # type: ignore[index]
+
+
+@pytest.mark.parametrize("step", STEPS[:-1])
+def test_a_cancelled_move_leaves_it_where_it_was_but_not_when_only_the_target_can_say(step: str) -> None:
+    there = world()
+    name = there.begin()
+    until(there, step)
+    if step == STARTING:
+        with pytest.raises(Conflict, match="is starting it"):
+            there.desk.do(lambda planner, now: moving.cancel(planner, name, now))
+    else:
+        there.desk.do(lambda planner, now: moving.cancel(planner, name, now))
+    there.settle()
+    assert (there.where(), last(there)["state"]) == ((["b"], "done") if step == STARTING else (["a"], "cancelled"))
+    sound(there)
+
+
+@pytest.mark.parametrize("step", STEPS[:-1])
+def test_a_cancelled_workload_ends_on_both_nodes(step: str) -> None:
+    there = world()
+    there.begin()
+    until(there, step)
+    there.desk.do(lambda planner, now: planner.cancel(W, now))
+    there.settle()
+    assert there.where() == [] and there.desk.row(W).state == "cancelled" and not there.desk.planner.tables.open and not there.desk.planner.tables.moving
+    sound(there)
+
+
+@pytest.mark.parametrize("step", [*STEPS[:-1]])
+def test_a_target_that_is_taken_out_gives_it_back(step: str) -> None:
+    there = world()
+    there.begin()
+    until(there, step)
+    del there.agents["b"]
+    there.desk.do(lambda planner, now: planner.remove_node("b", False, now))
+    there.settle()
+    assert there.where() == ["a"] and last(there)["state"] == "failed"
+    sound(there)
+
+
+def test_a_source_that_is_lost_while_the_target_starts_it_leaves_it_to_the_target() -> None:
+    there = world(nodes=3)
+    there.begin("b")
+    until(there, STARTING)
+    del there.agents["a"]
+    there.desk.do(lambda planner, now: planner.remove_node("a", False, now))
+    assert (there.desk.row(W).node, there.desk.row(W).epoch) == ("b", 2), "it is not placed anew: the target may be running it"
+    there.settle()
+    assert there.where() == ["b"] and last(there)["state"] == "done"
+    sound(there)
+
+
+def test_a_silent_target_that_was_told_to_start_it_decides_nothing() -> None:
+    there = world()
+    there.begin()
+    until(there, STARTING)
+    round_of(there.desk, after_ms=86_400_000, a=True)
+    round_of(there.desk, after_ms=86_400_000, a=True)
+    assert there.desk.planner.move_of(W)["step"] == STARTING and (W, 2) in there.desk.planner.tables.open  # type: ignore[index]
+    there.settle()
+    assert there.where() == ["b"]
+    sound(there)
+
+
+@pytest.mark.parametrize("step", ["checking", "room", "taking", "sending"])
+def test_a_step_that_does_not_end_is_given_up(step: str) -> None:
+    there = world()
+    there.begin()
+    until(there, step)
+    round_of(there.desk, after_ms=moving.PATIENCE_MS[step] + 1, a=True, b=True)
+    there.settle()
+    assert there.where() == ["a"] and f"it was {step} for" in str(last(there)["reason"])
+    sound(there)
+
+
+def test_at_each_instant_the_documents_say_who_may_run_it() -> None:
+    there = world()
+    there.begin()
+    roles = {}
+    for step in STEPS[:-1]:
+        until(there, step)
+        wanted = {name: [(one["epoch"], one["held"], bool(one["from"])) for one in there.desk.planner.wanted(name) if one["wanted"] == "running"] for name in ("a", "b")}
+        roles[step] = wanted
+    assert roles["checking"] == roles["room"] == roles["taking"] == {"a": [(1, False, False)], "b": []}
+    assert roles["sending"] == {"a": [(1, True, False)], "b": []} and roles["starting"] == {"a": [(1, True, False)], "b": [(2, False, True)]}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"kind": "function"}, "only containers"), ({"when_cut_off": "move"}, "when_cut_off"), ({"spec": {"isolation": "microvm"}}, "only containers"),
+])
+def test_what_cannot_move_is_refused_by_name(change: dict[str, object], words: str) -> None:
+    there = world()
+    labels = {"novacron.isolation/microvm": "true", "novacron.moves/container": "true"}
+    there.desk.node("d", "edge", labels=labels)
+    round_of(there.desk, a=True, b=True, d=True)
+    there.desk.submit({"id": "x", "kind": "container", "requests": {"cpu": 1}, **change})
+    said(there.desk, there.desk.row("x").node, "x", 1, "running")
+    with pytest.raises(Conflict, match=words):
+        there.desk.do(lambda planner, now: moving.begin(planner, "x", "", now, "asked for"))
+
+
+def test_a_target_must_be_able_to_and_have_room() -> None:
+    there = world()
+    there.desk.node("plain", "edge")
+    round_of(there.desk, a=True, b=True, plain=True)
+    for to, words in (("plain", "plain cannot take it in"), ("a", "a cannot take it in"), ("none", "is no node")):
+        with pytest.raises(Conflict, match=words):
+            there.desk.do(lambda planner, now, to=to: moving.begin(planner, W, to, now, "asked for"))
+    there.desk.submit({"id": "full", "kind": "container", "requests": {"cpu": 4}, "node_selector": {"n": "b"}})
+    with pytest.raises(Conflict, match="finds no place on b"):
+        there.desk.do(lambda planner, now: moving.begin(planner, W, "b", now, "asked for"))
+    assert not there.desk.planner.tables.moves
+    sound(there)
+
+
+
+
+def played(seed: int, failing: set[str], restarts: bool, steps: int, rogue: bool = False) -> World:
+    """Random events, then all is delivered."""
+    chance = random.Random(seed)
+    there = World(chance, nodes=3)
+    if rogue:
+        hold = Planner._part
+
+        def part(self: Planner, placement: object, row: object) -> str:
+            return "running" if hold(self, placement, row) == "" else hold(self, placement, row)  # type: ignore[arg-type]
+
+        there.desk.planner.__class__ = type("Rogue", (Planner,), {"_part": part})
+    for _ in range(4):
+        there.begin(chance.choice(("", "b", "c", "a")))
+        there.failing = {what for what in failing if chance.random() < 0.5}
+        for _ in range(chance.randrange(steps)):
+            there.any_step()
+        if chance.random() < 0.3:
+            there.cancel()
+        if restarts and chance.random() < 0.5:
+            assert there.desk.restart() == []
+            there.up()
+        if chance.random() < 0.2:
+            round_of(there.desk, after_ms=4_000_000, **dict.fromkeys(there.agents, True))
+    there.failing = set()
+    there.settle(20)
+    return there
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sets(st.sampled_from(("check", "room", "out", "carry", "from"))), st.booleans())
+def test_in_any_order_one_copy_runs_and_goes_on_where_it_was(seed: int, failing: set[str], restarts: bool) -> None:
+    there = played(seed, failing, restarts, 60)
+    sound(there)
+    assert len(there.where()) == 1 and there.where() == [there.desk.row(W).node] and there.began == 1
+    assert not there.desk.planner.tables.moving and len(there.desk.planner.tables.open) == 1
+
+
+def test_a_hub_that_tells_the_target_too_early_is_seen() -> None:
+    """The negative control: what is reserved is told at once."""
+    assert any(played(seed, set(), False, 60, rogue=True).trouble for seed in range(10))
