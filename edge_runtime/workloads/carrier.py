@@ -104,6 +104,8 @@ class Carrier:
 
     async def _news(self, process: asyncio.subprocess.Process | None) -> bool:
         """Until other moves are under way (True), or the worker has ended by itself, or could not be started (False)."""
+        if self._changed.is_set():
+            return True
         if process is None and self._wanted:
             return False
         waiting = [asyncio.ensure_future(self._changed.wait()), *([asyncio.ensure_future(process.wait())] if process is not None else [])]

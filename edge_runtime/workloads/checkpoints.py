@@ -7,6 +7,7 @@ A state has its name when it is whole, so what is there under a name can be gone
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -121,6 +122,8 @@ class CheckpointFolder:
         except FileNotFoundError:
             return
         shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where there are others
+            path.parent.rmdir()
 
     def forget(self, workload: str) -> bool:
         """All of a workload; whether there was anything."""

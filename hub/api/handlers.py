@@ -23,8 +23,8 @@ from ..questions import Unanswered
 from ..store.base import EdgeRow, StoredRecord
 from ..transfers.book import Contradicts
 from .bundles import bundle_file, listing
-from .openapi import OPERATIONS, document
 from .moves import MoveApi
+from .openapi import OPERATIONS, document
 from .operations import OperationApi
 from .pages import serve
 from .reading import NotKnown, answer, hours_of, integer_of, limit_of, number_of

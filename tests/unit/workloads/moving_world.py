@@ -113,9 +113,7 @@ class World:
 
     def _operate(self, agent: Agent, asked: Json) -> None:
         part, epoch, move, state, detail = asked["kind"].removeprefix("move-"), asked["epoch"], asked["name"], "succeeded", {}
-        if part in self.failing:
-            state = "failed"
-        elif part == "check" and epoch not in agent.running:
+        if part in self.failing or (part == "check" and epoch not in agent.running):
             state = "failed"
         elif part == "out":
             if epoch in agent.running:
