@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads import moving
 from hub.workloads.book import STARTING, STEPS
@@ -196,6 +197,78 @@ def test_a_target_must_be_able_to_and_have_room() -> None:
     sound(there)
 
 
+
+
+def drained(there: World) -> None:
+    there.desk.do(lambda planner, now: planner.cordon("a", "drain", now))
+
+
+def test_a_drain_moves_with_its_state_what_can_be_moved_so_many_at_once() -> None:
+    there = world()
+    more = [f"x{number}" for number in range(3)]
+    there.desk.do(lambda planner, now: planner.cordon("b", "cordon", now))
+    there.desk.submit(*({"id": name, "kind": "container", "requests": {"cpu": 0.5}} for name in more))
+    there.desk.do(lambda planner, now: planner.cordon("b", "", now))
+    for name in more:
+        said(there.desk, "a", name, 1, "running")
+    drained(there)
+    assert len(there.desk.planner.tables.moving) == moving.AT_ONCE
+    waits = [name for name in (W, *more) if name not in there.desk.planner.tables.moving]
+    assert all("waits to be moved with its state: 2 are on their way" in there.desk.row(name).reason and there.desk.row(name).node == "a" for name in waits)
+    first = set(there.desk.planner.tables.moving)
+    for move in moving.live(there.desk.planner):
+        there.desk.do(lambda planner, now, move=move: moving.cancel(planner, move["id"], now))
+    round_of(there.desk, a=True, b=True)
+    assert all(there.desk.row(name).node == "b" and there.desk.row(name).epoch == 3 for name in first), "what could not be moved with its state begins anew, as its document asks for nothing else"
+    assert set(there.desk.planner.tables.moving) == set(waits), "and the next ones are on their way"
+
+
+@pytest.mark.parametrize(("wish", "fails", "ends"), [
+    ("", False, "moved"), ("", True, "restarted"), ("move", False, "moved"), ("move", True, "stays"), ("restart", False, "restarted"), ("stay", False, "stays"),
+])
+def test_a_drain_does_with_each_what_its_document_says(wish: str, fails: bool, ends: str) -> None:
+    there = world()
+    there.desk.do(lambda planner, now: planner.cordon("b", "cordon", now))
+    there.desk.submit({"id": "x", "kind": "container", "requests": {"cpu": 0.5}, **({"when_drained": wish} if wish else {})})
+    there.desk.do(lambda planner, now: planner.cordon("b", "", now))
+    said(there.desk, "a", "x", 1, "running")
+    drained(there)
+    if (move := there.desk.planner.move_of("x")) is not None:
+        there.desk.do(lambda planner, now: moving.answered(planner, "a", {"id": f"{move['id']}.check", "state": "failed" if fails else "succeeded", "reason": "spec.network", "detail": {}}, now))
+    round_of(there.desk, a=True, b=True)
+    row = there.desk.row("x")
+    found = "moved" if "x" in there.desk.planner.tables.moving else "stays" if row.node == "a" else "restarted"
+    assert found == ends
+    if ends == "stays":
+        assert "must leave a: " in row.reason and ("spec.network" in row.reason) == fails and ("when_drained: stay" in row.reason) == (wish == "stay")
+    sound(there)
+
+
+def test_what_fits_nowhere_stays_with_the_reason_and_an_uncordon_takes_back_what_was_not_touched() -> None:
+    there = world()
+    there.desk.submit({"id": "full", "kind": "container", "requests": {"cpu": 4}, "node_selector": {"n": "b"}})
+    drained(there)
+    assert there.desk.row(W).node == "a" and "must leave a: no other node will do" in there.desk.row(W).reason and not there.desk.planner.tables.moving
+    there.desk.do(lambda planner, now: planner.cancel("full", now))
+    said(there.desk, "b", "full", 1, "stopped")
+    round_of(there.desk, a=True, b=True)
+    assert W in there.desk.planner.tables.moving
+    there.desk.do(lambda planner, now: planner.cordon("a", "", now))
+    assert not there.desk.planner.tables.moving and last(there)["state"] == "cancelled"
+    there.settle()
+    assert there.where() == ["a"]
+    sound(there)
+
+
+@pytest.mark.parametrize("wish", ["often", 1, None])
+def test_a_wish_that_is_none_is_refused(wish: object) -> None:
+    there = world()
+    if wish is None:
+        with pytest.raises(Invalid, match="a vm cannot be moved"):
+            there.desk.submit({"id": "x", "kind": "vm", "requests": {"cpu": 1}, "when_drained": "move"})
+        return
+    with pytest.raises(Invalid, match="when_drained"):
+        there.desk.submit({"id": "x", "requests": {"cpu": 1}, "when_drained": wish})
 
 
 def played(seed: int, failing: set[str], restarts: bool, steps: int, rogue: bool = False) -> World:
