@@ -34,9 +34,11 @@ class Transfers:
         self._stopped = False
         self._keeping = asyncio.Lock()
 
-    async def submit(self, document: dict[str, Any]) -> dict[str, Any]:
-        """A checked document; raises ContractError."""
-        transfer = self.book.submit(document, self._now())
+    async def submit(self, document: dict[str, Any], held: bool = False) -> dict[str, Any]:
+        """A checked document; raises ContractError. `held`: its receiver is made ready, and its sender waits until it is submitted without that."""
+        transfer = self.book.submit(document, self._now(), held)
+        if not held:
+            self.book.let_go(transfer.id, self._now())
         await self._keep()
         return self.view(transfer)
 
