@@ -105,11 +105,15 @@ class Two:
         for name in names or ("a", "b"):
             await until(lambda name=name: name in tables.nodes and (tables.nodes[name].document.get("labels") or {}).get("novacron.moves/container") == "true" and self.hub.workloads.planner.is_up(name), ROOM_S, what=f"{name} can move states")
 
+    def document(self, name: str, **more: Any) -> Json:
+        """The witness."""
+        spec = {"command": ["sh", "-c", COUNTS], "mounts": [{"target": "/shared", "source": str(self.folder / "shared"), "read_only": False, "shared": True}]}
+        return {"id": name, "kind": "container", "image": "box:1", "requests": {"cpu": "100m", "memory": "64Mi"}, "spec": spec, **more}
+
     async def submit(self, name: str, **more: Any) -> None:
         """The witness; on `a`, as `b` takes nothing new meanwhile."""
-        spec = {"command": ["sh", "-c", COUNTS], "mounts": [{"target": "/shared", "source": str(self.folder / "shared"), "read_only": False, "shared": True}]}
         await self.hub.workloads.ask(lambda planner, now: planner.cordon("b", "cordon", now))
-        await self.hub.workloads.submit(read_list([{"id": name, "kind": "container", "image": "box:1", "requests": {"cpu": "100m", "memory": "64Mi"}, "spec": spec, **more}]))
+        await self.hub.workloads.submit(read_list([self.document(name, **more)]))
         await until(lambda: self.hub.workloads.rows[name].node == "a", ROOM_S)
         await self.hub.workloads.ask(lambda planner, now: planner.cordon("b", "", now))
 
