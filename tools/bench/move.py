@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -104,7 +105,7 @@ class Witness:
 
 def gap_s(lines: list[tuple[int, int]]) -> float:
     """The longest time between two lines."""
-    return max(later - sooner for (_, sooner), (_, later) in zip(lines, lines[1:], strict=False)) / 1e9
+    return max(later - sooner for (_, sooner), (_, later) in pairwise(lines)) / 1e9
 
 
 async def settled(hub: Hub, node: str) -> None:
