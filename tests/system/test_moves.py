@@ -1,9 +1,11 @@
 """Running workloads move between nodes with their state: hub, agents as processes, migration workers, runtime and CRIU. Whoever is killed when, one copy runs in the end, and at no time have two."""
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.integration.checkpoint_side import reason_against_checkpoints
 from tests.integration.hub_side import running_hub
 from tests.integration.waiting import until
 from tests.system.moving_side import ROOM_S, Two
+from tools.novactl.cli import main as novactl
 
 pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(500)]
 
@@ -21,12 +24,17 @@ RETURNING = ("returned", "clearing", "placing", "back")
 """At a source whose target refuses."""
 
 
-async def begun(two: Two, target: str) -> str:
-    """A move to a node, as soon as the hub knows that it runs."""
+async def known(two: Two) -> None:
+    """Until the hub knows that it runs."""
     async def may() -> bool:
-        return await two.hub.workloads.look(lambda planner: moving.why_not(planner, planner.tables.rows[two.workload])) == ""
+        return str(await two.hub.workloads.look(lambda planner: moving.why_not(planner, planner.tables.rows[two.workload]))) == ""
 
     await until(may, ROOM_S, what="the hub knows that it runs")
+
+
+async def begun(two: Two, target: str) -> str:
+    """A move to a node."""
+    await known(two)
     found = await two.hub.workloads.ask(lambda planner, now: moving.begin(planner, two.workload, target, now, "asked for"))
     return str(found["id"])
 
@@ -47,16 +55,29 @@ async def again_when_killed(two: Two, name: str, mark: Path) -> None:
     await asyncio.to_thread(two.nodes[name].start)
 
 
-async def test_a_running_container_moves_to_the_other_node_and_back(tmp_path: Path) -> None:
+async def test_a_running_container_moves_to_the_other_node_and_back_when_that_is_drained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with running_hub(tmp_path / "hub", "embedded") as hub:
         two = Two(tmp_path, hub)
+
+        async def command(*words: str) -> Any:
+            capsys.readouterr()
+            status = await asyncio.to_thread(novactl, [words[0], "--hub", f"http://127.0.0.1:{hub.port}", "--token", hub.token, *words[1:], "--json"])
+            assert status == 0, capsys.readouterr()
+            return json.loads(capsys.readouterr().out)
+
         try:
             await two.start()
-            for target, epoch in (("b", 2), ("a", 3)):
-                ended = await two.over(await begun(two, target))
-                assert (ended["state"], ended["reason"]) == ("done", "") and ended["bytes"] > 0
-                assert await two.one_copy() == target and hub.workloads.rows[two.workload].epoch == epoch
-                assert hub.transfers.book.transfers[ended["id"]].state == "done"
+            await known(two)
+            begun = await command("move", "begin", two.workload, "--to", "b")
+            assert (begun["source"], begun["target"], begun["state"]) == ("a", "b", "running")
+            ended = await two.over(begun["id"])
+            assert (ended["state"], ended["reason"]) == ("done", "") and ended["bytes"] > 0
+            assert await two.one_copy() == "b" and hub.workloads.rows[two.workload].epoch == 2
+            await known(two)
+            assert (await command("node", "drain", "b", "--wait", str(ROOM_S)))["left"] == []
+            assert await two.one_copy() == "a" and hub.workloads.rows[two.workload].epoch == 3
+            moves = await command("move", "list")
+            assert [(one["why"], one["state"], one["expected_s"] > 0, one["progress"]["moved_bytes"] > 0) for one in moves] == [("b is drained", "done", True, True), ("asked for", "done", True, True)]
             for node in two.nodes.values():
                 await until(lambda node=node: set(os.listdir(node.data / "workloads/moves")) <= {".migration-history"} and not (node.data / "workloads/checkpoints" / two.workload).exists(), ROOM_S, what="nothing of its way is left")
         finally:
