@@ -102,8 +102,12 @@ def live(planner: "Planner") -> list[Json]:
     return [planner.tables.moves[name] for name in planner.tables.moving.values()]
 
 
-def begin(planner: "Planner", workload: str, to: str, now_ms: int, why: str, limit_mbit: float = LIMIT_MBIT) -> Json:
-    """Reserve a place at `to`, or at the best node that can take it in, and begin. Raises `Conflict`; nothing changes where there is no place."""
+def begin(planner: "Planner", workload: str, to: str, now_ms: int, why: str, limit_mbit: float = LIMIT_MBIT, drain: bool = False) -> Json:
+    """Reserve a place at `to`, or at the best node that can take it in, and begin. Raises `Conflict`; nothing changes where there is no place.
+
+    Args:
+        drain: its node is drained: taken back with that, as long as nothing has been touched.
+    """
     row = planner.tables.rows[workload]
     if reason := why_not(planner, row):
         raise Conflict("workload", f"{workload!r}: {reason}", "see what its nodes and its document say")
@@ -115,7 +119,7 @@ def begin(planner: "Planner", workload: str, to: str, now_ms: int, why: str, lim
         number += 1
     name = f"{MOVING}{number}"
     move: Json = {
-        "id": name, "workload": workload, "epoch": row.epoch, "new_epoch": placement.epoch, "source": row.node, "target": placement.node, "why": why, "state": BEGUN, "step": CHECKING, "reason": "", "problem": "",
+        "id": name, "workload": workload, "epoch": row.epoch, "new_epoch": placement.epoch, "source": row.node, "target": placement.node, "why": why, "drain": drain, "state": BEGUN, "step": CHECKING, "reason": "", "problem": "",
         "offer": {}, "ready": False, "root": "", "bytes": 0, "limit_mbit": limit_mbit, "created_ms": now_ms, "changed_ms": now_ms, "since_ms": {CHECKING: now_ms},
     }
     planner.intrude(replace(placement, seat={**placement.seat, MOVE: {"move": name, "root": ""}}, why=f"reserved for {name}"), now_ms)
@@ -156,7 +160,7 @@ def cancel(planner: "Planner", name: str, now_ms: int) -> Json | None:
     if move is not None and move["state"] == BEGUN:
         if move["step"] == STARTING:
             raise Conflict("move", f"{name} has come to {move['target']}, which is starting it", "wait for what it says; then move it back")
-        _give_up(planner, move, "cancelled", now_ms)
+        give_up(planner, move, "cancelled", now_ms)
     return planner.tables.moves.get(name)
 
 
@@ -180,13 +184,13 @@ def answered(planner: "Planner", edge: str, told: Mapping[str, Any], now_ms: int
         if well:
             _reach(planner, {**move, "offer": detail}, ROOM, now_ms)
         else:
-            _give_up(planner, move, f"it cannot leave {why}", now_ms)
+            give_up(planner, move, f"it cannot leave {why}", now_ms)
     elif part == "room":
         if well:
             _put(planner, {**move, "ready": True, "changed_ms": now_ms})
         else:
             planner.refused(planner.tables.rows[move["workload"]], edge, f"it cannot come to {why}", now_ms)
-            _give_up(planner, move, f"it cannot come to {why}", now_ms)
+            give_up(planner, move, f"it cannot come to {why}", now_ms)
     elif well:
         _reach(planner, {**move, "root": str(detail.get("root", "")), "bytes": int(detail.get("bytes", 0))}, SENDING, now_ms)
     else:  # it goes on as if nothing had been
@@ -207,7 +211,7 @@ def carried(planner: "Planner", name: str, state: str, reason: str, now_ms: int)
         return
     target = planner.tables.open.get((move["workload"], move["new_epoch"]))
     if state != "done":
-        _give_up(planner, move, f"its state was not carried over: {reason or state}", now_ms)
+        give_up(planner, move, f"its state was not carried over: {reason or state}", now_ms)
     elif target is not None:  # else `advance` gives it up
         planner.ledger.put(planner.tables.open, (target.workload, target.epoch), replace(target, seat={**target.seat, MOVE: {"move": name, "root": move["root"]}}))
         _reach(planner, move, STARTING, now_ms)
@@ -222,7 +226,7 @@ def spoken(planner: "Planner", placement: PlacementRow, what: str, why: str, now
         return False
     if what in ("refused", "stopped"):
         planner.close(replace(placement, said=what), now_ms, why or what)
-        _give_up(planner, move, f"{placement.node} could not go on with it: {why or what}", now_ms)
+        give_up(planner, move, f"{placement.node} could not go on with it: {why or what}", now_ms)
         return True
     commit(planner, move, now_ms)
     return False
@@ -258,9 +262,9 @@ def advance(planner: "Planner", now_ms: int) -> None:
         elif move["step"] == RETURNING:
             continue
         elif target is None:
-            _give_up(planner, move, f"{move['target']} was taken out", now_ms)
+            give_up(planner, move, f"{move['target']} was taken out", now_ms)
         elif move["step"] != STARTING and now_ms - move["since_ms"][move["step"]] > PATIENCE_MS[move["step"]]:
-            _give_up(planner, move, f"it was {move['step']} for {PATIENCE_MS[move['step']] // 60_000} min{'; no migration worker of both nodes is there' if move['step'] == ROOM and move['ready'] else ''}", now_ms)
+            give_up(planner, move, f"it was {move['step']} for {PATIENCE_MS[move['step']] // 60_000} min{'; no migration worker of both nodes is there' if move['step'] == ROOM and move['ready'] else ''}", now_ms)
 
 
 def operations(planner: "Planner", node: str) -> list[Json]:
@@ -304,7 +308,7 @@ def _reach(planner: "Planner", move: Json, step: str, now_ms: int) -> None:
     _put(planner, {**move, "step": step, "changed_ms": now_ms, "since_ms": {**move["since_ms"], step: now_ms}})
 
 
-def _give_up(planner: "Planner", move: Json, problem: str, now_ms: int) -> None:
+def give_up(planner: "Planner", move: Json, problem: str, now_ms: int) -> None:
     """Nothing comes of it: at once where the source has not been touched, else the source goes on with it first."""
     target = planner.tables.open.get((move["workload"], move["new_epoch"]))
     if target is not None:

@@ -118,7 +118,7 @@ class Planner(Agenda):
             self.drain(name, now_ms)
         else:
             for move in moving.live(self):  # what has not been touched stays
-                if move["source"] == name and move["why"] == f"{name} is drained" and move["step"] in (CHECKING, ROOM):
+                if move["source"] == name and move["drain"] and move["step"] in (CHECKING, ROOM):
                     moving.cancel(self, move["id"], now_ms)
         return True
 
@@ -140,6 +140,8 @@ class Planner(Agenda):
         if wish == STAY:
             self._must_leave(row, moved.source, f"it stays, as its document says ({WHEN_DRAINED}: {STAY})", now_ms)
             return True
+        if moved.held:  # a budget, or no place: so it cannot move with its state either
+            return False
         tried = moving.newest(self.tables.moves.values(), row.id)
         since = self.tables.nodes[moved.source].changed_ms
         why = moving.why_not(self, row)
@@ -150,7 +152,7 @@ class Planner(Agenda):
             return True
         elif not why:
             try:
-                moving.begin(self, row.id, "", now_ms, f"{moved.source} is drained")
+                moving.begin(self, row.id, "", now_ms, f"{moved.source} is drained", drain=True)
                 return True
             except Conflict as error:
                 why = error.problem
@@ -335,7 +337,11 @@ class Planner(Agenda):
             self.renumber(row, now_ms, f"{edge} knows epoch {epoch} from before this hub was restored")
 
     def untellable(self, node: str, reason: str, now_ms: int) -> bool:
-        """The node's desired state cannot be written: the newest placement there is taken back. False where there is none."""
+        """The node's desired state cannot be written: a move that has touched nothing yet, or else the newest placement there is taken back. False where there is none."""
+        for move in moving.live(self):
+            if node in (move["source"], move["target"]) and move["step"] in (CHECKING, ROOM):
+                moving.give_up(self, move, f"{node} cannot be told: {reason}", now_ms)
+                return True
         newest = max((self.tables.open[key] for key in self.tables.on_node.get(node, ()) if self.current(key[0]) is self.tables.open[key] and self.tables.rows[key[0]].state == "placed"),
                      key=lambda placement: (placement.from_ms, placement.workload), default=None)
         if newest is None:

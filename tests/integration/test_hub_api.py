@@ -35,7 +35,7 @@ NODE: dict[str, Any] = {"capacity": {"cpu": 8, "memory": "16Gi"}, "region": "eu"
 WORKLOAD: dict[str, Any] = {"id": "w-1", "kind": "vm", "labels": {"app": "w"}, "requests": {"cpu": "500m", "memory": "1Gi"}}
 
 MOVE = {
-    "id": "move-1", "workload": "on-edge", "epoch": 1, "new_epoch": 2, "source": EDGE, "target": "n-2", "why": "asked for", "state": "done", "step": "starting", "reason": "", "problem": "", "offer": {}, "ready": True,
+    "id": "move-1", "workload": "on-edge", "epoch": 1, "new_epoch": 2, "source": EDGE, "target": "n-2", "why": "asked for", "drain": False, "state": "done", "step": "starting", "reason": "", "problem": "", "offer": {}, "ready": True,
     "root": "ab", "bytes": 9, "limit_mbit": 1000.0, "created_ms": 5, "changed_ms": 6, "end_ms": 6, "since_ms": {"checking": 5},
 }
 CHECKPOINT = {"workload": "on-edge", "epoch": 1, "name": "x", "taken_ms": 5, "bytes": 9, "root": "ab"}

@@ -16,7 +16,7 @@ from tests.integration.waiting import until
 from tests.system.moving_side import ROOM_S, Two
 from tools.novactl.cli import main as novactl
 
-pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(900)]
 
 SOURCE = ("check", "taking", "noted", "frozen", "dumped", "packed", "whole", "let go", "packed-up", "out")
 TARGET = ("laid-out", "room", "came", "restored")

@@ -17,7 +17,7 @@ from tools.bench.harness import die_with_parent, free_port
 from tools.novactl.client import Api, CommandError
 
 pytestmark = [
-    pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900),
 ]
 
 TOKEN = "0123456789abcdef"

@@ -260,6 +260,31 @@ def test_what_fits_nowhere_stays_with_the_reason_and_an_uncordon_takes_back_what
     sound(there)
 
 
+def test_a_budget_holds_moves_with_state_back_too() -> None:
+    there = world()
+    there.desk.do(lambda planner, now: planner.cordon("b", "cordon", now))
+    for name in ("x", "y"):
+        there.desk.submit({"id": name, "kind": "container", "requests": {"cpu": 0.5}, "labels": {"app": "x"}})
+        said(there.desk, "a", name, 1, "running")
+    there.desk.do(lambda planner, now: planner.cordon("b", "", now))
+    there.desk.do(lambda planner, _: planner.put_budget("one", {"selector": {"labels": {"app": "x"}}, "allowed": 1}))
+    drained(there)
+    round_of(there.desk, a=True, b=True)
+    assert len({"x", "y"} & set(there.desk.planner.tables.moving)) == 1
+    sound(there)
+
+
+def test_a_node_that_cannot_be_told_of_a_move_loses_that_and_nothing_else() -> None:
+    there = world()
+    there.begin()
+    assert there.desk.do(lambda planner, now: planner.untellable("b", "its document is full", now))
+    assert last(there)["state"] == "failed" and "b cannot be told" in str(last(there)["reason"]) and there.desk.row(W).node == "a"
+    assert not there.desk.do(lambda planner, now: planner.untellable("b", "its document is full", now))
+    there.settle()
+    assert there.where() == ["a"]
+    sound(there)
+
+
 @pytest.mark.parametrize("wish", ["often", 1, None])
 def test_a_wish_that_is_none_is_refused(wish: object) -> None:
     there = world()
