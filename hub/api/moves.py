@@ -53,8 +53,14 @@ class MoveApi(WorkloadApi):
         name = self._node(request)
 
         def look(planner: Planner) -> tuple[list[tuple[str, str]], dict[str, dict[str, Any]]]:
-            there = sorted(workload for workload, epoch in planner.tables.on_node.get(name, ()) if planner.tables.rows[workload].epoch == epoch)
-            return [(workload, planner.tables.rows[workload].reason) for workload in there], {move["workload"]: move for move in moving.live(planner)}
+            live, there = {move["workload"]: move for move in moving.live(planner)}, []
+            for workload, epoch in sorted(planner.tables.on_node.get(name, ())):
+                row = planner.tables.rows[workload]
+                if epoch == row.epoch and row.state == "placed":
+                    there.append((workload, row.reason))
+                elif workload not in live:  # else its room is reserved here
+                    there.append((workload, "is being stopped"))
+            return there, live
 
         there, moves = await self._hub.workloads.look(look)
         return answer([{"workload": workload, "reason": reason, "move": self._shown_move(moves[workload]) if workload in moves else None} for workload, reason in there])

@@ -124,9 +124,8 @@ class Checkpoints:
 
     async def offer(self, key: Key, criu: Criu) -> dict[str, Any]:
         """See `face.Migrates.migrate_out`."""
-        those, status = await self._may_be_taken(key), await self._driver.status(key)
-        _one_tree(status.pid, those)
-        if status.leased:
+        those = await self._may_be_taken(key)  # whether they are one tree can only be seen while they stand still
+        if (await self._driver.status(key)).leased:
             raise Refused("stop", "it runs only as long as its site says (when_cut_off: move)", "leave that to its site")
         instance = read(self._driver.folder(key) / "instance.json") or {}
         if folders := own_folders(instance.get("spec", {})):
