@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..contract.limits import MAX_CHECKPOINTS
 from ..contract.schema import ID_PATTERN
@@ -24,8 +24,10 @@ from ..contract.workloads import CHECKPOINT, DELETE_CHECKPOINT, MOVE_BACK, MOVE_
 from .drivers import checkpoint_state
 from .drivers.face import Checkpoints, Driver, Failed, Key, Observes, Order, Phase, Refused, Status
 from .drivers.instance import link_output
-from .moves import Moves
 from .operations import Operations
+
+if TYPE_CHECKING:
+    from .moves import Moves
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ class Checkpointing:
         moves: the states that are on their way to other nodes, or came from them; None: there are none.
     """
 
-    def __init__(self, folder: CheckpointFolder, operations: Operations, budget: int, changed: Callable[[], None] = lambda: None, moves: Moves | None = None) -> None:
+    def __init__(self, folder: CheckpointFolder, operations: Operations, budget: int, changed: Callable[[], None] = lambda: None, moves: "Moves | None" = None) -> None:
         self._folder, self._operations, self._budget, self._changed, self.moves = folder, operations, budget, changed, moves
 
     def output(self, workload: str) -> Path:
