@@ -56,7 +56,7 @@ async def again_when_killed(two: Two, name: str, mark: Path) -> None:
 
 
 async def test_a_running_container_moves_to_the_other_node_and_back_when_that_is_drained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    async with running_hub(tmp_path / "hub", "embedded") as hub:
+    async with running_hub(tmp_path / "hub", "auto") as hub:
         two = Two(tmp_path, hub)
 
         async def command(*words: str) -> Any:
@@ -86,7 +86,7 @@ async def test_a_running_container_moves_to_the_other_node_and_back_when_that_is
 
 @pytest.mark.parametrize(("source", "target"), [("packed-up", "restored"), *(pytest.param(one, "", marks=pytest.mark.slow) for one in SOURCE), *(pytest.param("", one, marks=pytest.mark.slow) for one in TARGET)])
 async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(tmp_path: Path, source: str, target: str) -> None:
-    async with running_hub(tmp_path / "hub", "embedded") as hub:
+    async with running_hub(tmp_path / "hub", "auto") as hub:
         two = Two(tmp_path, hub)
         try:
             await two.start()
@@ -101,7 +101,7 @@ async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(
 @pytest.mark.parametrize("point", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in RETURNING)])
 async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path, point: str) -> None:
     """The target is an agent that refuses what comes."""
-    async with running_hub(tmp_path / "hub", "embedded") as hub:
+    async with running_hub(tmp_path / "hub", "auto") as hub:
         two = Two(tmp_path, hub)
         try:
             await two.start()
@@ -121,7 +121,7 @@ async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("whose", ["a", "b"])
 async def test_a_killed_migration_worker_costs_time(tmp_path: Path, whose: str) -> None:
-    async with running_hub(tmp_path / "hub", "embedded") as hub:
+    async with running_hub(tmp_path / "hub", "auto") as hub:
         two = Two(tmp_path, hub)
         try:
             await two.start()
