@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM
+from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
@@ -95,6 +95,8 @@ class WorkloadNode:
         self._vms: VmDriver | None = None
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
+        self._moves = False
+        """Containers can leave for other nodes, and come from them, with their state."""
         self._drivers: Mapping[str, Driver] = {}
         self._left: dict[str, dict[str, Any]] = {}
         self._images: Shared[Image] | None = None
@@ -179,11 +181,22 @@ class WorkloadNode:
         # A job and a function are of whatever kind their image is; no machine is a job.
         self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm"}))
         self._why = "; ".join(why)
+        self._moves = self._containers is not None and self._runs_containers == "container" and self._moves_states()
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
             self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
             self._drivers = drivers
         self._probed = True
+
+    def _moves_states(self) -> bool:
+        from .carrier import reason_against
+        from .drivers.face import Ability
+
+        assert self._containers is not None
+        told, why = self._containers.capabilities, reason_against(self._config.workloads)
+        if self._config.workloads.moves_hub and why:
+            log.warning("containers do not move with their state: %s", why)
+        return not why and told is not None and told.can(Ability.MIGRATE_OUT) and told.can(Ability.MIGRATE_IN)
 
     async def _try(self, name: str, driver: "Driver") -> list[str]:
         """Probe one driver; why it cannot be used, where it cannot."""
@@ -507,7 +520,7 @@ class WorkloadNode:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}, **({MOVABLE + "container": "true"} if self._moves else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
             images=self._held(),
         )

@@ -382,6 +382,30 @@ class ContainerDriver:
         assert self._criu is not None
         return await self.checkpoints().look_through(folder, self._criu)
 
+    async def migrate_out(self, key: Key) -> Mapping[str, Any]:
+        """See `face.Migrates`."""
+        await self._ready(Ability.MIGRATE_OUT)
+        assert self._criu is not None
+        return await self.checkpoints().offer(key, self._criu)
+
+    async def migrate_in(self, order: Order, offer: Mapping[str, Any]) -> None:
+        """See `face.Migrates`: it is laid out as it would be, and removed."""
+        await self._ready(Ability.MIGRATE_IN)
+        assert self._criu is not None and self._capabilities is not None
+        from .checkpoint_state import suits
+
+        suits(offer, self._capabilities, self._criu.version)
+        try:
+            image = await asyncio.to_thread(self._store.find, order.image)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        if list(image.config.diff_ids) != offer["layers"]:
+            raise Refused("image", f"its state stands on {str(offer.get('image'))[:19]}, and {order.image} is {image.digest[:19]} here", f"bring the image that it has to this node ({order.image})")
+        try:
+            await self.prepare(order)
+        finally:
+            await self.delete(order.key)
+
     async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False, output: Path | None = None) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
         ways = await self._ready(Ability.RESTORE)

@@ -30,7 +30,7 @@ VERSION_S = 10.0
 async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Criu | None, Capabilities]:
     """The best of the ways that worked, the CRIU that did, and the report."""
     cannot = dict.fromkeys(
-        (Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+        (Ability.SNAPSHOT, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
     ) | ({Ability.ROOTLESS: "the agent is the machine's root here; one of another user's can, with workloads.rootless"} if outside.UID is None else {})
     ways, runtime, reasons = None, "", []
     code = program(platform.machine())
@@ -71,7 +71,7 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
     driver.capabilities = told
     why = found if isinstance(found, str) else await _checkpointed(driver, ways, code, found)
     if why:
-        return ways, None, replace(told, cannot=cannot | dict.fromkeys((Ability.CHECKPOINT, Ability.RESTORE), why))
+        return ways, None, replace(told, cannot=cannot | dict.fromkeys((Ability.CHECKPOINT, Ability.RESTORE, Ability.MIGRATE_OUT, Ability.MIGRATE_IN), why))
     assert isinstance(found, Criu)
     return ways, found, told
 

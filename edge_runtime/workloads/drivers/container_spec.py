@@ -245,7 +245,7 @@ def _mounts(told: Any, allowed: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for at, one in enumerate(told):
         field = f"spec.mounts[{at}]"
-        mount = _object(one, field, ("target", "source", "read_only", "tmpfs"))
+        mount = _object(one, field, ("target", "source", "read_only", "tmpfs", "shared"))
         target = posixpath.normpath(_text(mount.get("target"), f"{field}.target") or ".")
         if not target.startswith("/") or target.strip("/") == "" or any(target == own or target.startswith(own + "/") for own in _OWN):
             raise Refused(f"{field}.target", f"{target[:80]!r} cannot be mounted on", f"name a folder from the root on, not the root itself and nothing in {', '.join(_OWN)}")
@@ -263,10 +263,16 @@ def _mounts(told: Any, allowed: Sequence[str]) -> list[dict[str, Any]]:
         if not os.path.exists(real):
             raise Refused(f"{field}.source", f"{source[:80]!r} is not there", "make it on the node first")
         read_only = mount.get("read_only", True)
-        if not isinstance(read_only, bool):
-            raise Refused(f"{field}.read_only", "is neither true nor false", "say true or false")
+        for name in ("read_only", "shared"):
+            if not isinstance(mount.get(name, True), bool):
+                raise Refused(f"{field}.{name}", "is neither true nor false", "say true or false")
         found.append({"destination": target, "type": "bind", "source": real, "options": ["bind", "nosuid", "nodev", "ro" if read_only else "rw"]})
     return found
+
+
+def own_folders(spec: Mapping[str, Any]) -> list[str]:
+    """Folders of the node that it may write to, and that its document does not say are the same on every node (`shared`): what is in them stays where it is."""
+    return [str(one.get("source")) for one in spec.get("mounts") or () if "source" in one and one.get("read_only", True) is False and not one.get("shared", False)]
 
 
 def _object(value: Any, field: str, known: Sequence[str] | None) -> Mapping[str, Any]:
