@@ -353,11 +353,16 @@ class Book:
             if placement.epoch != row.epoch or row.state != "placed":
                 out.append({"id": row.id, "epoch": placement.epoch, "wanted": STOPPED})
             elif len(self.tables.epochs[row.id]) == 1:
-                shape = self.tables.items[row.id].item.shape
-                out.append({
-                    "id": row.id, "epoch": placement.epoch, "wanted": RUNNING, "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests),
+                entry = self.tables.items[row.id]
+                shape, requests = entry.item.shape, dict(entry.item.shape.requests)
+                told = {
+                    "id": row.id, "epoch": placement.epoch, "wanted": RUNNING, "kind": shape.kind.value, "image": shape.image, "requests": requests,
                     "gpus": placement.seat.get("gpus", []), "numa": placement.seat.get("numa", []), "document": row.document,
-                })
+                }
+                if entry.over:  # what it may use itself is what its document says
+                    requests["memory"] -= entry.over
+                    told["over"] = entry.over
+                out.append(told)
         return out
 
     def clean(self, node: str) -> None:
