@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM
+from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
@@ -19,6 +19,7 @@ from .capacity import changed, describe
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
 if TYPE_CHECKING:
+    from .conversion.driver import ConvertibleDriver
     from .drivers.container import ContainerDriver
     from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
@@ -82,6 +83,8 @@ class WorkloadNode:
         self._functions: FunctionDriver | None = None
         self._microvms: MicrovmDriver | None = None
         self._vms: VmDriver | None = None
+        self._convertible: ConvertibleDriver | None = None
+        self._convertible_why = "switched off (workloads.conversions in its configuration), or containers are"
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
         self._drivers: Mapping[str, Driver] = {}
@@ -112,7 +115,7 @@ class WorkloadNode:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._containers, self._microvms, self._vms):
+            for driver in (self._functions, self._convertible, self._containers, self._microvms, self._vms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -134,6 +137,12 @@ class WorkloadNode:
 
                 told = Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
                 drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, told)
+                if workloads.conversions or (folder / "convertible").exists():  # after that of containers: whose probe is its own
+                    from .conversion import host
+                    from .conversion.driver import ConvertibleDriver
+
+                    how = host.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish)
+                    drivers[CONVERTS] = self._convertible = await asyncio.to_thread(ConvertibleDriver, folder / "convertible", self._store, self._containers, how, told, enabled=workloads.conversions)
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 
@@ -156,8 +165,10 @@ class WorkloadNode:
             why += reasons
             if name == MICROVM:
                 self._microvms_why = "; ".join(reasons)
+            if name == CONVERTS:
+                self._convertible_why = "; ".join(reasons)
         # A job is of whatever kind its image is; no machine is a job.
-        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm"}))
+        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm", CONVERTS}))
         self._why = "; ".join(why)
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
@@ -248,6 +259,8 @@ class WorkloadNode:
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
         name = kind if kind != "batch" else "function" if image.config.module else "container"
+        if name == CONVERTS and name not in self._usable:
+            raise Refused(f"spec.{CONVERTS}", f"workloads cannot be converted here: {self._convertible_why}", "place it on a node that can, or leave it out")
         if name in (MICROVM, KATA) and name not in self._usable:
             why = self._microvms_why if name == MICROVM else await asyncio.to_thread(_why_no_kata)
             raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
@@ -315,6 +328,9 @@ class WorkloadNode:
             await self._microvms.prune(budget)
         if self._vms is not None:
             modules = modules | await asyncio.to_thread(self._vms.layers)
+        if self._convertible is not None:
+            modules = modules | await asyncio.to_thread(self._convertible.layers)
+            await self._convertible.prune(budget)
         layers, taken = await self.asked.held()
         modules, budget = modules | layers, max(0, budget - taken)
         if self._containers is not None:
@@ -405,9 +421,10 @@ class WorkloadNode:
             return
         from .drivers.container_disk import LOOK_S as DISK_LOOK_S
 
+        drivers = [driver for driver in (self._containers, self._convertible) if driver is not None]
         while True:
             try:
-                for one in await self._containers.hold_disks():
+                for one in [one for driver in drivers for one in await driver.hold_disks()]:
                     told = {"id": one.key.id, "epoch": one.key.epoch, "used": one.used, "limit": one.limit}
                     self._journal.append("event", "workload.disk", told)
                     self._metrics.inc("workloads_over_disk_total")
@@ -431,7 +448,7 @@ class WorkloadNode:
             self._pressure.ended(now_s)
             return
         running = await self._runner.running()
-        candidates = [Candidate(entry["id"], int(entry["epoch"]), priority(entry), await self._used(entry, driver, lacking), requested(entry, lacking)) for entry, driver in running]
+        candidates = [Candidate(entry["id"], int(entry["epoch"]), priority(entry), await self._used(entry, driver, lacking), requested(entry, lacking) + (int(entry.get("over", 0)) if lacking == MEMORY else 0)) for entry, driver in running]
         chosen = victim(candidates)
         if chosen is None:
             return
@@ -463,7 +480,7 @@ class WorkloadNode:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **({ISOLATES + MICROVM: "true"} if MICROVM in self._usable else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **({ISOLATES + MICROVM: "true"} if MICROVM in self._usable else {}), **({CONVERTING: "true"} if CONVERTS in self._usable else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
             images=self._held(),
         )
@@ -491,7 +508,7 @@ class WorkloadNode:
 
 def _shown(driver: str, status: "Status") -> dict[str, Any]:
     return {
-        "id": status.key.id, "epoch": status.key.epoch, "driver": driver, "phase": status.phase.value, "pid": status.pid, "reason": status.reason or (status.exit.reason if status.exit else ""),
+        "id": status.key.id, "epoch": status.key.epoch, "driver": driver, **({"form": status.form} if status.form else {}), "phase": status.phase.value, "pid": status.pid, "reason": status.reason or (status.exit.reason if status.exit else ""),
         "exit_code": status.exit.code if status.exit else None,
     }
 
