@@ -20,6 +20,7 @@ from tests.integration.container_side import base
 from tests.integration.microvm_side import kernel_folder, reason_against
 from tests.integration.waiting import until
 from tests.system.convert_agent import key
+from tests.system.test_operation_conversion import linked
 from tests.unit.workloads.image_side import archive, layout
 
 REASON = reason_against_checkpoints() or reason_against()
@@ -65,13 +66,23 @@ def closed(driver: ConvertibleDriver) -> None:
     driver.conversions._store.close()
 
 
+@pytest.fixture(scope="module")
+def boots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test leaves what guests boot, for the others."""
+    return tmp_path_factory.mktemp("boots")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Any:
+def folder(tmp_path: Path, boots: Path) -> Any:
     """An edge's folder with an image; what runs of it in the end is ended."""
+    conversions = tmp_path / "data/workloads/convertible/conversions"
+    conversions.mkdir(parents=True, mode=0o700)
+    linked(boots, conversions)
     archives = tmp_path / "data/workloads/archives"
     archives.mkdir(parents=True)
     archive(layout(tmp_path / "in", [base()], name="box:1"), archives / "box.tar")
     yield tmp_path
+    linked(conversions, boots)
     if (tmp_path / "data/workloads/images").exists():
         driver = opened(tmp_path)
 
