@@ -90,12 +90,7 @@ class Client(threading.Thread):
 
 def guest_cpu(conversions: hot.Conversions, key: Key) -> float:
     """Seconds of processor that the guest's QEMU has had; 0 where there is none."""
-    try:
-        pid = json.loads((conversions.guest(key).folder / "machine.json").read_text())["pid"]
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, KeyError, IndexError):
-        return 0.0
+    return max(0, conversions.guest(key).cpu_ns()) / 1e9
 
 
 async def converted(conversions: hot.Conversions, key: Key, client: Client, to: str, reached: list[tuple[str, float, float]]) -> tuple[Client, dict[str, float]]:

@@ -128,7 +128,7 @@ class Guest:
         files = [[guest.IMAGE, str(image), False], [guest.WORK, str(self.folder / "work.ext4"), True], [guest.TRAVEL, str(self.folder / "travel"), False]]
         files += [["kernel", str(boots.kernel), False], ["initramfs", str(boots.initramfs), False]]
         told = {
-            "folder": str(self.folder), "template": False, "boot_s": BOOT_S[-1], "uid": USERS + slot, "more_groups": [os.stat("/dev/kvm").st_gid] if accelerator == "kvm" else [], "groups": groups.of_machine(self.group, memory + QEMU_OWN), "files": files,
+            "folder": str(self.folder), "template": False, "boot_s": BOOT_S[-1], "uid": USERS + slot, "more_groups": [os.stat("/dev/kvm").st_gid] if accelerator == "kvm" else [], "groups": groups.of_machine(self.group, memory + QEMU_OWN, 0), "files": files,
             "command": [*words, *boot("/proc/self/fd/{kernel}", "/proc/self/fd/{initramfs}", tsc_khz())], "memory_mb": machine.memory_mb, "log_bytes": log_bytes, "ask": self.ask_path, "keepers": list(keepers),
         }
         write(new / "keeper.json", told)
@@ -220,6 +220,14 @@ class Guest:
                 if at == len(BOOT_S) - 1:
                     raise
                 await self.end()
+
+    def cpu_ns(self) -> int:
+        """What its QEMU has had of the processor; -1 where that cannot be seen."""
+        try:
+            fields = Path(f"/proc/{(read(self.folder / 'machine.json') or {})['pid']}/stat").read_bytes().rpartition(b")")[2].split()
+            return (int(fields[11]) + int(fields[12])) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+        except (OSError, KeyError, IndexError, ValueError):
+            return -1
 
     async def over(self) -> None:
         """Until it has ended."""

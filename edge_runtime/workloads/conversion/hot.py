@@ -104,7 +104,10 @@ class Conversions:
 
     async def stats(self, key: Key) -> Stats:
         """Of its container, or of the QEMU that it is in."""
-        return await self._driver.stats(key) if self.workload(key).form == AS_CONTAINER else self._groups.stats(self.guest(key).group)
+        if self.workload(key).form == AS_CONTAINER:
+            return await self._driver.stats(key)
+        guest = self.guest(key)
+        return Stats(guest.cpu_ns(), self._groups.stats(guest.group).memory_bytes, 1)
 
     def layers(self) -> set[str]:
         """Layers of the store that they stand on."""

@@ -86,23 +86,25 @@ class Groups:
             return "frozen 1" in _text(f"{self.unified}{group}/cgroup.events").splitlines()
         return _text(f"{self.mounts.get('freezer', '')}{group}/freezer.state").strip() == "FROZEN"
 
-    def of_machine(self, group: str, most: int, weight: int = 100, quota_us: int = 0) -> list[list[Any]]:
+    def of_machine(self, group: str, most: int, weight: int, quota_us: int = 0) -> list[list[Any]]:
         """The control groups of a QEMU: files and what to write, None for those that take its process. They hold a QEMU that misbehaves.
 
         Args:
             most: bytes that it may use.
-            weight: of its share of the processor, milli-CPU.
+            weight: of its share of the processor, milli-CPU; 0: that of any process. All groups of workloads together have the share of one process of the node's.
             quota_us: of each `PERIOD_US`; 0: only its share.
         """
         if self.layout == "v2":
             top = self.unified
             told: list[list[Any]] = [[f"{top}/cgroup.subtree_control", "+memory +cpu +pids"], [f"{top}{PARENT}/cgroup.subtree_control", "+memory +cpu +pids"]]
-            told += [[f"{top}{group}/memory.max", most], [f"{top}{group}/cpu.weight", min(10_000, max(1, weight // 10))], [f"{top}{group}/pids.max", MACHINE_PIDS]]
+            told += [[f"{top}{group}/memory.max", most], [f"{top}{group}/pids.max", MACHINE_PIDS]]
+            told += [[f"{top}{group}/cpu.weight", min(10_000, max(1, weight // 10))]] if weight else []
             return [*told, *([[f"{top}{group}/cpu.max", f"{quota_us} {PERIOD_US}"]] if quota_us else []), [f"{top}{group}/cgroup.procs", None]]
         mounts = self.mounts
-        told = [[f"{mounts['memory']}{group}/memory.limit_in_bytes", most], [f"{mounts['cpu']}{group}/cpu.shares", max(2, weight * 1024 // 1000)], [f"{mounts['pids']}{group}/pids.max", MACHINE_PIDS]]
+        told = [[f"{mounts['memory']}{group}/memory.limit_in_bytes", most], [f"{mounts['pids']}{group}/pids.max", MACHINE_PIDS]]
+        told += [[f"{mounts['cpu']}{group}/cpu.shares", max(2, weight * 1024 // 1000)]] if weight else []
         told += [[f"{mounts['cpu']}{group}/cpu.cfs_quota_us", quota_us]] if quota_us else []
-        return told + [[f"{mount}{group}/cgroup.procs", None] for mount in dict.fromkeys(mounts[name] for name in ("memory", "cpu", "cpuacct", "pids") if name in mounts)]
+        return told + [[f"{mount}{group}/cgroup.procs", None] for mount in dict.fromkeys(mounts[name] for name in ("memory", "pids", *(("cpu", "cpuacct") if weight else ())) if name in mounts)]
 
     @property
     def accounts_swap(self) -> bool:
