@@ -82,7 +82,7 @@ def made(folder: Path, kernel: qemu_kernel.Kernel, criu: Criu) -> Boot:
     """What guests boot; made where it is not there. Blocks. Raises `Failed` and `NoKernel`."""
     parts = [*qemu_kernel.modules(kernel, guest.MODULES).items()], programs(criu)
     shell = qemu_kernel.busybox()
-    archive = qemu_kernel.initramfs(shell, dict(parts[0]), guest.INIT) + qemu_kernel.cpio(guest.files(parts[1]))
+    archive = qemu_kernel.initramfs(shell, dict(parts[0]), guest.INIT) + qemu_kernel.cpio(guest.files(parts[1], segment.address()))
     name = folder / f"boot-{hashlib.sha256(archive + kernel.release.encode()).hexdigest()[:16]}"
     if not name.exists():
         new = folder / f".{name.name}.new"
@@ -115,7 +115,7 @@ class Guest:
         new.mkdir(parents=True, mode=0o700)
         disks.blank(disk, new / "work.ext4")
         (new / "travel").touch(mode=0o600)
-        os.truncate(new / "travel", disk)
+        os.truncate(new / "travel", memory + disk)  # a hole, until something travels
         machine = Machine(memory >> 20, cpus, accelerator)
         words = command(qemu, machine, "/proc/self/fd/{ram}", True, ())
         if accelerator == "tcg":

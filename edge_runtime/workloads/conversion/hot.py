@@ -11,7 +11,7 @@
                 a container again
 
 What decides is the file's replacement from `taking` to `passing`. On the way in the guest has it all by then, standing still; nothing of it runs in the guest before the keeper has written that down, and the
-container's processes are killed before. On the way back the guest is ended before the container is laid out.
+container's processes are killed before. On the way back the guest stands still, and is ended before anything of the container runs.
 """
 
 import asyncio
@@ -38,9 +38,9 @@ from ..drivers.face import DriverError, Exit, Failed, Key, Order, Output, Phase,
 from ..drivers.instance import LOOK_S, held, link_output, read, tail, unheld
 from ..drivers.lease import name_of
 from ..drivers.microvm_spec import disk_bytes
-from ..drivers.network import ADDRESS, hosts, network, resolv_conf
+from ..drivers.network import hosts, network, resolv_conf
 from ..images import Image, ImageError, ImageStore
-from . import checks, guests, record, segment, state
+from . import checks, guests, record, state
 from .guests import Guest
 from .host import Host, Settings
 from .network import CONTAINER, GUEST, Segment
@@ -348,12 +348,12 @@ class Conversions:
         base = max(0, document["base"])
         lower = self._store.lower(await asyncio.to_thread(self._image, now.image))
         disk = await asyncio.to_thread(state.changed, self._driver.folder(key) / "disk/upper", lower, base)
-        parts = await asyncio.to_thread(state.travel, guest.folder / "travel", raw / IMAGES, disk)
+        await asyncio.to_thread(state.travel, guest.folder / "travel", raw, disk)
         pipes = json.loads((raw / IMAGES / "descriptors.json").read_text())[1:]
         limit = limits(now.order)
-        told = {**parts, "pipes": pipes, "memory": limit.memory, "pids": limit.pids, "cpu_us": limit.cpu * 100, "now_s": int(time.time()), "network": _address() if "network" in now.order.spec else {}}
+        told = {"pipes": pipes, "memory": limit.memory, "pids": limit.pids, "cpu_us": limit.cpu * 100, "now_s": int(time.time())}
         new = self._path(key) / ".state.new"
-        packing = asyncio.ensure_future(asyncio.to_thread(self._checkpoints.packed, key, new, raw, document))
+        packing = asyncio.ensure_future(asyncio.to_thread(self._checkpoints.packed, key, new, raw, document, False))
         try:
             answer = await guest.ask("restore", told=told)
         finally:
@@ -422,8 +422,7 @@ class Conversions:
         key, guest, net = now.order.key, self.guest(now.order.key), self._net(now)
         if now.to != self.workload(key).to:
             now = await self._write(now)
-        await guest.end()
-        self._step("ended")
+        ending = asyncio.ensure_future(guest.end())  # all in it stands still, or it never went: what is laid out beside waits for its end
         folder = next((path for path in (self._path(key) / "back", self._path(key) / "state") if _token(path) == now.token), None)
         try:
             if folder is None:
@@ -438,6 +437,8 @@ class Conversions:
                 phase = None
             if phase is None:
                 await self._laid(now, folder)
+            await ending
+            self._step("ended")
             if phase is None or phase is Phase.PREPARED:
                 await self._driver.begin_alone(key)
                 self._step("went")
@@ -448,6 +449,7 @@ class Conversions:
             if phase in (None, Phase.PREPARED, Phase.RUNNING):
                 await self._checkpoints.lives(key)
         except DriverError as error:
+            await asyncio.wait([ending])
             await self._write(replace(now, problem=f"{error}; it runs nowhere, its state is {folder}"))
             raise Failed("convert", f"{error}; it runs nowhere, its state is {folder}", "see the problem; resume tries it again") from None
         await asyncio.to_thread(shutil.rmtree, own / "restore", True)
@@ -568,11 +570,6 @@ def _names(upper: Path, document: Mapping[str, Any], base: int) -> None:
         (folder / name).write_text(text)
         os.chmod(folder / name, 0o644)
         os.chown(folder / name, base, base)
-
-
-def _address() -> dict[str, str]:
-    assert segment.ADDRESS == ADDRESS
-    return {"HARDWARE": segment.HARDWARE, "MTU": str(segment.MTU), "ADDRESS": f"{segment.ADDRESS}/{segment.BITS}", "GATEWAY": segment.GATEWAY, "GATEWAY_HARDWARE": segment.GATEWAY_HARDWARE}
 
 
 def _token(folder: Path) -> str:

@@ -168,8 +168,8 @@ class Checkpoints:
             "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "config": config, "base": -1 if told.get("id_base") is None else int(told["id_base"]), "processes": list(those.values()),
         }
 
-    def packed(self, key: Key, new: Path, raw: Path, document: dict[str, Any]) -> dict[str, Any]:
-        """Write the state into the folder `new`, from CRIU's images below `raw`, which go; the manifest. Blocks."""
+    def packed(self, key: Key, new: Path, raw: Path, document: dict[str, Any], sync: bool = True) -> dict[str, Any]:
+        """Write the state into the folder `new`, from CRIU's images below `raw`, which go; the manifest. It is on the disk then, unless `sync` is false. Blocks."""
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         (new / IMAGES).mkdir(mode=0o700)
@@ -177,11 +177,11 @@ class Checkpoints:
         files = []
         for image in sorted(raw.joinpath(IMAGES).iterdir()):
             with open(image, "rb") as source:
-                files.append(add(new, f"{IMAGES}/{image.name}", source, how))
+                files.append(add(new, f"{IMAGES}/{image.name}", source, how, sync))
             image.unlink()  # what is packed needs its room twice no longer
-        with Writer(new, DISK, how) as target:
+        with Writer(new, DISK, how, sync) as target:
             pack_disk(self._driver.folder(key) / "disk/upper", cast(BinaryIO, target), document["base"] if document["base"] >= 0 else 0)
-        return seal(new, document, [*files, target.entry], how)
+        return seal(new, document, [*files, target.entry], how, sync)
 
     async def _let_go(self, key: Key, note: Mapping[str, Any]) -> None:
         """What comes after the state is whole: it ends, or goes on."""
