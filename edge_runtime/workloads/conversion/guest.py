@@ -55,11 +55,9 @@ exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3
 for disk in /sys/block/vd*; do ln -s /dev/${disk##*/} /dev/$(cat $disk/serial); done
 if mount -t ext4 -o ro,nodev /dev/image /image && mount -t ext4 -o nodev /dev/work /disk; then :; else echo 'trouble its disks cannot be mounted' >&3; fi
 . /address
-card=
-if [ -e /sys/class/net/eth0 ]; then card=eth0; ip link set eth0 address $HARDWARE; ip link set eth0 mtu $MTU; fi
+if [ -e /sys/class/net/eth0 ]; then ip link set eth0 address $HARDWARE; ip link set eth0 mtu $MTU; fi
 criu check >/run/check 2>&1
-timeout -s KILL 200 /bin/rehearse >/run/rehearsal 2>&1
-timeout -s KILL 60 /bin/clear $card >>/run/rehearsal 2>&1
+timeout -s KILL 60 /bin/rehearse >/run/rehearsal 2>&1
 grep -m1 ^flags /proc/cpuinfo | tr -d '\t:' >&3
 echo ready >&3
 while read -r size <&3; do eval "$(dd bs=$size count=1 iflag=fullblock <&3 2>/dev/null)"; done
@@ -122,49 +120,17 @@ exec /bin/await
 """
 """What becomes the parent of the restored: says what is there, and waits for the first one's end."""
 
-_STAND_IN = rb"""#!/bin/sh
-mount -o bind /run/rehearse/root /run/rehearse/root
-cd /run/rehearse/root
-mount -t proc proc proc; mount -t sysfs sys sys; mount -t tmpfs dev dev; mkdir dev/shm tmp/one tmp/two
-for at in dev/shm tmp/one tmp/two; do mount -t tmpfs tmpfs $at; done
-mount -o remount,ro tmp/two
-for at in null zero full random urandom tty; do touch dev/$at; mount -o bind /dev/$at dev/$at; done
-ip link set lo up
-pivot_root . old || exit 1
-exec /bin/busybox setsid /bin/busybox sh -c 'exec </dev/null >/dev/null 2>&1 3>&- 4>&- 5>&-; cd /; /bin/busybox umount -l /old; /bin/busybox mkfifo /tmp/wait; exec 9<>/tmp/wait; /bin/busybox sleep 100000 & read -r never <&9'
-"""
-"""In namespaces of its own: a root like that of a container, and two processes that wait."""
-
 _REHEARSE = rb"""#!/bin/sh
-mkdir -p /run/rehearse/root /run/rehearse/images /disk/rehearse/lower /disk/rehearse/upper /disk/rehearse/work && cd /run/rehearse || exit 1
-for at in bin dev proc sys tmp old; do mkdir /disk/rehearse/lower/$at; done
-cp /bin/busybox /disk/rehearse/lower/bin/
-mount -t overlay -o nodev,lowerdir=/disk/rehearse/lower,upperdir=/disk/rehearse/upper,workdir=/disk/rehearse/work root root || exit 1
-(echo 0 >/sys/fs/cgroup/program/cgroup.procs; exec unshare -m -u -i -n -p -U -f -r sh /bin/stand-in) </dev/null >/dev/null 2>&1 3>&- 4>&- 5>&- &
-parent=$!
-first=
-until [ -n "$first" ] && [ -p /proc/$first/root/tmp/wait ] && [ -n "$(cat /proc/$first/task/$first/children)" ]
-do
-[ -d /proc/$parent ] || exit 1
-sleep 0.02
-first=$(cat /proc/$parent/task/$parent/children)
-first=${first%% *}
-done
-echo $first >/run/pid
-criu dump -t $first -D images -o dump.log OPTIONS || { grep Error /run/state/dump.log; exit 1; }
-( . /bin/census ) 3>/dev/null
-for one in $(cat /sys/fs/cgroup/program/cgroup.procs); do kill -9 $one; done
-criu restore -D images -o restore.log --pidfile /run/pid OPTIONS --action-script /bin/plumb --exec-cmd -- /bin/sh -c 'exec 3>/dev/null; . /bin/census' || grep Error /run/state/restore.log
+mkdir -p /run/rehearse && cd /run/rehearse || exit 1
+setsid sleep 1000 </dev/null >/dev/null 2>&1 3>&- 4>&- 5>&- &
+p=$!
+until read -r name </proc/$p/comm && [ "$name" = sleep ]; do sleep 0.02; done
+criu dump -t $p -D . -o dump.log -v2 --shell-job --network-lock skip || { cat dump.log; exit 1; }
+criu restore -d -D . -o restore.log -v2 --shell-job || { cat restore.log; exit 1; }
+kill -9 $p
+cd /; rm -rf /run/rehearse
 """
-"""Under emulation the first run of any code is slow: something like a container is taken, and brought back, by the same commands as the workload. How it ends does not matter: what fails at the workload leaves it a container."""
-
-_CLEAR = rb"""#!/bin/sh
-for one in $(cat /sys/fs/cgroup/program/cgroup.procs); do kill -9 $one; done
-until [ -z "$(cat /sys/fs/cgroup/program/cgroup.procs)" ] && { [ -z "$1" ] || [ -e /sys/class/net/eth0 ]; }; do sleep 0.02; done
-umount -l /run/rehearse/root
-rm -rf /run/rehearse /disk/rehearse /run/pid /run/state/*
-"""
-"""What was rehearsed leaves nothing: its interface comes back when its namespace has gone."""
+"""Under emulation the first run of any code is slow. How it ends does not matter: what fails at the workload leaves it a container."""
 
 _AWAIT = bytes.fromhex("4883ec10" "b83d000000" "48c7c7ffffffff" "4889e6" "31d2" "4d31d2" "0f05" "8b3c24" "89f8" "83e07f" "7408" "8db880000000" "eb03" "c1ef08" "b83c000000" "0f05")
 """x86_64: wait4(-1), then exit with the child's code, or 128 and its signal."""
@@ -179,8 +145,7 @@ def files(criu: Mapping[str, bytes], address: Mapping[str, str]) -> list[tuple[s
     """
     from ..drivers.qemu_kernel import program  # not in the keeper
 
-    scripts = {"bin/tar": _TAR, "bin/criu": _CRIU, "bin/plumb": _PLUMB, "bin/connect": _CONNECT, "bin/census": _CENSUS, "bin/restored": _RESTORED, "bin/stand-in": _STAND_IN, "bin/clear": _CLEAR, "bin/await": program(_AWAIT)}
-    scripts["bin/rehearse"] = _REHEARSE.replace(b"OPTIONS", _options([f"mnt[{device}]:{device}" for device in DEVICES], "/run/rehearse/root").encode())
+    scripts = {"bin/tar": _TAR, "bin/criu": _CRIU, "bin/plumb": _PLUMB, "bin/connect": _CONNECT, "bin/census": _CENSUS, "bin/restored": _RESTORED, "bin/rehearse": _REHEARSE, "bin/await": program(_AWAIT)}
     told = "".join(f"{name}={shlex.quote(value)}\n" for name, value in address.items())
     found = [("stage", 0o100644, STAGE), ("address", 0o100644, told.encode()), ("criu", 0o040755, b"")]
     found += [(f"criu/{name}", 0o100755, data) for name, data in criu.items()]
@@ -193,8 +158,8 @@ def framed(script: str) -> bytes:
     return b"%d\n%s" % (len(raw), raw)
 
 
-def _options(externals: Iterable[str], root: str = "/root") -> str:
-    words = ["--root", root, "--tcp-established", "--file-locks", "--empty-ns", "net", "--manage-cgroups=ignore", "--ghost-limit", str(256 << 20), "--network-lock", "skip", "--leave-stopped", "-v2", "-W", "/run/state"]
+def _options(externals: Iterable[str]) -> str:
+    words = ["--root", "/root", "--tcp-established", "--file-locks", "--empty-ns", "net", "--manage-cgroups=ignore", "--ghost-limit", str(256 << 20), "--network-lock", "skip", "--leave-stopped", "-v2", "-W", "/run/state"]
     for one in externals:
         words += ["--external", one]
     return shlex.join(words)
