@@ -27,10 +27,19 @@ ROOM_S = 240.0
 
 
 async def numbers(hub: Hub, name: str, capsys: pytest.CaptureFixture[str]) -> list[int]:
-    """What it has written, asked of its edge by way of the hub; without a last line that may be cut."""
-    capsys.readouterr()
-    assert await command(hub, "logs", name, "--json") == 0
-    return [int(one) for one in json.loads(capsys.readouterr().out)["stdout"].split("\n")[:-1]]
+    """What it has written, asked of its edge by way of the hub, when that answers; without a last line that may be cut."""
+    found: list[int] = []
+
+    async def there() -> bool:
+        capsys.readouterr()
+        if await command(hub, "logs", name, "--json") != 0:
+            return False
+        told = json.loads(capsys.readouterr().out)
+        found[:] = [int(one) for one in told["stdout"].split("\n")[:-1]]
+        return bool(told["phase"] == "running")
+
+    await until(there, ROOM_S, what=f"{name} runs, and its edge answers")
+    return found
 
 
 async def shown(hub: Hub, name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -63,12 +72,17 @@ async def test_a_workload_is_converted_by_the_hub_adopted_as_what_it_is_and_come
 
             await asyncio.to_thread(node.kill)
             await asyncio.to_thread(node.start)
-            seen = len(await numbers_when_there(hub, capsys))
+            seen = len(await numbers(hub, "counter", capsys))
             assert await command(hub, "workload", "checkpoint", "counter", "--wait", str(ROOM_S)) == 1 and "takes no states" in why(hub)
             assert await command(hub, "workload", "convert", "counter", "--to", "container", "--wait", str(ROOM_S)) == 0, why(hub)
             await until(lambda: hub.workloads.planner.current("counter").seat.get("form") == "container", ROOM_S, what="the hub knows")  # type: ignore[union-attr]
-            while len(found := await numbers(hub, "counter", capsys)) <= seen + 3:
-                await asyncio.sleep(0.1)
+            found: list[int] = []
+
+            async def more() -> bool:
+                found[:] = await numbers(hub, "counter", capsys)
+                return len(found) > seen + 3
+
+            await until(more, ROOM_S, what="it goes on")
             assert found == list(range(len(found))), "the same processes, in all forms, with one output"
             assert states(hub, "counter") == ["accepted", "running", "running", "running"], "it was not begun anew, by anybody"
             assert [told[-1][0] for told in operations(hub).values()] == ["succeeded", "failed", "succeeded"]
@@ -78,16 +92,6 @@ async def test_a_workload_is_converted_by_the_hub_adopted_as_what_it_is_and_come
             assert not any((node.data / "workloads/convertible/conversions").glob("counter*")) and not any((node.data / "workloads/convertible/containers").glob("counter*"))
         finally:
             await asyncio.to_thread(ended, node)
-
-
-async def numbers_when_there(hub: Hub, capsys: pytest.CaptureFixture[str]) -> list[int]:
-    """Once the agent that was just started answers."""
-    async def there() -> bool:
-        capsys.readouterr()
-        return await command(hub, "logs", "counter", "--json") == 0 and json.loads(capsys.readouterr().out)["phase"] == "running"
-
-    await until(there, ROOM_S, what="the next agent has it")
-    return await numbers(hub, "counter", capsys)
 
 
 def ended(node: Node) -> None:

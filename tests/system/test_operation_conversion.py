@@ -115,11 +115,11 @@ async def ended(driver: ContainerDriver, conversions: hot.Conversions, folder: P
     driver._store.close()
 
 
-INTO = [(whom, step, "container") if (whom, step) == ("guest", "passing") else pytest.param(whom, step, "container", marks=slow)
-        for whom in ("guest", "qemu") for step in ("ready", "taking", "frozen", "dumped", "restored", "passing", "ended")]
+INTO = [(whom, step, "container") for whom in ("guest", "qemu") for step in ("ready", "taking", "frozen", "dumped", "restored", "passing", "ended")]
 """Whom to kill on the way in, at which step, and in which form it is then."""
 
 
+@slow
 @pytest.mark.parametrize(("whom", "step", "form"), INTO)
 async def test_whoever_is_killed_on_the_way_into_a_guest_leaves_one_copy(tmp_path: Path, boots: Path, whom: str, step: str, form: str) -> None:
     driver, conversions = await witness(tmp_path, boots)
