@@ -129,6 +129,7 @@ class WorkloadsConfig:
     rootless: bool = key(False, "where the agent is not root: run it in a user namespace of its own, so that it can run containers (see docs/workloads.md); the driver says why not, where that cannot be had")
     criu: str = key("criu", "the program that takes checkpoints of containers (CRIU 4.2 or later), by its name on PATH or its path; empty: none are taken")
     microvms: bool = key(False, "run containers and batch jobs with isolation microvm: boots a guest when the agent starts, and keeps 130 MB of memory for its clones")
+    conversions: bool = key(False, "take workloads that can become a micro-VM while they run (spec.converts); needs runc, CRIU, and what guests need; boots a guest when the agent first starts with it")
     vms: bool = key(False, "run virtual machines: boots a guest when the agent starts, to see whether it can")
     guest_kernel: str = key("", "folder with boot/ and lib/modules/ of the kernel that guests boot; empty: this machine's own")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")

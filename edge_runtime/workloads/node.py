@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
+from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
@@ -19,6 +19,7 @@ from .capacity import changed, describe
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
 if TYPE_CHECKING:
+    from .conversion.driver import ConvertibleDriver
     from .drivers.container import ContainerDriver, Settings
     from .drivers.containerd import ContainerdDriver
     from .drivers.face import Driver, Status
@@ -93,6 +94,8 @@ class WorkloadNode:
         """By the driver that runs them: which one that is is known when all have been probed."""
         self._microvms: MicrovmDriver | None = None
         self._vms: VmDriver | None = None
+        self._convertible: ConvertibleDriver | None = None
+        self._convertible_why = "switched off (workloads.conversions in its configuration), or containers are"
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
         self._moves = False
@@ -125,7 +128,7 @@ class WorkloadNode:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._containers, *self._by_containerd, self._microvms, self._vms):
+            for driver in (self._functions, self._convertible, self._containers, *self._by_containerd, self._microvms, self._vms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -150,6 +153,12 @@ class WorkloadNode:
                 more, lacking = await asyncio.to_thread(_by_containerd, self._config, folder, self._store, told)
                 self._by_containerd, why = list(more.values()), [*why, *lacking]
                 drivers |= more
+                if workloads.conversions or (folder / "convertible").exists():  # after that of containers: whose probe is its own
+                    from .conversion import host
+                    from .conversion.driver import ConvertibleDriver
+
+                    how = host.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish)
+                    drivers[CONVERTS] = self._convertible = await asyncio.to_thread(ConvertibleDriver, folder / "convertible", self._store, self._containers, how, told, enabled=workloads.conversions)
             if workloads.functions:
                 from .drivers.function import FunctionDriver
 
@@ -174,12 +183,17 @@ class WorkloadNode:
                 self._microvms_why = "; ".join(reasons)
             elif name == KATA:
                 self._kata_why = "; ".join(reasons)
+            elif name == CONVERTS:
+                self._convertible_why = "; ".join(reasons)
         asked = [CONTAINERD if one == CONTAINERD else "container" for one in workloads.runtimes]
         self._runs_containers = next((name for name in asked if name in self._usable), "container")
         if self._runs_containers in self._usable:
             self._usable.add("container")
         # A job and a function are of whatever kind their image is; no machine is a job.
-        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm"}))
+        self.runs = tuple(
+            kind for kind in KINDS
+            if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm", CONVERTS})
+        )
         self._why = "; ".join(why)
         self._moves = self._containers is not None and self._runs_containers == "container" and self._moves_states()
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
@@ -281,6 +295,8 @@ class WorkloadNode:
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
         name = kind if kind not in ("batch", "function") else "function" if image.config.module else "container"
+        if name == CONVERTS and name not in self._usable:
+            raise Refused(f"spec.{CONVERTS}", f"workloads cannot be converted here: {self._convertible_why}", "place it on a node that can, or leave it out")
         if name in (MICROVM, KATA) and name not in self._usable:
             why = self._microvms_why if name == MICROVM else self._kata_why or await asyncio.to_thread(_why_no_kata)
             raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
@@ -348,6 +364,9 @@ class WorkloadNode:
             await self._microvms.prune(budget)
         if self._vms is not None:
             modules = modules | await asyncio.to_thread(self._vms.layers)
+        if self._convertible is not None:
+            modules = modules | await asyncio.to_thread(self._convertible.layers)
+            await self._convertible.prune(budget)
         layers, taken = await self.asked.held()
         modules, budget = modules | layers, max(0, budget - taken)
         for one in self._by_containerd:
@@ -454,7 +473,7 @@ class WorkloadNode:
 
     async def _watch_disks(self) -> None:
         """End containers that have more on the disk than they asked for."""
-        drivers = [driver for driver in (self._containers, *self._by_containerd) if driver is not None]
+        drivers = [driver for driver in (self._containers, self._convertible, *self._by_containerd) if driver is not None]
         if not drivers:
             return
         from .drivers.container_disk import LOOK_S as DISK_LOOK_S
@@ -488,7 +507,7 @@ class WorkloadNode:
             self._pressure.ended(now_s)
             return
         running = await self._runner.running()
-        candidates = [Candidate(entry["id"], int(entry["epoch"]), priority(entry), await self._used(entry, driver, lacking), requested(entry, lacking)) for entry, driver in running]
+        candidates = [Candidate(entry["id"], int(entry["epoch"]), priority(entry), await self._used(entry, driver, lacking), requested(entry, lacking) + (int(entry.get("over", 0)) if lacking == MEMORY else 0)) for entry, driver in running]
         chosen = victim(candidates)
         if chosen is None:
             return
@@ -519,8 +538,13 @@ class WorkloadNode:
     def describe(self) -> dict[str, Any]:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
+        labels = {**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}}
+        if CONVERTS in self._usable:
+            labels[CONVERTING] = "true"
+        if self._moves:
+            labels[MOVABLE + "container"] = "true"
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}, **({MOVABLE + "container": "true"} if self._moves else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels=labels, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
             images=self._held(),
         )
@@ -548,7 +572,7 @@ class WorkloadNode:
 
 def _shown(driver: str, status: "Status") -> dict[str, Any]:
     return {
-        "id": status.key.id, "epoch": status.key.epoch, "driver": driver, "phase": status.phase.value, "pid": status.pid, "reason": status.reason or (status.exit.reason if status.exit else ""),
+        "id": status.key.id, "epoch": status.key.epoch, "driver": driver, **({"form": status.form} if status.form else {}), "phase": status.phase.value, "pid": status.pid, "reason": status.reason or (status.exit.reason if status.exit else ""),
         "exit_code": status.exit.code if status.exit else None,
     }
 

@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from ..contract.workloads import CHECKPOINTED, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
 from .checkpoints import Checkpointing
+from .converting import convert
 from .drivers.checkpoint_state import read_manifest
 from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
@@ -29,6 +30,9 @@ REPORTED = "workload_reports"
 TRIES = "workload_tries"
 """The journal's state document that keeps of each placement its restarts in a row (`tries`), when the present run began and when the first one did (`began_ms`, `first_ms`; ms since 1970). Written
 before a restart: one that a kill interrupts counts as a try."""
+
+SAID_FORMS = "workload_forms"
+"""The journal's state document that keeps of each placement that can be converted what was said last that it is."""
 
 GRACE_S = 10.0
 """Between being asked to end and being killed: what Docker gives."""
@@ -91,6 +95,8 @@ class Runner:
         self._told: dict[str, str] = {key: state for key, state in told.items() if isinstance(state, str)} if isinstance(told, dict) else {}
         tries = journal.state(TRIES)
         self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
+        forms = journal.state(SAID_FORMS)
+        self._forms: dict[str, str] = {key: form for key, form in forms.items() if isinstance(form, str)} if isinstance(forms, dict) else {}
         self._due: dict[str, float] = {}
         self._taking: dict[str, float] = {}
         """When the next checkpoint that nobody asks for is due; times of the loop."""
@@ -112,6 +118,9 @@ class Runner:
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
+        if not listed.issuperset(self._forms):
+            self._forms = {key: form for key, form in self._forms.items() if key in listed}
+            self._journal.put_state(SAID_FORMS, dict(self._forms))
         self._forget_tries(set(self._tries) - listed)
         self._taking = {key: at for key, at in self._taking.items() if key in listed}
         self._going_on &= listed
@@ -234,7 +243,10 @@ class Runner:
                 driver, status = await self._there(Key(workload, int(asked["epoch"])))
                 held = self._told.get(_said(wanted)) == CHECKPOINTED or (status is not None and status.phase is Phase.CHECKPOINTED)
                 clears = partial(self._say, wanted, CHECKPOINTED, "it is being restored")  # from here on it is nothing that could be started anew, also where its instance is gone
-                detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
+                if asked["kind"] == CONVERT:
+                    detail = await convert(asked, operations, driver, status)
+                else:
+                    detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
             except DriverError as error:
                 operations.end(asked["id"], "failed", str(error))
             except Exception as error:
@@ -285,6 +297,7 @@ class Runner:
                     self._began(said, how, status)
                     self._say(entry, "running", status.reason, status.load_ms)
                     await self._has_come(entry)
+                    self._say_form(entry, status)
                     self._going_on.discard(said)
                     ended = await self._until(driver, key, changed, await self._next_s(key, said, how))
                     if ended is None:
@@ -403,7 +416,12 @@ class Runner:
         isolation = spec.get(ISOLATION, NAMESPACES) if entry["kind"] in ("container", "batch") else NAMESPACES
         if isolation not in ISOLATIONS:
             raise Refused(f"spec.{ISOLATION}", f"{str(isolation)[:40]!r} is unknown", f"use one of {', '.join(ISOLATIONS)}")
-        name = await _unless(changed, self._bring(str(entry["kind"]) if isolation == NAMESPACES else isolation, image, when_to_pull(spec)))
+        converts = spec.get(CONVERTS, False)
+        if not isinstance(converts, bool):
+            raise Refused(f"spec.{CONVERTS}", f"{str(converts)[:40]!r} is neither true nor false", "say true or false")
+        if converts and (isolation != NAMESPACES or entry["kind"] not in ("container", "batch")):
+            raise Refused(f"spec.{CONVERTS}", f"is not for a {entry['kind']} with isolation {isolation}", f"use kind container or batch, without {ISOLATION}")
+        name = await _unless(changed, self._bring(CONVERTS if converts else str(entry["kind"]) if isolation == NAMESPACES else isolation, image, when_to_pull(spec)))
         if name is None:
             return None
         driver = self._drivers[name]
@@ -411,7 +429,7 @@ class Runner:
             if not isinstance(driver, Checkpoints):
                 raise Refused("spec.checkpoint", f"the driver {name} takes no states", "leave it out, or run it as a container")
             driver.demand(Ability.CHECKPOINT)
-        spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
+        spec = {name: value for name, value in spec.items() if name not in (*KEYS, CONVERTS) and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
         if entry["kind"] == "function" and name == "container":
             from .drivers.function_container import container
 
@@ -459,6 +477,16 @@ class Runner:
             for waiting in (end, other):
                 waiting.cancel()
             await asyncio.gather(end, other, return_exceptions=True)
+
+    def _say_form(self, entry: Mapping[str, Any], status: Status) -> None:
+        """What one that can be converted is, where that is news; a container goes without saying."""
+        key = _said(entry)
+        if status.form == self._forms.get(key, AS_CONTAINER if status.form else "") or all(_said(listed) != key for listed in self._wanted.get(entry["id"], ())):
+            return
+        self._forms[key] = status.form
+        self._journal.append("event", "workload", {"id": entry["id"], "epoch": entry["epoch"], "state": RUNNING, "reason": status.reason[:1000], "form": status.form})
+        self._journal.put_state(SAID_FORMS, dict(self._forms))
+        self._on_said()
 
     def _say(self, entry: Mapping[str, Any], state: str, reason: str, load_ms: float = 0.0) -> None:
         """Once each (but what was checkpointed runs again), nothing after an end, and nothing of what is not listed any more."""

@@ -387,12 +387,17 @@ class Book:
             if part == STOPPED:
                 out.append({"id": row.id, "epoch": placement.epoch, "wanted": STOPPED})
             elif part:
-                shape = self.tables.items[row.id].item.shape
-                out.append({
-                    "id": row.id, "epoch": placement.epoch, "wanted": RUNNING, "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests),
+                entry = self.tables.items[row.id]
+                shape, requests = entry.item.shape, dict(entry.item.shape.requests)
+                told = {
+                    "id": row.id, "epoch": placement.epoch, "wanted": RUNNING, "kind": shape.kind.value, "image": shape.image, "requests": requests,
                     "gpus": placement.seat.get("gpus", []), "numa": placement.seat.get("numa", []), "document": row.document, "held": part == HELD,
                     "from": placement.seat.get(MOVE, {}) if placement.said in ("", "accepted") else {},
-                })
+                }
+                if entry.over:  # what it may use itself is what its document says
+                    requests["memory"] -= entry.over
+                    told["over"] = entry.over
+                out.append(told)
         return out
 
     def _part(self, placement: PlacementRow, row: WorkloadRow) -> str:

@@ -274,8 +274,9 @@ class Planner(Agenda):
             return
         placement, row = self.tables.open[key], self.tables.rows[row.id]
         if what not in ENDED:
-            if placement.said != what:
-                seat = placement.seat
+            form = body.get("form", "")
+            if placement.said != what or (form and form != placement.seat.get("form", "")):
+                seat = {**placement.seat, "form": form} if form else placement.seat
                 if load_ms := body.get("load_ms"):
                     seat = {**seat, "load_ms": load_ms}
                     self.loads.observe(self.tables.items[row.id].item.shape.image, edge, load_ms)

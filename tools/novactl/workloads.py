@@ -88,7 +88,7 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("what", nargs="?", default="plan", choices=("plan", "go", "list", "cancel"))
     parser.add_argument("id", nargs="?", default="", help="cancel: which")
     parser.add_argument("--drain", action="append", default=[], metavar="NODE", help="empty this node; may be given several times")
-    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint ID")
+    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint, convert ID")
     parser.add_argument("what", choices=("submit", "what-if", "list", "cancel", *operations.WHAT))
     parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
     parser.add_argument("--state", default="", help="list: in this state only")
@@ -180,8 +180,8 @@ def _times(job: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def _said(one: dict[str, Any]) -> str:
-    """The edge's last word, and whose doing it is where that was not the hub's."""
-    return str(one["said"]) + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
+    """The edge's last word, what one that can be converted is now, and whose doing it is where that was not the hub's."""
+    return str(one["said"]) + (f" as {one['form']}" if one["form"] else "") + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
 
 
 def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:

@@ -52,6 +52,12 @@ NOTE = "checkpoint.json"
 MAX_INSTANCES = 512
 """Instances on the disk, the ended ones too."""
 
+_RANGES = (MAX_INSTANCES + 1) * ID_RANGE
+"""Ids of one driver."""
+
+CONTAINERD_FIRST_ID, CONVERTIBLE_FIRST_ID = FIRST_ID + _RANGES, FIRST_ID + 2 * _RANGES
+"""Of the other drivers of a node, which have containers at the same time."""
+
 ROOT = f"{outside.RUN}/root"
 """Where a container's root is mounted, in its keeper's mount namespace: each has its own there. Not in the data folder, which the container's root may not enter."""
 
@@ -83,6 +89,7 @@ class Settings:
         criu: the program that takes checkpoints, by a path or by its name on PATH; empty: none.
         network: let containers have the node's network, where slirp4netns is installed.
         publish: addresses of the node on which containers may publish ports.
+        first_id: first id on the host of the user namespaces' ranges; each driver of a node has others.
     """
 
     runtimes: tuple[str, ...] = ("runc", "crun")
@@ -92,6 +99,7 @@ class Settings:
     criu: str = "criu"
     network: bool = True
     publish: tuple[str, ...] = ("127.0.0.1",)
+    first_id: int = FIRST_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +124,6 @@ class ContainerDriver:
         store: where the images are.
     """
 
-    first_id = FIRST_ID
     parent = cgroups.PARENT
     """The control group above all of its containers."""
 
@@ -174,6 +181,16 @@ class ContainerDriver:
         from .container_probe import find  # needs this module
 
         self._ways, self._criu, self._capabilities = await find(self, self._settings, self._groups)
+        await self._settle()
+        return self._capabilities
+
+    async def same_as(self, other: "ContainerDriver") -> None:
+        """What another driver of this node has found by its probe holds for this one too."""
+        self._ways, self._criu, self._capabilities = other._ways, other._criu, other._capabilities
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Bring to an end what an agent was killed at."""
         for name, entry in (await asyncio.to_thread(self._present)).items():
             key = Key(entry["id"], entry["epoch"])
             if (self._folder / name / "restore").exists():  # an agent was killed while it brought this one back, and perhaps its keeper
@@ -184,7 +201,21 @@ class ContainerDriver:
                         await self.checkpoints().settle(key)
                 except Failed as error:
                     log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
-        return self._capabilities
+
+    @property
+    def criu(self) -> "Criu":
+        """The one that passed the probe. Raises `Refused` where none did."""
+        if self._criu is None:
+            self.demand(Ability.CHECKPOINT)
+            raise Refused("host", "CRIU was not found by the driver of containers", "see its capabilities")
+        return self._criu
+
+    async def ways(self, *abilities: Ability) -> Ways:
+        """What has been found to work here; raises `Refused` where it can do none of it, or not one of these. For what stands beside this module."""
+        for ability in (Ability.START, *abilities):
+            await self._ready(ability)
+        assert self._ways is not None
+        return self._ways
 
     async def _ready(self, ability: Ability = Ability.START) -> Ways:
         if self._capabilities is None:
@@ -214,6 +245,11 @@ class ContainerDriver:
                     raise Failed("disk", f"the container could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
         return self._status(order.key)
 
+    async def lay(self, order: Order, image: Image, lower: Sequence[Path], ways: Ways, fill: Fill, was: int) -> None:
+        """`lay_out`, one at a time. For what stands beside this module."""
+        async with self._laying:
+            await asyncio.to_thread(self.lay_out, order, image.config, lower, ways, image, fill, was)
+
     def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None, fill: Fill | None = None, was: int = -1) -> None:
         """Write an instance's folder, all or nothing, with what `fill` puts there; blocks. `was`: first id of the range that it had, which it gets again where no other workload has it."""
         present = self._present()
@@ -225,10 +261,10 @@ class ContainerDriver:
             raise Refused("requests.disk", f"{asked} bytes are asked for, {free} are free", "ask for less, free space, or place it on another node")
         taken = {entry.get("slot") for entry in present.values()}
         slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
-        before, odd = divmod(was - self.first_id, ID_RANGE)
+        before, odd = divmod(was - self._settings.first_id, ID_RANGE)
         if not odd and 0 <= before <= MAX_INSTANCES and before not in {entry.get("slot") for entry in present.values() if entry["id"] != order.key.id}:
             slot = before  # what it wrote to folders of the node belongs to these ids
-        base = self.first_id + slot * ID_RANGE if ways.users else None
+        base = self._settings.first_id + slot * ID_RANGE if ways.users else None
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
@@ -288,6 +324,11 @@ class ContainerDriver:
         if word != "running" and status.phase not in (Phase.RUNNING, Phase.LOST):
             raise Failed("start", status.reason or self._keeper_said(key) or "its keeper ended without a word", "see the reason; delete it before it is tried again")
         return status
+
+    async def begin_alone(self, key: Key) -> Status:
+        """`begin`, while nothing else is done with it. For what stands beside this module."""
+        async with self._one(key):
+            return await self.begin(key)
 
     async def wait(self, key: Key) -> Status:
         return await over(self._path(key), lambda: self._status(key), lambda: self._watched(key))

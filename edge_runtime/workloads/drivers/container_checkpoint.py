@@ -145,13 +145,13 @@ class Checkpoints:
         step("frozen")
         those = self._processes(key)
         status = await self._driver.status(key)
-        _one_tree(status.pid, those)
+        one_tree(status.pid, those)
         for one in those.values():
             one.pop("stopped")  # of a frozen one it says nothing
         raw = self._driver.folder(key) / "dump"
         await asyncio.to_thread(_emptied, raw)
         write_options(raw / "criu.conf", stopped=False)
-        await self._root(key, writable=True)
+        await self.root(key, writable=True)
         try:
             await self._driver.runtime(
                 key, "checkpoint", "--leave-running", "--tcp-established", "--file-locks", "--image-path", str(raw / IMAGES), "--work-path", str(raw), environment=criu.environment(raw / "criu.conf"),
@@ -161,11 +161,11 @@ class Checkpoints:
             log = await asyncio.to_thread(log_of, raw / "dump.log")
             found = offence(log, {pid: f"{one['pid']}, {one['name']}" for pid, one in those.items()})
             raise found or Failed("checkpoint", f"{error.problem}; CRIU says: {' | '.join(errors(log)[:4])[:1000] or 'nothing'}", "see what it says; it goes on as before") from None
-        await self._root(key, writable=False)
+        await self.root(key, writable=False)
         step("dumped")
-        document = self._described(key, criu, note, those)
+        document = self.described(key, criu, note, those)
         try:
-            manifest = await asyncio.to_thread(self._packed, key, Path(note["new"]), raw, document)
+            manifest = await asyncio.to_thread(self.packed, key, Path(note["new"]), raw, document)
         except OSError as error:
             raise Failed("disk", f"the state could not be written: {error.strerror}", "free space, or name another folder") from None
         step("packed")
@@ -174,7 +174,8 @@ class Checkpoints:
         step("whole")
         return manifest
 
-    def _described(self, key: Key, criu: Criu, note: Mapping[str, Any], those: Mapping[int, Any]) -> dict[str, Any]:
+    def described(self, key: Key, criu: Criu, note: Mapping[str, Any], those: Mapping[int, Any]) -> dict[str, Any]:
+        """The manifest of a state that is being taken, without its files: `note` has its `token`, `those` are its processes."""
         own = self._driver.folder(key)
         instance, config, told = (read(own / name) or {} for name in ("instance.json", "config.json", "keeper.json"))
         config.pop("hooks", None)
@@ -188,7 +189,8 @@ class Checkpoints:
             "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "config": config, "base": -1 if told.get("id_base") is None else int(told["id_base"]), "processes": list(those.values()),
         }
 
-    def _packed(self, key: Key, new: Path, raw: Path, document: dict[str, Any]) -> dict[str, Any]:
+    def packed(self, key: Key, new: Path, raw: Path, document: dict[str, Any], sync: bool = True) -> dict[str, Any]:
+        """Write the state into the folder `new`, from CRIU's images below `raw`, which go; the manifest. It is on the disk then, unless `sync` is false. Blocks."""
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         (new / IMAGES).mkdir(mode=0o700)
@@ -196,17 +198,17 @@ class Checkpoints:
         files = []
         for image in sorted(raw.joinpath(IMAGES).iterdir()):
             with open(image, "rb") as source:
-                files.append(add(new, f"{IMAGES}/{image.name}", source, how))
+                files.append(add(new, f"{IMAGES}/{image.name}", source, how, sync))
             image.unlink()  # what is packed needs its room twice no longer
-        with Writer(new, DISK, how) as target:
+        with Writer(new, DISK, how, sync) as target:
             pack_disk(self._driver.folder(key) / "disk/upper", cast(BinaryIO, target), document["base"] if document["base"] >= 0 else 0)
-        return seal(new, document, [*files, target.entry], how)
+        return seal(new, document, [*files, target.entry], how, sync)
 
     async def _let_go(self, key: Key, note: Mapping[str, Any]) -> None:
         """What comes after the state is whole: it ends, or goes on."""
         own = self._driver.folder(key)
         if note["leave_running"]:
-            await self._thawed(key)
+            await self.thawed(key)
             (own / NOTE).unlink()
         else:
             await self._killed(key)
@@ -228,7 +230,7 @@ class Checkpoints:
         except TimeoutError:
             raise Failed("checkpoint", "its state is whole, and it does not end though it was killed", "look at the node: a process that cannot be killed waits for its kernel or disk") from None
 
-    async def _root(self, key: Key, *, writable: bool) -> None:
+    async def root(self, key: Key, *, writable: bool) -> None:
         """Make a root that shall be read-only writable while all stands still, and read-only again: CRIU has to make a folder in it for a moment when it is brought back."""
         status = await self._driver.status(key)
         if not (read(self._driver.folder(key) / "config.json") or {}).get("root", {}).get("readonly") or not status.pid:
@@ -237,8 +239,9 @@ class Checkpoints:
         if await process.wait() and (await self._driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED):
             raise Failed("checkpoint", f"its root could not be made {'writable' if writable else 'read-only again'}", "leave spec.read_only_root out" if writable else "stop it: it could write to its root")
 
-    async def _thawed(self, key: Key) -> None:
-        await self._root(key, writable=False)
+    async def thawed(self, key: Key) -> None:
+        """It goes on, with its root as it was."""
+        await self.root(key, writable=False)
         if (await self._driver.status(key)).phase is Phase.PAUSED:
             await self._driver.runtime(key, "resume")
 
@@ -248,7 +251,7 @@ class Checkpoints:
         note = read(own / NOTE)
         if note is None:
             return
-        await _ended(own / "dump/criu.conf")
+        await dump_over(own / "dump/criu.conf")
         try:
             whole = read_manifest(Path(note["folder"])).get("token") == note["token"]
         except Refused:
@@ -258,7 +261,7 @@ class Checkpoints:
             return
         await asyncio.to_thread(shutil.rmtree, note["new"], True)
         await asyncio.to_thread(shutil.rmtree, own / "dump", True)
-        await self._thawed(key)
+        await self.thawed(key)
         (own / NOTE).unlink(missing_ok=True)
 
     # -- in ------------------------------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ class Checkpoints:
         """Remove what a keeper that was killed left of a restore of which nothing has run."""
         options = self._driver.folder(key) / "restore/criu.conf"
         end = time.monotonic() + STRAY_S
-        while pids := [*_strays(options), *self._processes(key)]:
+        while pids := [*strays(options), *self._processes(key)]:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -396,7 +399,7 @@ def _emptied(folder: Path) -> None:
     (folder / IMAGES).mkdir(parents=True, mode=0o700)
 
 
-def _one_tree(first: int, those: Mapping[int, Any]) -> None:
+def one_tree(first: int, those: Mapping[int, Any]) -> None:
     """Refuses where a process is in the container and does not descend from its first one: such a one (of `exec`) would not be in the state."""
     for pid, one in those.items():
         if pid != first and keeper_restore.parent(pid) not in those:
@@ -411,7 +414,7 @@ def _switches(pid: int, otherwise: int) -> int:
         return otherwise + 1
 
 
-def _strays(options: Path) -> list[int]:
+def strays(options: Path) -> list[int]:
     """Runtimes and CRIUs that work by this file of options."""
     want, found = b"CRIU_CONFIG_FILE=" + os.fsencode(options) + b"\0", []
     for name in os.listdir("/proc"):
@@ -425,10 +428,10 @@ def _strays(options: Path) -> list[int]:
     return found
 
 
-async def _ended(options: Path) -> None:
+async def dump_over(options: Path) -> None:
     """Until a dump that lost its agent has ended: CRIU lets the processes go by itself then. It is not killed: it may have code of its own in them."""
     end = time.monotonic() + STRAY_S
-    while _strays(options):
+    while strays(options):
         if time.monotonic() > end:
             raise Failed("checkpoint", "a dump that an earlier agent began does not end", "look at the node: CRIU waits for its kernel or disk")
         await asyncio.sleep(LOOK_S)

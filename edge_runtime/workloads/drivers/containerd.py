@@ -20,14 +20,13 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..images import Config, Image, ImageStore
 from . import cgroups, containerd_wire, keeping
-from .container import FIRST_ID, LEFT_S, MAX_INSTANCES, START_S, ContainerDriver, Fill, Settings, Ways
-from .container_spec import ID_RANGE
+from .container import CONTAINERD_FIRST_ID, LEFT_S, START_S, ContainerDriver, Fill, Settings, Ways
 from .containerd_client import Absent, Away, Client
 from .containerd_keeper import STREAMS, pipe_of, unmount_layers
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Status
@@ -91,10 +90,9 @@ class ContainerdDriver(ContainerDriver):
     """
 
     parent = f"{cgroups.PARENT}-containerd"
-    first_id = FIRST_ID + (MAX_INSTANCES + 1) * ID_RANGE  # after those of the direct driver, which may have containers at the same time
 
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings(), *, path: str = SOCKET, handler: Handler = RUNC) -> None:
-        super().__init__(directory / handler.name, store, settings)
+        super().__init__(directory / handler.name, store, replace(settings, first_id=CONTAINERD_FIRST_ID))
         self._handler, self._client = handler, Client(path)
         self._keepers = Keepers(self._groups.folders(cgroups.KEEPERS), KEEPER)
         self._agent = _hash(str(self._folder))
@@ -272,7 +270,7 @@ class ContainerdDriver(ContainerDriver):
                         await self._client.call(containerd_wire.START, container_id=self._id(key))
                     self._begun.add(folder.name)
 
-    async def _settle(self, key: Key) -> None:
+    async def _look_at_end(self, key: Key) -> None:
         """Ask containerd how one has ended of which that is not written down, write it down, and let containerd forget it."""
         folder, running = self._path(key), read(self._path(key) / "running.json")
         if running is None or (folder / "exit.json").exists() or running.get("boot") != _boot() or (alive(running) and not self._handler.own_kernel):
@@ -317,7 +315,7 @@ class ContainerdDriver(ContainerDriver):
         try:
             await self._signal(key, number)
         except Failed as error:
-            await self._settle(key)  # what has just ended needs none
+            await self._look_at_end(key)  # what has just ended needs none
             if not isinstance(error, Absent) and self._status(key).phase in (Phase.RUNNING, Phase.PAUSED):
                 raise
 
@@ -351,12 +349,12 @@ class ContainerdDriver(ContainerDriver):
     # -- what is there -------------------------------------------------------------------------------------------------------
 
     async def status(self, key: Key) -> Status:
-        await self._settle(key)
+        await self._look_at_end(key)
         return self._status(key)
 
     async def instances(self) -> Sequence[Status]:
         for entry in (await asyncio.to_thread(self._present)).values():
-            await self._settle(Key(entry["id"], entry["epoch"]))
+            await self._look_at_end(Key(entry["id"], entry["epoch"]))
         return await super().instances()
 
     def _seen(self, key: Key) -> Status:

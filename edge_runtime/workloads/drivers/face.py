@@ -159,6 +159,8 @@ class Status:
     load_ms: float = 0.0
     leased: bool = False
     """It runs only as long as `Leases.renew` says; where that ended it, it is lost."""
+    form: str = ""
+    """Of what can be converted: what it is now (`contract.workloads.FORMS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +300,14 @@ class Checkpoints(Protocol):
 
     async def come_back(self, key: Key) -> Status:
         """Bring to its end a `restore` that an earlier agent began; of it there is something."""
+
+
+@runtime_checkable
+class Converts(Protocol):
+    """Drivers of what can become something else while it runs, as the same processes."""
+
+    async def convert(self, key: Key, to: str) -> Status:
+        """Make it that (`contract.workloads.FORMS`). What it is already is answered as it stands. Where this raises it is what it was, or what the problem says."""
 
 
 @runtime_checkable
