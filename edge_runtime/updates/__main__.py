@@ -1,4 +1,4 @@
-"""`python -m edge_runtime.updates turn|gate`: the root's half of an update, run by systemd in an image (novacron-update.service, novacron-gate.service).
+"""`python -m edge_runtime.updates turn|gate|lasted`: the root's half of an update, run by systemd in an image (novacron-update.service, novacron-gate.service, novacron-lasted.service).
 
 The agent has no rights over disks. It writes a request into its own folder; this looks at it, and does it only where the bundle is signed, and where it is next. What it says back stands in its own folder, which the agent reads.
 """
@@ -110,16 +110,29 @@ def next_request(order: dict[str, Any], seconds: float) -> dict[str, Any]:
     return newer
 
 
+def settled(esp: Path) -> Installer:
+    """The installer, which looks once in each start at how that came about."""
+    installer = Installer(places(esp), say)
+    marked = Path("/run/novacron-update/settled")
+    if not marked.exists():
+        installer.settle()
+        marked.touch()
+    return installer
+
+
+def lasted() -> int:
+    """Called when a start has lasted for a while."""
+    with alone(STATE), boot_partition(check=False) as esp:
+        settled(esp).lasted()
+    return 0
+
+
 def turn() -> int:
     """What the request asks, as long as there is something next."""
     order = request()
     again = False
     with alone(STATE), boot_partition(check=order.get("action") == "install") as esp:
-        installer = Installer(places(esp), say)
-        marked = Path("/run/novacron-update/settled")
-        if not marked.exists():
-            installer.settle()
-            marked.touch()
+        installer = settled(esp)
         try:
             for _ in range(TURNS_MAX):
                 again = installer.turn(order)
@@ -157,10 +170,10 @@ def gate() -> int:
 def main() -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="edge_runtime.updates", description="the root's half of an update")
-    parser.add_argument("what", choices=("turn", "gate"))
+    parser.add_argument("what", choices=("turn", "gate", "lasted"))
     options = parser.parse_args()
     os.umask(0o022)
-    return turn() if options.what == "turn" else gate()
+    return {"turn": turn, "gate": gate, "lasted": lasted}[options.what]()
 
 
 if __name__ == "__main__":
