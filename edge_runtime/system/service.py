@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Mapping
 
-
 STARTING_TIMES = 10
 """While it comes up a program may be silent for so many times as long: the modules of the interface hold the interpreter on a slow machine, and a start that is cut off in the middle begins again, for ever."""
 
