@@ -14,7 +14,7 @@ from firmware_images.build import Built, output
 from firmware_images.contents import ESP_NAME, LASTING_STARTS
 from firmware_images.machine import Machine, Wiring, command
 from tests.integration.waiting import until_sync
-from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image
+from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image, told_to
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(5400)]
 
@@ -74,7 +74,7 @@ def direct(device: Device) -> Machine:
     told = device.built.manifest
     line = f"{told['command_line']} {slots.slot_words('novacron-a', told['blocks'], told['root_hash'], told['salt'])}"
     wiring = Wiring(PROFILE.memory_mib, direct=(device.built.image.with_name("linux"), device.built.image.with_name("initrd"), line))
-    return Machine([*command(ARCH, device.disk, device.flash, wiring), "-no-reboot"])
+    return Machine([*command(ARCH, device.disk, device.flash, wiring), "-no-reboot"], told_to(device.state / "console.log"))
 
 
 def names(device: Device) -> set[str]:
