@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,7 +22,8 @@ from firmware_images.machine import Machine, Wiring, comes_up, command, free_por
 from tests.integration.edges import MOSQUITTO
 from tests.integration.waiting import until_sync
 from tests.system.image_device import told_to
-from tools.bench.harness import ROOT, die_with_parent, stop
+from tools.bench.harness import ROOT
+from tools.bench.image_inside import HubProcess
 from tools.novactl.journal import check, show
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -135,35 +134,6 @@ def decisions(device: Device, least: int) -> list[dict[str, Any]]:
     return list(found)
 
 
-class HubProcess:
-    """A hub with a broker of its own, on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.broker_port, self.port, self._data = free_port(), free_port(), folder / "hub"
-
-    def __enter__(self) -> "HubProcess":
-        command = [sys.executable, "-m", "hub", "--data-dir", str(self._data), "--listen", f"127.0.0.1:{self.port}", "--broker", "mosquitto", "--broker-listen", f"127.0.0.1:{self.broker_port}"]
-        self._process = subprocess.Popen(command, preexec_fn=die_with_parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        until_sync(lambda: self.get("/readyz"), 120, "the hub's start")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        stop(self._process)
-
-    def get(self, path: str) -> Any:
-        """An answer, or None while there is none."""
-        token = (self._data / "token").read_text().strip() if (self._data / "token").exists() else ""
-        try:
-            with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={"Authorization": f"Bearer {token}"}), timeout=10) as answer:
-                return json.load(answer)
-        except (OSError, ValueError):
-            return None
-
-    def decisions(self) -> dict[int, Any]:
-        """What it has of the device, by number."""
-        return {record["seq"]: record["body"] for record in self.get(f"/api/v1/edges/{NAME}/records?stream=decision&limit=1000") or []}
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubProcess]:
     """A hub that is not running yet: the first boot is offline."""
@@ -187,11 +157,11 @@ def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str,
     newest = max(record["seq"] for record in before)
     with hub, device.on(online=True) as machine:
         try:
-            until_sync(lambda: max(hub.decisions(), default=0) > newest, BOOT_S, "a decision of the second start reaches the hub")
+            until_sync(lambda: max(hub.decisions(NAME), default=0) > newest, BOOT_S, "a decision of the second start reaches the hub")
         except AssertionError as error:
             raise AssertionError(f"{error}; the hub's errors: {hub.get('/api/v1/errors')}; the console:\n{machine.tail(60)}") from None
         kept = {record["seq"]: record for record in device.get("/api/v1/decisions?limit=500")}
-        told = hub.decisions()
+        told = hub.decisions(NAME)
         verdict = hub.get(f"/api/v1/edges/{NAME}/verify")
     assert verdict["exact"], verdict
     for record in before:
