@@ -50,7 +50,7 @@ GROUPS = {
 
 MASKED = (
     "getty@.service", "serial-getty@.service", "console-getty.service", "container-getty@.service", "autovt@.service", "debug-shell.service", "systemd-sysusers.service", "systemd-firstboot.service", "ldconfig.service",
-    "systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service", "systemd-logind.service", "systemd-journal-flush.service", "systemd-user-sessions.service",
+    "systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service", "systemd-logind.service", "systemd-logind-varlink.socket", "systemd-journal-flush.service", "systemd-user-sessions.service",
     "systemd-ask-password-console.path", "systemd-ask-password-wall.path", "e2scrub_reap.service", "e2scrub_all.timer", "fstrim.timer", "systemd-networkd-persistent-storage.service", "systemd-networkd-wait-online.service",
     "systemd-boot-random-seed.service", "systemd-boot-update.service", "systemd-boot-clear-sysfail.service", "systemd-pcrlock-make-policy.service", "systemd-vconsole-setup.service", "proc-sys-fs-binfmt_misc.automount", "dev-hugepages.mount",
     "systemd-userdbd.socket", "systemd-mountfsd.socket", "systemd-nsresourced.socket", "dm-event.socket", "mosquitto.service",
