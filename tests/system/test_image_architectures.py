@@ -40,6 +40,7 @@ CONFIG = """edge_id: {name}
 uplink: {{url: "mqtt://{here}:{port}", backoff_cap: 5s}}
 journal: {{retain_receipted_records: 1000000}}
 api: {{host: 0.0.0.0, token_file: /var/lib/novacron/config/api.token}}
+devices: {{host: {{interval: 5s}}}}
 decisions:
   models: ["shipped:host-anomaly/portable"]
   rules:
@@ -134,6 +135,12 @@ def decisions(device: Device, least: int) -> list[dict[str, Any]]:
     return list(found)
 
 
+def synced(hub: HubProcess, newest: int) -> dict[int, Any] | None:
+    """What the hub has of the device once it goes beyond `newest` and lacks nothing: what is new comes first, the backlog behind it."""
+    found = hub.decisions(NAME)
+    return found if max(found, default=0) > newest and sorted(found) == list(range(1, max(found) + 1)) else None
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubProcess]:
     """A hub that is not running yet: the first boot is offline."""
@@ -157,12 +164,11 @@ def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str,
     newest = max(record["seq"] for record in before)
     with hub, device.on(online=True) as machine:
         try:
-            until_sync(lambda: max(hub.decisions(NAME), default=0) > newest, BOOT_S, "a decision of the second start reaches the hub")
+            told = until_sync(lambda: synced(hub, newest), BOOT_S, "a decision of the second start, and all before it, reach the hub")
+            verdict = until_sync(lambda: (found := hub.get(f"/api/v1/edges/{NAME}/verify")) and found["exact"] and found, BOOT_S, "the hub's proof that it lacks nothing")
         except AssertionError as error:
             raise AssertionError(f"{error}; the hub's errors: {hub.get('/api/v1/errors')}; the console:\n{machine.tail(60)}") from None
         kept = {record["seq"]: record for record in device.get("/api/v1/decisions?limit=500")}
-        told = hub.decisions(NAME)
-        verdict = hub.get(f"/api/v1/edges/{NAME}/verify")
     assert verdict["exact"], verdict
     for record in before:
         assert kept[record["seq"]] == record

@@ -50,6 +50,9 @@ RSS_MB = 50.0
 
 LOOK_S = 0.2
 
+PAGE = 1000
+"""Records of one answer of the hub."""
+
 
 class HubProcess:
     """A hub with a broker of its own, on loopback; it may be stopped and started again on what it has."""
@@ -72,8 +75,11 @@ class HubProcess:
         return answer(f"http://127.0.0.1:{self.port}{path}", token)
 
     def decisions(self, edge: str) -> dict[int, Any]:
-        """What it has of an edge, by number: the newest thousand."""
-        return {record["seq"]: record["body"] for record in self.get(f"/api/v1/edges/{edge}/records?stream=decision&limit=1000") or []}
+        """What it has of an edge, by number."""
+        found: dict[int, Any] = {}
+        while more := self.get(f"/api/v1/edges/{edge}/records?stream=decision&limit={PAGE}&after={max(found, default=0)}"):
+            found |= {record["seq"]: record["body"] for record in more}
+        return found
 
 
 def answer(url: str, token: str) -> Any:
@@ -117,7 +123,8 @@ def outage(load: Load, hub: HubProcess, newest: Callable[[], int], running: Mach
     hub.__enter__()
     try:
         last = newest()
-        until(lambda: max(hub.decisions(EDGE), default=0) >= last, "the backlog at the hub", BOOT_S, running)
+        # What is new comes first, the backlog behind it.
+        until(lambda: set(range(1, last + 1)) <= hub.decisions(EDGE).keys(), "the backlog at the hub", BOOT_S, running)
         drained = time.monotonic() - back
         verdict = until(lambda: hub.get(f"/api/v1/edges/{EDGE}/verify"), "the hub's verdict", 120)
     finally:
