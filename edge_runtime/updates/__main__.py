@@ -69,8 +69,11 @@ def make_room(device: Path) -> None:
 
 
 @contextmanager
-def boot_partition(check: bool) -> Iterator[Path]:
-    """The boot partition, mounted for us alone (the unit has mounts of its own); looked over before, where something is to be written that needs room: a cut leaves clusters that belong to nothing."""
+def boot_partition(check: bool, write: bool = True) -> Iterator[Path]:
+    """The boot partition, mounted for us alone (the unit has mounts of its own); looked over before, where something is to be written that needs room: a cut leaves clusters that belong to nothing.
+
+    Mounting it for writing writes to its first sector, so it is read where that will do.
+    """
     device = partitions()[ESP_NAME]
     if check:
         # 1: something was put right. Anything else is told and goes on: what can be mounted can be used.
@@ -79,7 +82,7 @@ def boot_partition(check: bool) -> Iterator[Path]:
             say(f"fsck.fat: {done.stdout.decode(errors='replace')[-300:]}")
         make_room(device)
     ESP_MOUNT.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "vfat", "-o", "rw,noatime,nodev,nosuid,noexec,umask=0077", str(device), str(ESP_MOUNT)], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(["mount", "-t", "vfat", "-o", f"{'rw' if write else 'ro'},noatime,nodev,nosuid,noexec,umask=0077", str(device), str(ESP_MOUNT)], check=True, stdin=subprocess.DEVNULL)
     try:
         yield ESP_MOUNT
     finally:
@@ -122,8 +125,14 @@ def settled(esp: Path) -> Installer:
 
 def lasted() -> int:
     """Called when a start has lasted for a while."""
-    with alone(STATE), boot_partition(check=False) as esp:
-        settled(esp).lasted()
+    with alone(STATE):
+        with boot_partition(check=False, write=False) as esp:
+            installer = Installer(places(esp), say)
+            installer.lasted()
+            due = installer.to_settle()
+        if due:
+            with boot_partition(check=False) as esp:
+                settled(esp)
     return 0
 
 

@@ -137,6 +137,10 @@ class Installer:
         self._settle_trial()
         self._tell_damage()
 
+    def to_settle(self) -> bool:
+        """Whether `settle` would change the boot partition, as far as no trial is under way."""
+        return (self._places.esp / slots.DAMAGED).exists() or any(entry.left is not None for entry, _ in self._mine())
+
     def _mine(self) -> list[tuple[slots.Entry, Path]]:
         """The entries of what runs."""
         return [(entry, path) for entry, path in self.entries() if (entry.slot, entry.sequence) == (self._slot, self._places.image["sequence"])]

@@ -281,9 +281,9 @@ def names(here: Device) -> list[tuple[int, int | None]]:
 def test_what_a_disk_is_made_with_shows_whether_starts_are_counted_and_is_kept(tmp_path: Path) -> None:
     here = Device(tmp_path, FIRST, factory=slots.FACTORY_STARTS)
     here.know(SECOND)
-    assert names(here) == [(1, 0)]
+    assert names(here) == [(1, 0)] and here.installer().to_settle()
     here.installer().settle()
-    assert names(here) == [(1, None)]
+    assert names(here) == [(1, None)] and not here.installer().to_settle()
     assert read_document(here.state / "firmware.json") == {"counts": True}
     updated(here, placed(tmp_path, GOOD))
     assert names(here) == [(1, None), (2, None)]
@@ -323,6 +323,7 @@ def test_a_slot_that_was_left_for_damage_is_told_once_with_the_reason(tmp_path: 
     (here.esp / slots.DAMAGED).write_text(f"novacron-b {SECOND.root_hash} the slot novacron-b is damaged: it was read twice\n")
     (here.esp / slots.ENTRIES / slots.Entry(2, "novacron-b").name).unlink()
     assert here.boot() == FIRST
+    assert here.installer().to_settle()
     here.installer().settle()
     told = here.installer().status
     assert told["state"] == "failed" and "novacron-b is damaged: it was read twice" in told["reason"] and "novacron-a with sequence 1 runs" in told["reason"]
