@@ -99,7 +99,7 @@ def until(check: Callable[[], Any], what: str, seconds: float = BOOT_S, running:
     """What `check` gives, once that is something. SystemExit where it does not come, with the machine's last words."""
     end = time.monotonic() + seconds
     while not (found := check()):
-        if time.monotonic() > end or (running is not None and running.process.poll() is not None):
+        if time.monotonic() > end or (running is not None and running.ended):
             raise SystemExit(f"{what} did not come within {seconds:g} s{f':{chr(10)}{running.tail(40)}' if running is not None else ''}")
         time.sleep(LOOK_S)
     return found
