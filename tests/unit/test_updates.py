@@ -1,5 +1,6 @@
 """Updates of an image: the bundle's format and every refusal, deltas, what systemd-boot starts, the installer cut at every step, the agent's half."""
 
+import asyncio
 import functools
 import json
 import os
@@ -21,12 +22,14 @@ from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.updates import parse_order
 from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.updates import bundle, signature, slots
+from edge_runtime.updates import duty as duty_module
 from edge_runtime.updates.bundle import Refused, Running, check_for, open_manifest, parse_head, parse_manifest
 from edge_runtime.updates.duty import SETTLED_LOOKS, UpdateDuty
 from edge_runtime.updates.install import read_document, write_document
 from edge_runtime.updates.source import FileSource, Interrupted, WebSource
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import bundles, tools
+from tests.integration.waiting import until
 from tests.unit.updates_world import SLOT_BYTES, Device, Image, image, packed
 
 FIRST, SECOND = image(1), image(2)
@@ -663,4 +666,20 @@ async def test_an_image_on_trial_that_the_journal_does_not_know_is_followed_all_
         duty.look()
     await journal.flush()
     assert read_document(tmp_path / "requests" / "request.json")["action"] == "good"
+    await journal.close()
+
+
+async def test_what_is_told_later_without_an_order_is_told_on(tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duty_module, "IDLE_LOOK_S", 0.01)
+    journal.start()
+    status = tmp_path / "status.json"
+    duty = UpdateDuty(tmp_path / "requests", status, journal, lambda linked: [], lambda: True)
+    running = asyncio.create_task(duty.run())
+    for _ in range(3):
+        await asyncio.sleep(0)  # it has looked, and waits
+    write_document(status, {"id": "damaged-1", "state": "failed", "reason": "the slot novacron-b is damaged", "detail": {}})
+    await until(duty.to_json, what="the operation")
+    assert await told(journal) == [("failed", "failed")] and "damaged" in duty.to_json()[0]["reason"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     await journal.close()
