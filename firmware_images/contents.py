@@ -31,6 +31,9 @@ ROOT_WAIT_TENTHS = 300
 DATA_WAIT_S = 300
 """Longest wait for the data partition: nothing else waits for it, and an agent that gave up would never start. A slow card, or a machine emulated beside others, has taken half a minute."""
 
+START_S = 300
+"""Longest start of one service: systemd's own 90 s cut off, and began again, what was starved on an emulated machine beside others."""
+
 LASTING_STARTS = 3
 """Starts in a row of which none lasted, after which the initrd reads the whole slot before it starts it: as many as an image on trial has. They are no proof of damage (a power supply may fail as often), what is read is."""
 
@@ -526,7 +529,7 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     tree.link("/etc/resolv.conf", "../run/systemd/resolve/resolv.conf")
     tree.link("/etc/localtime", "../usr/share/zoneinfo/Etc/UTC")
     tree.file("/etc/systemd/network/80-novacron.network", _NETWORK)
-    tree.file("/etc/systemd/system.conf.d/novacron.conf", "[Manager]\nRuntimeWatchdogSec=30s\nRebootWatchdogSec=2min\nShowStatus=yes\nDumpCore=no\nDefaultTimeoutStopSec=30s\n")
+    tree.file("/etc/systemd/system.conf.d/novacron.conf", f"[Manager]\nRuntimeWatchdogSec=30s\nRebootWatchdogSec=2min\nShowStatus=yes\nDumpCore=no\nDefaultTimeoutStartSec={START_S}s\nDefaultTimeoutStopSec=30s\n")
     tree.file("/etc/systemd/journald.conf.d/novacron.conf", "[Journal]\nStorage=volatile\nRuntimeMaxUse=8M\nForwardToConsole=no\nRateLimitBurst=1000\n")
     tree.file("/etc/systemd/resolved.conf.d/novacron.conf", "[Resolve]\nLLMNR=no\nMulticastDNS=no\nDNSStubListener=no\n")
     tree.file("/etc/sysctl.d/90-novacron.conf", "kernel.panic=10\nkernel.panic_on_oops=1\nkernel.kptr_restrict=2\nkernel.dmesg_restrict=1\nkernel.unprivileged_bpf_disabled=1\nkernel.sysrq=0\nfs.suid_dumpable=0\nvm.overcommit_memory=0\n")
