@@ -129,7 +129,7 @@ def outage(load: Load, hub: HubProcess, newest: Callable[[], int], running: Mach
         # What is new comes first, the backlog behind it.
         until(lambda: set(range(1, last + 1)) <= hub.decisions(EDGE).keys(), "the backlog at the hub", BOOT_S, running)
         drained = time.monotonic() - back
-        verdict = until(lambda: hub.get(f"/api/v1/edges/{EDGE}/verify"), "the hub's verdict", 120)
+        verdict = until(lambda: (found := hub.get(f"/api/v1/edges/{EDGE}/verify")) and not any(stream["missing"] for stream in found["streams"].values()) and found, "the end of the backlog", BOOT_S, running)
     finally:
         hub.__exit__()
     return {"readings": alone.to_json(), "decided_alone": decided, "hub_whole_again_s": round(drained, 1), "exact": bool(verdict["exact"]), "verdict": verdict}
