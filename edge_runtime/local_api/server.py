@@ -171,7 +171,7 @@ class LocalApi:
         headers = {"Novacron-Cold": str(int(answer.cold)), "Novacron-Cut": str(int(answer.cut)), "Novacron-Ran-Us": str(answer.ran_us)}
         if (answer.what, answer.code) == ("exited", 0):
             return self._web.Response(body=answer.stdout, content_type="application/octet-stream", headers=headers)
-        problem = f"it exited with code {answer.code}" if answer.what == "exited" else f"it {answer.what}"
+        problem = {"exited": f"it exited with code {answer.code}", "failed": f"it answered with status {answer.code}"}.get(answer.what, f"it {answer.what}")
         failed = {"field": "function", "problem": problem, "remedy": "see stderr", "code": answer.code, "stdout": answer.stdout.decode("utf-8", "replace"), "stderr": answer.stderr.decode("utf-8", "replace")}
         return self._web.Response(text=json.dumps(failed), content_type="application/json", status=504 if answer.what == "timed out" else 502, headers=headers)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
+    from .drivers.function_container import ContainerFunctions
     from .drivers.microvm import MicrovmDriver
     from .drivers.vm import VmDriver
     from .images import Image, ImageStore
@@ -80,6 +81,7 @@ class WorkloadNode:
         self._store: ImageStore | None = None
         self._containers: ContainerDriver | None = None
         self._functions: FunctionDriver | None = None
+        self._called: ContainerFunctions | None = None
         self._microvms: MicrovmDriver | None = None
         self._vms: VmDriver | None = None
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
@@ -156,8 +158,8 @@ class WorkloadNode:
             why += reasons
             if name == MICROVM:
                 self._microvms_why = "; ".join(reasons)
-        # A job is of whatever kind its image is; no machine is a job.
-        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "batch" and self._usable - {"vm"}))
+        # A job and a function are of whatever kind their image is; no machine is a job.
+        self.runs = tuple(kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm"}))
         self._why = "; ".join(why)
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
@@ -247,7 +249,7 @@ class WorkloadNode:
             image = await self._images.get((reference, pull), lambda: self._image(reference, pull))
         except ImageError as error:
             raise Refused(error.field, error.problem, error.remedy) from None
-        name = kind if kind != "batch" else "function" if image.config.module else "container"
+        name = kind if kind not in ("batch", "function") else "function" if image.config.module else "container"
         if name in (MICROVM, KATA) and name not in self._usable:
             why = self._microvms_why if name == MICROVM else await asyncio.to_thread(_why_no_kata)
             raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
@@ -359,17 +361,34 @@ class WorkloadNode:
 
     async def call(self, function: str, body: bytes, timeout_s: float | None) -> "Answer | None":
         """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`. What an earlier agent left is called before the probe has ended."""
-        if self._functions is None:
+        from .drivers.face import Refused
+
+        if self._functions is None and self._containers is None:
             if self._probed:
                 return None
-            from .drivers.face import Refused
-
             raise Refused("node", "the agent has just started, and looks at what it can run", "come again")
-        answer = await self._functions.call(function, body, timeout_s)
+        try:
+            answer = await self._container_functions().call(function, body, timeout_s) if self._containers is not None else None
+            if answer is None:
+                if self._functions is None:
+                    raise Refused("id", f"no function {function[:80]} runs here", "submit it to the hub, or ask the node that runs it")
+                answer = await self._functions.call(function, body, timeout_s)
+        except Refused as error:
+            if error.field == "id" and any(entry["id"] == function and entry["kind"] == "function" and entry["wanted"] == "running" for entry in self.entries):
+                raise Refused("node", "it does not run at this moment", "come again, or see what the hub says of it") from None
+            raise
         self._metrics.inc("function_calls_total", outcome=answer.what.replace(" ", "_"))
         if answer.cold:
             self._metrics.inc("function_cold_calls_total")
         return answer
+
+    def _container_functions(self) -> "ContainerFunctions":
+        if self._called is None:
+            from .drivers.function_container import ContainerFunctions
+
+            assert self._containers is not None
+            self._called = ContainerFunctions(self._containers, lambda: self.entries)
+        return self._called
 
     async def _tell(self) -> None:
         told: dict[str, Any] | None = None

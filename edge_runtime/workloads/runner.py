@@ -405,6 +405,10 @@ class Runner:
                 raise Refused("spec.checkpoint", f"the driver {name} takes no states", "leave it out, or run it as a container")
             driver.demand(Ability.CHECKPOINT)
         spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
+        if entry["kind"] == "function" and name == "container":
+            from .drivers.function_container import container
+
+            spec = container(spec)
         requests = {name: amount for name, amount in (entry.get("requests") or {}).items() if isinstance(amount, int)}
         leased = f"{key.id}/{key.epoch}" in self._may
         if leased and not isinstance(driver, Leases):

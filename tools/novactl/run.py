@@ -21,7 +21,7 @@ KINDS = {"container": "container", "function": "function", "microvm": "container
 LOOK_S = 0.1
 """Pause between two looks at the hub."""
 
-SETTLE_S = 10.0
+SETTLE_S = 30.0
 """How long a workload that finds no node may wait for one: an edge tells what it can run some seconds after its start."""
 
 REQUESTS = {"cpu": "100m", "memory": "64Mi"}

@@ -23,8 +23,8 @@ class Answer:
     """What became of a call.
 
     Attributes:
-        what: `exited`, `trapped`, `timed out` or `crashed`.
-        code: exit code, where it has exited.
+        what: `exited`, `trapped`, `timed out` or `crashed`; of a container also `failed`.
+        code: exit code, where it has exited; a container's status, where that is no success.
         cut: it wrote more than is kept.
         cold: it waited for a process to be forked.
         ran_us: microseconds from when it was handed to an instance.
