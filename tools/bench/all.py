@@ -22,7 +22,7 @@ BENCHES = (
     "checkpoint", "container_start", "containerd_start",
     "startup", "reconcile", "convert",
     "migration_cpu", "migration_matrix", "migration_repeat", "migration_faults", "migration_live", "prediction",
-    "image",
+    "image", "image_inside",
     "scheduler_latency",
     "k8s_cases",
     "vbp",

@@ -96,6 +96,7 @@ if [ "$kind" = dev ]; then
     if apt-cache show qemu-system-riscv >/dev/null 2>&1; then packages+=(qemu-system-riscv opensbi); else packages+=(qemu-system-misc); fi
   fi
   [ -e /usr/lib/u-boot/qemu-riscv64_smode/uboot.elf ] || packages+=(u-boot-qemu)
+  command -v qemu-riscv64-static >/dev/null 2>&1 || packages+=(qemu-user-static)  # runs what is in their containers
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
     apt_install "${packages[@]}" || for package in "${packages[@]}"; do
