@@ -45,7 +45,7 @@ def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int) ->
         raise ContractError("to", "is missing" if not found["to"] else f"is not for a {found['kind']}", f"say what it shall be: {', '.join(FORMS)}" if not found["to"] else "leave it out", "missing")
     if found["kind"] == CONVERT and (row.document.get("spec") or {}).get(CONVERTS) is not True:
         raise Conflict(f"spec.{CONVERTS}", f"{row.id} was not started as one that can be converted", f"submit it anew, under another id, with {CONVERTS}: true in its spec")
-    return {name: value for name, value in found.items() if value or name != "to"}  # an older edge knows nothing of it
+    return {name: value for name, value in found.items() if value or name not in ("to", "offer")}  # an older edge knows nothing of them
 
 
 def added(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
