@@ -383,7 +383,7 @@ class Reference(Planner):
             for node in own:
                 for number in range(len(self.tables.guards.get(node, ()))):
                     state.release(_guard_id(node, number))
-            plan = preempt.plan(self.scheduler, item, now_ms, among=self._among(row, now_ms, None))
+            plan = preempt.plan(self.scheduler, item, now_ms, among=self.among(row, now_ms, None))
             state.undo(mark)
             if plan is None or self._reserved_on(state.nodes[plan.node].name, item.id):
                 continue
