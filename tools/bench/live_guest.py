@@ -105,7 +105,7 @@ class Machine:
         return [
             self.qemu, "-machine", "q35,memory-backend=ram", "-accel", self.accelerator, "-cpu", "max", "-m", str(self.memory), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config", "-no-reboot",
             "-object", backend, "-kernel", str(self.kernel), "-initrd", str(self.initial),
-            "-append", f"console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off random.trust_cpu=on -- {self.checked} {self.rewrites} {self.checks}" + f" {self.disk} {self.disk_writes} {self.disk_checks}" * bool(self.disk),
+            "-append", f"console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off random.trust_cpu=on no_timer_check -- {self.checked} {self.rewrites} {self.checks}" + f" {self.disk} {self.disk_writes} {self.disk_checks}" * bool(self.disk),
             "-chardev", f"socket,id=console,path={console},server=on,wait=off", "-serial", "chardev:console", *more,
         ]
 
