@@ -15,8 +15,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from ..contract.workloads import CHECKPOINTED, ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
 from .checkpoints import Checkpointing
+from .converting import convert
+from .drivers.checkpoint_state import read_manifest
 from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
@@ -28,6 +30,9 @@ REPORTED = "workload_reports"
 TRIES = "workload_tries"
 """The journal's state document that keeps of each placement its restarts in a row (`tries`), when the present run began and when the first one did (`began_ms`, `first_ms`; ms since 1970). Written
 before a restart: one that a kill interrupts counts as a try."""
+
+SAID_FORMS = "workload_forms"
+"""The journal's state document that keeps of each placement that can be converted what was said last that it is."""
 
 GRACE_S = 10.0
 """Between being asked to end and being killed: what Docker gives."""
@@ -90,6 +95,8 @@ class Runner:
         self._told: dict[str, str] = {key: state for key, state in told.items() if isinstance(state, str)} if isinstance(told, dict) else {}
         tries = journal.state(TRIES)
         self._tries: dict[str, dict[str, int]] = {key: dict(row) for key, row in tries.items() if isinstance(row, dict)} if isinstance(tries, dict) else {}
+        forms = journal.state(SAID_FORMS)
+        self._forms: dict[str, str] = {key: form for key, form in forms.items() if isinstance(form, str)} if isinstance(forms, dict) else {}
         self._due: dict[str, float] = {}
         self._taking: dict[str, float] = {}
         """When the next checkpoint that nobody asks for is due; times of the loop."""
@@ -111,6 +118,9 @@ class Runner:
         if not listed.issuperset(self._told):
             self._told = {key: state for key, state in self._told.items() if key in listed}
             self._journal.put_state(REPORTED, dict(self._told))
+        if not listed.issuperset(self._forms):
+            self._forms = {key: form for key, form in self._forms.items() if key in listed}
+            self._journal.put_state(SAID_FORMS, dict(self._forms))
         self._forget_tries(set(self._tries) - listed)
         self._taking = {key: at for key, at in self._taking.items() if key in listed}
         self._going_on &= listed
@@ -224,12 +234,19 @@ class Runner:
             assert self._checkpoints is not None  # nobody else asks
             operations = self._checkpoints.operations
             try:
+                if asked["kind"] == MOVE_ROOM and self._checkpoints.moves is not None:
+                    operations.end(asked["id"], "succeeded", "", await self._checkpoints.moves.room(asked, self._bring, self._drivers, self._short()))
+                    del waiting[asked["id"]]
+                    continue
                 if wanted is None or wanted["epoch"] != asked["epoch"] or self._told.get(_said(wanted)) in ENDS:
                     raise Refused("workload", f"{workload} of epoch {asked['epoch']} is not here, or has ended", "see where it is; ask again")
                 driver, status = await self._there(Key(workload, int(asked["epoch"])))
                 held = self._told.get(_said(wanted)) == CHECKPOINTED or (status is not None and status.phase is Phase.CHECKPOINTED)
                 clears = partial(self._say, wanted, CHECKPOINTED, "it is being restored")  # from here on it is nothing that could be started anew, also where its instance is gone
-                detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
+                if asked["kind"] == CONVERT:
+                    detail = await convert(asked, operations, driver, status)
+                else:
+                    detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
             except DriverError as error:
                 operations.end(asked["id"], "failed", str(error))
             except Exception as error:
@@ -257,19 +274,20 @@ class Runner:
                 spec = _spec(entry)
                 how = policy(str(entry["kind"]), spec)
                 _, there = await self._there(key)
-                if there.phase is Phase.CHECKPOINTED if there is not None else self._told.get(said) == CHECKPOINTED:
+                if there.phase is Phase.CHECKPOINTED if there is not None else self._told.get(said) == CHECKPOINTED or entry.get("held"):
                     self._say(entry, CHECKPOINTED, there.reason if there is not None else "")
                     if await _changes(changed, self._left_s(said, how)):
                         return
                     self._late(entry, how)
                     return
-                begun = await self._begin(key, entry, spec, changed)
+                begun = await (self._begin_from(key, entry) if self._comes(entry) else self._begin(key, entry, spec, changed))
                 if begun is None:
                     return
                 driver, status = begun
             except DriverError as error:
                 self._errors()
                 await self._remove(key)
+                await self._has_come(entry)
                 if isinstance(error, Refused) or self._told.get(said) != "running":
                     self._say(entry, "refused" if isinstance(error, Refused) else "failed", str(error))
                     return
@@ -278,6 +296,8 @@ class Runner:
                 if status.phase in (Phase.RUNNING, Phase.PAUSED):
                     self._began(said, how, status)
                     self._say(entry, "running", status.reason, status.load_ms)
+                    await self._has_come(entry)
+                    self._say_form(entry, status)
                     self._going_on.discard(said)
                     ended = await self._until(driver, key, changed, await self._next_s(key, said, how))
                     if ended is None:
@@ -396,7 +416,12 @@ class Runner:
         isolation = spec.get(ISOLATION, NAMESPACES) if entry["kind"] in ("container", "batch") else NAMESPACES
         if isolation not in ISOLATIONS:
             raise Refused(f"spec.{ISOLATION}", f"{str(isolation)[:40]!r} is unknown", f"use one of {', '.join(ISOLATIONS)}")
-        name = await _unless(changed, self._bring(str(entry["kind"]) if isolation == NAMESPACES else isolation, image, when_to_pull(spec)))
+        converts = spec.get(CONVERTS, False)
+        if not isinstance(converts, bool):
+            raise Refused(f"spec.{CONVERTS}", f"{str(converts)[:40]!r} is neither true nor false", "say true or false")
+        if converts and (isolation != NAMESPACES or entry["kind"] not in ("container", "batch")):
+            raise Refused(f"spec.{CONVERTS}", f"is not for a {entry['kind']} with isolation {isolation}", f"use kind container or batch, without {ISOLATION}")
+        name = await _unless(changed, self._bring(CONVERTS if converts else str(entry["kind"]) if isolation == NAMESPACES else isolation, image, when_to_pull(spec)))
         if name is None:
             return None
         driver = self._drivers[name]
@@ -404,7 +429,7 @@ class Runner:
             if not isinstance(driver, Checkpoints):
                 raise Refused("spec.checkpoint", f"the driver {name} takes no states", "leave it out, or run it as a container")
             driver.demand(Ability.CHECKPOINT)
-        spec = {name: value for name, value in spec.items() if name not in KEYS and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
+        spec = {name: value for name, value in spec.items() if name not in (*KEYS, CONVERTS) and not (name == ISOLATION and entry["kind"] in ("container", "batch"))}
         if entry["kind"] == "function" and name == "container":
             from .drivers.function_container import container
 
@@ -417,6 +442,31 @@ class Runner:
         self._tidy()  # only now: what is prepared stands on its image, and keeps it
         return driver, await _started(driver, key)
 
+    def _comes(self, entry: Mapping[str, Any]) -> bool:
+        """It is to go on from a state that has come, and has not yet been seen to."""
+        return bool(entry.get("from")) and self._told.get(_said(entry)) in (None, "accepted")
+
+    async def _begin_from(self, key: Key, entry: Mapping[str, Any]) -> tuple[Driver, Status]:
+        """What runs it from the state that has come with it, and how it stands. Raises `Refused`: then nothing of it has been seen to live here, and its source may have it again."""
+        from .moves import begin_from
+
+        if self._checkpoints is None or self._checkpoints.moves is None:
+            raise Refused("from", "this node takes in no states", "see workloads.moves_hub")
+        if f"{key.id}/{key.epoch}" in self._may:
+            raise Refused("from", "it runs only as long as its site says (when_cut_off: move)", "let its site run it")
+        driver, status = await self._there(key)
+        path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
+        if driver is None:
+            driver = self._drivers.get(str((await asyncio.to_thread(read_manifest, path)).get("kind")))
+        if driver is None:
+            raise Refused("from", "there is no driver here that brings such a state back", "move it to a node with CRIU")
+        return driver, await begin_from(driver, key, status, path, self._checkpoints.output(key.id))
+
+    async def _has_come(self, entry: Mapping[str, Any]) -> None:
+        """What became of a state that came has been said, or is said next: nothing of its way is needed any more."""
+        if entry.get("from") and self._checkpoints is not None and self._checkpoints.moves is not None:
+            await asyncio.to_thread(self._checkpoints.moves.settled, entry["id"], str(entry["from"].get("move")))
+
     async def _until(self, driver: Driver, key: Key, changed: asyncio.Event, left_s: float | None) -> Status | None:
         """How it ended; None where something else is wanted first, or `left_s` seconds have passed."""
         end, other = asyncio.ensure_future(driver.wait(key)), asyncio.ensure_future(changed.wait())
@@ -427,6 +477,16 @@ class Runner:
             for waiting in (end, other):
                 waiting.cancel()
             await asyncio.gather(end, other, return_exceptions=True)
+
+    def _say_form(self, entry: Mapping[str, Any], status: Status) -> None:
+        """What one that can be converted is, where that is news; a container goes without saying."""
+        key = _said(entry)
+        if status.form == self._forms.get(key, AS_CONTAINER if status.form else "") or all(_said(listed) != key for listed in self._wanted.get(entry["id"], ())):
+            return
+        self._forms[key] = status.form
+        self._journal.append("event", "workload", {"id": entry["id"], "epoch": entry["epoch"], "state": RUNNING, "reason": status.reason[:1000], "form": status.form})
+        self._journal.put_state(SAID_FORMS, dict(self._forms))
+        self._on_said()
 
     def _say(self, entry: Mapping[str, Any], state: str, reason: str, load_ms: float = 0.0) -> None:
         """Once each (but what was checkpointed runs again), nothing after an end, and nothing of what is not listed any more."""

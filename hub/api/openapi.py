@@ -58,7 +58,8 @@ REBALANCE = {
 OPERATION = {
     "type": "object", "additionalProperties": False, "required": ["kind"],
     "properties": {
-        "id": NAME, "kind": {"enum": ["checkpoint", "restore", "delete-checkpoint"]}, "name": {"type": "string", "maxLength": 64}, "stop": {"type": "boolean", "default": False},
+        "id": NAME, "kind": {"enum": ["checkpoint", "restore", "delete-checkpoint", "convert"]}, "name": {"type": "string", "maxLength": 64}, "stop": {"type": "boolean", "default": False},
+        "to": {"enum": ["container", "microvm"]},
         "expires_seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 2_592_000, "default": 300},
     },
 }
@@ -72,6 +73,10 @@ WHAT_IF = {
         "workloads": {"type": "array", "items": WORKLOAD, "maxItems": 256}, "lose": {"type": "array", "items": NAME, "maxItems": 256},
         "add": {"type": "array", "items": NODE, "maxItems": 256},
     },
+}
+MOVE = {
+    "type": "object", "additionalProperties": False, "required": ["workload"],
+    "properties": {"workload": NAME, "to": NAME, "limit_mbit": {"type": "number", "minimum": 1, "maximum": 10_000_000, "default": 1000}},
 }
 END = {"type": "object", "required": ["worker", "path"], "properties": {"worker": NAME, "path": {"type": "string", "maxLength": 1024}}}
 TRANSFER = {
@@ -150,7 +155,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/workloads/{workload}", "workload", "One workload with its placements", OBJECT),
     Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
     Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
-    Operation("post", "/api/v1/workloads/{workload}/operations", "operate", "Take a checkpoint of a workload, go on from one, or delete one; it waits while the edge is away, until it expires", OBJECT, body=OPERATION, contradicts=True),
+    Operation("post", "/api/v1/workloads/{workload}/operations", "operate", "Take a checkpoint of a workload, go on from one, or delete one, or make it a micro-VM or a container while it runs; it waits while the edge is away, until it expires", OBJECT, body=OPERATION, contradicts=True),
     Operation("get", "/api/v1/workloads/{workload}/operations", "operations", "Operations on a workload on its present node, newest first", LIST),
     Operation("get", "/api/v1/workloads/{workload}/checkpoints", "checkpoints", "The checkpoints of a workload on its present node, the oldest first", LIST),
     Operation("get", "/api/v1/workloads/{workload}/logs", "logs", "The end of what a workload has written, asked of its edge now; with since, what came after an earlier answer", OBJECT, (
@@ -166,6 +171,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/api/v1/nodes/{node}/drain", "drain", "Move away what is there; it takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/cordon", "cordon", "It takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/uncordon", "uncordon", "It takes workloads again", OBJECT, changes=True),
+    Operation("get", "/api/v1/nodes/{node}/drain", "draining", "What is still on a node: how far its move is, or why it stays", LIST),
+    Operation("get", "/api/v1/moves", "moves", "Moves of workloads with their state, newest first", LIST, (("limit", LIMIT, "at most so many"),)),
+    Operation("post", "/api/v1/moves", "move", "Move a running workload with its state to a node, or to the best one", OBJECT, body=MOVE, changes=True),
+    Operation("delete", "/api/v1/moves/{move}", "cancel_move", "End a move; what was taken goes on where it was", OBJECT, changes=True),
     Operation("get", "/api/v1/rebalance", "rebalances", "Rebalancing operations, newest first", LIST),
     Operation("post", "/api/v1/rebalance", "rebalance", "Plan moves that rebalance the cluster, or empty nodes; with go, carry them out step by step", OBJECT, body=REBALANCE, changes=True),
     Operation("delete", "/api/v1/rebalance/{rebalance}", "cancel_rebalance", "Begin no more of its moves", OBJECT, changes=True),
@@ -188,7 +197,7 @@ OPERATIONS: tuple[Operation, ...] = (
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "transfer": NAME, "worker": NAME, "bundle": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "move": NAME, "transfer": NAME, "worker": NAME, "bundle": NAME}
 
 
 def document() -> dict[str, Any]:

@@ -62,7 +62,7 @@ function showAll(all) {
   const kept = all.filter((one) => !wanted || `${one.workload} ${one.node}`.toLowerCase().includes(wanted));
   fill($("workloads"), kept.map((one) => [
     whyButton(one.workload), one.document.kind || "container", element("td", one.state, one.state === "placed" ? "good" : one.state === "failed" || one.state === "pending" ? "bad" : "soft"),
-    one.node, one.said + (one.moved_from ? ` (moved by its site, from ${one.moved_from})` : ""), ago(one.since_ms || one.changed_ms), one.reason,
+    one.node, one.said + (one.form ? ` as ${one.form}` : "") + (one.moved_from ? ` (moved by its site, from ${one.moved_from})` : ""), ago(one.since_ms || one.changed_ms), one.reason,
   ]));
 }
 

@@ -9,13 +9,28 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import MAX_WORKLOAD_BYTES, MAX_WORKLOADS
 from edge_runtime.contract.schema import ID_PATTERN
-from edge_runtime.contract.workloads import ISOLATES, ISOLATION, ISOLATIONS, KINDS, MOVE, NAMESPACES, STAY, WHEN_CUT_OFF, may_move
+from edge_runtime.contract.workloads import (
+    CONVERTING,
+    CONVERTS,
+    ISOLATES,
+    ISOLATION,
+    ISOLATIONS,
+    KINDS,
+    MOVE,
+    NAMESPACES,
+    RESTART,
+    STAY,
+    WHEN_CUT_OFF,
+    WHEN_DRAINED,
+    conversion_bytes,
+    may_move,
+)
 
 from ..scheduler import Invalid, Node, Workload, parse
 from ..scheduler.batch import Forecast
 from ..scheduler.model import Kind
 from ..scheduler.parse import MAX_TIME_MS
-from ..scheduler.units import SLOTS, whole
+from ..scheduler.units import MEMORY, SLOTS, quantity, whole
 
 MAX_LIST = 1_000
 """Workloads of one request: it is one transaction, and its decisions are under a second."""
@@ -29,8 +44,8 @@ RUNS = "novacron.runs/"
 ISOLATED = (Kind.CONTAINER, Kind.BATCH)
 """Kinds that may say what stands between them and their node."""
 
-HUB_KEYS = ("lost_after_ms", "spec", "when_late", WHEN_CUT_OFF)
-"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken, whether a site that is cut off may move it."""
+HUB_KEYS = ("lost_after_ms", "spec", "when_late", WHEN_CUT_OFF, WHEN_DRAINED)
+"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken, whether a site that is cut off may move it, what becomes of it while its node is drained."""
 
 REFUSE, ACCEPT = "refuse", "accept"
 """Of a job that will miss its deadline: it is not taken, or it is taken for the earliest time that there is."""
@@ -59,12 +74,14 @@ class Missed(Conflict):
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """One workload: the document, what the scheduler sees of it, and after how long of silence of its node it moves (ms; None: as the node's kind says)."""
+    """One workload: the document, what the scheduler sees of it, and after how long of silence of its node it moves (ms; None: as the node's kind says). `over`: bytes of memory that the scheduler
+    sets aside beside what the document requests."""
 
     document: dict[str, Any]
     item: Workload
     lost_after_ms: int | None = None
     when_late: str = REFUSE
+    over: int = 0
 
     @property
     def moves(self) -> bool:
@@ -111,13 +128,27 @@ def read_workload(value: Any, field: str = "workload") -> Submitted:
     isolation = document.get("spec", {}).get(ISOLATION, NAMESPACES)
     if isolation in ISOLATIONS[1:] and item.shape.kind in ISOLATED:
         asked.append((ISOLATES + isolation, "true"))
-    shape = replace(item.shape, node_selector=tuple(sorted({*item.shape.node_selector, *asked})))
+    requests, over = dict(item.shape.requests), _over(document, item, field)
+    if over:
+        asked.append((CONVERTING, "true"))
+        requests[MEMORY] = requests.get(MEMORY, 0) + over
+    shape = replace(item.shape, requests=tuple(sorted(requests.items())), node_selector=tuple(sorted({*item.shape.node_selector, *asked})))
     # A promise is broken by no priority, unless the document says so.
     item = replace(item, shape=shape, preemptible=item.preemptible and (item.deadline_ms is None or "preemptible" in document))
     when_late = document.get("when_late", REFUSE)
     if when_late not in (REFUSE, ACCEPT):
         raise Invalid(f"{field}.when_late", f"{str(when_late)[:40]!r} is unknown", f"use {REFUSE} or {ACCEPT}")
-    return Submitted(document, item, None if lost is None else whole(lost, f"{field}.lost_after_ms", 1, MAX_TIME_MS), when_late)
+    return Submitted(document, item, None if lost is None else whole(lost, f"{field}.lost_after_ms", 1, MAX_TIME_MS), when_late, over)
+
+
+def _over(document: Mapping[str, Any], item: Workload, field: str) -> int:
+    """Bytes that one that can be converted needs beside its own: a guest's memory follows from the workload's limit. 0 where it cannot be, or does not say its limit (which `_check_converts` refuses)."""
+    spec = document.get("spec", {})
+    if spec.get(CONVERTS) is not True or item.shape.kind not in ISOLATED:
+        return 0
+    told = spec.get("limits")
+    limit = quantity(MEMORY, told[MEMORY], f"{field}.spec.limits.memory") if isinstance(told, dict) and MEMORY in told else dict(item.shape.requests).get(MEMORY, 0)
+    return conversion_bytes(limit) if limit else 0
 
 
 def _check_cut_off(entry: Submitted, field: str) -> None:
@@ -132,6 +163,15 @@ def _check_cut_off(entry: Submitted, field: str) -> None:
         raise Invalid(f"{field}.{WHEN_CUT_OFF}", "GPU devices are given by the hub alone", f"ask for no gpu, or use {STAY}")
 
 
+def _check_drained(entry: Submitted, field: str) -> None:
+    """What it wants of a drain; only of what is submitted now. Raises `Invalid`."""
+    wish = entry.document.get(WHEN_DRAINED)
+    if wish is not None and wish not in (MOVE, RESTART, STAY):
+        raise Invalid(f"{field}.{WHEN_DRAINED}", f"{str(wish)[:40]!r} is unknown", f"use {MOVE}, {RESTART} or {STAY}, or leave it out")
+    if wish == MOVE and entry.item.shape.kind not in ISOLATED:
+        raise Invalid(f"{field}.{WHEN_DRAINED}", f"a {entry.item.shape.kind.value} cannot be moved with its state", f"use {RESTART} or {STAY}, or leave it out")
+
+
 def _check_isolation(entry: Submitted, field: str) -> None:
     """What stands between it and its node; only of what is submitted now. Raises `Invalid`."""
     spec = entry.document.get("spec", {})
@@ -141,6 +181,26 @@ def _check_isolation(entry: Submitted, field: str) -> None:
         raise Invalid(f"{field}.spec.{ISOLATION}", f"is not for a {entry.item.shape.kind.value}", "use kind container or batch, or leave it out")
     if spec[ISOLATION] not in ISOLATIONS:
         raise Invalid(f"{field}.spec.{ISOLATION}", f"{str(spec[ISOLATION])[:40]!r} is unknown", f"use one of {', '.join(ISOLATIONS)}")
+
+
+def _check_converts(entry: Submitted, field: str) -> None:
+    """What a workload needs that can be converted; only of what is submitted now. Raises `Invalid`."""
+    spec = entry.document.get("spec", {})
+    wanted = spec.get(CONVERTS, False)
+    if not isinstance(wanted, bool):
+        raise Invalid(f"{field}.spec.{CONVERTS}", f"{str(wanted)[:40]!r} is neither true nor false", "say true or false")
+    if not wanted:
+        return
+    if entry.item.shape.kind not in ISOLATED:
+        raise Invalid(f"{field}.spec.{CONVERTS}", f"is not for a {entry.item.shape.kind.value}", "use kind container or batch, or leave it out")
+    if spec.get(ISOLATION, NAMESPACES) != NAMESPACES:
+        raise Invalid(f"{field}.spec.{ISOLATION}", "what can be converted begins as a container", f"leave it out, and convert the workload when it runs, or leave {CONVERTS} out")
+    if spec.get("checkpoint") is not None:
+        raise Invalid(f"{field}.spec.checkpoint", "of what can be converted no checkpoints are taken", f"leave it out, or leave {CONVERTS} out")
+    if entry.moves:
+        raise Invalid(f"{field}.{WHEN_CUT_OFF}", "what can be converted cannot be moved by its site", f"use {STAY}, or leave {CONVERTS} out")
+    if not entry.over:
+        raise Invalid(f"{field}.requests.memory", f"is missing: how large the guest of a workload is that {CONVERTS} follows from it", "say how much memory it may use")
 
 
 def _check_times(entry: Submitted, field: str) -> None:
@@ -165,7 +225,9 @@ def read_list(value: Any) -> list[Submitted]:
     for index, entry in enumerate(found):
         _check_times(entry, f"workloads[{index}]" if several else "workload")
         _check_isolation(entry, f"workloads[{index}]" if several else "workload")
+        _check_converts(entry, f"workloads[{index}]" if several else "workload")
         _check_cut_off(entry, f"workloads[{index}]" if several else "workload")
+        _check_drained(entry, f"workloads[{index}]" if several else "workload")
         if entry.item.id in seen:
             raise Invalid(f"workloads[{index}].id", f"{entry.item.id!r} stands twice", "give each workload its own id")
         seen.add(entry.item.id)

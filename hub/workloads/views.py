@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.contract.workloads import AS_CONTAINER, CONVERTS, RUNNING
+
 from ..scheduler import Invalid, Shape
 from ..scheduler import explain as explaining
 from ..scheduler.arrays import GONE, SILENT, UNLIMITED_SLOTS
@@ -84,16 +86,22 @@ def nodes_view(planner: Planner, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def workload_view(planner: Planner, row: WorkloadRow) -> dict[str, Any]:
-    """One workload; `seat` and `said` (the edge's last word) of its current placement, `load_ms` that its start took where that was measured, `moved_from` where a site that was cut off
-    moved it by itself, `waits_for` where another node has to stop it first."""
+    """One workload; `seat` and `said` (the edge's last word) of its current placement, `load_ms` that its start took where that was measured, `form` what one that can be converted is
+    now, `moved_from` where a site that was cut off moved it by itself, `waits_for` where another node has to stop it first."""
     current = planner.tables.open.get((row.id, row.epoch)) if row.state in ("placed", "ending") else None
     others = [planner.tables.open[row.id, epoch].node for epoch in planner.tables.epochs.get(row.id, ()) if epoch != row.epoch or current is None]
     return {
         "workload": row.id, "state": row.state, "node": row.node, "epoch": row.epoch, "reason": row.reason, "created_ms": row.created_ms, "changed_ms": row.changed_ms,
         "seat": current.seat if current else None, "said": current.said if current else "", "since_ms": current.from_ms if current else None, "waits_for": others,
-        "load_ms": current.seat.get("load_ms") if current else None, "moved_from": current.seat.get("site", {}).get("origin", "") if current else "",
+        "load_ms": current.seat.get("load_ms") if current else None, "form": _form(row, current), "moved_from": current.seat.get("site", {}).get("origin", "") if current else "",
         **_planned(row), "document": row.document,
     }
+
+
+def _form(row: WorkloadRow, current: PlacementRow | None) -> str:
+    """What one that can be converted is now; empty of others, and where it does not run."""
+    converts = (row.document.get("spec") or {}).get(CONVERTS) is True
+    return str(current.seat.get("form", AS_CONTAINER)) if converts and current is not None and current.said == RUNNING else ""
 
 
 def _planned(row: WorkloadRow) -> dict[str, Any]:

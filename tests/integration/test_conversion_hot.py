@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.conversion import hot
+from edge_runtime.workloads.conversion.host import Settings as HostSettings
 from edge_runtime.workloads.drivers import keeper_restore
 from edge_runtime.workloads.drivers.container import ContainerDriver, Settings, searched
 from edge_runtime.workloads.drivers.face import Failed, Key, Order, Phase, Refused
@@ -37,7 +38,7 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made_store(folder).close()
     store = ImageStore(folder / "images", limits=Limits(keep_free=0))
     driver = ContainerDriver(folder, store, Settings(criu=program()))
-    conversions = hot.Conversions(folder, driver, store, hot.Settings(kernel=kernel_folder()))
+    conversions = hot.Conversions(folder, driver, store, HostSettings(kernel=kernel_folder()))
     yield driver, conversions, store, folder
 
     async def end() -> None:
@@ -76,7 +77,7 @@ async def test_a_service_goes_into_a_guest_and_back_with_its_memory_and_the_conn
     line = await asyncio.to_thread(socket.create_connection, ("127.0.0.1", port), PATIENCE_S)
     client = Client(line, 0)
     digest, kernels, clock = client.ask("digest"), [client.ask("kernel")], float(client.ask("clock"))
-    for to in ("guest", "container"):
+    for to in ("microvm", "container"):
         client.start()
         assert (await conversions.convert(key, to)).phase is Phase.RUNNING
         seen = len(client.waits)
@@ -94,7 +95,7 @@ async def test_a_service_goes_into_a_guest_and_back_with_its_memory_and_the_conn
     assert kernels[0] == kernels[2] == os.uname().release and kernels[1] != kernels[0]
     line.close()
     await conversions.delete(key)
-    assert not conversions._segment(key).lives
+    assert not conversions.segment(key).lives
 
 
 async def test_what_stands_against_it_is_named_and_nothing_is_touched(side: Any) -> None:
@@ -104,14 +105,14 @@ async def test_what_stands_against_it_is_named_and_nothing_is_touched(side: Any)
     key = await begun(conversions, "stays", "sleep 1000 & wait")
     try:
         assert (await conversions.check(key))["processes"] >= 1
-        with pytest.raises(Refused, match="none of container, guest"):
+        with pytest.raises(Refused, match="none of container, microvm"):
             await conversions.convert(key, "vm")
         await until(lambda: len(conversions._processes(key)) == 2)
         pid = next(pid for pid, one in conversions._processes(key).items() if one["pid"] != 1)
         os.kill(pid, signal.SIGSTOP)
         await until(lambda: conversions._processes(key)[pid]["stopped"])
         with pytest.raises(Refused, match="stopped by a signal"):
-            await conversions.convert(key, "guest")
+            await conversions.convert(key, "microvm")
         os.kill(pid, signal.SIGCONT)
         await until(lambda: not conversions._processes(key)[pid]["stopped"])
         assert conversions.workload(key).step == "" and (await conversions.status(key)).phase is Phase.RUNNING
@@ -122,13 +123,13 @@ async def test_what_stands_against_it_is_named_and_nothing_is_touched(side: Any)
 async def test_a_program_that_was_not_kept_from_its_processor_is_refused(side: Any) -> None:
     driver, conversions, _, _ = side
     await driver.probe()
-    if not set(driver.capabilities.cpu_flags) - set(await conversions.guest_flags()):
+    if not set(driver.capabilities.cpu_flags) - set(await conversions.host.flags()):
         pytest.skip("a guest's processor lacks nothing here")
     key = await begun(conversions, "bare", "env -i sleep 1000 & wait")
     try:
         await until(lambda: len(conversions._processes(key)) == 2)
         with pytest.raises(Refused, match=r"resource\.processor"):
-            await conversions.convert(key, "guest")
+            await conversions.convert(key, "microvm")
         assert (await conversions.status(key)).phase is Phase.RUNNING
     finally:
         await conversions.delete(key)
@@ -147,10 +148,10 @@ async def test_a_state_that_cannot_be_taken_leaves_it_a_container(side: Any, mon
 
         monkeypatch.setattr(keeper_restore, "processes", more)
         with pytest.raises(Failed, match="not what was there"):
-            await conversions.convert(key, "guest")
+            await conversions.convert(key, "microvm")
         monkeypatch.undo()
         now = conversions.workload(key)
-        assert (now.form, now.step) == ("container", "") and "not what was there" in now.problem and not conversions._guest(key).lives
+        assert (now.form, now.step) == ("container", "") and "not what was there" in now.problem and not conversions.guest(key).lives
         seen = len((await conversions.logs(key, 1 << 20)).stdout.split())
 
         async def grown() -> bool:
@@ -159,8 +160,8 @@ async def test_a_state_that_cannot_be_taken_leaves_it_a_container(side: Any, mon
         await until(grown, PATIENCE_S)
         said = [int(word) for word in (await conversions.logs(key, 1 << 20)).stdout.split()]
         assert said == list(range(len(said)))
-        await conversions.convert(key, "guest")  # what was in the way is gone
+        await conversions.convert(key, "microvm")  # what was in the way is gone
         ended = await conversions.stop(key, 1.0)  # the first process of a namespace ignores what it has no handler for
-        assert ended.phase is Phase.ENDED and not conversions._guest(key).lives, ended
+        assert ended.phase is Phase.ENDED and not conversions.guest(key).lives, ended
     finally:
         await conversions.delete(key)

@@ -1,6 +1,6 @@
 """An agent's part in a conversion, as a process that can be killed at any step: `python -m tests.system.convert_agent FOLDER POINT TO`.
 
-POINT is `WHOM:STEP`: whom to kill (`agent`, `guest`: the guest's keeper, `qemu`, `keeper`: the container's) and at which of `hot.POINTS`; or a time, as `agent:+0.2`, after the conversion began. TO is a form.
+POINT is `WHOM:STEP`: whom to kill (`agent`, `guest`: the guest's keeper, `qemu`, `keeper`: the container's) and at which of `record.POINTS`; or a time, as `agent:+0.2`, after the conversion began. TO is a form.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_runtime.workloads.conversion import hot
+from edge_runtime.workloads.conversion.host import Settings as HostSettings
 from edge_runtime.workloads.drivers.container import ContainerDriver, Settings
 from edge_runtime.workloads.drivers.face import DriverError, Key
 from edge_runtime.workloads.images import ImageStore, Limits
@@ -32,7 +33,7 @@ def made(folder: Path, step: object = None) -> tuple[ContainerDriver, hot.Conver
     """The driver and the conversions of the test's folder, as any agent on it has them."""
     store = ImageStore(folder / "images", limits=Limits(keep_free=0))
     driver = ContainerDriver(folder, store, Settings(criu=program()))
-    return driver, hot.Conversions(folder, driver, store, hot.Settings(kernel=KERNEL), step or (lambda word: None))  # type: ignore[arg-type]
+    return driver, hot.Conversions(folder, driver, store, HostSettings(kernel=KERNEL), step or (lambda word: None))  # type: ignore[arg-type]
 
 
 def machine(folder: Path, name: str) -> int:

@@ -1,4 +1,4 @@
-"""A hot conversion, killed at every step: exactly one copy runs in the end, and at no time have two. The workload is the witness: it writes 0, 1, 2.. and what it wrote in all its forms is kept.
+"""A hot conversion whose guest is killed, at every step (its agent is in `test_operation_convert`): exactly one copy runs in the end, and at no time have two. The workload is the witness: it writes 0, 1, 2.. and what it wrote in all its forms is kept.
 A number that is there twice was written by two copies, or by one that was brought back from too early; one that is missing was lost."""
 
 import asyncio
@@ -77,9 +77,9 @@ async def copies(driver: ContainerDriver, conversions: hot.Conversions, folder: 
     found = []
     if conversions._processes(key(folder)):
         found.append("container")
-    guest = conversions._guest(key(folder))
+    guest = conversions.guest(key(folder))
     if guest.lives and (await guest.ask("state"))["state"] == "running":
-        found.append("guest")
+        found.append("microvm")
     return found
 
 
@@ -115,27 +115,16 @@ async def ended(driver: ContainerDriver, conversions: hot.Conversions, folder: P
     driver._store.close()
 
 
-async def test_an_agent_killed_when_its_state_has_passed_is_followed_by_one_that_brings_it_on_in_both_directions(tmp_path: Path, boots: Path) -> None:
-    driver, conversions = await witness(tmp_path, boots)
-    try:
-        for to in ("guest", "container"):
-            driver, conversions = await killed(driver, tmp_path, "agent:passing", to)
-            assert await one_copy(driver, conversions, tmp_path) == to
-    finally:
-        await ended(driver, conversions, tmp_path)
-
-
-INTO = [("agent", "restored", "container"), *(pytest.param("agent", step, form, marks=slow) for step, form in (
-    ("warming", "container"), ("ready", "container"), ("taking", "container"), ("frozen", "container"), ("dumped", "container"), ("ended", "guest"), ("went", "guest"), ("plugged", "guest"),
-)), *(pytest.param(whom, step, "container", marks=slow) for whom in ("guest", "qemu") for step in ("ready", "taking", "frozen", "dumped", "restored", "passing", "ended"))]
+INTO = [(whom, step, "container") for whom in ("guest", "qemu") for step in ("ready", "taking", "frozen", "dumped", "restored", "passing", "ended")]
 """Whom to kill on the way in, at which step, and in which form it is then."""
 
 
+@slow
 @pytest.mark.parametrize(("whom", "step", "form"), INTO)
 async def test_whoever_is_killed_on_the_way_into_a_guest_leaves_one_copy(tmp_path: Path, boots: Path, whom: str, step: str, form: str) -> None:
     driver, conversions = await witness(tmp_path, boots)
     try:
-        driver, conversions = await killed(driver, tmp_path, f"{whom}:{step}", "guest")
+        driver, conversions = await killed(driver, tmp_path, f"{whom}:{step}", "microvm")
         assert await one_copy(driver, conversions, tmp_path) == form
     finally:
         await ended(driver, conversions, tmp_path)
@@ -143,13 +132,12 @@ async def test_whoever_is_killed_on_the_way_into_a_guest_leaves_one_copy(tmp_pat
 
 @slow
 @pytest.mark.parametrize(("whom", "step", "form"), [
-    *(("agent", step, form) for step, form in (("taking", "guest"), ("dumped", "guest"), ("ended", "container"), ("went", "container"), ("plugged", "container"))),
-    *((whom, step, "container") for whom in ("guest", "qemu") for step in ("dumped", "passing")),
+    (whom, step, "container") for whom in ("guest", "qemu") for step in ("dumped", "passing")
 ])
 async def test_whoever_is_killed_on_the_way_back_leaves_one_copy(tmp_path: Path, boots: Path, whom: str, step: str, form: str) -> None:
     driver, conversions = await witness(tmp_path, boots)
     try:
-        await conversions.convert(key(tmp_path), "guest")
+        await conversions.convert(key(tmp_path), "microvm")
         driver, conversions = await killed(driver, tmp_path, f"{whom}:{step}", "container")
         assert await one_copy(driver, conversions, tmp_path) == form
     finally:
@@ -157,12 +145,12 @@ async def test_whoever_is_killed_on_the_way_back_leaves_one_copy(tmp_path: Path,
 
 
 @slow
-@pytest.mark.parametrize(("whom", "step", "to"), [("qemu", "went", "guest"), ("guest", "plugged", "guest"), ("qemu", "taking", "container")])
+@pytest.mark.parametrize(("whom", "step", "to"), [("qemu", "went", "microvm"), ("guest", "plugged", "microvm"), ("qemu", "taking", "container")])
 async def test_a_guest_that_is_killed_while_it_is_the_copy_takes_it_with_it_and_no_older_one_comes_back(tmp_path: Path, boots: Path, whom: str, step: str, to: str) -> None:
     driver, conversions = await witness(tmp_path, boots)
     try:
         if to == "container":
-            await conversions.convert(key(tmp_path), "guest")
+            await conversions.convert(key(tmp_path), "microvm")
         driver, conversions = await killed(driver, tmp_path, f"{whom}:{step}", to)
         assert not await copies(driver, conversions, tmp_path)
         assert (await conversions.status(key(tmp_path))).phase in (Phase.LOST, Phase.ENDED)
@@ -175,7 +163,7 @@ async def test_a_guest_that_is_killed_while_it_is_the_copy_takes_it_with_it_and_
 async def test_an_agent_killed_at_any_moment_leaves_one_copy(tmp_path: Path, boots: Path, at: str) -> None:
     driver, conversions = await witness(tmp_path, boots)
     try:
-        await conversions.convert(key(tmp_path), "guest")
+        await conversions.convert(key(tmp_path), "microvm")
         driver, conversions = await killed(driver, tmp_path, f"agent:+{at}", "container")
         await one_copy(driver, conversions, tmp_path)
     finally:
@@ -195,7 +183,7 @@ async def test_the_witness_sees_a_second_copy(tmp_path: Path, boots: Path, monke
 
         monkeypatch.setattr(conversions, "_ended", left)
         monkeypatch.setattr(driver, "delete", kept)
-        await conversions.convert(key(tmp_path), "guest")
+        await conversions.convert(key(tmp_path), "microvm")
         with pytest.raises(AssertionError):
             await one_copy(driver, conversions, tmp_path)
         monkeypatch.undo()

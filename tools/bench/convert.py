@@ -23,7 +23,9 @@ if not __package__:
     __import__("as_module").again(__file__)
 
 from edge_runtime.workloads.conversion import hot
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings
+from edge_runtime.workloads.conversion.host import Settings
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container import Settings as Containers
 from edge_runtime.workloads.drivers.face import Ability, Key, Order
 from edge_runtime.workloads.images import ImageStore, Limits
 
@@ -88,12 +90,7 @@ class Client(threading.Thread):
 
 def guest_cpu(conversions: hot.Conversions, key: Key) -> float:
     """Seconds of processor that the guest's QEMU has had; 0 where there is none."""
-    try:
-        pid = json.loads((conversions._guest(key).folder / "machine.json").read_text())["pid"]
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, KeyError, IndexError):
-        return 0.0
+    return max(0, conversions.guest(key).cpu_ns()) / 1e9
 
 
 async def converted(conversions: hot.Conversions, key: Key, client: Client, to: str, reached: list[tuple[str, float, float]]) -> tuple[Client, dict[str, float]]:
@@ -111,7 +108,7 @@ async def converted(conversions: hot.Conversions, key: Key, client: Client, to: 
         raise SystemExit(f"to {to}: {client.problem or 'no answer any more'}")
     words = ("frozen", "dumped", "restored", "passing", "ended", "went", "plugged")
     parts = {f"{word}_s": at - before for (_, before, _), (word, at, _) in itertools.pairwise(reached) if word in words}
-    parts |= {f"{word}_guest_cpu_s": cpu - before for (_, _, before), (word, _, cpu) in itertools.pairwise(reached) if word in (("restored",) if to == "guest" else ("dumped",))}
+    parts |= {f"{word}_guest_cpu_s": cpu - before for (_, _, before), (word, _, cpu) in itertools.pairwise(reached) if word in (("restored",) if to == "microvm" else ("dumped",))}
     return Client(client.line, client.answered), {"wait_s": max(client.waits), "order_to_end_s": took, "requests": len(client.waits), **parts}
 
 
@@ -119,10 +116,10 @@ async def round_of(folder: Path, criu: str, kernel: str, blocks: int, options: A
     """One container, into a guest and back."""
     store = ImageStore(folder / "images", limits=Limits(keep_free=0))
     store.add(layout_of(folder / "image", files()), "service:1")
-    driver = ContainerDriver(folder, store, Settings(criu=criu))
+    driver = ContainerDriver(folder, store, Containers(criu=criu))
     reached: list[tuple[str, float, float]] = []
     key, port = Key(f"bench-convert-{os.getpid()}", 1), free_port()
-    conversions = hot.Conversions(folder, driver, store, hot.Settings(kernel=kernel), lambda word: reached.append((word, time.perf_counter(), guest_cpu(conversions, key))))
+    conversions = hot.Conversions(folder, driver, store, Settings(kernel=kernel), lambda word: reached.append((word, time.perf_counter(), guest_cpu(conversions, key))))
     try:
         told = await driver.probe()
         if not told.can(Ability.CHECKPOINT):
@@ -138,7 +135,7 @@ async def round_of(folder: Path, criu: str, kernel: str, blocks: int, options: A
         line = await asyncio.to_thread(socket.create_connection, ("127.0.0.1", port), PATIENCE_S)
         client = Client(line, 0)
         digest, kernels, rows = client.ask("digest"), [client.ask("kernel")], {}
-        for to in ("guest", "container"):
+        for to in ("microvm", "container"):
             client, rows[to] = await converted(conversions, key, client, to, reached)
             kernels.append(await asyncio.to_thread(client.ask, "kernel"))
             if await asyncio.to_thread(client.ask, "digest") != digest or client.problem:
@@ -164,8 +161,8 @@ def main() -> int:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as top:
             rows.append(asyncio.run(round_of(Path(top), options.criu, options.guest_kernel, options.blocks, options)))
-    into, back = ([row[to]["wait_s"] for row in rows] for to in ("guest", "container"))
-    details = {to: {name: spread([row[to].get(name, 0.0) for row in rows]) for name in rows[0][to]} for to in ("guest", "container")}
+    into, back = ([row[to]["wait_s"] for row in rows] for to in ("microvm", "container"))
+    details = {to: {name: spread([row[to].get(name, 0.0) for row in rows]) for name in rows[0][to]} for to in ("microvm", "container")}
     ok = median(into) <= IN_S and median(back) <= BACK_S
     return report(
         options, about, "a container goes on in a micro-VM, and comes back: the longest wait of its client, on the way in", round(median(into), 3), "s", ok, spread_=spread(into),

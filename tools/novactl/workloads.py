@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from . import operations
+from . import moves, operations
 from .client import Api, CommandError, hub_api
 
 Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
@@ -44,12 +44,21 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
 
     def nodes(options: Any) -> int:
         found = hub_api(options.hub, options.token).get("/api/v1/nodes")
-        show(found, options.json, [_node_row(one) for one in found], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
+        show(found, options.json, [_node_row(one) for one in found], NODE_HEAD)
         return 0
 
     def node(options: Any) -> int:
-        answer = hub_api(options.hub, options.token).call("POST", f"/api/v1/nodes/{quote(options.name, safe='')}/{options.what}")
-        show(answer, options.json, [_node_row(answer)], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
+        hub = hub_api(options.hub, options.token)
+        answer = hub.call("POST", f"/api/v1/nodes/{quote(options.name, safe='')}/{options.what}")
+        if options.what == "drain":
+            left, rows = moves.drained(hub, options.name, options.wait)
+            answer = {**answer, "left": left}
+            if rows and not options.json:
+                show(left, False, rows, moves.DRAIN_HEAD)
+            if left and options.wait:
+                show(answer, options.json, [_node_row(answer)], NODE_HEAD)
+                return 1
+        show(answer, options.json, [_node_row(answer)], NODE_HEAD)
         return 0
 
     def rebalance(options: Any) -> int:
@@ -79,7 +88,7 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("what", nargs="?", default="plan", choices=("plan", "go", "list", "cancel"))
     parser.add_argument("id", nargs="?", default="", help="cancel: which")
     parser.add_argument("--drain", action="append", default=[], metavar="NODE", help="empty this node; may be given several times")
-    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint ID")
+    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint, convert ID")
     parser.add_argument("what", choices=("submit", "what-if", "list", "cancel", *operations.WHAT))
     parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
     parser.add_argument("--state", default="", help="list: in this state only")
@@ -92,8 +101,11 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser = command("node", node, "one node: drain NAME, cordon NAME, uncordon NAME")
     parser.add_argument("what", choices=("drain", "cordon", "uncordon"))
     parser.add_argument("name")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="drain: seconds to wait until it is empty; what is left then is told, with the reason, and the exit status is 1")
+    moves.add_commands(command, show)
 
 
+NODE_HEAD = ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"]
 HEAD = ["workload", "kind", "state", "node", "said", "starts", "reason"]
 
 
@@ -168,8 +180,8 @@ def _times(job: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def _said(one: dict[str, Any]) -> str:
-    """The edge's last word, and whose doing it is where that was not the hub's."""
-    return str(one["said"]) + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
+    """The edge's last word, what one that can be converted is now, and whose doing it is where that was not the hub's."""
+    return str(one["said"]) + (f" as {one['form']}" if one["form"] else "") + (f" (moved by its site, from {one['moved_from']})" if one["moved_from"] else "")
 
 
 def explain_workload(options: Any, name: str, show: Show, plain: Callable[[str], str]) -> int:

@@ -22,6 +22,9 @@ MODULES = ("virtio_mmio", "virtio_console", "virtio_blk", "overlay", "virtio_net
 IMAGE, WORK, TRAVEL = "image", "work", "travel"
 """Serial numbers of the disks: the image's layers, what is written here, and what came with the workload."""
 
+CHANGED = "changed.tar"
+"""On the disk `travel`, beside CRIU's images: what it changed in its root."""
+
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 """What a runtime mounts from its host into a container with a user namespace, also over what shall not be seen (the empty one)."""
 
@@ -51,6 +54,8 @@ for port in 1 2 3 4 5; do until (exec 8>/dev/vport0p$port) 2>/dev/null; do sleep
 exec 3<>/dev/vport0p1 4>/dev/vport0p2 5>/dev/vport0p3
 for disk in /sys/block/vd*; do ln -s /dev/${disk##*/} /dev/$(cat $disk/serial); done
 if mount -t ext4 -o ro,nodev /dev/image /image && mount -t ext4 -o nodev /dev/work /disk; then :; else echo 'trouble its disks cannot be mounted' >&3; fi
+. /address
+if [ -e /sys/class/net/eth0 ]; then ip link set eth0 address $HARDWARE; ip link set eth0 mtu $MTU; fi
 criu check >/run/check 2>&1
 timeout -s KILL 60 /bin/rehearse >/run/rehearsal 2>&1
 grep -m1 ^flags /proc/cpuinfo | tr -d '\t:' >&3
@@ -79,13 +84,21 @@ exec /criu/loader --library-path /criu /criu/criu "$@"
 _PLUMB = rb"""#!/bin/sh
 [ "$CRTOOLS_SCRIPT_ACTION" = setup-namespaces ] || exit 0
 [ -e /sys/class/net/eth0 ] || exit 0
-. /run/address
-ip link set eth0 address $HARDWARE
-ip link set eth0 mtu $MTU
 ip link set eth0 netns $CRTOOLS_INIT_PID
-nsenter -t $CRTOOLS_INIT_PID -n sh -c "echo 0 >/proc/sys/net/ipv4/tcp_window_scaling; ip link set lo up; ip addr add $ADDRESS dev eth0; ip link set eth0 up; ip route add default via $GATEWAY; arp -s $GATEWAY $GATEWAY_HARDWARE"
+exec nsenter -t $CRTOOLS_INIT_PID -n sh /bin/connect
 """
-"""The interface goes where the workload is, with the address that its connections have."""
+"""The interface goes where the workload is."""
+
+_CONNECT = rb"""#!/bin/sh
+. /address
+echo 0 >/proc/sys/net/ipv4/tcp_window_scaling
+ip link set lo up
+ip addr add $ADDRESS dev eth0
+ip link set eth0 up
+ip route add default via $GATEWAY
+arp -s $GATEWAY $GATEWAY_HARDWARE
+"""
+"""There it has the address that the workload's connections have."""
 
 _CENSUS = rb"""#!/bin/sh
 n=0
@@ -123,12 +136,18 @@ _AWAIT = bytes.fromhex("4883ec10" "b83d000000" "48c7c7ffffffff" "4889e6" "31d2" 
 """x86_64: wait4(-1), then exit with the child's code, or 128 and its signal."""
 
 
-def files(criu: Mapping[str, bytes]) -> list[tuple[str, int, bytes]]:
-    """What the guest's first file system has beyond a micro-VM's, as `drivers.qemu_kernel.cpio` takes it. `criu`: the program (`criu`), its loader (`loader`) and its libraries."""
+def files(criu: Mapping[str, bytes], address: Mapping[str, str]) -> list[tuple[str, int, bytes]]:
+    """What the guest's first file system has beyond a micro-VM's, as `drivers.qemu_kernel.cpio` takes it.
+
+    Args:
+        criu: the program (`criu`), its loader (`loader`) and its libraries.
+        address: HARDWARE, MTU, ADDRESS (with its bits), GATEWAY, GATEWAY_HARDWARE: those of every workload that has a network.
+    """
     from ..drivers.qemu_kernel import program  # not in the keeper
 
-    scripts = {"bin/tar": _TAR, "bin/criu": _CRIU, "bin/plumb": _PLUMB, "bin/census": _CENSUS, "bin/restored": _RESTORED, "bin/rehearse": _REHEARSE, "bin/await": program(_AWAIT)}
-    found = [("stage", 0o100644, STAGE), ("criu", 0o040755, b"")]
+    scripts = {"bin/tar": _TAR, "bin/criu": _CRIU, "bin/plumb": _PLUMB, "bin/connect": _CONNECT, "bin/census": _CENSUS, "bin/restored": _RESTORED, "bin/rehearse": _REHEARSE, "bin/await": program(_AWAIT)}
+    told = "".join(f"{name}={shlex.quote(value)}\n" for name, value in address.items())
+    found = [("stage", 0o100644, STAGE), ("address", 0o100644, told.encode()), ("criu", 0o040755, b"")]
     found += [(f"criu/{name}", 0o100755, data) for name, data in criu.items()]
     return found + [(name, 0o100755, data) for name, data in scripts.items()]
 
@@ -146,24 +165,21 @@ def _options(externals: Iterable[str]) -> str:
     return shlex.join(words)
 
 
-def restore(*, images: int, disk: int, pipes: Sequence[str], memory: int, pids: int, cpu_us: int, now_s: int, network: Mapping[str, str]) -> str:
+def restore(*, pipes: Sequence[str], memory: int, pids: int, cpu_us: int, now_s: int) -> str:
     """The script that brings the workload back, standing still.
 
     Args:
-        images, disk: bytes of the two archives on the disk `travel`: CRIU's images, and what the container changed in its root; each padded to 512.
         pipes: what its first process had as stdout and stderr (`pipe:[NUMBER]`).
-        network: HARDWARE, MTU, ADDRESS (with its bits), GATEWAY, GATEWAY_HARDWARE; empty where it has loopback alone.
     """
     inherit = shlex.join(word for at, pipe in zip((8, 9), pipes, strict=True) for word in ("--inherit-fd", f"fd[{at}]:{pipe}"))
-    told = "; ".join(f"{name}={shlex.quote(value)}" for name, value in network.items())
     quota = f"echo '{cpu_us} 100000' >/sys/fs/cgroup/program/cpu.max" if cpu_us else ""
     return f"""
 date -s @{now_s} >/dev/null
 echo {memory} >/sys/fs/cgroup/program/memory.max; echo 1 >/sys/fs/cgroup/program/memory.oom.group; echo {pids} >/sys/fs/cgroup/program/pids.max
 {quota}
-echo '{told}' >/run/address
-dd if=/dev/{TRAVEL} bs=65536 count={images} iflag=count_bytes,fullblock 2>/dev/null | busybox tar -x -C /run/images
-dd if=/dev/{TRAVEL} bs=65536 skip={images} count={disk} iflag=skip_bytes,count_bytes,fullblock 2>/dev/null | busybox tar -x -C /disk/upper
+if mount -t ext4 -o ro,nodev /dev/{TRAVEL} /run/images && tar -x -C /disk/upper -f /run/images/{CHANGED}
+then :
+else echo 'trouble what came with it cannot be read' >&3; fi
 if mount -t overlay -o nodev,lowerdir=/image,upperdir=/disk/upper,workdir=/disk/work root /root
 then
 (
@@ -179,7 +195,7 @@ else echo 'trouble its root cannot be mounted' >&3; fi
 
 def go() -> str:
     """The script that lets it go."""
-    return "for one in $(cat /sys/fs/cgroup/program/cgroup.procs); do kill -CONT $one; done; echo went >&3; rm -rf /run/images"
+    return "for one in $(cat /sys/fs/cgroup/program/cgroup.procs); do kill -CONT $one; done; echo went >&3"
 
 
 def mark(token: str) -> bytes:

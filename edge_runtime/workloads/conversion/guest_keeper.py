@@ -7,7 +7,7 @@ An agent asks by lines of JSON over the socket `ask`; each answer is one line:
 
     {"do": "state"}                    how far it is: booting, ready, restored, running, dumped, ended
     {"do": "restore", "told": {..}}    answers when all of it is here and stands still: {"processes": [[pid, threads, descriptors], ..]}
-    {"do": "go"}                       it is let go, after `running.json` is on the disk
+    {"do": "go"}                       it is let go, after `running.json` is on the disk; it goes on with the logs that are in the folder by then
     {"do": "dump", "devices": [[PATH, DEVICE], ..]}     it stands still, and its state is on the disk `work`
     {"do": "resume"}                   after a dump: it goes on
     {"do": "signal", "number": 15}   {"do": "kill"}
@@ -265,6 +265,8 @@ class Keeper:
             self.state = "restoring"
             say(guest.restore(**request["told"]))
         elif wish == "go":
+            self.logs = {name: log.again() for name, log in self.logs.items()}
+            self.listened()
             write(os.path.join(self.folder, "running.json"), {"at_ms": int(time.time() * 1000)})
             self.state = "running"
             say(guest.go())
@@ -292,6 +294,12 @@ def main() -> int:
     except (Trouble, OSError, ValueError) as error:
         result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000)}
     write(os.path.join(folder, "exit.json"), result)
+    for path, value in told["groups"]:
+        if value is None:
+            try:
+                os.rmdir(os.path.dirname(path))
+            except OSError:
+                pass
     try:
         os.unlink(told["ask"])
     except OSError:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..drivers import qemu_kernel
+from ...contract.workloads import QEMU_OWN
+from ..drivers import cgroups, qemu_kernel
 from ..drivers.criu import Criu
 from ..drivers.face import Failed
-from ..drivers.instance import alive, held, line, read, sync_folder, unheld, write
+from ..drivers.instance import LOOK_S, alive, held, line, read, readable, sync_folder, unheld, write
 from ..drivers.microvm_disks import Disks
 from ..drivers.microvm_templates import UID, tsc_khz
 from ..drivers.qemu_machine import Machine, boot, command
@@ -34,8 +35,8 @@ BOOT_S = (75.0, 300.0)
 ASK_S = 120.0
 """A guest that is not through with a restore or dump by then hangs: under emulation it takes a second for each 20 MB."""
 
-OWN_MB, STEP_MB = 192, 64
-"""MiB that a guest has beside the workload's memory twice (CRIU's images lie in memory while it is restored): its kernel, CRIU with its libraries, page tables. In steps."""
+MAX_GUESTS = 64
+"""Workloads that may be converted, on one node."""
 
 USERS = UID + 0x1000
 """First of the users of these QEMUs; above those of micro-VMs."""
@@ -81,7 +82,7 @@ def made(folder: Path, kernel: qemu_kernel.Kernel, criu: Criu) -> Boot:
     """What guests boot; made where it is not there. Blocks. Raises `Failed` and `NoKernel`."""
     parts = [*qemu_kernel.modules(kernel, guest.MODULES).items()], programs(criu)
     shell = qemu_kernel.busybox()
-    archive = qemu_kernel.initramfs(shell, dict(parts[0]), guest.INIT) + qemu_kernel.cpio(guest.files(parts[1]))
+    archive = qemu_kernel.initramfs(shell, dict(parts[0]), guest.INIT) + qemu_kernel.cpio(guest.files(parts[1], segment.address()))
     name = folder / f"boot-{hashlib.sha256(archive + kernel.release.encode()).hexdigest()[:16]}"
     if not name.exists():
         new = folder / f".{name.name}.new"
@@ -92,11 +93,6 @@ def made(folder: Path, kernel: qemu_kernel.Kernel, criu: Criu) -> Boot:
             os.chmod(new / file, 0o644)  # QEMU has a user of its own
         os.rename(new, name)
     return Boot(name / "kernel", name / "initramfs", kernel.release)
-
-
-def memory_mb(limit: int) -> int:
-    """MiB of the guest of a workload that may use `limit` bytes."""
-    return -(-(2 * (limit >> 20) + OWN_MB) // STEP_MB) * STEP_MB
 
 
 class Guest:
@@ -110,15 +106,17 @@ class Guest:
         self.folder = folder
         self.ask_path = f"/run/novacron/guests/{hashlib.blake2b(str(folder).encode(), digest_size=12).hexdigest()}"
 
-    def lay_out(self, qemu: str, boots: Boot, disks: Disks, image: Path, *, limit: int, disk: int, cpus: int, accelerator: str, slot: int, connected: bool, log_bytes: int, keepers: Sequence[str]) -> None:
-        """Write its folder; blocks. `image`: the file system of the workload's image. `limit`, `disk`: bytes that the workload may use, and write."""
+    def lay_out(
+        self, qemu: str, boots: Boot, disks: Disks, image: Path, *, memory: int, disk: int, cpus: int, accelerator: str, slot: int, connected: bool, log_bytes: int, keepers: Sequence[str], groups: cgroups.Groups,
+    ) -> None:
+        """Write its folder; blocks. `image`: the file system of the workload's image. `memory`: bytes of the guest; `disk`: bytes that the workload may write."""
         new = self.folder.with_name(f".{self.folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True, mode=0o700)
         disks.blank(disk, new / "work.ext4")
         (new / "travel").touch(mode=0o600)
-        os.truncate(new / "travel", disk)
-        machine = Machine(memory_mb(limit), cpus, accelerator)
+        os.truncate(new / "travel", memory + disk)  # a hole, until something travels
+        machine = Machine(memory >> 20, cpus, accelerator)
         words = command(qemu, machine, "/proc/self/fd/{ram}", True, ())
         if accelerator == "tcg":
             words[words.index("-accel") + 1] = f"tcg,tb-size={TRANSLATED_MB}"
@@ -130,7 +128,7 @@ class Guest:
         files = [[guest.IMAGE, str(image), False], [guest.WORK, str(self.folder / "work.ext4"), True], [guest.TRAVEL, str(self.folder / "travel"), False]]
         files += [["kernel", str(boots.kernel), False], ["initramfs", str(boots.initramfs), False]]
         told = {
-            "folder": str(self.folder), "template": False, "boot_s": BOOT_S[-1], "uid": USERS + slot, "more_groups": [os.stat("/dev/kvm").st_gid] if accelerator == "kvm" else [], "groups": [], "files": files,
+            "folder": str(self.folder), "template": False, "boot_s": BOOT_S[-1], "uid": USERS + slot, "more_groups": [os.stat("/dev/kvm").st_gid] if accelerator == "kvm" else [], "groups": groups.of_machine(self.group, memory + QEMU_OWN, 0), "files": files,
             "command": [*words, *boot("/proc/self/fd/{kernel}", "/proc/self/fd/{initramfs}", tsc_khz())], "memory_mb": machine.memory_mb, "log_bytes": log_bytes, "ask": self.ask_path, "keepers": list(keepers),
         }
         write(new / "keeper.json", told)
@@ -138,6 +136,11 @@ class Guest:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.rename(new, self.folder)
         sync_folder(self.folder.parent)
+
+    @property
+    def group(self) -> str:
+        """Its QEMU's control group: no instance of a driver is called like it."""
+        return f"{cgroups.PARENT}/{self.folder.parent.name}.guest"
 
     def start(self, tap: int = -1) -> None:
         """Boot it; returns when QEMU runs. Blocks. Raises `Failed`."""
@@ -217,6 +220,29 @@ class Guest:
                 if at == len(BOOT_S) - 1:
                     raise
                 await self.end()
+
+    def cpu_ns(self) -> int:
+        """What its QEMU has had of the processor; -1 where that cannot be seen."""
+        try:
+            fields = Path(f"/proc/{(read(self.folder / 'machine.json') or {})['pid']}/stat").read_bytes().rpartition(b")")[2].split()
+            return (int(fields[11]) + int(fields[12])) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+        except (OSError, KeyError, IndexError, ValueError):
+            return -1
+
+    async def over(self) -> None:
+        """Until it has ended."""
+        while self.lives:
+            machine = read(self.folder / "machine.json")
+            try:
+                descriptor = os.pidfd_open(int((machine or {})["keeper"]))
+            except (KeyError, OSError):
+                await asyncio.sleep(LOOK_S)  # it has just begun, or ended
+                continue
+            try:
+                if self.lives:  # asked again: then it is of the process that was meant
+                    await readable(descriptor)
+            finally:
+                os.close(descriptor)
 
     async def end(self) -> None:
         """End it, and its keeper; what is in its folder stays."""

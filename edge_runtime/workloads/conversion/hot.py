@@ -1,6 +1,6 @@
 """Hot conversion: a running container goes on as the same process in a micro-VM of its own, and comes back, with its memory, its connections and its address.
 
-    <dir>/conversions/<name>/    one workload: conversion.json, its network (`network`), `guest/` (`guests`), `state/` (what is between two forms)
+    <dir>/conversions/<name>/    one workload: conversion.json (`record`), its network (`network`), `guest/` (`guests`), `state/` (what is between two forms)
 
 `conversion.json` says in which form the workload is, and what is under way; it is replaced as a whole, and every step can be done again from its beginning:
 
@@ -11,89 +11,40 @@
                 a container again
 
 What decides is the file's replacement from `taking` to `passing`. On the way in the guest has it all by then, standing still; nothing of it runs in the guest before the keeper has written that down, and the
-container's processes are killed before. On the way back the guest is ended before the container is laid out.
+container's processes are killed before. On the way back the guest stands still, and is ended before anything of the container runs.
 """
 
 import asyncio
 import json
 import os
-import platform
 import shutil
 import signal
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..drivers import cgroups, keeper_restore, keeping, qemu_kernel
+from ...contract.workloads import AS_CONTAINER, AS_MICROVM, FORMS, GUEST_OWN
+from ..drivers import cgroups, keeper_restore, keeping
 from ..drivers.checkpoint_state import IMAGES, check, read_manifest
-from ..drivers.container import COMMAND_S, LEFT_S, ContainerDriver, searched
-from ..drivers.container_checkpoint import SLOW_DISK, Checkpoints, _one_tree, _strays
+from ..drivers.container import COMMAND_S, LEFT_S, ContainerDriver
+from ..drivers.container_checkpoint import SLOW_DISK, Checkpoints, dump_over, one_tree
 from ..drivers.container_spec import limits
-from ..drivers.criu import GHOST_LIMIT, Criu, errors, log_of, offence
-from ..drivers.face import Ability, DriverError, Exit, Failed, Key, Order, Output, Phase, Refused, Status
-from ..drivers.instance import LOOK_S, held, read, tail, unheld
+from ..drivers.criu import GHOST_LIMIT, errors, log_of, offence
+from ..drivers.face import DriverError, Exit, Failed, Key, Order, Output, Phase, Refused, Stats, Status
+from ..drivers.instance import LOOK_S, held, link_output, read, tail, unheld
 from ..drivers.lease import name_of
-from ..drivers.microvm_disks import Disks
 from ..drivers.microvm_spec import disk_bytes
-from ..drivers.network import ADDRESS, hosts, network, resolv_conf
-from ..images import ImageError, ImageStore
-from . import checks, guests, segment, state
+from ..drivers.network import hosts, network, resolv_conf
+from ..images import Image, ImageError, ImageStore
+from . import checks, guests, record, state
 from .guests import Guest
+from .host import Host, Settings
 from .network import CONTAINER, GUEST, Segment
-
-MAX_WORKLOADS = 64
-"""That may be converted, on one node."""
-
-MAX_SAID = 4
-"""Forms before the present one of which the output is kept."""
-
-FORMS = ("container", "guest")
-
-STEPS = ("", "warming", "taking", "passing")
-
-POINTS = ("warming", "ready", "taking", "held", "frozen", "dumped", "restored", "passing", "ended", "went", "plugged", "")
-"""What a conversion has reached, in order; said to `step`. On the way back `warming`, `ready` and `restored` are not there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How guests are run.
-
-    Attributes:
-        kernel: folder with the guests' kernel; empty: this machine's.
-        qemu: the program.
-        log_bytes: kept of each stream.
-    """
-
-    kernel: str = ""
-    qemu: str = "qemu-system-x86_64"
-    log_bytes: int = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """`conversion.json`.
-
-    Attributes:
-        order: as it was prepared.
-        form: `container` or `guest`.
-        step, to: what is under way, and which form comes of it.
-        token: of the state that passes.
-        problem: why the last conversion did not go as it should.
-        passed: how often it has changed its form.
-    """
-
-    order: Order
-    form: str = "container"
-    step: str = ""
-    to: str = ""
-    token: str = ""
-    problem: str = ""
-    passed: int = 0
+from .record import Workload
 
 
 class Conversions:
@@ -101,14 +52,13 @@ class Conversions:
 
     Args:
         driver: of containers, probed, with CRIU.
-        step: is told what has been reached (`POINTS`).
+        step: is told what has been reached (`record.POINTS`).
     """
 
     def __init__(self, folder: Path, driver: ContainerDriver, store: ImageStore, settings: Settings = Settings(), step: Callable[[str], None] = lambda word: None) -> None:
         self._folder, self._driver, self._store, self._settings, self._step = folder / "conversions", driver, store, settings, step
         self._groups = cgroups.read()
-        self._boot: guests.Boot | None = None
-        self._flags: list[str] | None = None
+        self.host = Host(self._folder, driver, store, settings)
         self._busy: dict[str, asyncio.Lock] = {}
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -116,70 +66,77 @@ class Conversions:
 
     def all(self) -> list[Workload]:
         """Those that were prepared and not deleted."""
-        return [_workload(value) for path in sorted(self._folder.glob("*/conversion.json")) if (value := read(path)) is not None]
+        return [now for path in sorted(self._folder.glob(f"*/{record.NAME}")) if not path.parent.name.startswith(".") and (now := record.found(path.parent)) is not None]
 
     def workload(self, key: Key) -> Workload:
         """One of them. Raises `Refused`."""
-        value = read(self._path(key) / "conversion.json")
-        if value is None:
+        now = record.found(self._path(key))
+        if now is None:
             raise Refused("id", f"{key.id} of epoch {key.epoch} is no workload that can be converted", "prepare it by Conversions first")
-        return _workload(value)
+        return now
 
     async def status(self, key: Key) -> Status:
         """How it is, in whichever form."""
         now = self.workload(key)
-        if now.form == "container":
-            return await self._driver.status(key)
-        guest = self._guest(key)
+        if now.form == AS_CONTAINER:
+            return replace(await self._driver.status(key), form=AS_CONTAINER)
+        guest = self.guest(key)
         if guest.lives:
             machine = read(guest.folder / "machine.json") or {}
-            return Status(key, Phase.RUNNING, int(machine.get("pid", 0)))
+            return Status(key, Phase.RUNNING, int(machine.get("pid", 0)), form=AS_MICROVM)
+        if now.step:
+            return Status(key, Phase.LOST, reason=now.problem or "it was on its way back to a container", form=AS_MICROVM)
         end = read(guest.folder / "exit.json")
         if end is None or "code" not in end:
-            return Status(key, Phase.LOST, reason=str((end or {}).get("failed") or "its guest's keeper was killed, and the guest with it"))
+            return Status(key, Phase.LOST, reason=str((end or {}).get("failed") or "its guest's keeper was killed, and the guest with it"), form=AS_MICROVM)
         told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
-        return Status(key, Phase.ENDED, exit=told, reason=told.reason)
+        return Status(key, Phase.ENDED, exit=told, reason=told.reason, form=AS_MICROVM)
+
+    def folder(self, key: Key) -> Path:
+        """Where what it writes is, in its present form: with what it wrote in those before."""
+        return self._driver.folder(key) if self.workload(key).form == AS_CONTAINER else self.guest(key).folder
 
     async def logs(self, key: Key, most: int) -> Output:
         """The end of what it wrote, in all its forms."""
-        now = self.workload(key)
-        folder = self._driver.folder(key) if now.form == "container" else self._guest(key).folder
-
-        def last(stream: str) -> tuple[bytes, bool]:
-            data, cut = tail(folder / f"{stream}.log", most)
-            for path in sorted((self._path(key) / "said").glob(f"*.{stream}"), reverse=True):
-                more, also = tail(path, most - len(data))
-                data, cut = more + data, cut or also
-            return data, cut
-
-        (out, cut), (err, also) = await asyncio.to_thread(lambda: [last(stream) for stream in ("stdout", "stderr")])
+        folder = self.folder(key)
+        (out, cut), (err, also) = await asyncio.to_thread(lambda: [tail(folder / f"{stream}.log", most) for stream in ("stdout", "stderr")])
         return Output(out, err, cut or also)
 
-    def _keep(self, now: Workload, form: str, folder: Path) -> None:
-        """What a form that has ended wrote stays; of each passage in files of its own, so that doing it again does no harm. A container that passed comes before the guest that it passed into."""
-        said = self._path(now.order.key) / "said"
-        said.mkdir(exist_ok=True, mode=0o700)
-        for stream in ("stdout", "stderr"):
-            data, _ = tail(folder / f"{stream}.log", self._settings.log_bytes)
-            (said / f"{now.passed:09}-{form}.{stream}").write_bytes(data)
-            for old in sorted(said.glob(f"*.{stream}"))[:-MAX_SAID]:
-                old.unlink()
+    async def stats(self, key: Key) -> Stats:
+        """Of its container, or of the QEMU that it is in."""
+        if self.workload(key).form == AS_CONTAINER:
+            return await self._driver.stats(key)
+        guest = self.guest(key)
+        return Stats(guest.cpu_ns(), self._groups.stats(guest.group).memory_bytes, 1)
+
+    def layers(self) -> set[str]:
+        """Layers of the store that they stand on."""
+        return {layer for now in self.all() for layer in now.layers}
+
+    async def prune(self, budget: int) -> None:
+        """Keep the images' file systems within `budget` bytes."""
+        await self.host.prune(budget, {now.image for now in self.all()})
 
     # -- as a container ------------------------------------------------------------------------------------------------------
 
     async def prepare(self, order: Order) -> Status:
         """Lay out a container that can be converted: with variables that keep it from what a guest's processor lacks, and, where `spec.network` is there, a network of its own. Raises `Refused`."""
         known = self._path(order.key).exists()
-        if known and (self.workload(order.key).form != "container" or self._driver.folder(order.key).exists()):
+        if known and (self.workload(order.key).form != AS_CONTAINER or self._driver.folder(order.key).exists()):
             return await self.status(order.key)
-        if not known and len(self.all()) >= MAX_WORKLOADS:
+        if not known and len(self.all()) >= guests.MAX_GUESTS:
             raise Refused("instances", f"there are {len(self.all())} workloads that can be converted, the most there may be", "delete some")
-        await self._can()
+        await self.host.can()
         checks.mounts(order.spec)
-        wanted = network(order.spec.get("network"), ("127.0.0.1", "0.0.0.0"))
-        flags = await self.guest_flags()
+        wanted = network(order.spec.get("network"), self._settings.publish)
+        if wanted is not None and not self._settings.network:
+            raise Refused("spec.network", "workloads have no network on this node: switched off by the configuration", "leave it out, or place it on a node that has one")
+        flags = await self.host.flags()
         capabilities = self._driver.capabilities
         assert capabilities is not None
+        image = await asyncio.to_thread(self._image, order.image)
+        if image.config.module:
+            raise Refused("image", "is a WebAssembly module", "submit it as a function or a batch job")
         given = order.spec.get("env") or {}
         inner = replace(order, spec={**{name: value for name, value in order.spec.items() if name != "network"}, "env": {**given, **checks.masks(capabilities.cpu_flags, flags, given)}})
         if known:  # an agent was killed before it had laid the container out
@@ -187,11 +144,12 @@ class Conversions:
         new = self._folder / f".{name_of(order.key.id, order.key.epoch)}.new"
         shutil.rmtree(new, ignore_errors=True)
         (new / "network").mkdir(parents=True, mode=0o700)
-        keeping.write(str(new / "conversion.json"), asdict(Workload(replace(inner, spec={**inner.spec, **({"network": order.spec["network"]} if wanted is not None else {})}))))
+        kept = replace(inner, spec={**inner.spec, **({"network": order.spec["network"]} if wanted is not None else {})})
+        record.keep(new, Workload(kept, image.digest, image.config.diff_ids))
         os.rename(new, self._path(order.key))
         try:
             if wanted is not None:
-                await asyncio.to_thread(self._segment(order.key).start, wanted)
+                await asyncio.to_thread(self.segment(order.key).start, wanted)
             return await self._laid(self.workload(order.key))
         except BaseException:
             await self.delete(order.key)
@@ -204,9 +162,9 @@ class Conversions:
     async def stop(self, key: Key, grace_s: float) -> Status:
         """Ask it to end, in whichever form; kill it after `grace_s` seconds."""
         async with self._one(key):
-            if self.workload(key).form == "container":
+            if self.workload(key).form == AS_CONTAINER:
                 return await self._driver.stop(key, grace_s)
-            guest = self._guest(key)
+            guest = self.guest(key)
             with suppress(TimeoutError, Failed):  # one that takes no orders is killed
                 async with asyncio.timeout(grace_s):
                     await guest.ask("signal", number=int(signal.SIGTERM))
@@ -217,39 +175,41 @@ class Conversions:
     async def _laid(self, now: Workload, folder: Path | None = None) -> Status:
         """Lay the container out, from a state where there is one."""
         order = _inner(now.order)
-        key, ways, criu = order.key, await self._driver._ready(), self._criu()
-        try:
-            image = await asyncio.to_thread(self._store.find, order.image)
-            lower = self._store.lower(image)
-        except ImageError as error:
-            raise Refused(error.field, error.problem, error.remedy) from None
+        key, ways, criu = order.key, await self._driver.ways(), self._driver.criu
+        image = await asyncio.to_thread(self._image, now.image)
+        lower = self._store.lower(image)
         manifest = await asyncio.to_thread(check, folder) if folder is not None else None
-        if manifest is not None and manifest["layers"] != list(image.config.diff_ids):
-            raise Refused("image", f"the state stands on other layers than {order.image} has here now", "bring the image that it had")
 
         def fill(final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
             if manifest is not None and folder is not None:
                 self._checkpoints.fill(folder, manifest, criu, final, laid, document, told)
+                link_output(self.guest(key).folder, laid)
                 keeping.write(str(laid / "passage.json"), {"token": now.token})
             elif "network" in now.order.spec:
                 _names(laid / "disk/upper", document, told["id_base"] or 0)
-            if "network" in now.order.spec and self._segment(key).lives:
-                document["hooks"] = {"createRuntime": self._segment(key).hook()}
+            if "network" in now.order.spec and self.segment(key).lives:
+                document["hooks"] = {"createRuntime": self.segment(key).hook()}
 
-        async with self._driver._laying:
-            await asyncio.to_thread(self._driver.lay_out, order, image.config, lower, ways, image, fill, manifest["base"] if manifest is not None else -1)
+        await self._driver.lay(order, image, lower, ways, fill, manifest["base"] if manifest is not None else -1)
         return await self._driver.status(key)
+
+    def _image(self, name: str) -> Image:
+        """Blocks. Raises `Refused`."""
+        try:
+            return self._store.find(name)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
 
     async def delete(self, key: Key) -> None:
         """End it in whichever form, with all that was of it."""
         async with self._one(key):
             if not self._path(key).exists():
                 return
-            await self._guest(key).end()
+            await self.guest(key).end()
             with suppress(Failed):
-                await asyncio.to_thread(self._segment(key).release)
+                await asyncio.to_thread(self.segment(key).release)
             await self._driver.delete(key)
-            await asyncio.to_thread(self._segment(key).end)
+            await asyncio.to_thread(self.segment(key).end)
             gone = self._folder / f".{name_of(key.id, key.epoch)}.gone"
             await asyncio.to_thread(shutil.rmtree, gone, True)
             os.rename(self._path(key), gone)
@@ -258,29 +218,10 @@ class Conversions:
 
     # -- what is looked at first ---------------------------------------------------------------------------------------------
 
-    async def guest_flags(self) -> list[str]:
-        """What a guest's processor can do, as its kernel says; a guest is booted for it once on a node, and CRIU is run in it."""
-        if self._flags is None:
-            boots = await self._boots()
-            note = boots.kernel.parent / "flags.json"
-            told = read(note)
-            qemu = os.stat(str(searched(self._settings.qemu))).st_mtime_ns
-            if told is None or told.get("qemu") != qemu:
-                guest = Guest(self._folder / f".probe-{uuid.uuid4().hex[:8]}")
-                try:
-                    await guest.boot(lambda: self._lay_guest(guest, boots, None, 64 << 20, 64 << 20, 1, MAX_WORKLOADS, False))
-                    told = {"flags": (await guest.ask("state"))["flags"], "qemu": qemu}
-                    keeping.write(str(note), told)
-                finally:
-                    await guest.end()
-                    shutil.rmtree(guest.folder, ignore_errors=True)
-            self._flags = list(map(str, told["flags"]))
-        return self._flags
-
     async def check(self, key: Key) -> dict[str, Any]:
         """What stands against a conversion of a running container; raises `Refused`, changes nothing. Returns what is worth knowing: `unmasked` (features of the processor that no variable can hide)."""
         now = self.workload(key)
-        await self._can()
+        await self.host.can()
         checks.mounts(now.order.spec)
         status = await self._driver.status(key)
         if status.phase is not Phase.RUNNING:
@@ -292,13 +233,10 @@ class Conversions:
             if one["stopped"]:
                 raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
             self._in_its_group(key, pid, one)
-        _one_tree(status.pid, those)
-        if "network" in now.order.spec and not self._segment(key).lives:
+        one_tree(status.pid, those)
+        if "network" in now.order.spec and not self.segment(key).lives:
             raise Refused("spec.network", "its network has ended", "start the workload anew")
-        instance = read(self._driver.folder(key) / "instance.json") or {}
-        image = await asyncio.to_thread(self._store.find, now.order.image)
-        if list(image.config.diff_ids) != instance.get("layers"):
-            raise Refused("image", f"{now.order.image} has other layers by now than those that it runs on", "start the workload anew")
+        await asyncio.to_thread(self._image, now.image)
         checks.devices(_text(f"/proc/{status.pid}/mountinfo"))
         capabilities = self._driver.capabilities
         assert capabilities is not None
@@ -306,12 +244,12 @@ class Conversions:
         for pid in those:
             with suppress(OSError):
                 environments[pid] = checks.environment(Path(f"/proc/{pid}/environ").read_bytes())
-        left = checks.processor(capabilities.cpu_flags, await self.guest_flags(), environments)
+        left = checks.processor(capabilities.cpu_flags, await self.host.flags(), environments)
         free = next((int(line.split()[1]) << 10 for line in _text("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")), 1 << 50)
-        needed = max(0, self._groups.stats(self._group(key)).memory_bytes) * 2 + (guests.OWN_MB << 20)
+        needed = max(0, self._groups.stats(self._group(key)).memory_bytes) * 2 + GUEST_OWN
         if free < needed:
             raise Refused("memory", f"a guest with it takes {needed} bytes, {free} are free", "end something else first")
-        return {"unmasked": left, "kernel": (await self._boots()).release, "processes": len(those)}
+        return {"unmasked": left, "kernel": (await self.host.boots()).release, "processes": len(those)}
 
     def _in_its_group(self, key: Key, pid: int, one: Mapping[str, Any]) -> None:
         want = self._group(key)
@@ -319,25 +257,6 @@ class Conversions:
             controllers, path = entry.split(":", 2)[1:]
             if path != want and set(controllers.split(",")) & {"memory", "pids", "freezer", "cpu"}:
                 raise Refused("resource.cgroup", f"process {one['pid']} ({one['name']}) is in the control group {path[:100]}, not in the workload's", "have it stay where it was started")
-
-    async def _can(self) -> None:
-        await self._driver._ready(Ability.CHECKPOINT)
-        await self._driver._ready(Ability.RESTORE)
-        if platform.machine() != "x86_64":
-            raise Refused("host", f"there is no micro-VM for {platform.machine()}", "convert it on an x86_64 node")
-        for program, package in ((self._settings.qemu, "qemu-system-x86"), ("mke2fs", "e2fsprogs"), ("nsenter", "util-linux")):
-            if searched(program) is None:
-                raise Refused("host", f"{program} is not installed", f"as root: apt install {package}")
-        await self._boots()
-
-    async def _boots(self) -> guests.Boot:
-        if self._boot is None:
-            try:
-                kernel = qemu_kernel.find(self._settings.kernel)
-                self._boot = await asyncio.to_thread(guests.made, self._folder, kernel, self._criu())
-            except qemu_kernel.NoKernel as error:
-                raise Refused("host", str(error), "see the reason") from None
-        return self._boot
 
     # -- conversion ----------------------------------------------------------------------------------------------------------
 
@@ -351,14 +270,12 @@ class Conversions:
                 raise Refused("id", f"a conversion of it is under way ({now.step})", "resume it first")
             if now.form == to:
                 return await self.status(key)
-            await (self._to_guest(now) if to == "guest" else self._to_container(now))
+            await (self._to_guest(now) if to == AS_MICROVM else self._to_container(now))
             return await self.status(key)
 
     async def resume(self) -> list[Workload]:
         """Bring all that an agent left to its end. To be called once, after the driver's probe."""
-        for folder in self._folder.glob(".probe-*"):
-            await Guest(folder).end()
-            await asyncio.to_thread(shutil.rmtree, folder, True)
+        await self.host.tidy()
         for now in self.all():
             if now.step:
                 async with self._one(now.order.key):
@@ -369,21 +286,23 @@ class Conversions:
     async def _settle(self, now: Workload) -> Workload:
         """From where somebody was killed: back where nothing has passed, else on."""
         if now.step == "passing":
-            return await (self._enter(now) if now.to == "guest" else self._leave(now))
+            return await (self._enter(now) if now.to == AS_MICROVM else self._leave(now))
         if now.step in ("warming", "taking"):
             return await self._back(now, now.problem)
         return now
 
     async def _to_guest(self, now: Workload) -> None:
-        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        key, guest, net = now.order.key, self.guest(now.order.key), self._net(now)
         await self.check(key)
-        now = await self._write(replace(now, step="warming", to="guest", problem=""))
+        now = await self._write(replace(now, step="warming", to=AS_MICROVM, problem=""))
         try:
-            boots, limit = await self._boots(), limits(now.order)
-            image = await asyncio.to_thread(self._store.find, now.order.image)
+            boots, limit = await self.host.boots(), limits(now.order)
+            image = await asyncio.to_thread(self._image, now.image)
             await guest.end()
             cpus, slot = max(1, -(-limit.cpu // 1000)), self._slot(key)
-            await guest.boot(lambda: self._lay_guest(guest, boots, image, limit.memory, disk_bytes(now.order), cpus, slot, net is not None), net.tap if net is not None else None)
+            await guest.boot(
+                lambda: self.host.lay_guest(guest, boots, image, limit=limit.memory, disk=disk_bytes(now.order), cpus=cpus, slot=slot, connected=net is not None), net.tap if net is not None else None,
+            )
             self._step("ready")
             await self.check(key)  # it may have changed meanwhile
             now = await self._write(replace(now, step="taking", token=uuid.uuid4().hex))
@@ -400,7 +319,7 @@ class Conversions:
 
     async def _taken(self, now: Workload, guest: Guest) -> None:
         """Freeze the container, and have all of it in the guest, standing still; its state is then in `state` too."""
-        key, criu = now.order.key, self._criu()
+        key, criu = now.order.key, self._driver.criu
         await self._driver.runtime(key, "pause")
         if not self._groups.frozen(self._group(key)):
             raise Failed("convert", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
@@ -413,7 +332,7 @@ class Conversions:
         await asyncio.to_thread(shutil.rmtree, folder, True)
         (raw / IMAGES).mkdir(parents=True, mode=0o700)
         (raw / "criu.conf").write_text(f"network-lock skip\nghost-limit {GHOST_LIMIT}\n")  # its network is held: nothing comes
-        await self._checkpoints._root(key, writable=True)
+        await self._checkpoints.root(key, writable=True)
         try:
             await self._driver.runtime(
                 key, "checkpoint", "--leave-running", "--tcp-established", "--file-locks", "--empty-ns", "network", "--image-path", str(raw / IMAGES), "--work-path", str(raw),
@@ -423,18 +342,18 @@ class Conversions:
             log = await asyncio.to_thread(log_of, raw / "dump.log")
             found = offence(log, {pid: f"{one['pid']}, {one['name']}" for pid, one in those.items()})
             raise found or Failed("convert", f"{error.problem}; CRIU says: {' | '.join(errors(log)[:4])[:1000] or 'nothing'}", "see what it says; it goes on as before") from None
-        await self._checkpoints._root(key, writable=False)
+        await self._checkpoints.root(key, writable=False)
         self._step("dumped")
-        document = self._checkpoints._described(key, criu, {"token": now.token}, those)
+        document = self._checkpoints.described(key, criu, {"token": now.token}, those)
         base = max(0, document["base"])
-        lower = self._store.lower(await asyncio.to_thread(self._store.find, now.order.image))
+        lower = self._store.lower(await asyncio.to_thread(self._image, now.image))
         disk = await asyncio.to_thread(state.changed, self._driver.folder(key) / "disk/upper", lower, base)
-        parts = await asyncio.to_thread(state.travel, guest.folder / "travel", raw / IMAGES, disk)
+        await asyncio.to_thread(state.travel, guest.folder / "travel", raw, disk)
         pipes = json.loads((raw / IMAGES / "descriptors.json").read_text())[1:]
         limit = limits(now.order)
-        told = {**parts, "pipes": pipes, "memory": limit.memory, "pids": limit.pids, "cpu_us": limit.cpu * 100, "now_s": int(time.time()), "network": _address() if "network" in now.order.spec else {}}
+        told = {"pipes": pipes, "memory": limit.memory, "pids": limit.pids, "cpu_us": limit.cpu * 100, "now_s": int(time.time())}
         new = self._path(key) / ".state.new"
-        packing = asyncio.ensure_future(asyncio.to_thread(self._checkpoints._packed, key, new, raw, document))
+        packing = asyncio.ensure_future(asyncio.to_thread(self._checkpoints.packed, key, new, raw, document, False))
         try:
             answer = await guest.ask("restore", told=told)
         finally:
@@ -446,7 +365,7 @@ class Conversions:
 
     async def _enter(self, now: Workload) -> Workload:
         """From `passing` to the guest: the container is ended, the guest let go."""
-        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        key, guest, net = now.order.key, self.guest(now.order.key), self._net(now)
         if net is not None:
             await asyncio.to_thread(net.unplug, CONTAINER)  # what its sockets say at their end is nobody's business
         await self._ended(key)
@@ -454,12 +373,13 @@ class Conversions:
         ran = guest.folder / "running.json"
         try:
             if guest.lives and (await guest.ask("state"))["state"] == "restored":
+                link_output(self._driver.folder(key), guest.folder)  # it goes on with the output that it had
                 await guest.ask("go")
         except Failed:
             if not ran.exists():
                 await guest.end()
         if not guest.lives and not ran.exists():
-            return await self._leave(replace(now, to="container", problem="the guest ended before anything of the workload ran in it"))
+            return await self._leave(replace(now, to=AS_CONTAINER, problem="the guest ended before anything of the workload ran in it"))
         self._step("went")
         if net is not None:
             try:
@@ -468,18 +388,17 @@ class Conversions:
             except Failed as error:  # it runs all the same
                 now = replace(now, problem=str(error)[:1000])
         self._step("plugged")
-        await asyncio.to_thread(self._keep, now, "container", self._driver.folder(key))
-        now = await self._write(replace(now, form="guest", step="", to=""))
+        now = await self._write(replace(now, form=AS_MICROVM, step="", to=""))
         await self._driver.delete(key)
         await asyncio.to_thread(shutil.rmtree, self._path(key) / "dump", True)
         return now
 
     async def _to_container(self, now: Workload) -> None:
-        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        key, guest, net = now.order.key, self.guest(now.order.key), self._net(now)
         if not guest.lives:
             raise Refused("id", "it does not run: its guest has ended", "see its status")
         before = await asyncio.to_thread(read_manifest, self._path(key) / "state")
-        now = await self._write(replace(now, step="taking", to="container", token=uuid.uuid4().hex, problem=""))
+        now = await self._write(replace(now, step="taking", to=AS_CONTAINER, token=uuid.uuid4().hex, problem=""))
         try:
             if net is not None:
                 net.hold()
@@ -500,11 +419,10 @@ class Conversions:
 
     async def _leave(self, now: Workload) -> Workload:
         """From `passing` to the container, from the state that has passed: the guest is ended, the container brought back."""
-        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
+        key, guest, net = now.order.key, self.guest(now.order.key), self._net(now)
         if now.to != self.workload(key).to:
             now = await self._write(now)
-        await guest.end()
-        self._step("ended")
+        ending = asyncio.ensure_future(guest.end())  # all in it stands still, or it never went: what is laid out beside waits for its end
         folder = next((path for path in (self._path(key) / "back", self._path(key) / "state") if _token(path) == now.token), None)
         try:
             if folder is None:
@@ -513,15 +431,16 @@ class Conversions:
             own = self._driver.folder(key)
             passed = (read(own / "passage.json") or {}).get("token") != now.token
             if phase is not None and (passed or (phase is Phase.ENDED and not (own / "running.json").exists())):
-                if passed and now.form == "container":
-                    await asyncio.to_thread(self._keep, now, "container", own)
+                if passed and now.form == AS_CONTAINER:
+                    link_output(own, guest.folder)
                 await self._driver.delete(key)  # the container that passed into the guest, or one that could not be brought back and of which nothing ran
                 phase = None
             if phase is None:
                 await self._laid(now, folder)
+            await ending
+            self._step("ended")
             if phase is None or phase is Phase.PREPARED:
-                async with self._driver._one(key):
-                    await self._driver.begin(key)
+                await self._driver.begin_alone(key)
                 self._step("went")
             if net is not None:
                 with suppress(Failed):  # it runs all the same
@@ -530,13 +449,13 @@ class Conversions:
             if phase in (None, Phase.PREPARED, Phase.RUNNING):
                 await self._checkpoints.lives(key)
         except DriverError as error:
+            await asyncio.wait([ending])
             await self._write(replace(now, problem=f"{error}; it runs nowhere, its state is {folder}"))
             raise Failed("convert", f"{error}; it runs nowhere, its state is {folder}", "see the problem; resume tries it again") from None
         await asyncio.to_thread(shutil.rmtree, own / "restore", True)
-        await asyncio.to_thread(self._keep, now, "guest", guest.folder)
         problem = now.problem
-        now = await self._write(replace(now, form="container", step="", to=""))
-        for name in ("dump", "back", "state"):
+        now = await self._write(replace(now, form=AS_CONTAINER, step="", to=""))
+        for name in ("dump", "back", "state", "guest"):
             await asyncio.to_thread(shutil.rmtree, self._path(key) / name, True)
         if problem:
             raise Failed("convert", f"{problem}; it is a container again", "see the problem")
@@ -544,12 +463,12 @@ class Conversions:
 
     async def _back(self, now: Workload, problem: str) -> Workload:
         """Undo what has not passed: the old form goes on."""
-        key, guest, net = now.order.key, self._guest(now.order.key), self._net(now)
-        if now.to == "guest":
+        key, guest, net = now.order.key, self.guest(now.order.key), self._net(now)
+        if now.to == AS_MICROVM:
             await guest.end()
-            await _over(self._path(key) / "dump/criu.conf")
+            await dump_over(self._path(key) / "dump/criu.conf")
             if await self._phase(key) is Phase.PAUSED:
-                await self._checkpoints._thawed(key)
+                await self._checkpoints.thawed(key)
         elif guest.lives:
             while (told := await guest.ask("state"))["state"] in ("dumping", "draining"):
                 await asyncio.sleep(LOOK_S)
@@ -582,19 +501,8 @@ class Conversions:
 
     # -- small things --------------------------------------------------------------------------------------------------------
 
-    def _lay_guest(self, guest: Guest, boots: guests.Boot, image: Any, limit: int, disk: int, cpus: int, slot: int, connected: bool) -> None:
-        mke2fs, qemu = searched("mke2fs"), searched(self._settings.qemu)
-        assert mke2fs is not None and qemu is not None
-        disks = Disks(self._folder / ".disks", mke2fs)
-        if image is None:  # to look at a guest alone
-            (self._folder / ".disks/none").mkdir(exist_ok=True)
-            path = disks.image("none", [self._folder / ".disks/none"])
-        else:
-            path = disks.image(image.digest.rpartition(":")[2], self._store.lower(image))
-        guest.lay_out(qemu, boots, disks, path, limit=limit, disk=disk, cpus=cpus, accelerator="tcg", slot=slot, connected=connected, log_bytes=self._settings.log_bytes, keepers=self._groups.folders(cgroups.KEEPERS))
-
     async def _write(self, now: Workload) -> Workload:
-        await asyncio.to_thread(keeping.write, str(self._path(now.order.key) / "conversion.json"), asdict(now))
+        await asyncio.to_thread(record.keep, self._path(now.order.key), now)
         self._step(now.step)
         return now
 
@@ -605,8 +513,10 @@ class Conversions:
             return None
 
     def _slot(self, key: Key) -> int:
-        """A number that no other workload here has."""
-        return [one.order.key for one in self.all()].index(key)
+        """A number that no other guest here has: it gives its QEMU a user of its own."""
+        others = [read(self.guest(one.order.key).folder / "keeper.json") or {} for one in self.all() if one.order.key != key]
+        taken = {told.get("uid", 0) - guests.USERS for told in others}
+        return next(number for number in range(guests.MAX_GUESTS) if number not in taken)
 
     def _processes(self, key: Key) -> dict[int, Any]:
         try:
@@ -618,26 +528,22 @@ class Conversions:
     def _checkpoints(self) -> Checkpoints:
         return self._driver.checkpoints()
 
-    def _criu(self) -> Criu:
-        found = self._driver._criu
-        if found is None:
-            raise Refused("host", "CRIU was not found by the driver of containers", "see its capabilities")
-        return found
-
     def _group(self, key: Key) -> str:
         return f"{cgroups.PARENT}/{self._driver.folder(key).name}"
 
     def _path(self, key: Key) -> Path:
         return self._folder / name_of(key.id, key.epoch)
 
-    def _guest(self, key: Key) -> Guest:
+    def guest(self, key: Key) -> Guest:
+        """Of a workload, there or not."""
         return Guest(self._path(key) / "guest")
 
-    def _segment(self, key: Key) -> Segment:
+    def segment(self, key: Key) -> Segment:
+        """The network of a workload, there or not."""
         return Segment(self._path(key) / "network")
 
     def _net(self, now: Workload) -> Segment | None:
-        return self._segment(now.order.key) if "network" in now.order.spec else None
+        return self.segment(now.order.key) if "network" in now.order.spec else None
 
     def _one(self, key: Key) -> asyncio.Lock:
         return self._busy.setdefault(name_of(key.id, key.epoch), asyncio.Lock())
@@ -666,11 +572,6 @@ def _names(upper: Path, document: Mapping[str, Any], base: int) -> None:
         os.chown(folder / name, base, base)
 
 
-def _address() -> dict[str, str]:
-    assert segment.ADDRESS == ADDRESS
-    return {"HARDWARE": segment.HARDWARE, "MTU": str(segment.MTU), "ADDRESS": f"{segment.ADDRESS}/{segment.BITS}", "GATEWAY": segment.GATEWAY, "GATEWAY_HARDWARE": segment.GATEWAY_HARDWARE}
-
-
 def _token(folder: Path) -> str:
     try:
         return str(read_manifest(folder).get("token"))
@@ -678,19 +579,8 @@ def _token(folder: Path) -> str:
         return ""
 
 
-async def _over(options: Path) -> None:
-    """Until a dump that lost its agent has ended: it lets the processes be by itself."""
-    while _strays(options):
-        await asyncio.sleep(LOOK_S)
-
-
 def _text(path: str) -> str:
     try:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def _workload(value: Mapping[str, Any]) -> Workload:
-    told = value["order"]
-    return Workload(**{**value, "order": Order(**{**told, "key": Key(**told["key"])})})

@@ -49,6 +49,11 @@ COMMAND_S = 20.0
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 
 
+def address() -> dict[str, str]:
+    """As a guest's scripts are told it."""
+    return {"HARDWARE": HARDWARE, "MTU": str(MTU), "ADDRESS": f"{ADDRESS}/{BITS}", "GATEWAY": GATEWAY, "GATEWAY_HARDWARE": GATEWAY_HARDWARE}
+
+
 def ip(*words: str) -> None:
     """One command of iproute2, in the network namespace that this process is in. Raises `Trouble`."""
     try:

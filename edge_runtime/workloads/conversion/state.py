@@ -5,14 +5,17 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..drivers.checkpoint_state import DISK, IMAGES, Reader, Writer, codec, read_manifest, seal
+from ..drivers.container import searched
 from ..drivers.container_checkpoint import user_namespace
-from ..drivers.face import Refused
+from ..drivers.face import Failed, Refused
+from ..drivers.microvm_disks import MAKE_S
 from ..images.layer import OPAQUE, WHITEOUT
 from . import guest
 from .ext4 import Ext4
@@ -80,25 +83,28 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def travel(path: Path, images: Path, disk: bytes) -> dict[str, int]:
-    """Write what goes with the workload to a guest's disk: CRIU's images, with ids as the guest has them, and `disk`. Returns the bytes of each (`images`, `disk`)."""
-    with open(path, "r+b") as target:
-        with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
-            for one in sorted(images.iterdir()):
-                if one.name.startswith("userns-"):
-                    data = user_namespace(one.read_bytes(), 0)
-                    entry = tarfile.TarInfo(one.name)
-                    entry.size = len(data)
-                    archive.addfile(entry, io.BytesIO(data))
-                else:
-                    archive.add(one, one.name, recursive=False)
-        first = target.tell()
-        target.write(disk)
-    return {"images": first, "disk": len(disk)}
+def travel(path: Path, raw: Path, disk: bytes) -> None:
+    """Make a guest's disk of what goes with the workload: CRIU's images, in `raw`, with ids as the guest has them, and `disk`, an archive. The guest reads the images where they are."""
+    for one in (raw / IMAGES).glob("userns-*"):
+        one.write_bytes(user_namespace(one.read_bytes(), 0))  # a container gets its own again when it is laid out
+    top = raw / "travel"
+    top.mkdir(mode=0o700)
+    names = [one.name for one in (raw / IMAGES).iterdir()]
+    for name in names:
+        os.link(raw / IMAGES / name, top / name)
+    (top / guest.CHANGED).write_bytes(disk)
+    words = [str(searched("mke2fs")), "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-O", "^has_journal,^resize_inode", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", "-N", str(len(names) + 64), "-d", str(top), str(path)]
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=MAKE_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failed("convert", f"its state could not be put on a disk: {error}", "look at the disk of the data folder") from None
+    if done.returncode:
+        raise Failed("convert", f"its state could not be put on a disk: {done.stderr.strip()[:500]}", "look at the disk of the data folder")
+    shutil.rmtree(top)
 
 
 def from_guest(disk: Path, folder: Path, document: Mapping[str, Any], before: Path) -> dict[str, Any]:
-    """Make a state, as `drivers.checkpoint_state` has it, of what CRIU and the workload left on a guest's disk; returns the manifest. `folder` gets its name when all is on the disk.
+    """Make a state, as `drivers.checkpoint_state` has it, though not on the disk at once (a machine that loses power loses the workload in either form; a state that is not whole then is known by its hashes), of what CRIU and the workload left on a guest's disk; returns the manifest. `folder` gets its name when all is on the disk.
 
     Args:
         before: the state with which the workload went into the guest. Which control groups it has on the node stands there: it had one for all, and CRIU's number for that is the same.
@@ -129,14 +135,14 @@ def from_guest(disk: Path, folder: Path, document: Mapping[str, Any], before: Pa
                 continue
             else:
                 content = list(system.content(node)) if node.size <= MAX_SMALL else system.content(node)  # type: ignore[assignment]
-            with Writer(new, f"{IMAGES}/{name}", how) as target:
+            with Writer(new, f"{IMAGES}/{name}", how, sync=False) as target:
                 for piece in content:
                     target.write(piece)
             files.append(target.entry)
-        with Writer(new, DISK, how) as target:
+        with Writer(new, DISK, how, sync=False) as target:
             _layer(system, cast(BinaryIO, target))
         files.append(target.entry)
-    manifest = seal(new, document, files, how)
+    manifest = seal(new, document, files, how, sync=False)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(new, folder)
     return manifest

@@ -4,14 +4,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from . import outside
 from .face import Stats
 
-PARENT = "/novacron"
+PARENT = outside.GROUPS
 """The group above all containers, in every hierarchy."""
 
-KEEPERS = "/novacron-keepers"
+KEEPERS = f"{outside.GROUPS}-keepers"
 """The group of those that watch over containers: outside of the agent's, which a service manager ends as a whole, and of the containers'."""
+
+PERIOD_US = 100_000
+"""The kernel's default period of a processor quota."""
+
+MACHINE_PIDS = 256
+"""Processes and threads of a QEMU: a hundred for its disks and processors."""
 
 NEEDED = ("memory", "cpu", "pids", "freezer", "devices")
 """Controllers that a container needs in version 1; version 2 has the last two without a controller."""
@@ -44,6 +52,15 @@ class Groups:
         have = self.unified_controllers if self.layout == "v2" else self.mounts.keys()
         missing = [name for name in (NEEDED[:3] if self.layout == "v2" else NEEDED) if name not in have]
         return f"the cgroup controllers {', '.join(missing)} are missing" if missing else ""
+
+    def undelegated(self, group: str = PARENT) -> str:
+        """Why limits cannot be kept below a group that root has to make for us, in words; empty where they can."""
+        if outside.UID is None:
+            return ""
+        if self.layout == "v2":
+            return "limits without root are kept with control groups of version 1 only, and this node has version 2"
+        lacking = [name for name, top in self.mounts.items() if not os.access(top + group, os.W_OK)]
+        return f"no control group is this user's (as root, in each of {', '.join(sorted(lacking))}: mkdir {group[1:]}, chown -R {outside.UID} {group[1:]})" if lacking else ""
 
     def folders(self, group: str) -> list[str]:
         """A group's folder in every hierarchy in which a process can simply be put (not cpuset: an empty one takes none)."""
@@ -78,6 +95,26 @@ class Groups:
         if self.layout == "v2":
             return "frozen 1" in _text(f"{self.unified}{group}/cgroup.events").splitlines()
         return _text(f"{self.mounts.get('freezer', '')}{group}/freezer.state").strip() == "FROZEN"
+
+    def of_machine(self, group: str, most: int, weight: int, quota_us: int = 0) -> list[list[Any]]:
+        """The control groups of a QEMU: files and what to write, None for those that take its process. They hold a QEMU that misbehaves.
+
+        Args:
+            most: bytes that it may use.
+            weight: of its share of the processor, milli-CPU; 0: that of any process. All groups of workloads together have the share of one process of the node's.
+            quota_us: of each `PERIOD_US`; 0: only its share.
+        """
+        if self.layout == "v2":
+            top = self.unified
+            told: list[list[Any]] = [[f"{top}/cgroup.subtree_control", "+memory +cpu +pids"], [f"{top}{PARENT}/cgroup.subtree_control", "+memory +cpu +pids"]]
+            told += [[f"{top}{group}/memory.max", most], [f"{top}{group}/pids.max", MACHINE_PIDS]]
+            told += [[f"{top}{group}/cpu.weight", min(10_000, max(1, weight // 10))]] if weight else []
+            return [*told, *([[f"{top}{group}/cpu.max", f"{quota_us} {PERIOD_US}"]] if quota_us else []), [f"{top}{group}/cgroup.procs", None]]
+        mounts = self.mounts
+        told = [[f"{mounts['memory']}{group}/memory.limit_in_bytes", most], [f"{mounts['pids']}{group}/pids.max", MACHINE_PIDS]]
+        told += [[f"{mounts['cpu']}{group}/cpu.shares", max(2, weight * 1024 // 1000)]] if weight else []
+        told += [[f"{mounts['cpu']}{group}/cpu.cfs_quota_us", quota_us]] if quota_us else []
+        return told + [[f"{mount}{group}/cgroup.procs", None] for mount in dict.fromkeys(mounts[name] for name in ("memory", "pids", *(("cpu", "cpuacct") if weight else ())) if name in mounts)]
 
     @property
     def accounts_swap(self) -> bool:

@@ -48,6 +48,11 @@ _NAME = re.compile(r"(images/[A-Za-z0-9][A-Za-z0-9_.-]{0,127}|disk\.tar)\Z")
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
 
 
+def is_file(name: str) -> bool:
+    """Whether a file beside the manifest may have this name."""
+    return bool(_NAME.match(name))
+
+
 def codec() -> str:
     """The compression that can be had: `zstd`, or `zlib` where its package is not installed."""
     try:
@@ -58,12 +63,12 @@ def codec() -> str:
 
 
 class Writer:
-    """One compressed file; used as a context. `entry` is its line in the manifest once it is closed; then it is on the disk."""
+    """One compressed file; used as a context. `entry` is its line in the manifest once it is closed; then it is on the disk, unless `sync` is false: that is for a state which only has to outlive its agent."""
 
-    def __init__(self, folder: Path, name: str, how: str) -> None:
+    def __init__(self, folder: Path, name: str, how: str, sync: bool = True) -> None:
         self._file = open(folder / name, "xb")  # noqa: SIM115
         os.fchmod(self._file.fileno(), 0o600)
-        self._name, self._hash, self._size, self._stored = name, hashlib.sha256(), 0, 0
+        self._sync, self._name, self._hash, self._size, self._stored = sync, name, hashlib.sha256(), 0, 0
         if how == "zstd":
             import zstandard
 
@@ -91,7 +96,8 @@ class Writer:
             if kind is None:
                 self._put(self._compress.flush())
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                if self._sync:
+                    os.fsync(self._file.fileno())
                 self.entry = {"name": self._name, "size": self._size, "stored": self._stored, "sha256": self._hash.hexdigest()}
         finally:
             self._file.close()
@@ -146,9 +152,9 @@ class Reader:
         self._file.close()
 
 
-def add(folder: Path, name: str, source: BinaryIO, how: str) -> dict[str, Any]:
+def add(folder: Path, name: str, source: BinaryIO, how: str, sync: bool = True) -> dict[str, Any]:
     """Compress what `source` gives into the file `name`; its line in the manifest. Blocks."""
-    with Writer(folder, name, how) as target:
+    with Writer(folder, name, how, sync) as target:
         while data := source.read(CHUNK):
             target.write(data)
     return target.entry
@@ -159,16 +165,17 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
-def seal(folder: Path, document: Mapping[str, Any], files: Sequence[Mapping[str, Any]], how: str) -> dict[str, Any]:
-    """Write the manifest, when all else is there; returns it. All of the folder is on the disk then."""
+def seal(folder: Path, document: Mapping[str, Any], files: Sequence[Mapping[str, Any]], how: str, sync: bool = True) -> dict[str, Any]:
+    """Write the manifest, when all else is there; returns it. All of the folder is on the disk then, unless `sync` is false."""
     manifest = {**document, "version": VERSION, "codec": how, "files": sorted(files, key=lambda one: str(one["name"]))}
     manifest["root"] = hashlib.sha256(canonical(manifest)).hexdigest()
     with open(folder / MANIFEST, "xb") as handle:
         os.fchmod(handle.fileno(), 0o600)
         handle.write(canonical(manifest))
         handle.flush()
-        os.fsync(handle.fileno())
-    for each in (folder / IMAGES, folder):
+        if sync:
+            os.fsync(handle.fileno())
+    for each in (folder / IMAGES, folder) if sync else ():
         sync_folder(each)
     return manifest
 

@@ -27,7 +27,7 @@ from ..images.layer import OPAQUE, WHITEOUT, unpack
 from . import cgroups, keeper_restore, keeping
 from .checkpoint_state import CHUNK, DISK, IMAGES, Reader, Writer, add, check, codec, read_manifest, seal, suits
 from .container import COMMAND_S, LEFT_S, NOTE
-from .container_spec import ID_RANGE
+from .container_spec import ID_RANGE, own_folders
 from .criu import Criu, errors, log_of, offence, write_options
 from .face import Capabilities, Failed, Key, Phase, Refused, Status
 from .instance import LOOK_S, held, read, sync_folder
@@ -88,11 +88,7 @@ class Checkpoints:
     async def take(self, key: Key, folder: Path, criu: Criu, *, leave_running: bool, step: Step | None = None) -> dict[str, Any]:
         """Write the state of a running container to `folder`, which must be empty or not there; returns the manifest. It is ended then, or goes on; where this raises, it goes on."""
         step = step or _ignored
-        status = await self._driver.status(key)
-        if status.phase is not Phase.RUNNING:
-            raise Refused("id", f"it does not run ({status.phase.value})", "start it, or resume it, first")
-        if not held(self._driver.folder(key)):
-            raise Refused("id", "its keeper was killed: what it writes has no reader that could be given back to it", "stop it, and start it anew")
+        await self._may_be_taken(key)
         folder, own = Path(os.path.abspath(folder)), self._driver.folder(key)
         _to_be_filled(folder)
         used = max(0, self._groups.stats(self._group(key)).memory_bytes)
@@ -100,11 +96,6 @@ class Checkpoints:
             if _free(place) < used + SPARE:
                 raise Refused("disk", f"its state may take {used} bytes, {_free(place)} are free at {place}", "free space, or name another folder")
         note = {"folder": str(folder), "new": str(folder.with_name(f".{folder.name}.new")), "leave_running": leave_running, "token": uuid.uuid4().hex}
-        if (read(own / "keeper.json") or {}).get("network"):
-            raise Refused("spec.network", "connections through the node's network, and ports that are published there, cannot be carried", "leave it out")
-        for one in self._processes(key).values():
-            if one.pop("stopped"):  # CRIU waits for it without an end
-                raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
         keeping.write(str(own / NOTE), note)
         try:
             step("noted")
@@ -116,6 +107,37 @@ class Checkpoints:
         step("let go")
         return manifest
 
+    async def _may_be_taken(self, key: Key) -> dict[int, Any]:
+        """Its processes, where nothing that can be seen from outside stands against taking its state; raises `Refused`. Changes nothing."""
+        status, own = await self._driver.status(key), self._driver.folder(key)
+        if status.phase is not Phase.RUNNING:
+            raise Refused("id", f"it does not run ({status.phase.value})", "start it, or resume it, first")
+        if not held(own):
+            raise Refused("id", "its keeper was killed: what it writes has no reader that could be given back to it", "stop it, and start it anew")
+        if (read(own / "keeper.json") or {}).get("network"):
+            raise Refused("spec.network", "connections through the node's network, and ports that are published there, cannot be carried", "leave it out")
+        those = self._processes(key)
+        for one in those.values():
+            if one.pop("stopped"):  # CRIU waits for it without an end
+                raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
+        return those
+
+    async def offer(self, key: Key, criu: Criu) -> dict[str, Any]:
+        """See `face.Migrates.migrate_out`."""
+        those = await self._may_be_taken(key)  # whether they are one tree can only be seen while they stand still
+        if (await self._driver.status(key)).leased:
+            raise Refused("stop", "it runs only as long as its site says (when_cut_off: move)", "leave that to its site")
+        instance = read(self._driver.folder(key) / "instance.json") or {}
+        if folders := own_folders(instance.get("spec", {})):
+            raise Refused("spec.mounts", f"what it has in {', '.join(folders)[:200]} is this node's, and would stay here", "say of the mount that it is shared, where it is the same folder on every node (a network file system), or let it begin anew")
+        return {
+            "host": self._host(criu), "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "bytes": max(0, self._groups.stats(self._group(key)).memory_bytes), "processes": len(those),
+        }
+
+    def _host(self, criu: Criu) -> dict[str, Any]:
+        here = self._here()
+        return {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version}
+
     async def _written(self, key: Key, folder: Path, criu: Criu, note: Mapping[str, Any], used: int, step: Step) -> dict[str, Any]:
         await self._driver.runtime(key, "pause")
         if not self._groups.frozen(self._group(key)):
@@ -123,13 +145,13 @@ class Checkpoints:
         step("frozen")
         those = self._processes(key)
         status = await self._driver.status(key)
-        _one_tree(status.pid, those)
+        one_tree(status.pid, those)
         for one in those.values():
             one.pop("stopped")  # of a frozen one it says nothing
         raw = self._driver.folder(key) / "dump"
         await asyncio.to_thread(_emptied, raw)
         write_options(raw / "criu.conf", stopped=False)
-        await self._root(key, writable=True)
+        await self.root(key, writable=True)
         try:
             await self._driver.runtime(
                 key, "checkpoint", "--leave-running", "--tcp-established", "--file-locks", "--image-path", str(raw / IMAGES), "--work-path", str(raw), environment=criu.environment(raw / "criu.conf"),
@@ -139,11 +161,11 @@ class Checkpoints:
             log = await asyncio.to_thread(log_of, raw / "dump.log")
             found = offence(log, {pid: f"{one['pid']}, {one['name']}" for pid, one in those.items()})
             raise found or Failed("checkpoint", f"{error.problem}; CRIU says: {' | '.join(errors(log)[:4])[:1000] or 'nothing'}", "see what it says; it goes on as before") from None
-        await self._root(key, writable=False)
+        await self.root(key, writable=False)
         step("dumped")
-        document = self._described(key, criu, note, those)
+        document = self.described(key, criu, note, those)
         try:
-            manifest = await asyncio.to_thread(self._packed, key, Path(note["new"]), raw, document)
+            manifest = await asyncio.to_thread(self.packed, key, Path(note["new"]), raw, document)
         except OSError as error:
             raise Failed("disk", f"the state could not be written: {error.strerror}", "free space, or name another folder") from None
         step("packed")
@@ -152,22 +174,23 @@ class Checkpoints:
         step("whole")
         return manifest
 
-    def _described(self, key: Key, criu: Criu, note: Mapping[str, Any], those: Mapping[int, Any]) -> dict[str, Any]:
+    def described(self, key: Key, criu: Criu, note: Mapping[str, Any], those: Mapping[int, Any]) -> dict[str, Any]:
+        """The manifest of a state that is being taken, without its files: `note` has its `token`, `those` are its processes."""
         own = self._driver.folder(key)
         instance, config, told = (read(own / name) or {} for name in ("instance.json", "config.json", "keeper.json"))
-        here = self._here()
         config.pop("hooks", None)
         sources = {place: source for source, place in told.get("restore", {}).get("binds", ())}
         for mount in config.get("mounts", ()):
             mount["source"] = sources.get(mount["source"], mount["source"])
         return {
             "kind": "container", "token": note["token"], "taken_ms": int(time.time() * 1000),
-            "host": {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version},
+            "host": self._host(criu),
             "order": {"id": key.id, "epoch": key.epoch, "image": instance.get("reference", ""), "requests": instance.get("requests", {}), "spec": instance.get("spec", {}), "job": instance.get("job", False)},
             "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "config": config, "base": -1 if told.get("id_base") is None else int(told["id_base"]), "processes": list(those.values()),
         }
 
-    def _packed(self, key: Key, new: Path, raw: Path, document: dict[str, Any]) -> dict[str, Any]:
+    def packed(self, key: Key, new: Path, raw: Path, document: dict[str, Any], sync: bool = True) -> dict[str, Any]:
+        """Write the state into the folder `new`, from CRIU's images below `raw`, which go; the manifest. It is on the disk then, unless `sync` is false. Blocks."""
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         (new / IMAGES).mkdir(mode=0o700)
@@ -175,17 +198,17 @@ class Checkpoints:
         files = []
         for image in sorted(raw.joinpath(IMAGES).iterdir()):
             with open(image, "rb") as source:
-                files.append(add(new, f"{IMAGES}/{image.name}", source, how))
+                files.append(add(new, f"{IMAGES}/{image.name}", source, how, sync))
             image.unlink()  # what is packed needs its room twice no longer
-        with Writer(new, DISK, how) as target:
+        with Writer(new, DISK, how, sync) as target:
             pack_disk(self._driver.folder(key) / "disk/upper", cast(BinaryIO, target), document["base"] if document["base"] >= 0 else 0)
-        return seal(new, document, [*files, target.entry], how)
+        return seal(new, document, [*files, target.entry], how, sync)
 
     async def _let_go(self, key: Key, note: Mapping[str, Any]) -> None:
         """What comes after the state is whole: it ends, or goes on."""
         own = self._driver.folder(key)
         if note["leave_running"]:
-            await self._thawed(key)
+            await self.thawed(key)
             (own / NOTE).unlink()
         else:
             await self._killed(key)
@@ -207,7 +230,7 @@ class Checkpoints:
         except TimeoutError:
             raise Failed("checkpoint", "its state is whole, and it does not end though it was killed", "look at the node: a process that cannot be killed waits for its kernel or disk") from None
 
-    async def _root(self, key: Key, *, writable: bool) -> None:
+    async def root(self, key: Key, *, writable: bool) -> None:
         """Make a root that shall be read-only writable while all stands still, and read-only again: CRIU has to make a folder in it for a moment when it is brought back."""
         status = await self._driver.status(key)
         if not (read(self._driver.folder(key) / "config.json") or {}).get("root", {}).get("readonly") or not status.pid:
@@ -216,8 +239,9 @@ class Checkpoints:
         if await process.wait() and (await self._driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED):
             raise Failed("checkpoint", f"its root could not be made {'writable' if writable else 'read-only again'}", "leave spec.read_only_root out" if writable else "stop it: it could write to its root")
 
-    async def _thawed(self, key: Key) -> None:
-        await self._root(key, writable=False)
+    async def thawed(self, key: Key) -> None:
+        """It goes on, with its root as it was."""
+        await self.root(key, writable=False)
         if (await self._driver.status(key)).phase is Phase.PAUSED:
             await self._driver.runtime(key, "resume")
 
@@ -227,7 +251,7 @@ class Checkpoints:
         note = read(own / NOTE)
         if note is None:
             return
-        await _ended(own / "dump/criu.conf")
+        await dump_over(own / "dump/criu.conf")
         try:
             whole = read_manifest(Path(note["folder"])).get("token") == note["token"]
         except Refused:
@@ -237,7 +261,7 @@ class Checkpoints:
             return
         await asyncio.to_thread(shutil.rmtree, note["new"], True)
         await asyncio.to_thread(shutil.rmtree, own / "dump", True)
-        await self._thawed(key)
+        await self.thawed(key)
         (own / NOTE).unlink(missing_ok=True)
 
     # -- in ------------------------------------------------------------------------------------------------------------------
@@ -297,7 +321,7 @@ class Checkpoints:
         """Remove what a keeper that was killed left of a restore of which nothing has run."""
         options = self._driver.folder(key) / "restore/criu.conf"
         end = time.monotonic() + STRAY_S
-        while pids := [*_strays(options), *self._processes(key)]:
+        while pids := [*strays(options), *self._processes(key)]:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -375,7 +399,7 @@ def _emptied(folder: Path) -> None:
     (folder / IMAGES).mkdir(parents=True, mode=0o700)
 
 
-def _one_tree(first: int, those: Mapping[int, Any]) -> None:
+def one_tree(first: int, those: Mapping[int, Any]) -> None:
     """Refuses where a process is in the container and does not descend from its first one: such a one (of `exec`) would not be in the state."""
     for pid, one in those.items():
         if pid != first and keeper_restore.parent(pid) not in those:
@@ -390,7 +414,7 @@ def _switches(pid: int, otherwise: int) -> int:
         return otherwise + 1
 
 
-def _strays(options: Path) -> list[int]:
+def strays(options: Path) -> list[int]:
     """Runtimes and CRIUs that work by this file of options."""
     want, found = b"CRIU_CONFIG_FILE=" + os.fsencode(options) + b"\0", []
     for name in os.listdir("/proc"):
@@ -404,10 +428,10 @@ def _strays(options: Path) -> list[int]:
     return found
 
 
-async def _ended(options: Path) -> None:
+async def dump_over(options: Path) -> None:
     """Until a dump that lost its agent has ended: CRIU lets the processes go by itself then. It is not killed: it may have code of its own in them."""
     end = time.monotonic() + STRAY_S
-    while _strays(options):
+    while strays(options):
         if time.monotonic() > end:
             raise Failed("checkpoint", "a dump that an earlier agent began does not end", "look at the node: CRIU waits for its kernel or disk")
         await asyncio.sleep(LOOK_S)

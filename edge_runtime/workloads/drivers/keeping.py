@@ -134,6 +134,11 @@ class Log:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(self._file).st_size
 
+    def again(self) -> "Log":
+        """The log that has its name now."""
+        os.close(self._file)
+        return Log(self._path, 2 * self._half)
+
     def take(self, data: bytes) -> None:
         """Append."""
         while data:

@@ -45,8 +45,6 @@ ASKS = Path("/run/novacron/microvms")
 
 PROGRAMS = ("qemu-system-x86_64",)
 
-CPU_PERIOD_US = 100_000
-
 
 class QemuDriver(ABC):
     """The common part of drivers; see `face.Driver`. Needs root.
@@ -104,17 +102,8 @@ class QemuDriver(ABC):
 
     def _limits(self, group: str, memory_mb: int, order: Order, quota_us: int = 0) -> list[list[Any]]:
         """The control groups of a QEMU whose guest has so much memory: files and what to write, None for those that take its process. They hold a QEMU that misbehaves."""
-        most, weight = (memory_mb << 20) + QEMU_OWN, order.requests.get("cpu", 0) or 100
-        quota = quota_us + CPU_PERIOD_US // 10 if quota_us else 0
-        if self._groups.layout == "v2":
-            top = self._groups.unified
-            told: list[list[Any]] = [[f"{top}/cgroup.subtree_control", "+memory +cpu +pids"], [f"{top}{cgroups.PARENT}/cgroup.subtree_control", "+memory +cpu +pids"]]
-            told += [[f"{top}{group}/memory.max", most], [f"{top}{group}/cpu.weight", min(10_000, max(1, weight // 10))], [f"{top}{group}/pids.max", 256]]
-            return [*told, *([[f"{top}{group}/cpu.max", f"{quota} {CPU_PERIOD_US}"]] if quota else []), [f"{top}{group}/cgroup.procs", None]]
-        mounts = self._groups.mounts
-        told = [[f"{mounts['memory']}{group}/memory.limit_in_bytes", most], [f"{mounts['cpu']}{group}/cpu.shares", max(2, weight * 1024 // 1000)], [f"{mounts['pids']}{group}/pids.max", 256]]
-        told += [[f"{mounts['cpu']}{group}/cpu.cfs_quota_us", quota]] if quota else []
-        return told + [[f"{mount}{group}/cgroup.procs", None] for mount in dict.fromkeys(mounts[name] for name in ("memory", "cpu", "cpuacct", "pids") if name in mounts)]
+        quota = quota_us + cgroups.PERIOD_US // 10 if quota_us else 0
+        return self._groups.of_machine(group, (memory_mb << 20) + QEMU_OWN, order.requests.get("cpu", 0) or 100, quota)
 
     # -- start, end ----------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images import Image, ImageError, ImageStore
-from . import cgroups, lease, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
+from . import cgroups, lease, outside, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
 from .container import searched
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused, Status
 from .instance import read, sync_folder, write
@@ -115,7 +115,7 @@ class VmDriver(QemuDriver):
         qemu = next((path for name in self._settings.qemu if (path := searched(name))), None)
         if not self._settings.enabled:
             why = "switched off (workloads.vms in its configuration)"
-        elif os.geteuid() != 0:
+        elif not outside.machine_root():
             why = "the agent does not run as root"
         elif platform.machine() != "x86_64":
             why = f"there is no machine type q35 for {platform.machine()}"

@@ -206,8 +206,8 @@ def test_the_scripts_are_shell() -> None:
     if shell is None:
         pytest.skip("no busybox")
     scripts = [
-        guest.restore(images=1, disk=2, pipes=["pipe:[1]", "pipe:[2]"], memory=1, pids=2, cpu_us=3, now_s=4, network={"ADDRESS": "1.2.3.4/24"}), guest.dump([["/proc/a b'c", "/dev/null"]], "token"), guest.go(), guest.resume(), guest.kill(15),
-        guest.STAGE.decode(), guest.INIT.decode(), *(data.decode() for name, _, data in guest.files({}) if name != "bin/await"),
+        guest.restore(pipes=["pipe:[1]", "pipe:[2]"], memory=1, pids=2, cpu_us=3, now_s=4), guest.dump([["/proc/a b'c", "/dev/null"]], "token"), guest.go(), guest.resume(), guest.kill(15),
+        guest.STAGE.decode(), guest.INIT.decode(), *(data.decode() for name, _, data in guest.files({}, {"ADDRESS": "1.2.3.4/24"}) if name != "bin/await"),
     ]
     for script in scripts:
         done = subprocess.run([shell, "sh", "-n"], input=script, text=True, capture_output=True)
