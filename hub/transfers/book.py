@@ -142,6 +142,7 @@ class Book:
         one = self.transfers[transfer]
         if one.held:
             one.held = False
+            one.receive.tries = one.send.tries = 0
             self._note(one, now)
 
     def cancel(self, transfer: str, now: int) -> Transfer:

@@ -84,7 +84,8 @@ async def test_a_running_container_moves_to_the_other_node_and_back_when_that_is
             await two.end()
 
 
-@pytest.mark.parametrize(("source", "target"), [("packed-up", "restored"), *(pytest.param(one, "", marks=pytest.mark.slow) for one in SOURCE), *(pytest.param("", one, marks=pytest.mark.slow) for one in TARGET)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), [("packed-up", "restored"), *((one, "") for one in SOURCE), *(("", one) for one in TARGET)])
 async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(tmp_path: Path, source: str, target: str) -> None:
     async with running_hub(tmp_path / "hub", "auto") as hub:
         two = Two(tmp_path, hub)
