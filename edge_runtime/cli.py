@@ -88,6 +88,10 @@ def run(config: object) -> int:
     gc.disable()  # until all is up: what a start makes stays, and looking through it again and again takes a part of the start
     if not isinstance(config, EdgeConfig):
         raise TypeError("run takes an EdgeConfig")
+    if config.workloads.enabled and config.workloads.rootless and os.geteuid() != 0:
+        from .workloads import rootless  # before there is a second thread
+
+        rootless.enter(Path(config.data_dir).resolve())
     if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
         leave_out_openssl()
     import asyncio

@@ -226,7 +226,7 @@ class DesiredState:
         self._runtime.take_update(desired.update)
         if desired.workloads or self.journal.state("workloads"):
             self._runtime.workload_node().take(desired.workloads)
-        if desired.operations:
+        if desired.operations or self._runtime.config.workloads.moves_hub:
             stamp = self._runtime.clock.stamp()
             self._runtime.workload_node().asked.operate(desired.operations, frozenset(one["id"] for one in desired.operations if stamp.quality != "unsynced" and stamp.wall_ms > one["expires_ms"]))
         if self._runtime.uplink is not None:

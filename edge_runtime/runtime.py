@@ -141,10 +141,11 @@ class EdgeRuntime:
             self._tasks.append(loop.create_task(self.updates.run(), name="updates"))
             self.take_update(self.desired.update if self.desired else None)
         await asyncio.sleep(0)  # each duty begins: the first look at this host is decided on before the interface is loaded, which takes as long as all the rest
-        self.service.notify(READY="1", STATUS=self._status_line())
+        self.service.ready(self._status_line())
         if self.config.api.enabled:
             self._api, self.api_port = await self._serve()
         self.surroundings.settle()
+        self.service.settled()
 
     async def _serve(self) -> tuple[Any, int]:
         """The interface. Its modules are loaded beside the loop: on a slow machine that takes longer than the watchdog waits for a sign of life, and the agent decides meanwhile."""

@@ -81,4 +81,4 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
         say(f"emulated: {why}" if why else "with KVM")
     wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online, clock=options.clock, accelerator=accelerator)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
-        machine.process.wait()
+        machine.wait()

@@ -147,7 +147,7 @@ def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolv
     salt = uuid.uuid5(_NAMESPACE, f"{arch.name} {chosen.name}").bytes * 2
     verity = hash_tree(data, salt)
     slot_bytes = chosen.slot_mib * MIB
-    if len(data) + len(verity.tree) > slot_bytes:
+    if len(data) + len(verity.tree) > slot_bytes - BLOCK:  # the last one counts starts
         raise FirmwareError("profile", f"the root takes {(len(data) + len(verity.tree)) // MIB} MiB, a slot of {chosen.name} holds {chosen.slot_mib}", "leave something out, or make the slot larger")
     identity = uuid.uuid5(_NAMESPACE, verity.root.hex())
     slot = slots.SLOTS[0]
@@ -162,7 +162,7 @@ def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolv
     (top / "initrd").write_bytes(early)
     (top / "loader.efi").write_bytes(loader)
     tell("boot partition, data partition, disk")
-    _boot_partition(top, arch, slots.folder(verity.root.hex()), slots.Entry(sequence, slot).name, entry, time_s, identity)
+    _boot_partition(top, arch, slots.folder(verity.root.hex()), slots.Entry(sequence, slot, slots.FACTORY_STARTS).name, entry, time_s, identity)
     _data_partition(top / "data.ext4", chosen.data_mib * MIB, uuid.uuid5(identity, "file system"), time_s)
     front, back = gpt.tables(partitions, disk_bytes, uuid.uuid5(identity, "disk"))
     image = top / "disk.img"

@@ -85,8 +85,9 @@ def reference(chosen: Service, mode: str) -> str:
 def process(chosen: Service, mode: str) -> oci.Process:
     """How it is started. Pure."""
     flags = ("-OO", "-X", "no_debug_ranges") if mode == "production" else ()
-    more: Mapping[str, str] = {"edge": "NOVACRON_EDGE__LOGGING__LEVEL=debug", "hub": "NOVACRON_HUB_LOG_LEVEL=debug"}
-    environment = ("PATH=/usr/sbin:/usr/bin", f"HOME={DATA}", "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1", *chosen.environment, *(() if mode == "production" else (more[chosen.name],)))
+    # The agent would start itself again without asserts.
+    more: Mapping[str, tuple[str, ...]] = {"edge": ("NOVACRON_EDGE__LOGGING__LEVEL=debug", "NOVACRON_NO_REEXEC=1"), "hub": ("NOVACRON_HUB_LOG_LEVEL=debug",)}
+    environment = ("PATH=/usr/sbin:/usr/bin", f"HOME={DATA}", "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1", *chosen.environment, *(() if mode == "production" else more[chosen.name]))
     return oci.Process(("/usr/bin/python3", *flags, "-m", chosen.module, *chosen.arguments), environment, f"{USER}:{USER}", "/", chosen.ports, (DATA,))
 
 

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 
+from edge_runtime.updates import slots
+
 from .recipes import Architecture, Profile
 from .tree import Tree
 
@@ -29,6 +31,18 @@ ROOT_WAIT_TENTHS = 300
 DATA_WAIT_S = 300
 """Longest wait for the data partition: nothing else waits for it, and an agent that gave up would never start. A slow card, or a machine emulated beside others, has taken half a minute."""
 
+START_S = 300
+"""Longest start of one service: systemd's own 90 s cut off, and began again, what was starved on an emulated machine beside others."""
+
+LASTING_STARTS = 3
+"""Starts in a row of which none lasted, after which the initrd reads the whole slot before it starts it: as many as an image on trial has. They are no proof of damage (a power supply may fail as often), what is read is."""
+
+LASTED_S = 300
+"""Seconds after which a start counts as one that lasted; as long as an image on trial has for its proof."""
+
+STOPPED_S = 60
+"""Seconds between two lines of a device that stays off: whoever opens its console need not wait long."""
+
 USERS = {
     "root": (0, "/root"), "nobody": (65534, "/nonexistent"), "systemd-network": (998, "/"), "systemd-resolve": (997, "/"), "systemd-timesync": (996, "/"), "novacron": (AGENT_UID, "/"), "mosquitto": (989, "/"),
 }
@@ -39,7 +53,7 @@ GROUPS = {
 
 MASKED = (
     "getty@.service", "serial-getty@.service", "console-getty.service", "container-getty@.service", "autovt@.service", "debug-shell.service", "systemd-sysusers.service", "systemd-firstboot.service", "ldconfig.service",
-    "systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service", "systemd-logind.service", "systemd-journal-flush.service", "systemd-user-sessions.service",
+    "systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service", "systemd-logind.service", "systemd-logind-varlink.socket", "systemd-journal-flush.service", "systemd-user-sessions.service",
     "systemd-ask-password-console.path", "systemd-ask-password-wall.path", "e2scrub_reap.service", "e2scrub_all.timer", "fstrim.timer", "systemd-networkd-persistent-storage.service", "systemd-networkd-wait-online.service",
     "systemd-boot-random-seed.service", "systemd-boot-update.service", "systemd-boot-clear-sysfail.service", "systemd-pcrlock-make-policy.service", "systemd-vconsole-setup.service", "proc-sys-fs-binfmt_misc.automount", "dev-hugepages.mount",
     "systemd-userdbd.socket", "systemd-mountfsd.socket", "systemd-nsresourced.socket", "dm-event.socket", "mosquitto.service",
@@ -181,10 +195,18 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-fail() {{
-  echo "novacron: $*; starting again in 10 s" > /dev/console
+say() {{ echo "novacron: $*" > /dev/console; }}
+again() {{
+  say "$*; starting again in 10 s"
+  sync
   sleep 10
   reboot -f
+}}
+stay_off() {{
+  while :; do
+    say "$*; this device stays off until its power is cut: write its disk anew"
+    sleep {STOPPED_S}
+  done
 }}
 name= table= up=
 for word in $(cat /proc/cmdline); do
@@ -193,10 +215,35 @@ for word in $(cat /proc/cmdline); do
     novacron.verity=*) table="${{word#*=}}" ;;
   esac
 done
-[ -n "$name" ] && [ -n "$table" ] || fail "the command line names no slot"
+[ -n "$name" ] && [ -n "$table" ] || again "the command line names no slot"
 # novacron.verity=BLOCKS:ROOT:SALT
 blocks="${{table%%:*}}"; rest="${{table#*:}}"; root="${{rest%%:*}}"; salt="${{rest#*:}}"
 modprobe -a -q dm-verity squashfs
+# An image on trial is left by the boot loader, which counts its starts. One that is kept is not counted: leave it for the other slot, which tells why; stay off where there is none.
+damaged() {{
+  say "$*"
+  modprobe -a -q vfat nls_cp437 nls_ascii
+  for found in /sys/class/block/*/uevent; do
+    grep -q '^PARTNAME={ESP_NAME}$' "$found" || continue
+    mount -t vfat /dev/$(sed -n 's/^DEVNAME=//p' "$found") /esp || continue
+    # Another disk may have such a partition too: ours has the entry that we were started by.
+    mine=$(grep -l ":$root:" /esp/{slots.ENTRIES}/novacron-*.conf)
+    if [ -z "$mine" ]; then
+      umount /esp
+      continue
+    fi
+    for entry in /esp/{slots.ENTRIES}/novacron-*.conf; do
+      case "$entry" in *+0*) continue ;; esac
+      grep -q ":$root:" "$entry" && continue
+      case "$mine" in *+*) umount /esp; again "$*" ;; esac
+      echo "$name $root $*" > /esp/{slots.DAMAGED}.new && sync && mv /esp/{slots.DAMAGED}.new /esp/{slots.DAMAGED} && sync && rm $mine && umount /esp && again "the other slot is taken"
+      umount /esp
+      again "$*, and its entry cannot be taken away"
+    done
+    umount /esp
+  done
+  stay_off "$*, and there is no other slot that could start"
+}}
 tried=0
 other=
 while :; do
@@ -209,28 +256,50 @@ while :; do
     # The top of the hash tree, right behind the data: another disk's slot of this name, or one half written, has another.
     top=$({{ printf "$(echo "$salt" | sed 's/../\\\\x&/g')"; dd if="$device" bs=4096 skip="$blocks" count=1 2> /dev/null; }} | sha256sum)
     [ "${{top%% *}}" = "$root" ] && up=1 && break
-    other=" has the root hash $root" tried=$((tried + 9))
+    other=1 tried=$((tried + 9))
   done
   [ -n "$up" ] && break
   tried=$((tried + 1))
-  [ $tried -lt {ROOT_WAIT_TENTHS} ] || fail "no disk's slot $name${{other:- is there}}"
+  [ $tried -lt {ROOT_WAIT_TENTHS} ] || break
   usleep 100000
 done
-dmsetup create novacron-root --readonly --noudevsync --noudevrules --table "0 $((blocks * 8)) verity 1 $device $device 4096 4096 $blocks $blocks sha256 $root $salt 1 panic_on_corruption" \\
-  || fail "dm-verity refuses the slot $name"
+if [ -z "$up" ]; then
+  [ -z "$other" ] || damaged "the slot $name is damaged: no disk's slot $name has the root hash $root"
+  again "no disk's slot $name is there"
+fi
+verity="0 $((blocks * 8)) verity 1 $device $device 4096 4096 $blocks $blocks sha256 $root $salt"
+whole() {{
+  dmsetup create novacron-whole --readonly --noudevsync --noudevrules --table "$verity" || return 1
+  dd if=/dev/dm-0 of=/dev/null bs=1M 2> /dev/null
+  read=$?
+  dmsetup remove --retry --noudevsync --noudevrules novacron-whole
+  return $read
+}}
+# The slot's last block, behind all that an image may have there, counts the starts that have not lasted. A start that lasted makes it zero (`edge_runtime.updates lasted`).
+at=$(($(cat /sys/class/block/${{device#/dev/}}/size) / 8 - 1))
+starts=0
+line=$(dd if="$device" bs=4096 skip=$at count=1 2> /dev/null | tr -d '\\0')
+case "$line" in "{slots.STARTS_WORD} $root "[0-9]) starts="${{line##* }}" ;; esac
+if [ "$starts" -ge {LASTING_STARTS} ]; then
+  say "$starts starts have not lasted: reading the whole slot $name"
+  whole || whole || damaged "the slot $name is damaged: it was read twice and does not have its root hash"
+  starts=0
+fi
+{{ echo "{slots.STARTS_WORD} $root $((starts + 1))"; dd if=/dev/zero bs=4096 count=1 2> /dev/null; }} | dd of="$device" bs=4096 seek=$at count=1 iflag=fullblock conv=notrunc,fsync 2> /dev/null
+dmsetup create novacron-root --readonly --noudevsync --noudevrules --table "$verity 1 panic_on_corruption" || damaged "dm-verity refuses the slot $name"
 # The only one there is; the node is the kernel's own, no udev runs here.
-mount -t squashfs -o ro /dev/dm-0 /root || fail "the slot $name is no squashfs"
+mount -t squashfs -o ro /dev/dm-0 /root || damaged "the slot $name is no squashfs"
 mount --move /dev /root/dev
 mount --move /sys /root/sys
 mount --move /proc /root/proc
 exec switch_root /root /usr/lib/systemd/systemd
 """
 
-INITRD_APPLETS = ("sh", "mount", "cat", "sleep", "reboot", "modprobe", "find", "sort", "xargs", "grep", "sed", "usleep", "switch_root", "printf", "dd", "sha256sum", "echo")
+INITRD_APPLETS = ("sh", "mount", "cat", "sleep", "reboot", "modprobe", "find", "sort", "xargs", "grep", "sed", "usleep", "switch_root", "printf", "dd", "sha256sum", "echo", "umount", "rm", "mv", "sync", "tr")
 
 INITRD_MODULES = (
     "dm-verity", "squashfs", "virtio_blk", "virtio_scsi", "virtio_pci", "virtio_mmio", "nvme", "ahci", "ata_piix", "sd_mod", "usb-storage", "uas", "xhci-pci", "xhci-plat-hcd", "ehci-pci", "mmc_block", "sdhci-pci", "sdhci-acpi", "sdhci-iproc",
-    "sdhci-of-dwcmshc", "bcm2835", "dw_mmc-rockchip", "dwmac", "phy-generic", "crc32c_generic", "crc32c_cryptoapi", "sha256_generic", "sha256-ssse3", "sha256_arm64", "sha256-ce",
+    "sdhci-of-dwcmshc", "bcm2835", "dw_mmc-rockchip", "dwmac", "phy-generic", "vfat", "nls_cp437", "nls_ascii", "crc32c_generic", "crc32c_cryptoapi", "sha256_generic", "sha256-ssse3", "sha256_arm64", "sha256-ce",
 )
 """Drivers of what a root may lie on; with what they depend on. A name that a kernel does not have (or has built in) is passed over."""
 
@@ -316,6 +385,8 @@ RequiresMountsFor={DATA}
 After=novacron-provision.service
 ConditionPathExists=|{DATA}/edge/updates/request.json
 ConditionPathExists=|{DATA}/updates/trial.json
+# At the first start: whether the firmware counts starts.
+ConditionPathExists=|!{DATA}/updates/firmware.json
 StartLimitIntervalSec=0
 
 [Service]
@@ -403,6 +474,37 @@ WantedBy=sysinit.target
 """
 
 
+_LASTED_UNIT = f"""[Unit]
+Description=NovaCron: this start has lasted
+RequiresMountsFor={DATA}
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates lasted
+Nice=10
+IOSchedulingClass=idle
+MemoryMax=64M
+StateDirectory=novacron/updates
+StateDirectoryMode=0755
+RuntimeDirectory=novacron-update
+RuntimeDirectoryPreserve=yes
+PrivateMounts=yes
+StandardOutput=journal+console
+StandardError=journal+console
+"""
+
+_LASTED_TIMER = f"""[Unit]
+Description=NovaCron: after a while, this start has lasted
+
+[Timer]
+OnBootSec={LASTED_S}
+AccuracySec=1
+
+[Install]
+WantedBy=timers.target
+"""
+
+
 def enable(tree: Tree, unit: str, target: str) -> None:
     """What `systemctl enable` would do."""
     tree.link(f"/etc/systemd/system/{target}.wants/{unit}", f"/usr/lib/systemd/system/{unit}")
@@ -427,7 +529,7 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     tree.link("/etc/resolv.conf", "../run/systemd/resolve/resolv.conf")
     tree.link("/etc/localtime", "../usr/share/zoneinfo/Etc/UTC")
     tree.file("/etc/systemd/network/80-novacron.network", _NETWORK)
-    tree.file("/etc/systemd/system.conf.d/novacron.conf", "[Manager]\nRuntimeWatchdogSec=30s\nRebootWatchdogSec=2min\nShowStatus=yes\nDumpCore=no\nDefaultTimeoutStopSec=30s\n")
+    tree.file("/etc/systemd/system.conf.d/novacron.conf", f"[Manager]\nRuntimeWatchdogSec=30s\nRebootWatchdogSec=2min\nShowStatus=yes\nDumpCore=no\nDefaultTimeoutStartSec={START_S}s\nDefaultTimeoutStopSec=30s\n")
     tree.file("/etc/systemd/journald.conf.d/novacron.conf", "[Journal]\nStorage=volatile\nRuntimeMaxUse=8M\nForwardToConsole=no\nRateLimitBurst=1000\n")
     tree.file("/etc/systemd/resolved.conf.d/novacron.conf", "[Resolve]\nLLMNR=no\nMulticastDNS=no\nDNSStubListener=no\n")
     tree.file("/etc/sysctl.d/90-novacron.conf", "kernel.panic=10\nkernel.panic_on_oops=1\nkernel.kptr_restrict=2\nkernel.dmesg_restrict=1\nkernel.unprivileged_bpf_disabled=1\nkernel.sysrq=0\nfs.suid_dumpable=0\nvm.overcommit_memory=0\n")
@@ -454,6 +556,9 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     tree.file("/usr/lib/systemd/system/novacron-gate.service", _GATE_UNIT)
     tree.file("/usr/lib/systemd/system/novacron-gate.timer", _GATE_TIMER)
     enable(tree, "novacron-gate.timer", "sysinit.target")
+    tree.file("/usr/lib/systemd/system/novacron-lasted.service", _LASTED_UNIT)
+    tree.file("/usr/lib/systemd/system/novacron-lasted.timer", _LASTED_TIMER)
+    enable(tree, "novacron-lasted.timer", "timers.target")
     tree.file("/usr/lib/novacron/image.json", json.dumps({"arch": arch.name, "profile": chosen.name, "version": version, "sequence": sequence}))
     for name, data in (keys or {}).items():
         tree.file(f"{UPDATE_KEYS}/{name}.pem", data)

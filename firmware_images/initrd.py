@@ -106,7 +106,7 @@ def make(tree: Tree, version: str, time_s: int) -> tuple[bytes, list[str]]:
     """
     folder = f"/usr/lib/modules/{version}"
     made = Tree()
-    for name in ("bin", "dev", "proc", "sys", "root", "lib", "usr/lib", "usr/bin", "tmp"):
+    for name in ("bin", "dev", "proc", "sys", "root", "lib", "usr/lib", "usr/bin", "tmp", "esp"):
         made.folder(f"/{name}")
     for name in ("lib64", "sbin"):
         made.link(f"/{name}", "lib" if name == "lib64" else "bin")

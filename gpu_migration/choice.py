@@ -13,8 +13,12 @@ from .codecs import BY_NAME, CODERS, Coder
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
 
-TIE = 0.15
-"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken: others use the wire too."""
+TIE = 0.02
+"""Of coders whose costs are within so much of the least, which is no more than the measurements can tell apart, the one that sends the fewest bytes is taken. More of it would be speed given away."""
+
+WIRE_WORTH = 2.5e-9
+"""Seconds of a processor that a byte less on the wire is worth, also where the wire holds nothing up: others use it too. A host of the 2020s has some fifty cores to 100 Gbit/s, so that a
+core's share of the wire takes 4 ns a byte; less than that, for the wire is seldom full."""
 
 OUTLIER = 4.0
 """A measurement counts for at most so many times the mean: a thread that was interrupted says little of the work."""
@@ -28,6 +32,9 @@ TOLD_FROM = 512 << 10
 
 SAMPLE = 16 << 10
 """Bytes that are coded for a guess: four pages' worth, 1.5 % of an extent's cost."""
+
+HOLDS, ALIKE = 4, 0.2
+"""So often at the most a choice is not made anew for an extent that is alike within so much: reckoning takes as long as a tenth of the coding."""
 
 EXPLORE_EVERY = 64
 """Every so many choices the second best coder is taken, so that its rates stay known."""
@@ -52,6 +59,9 @@ START_SHIP = 2e9
 
 START_WIRE = 1e9
 """Bytes a second of the wire until measured."""
+
+START_GUESS, START_CODER = 2.0, "lz4-fast"
+"""A sample's ratio, and what is chosen, until there is one."""
 
 FREE = ("store", "lz4-faster", "lz4-fast", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-9")
 """Coders to choose from unless told otherwise. Deflate is for those that ask for it: at its rate zstd is smaller."""
@@ -92,6 +102,12 @@ class Model:
     take: Mean = field(default_factory=lambda: Mean(1 / START_TAKE))
     undo: dict[str, Mean] = field(default_factory=lambda: {name: Mean(1 / rate) for name, rate in START_UNDO.items()})
     taken: int = 0
+    guess: Mean = field(default_factory=lambda: Mean(START_GUESS))
+    """Ratio of the samples."""
+    last: str = START_CODER
+    """The coder that was chosen last."""
+    _for: tuple[int, float] = (0, 0.0)
+    """Bytes to be coded and ratio of the sample, of what it was chosen for."""
 
     def scanned(self, size: int, seconds: float) -> None:
         """Reading and sorting out took so long on one thread."""
@@ -125,7 +141,7 @@ class Model:
     def cost(self, name: str, size: int, plain: int, guess: float) -> float:
         """Seconds that the slowest stage takes for an extent of `size` bytes of which `plain` are to be coded."""
         out = self.leaves(name, plain, guess)
-        here = size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value
+        here = size * self.scan.value + plain * self.seconds[name].value + out * (self.ship.value + WIRE_WORTH)
         there = out * self.take.value + plain * self.undo[name].value
         if self.shared:
             stages = [(here + there) / self.processors, out / self.limit if self.limit else 0.0]
@@ -134,6 +150,16 @@ class Model:
         longest = max(stages)
         return longest + SERIAL * (sum(stages) - longest)
 
+    def wire_binds(self, size: int, plain: int) -> bool:
+        """Whether the wire, not the processors, is what holds an extent up, by the coder that was chosen last: only then is it worth their time to look for what need not be sent."""
+        name = self.last
+        out = self.leaves(name, plain, self.guess.value)
+        wire = out / self.limit if self.limit else 0.0
+        processors = size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value
+        if self.shared:
+            return wire > (processors + out * self.take.value + plain * self.undo[name].value) / self.processors
+        return out / self.wire_rate() > processors / self.threads
+
     def leaves(self, name: str, plain: int, guess: float) -> float:
         """Bytes that a coder leaves of so many."""
         return plain / (1 + self.factors[name].value * max(0.0, guess - 1))
@@ -141,9 +167,17 @@ class Model:
     def choose(self, size: int, plain: int, guess: float) -> Coder:
         """The coder for an extent."""
         self.taken += 1
+        if self.taken % HOLDS and abs(plain - self._for[0]) <= ALIKE * plain and abs(guess - self._for[1]) <= ALIKE * guess:
+            return BY_NAME[self.last]
+        self.guess.learn(guess)
+        coder = self._choose(size, plain, guess)
+        self.last, self._for = coder.name, (plain, guess)
+        return coder
+
+    def _choose(self, size: int, plain: int, guess: float) -> Coder:
         costs = {name: self.cost(name, size, plain, guess) for name in self.names}
         ranked = sorted(costs, key=costs.__getitem__)
-        if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:
+        if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:  # a multiple of HOLDS
             return BY_NAME[ranked[1]]
         alike = [name for name in ranked if costs[name] <= (1 + TIE) * costs[ranked[0]]]
         return BY_NAME[min(alike, key=lambda name: self.leaves(name, plain, guess))]

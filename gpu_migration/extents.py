@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from . import codecs, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
-from .layout import EXTENT, IN_BASE, PAGE, WORDS, Page
+from .layout import CLASSES, CODED, CONST, DELTA, DUP, EXTENT, IN_BASE, PAGE, RAW, UNCHANGED, WORDS, ZERO
 from .transforms import Facts, Rows, Transforms, Words
 from .transforms.cpu import CPU
 
@@ -65,11 +65,10 @@ def raw_hash(data: bytes | bytearray | memoryview) -> bytes:
     return blake3(data).digest()
 
 
-def zero(index: int, raw_length: int) -> Encoded:
+def zero(index: int, raw_length: int, *, sealed: bool = False) -> Encoded:
     """The encoded extent of a hole."""
-    classes = np.zeros(layout.pages_of(raw_length), np.uint8)
-    digest, none = layout.zero_hash(raw_length), np.zeros(0, np.uint64)
-    return Encoded(layout.pack(index, codecs.STORE, raw_length, digest, classes, none, none, b"", b""), digest, tuple(np.bincount(classes, minlength=len(Page)).tolist()), 0, 0, "store")
+    counts = (layout.pages_of(raw_length), *(0 for _ in range(CLASSES - 1)))
+    return Encoded(layout.pack_zeros(index, raw_length, sealed=sealed), layout.zero_hash(raw_length), counts, 0, 0, "store")
 
 
 def _duplicates(pages: Words, left: Rows, marks: Words, transforms: Transforms) -> tuple[Rows, Rows]:
@@ -101,11 +100,11 @@ def _deltas(pages: Words, base: Words, left: Rows, facts: Facts, transforms: Tra
 
 def encode(
     index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None,
-    transforms: Transforms = CPU, facts: Facts | None = None, elsewhere: Elsewhere | None = None,
+    transforms: Transforms = CPU, facts: Facts | None = None, elsewhere: Elsewhere | None = None, sealed: bool = False, thorough: bool = True,
 ) -> Encoded:
     """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long.
 
-    `facts`: of these very pages and this base, where they are known already. `elsewhere`: what pages may refer to outside the extent.
+    `sealed`: as in `layout.pack`. `thorough`: look for equal pages and for such as no codec shrinks, which takes as long as a third of the coding and leaves some percent less. `facts`: of these very pages and this base, where they are known already. `elsewhere`: what pages may refer to outside the extent.
     """
     raw_length = len(data)
     if not 0 < raw_length <= EXTENT:
@@ -116,47 +115,48 @@ def encode(
     if facts is None:
         facts = transforms.scan(pages, base_pages)
     constant = facts.constant()
-    if constant.all() and not fills.any():
-        return zero(index, raw_length)  # most extents of a young guest: its hash is known
+    some_constant = bool(constant.any())
+    if some_constant and constant.all() and not fills.any():
+        return zero(index, raw_length, sealed=sealed)  # most extents of a young guest: its hash is known
     digest = blake3(data).digest()
-    classes = np.full(len(pages), Page.CODED, np.uint8)
-    classes[constant] = np.where(fills[constant] == 0, Page.ZERO, Page.CONST)
+    classes = np.full(len(pages), CODED, np.uint8)
+    if some_constant:
+        classes[constant] = np.where(fills[constant] == 0, ZERO, CONST)
     if base_pages is not None:
         shared = len(base_pages)
-        same = facts.unchanged()[:shared] & (classes[:shared] != Page.ZERO)
-        classes[:shared][same] = Page.UNCHANGED
-    left = np.flatnonzero(classes == Page.CODED)
+        same = facts.unchanged()[:shared] & (classes[:shared] != ZERO)
+        classes[:shared][same] = UNCHANGED
+    left = (classes == CODED).nonzero()[0]
     references = np.zeros(len(pages), np.uint64)
-    if len(left):
+    if thorough and len(left):
         marks = facts.signatures(left)
         if elsewhere is not None:
             repeated, numbers = elsewhere.find(index, pages, left, marks)
             if len(repeated):
-                classes[repeated], references[repeated] = Page.DUP, numbers
-                still = classes[left] == Page.CODED
+                classes[repeated], references[repeated] = DUP, numbers
+                still = classes[left] == CODED
                 left, marks = left[still], marks[still]
         repeated, original = _duplicates(pages, left, marks, transforms)
         if len(repeated):
-            classes[repeated], references[repeated] = Page.DUP, original + index * layout.PAGES
-            still = classes[left] == Page.CODED
+            classes[repeated], references[repeated] = DUP, original + index * layout.PAGES
+            still = classes[left] == CODED
             left, marks = left[still], marks[still]
         if elsewhere is not None:
             elsewhere.note(index, left, marks)
     if base_pages is not None and len(left):
-        classes[_deltas(pages, base_pages, left[left < len(base_pages)], facts, transforms)] = Page.DELTA
-        left = np.flatnonzero(classes == Page.CODED)
+        classes[_deltas(pages, base_pages, left[left < len(base_pages)], facts, transforms)] = DELTA
+        left = (classes == CODED).nonzero()[0]
     whole = len(left) == len(pages)
-    if len(left):
+    if thorough and len(left):
         dense = facts.dense(left)
         if dense.any():
-            classes[left[dense]] = Page.RAW
+            classes[left[dense]] = RAW
             left, whole = left[~dense], False
     if whole:
         plain = pages.data.cast("B")
     else:
-        deltas = np.flatnonzero(classes == Page.DELTA)
         parts = pages[left]
-        if len(deltas) and base_pages is not None:
+        if base_pages is not None and len(deltas := (classes == DELTA).nonzero()[0]):
             parts = np.concatenate([parts, transforms.xor(pages[deltas], base_pages[deltas])])
         plain = np.ascontiguousarray(parts).data.cast("B") if len(parts) else memoryview(b"")
     coder, coded = codecs.CODERS[0], b""
@@ -165,20 +165,20 @@ def encode(
         coded = coder.encode(plain)
         if len(coded) >= len(plain):
             coder, coded = codecs.CODERS[0], bytes(plain)
-    counts = np.bincount(classes, minlength=len(Page))
-    raw = pages[classes == Page.RAW].tobytes() if counts[Page.RAW] else b""
-    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == Page.CONST], references[classes == Page.DUP], raw, coded)
+    counts = np.bincount(classes, minlength=CLASSES)
+    raw = pages[(classes == RAW).nonzero()[0]].data.cast("B") if counts[RAW] else b""
+    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == CONST], references[classes == DUP], raw, coded, sealed=sealed)
     return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
 
 
 def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> bool:
     """Fill the pages that are references; whether any was to a page outside the extent."""
-    rows = np.flatnonzero(extent.classes == Page.DUP)
+    rows = np.flatnonzero(extent.classes == DUP)
     first = extent.index * layout.PAGES
     here = (extent.references >= np.uint64(first)) & (extent.references < np.uint64(first + len(out)))
     if here.any():
         targets = (extent.references[here] - np.uint64(first)).astype(np.intp)
-        if (extent.classes[targets] == Page.DUP).any():
+        if (extent.classes[targets] == DUP).any():
             raise FormatError(f"extent {extent.index}: a reference to a page that is a reference itself")
         out[rows[here]] = out[targets]
     for row, reference in zip(rows[~here].tolist(), extent.references[~here].tolist(), strict=True):
@@ -205,37 +205,37 @@ def decoded(extent: layout.Extent, room: memoryview, *, base: bytes | memoryview
     """
     count = len(extent.classes)
     classes = extent.classes
-    kinds = np.bincount(classes, minlength=len(Page))
-    if kinds[Page.ZERO] == count:
+    kinds = extent.counts
+    if kinds[ZERO] == count:
         if extent.raw_hash != layout.zero_hash(extent.raw_length):
             raise HashMismatch(f"extent {extent.index}: it is all zeros and its hash is another")
         return memoryview(layout.ZEROS)[: extent.raw_length]
-    leans = bool(kinds[Page.UNCHANGED] or kinds[Page.DELTA])
+    leans = bool(kinds[UNCHANGED] or kinds[DELTA])
     base_pages = as_pages(base)[:count] if base and leans else None
     if leans:
-        needed = int(np.flatnonzero((classes == Page.UNCHANGED) | (classes == Page.DELTA))[-1]) + 1
+        needed = int(np.flatnonzero((classes == UNCHANGED) | (classes == DELTA))[-1]) + 1
         if base_pages is None or len(base_pages) < needed:
             raise BaseMismatch(f"extent {extent.index}: it leans on a base that is not here; send it without a base")
     plain = codecs.decode(extent.codec, extent.coded, extent.plain_length) if extent.plain_length else b""
-    if kinds[Page.CODED] == count:
+    if kinds[CODED] == count:
         room = memoryview(plain)
     else:
         pages = np.frombuffer(room, np.uint64)[: count * WORDS].reshape(count, WORDS)
         rows = np.frombuffer(plain, np.uint64).reshape(-1, WORDS)
-        if kinds[Page.ZERO]:
-            pages[np.flatnonzero(classes == Page.ZERO)] = 0
+        if kinds[ZERO]:
+            pages[(classes == ZERO).nonzero()[0]] = 0
         if len(extent.constants):
-            pages[classes == Page.CONST] = extent.constants[:, None]
+            pages[classes == CONST] = extent.constants[:, None]
         if len(extent.raw):
-            pages[np.flatnonzero(classes == Page.RAW)] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
+            pages[(classes == RAW).nonzero()[0]] = np.frombuffer(extent.raw, np.uint64).reshape(-1, WORDS)
         if len(rows):
-            split = int(kinds[Page.CODED])
-            pages[np.flatnonzero(classes == Page.CODED)] = rows[:split]
+            split = kinds[CODED]
+            pages[(classes == CODED).nonzero()[0]] = rows[:split]
             if base_pages is not None and split < len(rows):
-                deltas = np.flatnonzero(classes == Page.DELTA)
+                deltas = np.flatnonzero(classes == DELTA)
                 pages[deltas] = rows[split:] ^ base_pages[deltas]
         if base_pages is not None:
-            unchanged = np.flatnonzero(classes == Page.UNCHANGED)
+            unchanged = np.flatnonzero(classes == UNCHANGED)
             pages[unchanged] = base_pages[unchanged]
         if len(extent.references):
             leans |= _resolve(extent, pages, page_at, base_at)

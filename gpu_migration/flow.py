@@ -26,7 +26,9 @@ class Bounded(Generic[T]):
     """A queue bounded by bytes: a producer waits while it is at the high-water mark; peak says how full it ever was."""
 
     def __init__(self, high_water: int = HIGH_WATER) -> None:
-        self._ready = threading.Condition()
+        lock = threading.Lock()
+        # Two, so that one waiter is woken for one item: each that wakes for nothing takes the interpreter from those that work.
+        self._there, self._room = threading.Condition(lock), threading.Condition(lock)
         self._items: deque[tuple[T, int]] = deque()
         self._bytes = 0
         self._high_water = high_water
@@ -35,43 +37,49 @@ class Bounded(Generic[T]):
 
     def put(self, item: T, size: int) -> bool:
         """Waits for room: below the mark one more is taken. False once closed."""
-        with self._ready:
+        with self._room:
             while self._items and self._bytes + size > self._high_water and not self._closed:
-                self._ready.wait()
+                self._room.wait()
             if self._closed:
                 return False
             self._items.append((item, size))
             self._bytes += size
             self.peak = max(self.peak, self._bytes)
-            self._ready.notify_all()
+            self._there.notify()
             return True
 
     def get(self, stop: threading.Event | None = None) -> T | None:
         """The next item; None once closed, or when `stop` is set and `wake` was called."""
-        with self._ready:
+        with self._there:
             while not self._items:
                 if self._closed or (stop is not None and stop.is_set()):
                     return None
-                self._ready.wait()
+                self._there.wait()
             if self._closed or (stop is not None and stop.is_set()):
+                self._there.notify()  # it may have been woken for an item, which is another's then
                 return None
             item, size = self._items.popleft()
             self._bytes -= size
-            self._ready.notify_all()
+            self._room.notify_all()
             return item
+
+    def empty(self) -> bool:
+        """Nothing is in it, at this moment."""
+        return not self._items
 
     def wake(self) -> None:
         """Let waiters look at their stop events."""
-        with self._ready:
-            self._ready.notify_all()
+        with self._there:
+            self._there.notify_all()
 
     def close(self) -> None:
         """Drop everything; every waiter wakes."""
-        with self._ready:
+        with self._there:
             self._closed = True
             self._items.clear()
             self._bytes = 0
-            self._ready.notify_all()
+            self._there.notify_all()
+            self._room.notify_all()
 
 
 class Pace:
@@ -81,6 +89,10 @@ class Pace:
         self._lock = threading.Lock()
         self._limit = limit
         self._free_at = 0.0
+
+    def open(self, now: float) -> bool:
+        """Something may go at once."""
+        return not self._limit or self._free_at <= now
 
     def due(self, size: int, now: float) -> float:
         """Seconds to wait before so many bytes may go, which are booked at once."""

@@ -2,15 +2,15 @@
 
     python -m gpu_migration.guard QMP-SOCKET JOURNAL
 
-On its standard input come letters: `s`, the guest is about to be stopped; `d`, that is over, whatever came of it. At the end of the input after an `s` the guest is resumed, unless the journal is there:
-then the target was asked to commit, and only it knows whose the guest is.
+On its standard input come letters: `s`, the guest is about to be stopped; `d`, all is over, whatever came of it. At the end of the input without a `d` QEMU is told to forget what it was told for the move, and after
+an `s` the guest is resumed; not where the journal is there: then the target was asked to commit, and only it knows whose the guest is.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from .qemu_guest import resume
+from .qemu_guest import forget, resume
 from .qemu_qmp import QemuError, Qmp
 
 
@@ -21,14 +21,16 @@ def main() -> int:
     last = b""
     while letter := os.read(0, 1):
         last = letter
-    if last != b"s" or journal.exists():
+    if last == b"d" or journal.exists():
         return 0
     try:
         qmp = Qmp(control)
-        resume(qmp)
+        if last == b"s":
+            resume(qmp)
+        forget(qmp)
         qmp.close()
     except QemuError as error:
-        sys.stderr.write(f"guard: the guest at {control} may stand still: {error}\n")
+        sys.stderr.write(f"guard: the guest at {control} may stand still, or leave out its memory when it is migrated otherwise: {error}\n")
         return 1
     return 0
 

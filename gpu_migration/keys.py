@@ -34,7 +34,8 @@ NONCE = 32
 TRANSFER_ID = 16
 _HELLO = struct.Struct("<4sB3s16s32s32s")
 _MAGIC = b"NVXH"
-_VERSION = 1
+_VERSION = 2
+"""2: several small extents may come in one record, and acknowledgements of several."""
 _MAC = 32
 HELLO = _HELLO.size + _MAC
 """Bytes of a hello."""

@@ -7,7 +7,7 @@ An encoded extent, integers little-endian:
 
 The lengths of constants, references, raw pages and of the decoded coded section follow from the page map. The coded section is the pages of class CODED, then
 those of DELTA as XOR with the base's page, in page order, in the codec of the header. A last page that is not whole is padded with zeros; the hash of raw
-covers the raw length only. The hash of coded covers the header before it and the body. Both are BLAKE3.
+covers the raw length only. The hash of coded covers the header before it and the body; within a sealed record, which says more than it, zeros may stand for it. Both are BLAKE3.
 
 A reference is a page of the object: of this extent (and then not itself a reference) or of one that the destination holds already; with bit 63 set, of the base.
 """
@@ -38,6 +38,8 @@ IN_BASE = 1 << 63
 HASH = 32
 HEADER = struct.Struct("<4sBBBBQII32s32s")
 _BEFORE_CODED_HASH = HEADER.size - HASH
+_UNSTATED = bytes(HASH)
+"""In place of the hash of coded, within a sealed record."""
 ENCODED_MAX = HEADER.size + PAGES * 9 + EXTENT
 """The largest encoded extent, bytes: every page raw, or a map and operands; coding that grows is not used."""
 OBJECT_MAX = 1 << 44
@@ -55,6 +57,10 @@ class Page(IntEnum):
     RAW = 5
     CODED = 6
 
+
+ZERO, CONST, UNCHANGED, DUP, DELTA, RAW, CODED = (int(kind) for kind in Page)
+"""The same as plain numbers, for where every extent passes: an enumeration's member takes a microsecond to be looked up."""
+CLASSES = len(Page)
 
 Map = NDArray[np.uint8]
 Words = NDArray[np.uint64]
@@ -75,11 +81,17 @@ class Extent:
     references: Words
     raw: memoryview
     coded: memoryview
+    counts: tuple[int, ...]
+    """Pages of each class."""
 
     @property
     def plain_length(self) -> int:
         """Bytes of the coded section once decoded."""
-        return (int(np.count_nonzero(self.classes == Page.CODED)) + int(np.count_nonzero(self.classes == Page.DELTA))) * PAGE
+        return (self.counts[CODED] + self.counts[DELTA]) * PAGE
+
+
+_NO_WORDS: Words = np.zeros(0, np.uint64)
+_NO_OTHERS = (0,) * (CLASSES - 1)
 
 
 def pages_of(length: int) -> int:
@@ -97,8 +109,10 @@ def extent_length(length: int, index: int) -> int:
     return min(EXTENT, length - index * EXTENT)
 
 
-def pack(index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map, constants: Words, references: Words, raw: bytes | memoryview, coded: bytes | memoryview) -> bytes:
-    """One encoded extent."""
+def pack(
+    index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map, constants: Words, references: Words, raw: bytes | memoryview, coded: bytes | memoryview, *, sealed: bool = False
+) -> bytes:
+    """One encoded extent. `sealed`: it goes into an authenticated record and nowhere else; zeros stand for the hash of coded then."""
     first = int(classes[0])
     uniform = bool((classes == first).all())
     flags = UNIFORM if uniform else 0
@@ -106,11 +120,26 @@ def pack(index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map,
     parts = (page_map, constants.astype("<u8", copy=False).tobytes(), references.astype("<u8", copy=False).tobytes(), raw, coded)
     length = sum(len(part) for part in parts)
     before = HEADER.pack(MAGIC, VERSION, codec, PAGE_SHIFT, flags, index, raw_length, length, raw_hash, b"")[:_BEFORE_CODED_HASH]
+    if sealed:
+        return b"".join((before, _UNSTATED, *parts))
     digest = blake3(before)
     for part in parts:
         if len(part):
             digest.update(part)
     return b"".join((before, digest.digest(), *parts))
+
+
+def pack_zeros(index: int, raw_length: int, *, sealed: bool = False) -> bytes:
+    """An extent of zeros, as `pack` makes it: half of a guest's memory, for which that takes longer than all else."""
+    before = HEADER.pack(MAGIC, VERSION, 0, PAGE_SHIFT, UNIFORM, index, raw_length, 1, zero_hash(raw_length), b"")[:_BEFORE_CODED_HASH]
+    return before + (_UNSTATED if sealed else blake3(before + b"\0").digest()) + b"\0"
+
+
+def index_of(encoded: bytes | bytearray | memoryview) -> int:
+    """Which extent an encoded one says that it is. Raises FormatError; nothing else is looked at."""
+    if len(encoded) < HEADER.size:
+        raise FormatError(f"extent: truncated, {len(encoded)} bytes are less than its header of {HEADER.size}; send it again")
+    return int(HEADER.unpack_from(encoded)[5])
 
 
 def unpack(encoded: bytes | bytearray | memoryview, *, sealed: bool = False) -> Extent:
@@ -137,25 +166,27 @@ def unpack(encoded: bytes | bytearray | memoryview, *, sealed: bool = False) -> 
     if not sealed and blake3(view[:_BEFORE_CODED_HASH]).update(view[HEADER.size :]).digest() != coded_hash:
         raise FormatError(f"extent {index}: the hash of its coded bytes does not agree; it was damaged")
     body, pages = view[HEADER.size :], pages_of(raw_length)
+    if flags & UNIFORM and length == 1 and not body[0]:
+        return Extent(index, codec, raw_length, bytes(raw_hash), np.zeros(pages, np.uint8), _NO_WORDS, _NO_WORDS, body[1:], body[1:], (pages, *_NO_OTHERS))
     map_length = 1 if flags & UNIFORM else pages
     if len(body) < map_length:
         raise FormatError(f"extent {index}: its page map is truncated")
     classes = np.frombuffer(body[:map_length], np.uint8)
     if flags & UNIFORM:
         classes = np.full(pages, classes[0], np.uint8)
-    counts = np.bincount(classes, minlength=len(Page))
-    if len(counts) > len(Page):
+    counts = np.bincount(classes, minlength=CLASSES).tolist()
+    if len(counts) > CLASSES:
         raise FormatError(f"extent {index}: page class {int(classes.max())} is unknown in version {VERSION}")
-    constants_end = map_length + 8 * int(counts[Page.CONST])
-    references_end = constants_end + 8 * int(counts[Page.DUP])
-    raw_end = references_end + PAGE * int(counts[Page.RAW])
+    constants_end = map_length + 8 * counts[CONST]
+    references_end = constants_end + 8 * counts[DUP]
+    raw_end = references_end + PAGE * counts[RAW]
     if raw_end > len(body):
         raise FormatError(f"extent {index}: its page map needs {raw_end} bytes and {len(body)} are there")
-    if bool(counts[Page.CODED] or counts[Page.DELTA]) != (raw_end < len(body)):
+    if bool(counts[CODED] or counts[DELTA]) != (raw_end < len(body)):
         raise FormatError(f"extent {index}: coded pages without a coded section, or the other way round")
     return Extent(
         index, codec, raw_length, bytes(raw_hash), classes, np.frombuffer(body[map_length:constants_end], "<u8"), np.frombuffer(body[constants_end:references_end], "<u8"),
-        body[references_end:raw_end], body[raw_end:],
+        body[references_end:raw_end], body[raw_end:], tuple(counts),
     )
 
 

@@ -45,10 +45,12 @@ class Ledger:
             self._open = len(self._pending)
             self._lock.notify_all()
 
-    def take(self) -> int | None:
-        """The next extent to encode; waits for one; None once closed."""
-        taken = self.take_several(1)
-        return taken[0] if taken else None
+    def take(self, *, wait: bool = True) -> int | None:
+        """The next extent to encode; waits for one, or gives None; None once closed."""
+        with self._lock:
+            while wait and not self._pending and not self._closed:
+                self._lock.wait()
+            return self._pending.pop() if self._pending and not self._closed else None
 
     def take_several(self, most: int) -> list[int]:
         """The next extents to encode, as many as there are at once; waits for one; none once closed."""

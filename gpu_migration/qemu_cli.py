@@ -29,7 +29,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", address
     send.add_argument("--leave", action="store_true", help="leave QEMU here, stopped, once the guest is over; else it is ended")
     receive = commands.add_parser("vm-receive", help="take one guest of QEMU into a folder, best in memory (/dev/shm)")
     receive.add_argument("folder", type=Path)
-    receive.add_argument("qemu", nargs="+", metavar="QEMU", help="after --: QEMU's command line, the same machine as at the source, with {memory} for the file of its memory; -qmp, -incoming and -S are added")
+    receive.add_argument("qemu", nargs="+", metavar="QEMU", help="after --: QEMU's command line, the same machine as at the source, with {memory} for the file of its memory and {disk:NODE} for that of each disk that is to come with it; -qmp, -incoming and -S are added")
+    receive.add_argument("--disks", type=Path, metavar="FOLDER", help="folder for the disks that come with it, best with nothing else in it (else disks in its folder)")
     receive.add_argument("--listen", type=address, default=("127.0.0.1", 0), metavar="HOST:PORT")
     for command in (send, receive):
         command.add_argument("--key-file", type=Path, help=f"file with the key, for its owner alone (else {keys.KEY_VARIABLE})")
@@ -47,6 +48,6 @@ def send(options: argparse.Namespace) -> dict[str, Any]:
 
 def receive(options: argparse.Namespace) -> dict[str, Any]:
     """Raises MigrationError."""
-    target = Target(options.folder, keys.load_key(options.key_file), options.listen, options.qemu, patience=options.patience)
+    target = Target(options.folder, keys.load_key(options.key_file), options.listen, options.qemu, disks=options.disks, patience=options.patience)
     print(f"listening on {target.address[0]}:{target.address[1]}", file=sys.stderr, flush=True)
     return dataclasses.asdict(target.serve())

@@ -14,6 +14,8 @@ from .errors import MigrationError
 
 ANSWER_S = 30.0
 """Seconds for an answer: stopping a guest waits for its disks."""
+MEANWHILE_S = 0.001
+"""Seconds for QEMU to say something before something else is done: it needs a processor too."""
 LINE_MOST = 1 << 20
 """Bytes of one line that QEMU says."""
 EVENTS_MOST = 200
@@ -21,6 +23,10 @@ EVENTS_MOST = 200
 
 class QemuError(MigrationError):
     """QEMU refused, ended, or said nothing in time."""
+
+
+class QemuRefused(QemuError):
+    """QEMU is there and does not do what it was told, now."""
 
 
 class Qmp:
@@ -58,11 +64,15 @@ class Qmp:
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         """One command's answer. Raises QemuError."""
+        self.say(command, **arguments)
+        return self.answer(command)
+
+    def say(self, command: str, **arguments: Any) -> None:
+        """A command whose answer is waited for later: `answer`, before the next one. Raises QemuError."""
         try:
             self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         except OSError as error:
             raise QemuError(f"{command}: QEMU has ended ({error.strerror or error})") from None
-        return self._answer(command)
 
     def give(self, name: str, descriptor: int) -> None:
         """Hand QEMU a descriptor under a name (`fd:NAME`)."""
@@ -70,26 +80,41 @@ class Qmp:
             socket.send_fds(self._socket, [json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"], [descriptor])
         except OSError as error:
             raise QemuError(f"getfd: QEMU has ended ({error.strerror or error})") from None
-        self._answer("getfd")
+        self.answer("getfd")
 
-    def _answer(self, command: str) -> Any:
+    def answer(self, command: str) -> Any:
+        """Of what was said. Raises QemuError."""
         end = time.monotonic() + self._seconds
         while True:
             message = self._message(end)
             if "return" in message:
                 return message["return"]
             if "error" in message:
-                raise QemuError(f"QEMU refuses {command}: {str(message['error'].get('desc', ''))[:500]}")
+                raise QemuRefused(f"QEMU refuses {command}: {str(message['error'].get('desc', ''))[:500]}")
 
     def until(self, event: str, **data: tuple[Any, ...]) -> dict[str, Any]:
         """Wait for an event whose data have one of these values; events before it are forgotten. Raises QemuError."""
+        return self.first(lambda found: found["event"] == event and all(found.get("data", {}).get(key) in values for key, values in data.items()))
+
+    def first(self, wanted: Callable[[dict[str, Any]], bool], meanwhile: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Wait for such an event; events before it are forgotten. `meanwhile` is called again and again as long as QEMU says nothing. Raises QemuError."""
         end = time.monotonic() + self._seconds
         while True:
             while self.events:
                 found = self.events.popleft()
-                if found["event"] == event and all(found.get("data", {}).get(key) in values for key, values in data.items()):
+                if wanted(found):
                     return found
+            while meanwhile is not None and time.monotonic() < end and not self._speaks(MEANWHILE_S):
+                meanwhile()
             self._message(end)
+
+    def pause(self, seconds: float) -> None:
+        """Until QEMU says something, at most so long. Raises QemuError where it has ended."""
+        if self._speaks(seconds):
+            self._message(time.monotonic() + self._seconds)
+
+    def _speaks(self, seconds: float) -> bool:
+        return b"\n" in self._waits or bool(select.select([self._socket], [], [], seconds)[0])
 
     def _message(self, end: float) -> dict[str, Any]:
         while b"\n" not in self._waits:

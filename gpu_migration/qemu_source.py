@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import choice, dirty, patches, qemu_guest, wire
+from . import choice, dirty, guest_disks, patches, qemu_disks, qemu_guest, wire
 from .codecs import Coder
-from .convergence import CEILING_S, STALL_S, Control, Limits, Next, Pass
+from .convergence import CEILING_S, SMOOTHING, STALL_S, Control, Limits, Next, Pass
 from .errors import KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Undecided
 from .layout import PAGE
 from .precopy import limits_for
+from .qemu_disks import Mirrors
 from .qemu_qmp import QemuError, Qmp
 from .qemu_question import Guard, Journal, answer, ask, call, expect
 from .receiver import PATIENCE_S, STREAMS_MOST
@@ -38,6 +39,12 @@ SHRINK = 0.7
 """Share to which another pass must have brought what remains to be worth one more, once the guest might be stopped: a pass over little takes milliseconds, and so leaves less."""
 FEW = 64
 """Pages below which it does not matter: they go in a millisecond."""
+PROBE = 16
+"""Pages from which the time that they took says something."""
+QUICK_S = 0.01
+"""Seconds for a look, on average, up to which there are several while the guest stands still; by hashes it takes that for 16 MiB, and there is one."""
+WAITING_MOST = 256
+"""Answers of the target that may wait in the socket, 40 bytes each: fewer than it holds."""
 LEARN_FROM = 1 << 18
 """Bytes coded at once from which the time that it took says something of the coder."""
 
@@ -45,10 +52,13 @@ LEARN_FROM = 1 << 18
 class Step(StrEnum):
     """Where a move is, as `progress` is told: before that step is taken."""
 
+    DISKS = "disks"
     MEMORY = "memory"
     LIVE = "live"
+    SYNCING = "syncing"
     PASSES = "passes"
     STOPPING = "stopping"
+    DETACHING = "detaching"
     PAGES = "pages"
     STATE = "state"
     LOADED = "loaded"
@@ -98,7 +108,11 @@ class Moved:
     """Sent after that."""
     pages_bytes: int = 0
     last_pages: int = 0
-    """Sent while it stood still."""
+    """Sent once it stood still and its disks were drained."""
+    disks: list[str] = field(default_factory=list)
+    """Those that went with it, by the names of their nodes."""
+    disk_bytes: int = 0
+    """Of the protocol for disks, to the target."""
     state_bytes: int = 0
     tracker: str = ""
     look_s: float = 0.0
@@ -173,29 +187,65 @@ class Source:
         try:
             moved.tracker = tracker.name
             stream = call(self._address, self._key, options.patience)
+            mirrors = None
             try:
-                _say(stream, Kind.HELLO, wire.HELLO_GUEST.pack(session, source.length))
+                qemu_disks.release(qmp)
+                offered = qemu_disks.disks_of(qmp)
+                _say(stream, Kind.HELLO, wire.HELLO_GUEST.pack(session, source.length) + guest_disks.pack(offered))
+                mirrors = self._disks(qmp, stream, session, offered, moved)
                 expect(stream, Kind.GO)
                 tracker.arm()  # before the first page is read: what is written from here on is found
                 control, rate = self._memory(source, stream, tracker, moved)
+                options.progress(Step.SYNCING)
+                mirrors.same(options.stall)
                 live = _Live(stream, source, tracker, choice.Model(1, options.codecs, limit=options.limit), moved, options)
                 live.model.wire.value = rate
                 options.progress(Step.PASSES)
                 guard = Guard(self._control, self._journal.path)
                 try:
-                    pending = live.converge(control)
-                    guard.ready()
+                    guard.ready()  # and QEMU too, before the last look at what was written: what is written from there on has to follow while the guest stands still
                     with qemu_guest.prepared(qmp):
-                        self._switch(qmp, live, pending, session, guard, moved)
+                        pending = live.converge(control)
+                        mirrors.check()
+                        self._switch(qmp, live, mirrors, pending, session, guard, moved)
                 finally:
                     guard.close()
             finally:
+                if mirrors is not None:
+                    mirrors.close()
                 stream.close()
         finally:
             tracker.close()
             if tracker.looks:
                 moved.look_s = tracker.seconds / tracker.looks
         return moved
+
+    def _disks(self, qmp: Qmp, stream: wire.Stream, session: bytes, offered: list[guest_disks.Disk], moved: Moved) -> Mirrors:
+        """Those that the target asks for, which begin to be copied. Raises MigrationError."""
+        answer = bytes(expect(stream, Kind.DISKS))
+        if len(answer) != len(offered):
+            raise TransferLost("the target's answer to the offer of disks is not understood")
+        taken = [number for number, wanted in enumerate(answer) if wanted]
+        moved.disks = [offered[number].name for number in taken]
+        mirrors = Mirrors(qmp, self._control, [offered[number] for number in taken], self._options.patience, self._options.limit)
+        if not taken:
+            return mirrors
+        self._options.progress(Step.DISKS)
+        streams: list[wire.Stream] = []
+        try:
+            for number in taken:
+                streams.append(call(self._address, self._key, self._options.patience))
+                _say(streams[-1], Kind.DISK, wire.DISK_GUEST.pack(session, number))
+        except BaseException:
+            for one in streams:
+                one.close()
+            raise
+        try:
+            mirrors.start(streams)
+        except BaseException:
+            mirrors.close()
+            raise
+        return mirrors
 
     def _memory(self, source: FileSource, stream: wire.Stream, tracker: dirty.Tracker, moved: Moved) -> tuple[Control, float]:
         """The whole memory as an object, while the guest runs; what decides on passes after it, and the wire's rate."""
@@ -223,27 +273,37 @@ class Source:
         control = Control(limits_for(source.length, Limits(first=min(options.first, options.ceiling), ceiling=options.ceiling, steps=STEPS, cool_down=COOL_DOWN_S, stall=options.stall)))
         return control, max(sent.rates.get("wire", 0.0) * 1e9, choice.START_WIRE)
 
-    def _switch(self, qmp: Qmp, live: "_Live", pending: dirty.Numbers, session: bytes, guard: Guard, moved: Moved) -> None:
+    def _switch(self, qmp: Qmp, live: "_Live", mirrors: Mirrors, pending: dirty.Numbers, session: bytes, guard: Guard, moved: Moved) -> None:
         """Stop, last pages, state, question."""
-        options, asked, leaving = self._options, False, None
+        options, asked = self._options, False
         options.progress(Step.STOPPING)
         guard.say(b"s")
         qemu_guest.hurry()
+        leaving = qemu_guest.Leaving(qmp, live.state)
         marks = [("", time.monotonic())]
         try:
-            moved.stopped_at = qemu_guest.stop(qmp)
+            live.put(pending)
+            moved.stopped_at = leaving.stop(live.follow)
+            before = moved.pages
             marks.append(("stop", time.monotonic()))
-            leaving = qemu_guest.Leaving(qmp)
+            if moved.disks:
+                options.progress(Step.DETACHING)
+                mirrors.end()
+                moved.disk_bytes = mirrors.sent
+                _say(live.stream, Kind.DISKED)
+                marks.append(("disks", time.monotonic()))
+            leaving.leave()
             options.progress(Step.PAGES)
-            live.put(pending)  # beside QEMU, which leaves its state meanwhile
-            marks.append(("pages left", time.monotonic()))
+            if live.quick:
+                live.put(live.look())  # beside QEMU, which leaves its state meanwhile
+            leaving.pass_on()
+            marks.append(("pages", time.monotonic()))
             options.progress(Step.STATE)
             state = leaving.whole()
             marks.append(("state", time.monotonic()))
-            last = live.look()  # only now: leaving its state, QEMU may have written
-            live.put(last)
-            moved.last_pages = len(pending) + len(last)
-            marks.append(("last pages", time.monotonic()))
+            live.put(live.look())  # leaving its state, QEMU is not to write to the guest's memory; what it does write goes over before the guest runs, other than with QEMU's own migration
+            moved.last_pages = moved.pages - before
+            marks.append(("late pages", time.monotonic()))
             live.load(state)
             live.written()
             options.progress(Step.LOADED)
@@ -264,12 +324,13 @@ class Source:
                 if isinstance(error, MigrationError):
                     raise Undecided(f"{error}; it was asked to take the guest over, which stays stopped here: run the same command again, resume it by hand only if the target does not have it") from error
                 raise
-            if leaving is not None:
-                leaving.close()
+            leaving.close()
             try:
                 qemu_guest.resume(qmp)
             except QemuError as second:
                 raise QemuError(f"{second}; the guest may stand still: resume it by hand (before that: {error})") from error
+            if isinstance(error, QemuError) and moved.disks:  # it flushes all disks when it stops, those at the target too
+                raise QemuError(f"{error}; where the mirror of a disk ({', '.join(moved.disks)}) is the cause: see that the target is there and has room, then start both again") from error
             raise
         leaving.close()
         moved.running_at = since
@@ -332,6 +393,11 @@ class _Live:
         self._source, self._tracker, self._moved, self._options = source, tracker, moved, options
         self._memory = source.mapped()
         self._scratch = np.empty((patches.MOST, PAGE), np.uint8)
+        self._plain = patches.Plain()
+        self.quick = False
+        """Whether one more look at the memory costs next to nothing, and a device's state may be loaded before the last."""
+        self._pace: dict[bool, float] = {}
+        """Seconds a page until the target had written it, coded and not."""
         self._chain = wire.NOTHING
         self._sequence = self._written = 0
 
@@ -351,6 +417,7 @@ class _Live:
             verdict = control.after(Pass(before * PAGE, sending, time.monotonic() - began, len(pending) * PAGE))
             if verdict.next is Next.SWITCH and not FEW < len(pending) < SHRINK * before:
                 self._moved.implied_s = verdict.implied
+                self.quick = self._tracker.seconds <= QUICK_S * self._tracker.looks and not self._options.verify
                 return pending
             if verdict.next is Next.GIVE_UP:
                 assert verdict.reason is not None
@@ -361,14 +428,52 @@ class _Live:
                 )
 
     def send(self, numbers: dirty.Numbers) -> None:
-        """Those pages, as they are now; returns when the target has written them."""
-        self.put(numbers)
+        """Those pages, as they are now; returns when the target has written them. The first time that there are some, half go coded and half as they are, so that the quicker way is known."""
+        if not self._pace and len(numbers) >= 2 * PROBE and not self._options.limit:
+            half = len(numbers) // 2
+            self._timed(numbers[:half], True)
+            self._timed(numbers[half:], False)
+        else:
+            self._timed(numbers, self._coded())
+
+    def _coded(self) -> bool:
+        """Whether pages go coded: where that was quicker, or is not known, or few bytes are asked for."""
+        return not self._pace or self._pace[True] <= self._pace[False]
+
+    def _timed(self, numbers: dirty.Numbers, coded: bool) -> None:
+        began = time.monotonic()
+        self._put(numbers, coded)
         self.written()
+        if len(numbers) >= PROBE and not self._options.limit:
+            pace = (time.monotonic() - began) / len(numbers)
+            self._pace[coded] = SMOOTHING * pace + (1 - SMOOTHING) * self._pace.get(coded, pace)
+
+    def follow(self) -> None:
+        """What was written since the last look, while it is waited for that the guest stands still."""
+        if not self.quick:
+            return
+        self.put(self.look())
+        if self._sequence - self._written >= WAITING_MOST:
+            self.written()
 
     def put(self, numbers: dirty.Numbers) -> None:
         """Send them, and wait for nothing: while the guest stands still, a round trip less. The answers, 40 bytes for a MiB, wait in the socket."""
+        self._put(numbers, self._coded())
+
+    def _put(self, numbers: dirty.Numbers, coded: bool) -> None:
         for at in range(0, len(numbers), patches.MOST):
-            self._patch(numbers[at : at + patches.MOST])
+            (self._patch if coded else self._pages)(numbers[at : at + patches.MOST])
+
+    def _pages(self, numbers: dirty.Numbers) -> None:
+        payload, data = self._plain.pack(numbers, self._memory)
+        self._tracker.sent(numbers, data)
+        self._chain = patches.chain(self._chain, payload)
+        self._sent(Kind.PAGES, payload, numbers)
+
+    def _sent(self, kind: Kind, payload: bytes | memoryview, numbers: dirty.Numbers) -> None:
+        self._sequence += 1
+        self._moved.pages_bytes += _say(self.stream, kind, payload, self._sequence)
+        self._moved.pages += len(numbers)
 
     def written(self) -> None:
         """Until the target has written all that was sent."""
@@ -391,15 +496,15 @@ class _Live:
         self._tracker.sent(numbers, data)
         if encoded.plain >= LEARN_FROM:
             self.model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - began, guess)
-        self._sequence += 1
         self._chain = patches.follow(self._chain, payload)
-        self._moved.pages_bytes += _say(self.stream, Kind.PATCH, payload, self._sequence)
-        self._moved.pages += len(numbers)
+        self._sent(Kind.PATCH, payload, numbers)
+
+    def state(self, piece: memoryview) -> None:
+        """The next of the device state. On another thread than the rest. Raises TransferLost."""
+        _say(self.stream, Kind.STATE, piece, self.quick)
 
     def load(self, state: memoryview) -> None:
-        """The device state, and what everything before it comes to."""
+        """The device state has gone; what it and everything before it come to."""
         root = self._source.root(max(1, os.cpu_count() or 1)) if self._options.verify else wire.NOTHING
-        for at in range(0, len(state), qemu_guest.CHUNK):
-            _say(self.stream, Kind.STATE, state[at : at + qemu_guest.CHUNK])
         self._moved.state_bytes = len(state)
         _say(self.stream, Kind.LOAD, wire.LOAD_GUEST.pack(patches.chain(self._chain, state), root))

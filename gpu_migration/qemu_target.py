@@ -11,23 +11,25 @@ import json
 import mmap
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 
-from . import patches, qemu_guest, wire
+from . import guest_disks, patches, qemu_guest, qemu_store, wire
 from .errors import DestinationError, FormatError, HashMismatch, KeyRefused, MigrationError, TransferLost, Unauthentic
 from .layout import EXTENT, OBJECT_MAX, PAGE, pages_of
 from .qemu_qmp import QemuError, Qmp
 from .qemu_question import TRANSFER
+from .qemu_store import Store
 from .receiver import CONNECTIONS_MOST, PATIENCE_S, TEXT_MOST, Receiver
 from .sources import FileSource
 from .wire import Kind
@@ -36,6 +38,8 @@ MEMORY = "{memory}"
 """In QEMU's command line, in place of the file that is the guest's memory."""
 QUIT_S = 10.0
 """Seconds for a QEMU that is not wanted any more, before it is killed."""
+LOOK_S = 0.1
+"""Seconds between two looks whether a source that is to send its disks is still there."""
 LOG_MOST = 2000
 """Characters of what QEMU said that are shown."""
 
@@ -43,9 +47,11 @@ LOG_MOST = 2000
 class Step(StrEnum):
     """Where a move is, as `progress` is told: before that step is taken."""
 
+    DISKS = "disks"
     MEMORY = "memory"
     STARTING = "starting"
     READY = "ready"
+    CLOSING = "closing"
     LOADING = "loading"
     LOADED = "loaded"
     DECIDING = "deciding"
@@ -63,6 +69,8 @@ class Taken:
     running_at: float
     """Seconds since 1970."""
     patches: int = 0
+    disks: list[str] = field(default_factory=list)
+    """Files of the disks that came with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +84,10 @@ class Decision:
 class Folder:
     """Where one guest lives."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DestinationError."""
+    def __init__(self, path: Path, disks: Path) -> None:
+        """`disks`: the folder of those that come with it. Raises DestinationError."""
+        self.disks, self.store, self.store_log = disks, path / "store", path / "store.log"
+        self._made, self._store_pid = path / "disks-made", path / "store-pid"
         self.path, self.memory, self.control, self.log = path, path / "memory", path / "qmp", path / "qemu.log"
         self._decision, self._pid = path / "decision", path / "pid"
         self._lock = -1
@@ -122,22 +132,48 @@ class Folder:
         """A QEMU of this folder."""
         self._pid.write_text(str(pid))
 
+    def storing(self, pid: int) -> None:
+        """A QEMU that writes the guest's disks."""
+        self._store_pid.write_text(str(pid))
+
+    def made(self, disk: Path) -> None:
+        """A disk that is to be made for this move. Raises DestinationError."""
+        try:
+            with self._made.open("a") as file:
+                file.write(json.dumps(str(disk)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DestinationError(f"folder {self.path}: {error.strerror or error}") from None
+
     def clear(self) -> None:
-        """End what an undecided move left: its QEMU, which never ran, and the memory."""
+        """End what an undecided move left: its QEMU, which never ran, the memory and the disks that were made for it."""
+        self._kill(self._pid, self.control)
+        self.stored()
         with contextlib.suppress(FileNotFoundError, ValueError):
-            pid = int(self._pid.read_text())
-            if self._ours(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        for path in (self._pid, self.control, self.memory):
+            for line in self._made.read_text().splitlines():
+                Path(json.loads(line)).unlink(missing_ok=True)
+        for path in (self.control, self.memory, self._made):
             path.unlink(missing_ok=True)
 
-    def _ours(self, pid: int) -> bool:
-        """Whether a process is a QEMU of this folder, and not one that has got its number since."""
-        try:
-            return str(self.control).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            return False
+    def stored(self) -> None:
+        """End what writes the disks."""
+        self._kill(self._store_pid, self.store)
+        self.store.unlink(missing_ok=True)
+
+    @staticmethod
+    def _kill(record: Path, control: Path) -> None:
+        """A QEMU with that control socket, and no process that has got its number since."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(record.read_text())
+            handle = os.pidfd_open(pid)
+            try:
+                if f"unix:{control},".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+                    select.select([handle], [], [], QUIT_S)
+            finally:
+                os.close(handle)
+        record.unlink(missing_ok=True)
 
     def said(self) -> str:
         """QEMU's last words."""
@@ -208,12 +244,16 @@ class Door:
 class Target:
     """Receives one guest into a folder. `serve` blocks until it runs here and the source knows, or raises."""
 
-    def __init__(self, folder: Path, key: bytes, listen: tuple[str, int], command: Sequence[str], *, patience: float = PATIENCE_S, progress: Callable[[Step], None] = lambda step: None) -> None:
-        """`command`: QEMU's command line with `{memory}` where the file of the memory stands; -qmp, -incoming and -S are added."""
+    def __init__(
+        self, folder: Path, key: bytes, listen: tuple[str, int], command: Sequence[str], *, disks: Path | None = None, patience: float = PATIENCE_S, progress: Callable[[Step], None] = lambda step: None
+    ) -> None:
+        """`command`: QEMU's command line with `{memory}` where the file of the memory stands, and `{disk:NODE}` where that of a disk stands which comes with the guest; -qmp, -incoming and -S are added. `disks`: the
+        folder for those; else one in `folder`."""
         if not any(MEMORY in word for word in command):
             raise DestinationError(f"QEMU's command line does not say {MEMORY}: give -object memory-backend-file,...,share=on,mem-path={MEMORY}")
         self._key, self._command, self._patience, self._progress = key, list(command), patience, progress
-        self._folder = Folder(folder.resolve())
+        self._asked = guest_disks.asked(command)
+        self._folder = Folder(folder.resolve(), (disks or folder / "disks").resolve())
         try:
             self._door: Door | None = Door(key, listen)
         except DestinationError:
@@ -223,6 +263,8 @@ class Target:
         self._qmp: Qmp | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._qemu = self._patches = 0
+        self._store: Store | None = None
+        self._disks: list[guest_disks.Disk] = []
 
     def serve(self) -> Taken:
         """Raises MigrationError; nothing of the guest runs here then, unless it had been decided before."""
@@ -233,7 +275,7 @@ class Target:
                 decision = self._until_decided()
             else:
                 self._pick_up()
-            return Taken(str(self._folder.control), self._qemu, decision.running_at, self._patches)
+            return Taken(str(self._folder.control), self._qemu, decision.running_at, self._patches, [str(self._folder.disks / name) for name in self._asked])
         finally:
             self.close()
 
@@ -244,18 +286,27 @@ class Target:
             self._door = None
         if self._qmp is not None:
             self._qmp.close()
+        self._end_store()
         self._folder.close()
+
+    def _end_store(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+            self._folder.stored()
 
     def _pick_up(self) -> None:
         """It was decided by one that did not get further: see that it runs, and tell the source."""
         decision = self._folder.decision()
         assert decision is not None
+        self._folder.stored()  # it had let go of the disks before
         try:
             self._qmp = Qmp(self._folder.control, QUIT_S)
             self._qemu = self._qmp.pid
             if not qemu_guest.running(self._qmp):
                 self._progress(Step.RUNNING)
                 qemu_guest.go(self._qmp)
+            qemu_guest.forget(self._qmp)
         except QemuError as error:
             raise QemuError(f"the guest is this end's, and its QEMU is gone ({error}; {self._folder.said()}); remove {self._folder.path} once it is not missed") from None
         self._qmp.close()  # it takes one client, and whoever runs the guest may want it
@@ -303,6 +354,7 @@ class Target:
             self._process.kill()
             self._process.wait()
             self._process = None
+        self._end_store()
         self._folder.clear()
 
     def _source(self, stream: wire.Stream) -> Decision | None:
@@ -314,15 +366,53 @@ class Target:
             kind, _, _, payload = stream.receive()
         if kind == Kind.BYE:
             return None
-        if kind != Kind.HELLO or len(payload) != wire.HELLO_GUEST.size:
+        if kind != Kind.HELLO or len(payload) < wire.HELLO_GUEST.size:
             raise FormatError(f"a record of kind {kind} does not begin a guest's move")
-        session, length = wire.HELLO_GUEST.unpack(payload)
+        session, length = wire.HELLO_GUEST.unpack_from(payload)
         if not 0 < length <= OBJECT_MAX or length % PAGE:
             raise FormatError(f"a memory of {length} bytes is none")
+        offered = guest_disks.unpack(payload[wire.HELLO_GUEST.size :])
+        self._disks = guest_disks.chosen(self._asked, offered)
+        if self._disks:
+            self._progress(Step.DISKS)
+            folder = self._folder
+            qemu_store.prepare(folder.disks, self._disks, folder.made)
+            self._store = Store(self._command[0], folder.store, folder.store_log, folder.storing)
+            self._store.serve(folder.disks, self._disks)
+        stream.send(Kind.DISKS, bytes(disk in self._disks for disk in offered))
+        if self._disks:
+            self._take_disks(stream, session, offered)
         root = self._memory(stream, length)
         self._progress(Step.STARTING)
         self._start()
         return self._live(stream, session, length, root)
+
+    def _take_disks(self, guest: wire.Stream, session: bytes, offered: list[guest_disks.Disk]) -> None:
+        """A stream to each. Raises MigrationError, OSError."""
+        assert self._door is not None and self._store is not None
+        due = {offered.index(disk) for disk in self._disks}
+        end = time.monotonic() + self._patience
+        while due:
+            if guest.speaks() or time.monotonic() > end:
+                raise TransferLost("the source is gone: it did not send its disks")  # it says nothing before that
+            stream = self._door.stream(LOOK_S)
+            if stream is None:
+                continue
+            try:
+                stream.timeout(self._patience)
+                kind, _, _, payload = stream.receive()
+                if kind != Kind.DISK or len(payload) != wire.DISK_GUEST.size:
+                    raise FormatError(f"a record of kind {kind} begins no disk")
+                whose, number = wire.DISK_GUEST.unpack(payload)
+                if whose != session or number not in due:
+                    raise FormatError("a disk that is none of this guest's")
+                self._store.take(stream, self._patience)
+                due.remove(number)
+            except (OSError, Unauthentic, FormatError):
+                stream.close()  # of another source, which comes again
+            except BaseException:
+                stream.close()
+                raise
 
     def _memory(self, stream: wire.Stream, length: int) -> bytes:
         """The memory as an object; its root."""
@@ -366,7 +456,7 @@ class Target:
 
     def _start(self) -> None:
         """QEMU, on that memory; it waits. Raises QemuError."""
-        words = [word.replace(MEMORY, str(self._folder.memory)) for word in self._command]
+        words = guest_disks.placed([word.replace(MEMORY, str(self._folder.memory)) for word in self._command], {name: str(self._folder.disks / name) for name in self._asked})
         try:
             with self._folder.log.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -381,6 +471,11 @@ class Target:
             self._qemu = self._qmp.pid
         except QemuError as error:
             raise QemuError(f"the QEMU that was started here: {error}; {self._folder.said()}") from None
+        sizes = {node.get("node-name"): int(node["image"]["virtual-size"]) for node in self._qmp("query-named-block-nodes")} if self._disks else {}
+        for disk in self._disks:
+            if disk.name not in sizes:
+                raise DestinationError(f"disk {disk.name}: QEMU's command line has no node of that name; give node-name={disk.name}, as at the source")
+            guest_disks.same_size(disk, sizes[disk.name], "what QEMU's command line makes of it")
 
     def _live(self, stream: wire.Stream, session: bytes, length: int, root: bytes) -> Decision:
         assert self._qmp is not None
@@ -388,24 +483,36 @@ class Target:
         with self._folder.memory.open("r+b") as file:
             pages = np.frombuffer(mmap.mmap(file.fileno(), length), np.uint8).reshape(-1, PAGE)
         state, chain, scratch, self._patches = bytearray(), wire.NOTHING, memoryview(bytearray(EXTENT)), 0
+        disked, fed = not self._disks, 0
         try:
             self._progress(Step.READY)
             qemu_guest.hurry()  # after QEMU was started, which would inherit it
             stream.send(Kind.READY)
             while True:
-                kind, _, sequence, payload = stream.receive()
-                if kind == Kind.PATCH:
-                    numbers, data = patches.unpack(payload, scratch, pages_of(length))
-                    chain = patches.follow(chain, payload)
+                kind, _, sequence, payload = stream.receive()  # of a state, `sequence` says whether QEMU may have it
+                if kind in (Kind.PATCH, Kind.PAGES):
+                    if kind == Kind.PATCH:
+                        numbers, data = patches.unpack(payload, scratch, pages_of(length))
+                        chain = patches.follow(chain, payload)
+                    else:
+                        numbers, data = patches.unpack_plain(payload, pages_of(length))
+                        chain = patches.chain(chain, payload)
                     pages[numbers] = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
                     self._patches += 1
                     if sequence != self._patches:
                         raise FormatError(f"patch {sequence} came where {self._patches} was due")
                     stream.send(Kind.APPLIED, b"", 0, sequence)
+                elif kind == Kind.DISKED and self._store is not None and not disked:
+                    self._progress(Step.CLOSING)
+                    self._store.finish()
+                    disked = True
                 elif kind == Kind.STATE and len(state) + len(payload) <= qemu_guest.STATE_MOST:
                     state += payload
-                elif kind == Kind.LOAD and len(payload) == wire.LOAD_GUEST.size:
-                    self._load(taking, state, chain, payload)
+                    if sequence and fed + len(payload) == len(state):
+                        fed += len(payload)
+                        taking.feed(payload)
+                elif kind == Kind.LOAD and len(payload) == wire.LOAD_GUEST.size and disked:
+                    self._load(taking, memoryview(state), fed, chain, payload)
                     stream.send(Kind.LOADED)
                 elif kind == Kind.COMMIT_GUEST and bytes(payload) == session:
                     return self._commit(stream, taking, session)
@@ -420,7 +527,7 @@ class Target:
         finally:
             taking.close()
 
-    def _load(self, taking: qemu_guest.Taking, state: bytearray, chain: bytes, payload: memoryview) -> None:
+    def _load(self, taking: qemu_guest.Taking, state: memoryview, fed: int, chain: bytes, payload: memoryview) -> None:
         self._progress(Step.LOADING)
         due, root = wire.LOAD_GUEST.unpack(payload)
         if patches.chain(chain, state) != due:
@@ -433,7 +540,7 @@ class Target:
             finally:
                 source.close()
         try:
-            taking.load(state)
+            taking.load(state[fed:])
         except QemuError as error:
             raise QemuError(f"{error} ({self._folder.said()})") from None
         self._progress(Step.LOADED)
@@ -447,6 +554,7 @@ class Target:
         self._progress(Step.RUNNING)
         try:
             stream.send(Kind.VERDICT, wire.VERDICT_GUEST.pack(1, since))
+            taking.forget()
             self._until_bye(stream)
         except (OSError, Unauthentic):
             self._answer_questions(decision)

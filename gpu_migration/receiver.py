@@ -29,6 +29,8 @@ TEXT_MOST = 1024
 """Bytes of a refusal's text."""
 FAREWELL_S = 5.0
 """After a commit, without any stream for so long, nobody will ask any more; whoever does later asks the next receiver, which reads it in the journal."""
+ACKS_MOST = 8
+"""Acknowledgements that wait for each other while there is more to take: a record for each would cost both ends more than many an extent. A group of small extents comes on top."""
 _LOCKS = 64
 """Extents are kept apart by so many locks: well over the number of streams."""
 
@@ -230,15 +232,23 @@ class Receiver:
         """Records until the farewell."""
         assert self._sink is not None
         sink = self._sink
-        scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
+        scratch, base_scratch, acks = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT)), bytearray()
         while True:
+            if acks and (len(acks) >= ACKS_MOST * wire.ACK.size or not stream.waits()):
+                stream.send(Kind.ACK, bytes(acks))
+                acks.clear()
             began = time.thread_time()
             kind, index, attempt, payload = stream.receive()
             with self._state:
                 self._records += 1
                 self._wire_bytes += wire.RECORD.size + len(payload) + keys.TAG
             if kind == Kind.EXTENT:
-                self._extent(stream, sink, index, attempt, payload, scratch, base_scratch, began)
+                acks += self._extent(stream, sink, index, attempt, payload, scratch, base_scratch, began)
+            elif kind == Kind.EXTENTS:
+                for attempt, encoded in wire.ungrouped(payload):
+                    index = layout.index_of(encoded)
+                    acks += self._extent(stream, sink, index, attempt, encoded, scratch, base_scratch, began)
+                    began = time.thread_time()
             elif kind == Kind.COMMIT and len(payload) == HASH:
                 with self._state:
                     sink.commit(bytes(payload))
@@ -253,7 +263,10 @@ class Receiver:
             else:
                 raise FormatError(f"stream: a record of kind {kind} is not for a receiver")
 
-    def _extent(self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview, began: float) -> None:
+    def _extent(
+        self, stream: wire.Stream, sink: FileSink, index: int, attempt: int, payload: memoryview, scratch: memoryview, base_scratch: memoryview, began: float
+    ) -> bytes:
+        """Decode and write one: its acknowledgement, or nothing where it was asked for without references."""
         extent = layout.unpack(payload, sealed=True)
         taken = decoded = time.thread_time()
         if extent.index != index or index >= sink.extents or extent.raw_length != layout.extent_length(sink.length, index) or self._root is not None:
@@ -267,11 +280,11 @@ class Receiver:
                     raw = extents.decoded(extent, scratch, base=base, page_at=sink.page, base_at=self._base.page if self._base is not None else None)
                 except BaseMismatch:
                     stream.send(Kind.NAK, b"", index, attempt)
-                    return
+                    return b""
                 decoded = time.thread_time()
                 sink.write(index, raw, extent.raw_hash, extent.classes)
                 self._attempts[index] = attempt
-        stream.send(Kind.ACK, wire.ACK.pack(_microseconds(taken - began), _microseconds(decoded - taken)), index, attempt)
+        return wire.ACK.pack(index, attempt, _microseconds(taken - began), _microseconds(decoded - taken))
 
 
 def _microseconds(seconds: float) -> int:

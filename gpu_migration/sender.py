@@ -18,6 +18,7 @@ from .errors import DeviceFailed, FormatError, HashMismatch, KeyRefused, Migrati
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
 from .layout import EXTENT, HASH, PAGE, Page
 from .ledger import Ledger
+from .outlet import Line, Outlet, Ready
 from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
 from .sources import FileSource
 from .transforms import Facts
@@ -67,14 +68,6 @@ class Sent:
     """Bytes a second, as measured: scan and codecs on one thread, the wire altogether."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """An encoded extent that waits for a stream."""
-
-    index: int
-    encoded: extents.Encoded
-
-
 class Sender:
     """Sends one object. `run` does all; `start`, `pass_over`, `commit` and `close` are its steps, for who moves a thing that lives."""
 
@@ -93,20 +86,21 @@ class Sender:
         self._pace = Pace(limit)
         self._meter = Meter()
         self._streams = Streams(streams[1], streams[0])
-        self._queue: Bounded[_Ready] = Bounded()
+        self._queue: Bounded[tuple[Ready, ...]] = Bounded()
         self._ledger = Ledger(source.extents)
         self._host = wire.host_id()
         self._gpu = gpu
         self.without_gpu: str | None = None
         """Why the GPU that was given is not used any more."""
-        self._index = PageIndex(layout.pages_of(source.length), self._page, self._ledger.known.__contains__) if references else None
+        self._references = references
+        self._index: PageIndex | None = None
         self._base_root = wire.NOTHING
         self._base_there = False
         self._stop = threading.Event()
         self._stops: list[threading.Event] = []
         self._workers: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._live: dict[int, wire.Stream] = {}
+        self._live: dict[int, Line] = {}
         self._committed: bytes | None = None
         self.asked = False
         """The destination was asked to commit: only its answer tells whether it has."""
@@ -223,7 +217,7 @@ class Sender:
         end = time.monotonic() + self._patience
         while time.monotonic() < (end if self.asked else min(end, deadline)):
             with self._lock:
-                stream = next(iter(self._live.values()), None)
+                stream = next((line.stream for line in self._live.values()), None)
             if stream is None:
                 # Streams reconnect by themselves, and learn by the way whether it was committed.
                 self._committing.wait(RETRY_S[0])
@@ -247,7 +241,7 @@ class Sender:
         end = time.monotonic() + FAREWELL_S
         while time.monotonic() < end:
             with self._lock:
-                stream = next(iter(self._live.values()), None)
+                stream = next((line.stream for line in self._live.values()), None)
             if stream is not None:
                 try:
                     stream.send(Kind.BYE)
@@ -269,7 +263,7 @@ class Sender:
         for stop in self._stops:
             stop.set()
         with self._lock:
-            streams = list(self._live.values())
+            streams = [line.stream for line in self._live.values()]
         for stream in streams:
             stream.close()
         for worker in self._workers:
@@ -292,16 +286,22 @@ class Sender:
 
     def _encode(self) -> None:
         """Take extents, encode them, queue them."""
+        outlet = Outlet(self._pass_on)
         if self._gpu is not None:
-            self._encode_batches(self._gpu)
+            self._encode_batches(self._gpu, outlet)
         scratch, base_scratch = memoryview(bytearray(EXTENT)), memoryview(bytearray(EXTENT))
-        while (index := self._ledger.take()) is not None:
+        while True:
+            index = self._ledger.take(wait=not outlet.waits())
+            if index is None:
+                if not outlet.waits() or not outlet.flush():
+                    return
+                continue
             began = time.thread_time()
-            data = self._read(index, scratch)
-            if data is not None and not self._one(index, data, self._read_base(index, base_scratch), began, None):
+            data = self._read(index, scratch, outlet)
+            if data is not None and not self._one(index, data, self._read_base(index, base_scratch), began, None, outlet):
                 return
 
-    def _encode_batches(self, gpu: Gpu) -> None:
+    def _encode_batches(self, gpu: Gpu, outlet: Outlet) -> None:
         """The same, a batch at a time whose facts the GPU finds; until the end, or until it fails and the processors go on with what was taken."""
         while self.without_gpu is None:
             with gpu.slot() as slot:
@@ -312,11 +312,12 @@ class Sender:
                 held: list[tuple[int, memoryview, memoryview | None]] = []
                 for index in indices:
                     where = slot.extent(len(held))
-                    data = self._read(index, where)
+                    data = self._read(index, where, outlet)
                     if data is not None:
                         where[len(data) : layout.pages_of(len(data)) * PAGE] = bytes(-len(data) % PAGE)
                         held.append((index, data, self._read_base(index, slot.extent_of_base(len(held))) if slot.base is not None else None))
                 if not held:
+                    outlet.flush()
                     continue
                 facts: Sequence[Facts | None]
                 try:
@@ -325,10 +326,11 @@ class Sender:
                     self.without_gpu, facts = str(error), [None] * len(held)
                 began = (time.thread_time() - began) / len(held)
                 for (index, data, base), found in zip(held, facts, strict=True):
-                    if not self._one(index, data, base, time.thread_time() - began, found):
+                    if not self._one(index, data, base, time.thread_time() - began, found, outlet):
                         return
+                outlet.flush()
 
-    def _read(self, index: int, into: memoryview) -> memoryview | None:
+    def _read(self, index: int, into: memoryview, outlet: Outlet) -> memoryview | None:
         """The bytes of an extent; None where there is nothing to be coded: it is a hole, or the destination holds it."""
         known = self._ledger.known.get(index)
         if self._source.hole(index):
@@ -336,7 +338,7 @@ class Sender:
             if known == layout.zero_hash(size):
                 self._hold(index)
             else:
-                self._put(index, extents.zero(index, size))
+                outlet.put(Ready(index, extents.zero(index, size, sealed=True)))
             return None
         data = self._source.read(index, into)
         if known is not None and extents.raw_hash(data) == known:
@@ -351,6 +353,14 @@ class Sender:
         except OSError:
             return b""
 
+    def _elsewhere(self) -> PageIndex | None:
+        """What pages may refer to; made when it is first asked for."""
+        if self._index is None and self._references:
+            with self._lock:
+                if self._index is None:
+                    self._index = PageIndex(layout.pages_of(self._source.length), self._page, self._ledger.known.__contains__)
+        return self._index
+
     def _read_base(self, index: int, into: memoryview) -> memoryview | None:
         if self._base is None or not self._base_there or index in self._ledger.plain or index >= self._base.extents:
             return None
@@ -359,7 +369,7 @@ class Sender:
         into[len(base) : len(base) + rest] = bytes(rest)
         return base
 
-    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None) -> bool:
+    def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None, outlet: Outlet) -> bool:
         """Encode and queue an extent, the work on which began at that processor time of this thread; False once closed."""
         guess, chosen_at = 1.0, 0.0
 
@@ -371,14 +381,12 @@ class Sender:
             chosen_at = time.thread_time()
             return coder
 
-        elsewhere = self._index if index not in self._ledger.plain else None
-        encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere)
+        thorough = self._model.wire_binds(EXTENT, EXTENT)
+        elsewhere = self._elsewhere() if thorough and index not in self._ledger.plain else None
+        encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere, sealed=True, thorough=thorough)
         if encoded.plain >= LEARN_FROM:  # less says more about the overhead
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
-        return self._put(index, encoded)
-
-    def _put(self, index: int, encoded: extents.Encoded) -> bool:
-        return self._queue.put(_Ready(index, encoded), len(encoded.data))
+        return outlet.put(Ready(index, encoded))
 
     def _hold(self, index: int) -> None:
         with self._lock:
@@ -398,24 +406,26 @@ class Sender:
                 if stop.is_set():
                     stream.close()
                     return
-                self._live[number] = stream
+                line = self._live[number] = Line(number, stream, stop)
                 self._last_live = time.monotonic()
-            cut = threading.Event()
+            cut = line.cut
             reader = threading.Thread(target=self._acks, args=(stream, number, cut, stop), daemon=True, name=f"acks-{number}")
             reader.start()
             while not stop.is_set() and not cut.is_set():
-                ready = self._queue.get(cut)
-                if ready is None:
+                together = self._queue.get(cut)
+                if together is None:
                     break
                 if stop.is_set() and not self._stop.is_set():
-                    self._ledger.back(ready.index)
+                    for ready in together:
+                        self._ledger.back(ready.index)
                     break
-                self._put_out(stream, number, ready, cut)
+                with line.busy:
+                    self._put_out(line, together)
             if stop.is_set() and not cut.is_set():
                 self._ledger.drain(number, DRAIN_S)
             stream.close()  # what was on its way still is sent once more by another
             reader.join()
-            with self._lock:
+            with line.busy, self._lock:  # an encoder that was sending on it has given up by now, and none begins
                 self._live.pop(number, None)
                 self._last_live = time.monotonic()
                 if not stop.is_set():
@@ -425,25 +435,45 @@ class Sender:
             if self._committed is not None:
                 return
 
-    def _put_out(self, stream: wire.Stream, number: int, ready: _Ready, cut: threading.Event) -> None:
-        encoded = ready.encoded
-        wait = self._pace.due(len(encoded.data), time.monotonic())
+    def _pass_on(self, together: tuple[Ready, ...], size: int) -> bool:
+        """Send what was encoded on this very thread where a stream is idle, which spares handing it over; queue it for the streams' threads where none is. False once closed."""
+        if self._queue.empty() and self._pace.open(time.monotonic()):
+            with self._lock:
+                line = next((line for line in self._live.values() if not line.stop.is_set() and not line.cut.is_set() and line.busy.acquire(blocking=False)), None)
+            if line is not None:
+                try:
+                    self._put_out(line, together)
+                finally:
+                    line.busy.release()
+                return True
+        return self._queue.put(together, size)
+
+    def _put_out(self, line: Line, together: tuple[Ready, ...]) -> None:
+        """Send on a stream that is held, and is among the live ones."""
+        wait = self._pace.due(sum(len(ready.encoded.data) for ready in together), time.monotonic())
         if wait:
             self._stop.wait(wait)
-        attempt = self._ledger.sent(ready.index, number, encoded.raw_hash, encoded.coder, encoded.plain, len(encoded.data))
+        attempts = [
+            self._ledger.sent(ready.index, line.number, ready.encoded.raw_hash, ready.encoded.coder, ready.encoded.plain, len(ready.encoded.data)) for ready in together
+        ]
         self._meter.start()
         began, size = time.thread_time(), 0
         try:
-            size = stream.send(Kind.EXTENT, encoded.data, ready.index, attempt)
+            if len(together) == 1:
+                size = line.stream.send(Kind.EXTENT, together[0].encoded.data, together[0].index, attempts[0])
+            else:
+                size = line.stream.send(Kind.EXTENTS, wire.grouped([(attempt, ready.encoded.data) for attempt, ready in zip(attempts, together, strict=True)]))
         except OSError:
-            cut.set()  # the ledger gives it to another stream
+            line.cut.set()  # the ledger gives it to another stream
+            self._queue.wake()
         finally:
             found = self._meter.stop(size)
         with self._lock:
-            for kind, count in enumerate(encoded.counts):
-                self._pages[kind] += count
-            self._coders[encoded.coder] += 1
-            self._moved += layout.extent_length(self._source.length, ready.index)
+            for ready in together:
+                for kind, count in enumerate(ready.encoded.counts):
+                    self._pages[kind] += count
+                self._coders[ready.encoded.coder] += 1
+                self._moved += layout.extent_length(self._source.length, ready.index)
         if found is not None:
             self._model.sent(*found)
         if size >= LEARN_FROM:
@@ -454,11 +484,11 @@ class Sender:
         try:
             while True:
                 kind, index, attempt, payload = stream.receive()
-                if kind == Kind.ACK:
-                    flight = self._ledger.acked(index, attempt)
-                    if flight is not None and len(payload) == wire.ACK.size:
-                        taking, undoing = wire.ACK.unpack(payload)
-                        self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
+                if kind == Kind.ACK and len(payload) % wire.ACK.size == 0:
+                    for acknowledged, of, taking, undoing in wire.ACK.iter_unpack(payload):
+                        flight = self._ledger.acked(acknowledged, of)
+                        if flight is not None:
+                            self._model.taken_there(flight.coder, flight.size, flight.plain, taking / 1e6, undoing / 1e6)
                 elif kind == Kind.NAK:
                     self._ledger.refused(index, attempt)
                 elif kind == Kind.COMMITTED:

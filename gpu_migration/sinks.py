@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import layout
 from .errors import DestinationError, HashMismatch
-from .layout import EXTENT, HASH, PAGE, Page
+from .layout import EXTENT, HASH, PAGE
 
 _HEAD = struct.Struct("<8s16sQ")
 _ENTRY = struct.Struct("<Q32s8s")
@@ -189,9 +189,11 @@ class FileSink:
 
 def _runs(classes: NDArray[np.uint8]) -> list[tuple[int, int]]:
     """Byte ranges of an extent that hold more than zeros."""
-    rows = np.flatnonzero(classes != Page.ZERO)
+    rows = classes.nonzero()[0]  # zero is class 0
     if not len(rows):
         return []
+    if len(rows) == len(classes):
+        return [(0, len(classes) * PAGE)]
     cuts = np.flatnonzero(np.diff(rows) > _BRIDGE)
     firsts, lasts = rows[np.concatenate([[0], cuts + 1])], rows[np.concatenate([cuts, [len(rows) - 1]])]
     return [(int(first) * PAGE, (int(last) + 1) * PAGE) for first, last in zip(firsts, lasts, strict=True)]

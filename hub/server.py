@@ -121,12 +121,12 @@ class Hub:
         )
         self.questions = Questions(settings.name, self._publish, self.ingest.refused, self.now_ms, lambda edge: self.fleet.rows[edge].state == "offline")
         self._thinker = around.executor("hub-think")
+        self.transfers = Transfers(self.store, write=self.ingest.write, now_ms=self.now_ms)
         self.workloads = Workloads(
             self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
-            think=self.think, rebalance_s=settings.rebalance_minutes * 60,
+            think=self.think, rebalance_s=settings.rebalance_minutes * 60, transfers=self.transfers,
         )
         self.workloads.load()
-        self.transfers = Transfers(self.store, write=self.ingest.write, now_ms=self.now_ms)
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]

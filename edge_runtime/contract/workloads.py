@@ -28,6 +28,12 @@ WHEN_CUT_OFF = "when_cut_off"
 STAY, MOVE = "stay", "move"
 """It waits for its node (default), or a sibling of the site takes it over."""
 
+WHEN_DRAINED = "when_drained"
+"""Key of a workload's document: what becomes of it while its node is drained."""
+
+RESTART = "restart"
+"""It begins anew elsewhere. Beside it `MOVE` (with its state, or not at all) and `STAY`; without any it moves with its state where that can be, else it begins anew."""
+
 WORKLOAD_FIELDS = (
     Field("id", "id", "the workload's name"),
     Field("epoch", "integer", "the fencing epoch: grows with every placement; an older one must not run", minimum=1),
@@ -39,11 +45,27 @@ WORKLOAD_FIELDS = (
     Field("numa", "array", "shares of NUMA zones: [zone, milli-CPU, bytes]", required=False, default=[], max_items=8),
     Field("over", "integer", "bytes of memory that are set aside beside `requests`, for what it needs while it is converted and as a micro-VM", required=False, default=0, minimum=0),
     Field("document", "object", "the workload as it was submitted", required=False, default={}, max_items=64),
+    Field("held", "boolean", "of one whose state is on its way to another node: the state stays here, and it is not started", required=False, default=False),
+    Field("from", "object", "of one that comes with its state: `move` and `root`, the name and the hash of the state that it goes on from; refused where it cannot", required=False, default={}, max_items=8),
 )
 """One entry of `spec.workloads`. A `stopped` one has only the first three; the edge answers it with a `stopped` record, also where it never ran."""
 
-CHECKPOINT, RESTORE, DELETE_CHECKPOINT, CONVERT = OPERATIONS = ("checkpoint", "restore", "delete-checkpoint", "convert")
-"""What can be done with a workload that is placed, beside running and stopping it."""
+CHECKPOINT, RESTORE, DELETE_CHECKPOINT, CONVERT = ASKED = ("checkpoint", "restore", "delete-checkpoint", "convert")
+"""What people can have done with a workload that is placed, beside running and stopping it."""
+
+MOVE_CHECK, MOVE_ROOM, MOVE_OUT, MOVE_BACK = MOVES = ("move-check", "move-room", "move-out", "move-back")
+"""Parts of a move with its state, asked for by the hub alone: look whether it can leave; whether it can come (at the target); stop it and write its state for the way; go on with it here."""
+
+OPERATIONS = ASKED + MOVES
+
+MOVING = "move-"
+"""How the names of moves begin, and so those of the states that are on their way: nobody but the hub has such a state gone on from."""
+
+MOVABLE = "novacron.moves/"
+"""Prefix of the labels by which a node says which kinds of workload it can give away and take in with their state."""
+
+MAX_OFFER = 64
+"""Keys of what a source tells of a workload that may leave: about ten there are."""
 
 AS_CONTAINER, AS_MICROVM = FORMS = ("container", "microvm")
 """What a workload that can be converted is, or shall be."""
@@ -56,6 +78,7 @@ OPERATION_FIELDS = (
     Field("name", "string", "the checkpoint; checkpoint: empty takes the operation's id; restore: empty takes the newest", required=False, default="", max_items=64),
     Field("to", "enum", "convert: what it shall be; empty for the others", required=False, default="", choices=("", *FORMS)),
     Field("stop", "boolean", "checkpoint: the workload does not go on; it is checkpointed then, until it is restored", required=False, default=False),
+    Field("offer", "object", "move-room: what the source told of the workload and its host, and `document`, `image`, `kind`, `requests`", required=False, default={}, max_items=MAX_OFFER),
     Field("expires_ms", "integer", "wall time after which it must not be begun, milliseconds since 1970 UTC", minimum=0),
 )
 """One entry of `spec.operations`. The answers are `operation` records."""

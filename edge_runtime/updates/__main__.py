@@ -1,4 +1,4 @@
-"""`python -m edge_runtime.updates turn|gate`: the root's half of an update, run by systemd in an image (novacron-update.service, novacron-gate.service).
+"""`python -m edge_runtime.updates turn|gate|lasted`: the root's half of an update, run by systemd in an image (novacron-update.service, novacron-gate.service, novacron-lasted.service).
 
 The agent has no rights over disks. It writes a request into its own folder; this looks at it, and does it only where the bundle is signed, and where it is next. What it says back stands in its own folder, which the agent reads.
 """
@@ -69,8 +69,11 @@ def make_room(device: Path) -> None:
 
 
 @contextmanager
-def boot_partition(check: bool) -> Iterator[Path]:
-    """The boot partition, mounted for us alone (the unit has mounts of its own); looked over before, where something is to be written that needs room: a cut leaves clusters that belong to nothing."""
+def boot_partition(check: bool, write: bool = True) -> Iterator[Path]:
+    """The boot partition, mounted for us alone (the unit has mounts of its own); looked over before, where something is to be written that needs room: a cut leaves clusters that belong to nothing.
+
+    Mounting it for writing writes to its first sector, so it is read where that will do.
+    """
     device = partitions()[ESP_NAME]
     if check:
         # 1: something was put right. Anything else is told and goes on: what can be mounted can be used.
@@ -79,7 +82,7 @@ def boot_partition(check: bool) -> Iterator[Path]:
             say(f"fsck.fat: {done.stdout.decode(errors='replace')[-300:]}")
         make_room(device)
     ESP_MOUNT.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "vfat", "-o", "rw,noatime,nodev,nosuid,noexec,umask=0077", str(device), str(ESP_MOUNT)], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(["mount", "-t", "vfat", "-o", f"{'rw' if write else 'ro'},noatime,nodev,nosuid,noexec,umask=0077", str(device), str(ESP_MOUNT)], check=True, stdin=subprocess.DEVNULL)
     try:
         yield ESP_MOUNT
     finally:
@@ -110,16 +113,35 @@ def next_request(order: dict[str, Any], seconds: float) -> dict[str, Any]:
     return newer
 
 
+def settled(esp: Path) -> Installer:
+    """The installer, which looks once in each start at how that came about."""
+    installer = Installer(places(esp), say)
+    marked = Path("/run/novacron-update/settled")
+    if not marked.exists():
+        installer.settle()
+        marked.touch()
+    return installer
+
+
+def lasted() -> int:
+    """Called when a start has lasted for a while."""
+    with alone(STATE):
+        with boot_partition(check=False, write=False) as esp:
+            installer = Installer(places(esp), say)
+            installer.lasted()
+            due = installer.to_settle()
+        if due:
+            with boot_partition(check=False) as esp:
+                settled(esp)
+    return 0
+
+
 def turn() -> int:
     """What the request asks, as long as there is something next."""
     order = request()
     again = False
     with alone(STATE), boot_partition(check=order.get("action") == "install") as esp:
-        installer = Installer(places(esp), say)
-        marked = Path("/run/novacron-update/settled")
-        if not marked.exists():
-            installer.settle()
-            marked.touch()
+        installer = settled(esp)
         try:
             for _ in range(TURNS_MAX):
                 again = installer.turn(order)
@@ -157,10 +179,10 @@ def gate() -> int:
 def main() -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="edge_runtime.updates", description="the root's half of an update")
-    parser.add_argument("what", choices=("turn", "gate"))
+    parser.add_argument("what", choices=("turn", "gate", "lasted"))
     options = parser.parse_args()
     os.umask(0o022)
-    return turn() if options.what == "turn" else gate()
+    return {"turn": turn, "gate": gate, "lasted": lasted}[options.what]()
 
 
 if __name__ == "__main__":

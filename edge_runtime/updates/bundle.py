@@ -67,7 +67,7 @@ MANIFEST_FIELDS = (
 
 
 class Refused(ContractError):
-    """A bundle that is not installed; `reason` is one of signature, format, digest, truncated, board, downgrade, base, size, verity."""
+    """A bundle that is not installed; `reason` is one of signature, format, digest, truncated, board, downgrade, base, size, verity, firmware."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ time, and goes by what stands there.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,10 @@ from ..journal import Journal
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks at the status while an update is under way; without one nothing is looked at."""
+"""Between two looks at the status while an update is under way."""
+
+IDLE_LOOK_S = 60.0
+"""Between two looks without one: what the initrd left behind is told by the other process at some time after a start."""
 
 ASK_AGAIN_LOOKS = 30
 """Looks without news after which a request is written anew: the one before may have come while the other process was ending."""
@@ -108,7 +112,8 @@ class UpdateDuty:
                 await asyncio.sleep(LOOK_S)
             else:
                 self._news.clear()
-                await self._news.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), IDLE_LOOK_S)
 
     def look(self) -> None:
         """One look at the installer's status, and what follows from it."""

@@ -102,7 +102,7 @@ class Installer:
         self._places, self._say = places, say
         self._slot, self._root_hash = places.running
         self._target = slots.other(self._slot)
-        self._status, self._progress, self._trial, self._note = (places.state / name for name in ("status.json", "progress.json", "trial.json", "note.json"))
+        self._status, self._progress, self._trial, self._note, self._firmware = (places.state / name for name in ("status.json", "progress.json", "trial.json", "note.json", "firmware.json"))
 
     # -- what is known -------------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,61 @@ class Installer:
     # -- a turn --------------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """After a start: whether a trial runs, or has failed. Says so in the status."""
+        """After a start: what there is to learn from how it came about, and to tell."""
+        self._learn()
+        self._settle_trial()
+        self._tell_damage()
+
+    def to_settle(self) -> bool:
+        """Whether `settle` would change the boot partition, as far as no trial is under way."""
+        return (self._places.esp / slots.DAMAGED).exists() or any(entry.left is not None for entry, _ in self._mine())
+
+    def _mine(self) -> list[tuple[slots.Entry, Path]]:
+        """The entries of what runs."""
+        return [(entry, path) for entry, path in self.entries() if (entry.slot, entry.sequence) == (self._slot, self._places.image["sequence"])]
+
+    def _learn(self) -> None:
+        """Whether the firmware lets the boot loader count: it has just started an entry with a counter. What a disk is made with loses its counter then: there is nothing to go back to."""
+        counted = [(entry, path) for entry, path in self._mine() if entry.left is not None]
+        if not counted:
+            return
+        found = {"counts": any(entry.done for entry, _ in counted)}
+        if read_document(self._firmware) != found:
+            write_document(self._firmware, found)
+            self._say(f"the boot loader {'counts' if found['counts'] else 'cannot count'} starts on this firmware")
+        if all(entry.slot == self._slot for entry, _ in self.entries()):
+            self._keep(counted)
+
+    def _keep(self, counted: list[tuple[slots.Entry, Path]]) -> None:
+        """An entry without a counter beside the one with it, then the latter goes: between the two, either starts the same slot."""
+        good = counted[0][1].with_name(slots.Entry(counted[0][0].sequence, self._slot).name)
+        if not good.exists():
+            write_file(good, counted[0][1].read_bytes())
+        for _, path in counted:
+            remove(path)
+
+    def _tell_damage(self) -> None:
+        """What the initrd of the other slot has left behind."""
+        if self.trial:
+            return
+        note = self._places.esp / slots.DAMAGED
+        try:
+            slot, root_hash, reason = note.read_text(errors="replace")[:DOCUMENT_MAX_BYTES].split(maxsplit=2)
+        except (OSError, ValueError):
+            return
+        if slot == self._target:
+            self._tell({"id": f"damaged-{root_hash[:16]}"}, "failed", f"{reason.strip()[:500]}; it was left, {self._slot} with sequence {self._places.image['sequence']} runs")
+        remove(note)
+
+    def lasted(self) -> None:
+        """This start has lasted: the initrd counts from zero again."""
+        with self._places.slots[self._slot].open("r+b", buffering=0) as device:
+            at = device.seek(0, os.SEEK_END) - BLOCK
+            if os.pread(device.fileno(), BLOCK, at).strip(b"\0"):
+                _write_all_at(device.fileno(), bytes(BLOCK), at)
+                os.fsync(device.fileno())
+
+    def _settle_trial(self) -> None:
         trial = self.trial
         if not trial or (self.status.get("state") in DONE and self.status.get("id") == trial.get("id")):
             remove(self._trial)
@@ -215,8 +269,10 @@ class Installer:
         length, _ = parse_head(head)
         raw = source.read(HEAD_BYTES, length)
         manifest = open_manifest(head, raw, self._places.verified)
+        if read_document(self._firmware).get("counts") is False:
+            raise Refused("firmware", "does not let the boot loader count starts (it cannot rename a file), so an image that does not come up could not be left", "take a firmware that can, or write the disk anew", "firmware")
         with self._places.slots[self._target].open("rb") as device:
-            room = device.seek(0, os.SEEK_END)
+            room = device.seek(0, os.SEEK_END) - BLOCK  # the last one counts starts
         image = self._places.image
         check_for(manifest, Running(image["arch"], image["profile"], image["sequence"], self._root_hash, room))
         begins = HEAD_BYTES + length
@@ -348,23 +404,22 @@ class Installer:
         return True
 
     def _mark_good(self, order: Mapping[str, Any]) -> None:
-        """An entry without a counter beside the one with it, then the latter goes: between the two, either starts the same slot."""
         trial = self.trial
-        good = slots.Entry(int(trial["sequence"]), self._slot)
-        folder = self._places.esp / slots.ENTRIES
-        mine = [(entry, path) for entry, path in self.entries() if (entry.sequence, entry.slot) == (good.sequence, good.slot)]
-        counted = [path for entry, path in mine if entry.left is not None]
-        if counted and not (folder / good.name).exists():
-            write_file(folder / good.name, counted[0].read_bytes())
-        if not (folder / good.name).exists():
+        mine = [(entry, path) for entry, path in self.entries() if (entry.sequence, entry.slot) == (int(trial["sequence"]), self._slot)]
+        if not mine:
             self._tell(order, "failed", "the boot loader's entry of the running image is gone: the next start is the other slot's")
             remove(self._trial)
             return
-        for path in counted:
-            remove(path)
+        if counted := [(entry, path) for entry, path in mine if entry.left is not None]:
+            self._keep(counted)
         self._tell(order, "good", version=trial.get("version", ""), sequence=trial.get("sequence", 0))
         for path in (self._trial, self._note, self._progress):
             remove(path)
+
+
+def _write_all_at(handle: int, data: bytes, at: int) -> None:
+    os.lseek(handle, at, os.SEEK_SET)
+    _write_all(handle, data)
 
 
 def _write_all(handle: int, data: bytes) -> None:

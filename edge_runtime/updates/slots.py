@@ -16,6 +16,15 @@ SORT_KEY = "novacron"
 ENTRIES = "loader/entries"
 """Folder of the entries in the boot partition."""
 
+DAMAGED = "novacron/damaged"
+"""File of the boot partition in which the initrd leaves which slot it left, the root hash and why: a line with a space between them."""
+
+STARTS_WORD = "novacron-starts"
+"""Begins the last block of a slot's partition: `novacron-starts ROOT N`, N starts of that root in a row have not lasted. No image reaches as far."""
+
+FACTORY_STARTS = 1
+"""The entry that an image is built with has this many starts left: whether the boot loader has counted the first one shows whether the firmware lets it (it renames a file)."""
+
 _NAME = re.compile(r"novacron-(?P<sequence>\d{10})-(?P<slot>[ab])(?:\+(?P<left>\d{1,2})(?:-(?P<done>\d{1,2}))?)?\.conf\Z", re.IGNORECASE)
 
 

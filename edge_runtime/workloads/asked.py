@@ -11,11 +11,12 @@ from ..config import EdgeConfig
 from ..contract.errors import ContractError
 from ..contract.limits import MAX_OPERATIONS
 from ..contract.schema import check_fields
-from ..contract.workloads import OPERATION_FIELDS, RUNNING
+from ..contract.workloads import ASKED, MOVES, MOVING, OPERATION_FIELDS, RUNNING
 from ..journal import Journal
 from .operations import Operations
 
 if TYPE_CHECKING:
+    from .carrier import Carrier
     from .checkpoints import CheckpointFolder, Checkpointing
     from .drivers.face import Driver, Status
     from .questions import Questions
@@ -50,6 +51,7 @@ class Asked:
         self._why = ""
         self._checkpoints: CheckpointFolder | None = None
         self._telling: asyncio.Task[None] | None = None
+        self._carrier: Carrier | None = None
         self._questions: Questions | None = None
 
     async def checkpointing(self, folder: Path) -> "Checkpointing":
@@ -58,19 +60,28 @@ class Asked:
 
         self._checkpoints = await asyncio.to_thread(CheckpointFolder, folder)
         await asyncio.to_thread(self._checkpoints.tidy)
-        return Checkpointing(self._checkpoints, self._operations, self._config.workloads.images_bytes, self._changed)
+        moves = None
+        if self._config.workloads.moves_hub:
+            from .carrier import Carrier
+            from .moves import Moves
+
+            moves = Moves(folder.parent / "moves", self._checkpoints)
+            self._carrier = Carrier(self._config.edge_id, folder.parent / "moves", self._config.workloads, moves.sweep)
+        return Checkpointing(self._checkpoints, self._operations, self._config.workloads.images_bytes, self._changed, moves)
 
     def begin(self, runner: "Runner | None", why: str) -> None:
         """The drivers have been probed; `why` there is no runner, where there is none."""
         self._runner, self._why, self._probed = runner, why, True
         self._operations.resume()
-        self._operations.take(*self._early)
+        self.operate(*self._early)
         self._changed()
 
     async def close(self) -> None:
         """Begin nothing more, and answer nothing more."""
         if self._questions is not None:
             await self._questions.close()
+        if self._carrier is not None:
+            await self._carrier.close()
         if self._telling is not None:
             await asyncio.gather(self._telling, return_exceptions=True)
 
@@ -83,6 +94,8 @@ class Asked:
         """Operations of a desired state that was taken, `late` those that had expired; each is carried out once, also over restarts."""
         if self._probed:
             self._operations.take(entries, late)
+            if self._carrier is not None:
+                self._carrier.need({one["name"] for one in entries if one["kind"] in MOVES and one["name"].startswith(MOVING)})
         else:
             self._early = (entries, late)
 
@@ -95,6 +108,8 @@ class Asked:
             raise ContractError("workload", f"{workload[:80]!r} shall not run here", "list /api/v1/workloads; ask the hub where it runs")
         if self._operations.open >= MAX_OPERATIONS:
             raise ContractError("operations", f"{self._operations.open} are under way, the most there may be", "wait until some have ended", "limit")
+        if asked.get("kind") in MOVES:
+            raise ContractError("kind", f"{asked['kind']!r} is the hub's to ask for", f"use one of {', '.join(ASKED)}")
         told = check_fields(OPERATION_FIELDS, {
             "id": f"local-{secrets.token_hex(8)}", **asked, "workload": workload, "epoch": entry["epoch"], "expires_ms": int(time.time() * 1000) + ASKED_HERE_MS,
         }, "payload")

@@ -7,6 +7,7 @@ A state has its name when it is whole, so what is there under a name can be gone
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -15,15 +16,18 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..contract.limits import MAX_CHECKPOINTS
 from ..contract.schema import ID_PATTERN
-from ..contract.workloads import CHECKPOINT, DELETE_CHECKPOINT, RESTORE
+from ..contract.workloads import CHECKPOINT, DELETE_CHECKPOINT, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVES, MOVING, RESTORE
 from .drivers import checkpoint_state
 from .drivers.face import Checkpoints, Driver, Failed, Key, Observes, Order, Phase, Refused, Status
 from .drivers.instance import link_output
 from .operations import Operations
+
+if TYPE_CHECKING:
+    from .moves import Moves
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +124,8 @@ class CheckpointFolder:
         except FileNotFoundError:
             return
         shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where there are others
+            path.parent.rmdir()
 
     def forget(self, workload: str) -> bool:
         """All of a workload; whether there was anything."""
@@ -138,10 +144,15 @@ class Checkpointing:
         operations: what is under way.
         budget: bytes that images and checkpoints may take together.
         changed: called when there are others than before.
+        moves: the states that are on their way to other nodes, or came from them; None: there are none.
     """
 
-    def __init__(self, folder: CheckpointFolder, operations: Operations, budget: int, changed: Callable[[], None] = lambda: None) -> None:
-        self._folder, self._operations, self._budget, self._changed = folder, operations, budget, changed
+    def __init__(self, folder: CheckpointFolder, operations: Operations, budget: int, changed: Callable[[], None] = lambda: None, moves: "Moves | None" = None) -> None:
+        self._folder, self._operations, self._budget, self._changed, self.moves = folder, operations, budget, changed, moves
+
+    def output(self, workload: str) -> Path:
+        """Where what it wrote is kept while it is being restored."""
+        return self._folder.output(workload)
 
     @property
     def operations(self) -> Operations:
@@ -193,6 +204,10 @@ class Checkpointing:
             clears: called before an instance goes in whose place a state comes.
         """
         try:
+            if asked["kind"] in MOVES:
+                return await self._move(asked, drivers, driver, status, clears)
+            if (held or asked["kind"] == DELETE_CHECKPOINT) and (on_its_way := await self._on_its_way(asked["workload"])):
+                raise Refused("workload", f"it is on its way to another node ({on_its_way}), which may be running it", "see the hub's moves; where that one is cancelled it goes on here")
             if asked["kind"] == CHECKPOINT:
                 return await self._checkpoint(asked, driver, status)
             if asked["kind"] == RESTORE:
@@ -204,11 +219,34 @@ class Checkpointing:
         finally:
             self._changed()
 
+    async def _on_its_way(self, workload: str) -> str:
+        """The move with which its state is on its way; empty where it is on none."""
+        newest = (await asyncio.to_thread(self._folder.all, workload))[-1:]
+        return newest[0].name if newest and newest[0].name.startswith(MOVING) else ""
+
+    async def _move(self, asked: Mapping[str, Any], drivers: Mapping[str, Driver], driver: Driver | None, status: Status | None, clears: Callable[[], None]) -> dict[str, Any]:
+        """A part of a move at its source."""
+        workload, move = asked["workload"], asked["name"]
+        if self.moves is None or not move.startswith(MOVING):
+            raise Refused("move", "this node moves no states", "see workloads.moves_hub")
+        if asked["kind"] == MOVE_CHECK:
+            return await self.moves.check(driver, Key(workload, asked["epoch"]))
+        if asked["kind"] == MOVE_OUT:
+            await self._checkpoint(asked, driver, status)
+            return await self.moves.pack(workload, move)
+        assert asked["kind"] == MOVE_BACK
+        name = await asyncio.to_thread(self.moves.return_of, workload, move)
+        if name and (status is None or status.phase not in (Phase.RUNNING, Phase.PAUSED)):
+            await self._restore({**asked, "name": name}, drivers, status, clears)
+        if name:
+            await asyncio.to_thread(self._folder.remove, workload, name)
+        return {}
+
     async def _checkpoint(self, asked: Mapping[str, Any], driver: Driver | None, status: Status | None) -> dict[str, Any]:
         name, workload = asked["name"] or asked["id"], asked["workload"]
         path = self._folder.path(workload, name)
-        if asked["name"].startswith(AUTOMATIC):
-            raise Refused("name", f"{AUTOMATIC}... is for checkpoints that nobody asks for", "give it another name")
+        if asked["kind"] == CHECKPOINT and asked["name"].startswith((AUTOMATIC, MOVING)):
+            raise Refused("name", f"{AUTOMATIC}... and {MOVING}... are for checkpoints that nobody asks for", "give it another name")
         if driver is None or status is None:
             raise Refused("workload", f"{workload} does not run here yet", "ask again when it runs")
         if not isinstance(driver, Checkpoints):

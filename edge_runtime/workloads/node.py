@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM
+from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers
@@ -20,7 +20,8 @@ from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free
 
 if TYPE_CHECKING:
     from .conversion.driver import ConvertibleDriver
-    from .drivers.container import ContainerDriver
+    from .drivers.container import ContainerDriver, Settings
+    from .drivers.containerd import ContainerdDriver
     from .drivers.face import Driver, Status
     from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
@@ -43,6 +44,9 @@ MAX_TOLD_IMAGES = 256
 
 MAX_TOLD_NAME = 253
 """Characters of a reference that the hub takes in a node's description."""
+
+CONTAINERD, KATA_SHIM = "containerd", "containerd-shim-kata-v2"
+"""In `workloads.runtimes`, and the name of its driver; the program that makes Kata's machines."""
 
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
@@ -81,14 +85,21 @@ class WorkloadNode:
         self._handing = asyncio.Lock()
         self._store: ImageStore | None = None
         self._containers: ContainerDriver | None = None
+        self._by_containerd: list[ContainerdDriver] = []
+        self._runs_containers = "container"
+        """Which driver does."""
+        self._kata_why = ""
         self._functions: FunctionDriver | None = None
-        self._called: ContainerFunctions | None = None
+        self._called: dict[str, ContainerFunctions] = {}
+        """By the driver that runs them: which one that is is known when all have been probed."""
         self._microvms: MicrovmDriver | None = None
         self._vms: VmDriver | None = None
         self._convertible: ConvertibleDriver | None = None
         self._convertible_why = "switched off (workloads.conversions in its configuration), or containers are"
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
+        self._moves = False
+        """Containers can leave for other nodes, and come from them, with their state."""
         self._drivers: Mapping[str, Driver] = {}
         self._left: dict[str, dict[str, Any]] = {}
         self._images: Shared[Image] | None = None
@@ -117,7 +128,7 @@ class WorkloadNode:
                 await self._images.close()
             if self._puller is not None:
                 await self._puller.close()
-            for driver in (self._functions, self._convertible, self._containers, self._microvms, self._vms):
+            for driver in (self._functions, self._convertible, self._containers, *self._by_containerd, self._microvms, self._vms):
                 if driver is not None:
                     await asyncio.to_thread(driver.close)
             if self._store is not None:
@@ -137,8 +148,11 @@ class WorkloadNode:
             if workloads.runtimes:
                 from .drivers.container import ContainerDriver, Settings
 
-                told = Settings(workloads.runtimes, allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
+                told = Settings(tuple(one for one in workloads.runtimes if one != CONTAINERD), allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
                 drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, told)
+                more, lacking = await asyncio.to_thread(_by_containerd, self._config, folder, self._store, told)
+                self._by_containerd, why = list(more.values()), [*why, *lacking]
+                drivers |= more
                 if workloads.conversions or (folder / "convertible").exists():  # after that of containers: whose probe is its own
                     from .conversion import host
                     from .conversion.driver import ConvertibleDriver
@@ -167,18 +181,36 @@ class WorkloadNode:
             why += reasons
             if name == MICROVM:
                 self._microvms_why = "; ".join(reasons)
-            if name == CONVERTS:
+            elif name == KATA:
+                self._kata_why = "; ".join(reasons)
+            elif name == CONVERTS:
                 self._convertible_why = "; ".join(reasons)
+        asked = [CONTAINERD if one == CONTAINERD else "container" for one in workloads.runtimes]
+        self._runs_containers = next((name for name in asked if name in self._usable), "container")
+        if self._runs_containers in self._usable:
+            self._usable.add("container")
         # A job and a function are of whatever kind their image is; no machine is a job.
         self.runs = tuple(
-            kind for kind in KINDS if kind in self._usable or (kind == "container" and MICROVM in self._usable) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm", CONVERTS})
+            kind for kind in KINDS
+            if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm", CONVERTS})
         )
         self._why = "; ".join(why)
+        self._moves = self._containers is not None and self._runs_containers == "container" and self._moves_states()
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
         if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
             self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
             self._drivers = drivers
         self._probed = True
+
+    def _moves_states(self) -> bool:
+        from .carrier import reason_against
+        from .drivers.face import Ability
+
+        assert self._containers is not None
+        told, why = self._containers.capabilities, reason_against(self._config.workloads)
+        if self._config.workloads.moves_hub and why:
+            log.warning("containers do not move with their state: %s", why)
+        return not why and told is not None and told.can(Ability.MIGRATE_OUT) and told.can(Ability.MIGRATE_IN)
 
     async def _try(self, name: str, driver: "Driver") -> list[str]:
         """Probe one driver; why it cannot be used, where it cannot."""
@@ -266,11 +298,11 @@ class WorkloadNode:
         if name == CONVERTS and name not in self._usable:
             raise Refused(f"spec.{CONVERTS}", f"workloads cannot be converted here: {self._convertible_why}", "place it on a node that can, or leave it out")
         if name in (MICROVM, KATA) and name not in self._usable:
-            why = self._microvms_why if name == MICROVM else await asyncio.to_thread(_why_no_kata)
+            why = self._microvms_why if name == MICROVM else self._kata_why or await asyncio.to_thread(_why_no_kata)
             raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
         if name not in self._usable:
             raise Refused("image", f"is for the driver of {name}s, which cannot be used here: {self._why}", "place it on a node whose driver can")
-        return name
+        return self._runs_containers if name == "container" else name
 
     async def _image(self, reference: str, pull: str) -> "Image":
         """Raises `ImageError`."""
@@ -337,6 +369,8 @@ class WorkloadNode:
             await self._convertible.prune(budget)
         layers, taken = await self.asked.held()
         modules, budget = modules | layers, max(0, budget - taken)
+        for one in self._by_containerd:
+            modules = modules | await asyncio.to_thread(one.layers)
         if self._containers is not None:
             return bool(await self._containers.prune(budget, modules))
         return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
@@ -401,12 +435,13 @@ class WorkloadNode:
         return answer
 
     def _container_functions(self) -> "ContainerFunctions":
-        if self._called is None:
+        if self._runs_containers not in self._called:
             from .drivers.function_container import ContainerFunctions
 
             assert self._containers is not None
-            self._called = ContainerFunctions(self._containers, lambda: self.entries)
-        return self._called
+            driver = next((one for one in self._by_containerd if one.name == self._runs_containers), self._containers)
+            self._called[self._runs_containers] = ContainerFunctions(driver, lambda: self.entries)
+        return self._called[self._runs_containers]
 
     async def _tell(self) -> None:
         told: dict[str, Any] | None = None
@@ -438,14 +473,14 @@ class WorkloadNode:
 
     async def _watch_disks(self) -> None:
         """End containers that have more on the disk than they asked for."""
-        if self._containers is None:
+        drivers = [driver for driver in (self._containers, self._convertible, *self._by_containerd) if driver is not None]
+        if not drivers:
             return
         from .drivers.container_disk import LOOK_S as DISK_LOOK_S
 
-        drivers = [driver for driver in (self._containers, self._convertible) if driver is not None]
         while True:
             try:
-                for one in [one for driver in drivers for one in await driver.hold_disks()]:
+                for one in [found for driver in drivers for found in await driver.hold_disks()]:
                     told = {"id": one.key.id, "epoch": one.key.epoch, "used": one.used, "limit": one.limit}
                     self._journal.append("event", "workload.disk", told)
                     self._metrics.inc("workloads_over_disk_total")
@@ -466,6 +501,9 @@ class WorkloadNode:
         if not lacking:
             return
         if lacking == DISK and await self._prune(0):
+            self._pressure.ended(now_s)
+            return
+        if lacking == MEMORY and self._microvms is not None and await asyncio.to_thread(self._microvms.make_room):
             self._pressure.ended(now_s)
             return
         running = await self._runner.running()
@@ -500,8 +538,13 @@ class WorkloadNode:
     def describe(self) -> dict[str, Any]:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
+        labels = {**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}}
+        if CONVERTS in self._usable:
+            labels[CONVERTING] = "true"
+        if self._moves:
+            labels[MOVABLE + "container"] = "true"
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **({ISOLATES + MICROVM: "true"} if MICROVM in self._usable else {}), **({CONVERTING: "true"} if CONVERTS in self._usable else {})}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels=labels, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
             images=self._held(),
         )
@@ -543,9 +586,24 @@ async def _written(driver: "Driver", status: "Status", most: int) -> dict[str, A
     return {"stdout": told.stdout.decode("utf-8", "replace"), "stderr": told.stderr.decode("utf-8", "replace"), "cut": told.cut}
 
 
-def _why_no_kata() -> str:
-    """Why nothing can be run by Kata."""
+def _by_containerd(config: EdgeConfig, folder: Path, store: "ImageStore", settings: "Settings") -> "tuple[dict[str, ContainerdDriver], list[str]]":
+    """The drivers that go by containerd, where they are asked for or can be, or where an earlier configuration left something of theirs; and why one that is asked for is not there."""
     from .drivers.container import searched
 
-    missing = [name for name in ("containerd", "containerd-shim-kata-v2") if searched(name) is None]
-    return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "this agent has no driver for it yet"
+    wanted = [name for name, there in ((CONTAINERD, CONTAINERD in config.workloads.runtimes), (KATA, searched(KATA_SHIM) is not None)) if there or (folder / name / "containers").exists()]
+    if not wanted:
+        return {}, []
+    try:
+        from .drivers import containerd
+    except ImportError as error:
+        return {}, [f"{name}: it needs a package that is not there ({error}): pip install 'novacron[containerd]'" for name in wanted]
+    handlers = {CONTAINERD: containerd.RUNC, KATA: containerd.KATA}
+    return {name: containerd.ContainerdDriver(folder, store, settings, path=config.workloads.containerd, handler=handlers[name]) for name in wanted}, []
+
+
+def _why_no_kata() -> str:
+    """Why nothing can be run by Kata, where there is no driver of it."""
+    from .drivers.container import searched
+
+    missing = [name for name in ("containerd", KATA_SHIM) if searched(name) is None]
+    return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "grpcio is not installed, or containers are switched off (workloads.runtimes)"

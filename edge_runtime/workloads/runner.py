@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, ISOLATION, ISOLATIONS, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
 from .checkpoints import Checkpointing
 from .converting import convert
+from .drivers.checkpoint_state import read_manifest
 from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
@@ -233,6 +234,10 @@ class Runner:
             assert self._checkpoints is not None  # nobody else asks
             operations = self._checkpoints.operations
             try:
+                if asked["kind"] == MOVE_ROOM and self._checkpoints.moves is not None:
+                    operations.end(asked["id"], "succeeded", "", await self._checkpoints.moves.room(asked, self._bring, self._drivers, self._short()))
+                    del waiting[asked["id"]]
+                    continue
                 if wanted is None or wanted["epoch"] != asked["epoch"] or self._told.get(_said(wanted)) in ENDS:
                     raise Refused("workload", f"{workload} of epoch {asked['epoch']} is not here, or has ended", "see where it is; ask again")
                 driver, status = await self._there(Key(workload, int(asked["epoch"])))
@@ -269,19 +274,20 @@ class Runner:
                 spec = _spec(entry)
                 how = policy(str(entry["kind"]), spec)
                 _, there = await self._there(key)
-                if there.phase is Phase.CHECKPOINTED if there is not None else self._told.get(said) == CHECKPOINTED:
+                if there.phase is Phase.CHECKPOINTED if there is not None else self._told.get(said) == CHECKPOINTED or entry.get("held"):
                     self._say(entry, CHECKPOINTED, there.reason if there is not None else "")
                     if await _changes(changed, self._left_s(said, how)):
                         return
                     self._late(entry, how)
                     return
-                begun = await self._begin(key, entry, spec, changed)
+                begun = await (self._begin_from(key, entry) if self._comes(entry) else self._begin(key, entry, spec, changed))
                 if begun is None:
                     return
                 driver, status = begun
             except DriverError as error:
                 self._errors()
                 await self._remove(key)
+                await self._has_come(entry)
                 if isinstance(error, Refused) or self._told.get(said) != "running":
                     self._say(entry, "refused" if isinstance(error, Refused) else "failed", str(error))
                     return
@@ -290,6 +296,7 @@ class Runner:
                 if status.phase in (Phase.RUNNING, Phase.PAUSED):
                     self._began(said, how, status)
                     self._say(entry, "running", status.reason, status.load_ms)
+                    await self._has_come(entry)
                     self._say_form(entry, status)
                     self._going_on.discard(said)
                     ended = await self._until(driver, key, changed, await self._next_s(key, said, how))
@@ -434,6 +441,31 @@ class Runner:
         await driver.prepare(Order(key, image, requests, spec, entry["kind"] == "batch", leased))
         self._tidy()  # only now: what is prepared stands on its image, and keeps it
         return driver, await _started(driver, key)
+
+    def _comes(self, entry: Mapping[str, Any]) -> bool:
+        """It is to go on from a state that has come, and has not yet been seen to."""
+        return bool(entry.get("from")) and self._told.get(_said(entry)) in (None, "accepted")
+
+    async def _begin_from(self, key: Key, entry: Mapping[str, Any]) -> tuple[Driver, Status]:
+        """What runs it from the state that has come with it, and how it stands. Raises `Refused`: then nothing of it has been seen to live here, and its source may have it again."""
+        from .moves import begin_from
+
+        if self._checkpoints is None or self._checkpoints.moves is None:
+            raise Refused("from", "this node takes in no states", "see workloads.moves_hub")
+        if f"{key.id}/{key.epoch}" in self._may:
+            raise Refused("from", "it runs only as long as its site says (when_cut_off: move)", "let its site run it")
+        driver, status = await self._there(key)
+        path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
+        if driver is None:
+            driver = self._drivers.get(str((await asyncio.to_thread(read_manifest, path)).get("kind")))
+        if driver is None:
+            raise Refused("from", "there is no driver here that brings such a state back", "move it to a node with CRIU")
+        return driver, await begin_from(driver, key, status, path, self._checkpoints.output(key.id))
+
+    async def _has_come(self, entry: Mapping[str, Any]) -> None:
+        """What became of a state that came has been said, or is said next: nothing of its way is needed any more."""
+        if entry.get("from") and self._checkpoints is not None and self._checkpoints.moves is not None:
+            await asyncio.to_thread(self._checkpoints.moves.settled, entry["id"], str(entry["from"].get("move")))
 
     async def _until(self, driver: Driver, key: Key, changed: asyncio.Event, left_s: float | None) -> Status | None:
         """How it ended; None where something else is wanted first, or `left_s` seconds have passed."""

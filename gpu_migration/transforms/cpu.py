@@ -42,11 +42,14 @@ class Cpu:
         # A glance at three words rules out nearly every page that is not constant.
         first = pages[:, 0]
         found: Flags = (first == pages[:, 511]) & (first == pages[:, 129])
-        maybe = np.flatnonzero(found)
+        maybe = found.nonzero()[0]
         if len(maybe):
-            chosen = pages if len(maybe) == len(pages) else pages[maybe]
-            low = chosen.min(axis=1)
-            found[maybe] = low == chosen.max(axis=1)
+            chosen, fills = (pages, first) if len(maybe) == len(pages) else (pages[maybe], first[maybe])
+            same = chosen.max(axis=1) == fills
+            others = (same & (fills != 0)).nonzero()[0]  # where the largest word is zero, all are
+            if len(others):
+                same[others] = chosen[others].min(axis=1) == fills[others]
+            found[maybe] = same
         return found
 
     def equal(self, pages: Words, others: Words) -> Flags:

@@ -23,6 +23,7 @@ from ..questions import Unanswered
 from ..store.base import EdgeRow, StoredRecord
 from ..transfers.book import Contradicts
 from .bundles import bundle_file, listing
+from .moves import MoveApi
 from .openapi import OPERATIONS, document
 from .operations import OperationApi
 from .pages import serve
@@ -52,7 +53,7 @@ def record_json(stored: StoredRecord, clock: BootClock | None) -> dict[str, Any]
     }
 
 
-class HubApi(OperationApi, TransferApi):
+class HubApi(OperationApi, MoveApi, TransferApi):
     """Handlers over one hub."""
 
     def __init__(self, hub: "Hub") -> None:

@@ -74,6 +74,10 @@ WHAT_IF = {
         "add": {"type": "array", "items": NODE, "maxItems": 256},
     },
 }
+MOVE = {
+    "type": "object", "additionalProperties": False, "required": ["workload"],
+    "properties": {"workload": NAME, "to": NAME, "limit_mbit": {"type": "number", "minimum": 1, "maximum": 10_000_000, "default": 1000}},
+}
 END = {"type": "object", "required": ["worker", "path"], "properties": {"worker": NAME, "path": {"type": "string", "maxLength": 1024}}}
 TRANSFER = {
     "type": "object", "required": ["id", "source", "destination"], "additionalProperties": False,
@@ -167,6 +171,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/api/v1/nodes/{node}/drain", "drain", "Move away what is there; it takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/cordon", "cordon", "It takes nothing new", OBJECT, changes=True),
     Operation("post", "/api/v1/nodes/{node}/uncordon", "uncordon", "It takes workloads again", OBJECT, changes=True),
+    Operation("get", "/api/v1/nodes/{node}/drain", "draining", "What is still on a node: how far its move is, or why it stays", LIST),
+    Operation("get", "/api/v1/moves", "moves", "Moves of workloads with their state, newest first", LIST, (("limit", LIMIT, "at most so many"),)),
+    Operation("post", "/api/v1/moves", "move", "Move a running workload with its state to a node, or to the best one", OBJECT, body=MOVE, changes=True),
+    Operation("delete", "/api/v1/moves/{move}", "cancel_move", "End a move; what was taken goes on where it was", OBJECT, changes=True),
     Operation("get", "/api/v1/rebalance", "rebalances", "Rebalancing operations, newest first", LIST),
     Operation("post", "/api/v1/rebalance", "rebalance", "Plan moves that rebalance the cluster, or empty nodes; with go, carry them out step by step", OBJECT, body=REBALANCE, changes=True),
     Operation("delete", "/api/v1/rebalance/{rebalance}", "cancel_rebalance", "Begin no more of its moves", OBJECT, changes=True),
@@ -189,7 +197,7 @@ OPERATIONS: tuple[Operation, ...] = (
     )),
 )
 
-IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "transfer": NAME, "worker": NAME, "bundle": NAME}
+IN_PATH = {"edge": NAME, "seq": COUNT, "workload": NAME, "node": NAME, "budget": NAME, "tenant": NAME, "rebalance": NAME, "move": NAME, "transfer": NAME, "worker": NAME, "bundle": NAME}
 
 
 def document() -> dict[str, Any]:

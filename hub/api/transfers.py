@@ -73,7 +73,7 @@ class TransferApi:
 
     async def lease_transfers(self, request: web.Request) -> web.Response:
         """See the table."""
-        return answer(await self._hub.transfers.lease(self._worker(request), check_fields(LEASE, await object_of(request), "payload")))
+        return answer(await self._hub.transfers.lease(self._worker(request), check_fields(LEASE, await object_of(request), "payload"), lambda: request.transport is None or request.transport.is_closing()))
 
     async def report_transfer(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -45,6 +45,11 @@ def plans_schema(db: sqlite_utils.Database) -> None:
     db["epochs"].create({"workload": str, "epoch": int}, pk="workload")
 
 
+def moves_schema(db: sqlite_utils.Database) -> None:
+    """Moves of workloads with their state."""
+    db["moves"].create({"name": str, "document": str}, pk="name")
+
+
 class SqliteWorkloads(ABC):
     """See `workloads.WorkloadStore`; mixed into `SqliteStore`."""
 
@@ -71,7 +76,7 @@ class SqliteWorkloads(ABC):
                 (row.name, row.origin, json.dumps(row.document), row.cordon, row.seq, row.changed_ms, row.problem, json.dumps(row.tainted)) for row in changes.nodes.values() if row is not None
             ])
             connection.executemany("DELETE FROM nodes WHERE name=?", [(key,) for key, row in changes.nodes.items() if row is None])
-            for table, rows in (("budgets", changes.budgets), ("quotas", changes.quotas), ("rebalances", changes.rebalances)):
+            for table, rows in (("budgets", changes.budgets), ("quotas", changes.quotas), ("rebalances", changes.rebalances), ("moves", changes.moves)):
                 _put(connection, table, 2, [(name, json.dumps(document)) for name, document in rows.items() if document is not None])
                 connection.executemany(f"DELETE FROM {table} WHERE name=?", [(name,) for name, document in rows.items() if document is None])
             _put(connection, "epochs", 2, [(name, epoch) for name, epoch in changes.epochs.items() if epoch is not None])
@@ -103,6 +108,10 @@ class SqliteWorkloads(ABC):
     def quotas(self) -> dict[str, dict[str, Any]]:
         """See `WorkloadStore.quotas`."""
         return {name: json.loads(text) for name, text in self._write.execute("SELECT name, document FROM quotas ORDER BY name")}
+
+    def moves(self) -> dict[str, dict[str, Any]]:
+        """See `WorkloadStore.moves`."""
+        return {name: json.loads(text) for name, text in self._write.execute("SELECT name, document FROM moves ORDER BY rowid")}
 
     def rebalances(self) -> dict[str, dict[str, Any]]:
         """See `WorkloadStore.rebalances`."""

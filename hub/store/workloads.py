@@ -62,7 +62,7 @@ class PlacementRow:
     """Capacity that a workload holds, or held, on a node: from `from_ms` until `to_ms` (None: still).
 
     Attributes:
-        seat: `gpus` [device] and `numa` [[zone, cpu, memory]].
+        seat: `gpus` [device] and `numa` [[zone, cpu, memory]]; `move`, the name of the move with which it comes, where it does.
         said: what the edge last said of it.
         why: why it ended.
     """
@@ -83,6 +83,7 @@ class WorkloadChanges:
 
     Attributes:
         rebalances: rebalancing operations by id.
+        moves: moves with their state by id.
         epochs: workload to the highest epoch that edges spoke of, where it is above what was given.
         cursor: the edges' records up to this arrival number have been acted upon.
     """
@@ -95,9 +96,10 @@ class WorkloadChanges:
     cursor: int | None = None
     rebalances: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     epochs: dict[str, int | None] = field(default_factory=dict)
+    moves: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.workloads or self.placements or self.nodes or self.budgets or self.quotas or self.rebalances or self.epochs) or self.cursor is not None
+        return bool(self.workloads or self.placements or self.nodes or self.budgets or self.quotas or self.rebalances or self.epochs or self.moves) or self.cursor is not None
 
 
 class WorkloadStore(Protocol):
@@ -120,6 +122,9 @@ class WorkloadStore(Protocol):
 
     def quotas(self) -> dict[str, dict[str, Any]]:
         """Quotas by tenant."""
+
+    def moves(self) -> dict[str, dict[str, Any]]:
+        """Moves of workloads with their state by id, oldest first."""
 
     def rebalances(self) -> dict[str, dict[str, Any]]:
         """Rebalancing operations by id, oldest first."""

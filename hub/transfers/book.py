@@ -64,6 +64,8 @@ class Transfer:
     progress: dict[str, Any] = field(default_factory=dict)
     prediction: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+    held: bool = False
+    """What is sent is not there yet: its receiver is made ready, its sender waits (`let_go`)."""
 
     @property
     def id(self) -> str:
@@ -114,8 +116,8 @@ class Book:
 
     # -- what users ask ------------------------------------------------------------------------------------------------------
 
-    def submit(self, document: dict[str, Any], now: int) -> Transfer:
-        """A checked document. The same again is answered as it stands. Raises Contradicts."""
+    def submit(self, document: dict[str, Any], now: int, held: bool = False) -> Transfer:
+        """A checked document; `held`: its sender waits until it is let go. The same again is answered as it stands. Raises Contradicts."""
         known = self.transfers.get(document["id"])
         if known is not None:
             if known.document != document:
@@ -126,7 +128,7 @@ class Book:
         for one in self.transfers.values():
             if one.live and one.document["destination"] == document["destination"]:
                 raise Contradicts("destination", f"{one.id!r} is on its way there", "cancel it, or give another path", "contradicts")
-        made = Transfer(document, now, self._key(), changed_ms=now, receive=Side(document["destination"]["worker"]), send=Side(document["source"]["worker"]))
+        made = Transfer(document, now, self._key(), changed_ms=now, receive=Side(document["destination"]["worker"]), send=Side(document["source"]["worker"]), held=held)
         self.transfers[made.id] = made
         self.changed[made.id] = made
         over = [one for one in self.transfers.values() if not one.live]
@@ -134,6 +136,13 @@ class Book:
             del self.transfers[old.id]
             self.changed[old.id] = None
         return made
+
+    def let_go(self, transfer: str, now: int) -> None:
+        """What is sent is there. Raises KeyError."""
+        one = self.transfers[transfer]
+        if one.held:
+            one.held = False
+            self._note(one, now)
 
     def cancel(self, transfer: str, now: int) -> Transfer:
         """End it. One that is over stays what it is. Raises KeyError."""
@@ -183,7 +192,7 @@ class Book:
         side = transfer.side(which)
         if not transfer.live or side.until_ms > now or side.after_ms > now or transfer.document["not_before_ms"] > now:
             return False
-        return which == "receive" or bool(transfer.address)
+        return which == "receive" or (bool(transfer.address) and not transfer.held)
 
     def _give(self, transfer: Transfer, which: str, now: int) -> dict[str, Any]:
         side = transfer.side(which)
@@ -244,12 +253,12 @@ class Book:
     def _failed(self, transfer: Transfer, which: str, said: dict[str, Any], now: int) -> None:
         side = transfer.side(which)
         side.until_ms = 0
-        side.tries += 1
+        side.tries += not transfer.held  # a receiver that waited in vain for what is not there yet has not failed
         transfer.reason = f"{which}: {said['error']}"[:1000]
         if said["final"] or side.tries >= TRIES_MOST:
             self._over(transfer, "failed", transfer.reason, now)
             return
-        side.after_ms = now + min(AGAIN_MS[1], AGAIN_MS[0] << side.tries - 1)
+        side.after_ms = now + min(AGAIN_MS[1], AGAIN_MS[0] << max(0, side.tries - 1))
         if which == "receive":
             self._unheard(transfer)
         self._note(transfer, now)

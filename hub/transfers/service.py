@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..store.base import Store
-from .book import AGAIN_MS, Book, Transfer
+from .book import AGAIN_MS, LEASE_MS, Book, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,16 @@ class Transfers:
                 log.error("a transfer in the store cannot be read and is left there: %r", error)
         self.book = Book(known)
         self._new = asyncio.Condition()
+        self.changes = 0
+        """Grows with every change of a transfer, and when a worker is there that was not."""
         self._stopped = False
         self._keeping = asyncio.Lock()
 
-    async def submit(self, document: dict[str, Any]) -> dict[str, Any]:
-        """A checked document; raises ContractError."""
-        transfer = self.book.submit(document, self._now())
+    async def submit(self, document: dict[str, Any], held: bool = False) -> dict[str, Any]:
+        """A checked document; raises ContractError. `held`: its receiver is made ready, and its sender waits until it is submitted without that."""
+        transfer = self.book.submit(document, self._now(), held)
+        if not held:
+            self.book.let_go(transfer.id, self._now())
         await self._keep()
         return self.view(transfer)
 
@@ -44,12 +48,17 @@ class Transfers:
         await self._keep()
         return self.view(one)
 
-    async def lease(self, worker: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """What a worker is to do, and to stop; waits for it as long as it asked for."""
+    async def lease(self, worker: str, asked: dict[str, Any], gone: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """What a worker is to do, and to stop; waits for it as long as it asked for. `gone`: nobody waits for the answer any more, so that nothing may be given with it: its lease would have to run out first."""
         held = {one["task"]: one["epoch"] for one in asked["held"] or ()}
         end = asyncio.get_running_loop().time() + asked["wait_s"]
-        while True:
+        while not gone():
+            came = not self.there(worker)
             self.book.hello(worker, asked["facts"], self._now())
+            if came:
+                self.changes += 1
+                async with self._new:
+                    self._new.notify_all()
             tasks, stop = self.book.lease(worker, held, self._now())
             left = end - asyncio.get_running_loop().time()
             if tasks or stop or left <= 0 or self._stopped:
@@ -60,6 +69,7 @@ class Transfers:
                     await asyncio.wait_for(self._new.wait(), min(left, LOOK_S))
                 except TimeoutError:
                     pass
+        return {"tasks": [], "stop": []}
 
     async def stop(self) -> None:
         """Let nobody wait any more."""
@@ -80,6 +90,7 @@ class Transfers:
             changed = self.book.changed
             taken = self.book.taken()
             if taken:
+                self.changes += 1
                 try:
                     await self._write(lambda: self._store.commit_transfers(taken))
                 except BaseException:
@@ -87,6 +98,31 @@ class Transfers:
                     raise
         async with self._new:
             self._new.notify_all()
+
+    def there(self, worker: str) -> bool:
+        """Whether a worker has been heard from lately."""
+        known = self.book.workers.get(worker)
+        return known is not None and self._now() - known.seen_ms <= LEASE_MS
+
+    def unfinished(self, prefix: str) -> list[str]:
+        """Names of transfers under way that begin so."""
+        return [name for name, one in self.book.transfers.items() if one.live and name.startswith(prefix)]
+
+    async def next(self, seen: int, other: asyncio.Event) -> None:
+        """Until `changes` is no longer `seen`, or `other` is set, which is cleared then."""
+        while self.changes == seen and not other.is_set():
+            waiting = [asyncio.ensure_future(other.wait()), asyncio.ensure_future(self._changes_from(seen))]
+            try:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for one in waiting:
+                    one.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+        other.clear()
+
+    async def _changes_from(self, seen: int) -> None:
+        async with self._new:
+            await self._new.wait_for(lambda: self.changes != seen)
 
     def view(self, transfer: Transfer) -> dict[str, Any]:
         """As the API shows it."""

@@ -26,7 +26,11 @@ function expected(one) {
 }
 
 start(async () => {
-  const [transfers, workers] = await Promise.all([get("/api/v1/transfers?limit=200"), get("/api/v1/migration-workers")]);
+  const [transfers, workers, moves] = await Promise.all([get("/api/v1/transfers?limit=200"), get("/api/v1/migration-workers"), get("/api/v1/moves?limit=100")]);
+  fill($("moves"), moves.map((one) => [
+    one.workload, one.source, one.target, element("td", one.state === "running" ? one.step : one.state, one.state === "done" ? "good" : one.state === "failed" ? "bad" : "soft"),
+    element("td", bytes(one.bytes || one.needs_bytes), "number"), farCell(one), expected(one), ago(one.changed_ms), one.reason || one.problem || one.why,
+  ]));
   fill($("transfers"), transfers.map((one) => [
     one.id, `${one.document.source.worker}: ${one.document.source.path}`, `${one.document.destination.worker}: ${one.document.destination.path}`,
     element("td", one.state, one.state === "done" ? "good" : one.state === "failed" ? "bad" : "soft"), element("td", bytes(one.progress.length), "number"), farCell(one),

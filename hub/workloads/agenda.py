@@ -48,9 +48,9 @@ class Agenda(Timed):
 
     def load(self, nodes: Iterable[NodeRow], rows: Iterable[WorkloadRow], placements: Iterable[PlacementRow], budgets: Mapping[str, dict[str, Any]],
              quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int, rebalances: Mapping[str, dict[str, Any]] | None = None,
-             heard: Mapping[str, int] | None = None) -> list[str]:
+             heard: Mapping[str, int] | None = None, moves: Mapping[str, dict[str, Any]] | None = None) -> list[str]:
         """As `Book.load`; what is reserved is guarded before anything is asked."""
-        problems = super().load(nodes, rows, placements, budgets, quotas, read, now_ms, rebalances, heard)
+        problems = super().load(nodes, rows, placements, budgets, quotas, read, now_ms, rebalances, heard, moves)
         if any("start_ms" in self.tables.rows[name].plan for name in self.tables.timed):
             table, _ = self._synced(now_ms)
             self._guard(table, now_ms)
@@ -233,7 +233,7 @@ class Agenda(Timed):
             for node in own:
                 for number in range(len(self.tables.guards.get(node, ()))):
                     state.release(guard_id(node, number))
-            plan = preempt.plan(self.scheduler, item, now_ms, among=self._among(row, now_ms, None))
+            plan = preempt.plan(self.scheduler, item, now_ms, among=self.among(row, now_ms, None))
             state.undo(mark)
             if plan is None or self._reserved_on(state.nodes[plan.node].name, item.id):
                 continue

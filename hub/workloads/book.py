@@ -29,6 +29,21 @@ MAX_HEARD = 100_000
 PREEMPTED = "preempted by "
 """Why a placement ends that makes room; the name of the workload follows."""
 
+MOVE = "move"
+"""Key of a placement's seat: `move` and `root`, with which move it comes or came, and the hash of its state; empty until that is there."""
+
+BEGUN = "running"
+"""State of a move that is under way."""
+
+CHECKING, ROOM, TAKING, SENDING, STARTING, RETURNING = STEPS = ("checking", "room", "taking", "sending", "starting", "returning")
+"""Of a move, see `moving`."""
+
+HOLDING = (SENDING, STARTING)
+"""Steps in which the source has the state, and must not go on from it."""
+
+HELD = "held"
+"""What a node is told of a placement, beside that it runs or stops: its state stays, and is not gone on from."""
+
 Key = tuple[str, int]
 
 Guard = tuple[Shape, tuple[int, ...]]
@@ -58,6 +73,10 @@ class Tables:
     guards: dict[str, tuple[Guard, ...]] = field(default_factory=dict)
     """Node to the room that is kept there for jobs that start later."""
     rebalances: dict[str, dict[str, Any]] = field(default_factory=dict)
+    moves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Moves of workloads with their state, by id; see `moving`."""
+    moving: dict[str, str] = field(default_factory=dict)
+    """Workload to the move that is under way."""
     heard: dict[str, int] = field(default_factory=dict)
     """Workload to the highest epoch that edges spoke of, where this hub had not given it: it was restored from an older backup."""
     dirty: dict[str, bool] = field(default_factory=dict)
@@ -127,14 +146,14 @@ class Book:
             nodes={key: tables.nodes.get(key) for key in touched(tables.nodes)},
             budgets={key: tables.budgets.get(key) for key in touched(tables.budgets)},
             quotas={key: tables.quotas.get(key) for key in touched(tables.quotas)}, rebalances={key: tables.rebalances.get(key) for key in touched(tables.rebalances)},
-            epochs={key: tables.heard.get(key) for key in touched(tables.heard)},
+            epochs={key: tables.heard.get(key) for key in touched(tables.heard)}, moves={key: tables.moves.get(key) for key in touched(tables.moves)},
         )
 
     # -- from the store ------------------------------------------------------------------------------------------------------
 
     def load(self, nodes: Iterable[NodeRow], rows: Iterable[WorkloadRow], placements: Iterable[PlacementRow], budgets: Mapping[str, dict[str, Any]],
              quotas: Mapping[str, dict[str, Any]], read: Callable[[Any], Submitted], now_ms: int, rebalances: Mapping[str, dict[str, Any]] | None = None,
-             heard: Mapping[str, int] | None = None) -> list[str]:
+             heard: Mapping[str, int] | None = None, moves: Mapping[str, dict[str, Any]] | None = None) -> list[str]:
         """Build the state from the rows, once, at start; what no longer makes sense is set right and named in what is returned."""
         problems: list[str] = []
         self.started_ms = now_ms
@@ -173,6 +192,8 @@ class Book:
         self.tables.budgets.update(budgets)
         self.tables.rebalances.update(sorted((rebalances or {}).items(), key=lambda each: int(each[1].get("created_ms", 0))))
         self.tables.heard.update(heard or {})
+        self.tables.moves.update(sorted((moves or {}).items(), key=lambda each: int(each[1].get("created_ms", 0))))
+        self.tables.moving.update({document["workload"]: name for name, document in self.tables.moves.items() if document["state"] == BEGUN})
         for tenant, document in quotas.items():
             self.tables.quotas[tenant] = document
             self.state.set_quota(parse.quota({**document, "tenant": tenant}))
@@ -276,7 +297,7 @@ class Book:
         self.ledger.put(self.tables.open, key, None)
         self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why=short(why)))
         self.index(placement, add=False)
-        self.given(row, replace(placement, epoch=self.next_epoch(row), from_ms=max(now_ms, placement.from_ms), said=""), now_ms)
+        self.given(row, replace(placement, epoch=self.next_epoch(row), from_ms=max(now_ms, placement.from_ms), said="", seat={key: part for key, part in placement.seat.items() if key != MOVE}), now_ms)
 
     def given(self, row: WorkloadRow, placement: PlacementRow, now_ms: int) -> None:
         """A placement stands; its epoch is the newest."""
@@ -313,6 +334,17 @@ class Book:
             self.set(replace(row, node=to.node, changed_ms=now_ms))
         self.version += 1
 
+    def hand_over(self, row: WorkloadRow, placement: PlacementRow, now_ms: int, why: str) -> None:
+        """A placement that was reserved for a move is the workload's current one now, and the one before is given up: it is to be stopped."""
+        before, item = self.current(row.id), self.tables.items[row.id].item
+        assert before is not None and row.state == "placed" and placement.epoch > row.epoch
+        self.state.release(ghost((row.id, placement.epoch)))
+        self.index(placement, add=False)
+        self.leave(before, now_ms, why)
+        self.state.adopt(item, self._seat(self.state.node_index[placement.node], placement.seat), now_ms)
+        self.given(row, placement, now_ms)
+        self.version += 1
+
     def settle(self, row: WorkloadRow, placement: PlacementRow, now_ms: int) -> None:
         """A workload that waits runs on a node, as a fact."""
         self.state.adopt(self.tables.items[row.id].item, self._seat(self.state.node_index[placement.node], placement.seat), now_ms)
@@ -346,24 +378,45 @@ class Book:
     # -- what is wanted of nodes ---------------------------------------------------------------------------------------------
 
     def wanted(self, node: str) -> list[dict[str, Any]]:
-        """`spec.workloads` of a node with an agent: what shall run there and what shall stop. A placement is told when the one before has ended."""
-        out = []
+        """`spec.workloads` of a node with an agent: what shall run there and what shall stop. A placement is told when the one before has ended; but one that comes with its state when that is
+        there, while the source holds on to it."""
+        out: list[dict[str, Any]] = []
         for key in sorted(self.tables.on_node.get(node, ())):
             placement, row = self.tables.open[key], self.tables.rows[key[0]]
-            if placement.epoch != row.epoch or row.state != "placed":
+            part = self._part(placement, row)
+            if part == STOPPED:
                 out.append({"id": row.id, "epoch": placement.epoch, "wanted": STOPPED})
-            elif len(self.tables.epochs[row.id]) == 1:
+            elif part:
                 entry = self.tables.items[row.id]
                 shape, requests = entry.item.shape, dict(entry.item.shape.requests)
                 told = {
                     "id": row.id, "epoch": placement.epoch, "wanted": RUNNING, "kind": shape.kind.value, "image": shape.image, "requests": requests,
-                    "gpus": placement.seat.get("gpus", []), "numa": placement.seat.get("numa", []), "document": row.document,
+                    "gpus": placement.seat.get("gpus", []), "numa": placement.seat.get("numa", []), "document": row.document, "held": part == HELD,
+                    "from": placement.seat.get(MOVE, {}) if placement.said in ("", "accepted") else {},
                 }
                 if entry.over:  # what it may use itself is what its document says
                     requests["memory"] -= entry.over
                     told["over"] = entry.over
                 out.append(told)
         return out
+
+    def _part(self, placement: PlacementRow, row: WorkloadRow) -> str:
+        """What a placement's node is told of it: `STOPPED`, `RUNNING`, `HELD`, or nothing (empty)."""
+        move = self.move_of(row.id)
+        if row.state != "placed":
+            return STOPPED
+        if placement.epoch == row.epoch:
+            others = any(epoch != placement.epoch and (move is None or epoch != move["new_epoch"]) for epoch in self.tables.epochs[row.id])
+            if others and MOVE not in placement.seat:  # what a move has brought runs while its source holds on to its state
+                return ""
+            return HELD if move is not None and move["step"] in HOLDING else RUNNING
+        if move is not None and (row.epoch, placement.epoch) == (move["epoch"], move["new_epoch"]):
+            return RUNNING if move["step"] == STARTING else ""
+        return STOPPED
+
+    def move_of(self, workload: str) -> dict[str, Any] | None:
+        """The move with its state that is under way."""
+        return self.tables.moves.get(self.tables.moving.get(workload, ""))
 
     def clean(self, node: str) -> None:
         """The node was told; outside of plans."""

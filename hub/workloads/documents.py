@@ -9,7 +9,22 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import MAX_WORKLOAD_BYTES, MAX_WORKLOADS
 from edge_runtime.contract.schema import ID_PATTERN
-from edge_runtime.contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, ISOLATIONS, KINDS, MOVE, NAMESPACES, STAY, WHEN_CUT_OFF, conversion_bytes, may_move
+from edge_runtime.contract.workloads import (
+    CONVERTING,
+    CONVERTS,
+    ISOLATES,
+    ISOLATION,
+    ISOLATIONS,
+    KINDS,
+    MOVE,
+    NAMESPACES,
+    RESTART,
+    STAY,
+    WHEN_CUT_OFF,
+    WHEN_DRAINED,
+    conversion_bytes,
+    may_move,
+)
 
 from ..scheduler import Invalid, Node, Workload, parse
 from ..scheduler.batch import Forecast
@@ -29,8 +44,8 @@ RUNS = "novacron.runs/"
 ISOLATED = (Kind.CONTAINER, Kind.BATCH)
 """Kinds that may say what stands between them and their node."""
 
-HUB_KEYS = ("lost_after_ms", "spec", "when_late", WHEN_CUT_OFF)
-"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken, whether a site that is cut off may move it."""
+HUB_KEYS = ("lost_after_ms", "spec", "when_late", WHEN_CUT_OFF, WHEN_DRAINED)
+"""Keys of a workload's document that are not the scheduler's: when its node counts as lost, what the driver wants to know, whether a job that misses its deadline is taken, whether a site that is cut off may move it, what becomes of it while its node is drained."""
 
 REFUSE, ACCEPT = "refuse", "accept"
 """Of a job that will miss its deadline: it is not taken, or it is taken for the earliest time that there is."""
@@ -148,6 +163,15 @@ def _check_cut_off(entry: Submitted, field: str) -> None:
         raise Invalid(f"{field}.{WHEN_CUT_OFF}", "GPU devices are given by the hub alone", f"ask for no gpu, or use {STAY}")
 
 
+def _check_drained(entry: Submitted, field: str) -> None:
+    """What it wants of a drain; only of what is submitted now. Raises `Invalid`."""
+    wish = entry.document.get(WHEN_DRAINED)
+    if wish is not None and wish not in (MOVE, RESTART, STAY):
+        raise Invalid(f"{field}.{WHEN_DRAINED}", f"{str(wish)[:40]!r} is unknown", f"use {MOVE}, {RESTART} or {STAY}, or leave it out")
+    if wish == MOVE and entry.item.shape.kind not in ISOLATED:
+        raise Invalid(f"{field}.{WHEN_DRAINED}", f"a {entry.item.shape.kind.value} cannot be moved with its state", f"use {RESTART} or {STAY}, or leave it out")
+
+
 def _check_isolation(entry: Submitted, field: str) -> None:
     """What stands between it and its node; only of what is submitted now. Raises `Invalid`."""
     spec = entry.document.get("spec", {})
@@ -203,6 +227,7 @@ def read_list(value: Any) -> list[Submitted]:
         _check_isolation(entry, f"workloads[{index}]" if several else "workload")
         _check_converts(entry, f"workloads[{index}]" if several else "workload")
         _check_cut_off(entry, f"workloads[{index}]" if several else "workload")
+        _check_drained(entry, f"workloads[{index}]" if several else "workload")
         if entry.item.id in seen:
             raise Invalid(f"workloads[{index}].id", f"{entry.item.id!r} stands twice", "give each workload its own id")
         seen.add(entry.item.id)

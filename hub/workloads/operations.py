@@ -7,7 +7,7 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.operations import Operation
 from edge_runtime.contract.schema import check_fields
-from edge_runtime.contract.workloads import CHECKPOINT, CONVERT, CONVERTS, FORMS, OPERATION_FIELDS, RESTORE
+from edge_runtime.contract.workloads import CHECKPOINT, CONVERT, CONVERTS, FORMS, MOVES, OPERATION_FIELDS, RESTORE
 
 from ..store.base import StoredRecord
 from ..store.workloads import WorkloadRow
@@ -35,6 +35,8 @@ def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int) ->
         raise ContractError("expires_seconds", f"{str(seconds)[:20]!r} is not 0 to {MOST_ASKED_S:.0f}", "use seconds")
     if row.state != "placed":
         raise Conflict("workload", f"{row.id} is {row.state}, and on no node", "ask when it is placed")
+    if asked.get("kind") in MOVES:
+        raise ContractError("kind", f"{asked['kind']!r} is a part of a move", "POST /api/v1/moves; here use one of checkpoint, restore, delete-checkpoint, convert")
     told = {key: value for key, value in asked.items() if key != "expires_seconds"}
     found = check_fields(OPERATION_FIELDS, {"id": name, **told, "workload": row.id, "epoch": row.epoch, "expires_ms": now_ms + int(seconds * 1000)}, "payload")
     if not found["name"] and found["kind"] not in (RESTORE, CHECKPOINT, CONVERT):
@@ -43,7 +45,7 @@ def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int) ->
         raise ContractError("to", "is missing" if not found["to"] else f"is not for a {found['kind']}", f"say what it shall be: {', '.join(FORMS)}" if not found["to"] else "leave it out", "missing")
     if found["kind"] == CONVERT and (row.document.get("spec") or {}).get(CONVERTS) is not True:
         raise Conflict(f"spec.{CONVERTS}", f"{row.id} was not started as one that can be converted", f"submit it anew, under another id, with {CONVERTS}: true in its spec")
-    return {name: value for name, value in found.items() if value or name != "to"}  # an older edge knows nothing of it
+    return {name: value for name, value in found.items() if value or name not in ("to", "offer")}  # an older edge knows nothing of them
 
 
 def added(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -228,7 +228,8 @@ class Placing(Book):
     def _avoided(self, row: WorkloadRow, now_ms: int) -> list[int]:
         return [self.state.node_index[node] for node, (until, *_) in row.avoid.items() if until > now_ms and node in self.state.node_index]
 
-    def _among(self, row: WorkloadRow, now_ms: int, among: Bools | None) -> Bools | None:
+    def among(self, row: WorkloadRow, now_ms: int, among: Bools | None) -> Bools | None:
+        """Of these nodes (None: all) those that a workload does not avoid."""
         avoided = self._avoided(row, now_ms)
         if not avoided:
             return among
@@ -248,14 +249,14 @@ class Placing(Book):
         try:
             refusal = None if moving else quota.refusal(self.state, item)
             if refusal is None:
-                decision = self.scheduler.decide(item, now_ms, self._among(row, now_ms, among))
+                decision = self.scheduler.decide(item, now_ms, self.among(row, now_ms, among))
                 placed = self.scheduler.commit(decision, now_ms)
                 if placed is not None:
                     self._book(row, placed, now_ms)
                     return ""
                 if moving:
                     return "no other node will do"
-            why_not = refusal if refusal is not None else self._why_not(decision, row, now_ms)
+            why_not = refusal if refusal is not None else self.why_not(decision, row, now_ms)
             return self._make_room(row, item, refusal is not None, why_not, now_ms)
         except Invalid as error:
             return f"{error.field} {error.problem}; {error.remedy}"
@@ -272,7 +273,7 @@ class Placing(Book):
         leaving = [key for key in self.tables.room.get(item.id, ()) if key in self.tables.open]
         if leaving:
             return f"waits for {len(leaving)} workloads to leave {self.tables.open[leaving[0]].node}"
-        among = self._among(row, now_ms, None)
+        among = self.among(row, now_ms, None)
         plan = None if over_quota else preempt.plan(self.scheduler, item, now_ms, among=among)
         limits = self.state.quotas.get(item.tenant)
         if plan is None and limits is not None and limits.cohort and quota.within_nominal(self.state, item):
@@ -306,7 +307,8 @@ class Placing(Book):
         """Whether the room that some would make by leaving a node is reserved for others than the workload."""
         return False
 
-    def _why_not(self, decision: Decision, row: WorkloadRow, now_ms: int) -> str:
+    def why_not(self, decision: Decision, row: WorkloadRow, now_ms: int) -> str:
+        """Why a decision found no place."""
         try:
             self.scheduler.check(decision.workload)
         except Invalid as error:

@@ -4,14 +4,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edge_runtime.contract.workloads import ENDED, RUNNING
+from edge_runtime.contract.workloads import ENDED, MOVE, RESTART, RUNNING, STAY, WHEN_DRAINED
 
 from ..scheduler import Budget, Moved, Scheduler, parse
 from ..scheduler.arrays import GONE
 from ..scheduler.model import Quota
-from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow
+from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadRow
+from . import moving
 from .agenda import Agenda
-from .book import ghost, short
+from .book import CHECKING, ROOM, ghost, short
 from .documents import Conflict, name_of, read_node
 
 MOVES_AT_ONCE = 64
@@ -46,6 +47,8 @@ class Planner(Agenda):
 
     def lose(self, placement: PlacementRow, now_ms: int, why: str) -> None:
         """The node is gone with what it held."""
+        if moving.lost(self, placement, now_ms):
+            placement = self.tables.open.get((placement.workload, placement.epoch), placement)
         row = self.tables.rows.get(placement.workload)
         current = self.current(placement.workload)
         self.close(placement, now_ms, why)
@@ -113,14 +116,53 @@ class Planner(Agenda):
         self.version += 1
         if how == "drain":
             self.drain(name, now_ms)
+        else:
+            for move in moving.live(self):  # what has not been touched stays
+                if move["source"] == name and move["drain"] and move["step"] in (CHECKING, ROOM):
+                    moving.cancel(self, move["id"], now_ms)
         return True
 
     def drain(self, name: str, now_ms: int) -> list[Moved]:
         """Move what is on the node, as the scheduler's drain says; what cannot move keeps its place, with the reason."""
         trial = self.trial(name)
         moves = trial.drain(name, now_ms)[:MOVES_AT_ONCE]
-        self.apply(moves, now_ms)
+        self.apply([moved for moved in moves if not self._kept_with_its_state(moved, now_ms)], now_ms)
         return moves
+
+    def _kept_with_its_state(self, moved: Moved, now_ms: int) -> bool:
+        """Whether a drained workload stays, moves with its state, or waits for that, as its document says (`when_drained`); else it begins anew elsewhere."""
+        row = self.tables.rows.get(moved.workload)
+        if row is None or row.state != "placed" or moved.workload in self.tables.moving:
+            return True
+        wish = row.document.get(WHEN_DRAINED, "")
+        if wish == RESTART:
+            return False
+        if wish == STAY:
+            self._must_leave(row, moved.source, f"it stays, as its document says ({WHEN_DRAINED}: {STAY})", now_ms)
+            return True
+        if moved.held:  # a budget, or no place: so it cannot move with its state either
+            return False
+        tried = moving.newest(self.tables.moves.values(), row.id)
+        since = self.tables.nodes[moved.source].changed_ms
+        why = moving.why_not(self, row)
+        if not why and tried is not None and tried["state"] != moving.DONE and tried["created_ms"] >= since:
+            why = tried["reason"]
+        elif not why and moving.busy(self, moved.source) >= moving.AT_ONCE:
+            self._must_leave(row, moved.source, f"waits to be moved with its state: {moving.AT_ONCE} are on their way", now_ms)
+            return True
+        elif not why:
+            try:
+                moving.begin(self, row.id, "", now_ms, f"{moved.source} is drained", drain=True)
+                return True
+            except Conflict as error:
+                why = error.problem
+        if wish == MOVE:
+            self._must_leave(row, moved.source, f"it moves only with its state, and cannot: {why}", now_ms)
+        return bool(wish == MOVE)
+
+    def _must_leave(self, row: WorkloadRow, source: str, why: str, now_ms: int) -> None:
+        if row.reason != (reason := short(f"must leave {source}: {why}")):
+            self.set(replace(row, reason=reason, changed_ms=now_ms))
 
     def trial(self, node: str = "") -> Scheduler:
         """The scheduler on a snapshot without what is on its way out of `node` (or of any)."""
@@ -228,6 +270,9 @@ class Planner(Agenda):
             self._old_news(edge, body["id"], body["epoch"], now_ms)
             return
         what, why = body["state"], body["reason"]
+        if moving.spoken(self, placement, what, why, now_ms):
+            return
+        placement, row = self.tables.open[key], self.tables.rows[row.id]
         if what not in ENDED:
             form = body.get("form", "")
             if placement.said != what or (form and form != placement.seat.get("form", "")):
@@ -293,7 +338,11 @@ class Planner(Agenda):
             self.renumber(row, now_ms, f"{edge} knows epoch {epoch} from before this hub was restored")
 
     def untellable(self, node: str, reason: str, now_ms: int) -> bool:
-        """The node's desired state cannot be written: the newest placement there is taken back. False where there is none."""
+        """The node's desired state cannot be written: a move that has touched nothing yet, or else the newest placement there is taken back. False where there is none."""
+        for move in moving.live(self):
+            if node in (move["source"], move["target"]) and move["step"] in (CHECKING, ROOM):
+                moving.give_up(self, move, f"{node} cannot be told: {reason}", now_ms)
+                return True
         newest = max((self.tables.open[key] for key in self.tables.on_node.get(node, ()) if self.current(key[0]) is self.tables.open[key] and self.tables.rows[key[0]].state == "placed"),
                      key=lambda placement: (placement.from_ms, placement.workload), default=None)
         if newest is None:

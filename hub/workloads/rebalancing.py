@@ -2,7 +2,7 @@
 
     inputs (a snapshot) ──> proposal (on a thread of its own: seconds) ──> start: kept ──> advance, in each round
 
-A move is what the hub can do today: stop here, and start there once the old edge has said that it stopped. There are no drivers that migrate. A step begins when all moves of
+A move of a plan is a restart: stop here, and start there once the old edge has said that it stopped (`moving` has moves with state). A step begins when all moves of
 the one before it are over, as the edges' records say. What has been moved on by others meanwhile stops the plan: what is under way ends by itself, nothing more begins.
 The document moves in the transaction of the moves that it speaks of, so a kill between two of them loses and doubles none.
 """

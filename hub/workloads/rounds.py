@@ -7,6 +7,7 @@ from typing import Any
 from ..scheduler import quota
 from ..scheduler.arrays import SILENT, UP
 from ..scheduler.model import Effect
+from . import moving
 from .planner import Planner
 from .rebalancing import Rebalancing
 
@@ -64,6 +65,7 @@ class Rounds:
             moves = trial.execute_taints(now_ms)
             planner.keep_taints(trial.tainted_since)
             planner.apply(moves[:DECISIONS_PER_ROUND], now_ms)
+        moving.advance(planner, now_ms)
         self._rebalancing.advance(now_ms)
         planner.replan(now_ms)
         self._retry(now_ms)
@@ -93,6 +95,8 @@ class Rounds:
             since = max(planner.started_ms, there.last_seen_ms if there is not None else 0)
             keeps = planner.tables.nodes[name].document.get("kind", "cloud") in KEEPERS
             for key in sorted(planner.tables.on_node.get(name, ())):
+                if (move := planner.move_of(key[0])) is not None and key[1] == move["new_epoch"]:
+                    continue  # silence says nothing of what a move has brought there: it may be running
                 item = planner.tables.items.get(key[0])
                 limit = item.lost_after_ms if item is not None else None
                 if limit is None and (keeps or (item is not None and item.moves)):

@@ -13,13 +13,17 @@ from typing import Any
 
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.operations import Operation
 from edge_runtime.contract.schema import check_fields
-from edge_runtime.contract.workloads import REPORT_FIELDS, RUNNING
+from edge_runtime.contract.workloads import MOVES, MOVING, REPORT_FIELDS, RUNNING
 
 from ..fleet import Fleet
 from ..scheduler import Invalid
 from ..store.base import Store, StoredRecord
 from ..store.workloads import WorkloadRow
+from ..transfers.service import Transfers
+from . import moving
+from .book import ROOM, SENDING, TAKING
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
@@ -44,7 +48,7 @@ ROUND_S = 1.0
 EVENTS_MAX = 500
 """Records of edges acted upon in one transaction."""
 
-KINDS = ("node.capacity", "workload")
+KINDS = ("node.capacity", "workload", "operation")
 """Records that say something of nodes and workloads."""
 
 KEEP_ENDED_MS = 7 * 86_400_000
@@ -86,16 +90,17 @@ class Workloads:
         now_ms: the hub's wall milliseconds.
         think: runs a long thought on a thread of its own.
         rebalance_s: seconds between two looks whether to rebalance; 0: only when asked.
+        transfers: what carries the states of moves; None: nothing is moved with its state.
     """
 
     def __init__(
         self, store: Store, fleet: Fleet, *, write: Callable[[Callable[[], Any]], Awaitable[Any]], read: Callable[[Callable[[], Any]], Awaitable[Any]],
-        tell: Callable[[str, dict[str, Any]], Awaitable[Any]], desired: Mapping[str, dict[str, Any]], now_ms: Callable[[], int],
-        think: Callable[[Callable[[], Any]], Awaitable[Any]], rebalance_s: float = 0,
+        tell: Callable[[str, Callable[[dict[str, Any]], dict[str, Any]]], Awaitable[Any]], desired: Mapping[str, dict[str, Any]], now_ms: Callable[[], int],
+        think: Callable[[Callable[[], Any]], Awaitable[Any]], rebalance_s: float = 0, transfers: Transfers | None = None,
     ) -> None:
         self._store, self._fleet = store, fleet
         self._write, self._read, self._tell, self._desired, self._clock = write, read, tell, desired, now_ms
-        self._think, self._rebalance_s = think, rebalance_s
+        self._think, self._rebalance_s, self._transfers = think, rebalance_s, transfers
         self.planner = Planner()
         self._rounds = Rounds(self.planner)
         self.rebalancing = Rebalancing(self.planner)
@@ -110,6 +115,8 @@ class Workloads:
         self._now = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._untold = asyncio.Event()
+        self._moving = asyncio.Event()
+        """A move may have come to a step in which migration workers have a part."""
         self._listed: dict[str, str] = {}
         """Workload to the node whose document wants it running."""
         self._minute = 0
@@ -131,7 +138,7 @@ class Workloads:
         self._cursor = store.workload_cursor()
         rows, placements = store.workloads(), store.open_placements()
         self._now = max([self._clock(), *(placement.from_ms for placement in placements), *(row.changed_ms for row in rows)])
-        problems = planner.load(store.nodes(), rows, placements, store.budgets(), store.quotas(), read_workload, self._now, store.rebalances(), store.heard_epochs())
+        problems = planner.load(store.nodes(), rows, placements, store.budgets(), store.quotas(), read_workload, self._now, store.rebalances(), store.heard_epochs(), store.moves())
         for problem in problems[:100]:
             log.error("set right at the start: %s", problem)
         changes = planner.changes()
@@ -147,6 +154,8 @@ class Workloads:
         loop = asyncio.get_running_loop()
         self._untold.set()
         self._tasks = [loop.create_task(self._run(), name="workloads"), loop.create_task(self._tell_forever(), name="workloads, telling")]
+        if self._transfers is not None:
+            self._tasks.append(loop.create_task(self._carry_forever(self._transfers), name="workloads, moving"))
         if self._rebalance_s:
             self._tasks.append(loop.create_task(self._rebalance_forever(), name="workloads, rebalancing"))
 
@@ -256,6 +265,8 @@ class Workloads:
         self.planner.keep()
         if self.planner.tables.dirty:
             self._untold.set()
+        if changes.moves:
+            self._moving.set()
         self.counters["placements_total"] += sum(row is not None and row.to_ms is None for row in changes.placements.values())
         for name, row in changes.workloads.items():
             if row is None:
@@ -349,7 +360,10 @@ class Workloads:
         planner.begin()
         try:
             body = jsoncodec.decode(record.body.encode())
-            if record.kind == "workload":
+            if record.kind == "operation":
+                if str(body.get("id", "")).startswith(MOVING):
+                    moving.answered(planner, stored.edge, Operation.from_json(body).to_json(), now)
+            elif record.kind == "workload":
                 planner.said(stored.edge, check_fields(REPORT_FIELDS, body, "payload"), now)
             else:
                 planner.capacity(stored.edge, record.seq, body, now)
@@ -405,30 +419,71 @@ class Workloads:
         self._tell_after.pop(node, None)
         async with self.turn:  # only what is kept may be told
             self.planner.clean(node)
-            wanted = self.planner.wanted(node)
-        if wanted == self._told(node):
+            wanted, asked = self.planner.wanted(node), moving.operations(self.planner, node)
+            others = {other: self.planner.wanted(other) for name in _running(wanted) if (other := self._listed.get(name, node)) != node}
+        if wanted == self._told(node) and asked == self._asked(node):
             return
         # At no moment do two documents want one workload running: the older one is changed first.
-        for name in _running(wanted):
-            other = self._listed.get(name, node)
-            if other != node:
-                await self._write_workloads(other, [entry for entry in self._told(other) if entry["id"] != name])
-                self.planner.tables.dirty[other] = True
+        for other, rest in others.items():
+            mine = set(_running(wanted))
+            await self._write_workloads(other, [entry for entry in rest if entry["id"] not in mine or entry.get("held") or entry["wanted"] != RUNNING])
+            self.planner.tables.dirty[other] = True
         try:
-            await self._write_workloads(node, wanted)
+            await self._write_workloads(node, wanted, asked)
         except ContractError as error:
             await self._untellable(node, str(error))
 
     def _told(self, node: str) -> list[dict[str, Any]]:
         return (self._desired.get(node) or {}).get("spec", {}).get("workloads") or []
 
-    async def _write_workloads(self, node: str, entries: list[dict[str, Any]]) -> None:
+    def _asked(self, node: str) -> list[dict[str, Any]]:
+        """What moves ask of a node, as its document says."""
+        return [one for one in (self._desired.get(node) or {}).get("spec", {}).get("operations") or [] if one["kind"] in MOVES]
+
+    async def _write_workloads(self, node: str, entries: list[dict[str, Any]], asked: list[dict[str, Any]] | None = None) -> None:
+        """`asked`: what moves ask of it; None leaves that as it is. People's operations stay."""
         before = _running(self._told(node))
-        await self._tell(node, {"workloads": entries})
+
+        def change(spec: dict[str, Any]) -> dict[str, Any]:
+            if asked is None or asked == self._asked(node):
+                return {"workloads": entries}
+            return {"workloads": entries, "operations": [*(one for one in spec.get("operations") or () if one["kind"] not in MOVES), *asked]}
+
+        await self._tell(node, change)
         self.counters["told_total"] += 1
         for name in before:
             self._listed.pop(name, None)
         self._listed |= dict.fromkeys(_running(entries), node)
+
+    # -- moves with their state ----------------------------------------------------------------------------------------------
+
+    async def _carry_forever(self, transfers: Transfers) -> None:
+        """Have the migration workers carry what moves have taken, and tell the planner how that went: a transfer has its move's name, so doing this again changes nothing."""
+        while True:
+            seen = transfers.changes
+            try:
+                for move in await self.look(lambda planner: list(moving.live(planner))):
+                    await self._carry(transfers, move)
+                for name in transfers.unfinished(MOVING):
+                    if self.planner.tables.moves.get(name, {}).get("step") not in (TAKING, SENDING):  # what is kept of a move never goes back to these steps
+                        await transfers.cancel(name)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                log.error("the states of moves could not be looked after: %s; trying again in %.0f s", error, ROUND_S)
+                await asyncio.sleep(ROUND_S)
+                continue
+            await transfers.next(seen, self._moving)
+
+    async def _carry(self, transfers: Transfers, move: dict[str, Any]) -> None:
+        if move["step"] == ROOM and move["ready"] and transfers.there(move["source"]) and transfers.there(move["target"]):
+            await self.ask(lambda planner, now: moving.met(planner, move["id"], now))
+        if move["step"] == TAKING:  # while its state is being written there is time to have somebody ready who takes it
+            await transfers.submit(moving.transfer(move), held=True)
+        if move["step"] == SENDING:
+            told = await transfers.submit(moving.transfer(move))
+            if told["state"] in ("done", "failed", "cancelled"):
+                await self.ask(lambda planner, now: moving.carried(planner, move["id"], told["state"], told["reason"], now))
 
     async def _untellable(self, node: str, problem: str) -> None:
         """Take the newest placement back, until what is left fits the document."""
@@ -471,4 +526,4 @@ def _fail(job: _Job, error: BaseException) -> None:
 
 
 def _running(entries: list[dict[str, Any]]) -> list[str]:
-    return [entry["id"] for entry in entries if entry["wanted"] == RUNNING]
+    return [entry["id"] for entry in entries if entry["wanted"] == RUNNING and not entry.get("held")]

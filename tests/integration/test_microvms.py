@@ -104,6 +104,7 @@ async def test_commands_run_beside_the_program(microvms: MicrovmDriver) -> None:
 async def test_a_paused_guest_stands_still(microvms: MicrovmDriver) -> None:
     key = await started(microvms, "pause", "trap 'exit 0' TERM; n=0; while :; do echo $n; n=$((n+1)); sleep 0.02; done")
     await until(lambda: (microvms._path(key) / "stdout.log").stat().st_size > 0)
+    assert (await microvms.exec(key, ["busybox", "date", "-s", "@1000"], 60.0)).exit.code == 0  # its clock is wrong, as if it had stood for long
     assert (await microvms.pause(key)).phase is Phase.PAUSED
     spent = (await microvms.stats(key)).cpu_ns
     with pytest.raises(Refused, match="is paused"):
@@ -114,8 +115,8 @@ async def test_a_paused_guest_stands_still(microvms: MicrovmDriver) -> None:
     await microvms.delete(other)
     assert (await microvms.logs(key, 1000)).stdout == before and (await microvms.stats(key)).cpu_ns - spent < 100_000_000
     assert (await microvms.resume(key)).phase is Phase.RUNNING
-    ran = await microvms.exec(key, ["stat", "-c", "%Y", "/proc/self"], 20.0)
-    assert abs(int(ran.output.stdout) - time.time()) < 30
+    ran = await microvms.exec(key, ["busybox", "date", "+%s"], 60.0)
+    assert abs(int(ran.output.stdout) - time.time()) < 600
     assert (await microvms.pause(key)).phase is Phase.PAUSED
     assert (await microvms.stop(key, 20.0)).phase is Phase.ENDED
     await microvms.delete(key)

@@ -64,6 +64,20 @@ def test_submit_list_explain_drain_cancel(novactl: Run, tmp_path: Path) -> None:
     assert "cancelled" in novactl("workload", "cancel", "a")[1]
 
 
+def test_moves_are_listed_and_a_drain_tells_what_is_left(novactl: Run, hub: Hub, tmp_path: Path) -> None:
+    file = tmp_path / "w.json"
+    file.write_text(json.dumps({"id": "stays", "requests": {"cpu": 1}, "when_drained": "stay"}))
+    assert novactl("workload", "submit", str(file))[0] == 0
+    node = json.loads(novactl("workload", "list", "--state", "placed", "--json")[1])[0]["node"]
+    status, out, _ = novactl("node", "drain", node)
+    assert status == 0 and "must leave" in out and "it stays, as its document says" in out
+    status, out, _ = novactl("node", "drain", node, "--wait", "0.1", "--json")
+    assert status == 1 and [one["workload"] for one in json.loads(out)["left"]] == ["stays"]
+    assert novactl("node", "uncordon", node)[0] == 0 and "cancelled" in novactl("workload", "cancel", "stays")[1]
+    assert "can be moved" in novactl("move", "begin", "stays")[2] or "it is cancelled" in novactl("move", "begin", "stays")[2]
+    assert json.loads(novactl("move", "list", "--json")[1]) == [] and "expected s" in novactl("move", "list")[1]
+
+
 def test_a_planned_start_is_shown(novactl: Run, tmp_path: Path) -> None:
     file = tmp_path / "w.json"
     node = {"node_affinity": {"required": [{"names": [{"op": "In", "values": ["n-1"]}]}]}}
@@ -108,6 +122,7 @@ def test_rebalance_plan_go_list_cancel(novactl: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     (("workload", "submit"), "file is missing"), (("workload", "what-if"), "file is missing"), (("workload", "what-if", "/nowhere"), "cannot be read"), (("workload", "submit", "/nowhere"), "cannot be read"), (("workload", "cancel"), "id is missing"), (("workload", "cancel", "none"), "not known"),
     (("explain", "workload"), "id is missing"), (("explain", "workload", "none"), "not known"), (("explain", "gw/1", "more"), "too much"), (("node", "drain", "none"), "not known"),
+    (("move", "begin"), "workload is missing"), (("move", "cancel"), "move is missing"), (("move", "cancel", "none"), "not known"), (("move", "begin", "none"), "not known"),
     (("workload", "list", "--state", "odd"), "unknown"), (("rebalance", "cancel"), "id is missing"), (("rebalance", "cancel", "none"), "not known"), (("rebalance", "go", "--drain", "none"), "is no node"),
 ])
 def test_what_is_wrong_is_said_in_one_line(novactl: Run, arguments: tuple[str, ...], words: str) -> None:

@@ -35,6 +35,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
                 "estimated_duration_seconds": 42.0, "low_seconds": 30.0, "high_seconds": 60.0, "confidence": 0.9, "expected_compression_ratio": 3.1, "recommended_streams": 2, "reason": "",
             })
             await say("wa", "t-2/send", "failed", error=HOSTILE, final=True)
+            moved = {
+                "workload": HOSTILE, "epoch": 1, "new_epoch": 2, "source": "na", "target": "nb", "why": HOSTILE, "drain": True, "state": "running", "step": "sending", "reason": "", "problem": "", "offer": {"bytes": 5 << 20}, "ready": True,
+                "root": "ab", "bytes": 0, "limit_mbit": 1000.0, "created_ms": 5, "changed_ms": 6, "since_ms": {"checking": 5},
+            }
+            for name, state in (("t-1", "running"), ("move-2", "failed")):  # the first has the name of a transfer, as the state of one that is sent has
+                one = {**moved, "id": name, "state": state, "reason": HOSTILE if state == "failed" else ""}
+                await hub.workloads.ask(lambda planner, _, one=one: planner.ledger.put(planner.tables.moves, one["id"], one))
 
         background.run(fill())
         yield hub
@@ -51,6 +58,8 @@ def test_it_shows_what_moves_and_hostile_text_is_text(browser: Any, hub: Hub) ->
     assert "1 of 3 transfers under way, 2 workers" in text("#summary")
     assert "wa: disk.raw" in shown and "25 %, pass 2" in shown and "1.0 GiB" in shown and "100.0 MiB" in shown and "42 s, 30.0 to 60.0 s in 90 %" in shown
     assert "worker wc was never seen" in shown
+    moving = text("#moves")
+    assert HOSTILE in moving and "sending" in moving and "failed" in moving and "5.0 MiB" in moving and "25 %, pass 2" in moving and "42 s, 30.0 to 60.0 s in 90 %" in moving
     assert f"send: {HOSTILE}" in shown and HOSTILE in text("#workers") and "3.0 GiB" in text("#workers")
     assert browser.execute_script("return document.body.dataset.owned === undefined && !document.querySelector('main img')")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

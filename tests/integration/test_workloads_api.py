@@ -167,6 +167,9 @@ def test_the_scheduler_tells_use_now_and_over_time(served: Served) -> None:
     ("POST", "/api/v1/rebalance", b'{"go":1}', 400, "go"), ("POST", "/api/v1/rebalance", b'{"x":1}', 400, "x"), ("DELETE", "/api/v1/rebalance/none", None, 404, "rebalance"),
     ("POST", "/api/v1/workloads", b'{"id":"q","kind":"vm","deadline_ms":5}', 400, "workload.deadline_ms"), ("POST", "/api/v1/workloads", b'{"id":"q","kind":"batch","deadline_ms":5}', 400, "workload.duration_ms"),
     ("POST", "/api/v1/workloads", b'{"id":"q","kind":"batch","deadline_ms":5,"duration_ms":5,"requests":{"cpu":1}}', 409, "workload.deadline_ms"),
+    ("POST", "/api/v1/moves", b"[]", 400, "body"), ("POST", "/api/v1/moves", b"{}", 400, "workload"), ("POST", "/api/v1/moves", b'{"workload":"none"}', 404, "workload"), ("POST", "/api/v1/moves", b'{"workload":"w-1"}', 409, "workload"),
+    ("POST", "/api/v1/moves", b'{"workload":"w-1","to":5}', 400, "to"), ("POST", "/api/v1/moves", b'{"workload":"w-1","limit_mbit":1e99}', 400, "limit_mbit"), ("POST", "/api/v1/moves", b'{"workload":"w-1","x":1}', 400, "x"),
+    ("DELETE", "/api/v1/moves/none", None, 404, "move"), ("GET", "/api/v1/nodes/none/drain", None, 404, "node"), ("POST", "/api/v1/workloads", b'{"id":"q","when_drained":"often"}', 400, "workload.when_drained"),
     ("GET", "/api/v1/scheduler?hours=999", None, 400, "hours"), ("PUT", "/api/v1/edges/gw-1/desired", b'{"workloads":[]}', 400, "workloads"),
 ])
 def test_an_error_names_the_field_and_changes_nothing(served: Served, method: str, path: str, body: bytes | None, status: int, field: str) -> None:

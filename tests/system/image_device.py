@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def image(variant: str = "", sequence: int = 0) -> Built:
         raise
 
 
+def told_to(path: Path) -> Callable[[str], None]:
+    """Keeps a console in a file, each line with the time it came: what is read when a test has failed."""
+    def write(line: str) -> None:
+        with path.open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    return write
+
+
 class Device:
     """The image in a machine of its own, at 1970, without a network unless `online`; its interface."""
 
@@ -50,7 +61,7 @@ class Device:
 
     def on(self) -> Machine:
         """Power on."""
-        return Machine(command(ARCH, self.disk, self.flash, self.wiring))
+        return Machine(command(ARCH, self.disk, self.flash, self.wiring), told_to(self.state / "console.log"))
 
     def ask(self, path: str, body: Any = None) -> Any:
         """One answer of the interface, or OSError or ValueError; with a body it is a POST."""

@@ -3,15 +3,14 @@
 Whatever is killed or cut, and whenever, just one end runs the guest, or, where the target was asked and cannot be reached, none until it can.
 """
 
-import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,62 +22,11 @@ from gpu_migration.errors import DestinationError, KeyRefused, MigrationError, N
 from gpu_migration.layout import PAGE
 from gpu_migration.qemu_qmp import QemuError, Qmp
 from tools.bench import live_guest, migration_live
-from tools.bench.live_guest import Console, Guest, Machine
+from tools.bench.live_guest import Machine
 from tools.bench.migration_guest import Missing
 from tools.bench.migration_proxy import Proxy, cut, cut_all, flip
 
-ROOT = Path(__file__).resolve().parents[2]
-KEY = bytes(range(32))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "NOVACRON_MIGRATION_KEY": KEY.hex()}
-LONG = 120.0
-"""Seconds for what takes a few on a machine of its own."""
-REWRITES = 800
-"""Pages a second: 3 MB of 48."""
-STEP_OF_WORDS = 0x9E3779B97F4A7C15
-"""By which the words of a page that the guest's program has filled differ."""
-
-
-class World:
-    """A guest, and the ends that it moves between."""
-
-    def __init__(self, folder: Path, qemu: str) -> None:
-        self.folder = folder
-        self.machine = Machine(qemu, live_guest.kernel(), live_guest.initial(folder), memory=128, checked=48, rewrites=REWRITES)
-        self.guest = live_guest.boot(self.machine, folder / "0")
-        self.number = 0
-
-    def next(self) -> Path:
-        """A folder for the next end."""
-        self.number += 1
-        path = self.folder / str(self.number)
-        path.mkdir()
-        return path
-
-    def command(self, folder: Path) -> list[str]:
-        return self.machine.command(qemu_target.MEMORY, folder / "console")
-
-    def runs_here(self) -> None:
-        """The guest runs on where it was, and its memory is whole."""
-        self.guest.console.wait_ticks(len(self.guest.console.ticks) + 20, LONG)
-        assert self.guest.ask() == "running"
-        self.guest.sweeps(1, LONG)
-
-    def moved_to(self, folder: Path, pid: int) -> None:
-        """The guest runs there now, its memory is whole, and it does not run where it was."""
-        assert self.guest.ask() != "running"
-        new = Guest(folder / "qmp", Console(folder / "console"), pid=pid)
-        old, self.guest = self.guest, new
-        old.end()
-        new.sweeps(2, LONG)
-        assert new.ask() == "running"
-
-    def end(self) -> None:
-        self.guest.end()
-        for path in self.folder.glob("*/pid"):
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(path.read_text())
-                if str(path.parent).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    live_guest.kill(pid)
+from .live_world import ENVIRONMENT, KEY, LONG, STEP_OF_WORDS, Receiving, World, gone, make, options, receiving, sending, taken, where
 
 
 @pytest.fixture(scope="module")
@@ -86,86 +34,12 @@ def world() -> Iterator[World]:
     found = live_guest.qemus()
     if not found:
         pytest.skip("no qemu-system-x86_64: apt install qemu-system-x86, or tools/setup/qemu.sh")
-    made = _world(found[max(found, key=int)])
+    made = make(found[max(found, key=int)])
     try:
         yield made
     finally:
         made.end()
         subprocess.run(["rm", "-rf", str(made.folder)], check=True)
-
-
-def _world(qemu: str) -> World:
-    folder = Path(subprocess.run(["mktemp", "-d", "/dev/shm/live-XXXXXX"], check=True, capture_output=True, text=True).stdout.strip())
-    try:
-        return World(folder, qemu)
-    except Missing as error:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
-        pytest.skip(str(error))
-
-
-class Receiving:
-    """A target on a thread."""
-
-    def __init__(self, world: World, folder: Path, progress: Callable[[qemu_target.Step], None] = lambda step: None) -> None:
-        self.target = qemu_target.Target(folder, KEY, ("127.0.0.1", 0), world.command(folder), patience=LONG, progress=progress)
-        self.address = self.target.address
-        self.taken: qemu_target.Taken | None = None
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.taken = self.target.serve()
-        except MigrationError as error:
-            self.error = error
-
-    def done(self) -> qemu_target.Taken:
-        self._thread.join(LONG)
-        assert self.taken is not None, self.error
-        return self.taken
-
-    def failed(self) -> BaseException:
-        self._thread.join(LONG)
-        assert self.error is not None
-        return self.error
-
-
-def options(**more: object) -> qemu_source.Options:
-    return qemu_source.Options(patience=LONG, first=0.3, ceiling=30.0, **more)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def receiving(world: World, folder: Path, address: str = "127.0.0.1:0", step: str = "none") -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A target as a process; it kills itself at a step."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "tests/system/live_side.py"), "receive", str(folder), address, step, *world.command(folder)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process, process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def taken(process: "subprocess.Popen[str]") -> int:
-    """The pid of QEMU that a target says at its end."""
-    said, _ = process.communicate(timeout=LONG)
-    assert process.returncode == 0
-    return int(json.loads(said)["pid"])
-
-
-def sending(world: World, address: str, step: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, str(ROOT / "tests/system/live_side.py"), "send", str(world.guest.control), address, step], env=ENVIRONMENT, capture_output=True, text=True, timeout=LONG)
-
-
-def where(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return host, int(port)
-
-
-def gone(folder: Path) -> bool:
-    """No QEMU of that folder is left."""
-    return not (folder / "pid").exists() and not (folder / "memory").exists()
 
 
 def test_there_by_commands_and_back_by_the_other_tracker(world: World) -> None:
@@ -185,13 +59,15 @@ def test_there_by_commands_and_back_by_the_other_tracker(world: World) -> None:
         receive.kill()
         receive.communicate()
     result = json.loads(sent.stdout)
-    assert result["length"] == world.machine.memory << 20 and result["passes"] >= 1 and result["last_pages"] > 0 and 0 < result["downtime_s"] < result["total_s"]
+    assert result["length"] == world.machine.memory << 20 and result["passes"] >= 1 and result["pages"] > 0 and 0 < result["downtime_s"] < result["total_s"]
     world.moved_to(folder, pid)
+    assert not told(world), "its own migration would leave out the memory"
     folder = world.next()
     there = Receiving(world, folder)
     moved = qemu_source.Source(world.guest.control, KEY, there.address, options(track="hash")).move()
     assert moved.tracker == "page hashes"
     world.moved_to(folder, there.done().pid)
+    assert not told(world)
 
 
 def test_a_page_that_is_lost_is_found_by_the_guest_and_before_by_verify(world: World) -> None:
@@ -213,11 +89,26 @@ def test_a_page_that_is_lost_is_found_by_the_guest_and_before_by_verify(world: W
     with pytest.raises(ValueError, match="damaged.*BAD"):
         world.moved_to(folder, pid)
     world.guest.end()
-    world.guest = live_guest.boot(world.machine, world.next())
+    world.boot()
 
 
 def qemu_memory(world: World) -> Path:
     return world.guest.control.with_name("memory")
+
+
+def told(world: World) -> list[str]:
+    """What the guest's QEMU is told of a move that is not of its own, once the guard has had its say."""
+    found: list[str] = []
+    for _ in range(200):
+        qmp = Qmp(world.guest.control)
+        try:
+            found = [one["capability"] for one in qmp("query-migrate-capabilities") if one["state"] and one["capability"] in ("x-ignore-shared", "pause-before-switchover")]
+        finally:
+            qmp.close()
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
 
 
 SOURCE_QUICK = ["pages", "asked", "taken"]
@@ -231,6 +122,7 @@ def test_a_source_that_is_killed(world: World, step: str) -> None:
         assert sending(world, address, step).returncode == -signal.SIGKILL
         if step not in ("asked", "taken", "leaving"):
             world.runs_here()  # it never stood still, or the guard has resumed it
+            assert not told(world), "its own migration would leave out the memory"
         else:
             assert world.guest.ask() in ("paused", "postmigrate"), "nobody but the target knows whose it is"
         again = sending(world, address, "none")
@@ -348,7 +240,7 @@ def seven() -> Iterator[World]:
     program = live_guest.qemus().get("7")
     if program is None:
         pytest.skip("there is no QEMU 7")
-    made = _world(program)
+    made = make(program)
     try:
         yield made
     finally:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,24 @@ def test_small_files(tmp_path: Path, size: int) -> None:
     far = Far(tmp_path / "out")
     send(tmp_path / "small", far.receiver.address)
     assert far.end().error is None and (tmp_path / "out").read_bytes() == (tmp_path / "small").read_bytes()
+
+
+def test_small_extents_share_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+    grouped = wire.grouped
+
+    def counted(parts: Sequence[tuple[int, bytes]]) -> bytes:
+        groups.append(len(parts))
+        return grouped(parts)
+
+    monkeypatch.setattr(wire, "grouped", counted)
+    with (tmp_path / "small").open("wb") as file:
+        for n in range(2 * wire.GROUP_MOST):
+            file.write(bytes((n + 1,)) * PAGE + bytes(EXTENT - PAGE))
+    far = Far(tmp_path / "out")
+    send(tmp_path / "small", far.receiver.address, threads=1, streams=(1, 1))
+    assert far.end().result is not None and (tmp_path / "out").read_bytes() == (tmp_path / "small").read_bytes()
+    assert groups == [wire.GROUP_MOST, wire.GROUP_MOST]
 
 
 @pytest.mark.parametrize("name", sorted(WIRE_FAULTS))

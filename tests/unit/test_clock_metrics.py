@@ -192,6 +192,19 @@ def test_readiness_status_and_watchdog_arrive(manager: tuple[socket.socket, str]
     assert service.notify(WATCHDOG="1") and sock.recv(4096) == b"WATCHDOG=1"
 
 
+def test_a_start_may_be_silent_for_longer_than_what_is_up(manager: tuple[socket.socket, str]) -> None:
+    sock, address = manager
+    service = ServiceManager({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000000"})
+    service.ready("coming")
+    assert sock.recv(4096) == b"READY=1\nSTATUS=coming\nWATCHDOG_USEC=300000000"
+    service.settled()
+    assert sock.recv(4096) == b"WATCHDOG=1\nWATCHDOG_USEC=30000000"
+    service = ServiceManager({"NOTIFY_SOCKET": address})
+    service.settled()  # no watchdog, no word of it
+    service.ready("coming")
+    assert sock.recv(4096) == b"READY=1\nSTATUS=coming"
+
+
 def test_a_status_from_outside_can_neither_add_fields_nor_stop_the_watchdog(manager: tuple[socket.socket, str]) -> None:
     sock, address = manager
     service = ServiceManager({"NOTIFY_SOCKET": address})

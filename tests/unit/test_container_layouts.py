@@ -248,3 +248,9 @@ def test_the_compose_file_leads_somewhere_and_gives_nothing_away() -> None:
         assert set(service["secrets"]) <= set(told["secrets"]) and {one["source"] for one in service.get("configs", ())} <= set(told["configs"]) and set(service["networks"]) <= set(told["networks"])
         assert {volume.partition(":")[0] for volume in service["volumes"]} <= set(told["volumes"]) and set(service.get("depends_on", ())) <= set(told["services"])
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
+def test_a_development_edge_keeps_its_asserts() -> None:
+    edge = containers.SERVICES["edge"]
+    assert "NOVACRON_NO_REEXEC=1" in containers.process(edge, "development").environment and "-OO" not in containers.process(edge, "development").arguments
+    assert "NOVACRON_NO_REEXEC=1" not in containers.process(edge, "production").environment and "-OO" in containers.process(edge, "production").arguments

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import build, cli, configuration, contents, elf, gpt, initrd, packages, recipes, sbom, tools
 from firmware_images.errors import FirmwareError
-from firmware_images.machine import Machine, Wiring, command
+from firmware_images.machine import COLD, Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
 from tools.bench.harness import ROOT
 
@@ -304,6 +304,27 @@ def test_a_machine_is_offline_and_emulated_unless_told_otherwise() -> None:
     assert "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:8000-:8470" in line and line[line.index("-accel") + 1] == "tcg"
     with pytest.raises(FirmwareError, match="comma"):
         command(AMD64, Path("disk"), Path("flash"), Wiring(192, credentials={"novacron.edge.yaml": Path("a,b")}))
+
+
+@pytest.mark.parametrize(("words", "runs"), [((COLD,), 3), ((), 1)], ids=["emulated", "control"])
+def test_a_guest_that_starts_again_gets_a_fresh_machine_until_that_fails(tmp_path: Path, words: tuple[str, ...], runs: int) -> None:
+    count = tmp_path / "count"
+    with Machine(["sh", "-c", f"echo >> {count}; number=$(wc -l < {count}); echo run $number; [ $number -lt 3 ]", *words]) as machine:
+        machine.wait()
+        assert machine.ended and [text for _, text in machine.lines] == [f"run {number}" for number in range(1, runs + 1)]
+
+
+def test_a_machine_whose_power_is_cut_does_not_start_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    with Machine(["sh", "-c", f"echo >> {count}; echo up; exec sleep 600", COLD]) as machine:
+        machine.wait_for("up", 30)
+        assert not machine.ended
+    assert machine.ended and count.read_text() == "\n"
+
+
+def test_an_emulated_machine_is_started_afresh_but_not_where_its_writes_are_logged_or_by_kvm() -> None:
+    for wiring, cold in ((Wiring(192), True), (Wiring(192, log=Path("log")), False), (Wiring(192, accelerator="kvm"), False)):
+        assert (COLD in command(AMD64, Path("disk"), Path("flash"), wiring)) is cold
 
 
 def test_a_console_is_bounded_and_cannot_move_ours() -> None:

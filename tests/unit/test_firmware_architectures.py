@@ -4,11 +4,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from firmware_images import build, containers, initrd, machine, recipes
+from firmware_images import build, configuration, containers, initrd, machine, recipes
 from firmware_images.boot import hand_over
 from firmware_images.contents import ESP_NAME, PROVISIONED
 from firmware_images.tree import Tree
+from tools.bench import image_inside
 from tools.bench.harness import ROOT
 
 ARCHITECTURES = list(recipes.ARCHITECTURES.values())
@@ -85,3 +87,24 @@ def test_kvm_is_not_taken_for_another_machine_or_where_it_is_not_ours(monkeypatc
     assert machine.kvm_boots(recipes.architecture("arm64"), tmp_path, tmp_path) == "this machine is no arm64"
     monkeypatch.setattr(machine.os, "access", lambda *_: False)
     assert "not ours" in machine.kvm_boots(recipes.architecture("amd64"), tmp_path, tmp_path)
+
+
+def test_the_bench_inside_an_image_has_a_configuration_that_a_device_takes(tmp_path: Path) -> None:
+    path = tmp_path / "edge.yaml"
+    path.write_text(yaml.safe_dump(image_inside.configuration(1883, 1884)))
+    config = configuration.check(path)
+    assert config.bus.url == "mqtt://10.0.2.2:1883" and config.uplink.url == "mqtt://10.0.2.2:1884" and not config.devices.host.enabled
+
+
+def test_a_hubs_decisions_are_read_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"seq": seq, "body": {"n": seq}} for seq in range(1, 2 * image_inside.PAGE + 8)]
+    asked: list[str] = []
+
+    def get(_self: image_inside.HubProcess, path: str) -> list[dict[str, object]]:
+        asked.append(path)
+        after = int(path.rpartition("after=")[2])
+        return [row for row in rows if row["seq"] > after][: image_inside.PAGE]
+
+    monkeypatch.setattr(image_inside.HubProcess, "get", get)
+    assert list(image_inside.HubProcess(tmp_path).decisions("e")) == [row["seq"] for row in rows]
+    assert len(asked) == 4

@@ -1,5 +1,6 @@
 """Updates of an image: the bundle's format and every refusal, deltas, what systemd-boot starts, the installer cut at every step, the agent's half."""
 
+import asyncio
 import functools
 import json
 import os
@@ -21,12 +22,14 @@ from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.updates import parse_order
 from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.updates import bundle, signature, slots
+from edge_runtime.updates import duty as duty_module
 from edge_runtime.updates.bundle import Refused, Running, check_for, open_manifest, parse_head, parse_manifest
 from edge_runtime.updates.duty import SETTLED_LOOKS, UpdateDuty
 from edge_runtime.updates.install import read_document, write_document
 from edge_runtime.updates.source import FileSource, Interrupted, WebSource
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import bundles, tools
+from tests.integration.waiting import until
 from tests.unit.updates_world import SLOT_BYTES, Device, Image, image, packed
 
 FIRST, SECOND = image(1), image(2)
@@ -271,6 +274,92 @@ def test_an_image_that_comes_up_and_does_not_prove_itself_is_given_up_with_the_r
     installer = here.installer()
     installer.settle()
     assert installer.status["state"] == "failed" and "no reading has been taken" in installer.status["reason"]
+
+
+def names(here: Device) -> list[tuple[int, int | None]]:
+    """Sequences and starts left of the entries."""
+    return [(entry.sequence, entry.left) for entry, _ in here.installer().entries()]
+
+
+def test_what_a_disk_is_made_with_shows_whether_starts_are_counted_and_is_kept(tmp_path: Path) -> None:
+    here = Device(tmp_path, FIRST, factory=slots.FACTORY_STARTS)
+    here.know(SECOND)
+    assert names(here) == [(1, 0)] and here.installer().to_settle()
+    here.installer().settle()
+    assert names(here) == [(1, None)] and not here.installer().to_settle()
+    assert read_document(here.state / "firmware.json") == {"counts": True}
+    updated(here, placed(tmp_path, GOOD))
+    assert names(here) == [(1, None), (2, None)]
+
+
+def test_where_the_firmware_does_not_count_starts_an_update_is_refused_with_the_reason(tmp_path: Path) -> None:
+    here = Device(tmp_path, FIRST, factory=slots.FACTORY_STARTS, renames=False)
+    here.know(SECOND)
+    for _ in range(3):
+        here.installer().settle()
+        assert names(here) == [(1, None)]
+        assert here.boot() == FIRST
+    installer = here.installer()
+    before = here.slots["novacron-b"].read_bytes()
+    installer.turn(placed(tmp_path, GOOD))
+    assert (installer.status["state"], installer.status["detail"]["why"]) == ("refused", "firmware"), installer.status
+    assert "cannot rename" in installer.status["reason"]
+    assert here.slots["novacron-b"].read_bytes() == before and names(here) == [(1, None)]
+
+
+def test_an_image_on_trial_is_not_kept_by_a_start(tmp_path: Path) -> None:
+    here = device(tmp_path, SECOND)
+    order = placed(tmp_path, GOOD)
+    here.installer().turn(order)
+    here.installer().turn({**order, "action": "switch"})
+    (here.state / "trial.json").unlink()  # also where the plan of the trial is lost
+    assert here.boot() == SECOND
+    here.installer().settle()
+    assert names(here) == [(1, None), (2, 2)]
+
+
+def test_a_slot_that_was_left_for_damage_is_told_once_with_the_reason(tmp_path: Path) -> None:
+    here = device(tmp_path, SECOND)
+    updated(here, placed(tmp_path, GOOD))
+    # As the initrd does it.
+    (here.esp / slots.DAMAGED).parent.mkdir()
+    (here.esp / slots.DAMAGED).write_text(f"novacron-b {SECOND.root_hash} the slot novacron-b is damaged: it was read twice\n")
+    (here.esp / slots.ENTRIES / slots.Entry(2, "novacron-b").name).unlink()
+    assert here.boot() == FIRST
+    assert here.installer().to_settle()
+    here.installer().settle()
+    told = here.installer().status
+    assert told["state"] == "failed" and "novacron-b is damaged: it was read twice" in told["reason"] and "novacron-a with sequence 1 runs" in told["reason"]
+    assert told["id"] == f"damaged-{SECOND.root_hash[:16]}" and not (here.esp / slots.DAMAGED).exists()
+    updated(here, {**placed(tmp_path, GOOD), "id": "u-2"})  # and is written anew
+    here.installer().settle()
+    assert here.installer().status["id"] == "u-2"
+
+
+@given(st.binary(max_size=300))
+def test_a_note_of_damage_that_is_noise_stops_nothing(noise: bytes) -> None:
+    with tempfile.TemporaryDirectory() as top:
+        here = device(Path(top))
+        (here.esp / slots.DAMAGED).parent.mkdir()
+        (here.esp / slots.DAMAGED).write_bytes(noise)
+        here.installer().settle()
+        assert here.installer().status == {}
+
+
+def test_a_start_that_lasted_is_counted_from_zero_and_an_image_leaves_room_for_the_count(tmp_path: Path) -> None:
+    here = device(tmp_path)
+    slot = here.slots["novacron-a"]
+    whole = slot.read_bytes()
+    with slot.open("r+b") as file:
+        file.seek(SLOT_BYTES - BLOCK)
+        file.write(f"{slots.STARTS_WORD} {FIRST.root_hash} 3\n".encode())
+    assert slot.read_bytes() != whole
+    here.installer().lasted()
+    assert slot.read_bytes() == whole
+    tight = image(2, blocks=SLOT_BYTES // BLOCK - bundle.tree_bytes(SLOT_BYTES // BLOCK - 9) // BLOCK)
+    installer = here.installer()
+    installer.turn(placed(tmp_path, packed(tight.manifest(), tight.content)))
+    assert installer.status["detail"]["why"] == "size", installer.status
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -577,4 +666,20 @@ async def test_an_image_on_trial_that_the_journal_does_not_know_is_followed_all_
         duty.look()
     await journal.flush()
     assert read_document(tmp_path / "requests" / "request.json")["action"] == "good"
+    await journal.close()
+
+
+async def test_what_is_told_later_without_an_order_is_told_on(tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duty_module, "IDLE_LOOK_S", 0.01)
+    journal.start()
+    status = tmp_path / "status.json"
+    duty = UpdateDuty(tmp_path / "requests", status, journal, lambda linked: [], lambda: True)
+    running = asyncio.create_task(duty.run())
+    for _ in range(3):
+        await asyncio.sleep(0)  # it has looked, and waits
+    write_document(status, {"id": "damaged-1", "state": "failed", "reason": "the slot novacron-b is damaged", "detail": {}})
+    await until(duty.to_json, what="the operation")
+    assert await told(journal) == [("failed", "failed")] and "damaged" in duty.to_json()[0]["reason"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     await journal.close()

@@ -77,6 +77,9 @@ class Device:
     running: tuple[str, str] = ("", "")
     image: dict[str, Any] = field(default_factory=dict)
     known: dict[str, Image] = field(default_factory=dict)
+    factory: int | None = None
+    renames: bool = True
+    """Starts that the first image's entry has left; whether the firmware can rename a file."""
 
     def __post_init__(self) -> None:
         self.esp, self.state = self.folder / "esp", self.folder / "state"
@@ -91,7 +94,7 @@ class Device:
             (self.esp / slots.folder(self.first.root_hash) / name).write_bytes(self.first.content[name])
         self.know(self.first)
         options = "quiet " + slots.slot_words("novacron-a", len(root) // BLOCK, self.first.root_hash, SALT.hex())
-        (self.esp / slots.ENTRIES / slots.Entry(self.first.sequence, "novacron-a").name).write_text(slots.entry_text("NovaCron device", "1", self.first.sequence, self.first.root_hash, options))
+        (self.esp / slots.ENTRIES / slots.Entry(self.first.sequence, "novacron-a", self.factory).name).write_text(slots.entry_text("NovaCron device", "1", self.first.sequence, self.first.root_hash, options))
         self.boot()
 
     def know(self, made: Image) -> None:
@@ -105,8 +108,8 @@ class Device:
         taken = slots.order(entries)[0]
         path = self.esp / slots.ENTRIES / taken.name
         words = dict(line.split(" ", 1) for line in path.read_text().splitlines())
-        if taken.left:
-            path.rename(path.with_name(replace(taken, left=taken.left - 1, done=taken.done + 1).name))
+        if taken.left is not None and self.renames:
+            path.rename(path.with_name(replace(taken, left=max(0, taken.left - 1), done=taken.done + 1).name))
         self.command_line = words["options"]
         self.running = slots.running(self.command_line)
         made = self.known[self.running[1]]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_runtime.workloads.drivers import qemu_kernel
 from gpu_migration.qemu_qmp import QemuError, Qmp
 
 from .harness import ROOT
@@ -28,6 +29,7 @@ BOOT_S = 120.0
 """Seconds for a guest to boot and fill its memory: 3 s on a machine of its own, under emulation."""
 CONSOLE_MOST = 8 << 20
 """Bytes of a console that are kept."""
+DISK_MODULES = ("virtio_pci", "virtio_blk")
 _COMPILE = ("-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie", "-fno-stack-protector", "-mno-sse")
 _VERSION = re.compile(r"version (\d+)\.(\d+)")
 
@@ -59,8 +61,8 @@ def kernel() -> Path:
     raise Missing("there is no kernel for guests: tools/setup/guest_kernel.sh .novacron/guest-kernel")
 
 
-def initial(folder: Path) -> Path:
-    """The guest's initial file system: one program. Raises Missing."""
+def initial(folder: Path, disk: bool = False) -> Path:
+    """The guest's initial file system: one program, and the modules for a disk where it has one. Raises Missing."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise Missing("there is no C compiler for the guest's program: apt install gcc")
@@ -68,7 +70,14 @@ def initial(folder: Path) -> Path:
     done = subprocess.run([compiler, *_COMPILE, "-o", str(program), str(SOURCE)], capture_output=True, text=True)
     if done.returncode:
         raise Missing(f"the guest's program could not be compiled: {done.stderr.strip()[-300:]}")
-    target.write_bytes(newc([("init", 0o100755, program.read_bytes())]))
+    files = [("init", 0o100755, program.read_bytes())]
+    if disk:
+        try:
+            found = qemu_kernel.modules(qemu_kernel.find(str(kernel().parent.parent)), DISK_MODULES)
+        except qemu_kernel.NoKernel as error:
+            raise Missing(str(error)) from None
+        files += [("modules", 0o040755, b""), *((f"modules/{number}", 0o100644, data) for number, data in enumerate(found.values()))]
+    target.write_bytes(newc(files))
     return target
 
 
@@ -84,6 +93,11 @@ class Machine:
     rewrites: int = 0
     checks: int = 50_000
     accelerator: str = "tcg,tb-size=64"
+    disk: int = 0
+    """MiB of its disk that the program fills; 0: it has none."""
+    disk_writes: int = 50
+    disk_checks: int = 500
+    """Blocks a second."""
 
     def command(self, memory: str, console: Path, *more: str) -> list[str]:
         """QEMU's command line, but for its control socket. `memory`: a path, or empty for memory of QEMU's own."""
@@ -91,7 +105,7 @@ class Machine:
         return [
             self.qemu, "-machine", "q35,memory-backend=ram", "-accel", self.accelerator, "-cpu", "max", "-m", str(self.memory), "-smp", "1", "-nodefaults", "-display", "none", "-no-user-config", "-no-reboot",
             "-object", backend, "-kernel", str(self.kernel), "-initrd", str(self.initial),
-            "-append", f"console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off random.trust_cpu=on -- {self.checked} {self.rewrites} {self.checks}",
+            "-append", f"console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off random.trust_cpu=on no_timer_check -- {self.checked} {self.rewrites} {self.checks}" + f" {self.disk} {self.disk_writes} {self.disk_checks}" * bool(self.disk),
             "-chardev", f"socket,id=console,path={console},server=on,wait=off", "-serial", "chardev:console", *more,
         ]
 
@@ -181,11 +195,18 @@ class Guest:
             start += self.console.wait(r"^S \d+ \d+$", seconds, start).end()
         self.right()
 
+    def disk_sweeps(self, count: int = 2, seconds: float = BOOT_S) -> None:
+        """The same of its disk."""
+        start = len(self.console.text)
+        for _ in range(count):
+            start += self.console.wait(r"^D \d+ \d+$", seconds, start).end()
+        self.right()
+
     def right(self) -> None:
-        """Raises ValueError where it has found a page that is not what it should be."""
+        """Raises ValueError where it has found a page or a block that is not what it should be."""
         wrong = re.findall(r"^BAD.*$", self.console.text, re.MULTILINE)
         if wrong or "Kernel panic" in self.console.text:
-            raise ValueError(f"the guest's memory is damaged: {wrong[:3]} {self.console.text[-300:]!r}")
+            raise ValueError(f"the guest's memory or disk is damaged: {wrong[:3]} {self.console.text[-300:]!r}")
 
     def ask(self) -> str:
         """Its status, as QEMU says; `gone`."""

@@ -1,9 +1,10 @@
 /* First and only process of a guest that is migrated in tests: fills memory, goes on rewriting pages of it in a random order, and checks every page, whole, again and again.
  *
- *     init MEBIBYTES REWRITES-A-SECOND CHECKS-A-SECOND
+ *     init MEBIBYTES REWRITES-A-SECOND CHECKS-A-SECOND [DISK-MEBIBYTES DISK-WRITES-A-SECOND DISK-CHECKS-A-SECOND]
  *
  * A page's 512 words follow from its number and its generation, and the generations are kept apart from the pages: one page that is lost, old or damaged, of either, is found. To the console go a dot every
- * tick, `S sweep rewritten` after each check of all pages, and `BAD ...` for each that is not what it should be. No library: any C compiler for x86-64 will do.
+ * tick, `S sweep rewritten` after each check of all pages, and `BAD ...` for each that is not what it should be. With a disk the same is done with its blocks, each read and written past the guest's own
+ * cache and synced, their generations in memory; `D sweep written` comes after each check of all blocks. No library: any C compiler for x86-64 will do.
  */
 
 typedef unsigned long u64;
@@ -92,10 +93,62 @@ static u64 room(u64 bytes)
     return (u64)call(9, 0, bytes, 3, 0x22, -1, 0);
 }
 
+static volatile u64 *blocks;
+static u64 *block;
+static long disk;
+#define DISK_SEED (1UL << 40) /* added to a block's number, so that no block looks like a page */
+#define FILL 64
+
+static void compose(u64 *into, u64 at, u64 generation)
+{
+    u64 value = seed(at + DISK_SEED, generation);
+    for (int n = 0; n < WORDS; n++, value += 0x9E3779B97F4A7C15UL) into[n] = value;
+}
+
+static void check_block(u64 at)
+{
+    long got = call(17, disk, (long)block, WORDS * 8, (long)(at * WORDS * 8), 0, 0);
+    if (got != WORDS * 8) { tell("BAD disk read, block, error", at, (u64)-got, 0, 0, 2); return; }
+    u64 value = seed(at + DISK_SEED, blocks[at]);
+    for (int n = 0; n < WORDS; n++, value += 0x9E3779B97F4A7C15UL)
+        if (block[n] != value) {
+            tell("BAD block, word, generation, found", at, n, blocks[at], block[n], 4);
+            return;
+        }
+}
+
+static void write_blocks(u64 at, u64 count)
+{
+    for (u64 n = 0; n < count; n++) compose(block + n * WORDS, at + n, blocks[at + n]);
+    long put = call(18, disk, (long)block, (long)(count * WORDS * 8), (long)(at * WORDS * 8), 0, 0);
+    if (put != (long)(count * WORDS * 8)) tell("BAD disk write, block, error", at, (u64)-put, 0, 0, 2);
+}
+
+static void open_disk(void)
+{
+    char name[] = "/modules/0";
+    for (; name[9] <= '9'; name[9]++) {
+        long module = call(2, (long)name, 0, 0, 0, 0, 0);
+        if (module < 0) break;
+        call(313, module, (long)"", 0, 0, 0, 0);
+        call(3, module, 0, 0, 0, 0, 0);
+    }
+    call(83, (long)"/dev", 0755, 0, 0, 0, 0);
+    call(165, (long)"dev", (long)"/dev", (long)"devtmpfs", 0, 0, 0);
+    for (int n = 0; n < 1000; n++) { /* the kernel makes it when it has found it */
+        disk = call(2, (long)"/dev/vda", 2 | 0x4000 | 0x1000, 0, 0, 0, 0);
+        if (disk >= 0) return;
+        long wait[2] = {0, 10000000};
+        call(35, (long)wait, 0, 0, 0, 0, 0);
+    }
+    say("\nFAILED: no disk\n");
+}
+
 __attribute__((used)) static void run(long *stack)
 {
     char **arguments = (char **)(stack + 1);
     u64 count, rewrites, checks, random = 88172645463325252UL, sweep = 0, at = 0, rewritten = 0, rewriting = 0, checking = 0;
+    u64 held = 0, writes = 0, reads = 0, disk_sweep = 0, disk_at = 0, written = 0, writing = 0, reading = 0;
     if (stack[0] < 4) { say("\nFAILED: MEBIBYTES REWRITES CHECKS\n"); for (;;) call(34, 0, 0, 0, 0, 0, 0); }
     count = read_number(arguments[1]) << 8;
     rewrites = read_number(arguments[2]);
@@ -104,6 +157,17 @@ __attribute__((used)) static void run(long *stack)
     generations = (u64 *)room(count * sizeof(u64));
     if ((long)pages < 0 || (long)generations < 0) { say("\nFAILED: no memory\n"); for (;;) call(34, 0, 0, 0, 0, 0, 0); }
     for (u64 page = 0; page < count; page++) { generations[page] = 1; fill(page); }
+    if (stack[0] >= 7) {
+        held = read_number(arguments[4]) << 8;
+        writes = read_number(arguments[5]);
+        reads = read_number(arguments[6]);
+        blocks = (u64 *)room(held * sizeof(u64));
+        block = (u64 *)room(FILL * WORDS * 8);
+        if ((long)blocks < 0 || (long)block < 0) { say("\nFAILED: no memory\n"); held = 0; }
+        if (held) open_disk();
+        for (u64 n = 0; n < held; n++) blocks[n] = 1;
+        for (u64 n = 0; n < held; n += FILL) write_blocks(n, FILL);
+    }
     tell("READY", count, rewrites, checks, 0, 3);
     long due = now(), last = due;
     for (;;) {
@@ -122,6 +186,20 @@ __attribute__((used)) static void run(long *stack)
         for (checking += checks * passed; checking >= 1000000000UL; checking -= 1000000000UL) {
             check(at);
             if (++at == count) { at = 0; tell("S", ++sweep, rewritten, 0, 0, 2); }
+        }
+        if (held) {
+            for (writing += writes * passed; writing >= 1000000000UL; writing -= 1000000000UL) {
+                random ^= random << 13; random ^= random >> 7; random ^= random << 17;
+                u64 one = random % held;
+                check_block(one);
+                blocks[one]++;
+                write_blocks(one, 1);
+                written++;
+            }
+            for (reading += reads * passed; reading >= 1000000000UL; reading -= 1000000000UL) {
+                check_block(disk_at);
+                if (++disk_at == held) { disk_at = 0; tell("D", ++disk_sweep, written, 0, 0, 2); }
+            }
         }
         say(".");
         due += TICK_NS;

@@ -3,7 +3,9 @@
 A Debian guest is booted (`migration_guest.py`), paused, and its memory moved from its file to a file in memory by two processes of ours, with every byte
 compared afterwards; then QEMU moves the same paused guest to another QEMU, by multifd without and with zstd, without a bandwidth limit. QEMU's bytes are those
 of the interface of a network namespace of its own, for its own count leaves out what it should not; ours are those given to the sockets. Ratio: memory by
-wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
+wire bytes; without zero pages: the other pages by wire bytes. Ours is held to a link of `--link-gbit` (10); QEMU is not, and ours without it is printed too. QEMU does not
+encrypt: ours without encryption stands beside the figures that count (`migration_plain.py`). All memory, at both ends and QEMU's too, is in /dev/shm; ours in a tmpfs of huge pages, as
+hosts of guests may have it, is printed as well (`--huge-pages`: all in these). `--images FOLDER` keeps the guest's pieces and its memory at three moments, and moves those too.
 
 The promise is kept or not by the coder that the engine chooses itself. The frontier beside it says what each coder alone gives of rate and ratio, in the same rounds. Of every move
 the processor time of both ends is counted, without their start: by two processors' time it bounds the rate, whatever else runs.
@@ -16,61 +18,72 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 if not __package__:
     __import__("as_module").again(__file__)
 
-from . import migration_guest
+from . import migration_guest, migration_qemu
 from .harness import ROOT, Stolen, arguments, die_with_parent, machine, note, report, spread, stop
+from .migration_links import inside, namespace, passed
 
 RATE_GB_S = 1.5
 """GB of guest memory a second on two cores."""
 RATIO = 3.5
 """Of memory to wire bytes, zero pages counted."""
-STREAMS = 2
-"""Of QEMU's multifd: its default, and as many as there are cores."""
 LINK_GBIT = 10.0
 """Bandwidth that ours is held to: on loopback alone nothing speaks for a ratio, and 1.5 GB/s of memory is what such a link is asked for."""
 FRONTIER = ("store", "lz4-faster", "lz4-fast", "zstd-fast", "zstd-1")
 """Coders that are measured one by one."""
-MOVE_S = 120
+ENGINE, UNENCRYPTED = "gpu_migration", "tools.bench.migration_plain"
+MOVE_S = 300
 """A migration takes at most so long."""
 
 
-def move(image: Path, *options: str, receive: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Move a file into memory by two processes; the sender's result. Raises ValueError where another file came out."""
+def moved(
+    image: Path, target: Path, *options: str, receive: tuple[str, ...] = (), ends: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()), module: str = ENGINE
+) -> dict[str, Any]:
+    """Move a file to where nothing is by two processes; the sender's result. Raises ValueError where it fails. `ends`: what the commands of sender and receiver begin with."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NOVACRON_MIGRATION_KEY": secrets.token_hex(32)}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    taking = subprocess.Popen(
+        [*ends[1], sys.executable, "-m", module, "receive", str(target), *receive], env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert taking.stderr is not None
+        address = taking.stderr.readline().split()[-1]
+        done = subprocess.run([*ends[0], sys.executable, "-m", module, "send", str(image), address, *options], env=environment, capture_output=True, text=True, timeout=MOVE_S)
+        said, wrong = taking.communicate(timeout=MOVE_S)
+    finally:
+        stop(taking)
+    if done.returncode or taking.returncode:
+        raise ValueError(f"the move failed: {done.stderr} {wrong}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    if json.loads(said)["root"] != result["root"]:
+        raise ValueError("the roots of the ends differ")
+    return result
+
+
+def same(one: Path, other: Path) -> bool:
+    """Every byte compared."""
+    return subprocess.run(["cmp", "-s", str(one), str(other)]).returncode == 0
+
+
+def move(image: Path, *options: str, receive: tuple[str, ...] = (), module: str = ENGINE, where: Path | None = None) -> dict[str, Any]:
+    """Move a file into memory by two processes; the sender's result. Raises ValueError where another file came out. `where`: a folder of memory (/dev/shm)."""
+    with tempfile.TemporaryDirectory(dir=where or ("/dev/shm" if os.path.isdir("/dev/shm") else None)) as folder:
         target = Path(folder) / "moved"
-        taking = subprocess.Popen(
-            [sys.executable, "-m", "gpu_migration", "receive", str(target), *receive], env=environment, preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            assert taking.stderr is not None
-            address = taking.stderr.readline().split()[-1]
-            done = subprocess.run([sys.executable, "-m", "gpu_migration", "send", str(image), address, *options], env=environment, capture_output=True, text=True, timeout=MOVE_S)
-            said, wrong = taking.communicate(timeout=MOVE_S)
-        finally:
-            stop(taking)
-        if done.returncode or taking.returncode:
-            raise ValueError(f"the move failed: {done.stderr} {wrong}")
-        result: dict[str, Any] = json.loads(done.stdout)
-        if subprocess.run(["cmp", "-s", str(image), str(target)]).returncode:
+        result = moved(image, target, *options, receive=receive, module=module)
+        if not same(image, target):
             raise ValueError("another file came out than went in")
-        if json.loads(said)["root"] != result["root"]:
-            raise ValueError("the roots of the ends differ")
         return result
 
 
-def processor(image: Path, *options: str) -> tuple[dict[str, Any], float]:
+def processor(image: Path, *options: str, module: str = ENGINE, where: Path | None = None) -> tuple[dict[str, Any], float]:
     """A move, and the processor time that both ends took."""
     before = os.times()
-    result = move(image, *options)
+    result = move(image, *options, module=module, where=where)
     after = os.times()
     return result, after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -86,61 +99,18 @@ def figures(result: dict[str, Any], seconds: float = 0.0) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def namespace() -> Iterator[int]:
-    """A network namespace with loopback up; the pid of what holds it."""
-    holder = subprocess.Popen(
-        ["unshare", "-n", "sh", "-c", "ip link set lo up && echo up && exec sleep 100000"], preexec_fn=die_with_parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        if holder.stdout.readline().strip() != "up":
-            raise migration_guest.Missing("no network namespace can be made: run it as root, with iproute2 and util-linux installed")
-        yield holder.pid
-    finally:
-        stop(holder)
-
-
-def passed(pid: int) -> int:
-    """Bytes that went over loopback in the namespace of a process."""
-    for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name.strip() == "lo":
-            return int(rest.split()[0])
-    return 0
-
-
-def qemu_moves(folder: Path, source: migration_guest.Qmp, holder: int, compression: str, options: Any) -> dict[str, Any]:
+def qemu_moves(folder: Path, source: migration_guest.Qmp, holder: int, compression: str, options: Any, where: Path) -> dict[str, Any]:
     """Let QEMU move the paused guest to another QEMU in the same namespace."""
     made = migration_guest.pieces(folder, options)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
-        control, memory = Path(scratch) / "qmp", Path(scratch) / "memory"
-        process = subprocess.Popen(
-            ["nsenter", "-t", str(holder), "-n", *migration_guest.arguments(made, memory, control, "-serial", "null", "-incoming", "defer", "-S")],
-            preexec_fn=die_with_parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        try:
-            end = time.monotonic() + MOVE_S
-            while not control.exists() and time.monotonic() < end:
-                time.sleep(0.02)
-            target = migration_guest.Qmp(control)
-            for qmp in (source, target):
-                qmp("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": True}])
-                qmp("migrate-set-parameters", **{"multifd-channels": STREAMS, "multifd-compression": compression, "max-bandwidth": 1 << 40})
-            target("migrate-incoming", uri="tcp:127.0.0.1:45454")
-            if source("query-status")["status"] == "postmigrate":
-                source("cont")  # it refuses to move what it has moved; for an instant the guest goes on
-                source("stop")
-            before = passed(holder)
-            source("migrate", uri="tcp:127.0.0.1:45454")
-            while (found := source("query-migrate")).get("status") not in ("completed", "failed", "cancelled") and time.monotonic() < end:
-                time.sleep(0.01)
-            if found.get("status") != "completed":
-                raise migration_guest.Missing(f"QEMU's migration ended as {found.get('status')}: {found.get('error-desc', '')}")
-            wire, length = passed(holder) - before, migration_guest.MEMORY_MIB << 20
-            return {"gb_s": round(length / found["total-time"] * 1000 / 1e9, 3), "seconds": found["total-time"] / 1000, "wire_mb": round(wire / 1e6, 1), "ratio": round(length / wire, 2)}
-        finally:
-            stop(process)
+    with tempfile.TemporaryDirectory(dir=where) as scratch:
+        before = passed(holder)
+        seconds = migration_qemu.move(made, source, Path(scratch) / "memory", "127.0.0.1", inside(holder), multifd=compression)
+        wire, length = passed(holder) - before, migration_guest.MEMORY_MIB << 20
+        return {"gb_s": round(length / seconds / 1e9, 3), "seconds": seconds, "wire_mb": round(wire / 1e6, 1), "ratio": round(length / wire, 2)}
+
+
+def _memory(options: Any) -> AbstractContextManager[Path]:
+    return migration_guest.memory_folder(huge=options.huge_pages)
 
 
 def _point(several: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,32 +127,41 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="folder that keeps the guest's pieces and memory (a temporary one)")
     parser.add_argument("--codecs", default="auto", help="coders to choose from")
     parser.add_argument("--link-gbit", type=float, default=LINK_GBIT, help="bandwidth of the link that ours is held to, Gbit/s")
+    parser.add_argument("--huge-pages", action="store_true", help="memory in a tmpfs of huge pages for all: ours and QEMU")
     options = parser.parse_args()
     limit = ("--limit-mbit", str(options.link_gbit * 1000))
-    ours_by = ("--codecs", options.codecs, *limit)
     about, stolen = machine(), Stolen()
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary, tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
-        folder, memory = options.images or Path(temporary), Path(scratch) / "memory"
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as temporary, _memory(options) as scratch:
+        folder, memory = options.images or Path(temporary), scratch / "memory"
         ours: list[dict[str, Any]] = []
+        unencrypted: list[dict[str, Any]] = []
         frontier: dict[str, list[dict[str, Any]]] = {name: [] for name in FRONTIER}
         peers: dict[str, list[dict[str, Any]]] = {"none": [], "zstd": []}
         try:
-            with namespace() as holder, migration_guest.guest(folder, memory, options, ("nsenter", "-t", str(holder), "-n")) as qmp:
+            with namespace() as holder, migration_guest.guest(folder, memory, options, inside(holder)) as qmp:
                 qmp("stop")
-                nothing = Path(scratch) / "nothing"
+                nothing = scratch / "nothing"
                 nothing.write_bytes(bytes(4096))
                 start = min(processor(nothing)[1] for _ in range(2))
+
+                def counted(image: Path, *how: str, module: str = ENGINE, where: Path | None = scratch) -> dict[str, Any]:
+                    result, seconds = processor(image, *how, *limit, module=module, where=where)
+                    return figures(result, seconds - start)
+
                 for n in range(options.rounds):
                     note(options, f"round {n + 1}")
-                    result, seconds = processor(memory, *ours_by)
-                    ours.append(figures(result, seconds - start))
+                    ours.append(counted(memory, "--codecs", options.codecs))
+                    unencrypted.append(counted(memory, "--codecs", options.codecs, module=UNENCRYPTED))
                     for name, several in frontier.items():
-                        result, seconds = processor(memory, "--codecs", name, *limit)
-                        several.append(figures(result, seconds - start))
+                        several.append(counted(memory, "--codecs", name))
                     for compression, results in peers.items():
-                        results.append(qemu_moves(folder, qmp, holder, compression, options))
-                unlimited = figures(move(memory, "--codecs", options.codecs))
-            others = {path.name: figures(move(path, *ours_by)) for path in (migration_guest.images(folder, options) if options.images else [])}
+                        results.append(qemu_moves(folder, qmp, holder, compression, options, scratch))
+                unlimited = figures(move(memory, "--codecs", options.codecs, where=scratch))
+                with migration_guest.memory_folder(huge=not options.huge_pages) as other:
+                    copy = other / "memory"
+                    subprocess.run(["cp", "--sparse=always", str(memory), str(copy)], check=True)
+                    other_pages = [counted(copy, "--codecs", options.codecs, where=other) for _ in range(options.rounds)]
+            others = {path.name: figures(move(path, "--codecs", options.codecs, *limit, where=scratch)) for path in (migration_guest.images(folder, options) if options.images else [])}
         except migration_guest.Missing as error:
             print(f"migration_cpu: {error}", file=sys.stderr)
             return 2
@@ -194,8 +173,8 @@ def main() -> int:
         options, about, f"guest memory moved by the processors at {RATE_GB_S} GB/s, at a ratio of {RATIO} with zero pages, ahead of QEMU", value, "GB/s of guest memory, median",
         value >= RATE_GB_S and ratio >= RATIO and ahead, spread_={**spread(rates), "ratio": spread([one["ratio"] for one in ours])},
         peer={"qemu multifd " + name: {"median_gb_s": statistics.median(one["gb_s"] for one in results), "best_gb_s": best[name], "last": results[-1]} for name, results in peers.items()},
-        inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "qemu_streams": STREAMS, "verified": "every byte compared"},
-        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
+        inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "huge_pages": options.huge_pages, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
+        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, f"auto, {'4 KiB' if options.huge_pages else 'huge'} pages": other_pages, **frontier}.items()}, "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
     )
 
 

@@ -6,6 +6,7 @@ bytes (what encrypted data looks like), then goes on updating rows. Its memory i
 60 s of the guest's work.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -26,8 +27,11 @@ MEMORY_MIB = 1024
 MOMENTS_S = (0, 10, 60)
 """Seconds of the guest's work after which its memory is copied."""
 
-BOOT_S = 180
-"""At most so long until the guest has done its first work; TCG on a busy machine takes 20 to 60 s."""
+_NEW_MOUNTS = 0x20000
+"""CLONE_NEWNS of unshare(2)."""
+
+BOOT_S = 600
+"""At most so long until the guest has done its first work; TCG takes 20 to 60 s, and ten times that where thirty others want the processors."""
 
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
 """What the initial file system loads to reach the disk."""
@@ -193,6 +197,25 @@ def arguments(pieces: tuple[Path, Path, Path], memory: Path, control: Path, *mor
         "-object", f"memory-backend-file,id=ram,size={MEMORY_MIB}M,mem-path={memory},share=on", "-kernel", str(kernel), "-initrd", str(initial),
         "-append", "console=ttyS0 quiet panic=-1 no_timer_check", "-drive", f"file={disk},format=raw,if=virtio,snapshot=on", "-qmp", f"unix:{control},server=on,wait=off", *more,
     ]
+
+
+@contextmanager
+def memory_folder(huge: bool) -> Iterator[Path]:
+    """A folder whose files are memory; `huge`: of pages of 2 MiB where a file is as large, as a host of guests has its memory. Raises Missing.
+
+    It is in a mount namespace that this process and those it starts have for themselves, so that nothing is left of it however they end.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        if huge:
+            if ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS):
+                raise Missing(f"no mount namespace: {os.strerror(ctypes.get_errno())}; run it as root")
+            _run("mount", "--make-rprivate", "/")
+            _run("mount", "-t", "tmpfs", "-o", "huge=always", "memory", folder)
+        try:
+            yield Path(folder)
+        finally:
+            if huge:
+                _run("umount", "-l", folder)
 
 
 @contextmanager

@@ -61,9 +61,11 @@ class Load:
     Args:
         make: payload of message n.
         read: n of a reply, None for something else.
+        drain_s: how long late replies are waited for at the end of a round, seconds.
     """
 
-    def __init__(self, port: int, send_topic: str, receive_topic: str, make: Callable[[int], bytes], read: Callable[[bytes], int | None]) -> None:
+    def __init__(self, port: int, send_topic: str, receive_topic: str, make: Callable[[int], bytes], read: Callable[[bytes], int | None], drain_s: float = DRAIN_S) -> None:
+        self._drain_s = drain_s
         self._send_topic = send_topic
         self._make = make
         self._read = read
@@ -131,7 +133,7 @@ class Load:
         self._settle(0)
 
     def _settle(self, count: int) -> Latency:
-        end = time.monotonic() + DRAIN_S
+        end = time.monotonic() + self._drain_s
         while self._sent and time.monotonic() < end:
             time.sleep(0.01)
         times, twice, lost = [value * 1000 for value in self._times], self._twice, len(self._sent)

@@ -28,7 +28,7 @@ DATA_BYTES = 16 << 20
 
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "vfat", "nls_ascii", "nls_cp437", "button", "evdev")
 
-ARGUMENTS = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off"
+ARGUMENTS = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off no_timer_check"
 
 LOADER = base64.b64decode(
     "+jHAjtiOwI7QvAB8+/yIFjF9xwY6fQCYZrgBAAAAxwY2fQEA6JYAxwY6fQCQZqGgfYsOtH2JDjZ96IEAZg+3DrR9ZqGgfWYByGaLDqR9Zr8AABAA6HgAZqGofWaLDqx9ZoHB/wEAAGbB6Qlmiz6wfehcALgAkI7AJsYGEAL/JoAOEQKAJscG"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from . import operations
+from . import moves, operations
 from .client import Api, CommandError, hub_api
 
 Show = Callable[[Any, bool, list[list[Any]] | None, list[str] | None], None]
@@ -44,12 +44,21 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
 
     def nodes(options: Any) -> int:
         found = hub_api(options.hub, options.token).get("/api/v1/nodes")
-        show(found, options.json, [_node_row(one) for one in found], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
+        show(found, options.json, [_node_row(one) for one in found], NODE_HEAD)
         return 0
 
     def node(options: Any) -> int:
-        answer = hub_api(options.hub, options.token).call("POST", f"/api/v1/nodes/{quote(options.name, safe='')}/{options.what}")
-        show(answer, options.json, [_node_row(answer)], ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"])
+        hub = hub_api(options.hub, options.token)
+        answer = hub.call("POST", f"/api/v1/nodes/{quote(options.name, safe='')}/{options.what}")
+        if options.what == "drain":
+            left, rows = moves.drained(hub, options.name, options.wait)
+            answer = {**answer, "left": left}
+            if rows and not options.json:
+                show(left, False, rows, moves.DRAIN_HEAD)
+            if left and options.wait:
+                show(answer, options.json, [_node_row(answer)], NODE_HEAD)
+                return 1
+        show(answer, options.json, [_node_row(answer)], NODE_HEAD)
         return 0
 
     def rebalance(options: Any) -> int:
@@ -92,8 +101,11 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser = command("node", node, "one node: drain NAME, cordon NAME, uncordon NAME")
     parser.add_argument("what", choices=("drain", "cordon", "uncordon"))
     parser.add_argument("name")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="drain: seconds to wait until it is empty; what is left then is told, with the reason, and the exit status is 1")
+    moves.add_commands(command, show)
 
 
+NODE_HEAD = ["node", "kind", "origin", "status", "cpu", "memory GiB", "gpu", "workloads", "runs", "problem"]
 HEAD = ["workload", "kind", "state", "node", "said", "starts", "reason"]
 
 

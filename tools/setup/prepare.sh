@@ -74,11 +74,14 @@ if [ "$kind" = dev ]; then
   command -v openssl >/dev/null 2>&1 || packages+=(openssl)
   command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /usr/sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
   command -v runc >/dev/null 2>&1 || [ -x /usr/sbin/runc ] || packages+=(runc)
+  command -v containerd >/dev/null 2>&1 || packages+=(containerd)  # started by the tests themselves, by hand
+  command -v newuidmap >/dev/null 2>&1 || packages+=(uidmap)  # for agents that are not root
   command -v docker-registry >/dev/null 2>&1 || packages+=(docker-registry)
   command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
   command -v g++ >/dev/null 2>&1 || packages+=(g++)  # runs the GPU's kernels on the processor
   [ -x /bin/busybox ] || packages+=(busybox-static)
   command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || packages+=(iproute2)
+  for name in rsync zstd; do command -v "$name" >/dev/null 2>&1 || packages+=("$name"); done  # what moves of memory are held against
   [ "$(uname -m)" != x86_64 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || packages+=(qemu-system-x86 seabios)
   command -v gcc >/dev/null 2>&1 || [ "$(uname -m)" != x86_64 ] || packages+=(gcc)  # the program of guests that are migrated
   # For images (`make image`, `make boot`), and the disks of virtual machines in tests.
@@ -93,6 +96,7 @@ if [ "$kind" = dev ]; then
     if apt-cache show qemu-system-riscv >/dev/null 2>&1; then packages+=(qemu-system-riscv opensbi); else packages+=(qemu-system-misc); fi
   fi
   [ -e /usr/lib/u-boot/qemu-riscv64_smode/uboot.elf ] || packages+=(u-boot-qemu)
+  command -v qemu-riscv64-static >/dev/null 2>&1 || packages+=(qemu-user-static)  # runs what is in their containers
   if [ ${#packages[@]} -gt 0 ]; then
     say "installing Debian packages: ${packages[*]}"
     apt_install "${packages[@]}" || for package in "${packages[@]}"; do

@@ -245,7 +245,7 @@ def boot_command(disk: Path, volumes: Sequence[Path], kernel: Path, initramfs: P
     memory = -(-document["memory"] // (1 << 20)) + SPARE_MB
     cpus = max(1, -(-document["cpu_us"] // CPU_PERIOD_US))
     words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", f"q35,accel={accelerator}", "-cpu", "max" if accelerator == "tcg" else "host", "-smp", str(cpus), "-m", f"{memory}M", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initramfs)]
-    words += ["-append", f"console=ttyS0 quiet panic=-1{f' tsc_early_khz={tsc_khz}' if tsc_khz else ''}"]
+    words += ["-append", f"console=ttyS0 quiet panic=-1 no_timer_check{f' tsc_early_khz={tsc_khz}' if tsc_khz else ''}"]
     for at, path in enumerate((disk, *volumes)):
         read_only = at > 0 and document["volumes"][at - 1][2]
         words += ["-blockdev", f"driver={form},node-name=disk{at},read-only={'on' if read_only else 'off'},file.driver=file,file.filename={path}", "-device", f"virtio-blk-pci,drive=disk{at}"]

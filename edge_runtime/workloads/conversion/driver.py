@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...contract.workloads import AS_CONTAINER
-from ..drivers.container import FIRST_ID, MAX_INSTANCES, ContainerDriver
+from ..drivers.container import CONVERTIBLE_FIRST_ID, ContainerDriver
 from ..drivers.container import Settings as Containers
 from ..drivers.container_disk import Over
-from ..drivers.container_spec import ID_RANGE
 from ..drivers.face import Ability, Capabilities, DriverError, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from ..images import ImageStore
 from .host import Settings
@@ -42,7 +41,7 @@ class ConvertibleDriver:
     def __init__(self, directory: Path, store: ImageStore, containers: ContainerDriver, settings: Settings, told: Containers, *, enabled: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._known, self._enabled = containers, enabled
-        self._containers = ContainerDriver(directory, store, replace(told, allowed_mounts=(), first_id=FIRST_ID + (MAX_INSTANCES + 1) * ID_RANGE))
+        self._containers = ContainerDriver(directory, store, replace(told, allowed_mounts=(), first_id=CONVERTIBLE_FIRST_ID))
         self.conversions = Conversions(directory, self._containers, store, settings)
 
     def close(self) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import outside
 from .face import Stats
 
-PARENT = "/novacron"
+PARENT = outside.GROUPS
 """The group above all containers, in every hierarchy."""
 
-KEEPERS = "/novacron-keepers"
+KEEPERS = f"{outside.GROUPS}-keepers"
 """The group of those that watch over containers: outside of the agent's, which a service manager ends as a whole, and of the containers'."""
 
 PERIOD_US = 100_000
@@ -51,6 +52,15 @@ class Groups:
         have = self.unified_controllers if self.layout == "v2" else self.mounts.keys()
         missing = [name for name in (NEEDED[:3] if self.layout == "v2" else NEEDED) if name not in have]
         return f"the cgroup controllers {', '.join(missing)} are missing" if missing else ""
+
+    def undelegated(self, group: str = PARENT) -> str:
+        """Why limits cannot be kept below a group that root has to make for us, in words; empty where they can."""
+        if outside.UID is None:
+            return ""
+        if self.layout == "v2":
+            return "limits without root are kept with control groups of version 1 only, and this node has version 2"
+        lacking = [name for name, top in self.mounts.items() if not os.access(top + group, os.W_OK)]
+        return f"no control group is this user's (as root, in each of {', '.join(sorted(lacking))}: mkdir {group[1:]}, chown -R {outside.UID} {group[1:]})" if lacking else ""
 
     def folders(self, group: str) -> list[str]:
         """A group's folder in every hierarchy in which a process can simply be put (not cpuset: an empty one takes none)."""

@@ -48,6 +48,11 @@ _NAME = re.compile(r"(images/[A-Za-z0-9][A-Za-z0-9_.-]{0,127}|disk\.tar)\Z")
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
 
 
+def is_file(name: str) -> bool:
+    """Whether a file beside the manifest may have this name."""
+    return bool(_NAME.match(name))
+
+
 def codec() -> str:
     """The compression that can be had: `zstd`, or `zlib` where its package is not installed."""
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
-from . import cgroups, lease
+from . import cgroups, lease, outside
 from .container_disk import NOTE as OVER
 from .container_disk import DiskLimits, disk_limit, reason
 from .container_spec import ID_RANGE, Host, configuration, stop_signal
@@ -52,7 +52,13 @@ NOTE = "checkpoint.json"
 MAX_INSTANCES = 512
 """Instances on the disk, the ended ones too."""
 
-ROOT = "/run/novacron/root"
+_RANGES = (MAX_INSTANCES + 1) * ID_RANGE
+"""Ids of one driver."""
+
+CONTAINERD_FIRST_ID, CONVERTIBLE_FIRST_ID = FIRST_ID + _RANGES, FIRST_ID + 2 * _RANGES
+"""Of the other drivers of a node, which have containers at the same time."""
+
+ROOT = f"{outside.RUN}/root"
 """Where a container's root is mounted, in its keeper's mount namespace: each has its own there. Not in the data folder, which the container's root may not enter."""
 
 COMMAND_S = 60.0
@@ -60,6 +66,9 @@ COMMAND_S = 60.0
 
 START_S = 150.0
 """A keeper that has said nothing by then hangs: it gives each of two commands of the runtime a minute."""
+
+FREEZES = 5
+"""Tries to make a container stand still: one that starts processes without end gets away from runc's own tries on a busy node (control groups of version 1)."""
 
 LEFT_S = 10.0
 """A container that was killed, and its keeper, are gone by then; more means that the kernel holds on to a process."""
@@ -103,6 +112,8 @@ class Ways:
     seccomp: bool
     connector: str = ""
     unconnected: str = "it was not looked for"
+    unlimited: str = ""
+    """Why no limits can be kept; empty where they are."""
 
 
 class ContainerDriver:
@@ -112,6 +123,9 @@ class ContainerDriver:
         directory: its own, in the agent's data folder; absolute.
         store: where the images are.
     """
+
+    parent = cgroups.PARENT
+    """The control group above all of its containers."""
 
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings()) -> None:
         self._folder, self._store, self._settings = directory / "containers", store, settings
@@ -155,6 +169,10 @@ class ContainerDriver:
     def folder(self, key: Key) -> Path:
         """An instance's folder, there or not."""
         return self._path(key)
+
+    def group(self, key: Key) -> str:
+        """Its control group, in every hierarchy."""
+        return f"{self.parent}/{_name(key)}"
 
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
@@ -250,9 +268,9 @@ class ContainerDriver:
         name, folder = _name(order.key), self._path(order.key)
         host = Host(
             platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
-            ways.unconnected, self._settings.publish, str(folder),
+            ways.unconnected, self._settings.publish, str(folder), ways.unlimited,
         )
-        group = f"{cgroups.PARENT}/{name}"
+        group = self.group(order.key)
         document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))
         connected = network(order.spec.get("network"), self._settings.publish)
         laid = self._new / name
@@ -267,7 +285,7 @@ class ContainerDriver:
         os.chown(laid / "disk/upper", top.st_uid + (base or 0), top.st_gid + (base or 0))  # the root folder itself comes from the upper layer
         keeper = {
             "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
-            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(folder)) if order.leased else "",
+            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(self._leased(order.key))) if order.leased else "",
             "network": connection(ways.connector, connected, ways.users) if connected is not None else None,
         }
         instance = {
@@ -319,7 +337,7 @@ class ContainerDriver:
         async with self._one(key):  # not while its state is being taken
             status = self._status(key)
             if status.phase is Phase.PAUSED:
-                await self._runtime(key, "resume", _name(key))
+                await self._thaw(key)
             if status.phase in (Phase.RUNNING, Phase.PAUSED):
                 await self.kill(key, int(self._instance(key).get("signal", signal.SIGTERM)))
         if status.phase in (Phase.RUNNING, Phase.PAUSED):
@@ -339,7 +357,7 @@ class ContainerDriver:
                 await self.kill(key, signal.SIGKILL)
                 if status.phase is Phase.PAUSED:
                     with suppress(Failed):
-                        await self._runtime(key, "resume", _name(key))
+                        await self._thaw(key)
                 await self._within(self.wait(key), LEFT_S, "it does not end though it was killed")
             try:
                 await asyncio.wait_for(unheld(self._path(key)), LEFT_S / 2)
@@ -354,15 +372,19 @@ class ContainerDriver:
         self._busy.pop(folder.name, None)
 
     def renew(self, key: Key, until_ms: int) -> None:
-        lease.write(self._path(key), until_ms)
+        lease.write(self._leased(key), until_ms)
 
     def lease_ms(self, key: Key) -> int:
-        return lease.read(self._path(key))
+        return lease.read(self._leased(key))
+
+    def _leased(self, key: Key) -> Path:
+        """By which folder its lease goes: `lease.folder_of`."""
+        return self._path(key)
 
     async def kill(self, key: Key, number: int) -> None:
         """Send its first process a signal; what has just ended needs none."""
         try:
-            await self._runtime(key, "kill", _name(key), str(int(number)))
+            await self._signal(key, int(number))
         except Failed:
             if self._status(key).phase in (Phase.RUNNING, Phase.PAUSED):  # else it ended in between
                 raise
@@ -400,6 +422,30 @@ class ContainerDriver:
         await self._ready(Ability.RESTORE)
         assert self._criu is not None
         return await self.checkpoints().look_through(folder, self._criu)
+
+    async def migrate_out(self, key: Key) -> Mapping[str, Any]:
+        """See `face.Migrates`."""
+        await self._ready(Ability.MIGRATE_OUT)
+        assert self._criu is not None
+        return await self.checkpoints().offer(key, self._criu)
+
+    async def migrate_in(self, order: Order, offer: Mapping[str, Any]) -> None:
+        """See `face.Migrates`: it is laid out as it would be, and removed."""
+        await self._ready(Ability.MIGRATE_IN)
+        assert self._criu is not None and self._capabilities is not None
+        from .checkpoint_state import suits
+
+        suits(offer, self._capabilities, self._criu.version)
+        try:
+            image = await asyncio.to_thread(self._store.find, order.image)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        if list(image.config.diff_ids) != offer["layers"]:
+            raise Refused("image", f"its state stands on {str(offer.get('image'))[:19]}, and {order.image} is {image.digest[:19]} here", f"bring the image that it has to this node ({order.image})")
+        try:
+            await self.prepare(order)
+        finally:
+            await self.delete(order.key)
 
     async def restore(self, order: Order, folder: Path, *, other_kernel: bool = False, output: Path | None = None) -> Status:
         """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
@@ -473,8 +519,15 @@ class ContainerDriver:
     async def freeze(self, key: Key) -> Status:
         """`pause` without asking for capabilities; raises `Failed` where it does not stand still then."""
         async with self._one(key):
-            if self._running(key).phase is Phase.RUNNING:
-                await self._runtime(key, "pause", _name(key))
+            for left in reversed(range(FREEZES)):
+                if self._running(key).phase is Phase.PAUSED:
+                    break
+                try:
+                    await self._freeze(key)
+                    break
+                except Failed as error:
+                    if not left or "unable to freeze" not in error.problem:
+                        raise
         status = self._status(key)
         if status.phase is Phase.RUNNING:
             raise Failed("pause", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
@@ -484,12 +537,12 @@ class ContainerDriver:
         await self._ready(Ability.PAUSE)
         async with self._one(key):
             if self._running(key).phase is Phase.PAUSED:
-                await self._runtime(key, "resume", _name(key))
+                await self._thaw(key)
         return self._status(key)
 
     async def stats(self, key: Key) -> Stats:
         self._running(key)
-        return self._groups.stats(f"{cgroups.PARENT}/{_name(key)}")
+        return self._groups.stats(self.group(key))
 
     async def logs(self, key: Key, most: int) -> Output:
         self._instance(key)
@@ -514,7 +567,11 @@ class ContainerDriver:
             raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time") from None
         finally:
             if process.returncode is None:
-                # The runtime waits for the command, so its pid is its own still; without it the command would live on.
+                # The runtime waits for the command, so its pid is its own still; without it the command would live on. On a busy node it may not have come as far as to write it down.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LEFT_S):
+                        while process.returncode is None and not note.exists():
+                            await asyncio.sleep(LOOK_S)
                 with suppress(OSError, ValueError):
                     os.kill(int(note.read_text()), signal.SIGKILL)
                 with suppress(ProcessLookupError):
@@ -577,7 +634,7 @@ class ContainerDriver:
         lives = kept or alive(running)
         if not lives:
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
-        frozen = self._groups.frozen(f"{cgroups.PARENT}/{folder.name}")
+        frozen = self._groups.frozen(self.group(key))
         return Status(key, Phase.PAUSED if frozen else Phase.RUNNING, int(running["pid"]), reason="" if kept else "its keeper was killed: what it writes and how it ends will not be known")
 
     def _running(self, key: Key) -> Status:
@@ -615,6 +672,15 @@ class ContainerDriver:
         """The runtime that the instance was made for; at the ordinary priority, whatever ours is."""
         better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
         return [*(("nice", "-n", str(better)) if better else ()), *self._instance(key)["runtime"], "--root", str(self._state)]
+
+    async def _signal(self, key: Key, number: int) -> None:
+        await self._runtime(key, "kill", _name(key), str(number))
+
+    async def _freeze(self, key: Key) -> None:
+        await self._runtime(key, "pause", _name(key))
+
+    async def _thaw(self, key: Key) -> None:
+        await self._runtime(key, "resume", _name(key))
 
     async def runtime(self, key: Key, word: str, *options: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
         """One command of the runtime about an instance; for what stands beside this module."""

@@ -27,7 +27,7 @@ from ..images.layer import OPAQUE, WHITEOUT, unpack
 from . import cgroups, keeper_restore, keeping
 from .checkpoint_state import CHUNK, DISK, IMAGES, Reader, Writer, add, check, codec, read_manifest, seal, suits
 from .container import COMMAND_S, LEFT_S, NOTE
-from .container_spec import ID_RANGE
+from .container_spec import ID_RANGE, own_folders
 from .criu import Criu, errors, log_of, offence, write_options
 from .face import Capabilities, Failed, Key, Phase, Refused, Status
 from .instance import LOOK_S, held, read, sync_folder
@@ -88,11 +88,7 @@ class Checkpoints:
     async def take(self, key: Key, folder: Path, criu: Criu, *, leave_running: bool, step: Step | None = None) -> dict[str, Any]:
         """Write the state of a running container to `folder`, which must be empty or not there; returns the manifest. It is ended then, or goes on; where this raises, it goes on."""
         step = step or _ignored
-        status = await self._driver.status(key)
-        if status.phase is not Phase.RUNNING:
-            raise Refused("id", f"it does not run ({status.phase.value})", "start it, or resume it, first")
-        if not held(self._driver.folder(key)):
-            raise Refused("id", "its keeper was killed: what it writes has no reader that could be given back to it", "stop it, and start it anew")
+        await self._may_be_taken(key)
         folder, own = Path(os.path.abspath(folder)), self._driver.folder(key)
         _to_be_filled(folder)
         used = max(0, self._groups.stats(self._group(key)).memory_bytes)
@@ -100,11 +96,6 @@ class Checkpoints:
             if _free(place) < used + SPARE:
                 raise Refused("disk", f"its state may take {used} bytes, {_free(place)} are free at {place}", "free space, or name another folder")
         note = {"folder": str(folder), "new": str(folder.with_name(f".{folder.name}.new")), "leave_running": leave_running, "token": uuid.uuid4().hex}
-        if (read(own / "keeper.json") or {}).get("network"):
-            raise Refused("spec.network", "connections through the node's network, and ports that are published there, cannot be carried", "leave it out")
-        for one in self._processes(key).values():
-            if one.pop("stopped"):  # CRIU waits for it without an end
-                raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
         keeping.write(str(own / NOTE), note)
         try:
             step("noted")
@@ -115,6 +106,37 @@ class Checkpoints:
         await self._let_go(key, note)
         step("let go")
         return manifest
+
+    async def _may_be_taken(self, key: Key) -> dict[int, Any]:
+        """Its processes, where nothing that can be seen from outside stands against taking its state; raises `Refused`. Changes nothing."""
+        status, own = await self._driver.status(key), self._driver.folder(key)
+        if status.phase is not Phase.RUNNING:
+            raise Refused("id", f"it does not run ({status.phase.value})", "start it, or resume it, first")
+        if not held(own):
+            raise Refused("id", "its keeper was killed: what it writes has no reader that could be given back to it", "stop it, and start it anew")
+        if (read(own / "keeper.json") or {}).get("network"):
+            raise Refused("spec.network", "connections through the node's network, and ports that are published there, cannot be carried", "leave it out")
+        those = self._processes(key)
+        for one in those.values():
+            if one.pop("stopped"):  # CRIU waits for it without an end
+                raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was stopped by a signal", "continue it (kill -CONT), or end it")
+        return those
+
+    async def offer(self, key: Key, criu: Criu) -> dict[str, Any]:
+        """See `face.Migrates.migrate_out`."""
+        those = await self._may_be_taken(key)  # whether they are one tree can only be seen while they stand still
+        if (await self._driver.status(key)).leased:
+            raise Refused("stop", "it runs only as long as its site says (when_cut_off: move)", "leave that to its site")
+        instance = read(self._driver.folder(key) / "instance.json") or {}
+        if folders := own_folders(instance.get("spec", {})):
+            raise Refused("spec.mounts", f"what it has in {', '.join(folders)[:200]} is this node's, and would stay here", "say of the mount that it is shared, where it is the same folder on every node (a network file system), or let it begin anew")
+        return {
+            "host": self._host(criu), "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "bytes": max(0, self._groups.stats(self._group(key)).memory_bytes), "processes": len(those),
+        }
+
+    def _host(self, criu: Criu) -> dict[str, Any]:
+        here = self._here()
+        return {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version}
 
     async def _written(self, key: Key, folder: Path, criu: Criu, note: Mapping[str, Any], used: int, step: Step) -> dict[str, Any]:
         await self._driver.runtime(key, "pause")
@@ -156,14 +178,13 @@ class Checkpoints:
         """The manifest of a state that is being taken, without its files: `note` has its `token`, `those` are its processes."""
         own = self._driver.folder(key)
         instance, config, told = (read(own / name) or {} for name in ("instance.json", "config.json", "keeper.json"))
-        here = self._here()
         config.pop("hooks", None)
         sources = {place: source for source, place in told.get("restore", {}).get("binds", ())}
         for mount in config.get("mounts", ()):
             mount["source"] = sources.get(mount["source"], mount["source"])
         return {
             "kind": "container", "token": note["token"], "taken_ms": int(time.time() * 1000),
-            "host": {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version},
+            "host": self._host(criu),
             "order": {"id": key.id, "epoch": key.epoch, "image": instance.get("reference", ""), "requests": instance.get("requests", {}), "spec": instance.get("spec", {}), "job": instance.get("job", False)},
             "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "config": config, "base": -1 if told.get("id_base") is None else int(told["id_base"]), "processes": list(those.values()),
         }

@@ -125,7 +125,7 @@ class DiskLimits:
 
     def _pids(self, key: Key) -> list[int]:
         try:
-            return [int(line) for line in Path(self._groups.processes(f"{cgroups.PARENT}/{self._driver.folder(key).name}")).read_text().split()]
+            return [int(line) for line in Path(self._groups.processes(self._driver.group(key))).read_text().split()]
         except (OSError, ValueError):
             return []
 

@@ -9,8 +9,9 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from .. import rootless
 from ..images import Config
-from . import cgroups, criu
+from . import criu, outside
 from .cgroups import Groups
 from .container import ContainerDriver, Settings, Ways, searched
 from .container_spec import MIN_PIDS
@@ -29,54 +30,63 @@ VERSION_S = 10.0
 async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Criu | None, Capabilities]:
     """The best of the ways that worked, the CRIU that did, and the report."""
     cannot = dict.fromkeys(
-        (Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
-    ) | {Ability.ROOTLESS: "the driver mounts layers and makes control groups, which needs root"}
+        (Ability.SNAPSHOT, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+    ) | ({Ability.ROOTLESS: "the agent is the machine's root here; one of another user's can, with workloads.rootless"} if outside.UID is None else {})
     ways, runtime, reasons = None, "", []
     code = program(platform.machine())
     if os.geteuid() != 0:
-        reasons.append("the agent does not run as root")
+        reasons.append(f"the agent does not run as root, and {rootless.why or 'workloads.rootless is not set'}")
     elif odd := set(",:\\") & set(str(driver.scratch)):
         reasons.append(f"the data folder's path has {' '.join(sorted(odd))} in it, which overlayfs takes for its own")
-    elif groups.lacks:
+    elif groups.lacks and not groups.undelegated():
         reasons.append(groups.lacks)
     elif code is None:
         reasons.append(f"there is no program to probe with for {platform.machine()}")
+    elif not settings.runtimes:
+        reasons.append("no program that does it is named (workloads.runtimes)")
     else:
         for name in settings.runtimes:
             path = searched(name)
             if path is None:
                 reasons.append(f"{name} is not installed")
                 continue
-            ways, lacking = await _tried(driver, settings, groups, path, code)
+            ways, lacking = await tried(driver, settings, groups, path, code)
             if ways is not None:
                 runtime = await asyncio.to_thread(_version, path)
-                ways, without = await _connected(driver, settings, groups, ways, code)
-                cannot |= lacking | without
+                ways, without = await with_network(driver, settings, groups, ways, code)
+                cannot |= lacking | without | (dict.fromkeys((Ability.LIMITS, Ability.STATS, Ability.PAUSE), ways.unlimited) if ways.unlimited else {})
                 break
             reasons.append(f"{name}: {lacking[Ability.START]}")
     if ways is None:
         reason = "; ".join(reasons) + " (as root: apt install runc)" * any("not installed" in one for one in reasons)
         cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), reason)
-    told = Capabilities("container", "container", runtime, platform.machine(), _flags(), groups.layout, platform.release(), cannot)
+    told = Capabilities("container", "container", runtime, platform.machine(), flags(), groups.layout, platform.release(), cannot)
     if ways is None or code is None:
         return ways, None, told
-    found: Criu | str = await asyncio.to_thread(criu.find, searched(settings.criu)) if settings.criu else "switched off by the configuration"
+    found: Criu | str
+    if outside.UID is not None:
+        found = "CRIU has to be the machine's root"
+    else:
+        found = await asyncio.to_thread(criu.find, searched(settings.criu)) if settings.criu else "switched off by the configuration"
     driver.capabilities = told
     why = found if isinstance(found, str) else await _checkpointed(driver, ways, code, found)
     if why:
-        return ways, None, replace(told, cannot=cannot | dict.fromkeys((Ability.CHECKPOINT, Ability.RESTORE), why))
+        return ways, None, replace(told, cannot=cannot | dict.fromkeys((Ability.CHECKPOINT, Ability.RESTORE, Ability.MIGRATE_OUT, Ability.MIGRATE_IN), why))
     assert isinstance(found, Criu)
     return ways, found, told
 
 
-async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
+async def tried(driver: ContainerDriver, settings: Settings, groups: Groups, path: str, code: bytes) -> tuple[Ways | None, dict[Ability, str]]:
     """With user namespace and seccomp, then without the one, the other, both; what had to be left out, with the words of the try in which it was there."""
     lacking: dict[Ability, str] = {}
-    for users, seccomp in ((True, True), (False, True), (True, False), (False, False)):
+    tries = [(True, True), (False, True), (True, False), (False, False)]
+    if outside.UID is not None:
+        lacking[Ability.USER_NAMESPACE], tries = "the agent's own user namespace has no ids for others: a container's root is the agent's user outside", tries[1::2]
+    for users, seccomp in tries:
         if users and not settings.users:
             lacking[Ability.USER_NAMESPACE] = "switched off by the configuration"
             continue
-        ways = Ways((path,), users, seccomp)
+        ways = Ways((path,), users, seccomp, unlimited=groups.undelegated())
         try:
             more = await _run(driver, groups, ways, code)
         except (Refused, Failed, OSError) as error:
@@ -91,7 +101,7 @@ async def _tried(driver: ContainerDriver, settings: Settings, groups: Groups, pa
     return None, lacking
 
 
-async def _connected(driver: ContainerDriver, settings: Settings, groups: Groups, ways: Ways, code: bytes) -> tuple[Ways, dict[Ability, str]]:
+async def with_network(driver: ContainerDriver, settings: Settings, groups: Groups, ways: Ways, code: bytes) -> tuple[Ways, dict[Ability, str]]:
     """The same ways, with a network where a container got one."""
     program = searched(PROGRAM)
     if not settings.network:
@@ -115,20 +125,23 @@ async def _run(driver: ContainerDriver, groups: Groups, ways: Ways, code: bytes)
     more: dict[Ability, str] = {}
     with tempfile.TemporaryDirectory(dir=driver.scratch) as top:
         layer, order, config = _container(Path(top), key, code, bool(ways.connector))
+        if ways.unlimited:
+            order = replace(order, spec={name: value for name, value in order.spec.items() if name != "limits"})
         try:
             await asyncio.to_thread(driver.lay_out, order, config, [layer], ways)
             status = await driver.begin(key)
-            group = f"{cgroups.PARENT}/{key.id}.{key.epoch}"
+            group = driver.group(key)
             if status.phase is not Phase.RUNNING:
                 raise Failed("start", f"the probe's container did not stay: {status.reason or status.phase.value}", "see the reason")
-            if groups.memory_limit(group) != MEMORY:
+            if not ways.unlimited and groups.memory_limit(group) != MEMORY:
                 raise Failed("limits", f"its memory limit is {groups.memory_limit(group)} instead of {MEMORY}", "give containers control groups of their own")
             if ways.connector and not has_route(Path(f"/proc/{status.pid}/net/route").read_text()):
                 raise Failed("network", f"{PROGRAM} gave it no way out", "see its keeper's network.err")
             if ways.users and _outside_root(status.pid) == 0:
                 raise Failed("users", "its root is the host's in spite of the user namespace", "look at the kernel")
             try:
-                await driver.freeze(key)
+                if not ways.unlimited:
+                    await driver.freeze(key)
             except Failed as error:
                 more[Ability.PAUSE] = error.problem
             ended = await driver.stop(key, 0.0)
@@ -194,7 +207,7 @@ def _version(path: str) -> str:
     return (said.splitlines() or [os.path.basename(path)])[0][:200]
 
 
-def _flags() -> tuple[str, ...]:
+def flags() -> tuple[str, ...]:
     """The processor's features, as the kernel tells them."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

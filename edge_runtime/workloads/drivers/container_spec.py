@@ -84,6 +84,7 @@ class Host:
         memory, cpu: what there is, bytes and milli-CPU.
         network: why there is no network but loopback; empty where there is.
         publish: addresses on which ports may be published.
+        unlimited: why no limits can be kept; empty where they are.
         files: where the container's own /etc/resolv.conf and /etc/hosts will be, where it has a network.
     """
 
@@ -98,6 +99,7 @@ class Host:
     network: str = "it was not looked for"
     publish: tuple[str, ...] = ()
     files: str = ""
+    unlimited: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,8 @@ def configuration(order: Order, image: Config, host: Host, root: str, cgroup: st
     if not cwd.startswith("/"):
         raise Refused("spec.cwd", f"{cwd[:80]!r} does not begin with a slash", "name the folder from the root on")
     limit = limits(order)
+    if host.unlimited and order.spec.get("limits"):
+        raise Refused("spec.limits", f"cannot be kept on this node: {host.unlimited}", "leave it out, or place it on a node that can")
     for field, asked, there in (("memory", limit.memory, host.memory), ("cpu", limit.cpu, host.cpu)):
         if asked > there:
             raise Refused(f"spec.limits.{field}", f"{asked} are more than this node has ({there})", "ask for less, or place it on a larger node")
@@ -180,8 +184,8 @@ def configuration(order: Order, image: Config, host: Host, root: str, cgroup: st
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": min(OPEN_FILES[0], hard), "hard": hard}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
     }
     linux: dict[str, Any] = {
-        "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network", "cgroup")], "cgroupsPath": cgroup, "maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY), "rootfsPropagation": "private",
-        "resources": _resources(limit, host.swap),
+        "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network", "cgroup")], "maskedPaths": list(_MASKED), "readonlyPaths": list(_READ_ONLY), "rootfsPropagation": "private",
+        **({"resources": {"devices": [{"allow": False, "access": "rwm"}]}} if host.unlimited else {"cgroupsPath": cgroup, "resources": _resources(limit, host.swap)}),
     }
     if host.id_base is not None:
         linux["namespaces"].append({"type": "user"})
@@ -241,7 +245,7 @@ def _mounts(told: Any, allowed: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for at, one in enumerate(told):
         field = f"spec.mounts[{at}]"
-        mount = _object(one, field, ("target", "source", "read_only", "tmpfs"))
+        mount = _object(one, field, ("target", "source", "read_only", "tmpfs", "shared"))
         target = posixpath.normpath(_text(mount.get("target"), f"{field}.target") or ".")
         if not target.startswith("/") or target.strip("/") == "" or any(target == own or target.startswith(own + "/") for own in _OWN):
             raise Refused(f"{field}.target", f"{target[:80]!r} cannot be mounted on", f"name a folder from the root on, not the root itself and nothing in {', '.join(_OWN)}")
@@ -259,10 +263,16 @@ def _mounts(told: Any, allowed: Sequence[str]) -> list[dict[str, Any]]:
         if not os.path.exists(real):
             raise Refused(f"{field}.source", f"{source[:80]!r} is not there", "make it on the node first")
         read_only = mount.get("read_only", True)
-        if not isinstance(read_only, bool):
-            raise Refused(f"{field}.read_only", "is neither true nor false", "say true or false")
+        for name in ("read_only", "shared"):
+            if not isinstance(mount.get(name, True), bool):
+                raise Refused(f"{field}.{name}", "is neither true nor false", "say true or false")
         found.append({"destination": target, "type": "bind", "source": real, "options": ["bind", "nosuid", "nodev", "ro" if read_only else "rw"]})
     return found
+
+
+def own_folders(spec: Mapping[str, Any]) -> list[str]:
+    """Folders of the node that it may write to, and that its document does not say are the same on every node (`shared`): what is in them stays where it is."""
+    return [str(one.get("source")) for one in spec.get("mounts") or () if "source" in one and one.get("read_only", True) is False and not one.get("shared", False)]
 
 
 def _object(value: Any, field: str, known: Sequence[str] | None) -> Mapping[str, Any]:

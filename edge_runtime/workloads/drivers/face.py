@@ -319,11 +319,11 @@ class Snapshots(Protocol):
 
 
 @runtime_checkable
-class Migrates(Protocol):
-    """`Ability.MIGRATE_OUT` and `Ability.MIGRATE_IN`."""
+class Migrates(Checkpoints, Protocol):
+    """`Ability.MIGRATE_OUT` and `Ability.MIGRATE_IN`: what a checkpoint of it holds goes on on another host. Both look and touch nothing; then it is a `checkpoint` there and a `restore` here."""
 
-    async def migrate_in(self, order: Order, offer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Make ready to take it in; returns where the other side is to send to."""
+    async def migrate_out(self, key: Key) -> Mapping[str, Any]:
+        """What the other side has to know of one that runs and can leave (its *offer*): `host`, `image`, `layers`, `bytes` that its state may take; raises `Refused` where it cannot."""
 
-    async def migrate_out(self, key: Key, target: Mapping[str, Any]) -> Status:
-        """Send it there; it ends here only where it runs there."""
+    async def migrate_in(self, order: Order, offer: Mapping[str, Any]) -> None:
+        """Whether what is offered could go on here; raises `Refused` where it could not. Nothing of the order's key is here, before and after."""

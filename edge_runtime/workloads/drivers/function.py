@@ -31,7 +31,7 @@ from typing import Any
 
 from ..images import Image, ImageError, ImageStore
 from ..images.manifest import MODULE_FILE
-from . import cgroups, function_seccomp
+from . import cgroups, function_seccomp, outside
 from .face import Ability, Capabilities, Failed, Key, Order, Output, Phase, Refused, Stats, Status
 from .function_call import Answer, ask
 from .function_code import NativeCode, engine_version, memory_file, whole
@@ -175,7 +175,7 @@ class FunctionDriver:
         given = memory_file(raw)
         out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            word = await self._spawn({"what": "compile", "uid": COMPILER_ID if os.geteuid() == 0 else 0}, [given, out], COMPILE_S)
+            word = await self._spawn({"what": "compile", "uid": COMPILER_ID if outside.machine_root() else 0}, [given, out], COMPILE_S)
             if word.startswith("bad "):
                 raise Refused("image", word[4:], "build it for wasm32-wasi, preview 1")
             if word != "compiled":
@@ -219,7 +219,7 @@ class FunctionDriver:
         shutil.rmtree(laid, ignore_errors=True)
         laid.mkdir(mode=0o700)
         told = {
-            **asdict(limit), "args": [order.key.id, *limit.args], "what": "run", "job": order.job, "folder": str(folder), "uid": FIRST_ID + slot if os.geteuid() == 0 else 0, "log_bytes": self._settings.log_bytes,
+            **asdict(limit), "args": [order.key.id, *limit.args], "what": "run", "job": order.job, "folder": str(folder), "uid": FIRST_ID + slot if outside.machine_root() else 0, "log_bytes": self._settings.log_bytes,
         }
         (laid / "lock").touch(mode=0o600)
         (laid / "instance.json").write_text(json.dumps({

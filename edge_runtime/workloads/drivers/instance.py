@@ -54,6 +54,16 @@ async def unheld(folder: Path) -> None:
         await asyncio.sleep(LOOK_S)
 
 
+def released(folder: Path, seconds: float) -> bool:
+    """Wait until nobody holds it, so long at most; whether that is so. Blocks."""
+    end = time.monotonic() + seconds
+    while held(folder):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
 def ended(key: Key, end: Mapping[str, Any]) -> Status:
     """How an instance ended, from its `exit.json`."""
     if "failed" in end:
@@ -130,11 +140,11 @@ async def bounded(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
     return bytes(kept), cut
 
 
-def line(descriptor: int, seconds: float) -> str:
-    """One line of a pipe, without its end; empty where there is none in time."""
+def line(descriptor: int, seconds: float, stop: int = -1) -> str:
+    """One line of a pipe, without its end; empty where there is none in time, or before `stop` can be read."""
     found, end = b"", time.monotonic() + seconds
     while not found.endswith(b"\n") and len(found) < 100:
-        if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+        if descriptor not in select.select([descriptor, *([stop] if stop >= 0 else [])], [], [], max(0.0, end - time.monotonic()))[0]:
             break
         data = os.read(descriptor, 1)
         if not data:

@@ -26,13 +26,16 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 if __package__:
+    from . import outside
     from .keeper_network import Network
     from .keeper_restore import compare, restore, switches
     from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import outside  # type: ignore[import-not-found,no-redef]
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
     from keeper_restore import compare, restore, switches  # type: ignore[import-not-found,no-redef]
     from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
@@ -80,30 +83,38 @@ def user_namespace(base: int, size: int) -> int:
             os.close(descriptor)
 
 
-def mount_root(told: dict) -> None:  # type: ignore[type-arg]
-    """The layers, with their owners mapped where there is a user namespace, and over them the container's own changes; at `root`, in this process's mount namespace."""
-    check(libc.unshare(CLONE_NEWNS), "a mount namespace")
-    check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "private mounts")
-    os.makedirs(told["root"], exist_ok=True)
+def mount_layers(told: dict, top: str, attributes: int = 0) -> list:  # type: ignore[type-arg]
+    """Each layer at a short name below `top`, in this process's mount namespace, with its owners mapped where there is a user namespace; the names, the uppermost first. `attributes`: of the mounts."""
     users = user_namespace(told["id_base"], told["id_range"]) if told["id_base"] is not None else -1
+    if users >= 0:
+        attributes |= MOUNT_ATTR_IDMAP
     names = []
     for at, layer in enumerate(told["lower"]):
         name = str(at)
-        os.makedirs(os.path.join(told["folder"], "lower", name), exist_ok=True)
+        os.makedirs(os.path.join(top, name), exist_ok=True)
         tree = check(libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(layer), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC), "open_tree of a layer")
-        if users >= 0:
-            attributes = struct.pack("QQQQ", MOUNT_ATTR_IDMAP, 0, 0, users)
-            check(libc.syscall(MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes)), "mapping a layer's owners (idmapped mount)")
-        target = os.fsencode(os.path.join(told["folder"], "lower", name))
-        check(libc.syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH), "mounting a layer")
+        if attributes:
+            packed = struct.pack("QQQQ", attributes, 0, 0, max(0, users))
+            check(libc.syscall(MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, packed, len(packed)), "mapping a layer's owners (idmapped mount)")
+        check(libc.syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(os.path.join(top, name)), MOVE_MOUNT_F_EMPTY_PATH), "mounting a layer")
         os.close(tree)
         names.append(name)
-    os.chdir(os.path.join(told["folder"], "lower"))  # so that the option stays short: the kernel takes a page of it
-    options = f"lowerdir={':'.join(names)},upperdir={told['folder']}/disk/upper,workdir={told['folder']}/disk/work"
-    check(libc.mount(b"overlay", os.fsencode(told["root"]), b"overlay", MS_NODEV | MS_NOSUID, os.fsencode(options)), "mounting the root (overlayfs)")
-    os.chdir("/")
     if users >= 0:
         os.close(users)
+    return names
+
+
+def mount_root(told: dict) -> None:  # type: ignore[type-arg]
+    """The layers, and over them the container's own changes; at `root`, in this process's mount namespace."""
+    check(libc.unshare(CLONE_NEWNS), "a mount namespace")
+    check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "private mounts")
+    outside.made(told["root"])
+    top = os.path.join(told["folder"], "lower")
+    names = mount_layers(told, top)
+    os.chdir(top)  # so that the option stays short: the kernel takes a page of it
+    options = f"lowerdir={':'.join(names)},upperdir={told['folder']}/disk/upper,workdir={told['folder']}/disk/work" + (",userxattr" if outside.UID is not None else "")  # trusted ones are the machine's root's
+    check(libc.mount(b"overlay", os.fsencode(told["root"]), b"overlay", MS_NODEV | MS_NOSUID, os.fsencode(options)), "mounting the root (overlayfs)")
+    os.chdir("/")
 
 
 def runtime(told: dict, *words: str, out: int = subprocess.DEVNULL, err: int = subprocess.DEVNULL, more: dict | None = None, seconds: float = RUNTIME_S) -> None:  # type: ignore[type-arg]
@@ -171,15 +182,16 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     else:
         runtime(told, "start", name)
     tell("running")
-    status, lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, pid, lease, network)
+    lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, lease, network, lambda: reap(pid))
+    status = os.waitpid(pid, 0)[1]
     if network is not None:
         network.stop()
     code, by = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
     return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
 
 
-def watch(ended: int, streams: dict, pid: int, lease: str, network: Network | None = None) -> tuple:  # type: ignore[type-arg]
-    """Write down what comes until the process has ended and all was read; returns its wait status, and whether its lease ended it."""
+def watch(ended: int, streams: dict, lease: str, network: Network | None, turn: Callable[[], None]) -> bool:  # type: ignore[type-arg]
+    """Write down what comes until the process has ended and all was read; returns whether its lease ended it. `turn`: called after each event."""
     selector = selectors.DefaultSelector()
     selector.register(ended, selectors.EVENT_READ)
     for stream, log in streams.items():
@@ -217,8 +229,8 @@ def watch(ended: int, streams: dict, pid: int, lease: str, network: Network | No
             else:
                 selector.unregister(key.fd)
                 left -= 1
-        reap(pid)
-    return os.waitpid(pid, 0)[1], lapsed
+        turn()
+    return lapsed
 
 
 def reap(pid: int) -> None:

@@ -9,12 +9,11 @@ import subprocess
 import time
 
 if __package__:
+    from . import outside
     from .keeping import SAID, Taken, Trouble
 else:  # of a script: its neighbours, without the package, which would load the agent
+    import outside  # type: ignore[import-not-found,no-redef]
     from keeping import SAID, Taken, Trouble  # type: ignore[import-not-found,no-redef]
-
-RUN = "/run/novacron"
-"""For what needs a short path for a moment."""
 
 ANSWER = 65_536
 """Bytes of an answer, at most."""
@@ -35,7 +34,7 @@ class Network:
 
     def __init__(self, told: dict, pid: int, folder: str) -> None:  # type: ignore[type-arg]
         self._told, self._pid, self._errors = told, pid, os.path.join(folder, "network.err")
-        self._socket = f"{RUN}/network-{os.getpid()}"  # not in the folder, whose path may be longer than a socket's name can be
+        self._socket = f"{outside.RUN}/network-{os.getpid()}"  # not in the folder, whose path may be longer than a socket's name can be
         self._process: subprocess.Popen | None = None  # type: ignore[type-arg]
         self._line = -1
         self.ended = -1
@@ -51,7 +50,7 @@ class Network:
             for place, value in places.items():
                 word = word.replace(place, value)
             words.append(word)
-        os.makedirs(RUN, mode=0o700, exist_ok=True)
+        outside.made(outside.RUN)
         try:
             with open(self._errors, "wb") as errors:
                 self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, cwd="/", pass_fds=(its_ready, its_end))
@@ -60,8 +59,8 @@ class Network:
             self.ended = os.pidfd_open(self._process.pid)
             if not select.select([ready], [], [], CONNECT_S)[0] or not os.read(ready, 1):
                 with open(self._errors, "rb") as said:
-                    lines = said.read(SAID).decode("utf-8", "replace").splitlines()
-                raise Trouble(f"spec.network: {lines[-1] if lines else 'the container was not connected'}")
+                    lines = [line.strip() for line in said.read(SAID).decode("utf-8", "replace").splitlines() if not line.startswith("WARNING")]
+                raise Trouble(f"spec.network: {'; '.join(lines) or 'the container was not connected'}")
             for request in self._told["ports"]:
                 self._ask(request)
         except BaseException:

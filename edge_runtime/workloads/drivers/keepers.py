@@ -32,8 +32,9 @@ class Keepers:
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def start(self, folder: Path, seconds: float, more: Sequence[int] = ()) -> str:
-        """A keeper for `folder`; its first word, empty where there came none within `seconds` or where another holds the folder's lock. Blocks. `more`: descriptors that it gets beside the three.
+    def start(self, folder: Path, seconds: float, more: Sequence[int] = (), stop: int = -1) -> str:
+        """A keeper for `folder`; its first word, empty where there came none within `seconds` or where another holds the folder's lock. Blocks. `more`: descriptors that it gets beside the three. `stop`: one that becomes
+        readable where nobody wants to wait any more.
 
         It takes the lock over from us: between us and it, it is never free. Raises OSError where the server cannot be started.
         """
@@ -54,7 +55,7 @@ class Keepers:
             finally:
                 for descriptor in opened:
                     os.close(descriptor)
-            return line(said, seconds)
+            return line(said, seconds, stop)
         finally:
             os.close(said)
 

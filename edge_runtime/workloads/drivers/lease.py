@@ -4,7 +4,9 @@ import hashlib
 import os
 from pathlib import Path
 
-FOLDER = Path("/run/novacron/leases")
+from . import outside
+
+FOLDER = Path(outside.RUN, "leases")
 """Where they are."""
 
 
@@ -26,7 +28,7 @@ def path_of(folder: Path) -> Path:
 def write(folder: Path, until_ms: int) -> None:
     """The instance may run until then, milliseconds of CLOCK_BOOTTIME. Raises OSError."""
     path = path_of(folder)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    outside.made(str(path.parent))
     new = path.with_name(path.name + ".new")
     new.write_text(str(until_ms))
     os.replace(new, path)

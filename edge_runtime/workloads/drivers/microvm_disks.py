@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -38,11 +39,15 @@ class Disks:
         for folder in (self._images, self._blanks, self._new):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
+    def path(self, digest: str) -> Path:
+        """Where the file of an image is, or would be."""
+        return self._images / f"{digest}.ext4"
+
     def image(self, digest: str, lower: Sequence[Path]) -> Path:
         """The file of an image, made where it is not there. `lower`: its layers, the uppermost first. Raises `Failed` and `Refused`."""
-        path = self._images / f"{digest}.ext4"
+        path = self.path(digest)
         if path.exists():
-            os.utime(path)
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # when it was written stays: a template has parts of it in memory
             return path
         size, inodes = measure(lower)
         told = os.statvfs(self._images)
@@ -66,6 +71,10 @@ class Disks:
 
     def blank(self, size: int, target: Path) -> None:
         """An empty disk of `size` bytes at `target`, which must not be there. Raises `Failed`."""
+        copy_sparse(self.empty(size), target)
+
+    def empty(self, size: int) -> Path:
+        """The empty disk of `size` bytes that is copied, made where it is not there. Raises `Failed`."""
         path = self._blanks / f"{size}.ext4"
         if not path.exists():
             work = self._new / f"{size}.blank"
@@ -83,11 +92,11 @@ class Disks:
             os.rename(work, path)
             for old in sorted(self._blanks.iterdir(), key=lambda one: one.stat().st_mtime)[:-MAX_BLANKS]:
                 old.unlink()
-        copy_sparse(path, target)
+        return path
 
     def prune(self, budget: int, in_use: Collection[str]) -> None:
         """Keep the images' files within `budget` bytes; never those whose digests are in use."""
-        found = sorted(((one.stat().st_mtime, one.stat().st_blocks * 512, one) for one in self._images.iterdir()), key=lambda entry: -entry[0])
+        found = sorted(((one.stat().st_atime, one.stat().st_blocks * 512, one) for one in self._images.iterdir()), key=lambda entry: -entry[0])
         total = 0
         for _, size, path in found:
             total += size
@@ -119,17 +128,21 @@ def copy_sparse(source: Path, target: Path) -> None:
     """A copy of what is not a hole."""
     with open(source, "rb") as reading, open(target, "xb") as writing:
         os.fchmod(writing.fileno(), 0o600)
-        size, at = os.fstat(reading.fileno()).st_size, 0
-        os.truncate(writing.fileno(), size)
-        while at < size:
-            try:
-                at = os.lseek(reading.fileno(), at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # only a hole is left
-                    return
-                raise
-            end = os.lseek(reading.fileno(), at, os.SEEK_HOLE)
-            os.lseek(writing.fileno(), at, os.SEEK_SET)
-            os.lseek(reading.fileno(), at, os.SEEK_SET)
-            while at < end:
-                at += os.sendfile(writing.fileno(), reading.fileno(), None, end - at)
+        copy_data(reading.fileno(), writing.fileno())
+
+
+def copy_data(reading: int, writing: int) -> None:
+    """What is not a hole, from one descriptor into an empty file's."""
+    size, at = os.fstat(reading).st_size, 0
+    os.truncate(writing, size)
+    while at < size:
+        try:
+            at = os.lseek(reading, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = os.lseek(reading, at, os.SEEK_HOLE)
+        os.lseek(writing, at, os.SEEK_SET)
+        while at < end:
+            at += os.sendfile(writing, reading, at, end - at)

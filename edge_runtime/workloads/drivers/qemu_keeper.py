@@ -3,7 +3,8 @@
     python -I -S qemu_keeper.py SOCKET_DESCRIPTOR [CONTROL_GROUP_FOLDER...]
 
 Beside the three descriptors of a container's keeper come those that `keeper.json` names in `descriptors`: a template's memory and state, and for a template itself the kernel and its initramfs.
-With `template` in `keeper.json` it boots a guest, saves it into those, and ends. Else it makes a clone of it, has it run what `document` says, and stays until its end.
+With `template` in `keeper.json` it boots a guest, or goes on from another template where there is one (`base`) and mounts an image's disks, saves it into those, and ends. Else it makes a clone of it, has it
+run what `document` says, and stays until its end. A clone that is given its template's descriptor of the image has the disks mounted already.
 QEMU has a user of its own, no rights, no network, and dies with its keeper. An agent asks by lines of JSON over the socket `ask`, which only root can reach:
 
     {"do": "signal", "number": 15}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "exec", "args": [..], "timeout_s": 5}
@@ -13,6 +14,7 @@ import binascii
 import json
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -66,6 +68,10 @@ def bind(source: str, target: str) -> None:
     check(libc.mount(os.fsencode(source), os.fsencode(target), None, MS_BIND, None), f"laying a file over {target}")
 
 
+class Unusable(Trouble):
+    """A clone could not be made of its template."""
+
+
 class Machine:
     """A running QEMU, its channels, and what it says when it fails."""
 
@@ -91,6 +97,7 @@ class Machine:
             check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "a network namespace")
             for source, target in told.get("binds", ()):
                 bind(source, target)
+            os.nice(told.get("nice", 0))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
             os.setgroups(told["more_groups"])
@@ -188,6 +195,7 @@ class Kept:
 def save(machine: Machine, state: int) -> None:
     """Stop a guest and write its state; its memory stays where it is. Raises `Trouble` and `QmpError`."""
     machine.qmp.ask("stop")
+    machine.qmp.events = []  # of an earlier load
     machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
     machine.qmp_line.setblocking(True)
     socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [state])
@@ -201,8 +209,12 @@ def load(machine: Machine, state: int) -> None:
     """Give a machine that waits for it the state of a template. Raises `Trouble` and `QmpError`."""
     machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
     machine.qmp.ask("migrate-incoming", uri=f"fd:{state}")
-    if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
-        raise machine.trouble("the template cannot be loaded")
+    try:
+        if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) == "completed":
+            return
+    except QmpError:  # QEMU itself has given up
+        pass
+    raise Unusable(str(machine.trouble("the template cannot be loaded")))
 
 
 def _text(data: bytearray) -> str:
@@ -211,24 +223,35 @@ def _text(data: bytearray) -> str:
 
 
 def make_template(told: dict, descriptors: dict) -> dict:  # type: ignore[type-arg]
-    """Boot a guest and save it. Returns what it took."""
+    """Boot a guest, or go on from another template, and save it. Returns what it took."""
     began = time.monotonic()
     machine = Machine(told, descriptors)
     try:
         machine.qmp.begin()
+        if "base" in descriptors:
+            load(machine, descriptors["base"])
         machine.qmp.ask("cont")
-        line, lines = machine.ports["control"], Lines()
-        end = began + told["boot_s"]
+        if "base" in descriptors:
+            machine.say(guest.hold(told["document"], guest.warm(told["document"], told["everything"])))
+        line, lines, word = machine.ports["control"], Lines(), ["held" if "base" in descriptors else "ready"]
+        line.setblocking(True)
+        poll, end = select.poll(), began + told["boot_s"]
+        poll.register(line, select.POLLIN)
+        poll.register(1, 0)  # its other end is closed where nobody waits for the template any more
         while True:
-            line.settimeout(max(0.01, end - time.monotonic()))
-            try:
-                data = line.recv(CHUNK)
-            except TimeoutError:
-                raise machine.trouble(f"the guest did not boot within {told['boot_s']:g} s") from None
+            ready = dict(poll.poll(max(0, round((end - time.monotonic()) * 1000))))
+            if 1 in ready:
+                raise Trouble("nobody waits for it any more")
+            if not ready:
+                raise machine.trouble(f"the guest did not boot within {told['boot_s']:g} s")
+            data = line.recv(CHUNK)
             if not data:
                 raise machine.trouble("QEMU or the guest's kernel ended before it had booted")
-            if ["ready"] in lines.take(data):
+            said = lines.take(data)
+            if word in said:
                 break
+            if said:
+                raise machine.trouble(f"the guest says: {' '.join(said[0])[:SAID]}")
         booted = time.monotonic() - began
         save(machine, descriptors["state"])
         return {"template": True, "booted_s": round(booted, 3), "saved_s": round(time.monotonic() - began - booted, 3), "at_ms": int(time.time() * 1000)}
@@ -269,7 +292,7 @@ class Keeper:
             machine.qmp.begin()
             load(machine, told["state_descriptor"])
             machine.qmp.ask("cont")
-            machine.say(guest.start(told["document"], self.token, os.urandom(64).hex(), int(time.time())))
+            machine.say(guest.start(told["document"], self.token, os.urandom(64).hex(), time.time_ns(), "root" in told["given"]))
             self.watch()
         except QmpError as error:
             raise machine.trouble(str(error)) from None
@@ -452,7 +475,7 @@ class Keeper:
             write(paused, {"at_ms": int(time.time() * 1000)})
         elif request["do"] == "resume":
             self.machine.qmp.ask("cont")
-            self.machine.say(guest.clock(int(time.time())))
+            self.machine.say(guest.clock(time.time_ns()))
             if os.path.exists(paused):
                 os.unlink(paused)
         elif request["do"] == "exec":
@@ -485,17 +508,19 @@ def live(folder: str, descriptors: list, keeper: type = Keeper, template: object
     """A keeper's life. `keeper`, `template`: what keeps an instance, and what makes a template."""
     with open(os.path.join(folder, "keeper.json")) as handle:
         told = json.load(handle)
-    names = dict(zip(told["descriptors"], descriptors, strict=True))
+    names = dict(zip(told["descriptors"], descriptors, strict=False))  # the last ones need not be given
+    told["given"] = list(names)
     try:
-        if "state" in names and not told["template"]:
-            # A description of its own: clones read at the same time.
-            names["state"] = os.open(f"/proc/self/fd/{names['state']}", os.O_RDONLY)
-            told["state_descriptor"] = names["state"]
+        for name in ("base",) if told["template"] else ("state",):
+            if name in names:  # a description of its own: clones read at the same time
+                names[name] = os.open(f"/proc/self/fd/{names[name]}", os.O_RDONLY)
+                told["state_descriptor"] = names[name]
         for name, path, writable in told["files"]:
-            names[name] = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            if name not in names:
+                names[name] = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         result = template(told, names) if told["template"] else keeper(told, names).keep()  # type: ignore[operator]
     except (Trouble, OSError, ValueError, subprocess.SubprocessError) as error:
-        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken)}
+        result = {"failed": str(error)[:SAID], "at_ms": int(time.time() * 1000), "lapsed": isinstance(error, Lapsed), "taken": isinstance(error, Taken), "unusable": isinstance(error, Unusable)}
     write_end(folder, result)
     for path, value in told["groups"]:
         if value is None:

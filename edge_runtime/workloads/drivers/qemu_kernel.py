@@ -27,6 +27,16 @@ BUSYBOX = ("/bin/busybox", "/usr/bin/busybox", "/usr/lib/initramfs-tools/bin/bus
 RESEED = bytes.fromhex("b81000000031ffbe07520000" "0f05" "89c7f7df" "b83c000000" "0f05")
 """x86_64: ioctl(0, RNDRESEEDCRNG); exit with its error. A kernel takes what is written to /dev/urandom into its numbers only by and by: two clones of one template would give the same ones till then."""
 
+RENEW = bytes.fromhex(
+    "31c0" "31ff" "488d7424e0" "ba10000000" "0f05"  # read(0, a struct timespec below the stack, 16)
+    "b8e3000000" "31ff" "0f05"  # clock_settime(CLOCK_REALTIME, that)
+    "b810000000" "bf03000000" "be07520000" "0f05"  # ioctl(3, RNDRESEEDCRNG)
+    "85c0" "0f95c0" "0c30" "b40a" "66894424e0" "488d7424e0"  # "0\n" where that was done, else "1\n"
+    "b801000000" "bf01000000" "ba02000000" "0f05"  # write(1, that, 2)
+    "ebb0"  # once more
+)
+"""x86_64: waits for the time, sets the clock, makes the random numbers new as `RESEED` does, says whether that was done, and waits again. It runs before a template is saved: a clone need not start it, nor see it end."""
+
 _BASE = 0x40_0000
 """Where the small program is loaded."""
 
@@ -143,7 +153,7 @@ def program(code: bytes) -> bytes:
 def initramfs(shell: bytes, loaded: Mapping[str, bytes], init: bytes) -> bytes:
     """A cpio archive (newc, not compressed: a guest's processor is slower than its disk). `init` is its first process; modules lie in /modules, `order` there names them."""
     entries: list[tuple[str, int, bytes]] = [(name, 0o040755, b"") for name in ("bin", "dev", "proc", "sys", "run", "modules", "image", "disk", "root", "devices", "system")]
-    entries += [("dev/console", 0o020600, b""), ("dev/null", 0o020666, b""), ("bin/busybox", 0o100755, shell), ("bin/reseed", 0o100755, program(RESEED)), ("init", 0o100755, init)]
+    entries += [("dev/console", 0o020600, b""), ("dev/null", 0o020666, b""), ("bin/busybox", 0o100755, shell), ("bin/reseed", 0o100755, program(RESEED)), ("bin/renew", 0o100755, program(RENEW)), ("init", 0o100755, init)]
     entries += [(f"modules/{name}.ko", 0o100644, data) for name, data in loaded.items()]
     entries.append(("modules/order", 0o100644, "".join(f"{name}\n" for name in loaded).encode()))
     return cpio(entries)

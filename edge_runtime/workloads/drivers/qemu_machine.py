@@ -8,6 +8,19 @@ from .microvm_guest import PORTS
 TRANSLATED_MB = 24
 """QEMU's room for translated code (TCG). Its default takes a quarter of the guest's memory; with this a small guest loses nothing, and stays within its memory bar."""
 
+RAM = "/proc/self/fd/{ram}"
+"""The guest's memory, as `command` wants it."""
+
+DRIVES = tuple(f"driver=raw,node-name=disk{at},read-only={'off' if at else 'on'},file.driver=file,file.locking=off,file.filename=/dev/fdset/{at + 1}" for at in range(2))
+"""A clone's disks, as `command` wants them: the image, and what it writes."""
+
+DRIVE_FILES = ("-add-fd", "fd={root},set=1", "-add-fd", "fd={disk},set=2")
+"""Where those two are."""
+
+
+LEFT_OUT = "psi=0 lsm=landlock,yama audit=0 nowatchdog transparent_hugepage=never init_on_alloc=0"
+"""What a micro-VM's kernel does not do: it would do it in each clone anew, and translate the code for it; a guest that has one workload needs none of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -44,7 +57,7 @@ def command(program: str, machine: Machine, ram: str, shared: bool, disks: Seque
     return [*line, *more]
 
 
-def boot(kernel: str, initramfs: str, tsc_khz: int) -> list[str]:
-    """The options that boot a kernel. `tsc_khz`: the host's; without it a kernel that finds no timer to measure its clock against hangs now and then (8 of 10 boots, Debian's 6.1)."""
-    quiet = "quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off"
-    return ["-kernel", kernel, "-initrd", initramfs, "-append", f"{quiet} tsc_early_khz={tsc_khz}" if tsc_khz else quiet]
+def boot(kernel: str, initramfs: str, tsc_khz: int, more: str = "") -> list[str]:
+    """The options that boot a kernel. `tsc_khz`: the host's; without it a kernel that finds no timer to measure its clock against hangs now and then (8 of 10 boots, Debian's 6.1). `more`: of the kernel's own options."""
+    words = ["quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off", *([f"tsc_early_khz={tsc_khz}"] if tsc_khz else []), *([more] if more else [])]
+    return ["-kernel", kernel, "-initrd", initramfs, "-append", " ".join(words)]

@@ -326,7 +326,7 @@ class _Tree:
 
     def _opaque(self, descriptor: int) -> None:
         if self._own:
-            os.setxattr(descriptor, b"trusted.overlay.opaque", b"y")
+            _set_opaque(descriptor)
 
     def _clear(self, parent: int, name: bytes) -> None:
         """Remove what an earlier member of this layer put there: the last one counts."""
@@ -351,8 +351,16 @@ def _below(here: int, part: bytes, *, make: bool) -> int:
     os.mkdir(part, 0o755, dir_fd=here)
     descriptor = os.open(part, _FOLDER, dir_fd=here)
     if hidden:
-        os.setxattr(descriptor, b"trusted.overlay.opaque", b"y")
+        _set_opaque(descriptor)
     return descriptor
+
+
+def _set_opaque(descriptor: int) -> None:
+    """Nothing of the layers below is seen in this folder. In a user namespace of its own, overlayfs reads another attribute (option `userxattr`), and the first one cannot be set."""
+    try:
+        os.setxattr(descriptor, b"trusted.overlay.opaque", b"y")
+    except PermissionError:
+        os.setxattr(descriptor, b"user.overlay.opaque", b"y")
 
 
 def _kind(parent: int, name: bytes) -> int | None:

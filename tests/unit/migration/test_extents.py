@@ -225,8 +225,8 @@ def test_the_choice_follows_the_wire() -> None:
             model.sent(int(wire), 1.0)
         return model.choose(EXTENT, EXTENT, guess).name
 
-    assert chosen(50e9, 1.2) == "store"
-    assert chosen(50e9, 2.5) == "lz4-faster"  # hardly dearer, and it sends half
+    assert chosen(50e9, 1.05) == "store"
+    assert chosen(50e9, 2.5).startswith("lz4")  # hardly dearer, and it sends half
     assert chosen(0.01e9, 2.5) == "zstd-9"
     assert chosen(0.9e9, 2.5) not in ("store", "zstd-9")
     assert chosen(0.9e9, 1.0) == "store"
@@ -245,6 +245,44 @@ def test_where_the_processors_are_the_same_both_ends_are_charged_and_the_wire_is
     assert model(shared=False).choose(EXTENT, EXTENT, 2.5).name == "zstd-9"
 
 
+def test_equal_pages_are_looked_for_where_the_wire_binds() -> None:
+    def binds(limit: float, shared: bool, wire: float = 1e9) -> bool:
+        model = choice.Model(2, processors=2, there=2, shared=shared, limit=limit)
+        for _ in range(50):
+            model.sent(int(wire), 1.0)
+        return model.wire_binds(EXTENT, EXTENT)
+
+    assert not binds(0.0, shared=True, wire=1) and not binds(10e9, shared=True) and binds(0.01e9, shared=True)
+    assert binds(0.0, shared=False, wire=0.01e9) and not binds(0.0, shared=False, wire=50e9) and binds(0.01e9, shared=False, wire=50e9)
+
+
+def test_a_quick_look_leaves_equal_and_dense_pages_to_the_codec() -> None:
+    data = memory(4, 8, ("text",)) * 2 + random.Random(9).randbytes(2 * PAGE) + bytes(PAGE) + b"\7" * PAGE
+    thorough, quick = encode(data), encode(data, thorough=False)
+    assert thorough.counts[Page.DUP] == 4 and thorough.counts[Page.RAW] == 2
+    assert quick.counts[Page.DUP] == quick.counts[Page.RAW] == 0 and quick.counts[Page.CODED] == 10
+    assert quick.counts[Page.ZERO] == quick.counts[Page.CONST] == 1
+    assert decoded(quick.data) == data == decoded(thorough.data)
+
+
+@given(data=contents(), seed=st.integers(0, 99), with_base=st.booleans())
+@settings(max_examples=25)
+def test_a_quick_look_is_read_by_the_same_decoder_and_a_sealed_extent_only_as_such(data: bytes, seed: int, with_base: bool) -> None:
+    base = changed(data, seed) if with_base else None
+    quick = encode(data, "lz4-fast", 5, base, thorough=False, sealed=True)
+    out = memoryview(bytearray(EXTENT))
+    assert extents.decoded(layout.unpack(quick.data, sealed=True), out, base=base) == data
+    with pytest.raises(FormatError, match="hash of its coded bytes"):
+        layout.unpack(quick.data)
+
+
+def test_zeros_are_packed_as_ever() -> None:
+    for length in (1, 5000, EXTENT):
+        classes, none = np.zeros(layout.pages_of(length), np.uint8), np.zeros(0, np.uint64)
+        for sealed in (False, True):
+            assert layout.pack_zeros(7, length, sealed=sealed) == layout.pack(7, 0, length, layout.zero_hash(length), classes, none, none, b"", b"", sealed=sealed)
+
+
 def test_a_measurement_far_off_counts_for_little() -> None:
     model = choice.Model(2)
     before = model.scan.value
@@ -257,7 +295,7 @@ def test_the_choice_learns_what_a_coder_really_costs() -> None:
     first = model.choose(EXTENT, EXTENT, 2.5).name
     for _ in range(50):
         model.coded(first, EXTENT, EXTENT // 2, 1.0, 2.5)  # a second for a mebibyte
-    assert model.choose(EXTENT, EXTENT, 2.5).name != first
+    assert [model.choose(EXTENT, EXTENT, 2.5).name for _ in range(choice.HOLDS)][-1] != first
 
 
 def test_codec_names() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gpu_migration import patches
 from gpu_migration.codecs import CODERS, Coder
-from gpu_migration.dirty import expand
+from gpu_migration.dirty import expand, merged
 from gpu_migration.errors import BaseMismatch, FormatError, HashMismatch
 from gpu_migration.layout import EXTENT, PAGE
 from gpu_migration.wire import PAYLOAD_MAX
@@ -80,3 +80,44 @@ def test_runs_are_taken_apart(gaps: list[tuple[int, int]]) -> None:
         runs.append((first, at))
         pages += range(first, at)
     assert expand(np.array(runs, np.int64)).tolist() == pages
+
+
+@given(numbers=numbers_of.filter(lambda found: found[-1] < 4096), data=st.data())
+def test_pages_as_they_are_come_out_so_and_nothing_else_does(numbers: np.ndarray, data: st.DataObject) -> None:  # type: ignore[type-arg]
+    plain = patches.Plain()
+    plain.pack(np.arange(patches.MOST, dtype=np.int64), WHOLE)  # what was in its place before is of no account
+    payload, pages = plain.pack(numbers, WHOLE)
+    assert pages == WHOLE[numbers].tobytes()
+    found, raw = patches.unpack_plain(payload, 4096)
+    assert found.tolist() == numbers.tolist() and raw == pages
+    with pytest.raises(FormatError):
+        patches.unpack_plain(payload[: data.draw(st.integers(0, len(payload) - 1))], 4096)
+    with pytest.raises(FormatError):
+        patches.unpack_plain(memoryview(bytes(payload) + b"x"), 4096)
+    with pytest.raises(FormatError, match="ascend"):
+        patches.unpack_plain(payload, int(numbers[-1]))
+    broken = bytearray(payload)
+    broken[data.draw(st.integers(0, len(broken) - 1))] ^= 1
+    assert patches.chain(bytes(32), broken) != patches.chain(bytes(32), payload)
+
+
+WHOLE = np.random.default_rng(7).integers(0, 256, (4096, PAGE), np.uint8)
+
+
+def test_the_largest_record_of_pages_as_they_are_fits_the_wire() -> None:
+    assert len(patches.Plain().pack(np.arange(patches.MOST, dtype=np.int64), WHOLE)[0]) <= PAYLOAD_MAX
+    for count in (0, patches.MOST + 1):
+        with pytest.raises(ValueError, match="pages"):
+            patches.Plain().pack(np.arange(count, dtype=np.int64), WHOLE)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_no_pages(data: bytes) -> None:
+    with pytest.raises(FormatError):
+        patches.unpack_plain(memoryview(data), PAGES)
+
+
+@given(st.lists(st.lists(st.integers(0, 50)), min_size=1, max_size=4))
+def test_page_numbers_are_merged(sets: list[list[int]]) -> None:
+    found = merged(*(np.array(one, np.int64) for one in sets))
+    assert found.dtype == np.int64 and found.tolist() == sorted({number for one in sets for number in one})

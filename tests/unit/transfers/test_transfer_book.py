@@ -51,6 +51,31 @@ def test_a_transfer_goes_from_queued_to_done_and_its_key_is_forgotten() -> None:
     assert "key" not in made.view(transfer, 3) and "5ec4e7" not in str(made.taken()["t"])
 
 
+def test_what_is_held_has_its_receiver_ready_and_no_sender_until_it_is_let_go_also_over_a_restart() -> None:
+    made = book()
+    made.submit(document(), 0, held=True)
+    listening(made)
+    assert made.lease("a", {}, 0) == ([], []), "there is nothing to send yet"
+    (told,) = made.taken().values()
+    back = Book([Transfer.from_json(told)])  # type: ignore[arg-type]
+    now = 0
+    for _ in range(2 * TRIES_MOST):  # a receiver waits in vain as often as it has to
+        now += 10 * LEASE_MS
+        back.hello("b", FACTS, now)
+        (task,), _ = back.lease("b", {}, now)
+        assert back.report("b", said("t/receive", task["epoch"], "failed", error="nobody came"), now)
+    assert back.transfers["t"].live
+    now += 10 * LEASE_MS
+    back.hello("b", FACTS, now)
+    (task,), _ = back.lease("b", {}, now)
+    assert back.report("b", said("t/receive", task["epoch"], "listening", address="b:1"), now)
+    back.hello("a", FACTS, now)
+    assert back.lease("a", {}, now) == ([], [])
+    back.let_go("t", now)
+    (task,), _ = back.lease("a", {}, now)
+    assert task["what"] == "send"
+
+
 def test_the_same_again_is_answered_and_another_refused() -> None:
     made = book()
     first = made.submit(document(), 0)

@@ -27,12 +27,13 @@ class Kept:
         self.quotas: dict[str, dict[str, Any]] = {}
         self.rebalances: dict[str, dict[str, Any]] = {}
         self.epochs: dict[str, int] = {}
+        self.moves: dict[str, dict[str, Any]] = {}
         self.ever: dict[str, NodeRow] = {}
         """Nodes that are gone too: the log speaks of them."""
 
     def apply(self, changes: WorkloadChanges) -> None:
         for mine, theirs in ((self.workloads, changes.workloads), (self.placements, changes.placements), (self.nodes, changes.nodes), (self.budgets, changes.budgets), (self.quotas, changes.quotas),
-                             (self.rebalances, changes.rebalances), (self.epochs, changes.epochs)):
+                             (self.rebalances, changes.rebalances), (self.epochs, changes.epochs), (self.moves, changes.moves)):
             for key, row in theirs.items():
                 if row is None:
                     mine.pop(key, None)  # type: ignore[attr-defined]
@@ -44,7 +45,7 @@ class Kept:
         """A planner as a hub that starts would build it."""
         planner = self.kind()
         rows = sorted((row for row in self.placements.values() if row.to_ms is None), key=lambda row: (row.from_ms, row.workload, row.epoch))
-        problems = planner.load(self.nodes.values(), self.workloads.values(), rows, self.budgets, self.quotas, read_workload, now_ms, self.rebalances, self.epochs)
+        problems = planner.load(self.nodes.values(), self.workloads.values(), rows, self.budgets, self.quotas, read_workload, now_ms, self.rebalances, self.epochs, self.moves)
         self.apply(planner.changes())
         planner.keep()
         return planner, problems

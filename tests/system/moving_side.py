@@ -1,0 +1,163 @@
+"""Two nodes, each an agent as a process, and a hub: what the tests of moves share. The workload is the witness: it writes 0, 1, 2.. to a folder that both nodes have.
+
+A number that is there twice was written by two copies, or by one that went on from too early; one that is missing was lost; a workload that began anew begins with 0.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.images import ImageStore
+from hub.server import Hub
+from hub.transfers.service import worker_token
+from hub.workloads.documents import read_list
+from tests.integration.checkpoint_side import program
+from tests.integration.container_side import base, end_all
+from tests.integration.waiting import until
+from tests.unit.workloads.image_side import archive, layout
+from tools.bench.agent import Agent
+
+Json = dict[str, Any]
+
+ROOM_S = 240.0
+"""For what takes some seconds on a machine of one's own."""
+
+COUNTS = "i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.01; done"
+
+
+class Node:
+    """One agent, which can be killed and started again."""
+
+    def __init__(self, folder: Path, hub: Hub, name: str, **workloads: Any) -> None:
+        self.name, self.data = name, folder / name / "data"
+        archives = self.data / "workloads/archives"
+        archives.mkdir(parents=True)
+        archive(layout(folder / name / "in", [base()], name="box:1"), archives / "box.tar")
+        token = folder / name / "token"
+        token.touch(mode=0o600)
+        token.write_text(worker_token(hub.token, name))
+        self._workloads = {
+            "enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "evict_memory_bytes": 0, "evict_disk_bytes": 0, "runtimes": ["runc"], "criu": program(), "functions": False,
+            "mounts": [str(folder / "shared")], "moves_hub": f"http://127.0.0.1:{hub.port}", "moves_token_file": str(token), **workloads,
+        }
+        self._port, self._program, self.agent = hub.broker.port, ("-m", "edge_runtime"), None
+
+    agent: Agent | None
+
+    def start(self, program: tuple[str, ...] = ("-m", "edge_runtime"), **environment: str) -> None:
+        """Start it; `program`: another one that is it."""
+        self.agent = Agent(0, api=False, uplink_port=self._port, model="", host=False, data=self.data, program=program, environment=environment, extra={
+            "edge_id": self.name, "bus": {"enabled": False}, "workloads": self._workloads, "decisions": {}, "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
+        })
+        self.agent.__enter__()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.agent is not None:
+            self.agent.kill()
+            self.agent.__exit__()
+            self.agent = None
+
+    def driver(self) -> tuple[ContainerDriver, ImageStore]:
+        """To look at what is on its disk, or to end it."""
+        store = ImageStore(self.data / "workloads/images")
+        return ContainerDriver(self.data / "workloads", store), store
+
+    def instances(self) -> list[str]:
+        """What is on its disk, as `ID.EPOCH`."""
+        folder = self.data / "workloads/containers"
+        return sorted(one.name for one in os.scandir(folder) if not one.name.startswith(".")) if folder.exists() else []
+
+    def end(self) -> None:
+        """Kill it, and all that it left."""
+        self.kill()
+        if (self.data / "workloads/images").exists():
+            driver, store = self.driver()
+            end_all(driver)
+            store.close()
+
+
+class Two:
+    """Nodes `a` and `b`, and the witness, which runs on `a` at first."""
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.folder, self.hub = folder, hub
+        self.workload = f"moved-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"  # control groups are the machine's
+        (folder / "shared").mkdir(exist_ok=True)
+        (folder / "shared").chmod(0o777)
+        self.nodes = {name: Node(folder, hub, name) for name in ("a", "b")}
+
+    async def start(self, **more: Any) -> None:
+        """Both nodes are up, and the witness counts on `a`."""
+        await asyncio.gather(*(asyncio.to_thread(node.start) for node in self.nodes.values()))
+        await self.ready()
+        await self.submit(self.workload, **more)
+        await until(lambda: self.said(self.workload)[-1:] == ["running"] and len(self.numbers()) > 3, ROOM_S, what="it counts")
+
+    async def ready(self, *names: str) -> None:
+        """Until these nodes (or both) have told that they can move states."""
+        tables = self.hub.workloads.planner.tables
+        for name in names or ("a", "b"):
+            await until(lambda name=name: name in tables.nodes and (tables.nodes[name].document.get("labels") or {}).get("novacron.moves/container") == "true" and self.hub.workloads.planner.is_up(name), ROOM_S, what=f"{name} can move states")
+
+    def document(self, name: str, **more: Any) -> Json:
+        """The witness."""
+        spec = {"command": ["sh", "-c", COUNTS], "mounts": [{"target": "/shared", "source": str(self.folder / "shared"), "read_only": False, "shared": True}]}
+        return {"id": name, "kind": "container", "image": "box:1", "requests": {"cpu": "100m", "memory": "64Mi"}, "spec": spec, **more}
+
+    async def submit(self, name: str, **more: Any) -> None:
+        """The witness; on `a`, as `b` takes nothing new meanwhile."""
+        await self.hub.workloads.ask(lambda planner, now: planner.cordon("b", "cordon", now))
+        await self.hub.workloads.submit(read_list([self.document(name, **more)]))
+        await until(lambda: self.hub.workloads.rows[name].node == "a", ROOM_S)
+        await self.hub.workloads.ask(lambda planner, now: planner.cordon("b", "", now))
+
+    def said(self, name: str) -> list[str]:
+        """States that edges told of a workload, in order."""
+        bodies = [json.loads(item.record.body) for _, item in self.hub.store.read_events_after(("workload",), 0, 1000)[0]]
+        return [one["state"] for one in bodies if one["id"] == name]
+
+    def numbers(self) -> list[int]:
+        """What the witness has written, whole lines."""
+        with suppress(FileNotFoundError):
+            return [int(one) for one in (self.folder / "shared/numbers").read_text().split("\n")[:-1]]
+        return []
+
+    async def move(self, name: str) -> Json:
+        """As it is kept."""
+        return dict(await self.hub.workloads.look(lambda planner: planner.tables.moves[name]))
+
+    async def over(self, name: str) -> Json:
+        """How a move ended."""
+        async def ended() -> bool:
+            return bool((await self.move(name))["state"] != "running")
+
+        try:
+            await until(ended, ROOM_S, what=f"the end of {name}")
+        except AssertionError as error:
+            carried = self.hub.transfers.book.transfers.get(name)
+            raise AssertionError(f"{error}: {await self.move(name)}; {carried}; {self.hub.transfers.workers()}") from None
+        return await self.move(name)
+
+    async def one_copy(self) -> str:
+        """Which node runs it, after it was seen that it goes on, has left nothing out, and is nowhere else in the end."""
+        row = self.hub.workloads.rows[self.workload]
+        seen = len(self.numbers())
+        await until(lambda: len(self.numbers()) > seen + 3, ROOM_S, what="it goes on")
+        found = self.numbers()
+        assert found == list(range(len(found))), next((at, found[max(0, at - 1):at + 3]) for at in range(len(found)) if found[at] != at)
+        here, other = row.node, "b" if row.node == "a" else "a"
+        await until(lambda: self.nodes[other].instances() == [], ROOM_S, what="nothing of it is left at the other node")
+        await until(lambda: len(self.hub.workloads.planner.tables.epochs[self.workload]) == 1, ROOM_S, what="the hub has heard that it stopped there")
+        assert self.nodes[here].instances() == [f"{self.workload}.{row.epoch}"]
+        return here
+
+    async def end(self) -> None:
+        """End all of it."""
+        for node in self.nodes.values():
+            await asyncio.to_thread(node.end)

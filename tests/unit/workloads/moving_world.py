@@ -1,0 +1,206 @@
+"""Moves in a world in memory: the real planner with its store, and agents that do what the real ones do with what they are told, when it arrives, in any order between nodes. Each copy counts what it has
+done since the workload began, so that a second copy, one that goes on from too early and one that begins anew are seen at once."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from hub.workloads import moving
+from hub.workloads.book import SENDING
+from hub.workloads.documents import Conflict
+
+from .kept import Desk, round_of, said, work
+
+Json = dict[str, Any]
+W = "w"
+NODES = ("a", "b", "c")
+LABELS = {"novacron.moves/container": "true"}
+
+
+@dataclass
+class Agent:
+    """One node's agent: what it was told last, what it has, and what it has still to tell."""
+
+    name: str
+    entries: list[Json] = field(default_factory=list)
+    operations: list[Json] = field(default_factory=list)
+    running: dict[int, int] = field(default_factory=dict)
+    """Epoch to what its copy has counted to."""
+    held: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Epoch to the move that took its state, and what that has counted to."""
+    files: dict[str, int] = field(default_factory=dict)
+    told: set[tuple[int, str]] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    out: list[tuple[str, Json]] = field(default_factory=list)
+
+
+class World:
+    """See the module. `trouble` is what must never be."""
+
+    def __init__(self, chance: random.Random, nodes: int = 2) -> None:
+        self.chance, self.desk = chance, Desk()
+        self.agents = {name: Agent(name) for name in NODES[:nodes]}
+        self.transfers: dict[str, str] = {}
+        self.trouble: list[str] = []
+        self.count = 0
+        """What any copy has counted to."""
+        self.began = 0
+        self.failing: set[str] = set()
+        """What goes wrong wherever it is tried: `check`, `room`, `out`, `carry`, `from`."""
+        for name in self.agents:
+            self.desk.node(name, "edge", labels={"n": name, **LABELS})
+        self.up()
+        for name in list(self.agents)[1:]:
+            self.desk.do(lambda planner, now, name=name: planner.cordon(name, "cordon", now))
+        self.desk.submit(work(W))
+        for name in list(self.agents)[1:]:
+            self.desk.do(lambda planner, now, name=name: planner.cordon(name, "", now))
+        self.settle(3)
+
+    def up(self) -> None:
+        """A round in which all nodes are heard from."""
+        round_of(self.desk, **dict.fromkeys(self.agents, True))
+
+    # -- what happens --------------------------------------------------------------------------------------------------------
+
+    def hear(self, agent: Agent) -> None:
+        """It gets the newest document."""
+        planner = self.desk.planner
+        agent.entries, agent.operations = planner.wanted(agent.name), moving.operations(planner, agent.name)
+
+    def speak(self, agent: Agent) -> None:
+        """The hub takes in what it said first."""
+        if agent.out:
+            kind, body = agent.out.pop(0)
+            if kind == "workload":
+                said(self.desk, agent.name, W, body["epoch"], body["state"], body["reason"])
+            else:
+                self.desk.do(lambda planner, now: moving.answered(planner, agent.name, body, now))
+
+    def act(self, agent: Agent) -> None:
+        """It does all that it was told, as far as that goes."""
+        wanted = next((one for one in agent.entries if one["wanted"] == "running"), None)
+        for epoch in [*agent.running, *agent.held]:
+            if wanted is None or epoch != wanted["epoch"]:
+                agent.running.pop(epoch, None)
+                agent.held.pop(epoch, None)
+        for one in agent.operations:
+            if one["id"] not in agent.done and (one["kind"] == "move-room" or (wanted is not None and one["epoch"] == wanted["epoch"])):
+                agent.done.add(one["id"])
+                self._operate(agent, one)
+        for one in agent.entries:
+            if one["wanted"] == "stopped":
+                self._tell(agent, one["epoch"], "stopped")
+        if wanted is not None and not self._ended(agent, wanted["epoch"]):
+            self._run(agent, wanted)
+
+    def _run(self, agent: Agent, wanted: Json) -> None:
+        epoch = wanted["epoch"]
+        self._tell(agent, epoch, "accepted")
+        if epoch in agent.running or epoch in agent.held or wanted["held"]:
+            return
+        if wanted["from"] and (epoch, "running") not in agent.told:
+            if "from" in self.failing or wanted["from"]["move"] not in agent.files:
+                self._tell(agent, epoch, "refused", "planted")
+                return
+            self.go_on(agent, epoch, agent.files[wanted["from"]["move"]])
+        elif (epoch, "running") not in agent.told:
+            self.began += 1
+            if self.began > 1:
+                self.trouble.append(f"it begins anew on {agent.name}")
+            agent.running[epoch] = 0
+        self._tell(agent, epoch, "running")
+
+    def _operate(self, agent: Agent, asked: Json) -> None:
+        part, epoch, move, state, detail = asked["kind"].removeprefix("move-"), asked["epoch"], asked["name"], "succeeded", {}
+        if part in self.failing or (part == "check" and epoch not in agent.running):
+            state = "failed"
+        elif part == "out":
+            if epoch in agent.running:
+                agent.held[epoch] = move, agent.running.pop(epoch)
+                self._tell(agent, epoch, "checkpointed")
+                detail = {"root": "r" * 64, "bytes": 1}
+            else:
+                state = "failed"
+        elif part == "back" and epoch in agent.held:
+            self.go_on(agent, epoch, agent.held.pop(epoch)[1])
+            agent.told.discard((epoch, "running"))
+            self._tell(agent, epoch, "running")
+        agent.out.append(("operation", {"id": asked["id"], "state": state, "reason": "planted" if state == "failed" else "", "detail": detail}))
+
+    def go_on(self, agent: Agent, epoch: int, counted: int) -> None:
+        if counted != self.count:
+            self.trouble.append(f"{agent.name} goes on at {counted}, and {self.count} was reached")
+        agent.running[epoch] = counted
+
+    def _tell(self, agent: Agent, epoch: int, state: str, reason: str = "") -> None:
+        if (epoch, state) not in agent.told and not self._ended(agent, epoch):
+            agent.told.add((epoch, state))
+            agent.out.append(("workload", {"epoch": epoch, "state": state, "reason": reason}))
+
+    @staticmethod
+    def _ended(agent: Agent, epoch: int) -> bool:
+        return any((epoch, state) in agent.told for state in ("stopped", "refused"))
+
+    def work(self) -> None:
+        """Every copy that runs does something."""
+        copies = [agent for agent in self.agents.values() for _ in agent.running]
+        if len(copies) > 1:
+            self.trouble.append(f"it runs on {', '.join(agent.name for agent in copies)}")
+        for agent in copies:
+            self.count += 1
+            agent.running = dict.fromkeys(agent.running, self.count)
+
+    def carry(self) -> None:
+        """The migration workers do their part, or fail at it."""
+        for move in moving.live(self.desk.planner):
+            if move["ready"]:
+                self.desk.do(lambda planner, now, move=move: moving.met(planner, move["id"], now))
+            move = self.desk.planner.tables.moves[move["id"]]
+            if move["step"] != SENDING or move["state"] != "running" or move["target"] not in self.agents:
+                continue
+            there = [mine for mine in self.agents[move["source"]].held.values() if mine[0] == move["id"]]
+            well = bool(there) and "carry" not in self.failing
+            if well:
+                self.agents[move["target"]].files[move["id"]] = there[0][1]
+            self.desk.do(lambda planner, now, move=move, well=well: moving.carried(planner, move["id"], "done" if well else "failed", "" if well else "planted", now))
+
+    def begin(self, to: str = "") -> str:
+        """A move; its name, empty where it is refused."""
+        try:
+            found: Json = self.desk.do(lambda planner, now: moving.begin(planner, W, to, now, "asked for"))
+        except Conflict:
+            return ""
+        return str(found["id"])
+
+    def cancel(self) -> None:
+        """Whatever is under way."""
+        for move in moving.live(self.desk.planner):
+            try:
+                self.desk.do(lambda planner, now, move=move: moving.cancel(planner, move["id"], now))
+            except Conflict:
+                pass
+
+    def any_step(self) -> None:
+        """Something happens."""
+        agent = self.agents[self.chance.choice(list(self.agents))]
+        self.chance.choice((
+            lambda: self.hear(agent), lambda: self.act(agent), lambda: self.speak(agent), lambda: self.hear(agent), lambda: self.act(agent), lambda: self.speak(agent), self.carry, self.work, self.up,
+        ))()
+        self.work()
+
+    def settle(self, rounds: int = 14) -> None:
+        """All is delivered and done."""
+        for _ in range(rounds):
+            for agent in self.agents.values():
+                self.hear(agent)
+                self.act(agent)
+                self.work()
+                while agent.out:
+                    self.speak(agent)
+            self.carry()
+            self.up()
+
+    def where(self) -> list[str]:
+        """Who runs it."""
+        return [agent.name for agent in self.agents.values() if agent.running]
