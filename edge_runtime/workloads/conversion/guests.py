@@ -139,8 +139,8 @@ class Guest:
 
     @property
     def group(self) -> str:
-        """Its QEMU's control group: no instance of a driver is called like it."""
-        return f"{cgroups.PARENT}/{self.folder.parent.name}.guest"
+        """Its QEMU's control group: no instance of a driver is called like it, and agents of one machine (as in tests) have their own."""
+        return f"{cgroups.PARENT}/guest-{os.path.basename(self.ask_path)}"
 
     def start(self, tap: int = -1) -> None:
         """Boot it; returns when QEMU runs. Blocks. Raises `Failed`."""

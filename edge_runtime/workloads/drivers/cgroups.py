@@ -114,7 +114,7 @@ class Groups:
         told = [[f"{mounts['memory']}{group}/memory.limit_in_bytes", most], [f"{mounts['pids']}{group}/pids.max", MACHINE_PIDS]]
         told += [[f"{mounts['cpu']}{group}/cpu.shares", max(2, weight * 1024 // 1000)]] if weight else []
         told += [[f"{mounts['cpu']}{group}/cpu.cfs_quota_us", quota_us]] if quota_us else []
-        return told + [[f"{mount}{group}/cgroup.procs", None] for mount in dict.fromkeys(mounts[name] for name in ("memory", "pids", *(("cpu", "cpuacct") if weight else ())) if name in mounts)]
+        return told + [[f"{mount}{group}/cgroup.procs", None] for mount in dict.fromkeys(mounts[name] for name in ("memory", "pids", *(("cpu", "cpuacct") if weight else ())) if name in mounts)] + ([] if weight or "cpu" not in mounts else [[f"{mounts['cpu']}/cgroup.procs", None]])
 
     @property
     def accounts_swap(self) -> bool:
