@@ -104,7 +104,7 @@ async def test_workloads_run_end_stop_and_outlive_a_killed_agent(tmp_path: Path)
         node = Node(tmp_path, hub)
         try:
             await asyncio.to_thread(node.start)
-            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container", "batch"], 40.0, what="a node that runs containers")
+            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container", "function", "batch"], 40.0, what="a node that runs containers")
             await submit(
                 hub, work("good", "echo fine"), work("bad", "exit 7"), work("lasting", "trap 'exit 0' TERM; while :; do sleep 0.1; done"), work("later", "trap 'exit 9' USR1; while :; do sleep 0.1; done"),
                 work("odd", "true", privileged=True), work("absent", "true", image="nowhere:1"), work("docker", "exit 0", image="other:2"),
@@ -150,7 +150,7 @@ async def test_an_agent_killed_at_any_moment_starts_nothing_twice(marks: tuple[s
         node = Node(tmp_path, hub)
         try:
             await asyncio.to_thread(node.start)
-            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container", "batch"], 40.0, what="a node that runs containers")
+            await until(lambda: "bench-edge" in hub.workloads.planner.tables.nodes and hub.workloads.planner.runs("bench-edge") == ["container", "function", "batch"], 40.0, what="a node that runs containers")
             names = [f"once-{at}" for at in range(len(marks))]
             for mark, name in zip(marks, names, strict=True):
                 await submit(hub, work(name, "echo began; sleep 600"))

@@ -1,6 +1,6 @@
 """What runs in the micro-VM of a converted workload: its first process, a shell script, and the scripts that it is sent. Pure; for the keeper too, which imports nothing else of the package.
 
-Orders and answers go as in `drivers.microvm_guest`. CRIU is in the guest with its own libraries; there is no container runtime: its images say all that has to be made.
+Answers come as in `drivers.microvm_guest`; an order is a length, a line end and a script of that many bytes. CRIU is in the guest with its own libraries; there is no container runtime: its images say all that has to be made.
 
     flags NAME..                what its processor can do
     ready                       the guest has booted, its disks are mounted, and CRIU has once been through what it does

@@ -244,7 +244,7 @@ class Keeper:
 
     def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """What is asked; None where the answer comes later."""
-        wish, say = request["do"], self.machine.say
+        wish, say = request["do"], lambda script: self.machine.send(guest.framed(script))
         needed = {"restore": ("ready",), "go": ("restored",), "dump": ("running",), "resume": ("dumped",)}.get(wish)
         if wish == "state":
             return {"state": self.state, "processes": self.processes, "flags": self.flags}

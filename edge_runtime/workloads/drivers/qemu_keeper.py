@@ -136,10 +136,14 @@ class Machine:
 
     def say(self, script: str) -> None:
         """Send the guest a script. Raises `Trouble` where it takes nothing any more."""
+        self.send(guest.framed(script))
+
+    def send(self, order: bytes) -> None:
+        """Send the guest what it reads as an order. Raises `Trouble` where it takes nothing any more."""
         line = self.ports["control"]
         line.settimeout(QMP_S)
         try:
-            line.sendall(guest.framed(script))
+            line.sendall(order)
         except OSError:
             raise Trouble("the guest takes no orders any more") from None
 
