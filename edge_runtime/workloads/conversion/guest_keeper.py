@@ -242,9 +242,13 @@ class Keeper:
         if self.waiting is not None:
             self.answer(self.waiting, answer)
 
+    def say(self, script: str) -> None:
+        """Send the guest a script. Raises `Trouble` where it takes nothing any more."""
+        self.machine.send(guest.framed(script))
+
     def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """What is asked; None where the answer comes later."""
-        wish, say = request["do"], lambda script: self.machine.send(guest.framed(script))
+        wish, say = request["do"], self.say
         needed = {"restore": ("ready",), "go": ("restored",), "dump": ("running",), "resume": ("dumped",)}.get(wish)
         if wish == "state":
             return {"state": self.state, "processes": self.processes, "flags": self.flags}
