@@ -60,7 +60,7 @@ def command(program: str, machine: Machine, ram: str, shared: bool, disks: Seque
 def boot(kernel: str, initramfs: str, tsc_khz: int, more: str = "") -> list[str]:
     """The options that boot a kernel. `tsc_khz`: the host's; without it a kernel that finds no timer to measure its clock against hangs now and then (8 of 10 boots, Debian's 6.1). `more`: of the kernel's own options.
 
-    `reboot=t`: this machine has no keyboard controller, by which a kernel would restart it, and jumping into a BIOS that has nothing to boot is no end: a guest that panicked stood there now and then.
+    `reboot=t`: this machine has no keyboard controller, by which a kernel would restart it, and a jump into a BIOS that has nothing to boot is no end.
     """
     words = ["quiet loglevel=1 panic=-1 reboot=t random.trust_cpu=on mitigations=off", *([f"tsc_early_khz={tsc_khz}"] if tsc_khz else []), *([more] if more else [])]
     return ["-kernel", kernel, "-initrd", initramfs, "-append", " ".join(words)]
