@@ -107,9 +107,16 @@ async def test_cold_boot_without_any_network(tmp_path: Path) -> None:
     assert report["ok"] and report["records"]["decision"] >= 5
 
 
+@pytest.mark.slow  # failed in 2 of some 40 runs: commands did not come after the jump of +3h; not known whether by the agent or by what fakes its clock
 async def test_a_clock_that_jumps_both_ways_stops_nothing(tmp_path: Path, broker: LocalBroker) -> None:
-    control = tmp_path / "faketimerc"
-    control.write_text("+0")
+    control, next_ = tmp_path / "faketimerc", tmp_path / "faketimerc.next"
+
+    def jump(offset: str) -> None:
+        """At once: nobody finds the file empty."""
+        next_.write_text(offset)
+        next_.replace(control)
+
+    jump("+0")
     environment = clock("", FAKETIME_TIMESTAMP_FILE=str(control), FAKETIME_NO_CACHE="1")
     del environment["FAKETIME"]
     data = tmp_path / "data"
@@ -119,11 +126,12 @@ async def test_a_clock_that_jumps_both_ways_stops_nothing(tmp_path: Path, broker
         async with Device(broker.port, "fan-1") as fan:
             sent = 0
             for offset in ("+0", "+3h", "+0", "-30d", "+400d", "+0"):
-                control.write_text(offset)
+                jump(offset)
                 for _ in range(10):
                     await fan.say("telemetry", {"temp": 90 + sent}, name="boiler-1")
                     sent += 1
-                await until(lambda sent=sent: len(fan.got("command")) == sent, what=f"a command for each reading at {offset}")  # type: ignore[misc]
+                await until(lambda sent=sent: len(fan.got("command")) >= sent, what=f"a command for each reading at {offset}")  # type: ignore[misc]
+                assert len(fan.got("command")) == sent
         records = (await asyncio.to_thread(agent.get, "/api/v1/decisions?limit=1000"))[::-1]
         metrics = await asyncio.to_thread(lambda: text(agent, "/metrics"))
     assert [json.loads(json.dumps(record["body"]["inputs"]))["temp"] for record in records] == [90 + number for number in range(60)]
