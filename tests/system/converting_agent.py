@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from edge_runtime.workloads.conversion.hot import Conversions
 from edge_runtime.workloads.operations import Operations
 from tests.integration.checkpoint_side import program
 from tests.integration.microvm_side import kernel_folder
+from tests.integration.waiting import until
 from tests.system.convert_agent import key
 
 EDGE = "converting"
 COUNTS = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
-LOOK_S = 0.02
+BOUND_S = 240.0
+"""Of one wait: a guest boots within it on a busy machine."""
 
 
 def config(folder: Path) -> EdgeConfig:
@@ -86,21 +87,17 @@ async def lived(folder: Path, operations: list[list[str]]) -> None:
     runtime = EdgeRuntime(config(folder))
     await runtime.start()
     generation = runtime.desired.generation if runtime.desired else 0
-
-    async def until(true: Callable[[], bool]) -> None:
-        while not true():  # the test that waits for this process bounds it
-            await asyncio.sleep(LOOK_S)
-
     runtime.desired_state.receive(desired(folder, generation + 1, []))
     node = runtime.workload_node()
-    while True:
+
+    async def speaks() -> bool:
         said = await node.output(key(folder).id, 1 << 20)
-        if said is not None and len(said["stdout"].splitlines()) > 3:
-            break
-        await asyncio.sleep(LOOK_S)
+        return said is not None and len(said["stdout"].splitlines()) > 3
+
+    await until(speaks, BOUND_S)
     for at, (name, _) in enumerate(operations):
         runtime.desired_state.receive(desired(folder, generation + 2 + at, operations[: at + 1]))
-        await until(lambda name=name: (node.asked.operation(name) or {}).get("state") in FINAL_STATES)  # type: ignore[misc]
+        await until(lambda name=name: (node.asked.operation(name) or {}).get("state") in FINAL_STATES, BOUND_S)  # type: ignore[misc]
         print(json.dumps(node.asked.operation(name)), flush=True)
     await runtime.stop("test")
 

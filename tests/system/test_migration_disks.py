@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import pytest
 from gpu_migration import qemu_disks, qemu_question, qemu_source, wire
 from gpu_migration.errors import DestinationError, MigrationError, Refused, SourceError
 from gpu_migration.qemu_qmp import Qmp
+from tests.integration.waiting import until_sync
 from tools.bench import live_guest
 from tools.bench.migration_proxy import Proxy, cut_all
 
@@ -71,10 +71,7 @@ def runs_on(world: World, folder: Path, disks: Path | None = None) -> None:
     """It runs where it was, nothing is left of the move at either end; the target tidies up when it has seen that the source is gone."""
     world.runs_here()
     assert left(world) == [] and not list(world.guest.control.parent.glob("*novacron*"))
-    end = time.monotonic() + LONG
-    while any(path.exists() for path in ((disks or folder / "disks") / NODE, folder / "store-pid", folder / "memory")):
-        assert time.monotonic() < end, list(folder.iterdir())
-        time.sleep(0.02)
+    until_sync(lambda: not any(path.exists() for path in ((disks or folder / "disks") / NODE, folder / "store-pid", folder / "memory")), LONG, "the target tidies up")
 
 
 def test_it_goes_with_its_guest_by_commands_and_comes_back(world: World) -> None:

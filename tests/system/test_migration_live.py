@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from gpu_migration.dirty import Numbers
 from gpu_migration.errors import DestinationError, KeyRefused, MigrationError, NotConverged, Refused, SourceError, TransferLost, Undecided
 from gpu_migration.layout import PAGE
 from gpu_migration.qemu_qmp import QemuError, Qmp
+from tests.integration.waiting import until_sync
 from tools.bench import live_guest, migration_live
 from tools.bench.live_guest import Machine
 from tools.bench.migration_guest import Missing
@@ -99,15 +99,16 @@ def qemu_memory(world: World) -> Path:
 def told(world: World) -> list[str]:
     """What the guest's QEMU is told of a move that is not of its own, once the guard has had its say."""
     found: list[str] = []
-    for _ in range(200):
+
+    def none() -> bool:
         qmp = Qmp(world.guest.control)
         try:
-            found = [one["capability"] for one in qmp("query-migrate-capabilities") if one["state"] and one["capability"] in ("x-ignore-shared", "pause-before-switchover")]
+            found[:] = [one["capability"] for one in qmp("query-migrate-capabilities") if one["state"] and one["capability"] in ("x-ignore-shared", "pause-before-switchover")]
         finally:
             qmp.close()
-        if not found:
-            break
-        time.sleep(0.05)
+        return not found
+
+    until_sync(none, what="QEMU is told of nothing any more")
     return found
 
 
