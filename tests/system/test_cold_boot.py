@@ -107,7 +107,7 @@ async def test_cold_boot_without_any_network(tmp_path: Path) -> None:
     assert report["ok"] and report["records"]["decision"] >= 5
 
 
-@pytest.mark.slow  # failed in 2 of some 40 runs: commands did not come after the jump of +3h; not known whether by the agent or by what fakes its clock
+@pytest.mark.slow  # failed in 2 of some 110 runs: commands did not come after the jump of +3h; not known whether by the agent or by what fakes its clock
 async def test_a_clock_that_jumps_both_ways_stops_nothing(tmp_path: Path, broker: LocalBroker) -> None:
     control, next_ = tmp_path / "faketimerc", tmp_path / "faketimerc.next"
 
