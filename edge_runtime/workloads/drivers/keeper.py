@@ -57,6 +57,9 @@ CHUNK = 65_536
 RUNTIME_S = 60.0
 """A runtime that takes longer for one command hangs."""
 
+BECOMES_S = 0.0002
+"""Seconds between two looks at whether a runtime's process has become the program: it is mostly one, or none."""
+
 
 def user_namespace(base: int, size: int) -> int:
     """A descriptor of a user namespace that maps 0.. to base..; it lives by the descriptor alone."""
@@ -180,7 +183,9 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
         for one in waiting:
             os.kill(one, signal.SIGCONT)
     else:
+        stands = program(pid)
         runtime(told, "start", name)
+        begun(pid, stands)
     tell("running")
     lapsed = watch(ended, {out: Log(os.path.join(folder, "stdout.log"), told["log_bytes"]), err: Log(os.path.join(folder, "stderr.log"), told["log_bytes"])}, lease, network, lambda: reap(pid))
     status = os.waitpid(pid, 0)[1]
@@ -188,6 +193,25 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
         network.stop()
     code, by = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
     return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
+
+
+def program(pid: int) -> tuple | None:  # type: ignore[type-arg]
+    """Which file a process runs, by device and inode; None where it has ended, or may not be looked at."""
+    try:
+        found = os.stat(f"/proc/{pid}/exe")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def begun(pid: int, stands: tuple | None) -> None:  # type: ignore[type-arg]
+    """Return once a container's first process has left what it stood in, the runtime's own code: a runtime has answered `start` a moment before it becomes the workload's program. A state that is taken
+    in between would be the runtime's."""
+    end = time.monotonic() + RUNTIME_S
+    while stands is not None and program(pid) == stands:
+        if time.monotonic() > end:
+            raise Trouble(f"the runtime says that it started it, and its program does not run after {RUNTIME_S:.0f} s")
+        time.sleep(BECOMES_S)  # nothing tells of an exec
 
 
 def watch(ended: int, streams: dict, lease: str, network: Network | None, turn: Callable[[], None]) -> bool:  # type: ignore[type-arg]
