@@ -47,11 +47,12 @@ class Coder:
 
     name: str
     codec: int
-    encode: Callable[[Any], bytes]
+    encode: Callable[[Any], Buffer]
+    """What comes out may be what went in: to be used before that changes."""
 
 
 CODERS = (
-    Coder("store", STORE, bytes),
+    Coder("store", STORE, lambda data: data),
     Coder("lz4", LZ4, lambda data: bytes(lz4.block.compress(data, store_size=False))),
     Coder("lz4-fast", LZ4, lambda data: bytes(lz4.block.compress(data, mode="fast", acceleration=16, store_size=False))),
     Coder("lz4-faster", LZ4, lambda data: bytes(lz4.block.compress(data, mode="fast", acceleration=32, store_size=False))),

@@ -159,12 +159,13 @@ def encode(
         if base_pages is not None and len(deltas := (classes == DELTA).nonzero()[0]):
             parts = np.concatenate([parts, transforms.xor(pages[deltas], base_pages[deltas])])
         plain = np.ascontiguousarray(parts).data.cast("B") if len(parts) else memoryview(b"")
-    coder, coded = codecs.CODERS[0], b""
+    coder: codecs.Coder = codecs.CODERS[0]
+    coded: codecs.Buffer = b""
     if len(plain):
         coder = choose(plain)
         coded = coder.encode(plain)
         if len(coded) >= len(plain):
-            coder, coded = codecs.CODERS[0], bytes(plain)
+            coder, coded = codecs.CODERS[0], plain
     counts = np.bincount(classes, minlength=CLASSES)
     raw = pages[(classes == RAW).nonzero()[0]].data.cast("B") if counts[RAW] else b""
     packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == CONST], references[classes == DUP], raw, coded, sealed=sealed)

@@ -110,7 +110,7 @@ def extent_length(length: int, index: int) -> int:
 
 
 def pack(
-    index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map, constants: Words, references: Words, raw: bytes | memoryview, coded: bytes | memoryview, *, sealed: bool = False
+    index: int, codec: int, raw_length: int, raw_hash: bytes, classes: Map, constants: Words, references: Words, raw: bytes | memoryview, coded: bytes | bytearray | memoryview, *, sealed: bool = False
 ) -> bytes:
     """One encoded extent. `sealed`: it goes into an authenticated record and nowhere else; zeros stand for the hash of coded then."""
     first = int(classes[0])

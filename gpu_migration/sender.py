@@ -81,7 +81,7 @@ class Sender:
         self._source, self._key, self._address, self._base, self._patience = source, key, address, base, patience
         self._transfer = blake3((transfer or source.path.name).encode()).digest(keys.TRANSFER_ID)
         self._session = os.urandom(16)
-        self._threads = threads or max(1, os.cpu_count() or 1)
+        self._threads, self._threads_told = threads or max(1, os.cpu_count() or 1), bool(threads)
         self._model = choice.Model(self._threads, codecs, limit=limit, processors=os.cpu_count() or 1)
         self._pace = Pace(limit)
         self._meter = Meter()
@@ -140,6 +140,9 @@ class Sender:
             if root != self._committed:
                 raise Refused("the destination has committed another state under this transfer's name; give another --transfer")
             return
+        if self._model.shared and not self._threads_told:
+            # The other end wants as many: of more here, each takes the interpreter from another.
+            self._threads = self._model.threads = max(1, self._threads // 2)
         for n in range(self._threads):
             self._spawn(self._encode, f"encode-{n}")
         self._add_stream(stream)

@@ -30,6 +30,9 @@ MOMENTS_S = (0, 10, 60)
 _NEW_MOUNTS = 0x20000
 """CLONE_NEWNS of unshare(2)."""
 
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+"""FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE."""
+
 BOOT_S = 600
 """At most so long until the guest has done its first work; TCG takes 20 to 60 s, and ten times that where thirty others want the processors."""
 
@@ -238,6 +241,31 @@ def guest(folder: Path, memory: Path, options: Any, prefix: tuple[str, ...] = ()
             yield Qmp(control)
         finally:
             stop(process)
+
+
+def holes(memory: Path) -> list[tuple[int, int]]:
+    """Where a guest's memory file has nothing, as it never touched it: start and end, bytes."""
+    found, at = [], 0
+    with open(memory, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        while at < length:
+            start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            try:
+                at = os.lseek(file.fileno(), start, os.SEEK_DATA)
+            except OSError:  # nothing but a hole to the end
+                at = length
+            if start < at:
+                found.append((start, at))
+    return found
+
+
+def punch(memory: Path, where: list[tuple[int, int]]) -> None:
+    """Make it holes there again, where a paused guest has zeros that somebody's reading has put there. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(memory, "r+b") as file:
+        for start, end in where:
+            if libc.fallocate(file.fileno(), _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_long(start), ctypes.c_long(end - start)):
+                raise OSError(ctypes.get_errno(), "fallocate")
 
 
 def images(folder: Path, options: Any) -> list[Path]:
