@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+from pathlib import Path
 
 from edge_runtime.workloads.drivers import keeper
 
@@ -11,7 +12,7 @@ from .waiting import until
 async def test_it_runs_once_its_program_does_and_no_sooner() -> None:
     with subprocess.Popen(["sh", "-c", "read word; exec sleep 1000"], stdin=subprocess.PIPE) as child:
         try:
-            await until(lambda: b"read word" in open(f"/proc/{child.pid}/cmdline", "rb").read())
+            await until(lambda: b"read word" in Path(f"/proc/{child.pid}/cmdline").read_bytes())
             stands = keeper.program(child.pid)
             assert stands is not None and child.stdin is not None
             waiting = asyncio.ensure_future(asyncio.to_thread(keeper.begun, child.pid, stands))
@@ -26,7 +27,7 @@ async def test_it_runs_once_its_program_does_and_no_sooner() -> None:
 
 async def test_one_that_ends_instead_is_not_waited_for() -> None:
     with subprocess.Popen(["sh", "-c", "read word"], stdin=subprocess.PIPE) as child:
-        await until(lambda: b"read word" in open(f"/proc/{child.pid}/cmdline", "rb").read())
+        await until(lambda: b"read word" in Path(f"/proc/{child.pid}/cmdline").read_bytes())
         stands = keeper.program(child.pid)
         waiting = asyncio.ensure_future(asyncio.to_thread(keeper.begun, child.pid, stands))
         child.kill()

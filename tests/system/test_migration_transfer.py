@@ -77,6 +77,17 @@ def send(path: Path, address: tuple[str, int], **options: object) -> Sent:
         source.close()
 
 
+@pytest.mark.parametrize("told, there", [(0, 2), (3, 3)])
+def test_ends_on_one_machine_leave_each_other_half_of_its_processors(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int, there: int) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    far = Far(tmp_path / "out")
+    source = FileSource(image)
+    sending = Sender(source, KEY, far.receiver.address, transfer="t", patience=PATIENCE, threads=told)
+    sending.run()
+    assert far.end().result is not None and sum(one.name.startswith("encode") for one in sending._workers) == there
+    source.close()
+
+
 @contextlib.contextmanager
 def proxied(far: Far) -> Iterator[Proxy]:
     proxy = Proxy(far.receiver.address)

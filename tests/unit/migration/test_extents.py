@@ -232,6 +232,17 @@ def test_the_choice_follows_the_wire() -> None:
     assert chosen(0.9e9, 1.0) == "store"
 
 
+def test_the_guess_is_of_the_whole_extent_and_not_of_its_middle() -> None:
+    """One sample of it all at one place, as it once was, says that such an extent does not shrink."""
+    noise, text = random.Random(4).randbytes(EXTENT // 4), memory(96, 4, ("text",)) * 2
+    data = memoryview(text[: 3 * EXTENT // 8] + noise + text[: 3 * EXTENT // 8])
+    middle = data[EXTENT // 2 - choice.SAMPLE // 2 : EXTENT // 2 + choice.SAMPLE // 2]
+    whole = len(data) / len(codecs.BY_NAME["lz4-fast"].encode(data))
+    assert choice.guess_of(middle) < 1.05 < 1.5 < whole and abs(choice.guess_of(data) - whole) < whole / 2
+    for size in (1, PAGE, choice.SAMPLE, choice.SAMPLE + 1, 2 * choice.SAMPLE + 77):
+        assert choice.guess_of(data[:size]) >= 1.0
+
+
 def test_where_the_processors_are_the_same_both_ends_are_charged_and_the_wire_is_not() -> None:
     def model(shared: bool) -> choice.Model:
         made = choice.Model(2, processors=2, there=2, shared=shared)
