@@ -71,21 +71,20 @@ def spawner() -> int:
     os.chdir("/")
     own = engine()
     # What is run once here, all that are forked have ready: libraries bound, types made, memory mapped.
-    once = Program(own, wasmtime.Module(own, PROBE), [], [], PROBE_MEMORY, 0).ready(lambda _descriptor, _data: None)
-    once.run(b"")
-    once.end()
+    probe = Program(own, wasmtime.Module(own, PROBE), [], [], PROBE_MEMORY, 0)
+    rehearse(probe)
     gc.freeze()  # what is there now stays: a collection would write to all of it, and so copy what is shared
-    next_one = spare(own, channel)
+    next_one = spare(own, probe, channel)
     channel.send(b"ready")
     while True:
         if next_one.fileno() < 0 and not select.select([channel], [], [], SPARE_AFTER_S)[0]:
-            next_one = spare(own, channel)
+            next_one = spare(own, probe, channel)
         data, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 3)
         if not data:
             return 0
         if json.loads(data)["what"] == "run":
             if next_one.fileno() < 0:
-                next_one = spare(own, channel, descriptors)
+                next_one = spare(own, probe, channel, descriptors)
             with contextlib.suppress(OSError):  # it was killed: the agent hears no word
                 socket.send_fds(next_one, [data], descriptors)
             next_one.close()
@@ -100,7 +99,7 @@ def spawner() -> int:
             os.close(descriptor)
 
 
-def spare(own: wasmtime.Engine, channel: socket.socket, held: Sequence[int] = ()) -> socket.socket:
+def spare(own: wasmtime.Engine, probe: Program, channel: socket.socket, held: Sequence[int] = ()) -> socket.socket:
     """A host, and its first worker, that wait to be told of their function: the forks are done before they are needed. Returns the socket to the host; both end with that.
 
     Args:
@@ -119,7 +118,7 @@ def spare(own: wasmtime.Engine, channel: socket.socket, held: Sequence[int] = ()
             if pid == 0:
                 theirs.close()
                 link.close()
-                first_worker(own, its)
+                first_worker(own, probe, its)
             its.close()
             data, descriptors, _, _ = socket.recv_fds(theirs, MAX_REQUEST, 3)
             theirs.close()
@@ -131,9 +130,17 @@ def spare(own: wasmtime.Engine, channel: socket.socket, held: Sequence[int] = ()
     return ours
 
 
-def first_worker(own: wasmtime.Engine, link: socket.socket) -> NoReturn:
+def rehearse(probe: Program) -> None:
+    """Run a program that does nothing."""
+    instance = probe.ready(lambda _descriptor, _data: None)
+    instance.run(b"")
+    instance.end()
+
+
+def first_worker(own: wasmtime.Engine, probe: Program, link: socket.socket) -> NoReturn:
     """A worker that was forked before there was a function for it: it links the program by itself, while its host listens for calls."""
     try:
+        rehearse(probe)  # memory that it shares with the spawner becomes its own where it is written to: that takes a millisecond, and nobody waits for it now
         head, descriptors, _, _ = socket.recv_fds(link, CALL.size, 1)
         if not head:
             os._exit(0)
