@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from .clock import Clock, Stamp
+from .clock import JUMP_MS, Clock, Stamp
 from .contract import jsoncodec
 from .contract.device_messages import Reading, Value
 from .contract.errors import ContractError
@@ -96,11 +96,17 @@ class _Countdown:
 
 
 class _Command:
-    """A command on its way to a device."""
+    """A command on its way to a device.
 
-    __slots__ = ("again", "args", "device", "duty", "expires_ms", "fence", "id", "name", "sent", "seq")
+    It is for so long by the monotonic clock (`until_ms`), where we decided it: a wall clock that is set between the decision and its sending, as on a board that learns the time, ends nothing. Where a hub wants it, or it was
+    decided before the agent was started again (`until_ms` 0), only the wall clock can say.
+    """
 
-    def __init__(self, id_: str, device: str, name: str, args: dict[str, Any], expires_ms: int, seq: int, again: bool = False, duty: str = "", fence: int = 0) -> None:
+    __slots__ = ("again", "args", "device", "duty", "expires_ms", "fence", "id", "name", "sent", "seq", "until_ms")
+
+    def __init__(
+        self, id_: str, device: str, name: str, args: dict[str, Any], expires_ms: int, seq: int, again: bool = False, duty: str = "", fence: int = 0, until_ms: int = 0,
+    ) -> None:
         self.id = id_
         self.device = device
         self.name = name
@@ -110,7 +116,17 @@ class _Command:
         self.again = again
         self.duty = duty
         self.fence = fence
+        self.until_ms = until_ms
         self.sent = False
+
+    def left_ms(self, now: Stamp) -> int:
+        """How long it may still be sent. Where the wall clock was set since, what the device is told is by the clock as it is now."""
+        if not self.until_ms:
+            return self.expires_ms - now.wall_ms
+        left = self.until_ms - now.mono_ms
+        if abs(self.expires_ms - now.wall_ms - left) > JUMP_MS:
+            self.expires_ms = now.wall_ms + left
+        return left
 
     def payload(self) -> bytes:
         body: dict[str, Any] = {"id": self.id, "name": self.name, "args": self.args, "expires_ms": self.expires_ms}
@@ -280,11 +296,11 @@ class Pipeline:
             self._effects_settled()
 
     def _command_of(self, record: Record, number: int, detail: dict[str, Any], duty: str, fence: int, again: bool = False) -> _Command:
-        expires_ms = record.wall_ms + int(detail.get("expires_ms") or DEFAULT_EXPIRY_MS)
+        lasts_ms = int(detail.get("expires_ms") or DEFAULT_EXPIRY_MS)
         # The boot is part of the id: a record that was acted on but never became durable must not share its id with a later one.
         return _Command(
-            f"{self._edge}.{record.boot[:8]}.{record.seq}.{number}", detail["device"], detail["name"], detail.get("args") or {}, expires_ms, record.seq, again,
-            duty if fence else "", fence,
+            f"{self._edge}.{record.boot[:8]}.{record.seq}.{number}", detail["device"], detail["name"], detail.get("args") or {}, record.wall_ms + lasts_ms, record.seq, again,
+            duty if fence else "", fence, 0 if again else record.mono_ms + lasts_ms,
         )
 
     def _command(self, command: _Command) -> None:
@@ -299,8 +315,8 @@ class Pipeline:
             self._commands.pop(command.id, None)
             self._expired(command, "no local bus is configured")
             return
-        now_ms = self._clock.stamp().wall_ms
-        if now_ms >= command.expires_ms:
+        left_ms = command.left_ms(self._clock.stamp())
+        if left_ms <= 0:
             self._commands.pop(command.id, None)
             self._expired(command, "expired before the bus took it")
             return
@@ -322,7 +338,7 @@ class Pipeline:
                 self._settle(command.seq)
 
         command.sent = self._publish(
-            command.device, "command", command.payload(), expiry_s=max(1, (command.expires_ms - now_ms) // 1000), on_ack=acknowledged
+            command.device, "command", command.payload(), expiry_s=max(1, left_ms // 1000), on_ack=acknowledged
         )
 
     def _expired(self, command: _Command, reason: str, state: str = "expired") -> None:

@@ -170,6 +170,9 @@ async def test_an_agent_that_was_killed_before_the_start_has_it_started_by_the_n
 async def test_memory_processes_and_processor_are_limited(driver: Any) -> None:
     hungry = await started(driver, "hungry", "exec busybox tail /dev/zero", limits={"memory": "24Mi"})
     assert (await driver.wait(hungry)).exit.out_of_memory
+    mourns = await started(driver, "mourns", "busybox tail /dev/zero; exit 6", limits={"memory": "24Mi"})
+    ended = (await driver.wait(mourns)).exit
+    assert ended.code == 6 and not ended.out_of_memory and ended.memory_kills > 0
     key = await started(driver, "forks", "sh -c 'while :; do sleep 60 & done'; exec sleep 60", limits={"pids": 16, "cpu": "200m"}, requests={"memory": 32 << 20, "cpu": 500})
 
     async def refused() -> bool:

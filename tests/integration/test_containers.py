@@ -99,6 +99,9 @@ async def test_another_user_has_no_capability(driver: ContainerDriver) -> None:
 async def test_memory_processes_and_processor_are_limited(driver: ContainerDriver) -> None:
     status, _, _ = await output(driver, "hungry", "x=$(yes 0123456789abcdef | head -c 100000000); echo ${#x}", limits={"memory": "24Mi"})
     assert status.exit is not None and (status.exit.out_of_memory or status.exit.signal == 9 or status.exit.code == 137), status
+    status, _, _ = await output(driver, "mourns", "busybox tail /dev/zero; exit 6", limits={"memory": "24Mi"})
+    assert status.exit is not None and status.exit.code == 6 and not status.exit.out_of_memory, "it went on when a child was killed, and ended for a reason of its own"
+    assert status.reason == f"exit code 6; before that the kernel killed {status.exit.memory_kills} of its processes for want of memory" and status.exit.memory_kills > 0
     key = await started(driver, "forks", "sh -c 'while :; do sleep 60 & done'; exec sleep 60", limits={"pids": 16}, requests={"memory": 32 << 20, "cpu": 500})
     await until(lambda: _complains(driver, key, b"fork"))
     told = await driver.stats(key)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.clock import JUMP_MS
 from edge_runtime.config.schema import DevicesConfig, UplinkConfig
 from edge_runtime.contract.records import Record
 
@@ -212,6 +213,32 @@ async def test_a_broker_that_is_killed_loses_no_decision_and_no_command(broker: 
     assert all("expired" in body["reason"] for body in expired) and await edge.metric("commands_expired_total") == 3
     await until(lambda: not edge.runtime.pipeline._commands, what="every command acknowledged")
     assert edge.runtime.journal.marks("decision").effects == edge.runtime.journal.durable("decision")
+
+
+@pytest.mark.parametrize("hours", [3, -3])
+async def test_a_wall_clock_that_is_set_ends_no_command_that_waits(broker: LocalBroker, edges: Edges, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """A board that learns the time: what it decided just before is for the device as long as it was; the device is told by the clock as it is now."""
+    edge = await edges.start(port=broker.port, rules=(EACH, LOCAL))
+    async with Device(broker.port, "fan-1", persistent=True):
+        await edge.bus_up()
+    broker.save()
+    broker.kill()
+    await until(lambda: not edge.runtime.bus.up, what="the edge notices")  # type: ignore[union-attr]
+    edge.runtime.pipeline.host_reading("host", {"temp": 100})
+    await edge.runtime.journal.flush()
+    await until(lambda: edge.runtime.pipeline._commands, what="the command that waits")
+    (waits,) = edge.runtime.pipeline._commands.values()
+    expires, clock = waits.expires_ms, edge.runtime.clock
+    was, wall = clock.stamp(), clock._wall
+    monkeypatch.setattr(clock, "_wall", lambda: wall() + hours * 3600)
+    set_ = clock.stamp()
+    shift = set_.wall_ms - was.wall_ms - (set_.mono_ms - was.mono_ms)
+    broker.start()
+    async with Device(broker.port, "fan-1", persistent=True) as fan:
+        await until(lambda: fan.got("command"), what="the command")
+    (command,) = fan.got("command")
+    assert command["id"] == waits.id and abs(command["expires_ms"] - expires - shift) <= JUMP_MS
+    assert [body for body in await edge.records("event", "operation") if body["state"] == "expired"] == []
 
 
 async def test_commands_that_expire_while_the_bus_is_away_do_not_pile_up(edges: Edges, broker: LocalBroker) -> None:

@@ -15,7 +15,7 @@ from tests.integration.edges import Device, LocalBroker
 from tests.integration.hub_side import differences, running_hub
 from tests.integration.waiting import until
 from tests.system.ground import Namespace, SmallDisk, StubbornCard
-from tests.system.test_cold_boot import clock
+from tests.system.settable_clock import SettableClock
 from tools.bench.agent import Agent
 from tools.bench.harness import free_port
 from tools.novactl.journal import check
@@ -204,10 +204,8 @@ async def test_a_card_that_refuses_writes_for_a_while_is_waited_for(tmp_path: Pa
 
 async def test_one_bad_day_and_the_hub_holds_exactly_what_was_journalled(tmp_path: Path, disk: SmallDisk, namespace: Namespace) -> None:
     """Cold start in 1970 with the cable out; the bus killed; the clock jumps to today, then a day on; the cable in, out, in; kill -9; the hub's broker killed."""
-    control = tmp_path / "faketimerc"
-    control.write_text("@1970-01-01 00:00:10")
-    environment = clock("", FAKETIME_TIMESTAMP_FILE=str(control), FAKETIME_NO_CACHE="1")
-    del environment["FAKETIME"]
+    wall = SettableClock(tmp_path)
+    wall.shows(10.0)
     site = Site(namespace, tmp_path, disk.path / "data")
     hub_port = free_port()
     hub_broker = LocalBroker(tmp_path / "hub-broker", f"listener {hub_port} {namespace.here(UPLINK)}\nset_tcp_nodelay true\n")
@@ -222,7 +220,7 @@ async def test_one_bad_day_and_the_hub_holds_exactly_what_was_journalled(tmp_pat
         await until(there, 30, f"the link is {state}")
 
     async with running_hub(tmp_path / "hub", f"mqtt://127.0.0.1:{hub_broker.port}") as hub, site.fan:
-        async with site.agent(uplink, environment=environment) as agent:
+        async with site.agent(uplink, program=wall.program) as agent:
             await site.readings(20)
             assert (await site.get("/api/v1/status"))["decided_offline"] == 20
             site.bus.save()
@@ -231,18 +229,18 @@ async def test_one_bad_day_and_the_hub_holds_exactly_what_was_journalled(tmp_pat
             await site.fan.__aexit__()
             await site.fan.__aenter__()
             await site.readings(20)
-            control.write_text("+0")
+            wall.off_by(0)
             await site.readings(20)
             namespace.heal(UPLINK)
             await link("up")
-            control.write_text("+1d")
+            wall.off_by(86_400)
             await site.readings(20)
             namespace.cut(UPLINK)
             await link("down")
             await site.readings(20)
             await asyncio.to_thread(agent.kill)
         namespace.heal(UPLINK)
-        async with site.agent(uplink, environment=environment):
+        async with site.agent(uplink, program=wall.program):
             await link("up")
             hub_broker.kill()
             await site.readings(20)

@@ -22,7 +22,7 @@ import sys
 import time
 
 if __package__:
-    from ..drivers.keeping import PR_SET_NAME, Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write
+    from ..drivers.keeping import PR_SET_NAME, Log, Trouble, for_memory, leave_group, libc, ordinary_turns, started_ticks, tell, write
     from ..drivers.qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine, Stream
     from ..drivers.qemu_qmp import QmpError
     from . import guest
@@ -30,7 +30,7 @@ else:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path += [here, os.path.join(here, os.pardir, "drivers")]
     import guest  # type: ignore[import-not-found,no-redef]
-    from keeping import PR_SET_NAME, Log, Trouble, leave_group, libc, ordinary_turns, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from keeping import PR_SET_NAME, Log, Trouble, for_memory, leave_group, libc, ordinary_turns, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
     from qemu_keeper import CHUNK, MAX_ASKED, MAX_ASKING, QMP_S, Lines, Machine, Stream  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
@@ -161,8 +161,8 @@ class Keeper:
             raise self.machine.trouble(self.problem)
         elif words[0] == "exit" and self.state in ("restored", "running", "dumping", "draining", "dumped") and len(words) > 1 and words[1].isdigit():
             code = int(words[1]) & 0xFF
-            memory = len(words) > 2 and words[2].isdigit() and int(words[2]) > 0 and code == 137
-            self.result = {"code": code, "signal": code - 128 if 128 < code <= 192 else 0, "out_of_memory": memory}
+            kills = int(words[2]) if len(words) > 2 and words[2].isdigit() else 0
+            self.result = {"code": code, "signal": code - 128 if 128 < code <= 192 else 0, "out_of_memory": for_memory(code, kills), "memory_kills": kills}
 
     def taken(self) -> None:
         """A dump is there when all that was written before is."""

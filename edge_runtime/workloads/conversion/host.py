@@ -106,7 +106,7 @@ class Host:
             path = disks.image(image.digest.rpartition(":")[2], self._store.lower(image))
         guest.lay_out(
             qemu, boots, disks, path, memory=guest_bytes(limit), disk=disk, cpus=cpus, accelerator="tcg", slot=slot, connected=connected, log_bytes=self._settings.log_bytes,
-            keepers=self._groups.folders(cgroups.KEEPERS), groups=self._groups,
+            keepers=self._groups.of_keepers(), groups=self._groups,
         )
 
     async def tidy(self) -> None:

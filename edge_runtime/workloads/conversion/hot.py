@@ -89,7 +89,7 @@ class Conversions:
         end = read(guest.folder / "exit.json")
         if end is None or "code" not in end:
             return Status(key, Phase.LOST, reason=str((end or {}).get("failed") or "its guest's keeper was killed, and the guest with it"), form=AS_MICROVM)
-        told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
+        told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]), int(end.get("memory_kills", 0)))
         return Status(key, Phase.ENDED, exit=told, reason=told.reason, form=AS_MICROVM)
 
     def folder(self, key: Key) -> Path:

@@ -13,7 +13,7 @@ PARENT = outside.GROUPS
 """The group above all containers, in every hierarchy."""
 
 KEEPERS = f"{outside.GROUPS}-keepers"
-"""The group of those that watch over containers: outside of the agent's, which a service manager ends as a whole, and of the containers'."""
+"""The group of those that watch over containers, and of functions: outside of the agent's, which a service manager ends as a whole, and of the containers'."""
 
 PERIOD_US = 100_000
 """The kernel's default period of a processor quota."""
@@ -66,6 +66,14 @@ class Groups:
         """A group's folder in every hierarchy in which a process can simply be put (not cpuset: an empty one takes none)."""
         tops = [mount for name, mount in self.mounts.items() if name != "cpuset"] + ([self.unified] if self.unified else [])
         return list(dict.fromkeys(top + group for top in tops))
+
+    def of_keepers(self) -> list[str]:
+        """The folders of those that watch over workloads: `KEEPERS`, but for the processor the node's own group where that can be chosen (version 1, root of the machine).
+
+        In a group of theirs all of them, with the runtimes that they call and the guests that they boot, would have the share of one process: on a busy machine nothing would start in time.
+        """
+        own = self.mounts.get("cpu") if outside.UID is None else None
+        return [top.removesuffix(KEEPERS) if own is not None and top == own + KEEPERS else top for top in self.folders(KEEPERS)]
 
     def memory_events(self, group: str) -> list[str]:
         """Files that tell of kills for want of memory."""

@@ -94,7 +94,7 @@ class ContainerdDriver(ContainerDriver):
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings(), *, path: str = SOCKET, handler: Handler = RUNC) -> None:
         super().__init__(directory / handler.name, store, replace(settings, first_id=CONTAINERD_FIRST_ID))
         self._handler, self._client = handler, Client(path)
-        self._keepers = Keepers(self._groups.folders(cgroups.KEEPERS), KEEPER)
+        self._keepers = Keepers(self._groups.of_keepers(), KEEPER)
         self._agent = _hash(str(self._folder))
         self._tending: dict[str, asyncio.Lock] = {}
         self._begun: set[str] = set()
@@ -306,8 +306,10 @@ class ContainerdDriver(ContainerDriver):
         """What is written down of an end, by containerd's answer and what the kernel counted in its control group."""
         end, when = _exit(int(told["exit_status"])), told["exited_at"] or {"seconds": int(time.time()), "nanos": 0}
         killed = end.signal == signal.SIGKILL
+        before = int((read(folder / "running.json") or {}).get("memory_kills", 0))  # of what made it, in its control group
+        kills = max(0, keeping.memory_kills(read(folder / "keeper.json") or {}) - before)
         return {
-            "code": end.code, "signal": end.signal, "out_of_memory": keeping.out_of_memory(read(folder / "keeper.json") or {"oom": []}), "at_ms": when["seconds"] * 1000 + when["nanos"] // 1_000_000,
+            "code": end.code, "signal": end.signal, "out_of_memory": keeping.for_memory(end.code, kills), "memory_kills": kills, "at_ms": when["seconds"] * 1000 + when["nanos"] // 1_000_000,
             "lapsed": killed and (folder / "lapsed.json").exists(),
         }
 

@@ -20,12 +20,12 @@ import time
 if __package__:
     from .keeper import mount_layers, watch
     from .keeper_network import Network
-    from .keeping import SAID, Lapsed, Log, Taken, Trouble, lease_s, libc, serve, started_ticks, tell, write
+    from .keeping import SAID, Lapsed, Log, Taken, Trouble, lease_s, libc, memory_kills, serve, started_ticks, tell, write
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     from keeper import mount_layers, watch  # type: ignore[import-not-found,no-redef]
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
-    from keeping import SAID, Lapsed, Log, Taken, Trouble, lease_s, libc, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from keeping import SAID, Lapsed, Log, Taken, Trouble, lease_s, libc, memory_kills, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
 
 MOUNT_ATTR_RDONLY = 1
 MNT_DETACH = 2
@@ -97,7 +97,7 @@ def keep(told: dict, line: socket.socket) -> None:  # type: ignore[type-arg]
             raise Trouble("its first process is another one now")
         write(runs, before | {"keeper": os.getpid()})
     else:
-        write(runs, {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)})
+        write(runs, {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000), "memory_kills": memory_kills(told)})
     if told["lease"] and lease_s(told["lease"]) <= 0:
         if again:
             write(os.path.join(folder, "lapsed.json"), {})

@@ -131,19 +131,21 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How it ended: the code, or the signal (0: none), and whether the kernel killed for want of memory."""
+    """How it ended: the code, or the signal (0: none); whether the kernel ended it for want of memory, and how many of its processes it had killed for that, as far as is known."""
 
     code: int
     signal: int = 0
     out_of_memory: bool = False
     at_ms: int = 0
+    memory_kills: int = 0
 
     @property
     def reason(self) -> str:
         """In words; empty where all is well."""
         if self.out_of_memory:
             return "killed: its memory limit was reached"
-        return f"killed by signal {self.signal}" if self.signal else f"exit code {self.code}" if self.code else ""
+        why = f"killed by signal {self.signal}" if self.signal else f"exit code {self.code}" if self.code else ""
+        return f"{why}; before that the kernel killed {self.memory_kills} of its processes for want of memory" if why and self.memory_kills else why
 
 
 @dataclass(frozen=True, slots=True)

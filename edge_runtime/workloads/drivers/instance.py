@@ -68,7 +68,7 @@ def ended(key: Key, end: Mapping[str, Any]) -> Status:
     """How an instance ended, from its `exit.json`."""
     if "failed" in end:
         return Status(key, Phase.ENDED, reason=str(end["failed"]))
-    told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]))
+    told = Exit(int(end["code"]), int(end["signal"]), bool(end["out_of_memory"]), int(end["at_ms"]), int(end.get("memory_kills", 0)))
     return Status(key, Phase.ENDED, exit=told, reason=told.reason)
 
 

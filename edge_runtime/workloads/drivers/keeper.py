@@ -33,13 +33,13 @@ if __package__:
     from . import outside
     from .keeper_network import Network
     from .keeper_restore import compare, restore, switches
-    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
+    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import outside  # type: ignore[import-not-found,no-redef]
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
     from keeper_restore import compare, restore, switches  # type: ignore[import-not-found,no-redef]
-    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
+    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x0002_0000, 0x1000_0000
 MS_REC, MS_PRIVATE = 0x4000, 0x4_0000
@@ -169,7 +169,7 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
         pid = int(handle.read())
     with open("/proc/sys/kernel/random/boot_id") as handle:
         boot = handle.read().strip()
-    ended = os.pidfd_open(pid)
+    ended, before = os.pidfd_open(pid), memory_kills(told)  # what made the container has run in its control group, and is not of it
     waiting = compare(again, pid) if again else []
     running = {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)}
     write(os.path.join(folder, "running.json"), running | ({"switches": {str(one): switches(one) for one in waiting}} if again else {}))
@@ -191,7 +191,8 @@ def keep(told: dict) -> dict:  # type: ignore[type-arg]
     if network is not None:
         network.stop()
     code, by = (os.WEXITSTATUS(status), 0) if os.WIFEXITED(status) else (128 + os.WTERMSIG(status), os.WTERMSIG(status))
-    return {"code": code, "signal": by, "out_of_memory": out_of_memory(told), "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
+    kills = memory_kills(told) - before
+    return {"code": code, "signal": by, "out_of_memory": for_memory(code, kills), "memory_kills": kills, "at_ms": int(time.time() * 1000), "lapsed": lapsed and by == signal.SIGKILL}
 
 
 def program(pid: int) -> tuple | None:  # type: ignore[type-arg]

@@ -170,17 +170,25 @@ def tell(word: str) -> None:
         pass
 
 
-def out_of_memory(told: dict) -> bool:  # type: ignore[type-arg]
-    """Whether the kernel killed in the container's control group for want of memory."""
-    for path in told["oom"]:
+def memory_kills(told: dict) -> int:  # type: ignore[type-arg]
+    """Processes that the kernel has killed in the workload's own control group for want of memory, since that was made; 0 where it is not there. Those that ran there before the workload count as well: who wants its own takes the difference."""
+    for path in told.get("oom", ()):
         try:
             with open(path) as handle:
                 for line in handle:
-                    if line.startswith("oom_kill ") and int(line.split()[1]) > 0:
-                        return True
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
         except (OSError, ValueError, IndexError):
             continue
-    return False
+    return 0
+
+
+def for_memory(code: int, kills: int) -> bool:
+    """Whether memory is why a workload ended. `code`: of its first process, 128 and the signal where one ended it; `kills`: of its processes, by the kernel, for want of memory.
+
+    Only where it ended by SIGKILL, or as a shell whose last command did: one that went on when a child was killed has ended for a reason of its own.
+    """
+    return kills > 0 and code == 128 + signal.SIGKILL
 
 
 def fork(live: Live, folder: str, descriptors: list, line: socket.socket) -> None:  # type: ignore[type-arg]

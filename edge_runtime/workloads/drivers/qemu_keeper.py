@@ -24,12 +24,12 @@ import time
 
 if __package__:
     from . import microvm_guest as guest
-    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end
+    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end
     from .qemu_qmp import Qmp, QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
-    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, lease_s, libc, out_of_memory, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
+    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWIPC = 0x0002_0000, 0x4000_0000, 0x0800_0000
@@ -109,6 +109,7 @@ class Machine:
             if os.getppid() != parent:
                 os._exit(1)
 
+        self._told, self._before = told, memory_kills(told)
         self.errors = os.path.join(told["folder"], "qemu.err")
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
@@ -128,6 +129,11 @@ class Machine:
         except OSError:
             said = ""
         return Trouble(f"{problem}{': ' * bool(said)}{said}")
+
+    @property
+    def starved(self) -> bool:
+        """Whether the kernel killed it for want of memory."""
+        return for_memory(128 - (self.process.returncode or 0), memory_kills(self._told) - self._before)
 
     def end(self) -> None:
         """Kill it and wait for it."""
@@ -314,7 +320,7 @@ class Keeper:
             return {**self.result, "at_ms": now, "lapsed": False}
         if self.wish:
             return {"code": 137, "signal": 9, "out_of_memory": False, "at_ms": now, "lapsed": self.wish == "lapsed"}
-        if out_of_memory(self.told):
+        if self.machine.starved:
             return {"code": 137, "signal": 9, "out_of_memory": True, "at_ms": now, "lapsed": False}
         raise self.machine.trouble("the guest ended before its program did")
 
@@ -379,8 +385,8 @@ class Keeper:
             raise self.machine.trouble(f"the guest says: {' '.join(words[1:])[:SAID]}")
         elif words[0] == "exit" and self.result is None and len(words) > 1 and words[1].isdigit():
             code = int(words[1]) & 0xFF
-            memory = len(words) > 2 and words[2].isdigit() and int(words[2]) > 0 and code == 128 + signal.SIGKILL
-            self.result = {"code": code, "signal": code - 128 if 128 < code <= 192 else 0, "out_of_memory": memory}
+            kills = int(words[2]) if len(words) > 2 and words[2].isdigit() else 0
+            self.result = {"code": code, "signal": code - 128 if 128 < code <= 192 else 0, "out_of_memory": for_memory(code, kills), "memory_kills": kills}
         elif words[0] == "done" and self.exec is not None and len(words) > 1 and words[1].isdigit():
             self.exec["code"] = int(words[1]) & 0xFF
             self.executed()

@@ -20,13 +20,13 @@ import time
 
 if __package__:
     from .keeper_network import Network
-    from .keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, out_of_memory, serve, started_ticks, tell, write
+    from .keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, serve, started_ticks, tell, write
     from .qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save
     from .qemu_qmp import QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
-    from keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, out_of_memory, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
+    from keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
     from qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
 
@@ -145,7 +145,7 @@ class VmKeeper(Keeper):
             return {"code": 0, "signal": 0, "out_of_memory": False, "at_ms": now, "lapsed": False}
         if self.wish:
             return {"code": 137, "signal": 9, "out_of_memory": False, "at_ms": now, "lapsed": self.wish == "lapsed"}
-        if out_of_memory(self.told):
+        if self.machine.starved:
             return {"code": 137, "signal": 9, "out_of_memory": True, "at_ms": now, "lapsed": False}
         raise self.machine.trouble(f"QEMU ended by itself ({self.machine.process.returncode})")
 

@@ -120,6 +120,9 @@ def test_layouts_of_control_groups(tmp_path: Path) -> None:
     assert one.layout == "v1" and one.lacks == "" and one.memory_events("/g") == ["/sys/fs/cgroup/memory/g/memory.oom_control"]
     assert one.folders("/k") == [f"/sys/fs/cgroup/{name}/k" for name in ("cpu,cpuacct", "memory", "pids", "freezer", "devices", "systemd")]
     assert cgroups.read(V1 + V2.format(top=tmp_path)).layout == "hybrid"
+    keepers = [path.removesuffix(cgroups.KEEPERS) for path in one.folders(cgroups.KEEPERS)]
+    assert one.of_keepers() == [path if path.endswith("cpuacct") else path + cgroups.KEEPERS for path in keepers], "each keeper has the processor as any process has"
+    assert cgroups.read(V2.format(top=tmp_path)).of_keepers() == [f"{tmp_path}{cgroups.KEEPERS}"], "there is one hierarchy"
     assert "memory" in cgroups.read(V1.replace("rw,memory", "rw,other")).lacks
     (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
     group = tmp_path / "g"
