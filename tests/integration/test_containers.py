@@ -303,6 +303,16 @@ def scheduled(process: int) -> tuple[int, int | None]:
     return os.getpriority(os.PRIO_PROCESS, process), int(found[1]) if found else None
 
 
+async def test_a_keeper_is_in_a_group_of_keepers_but_has_the_processor_as_any_process_has(driver: ContainerDriver) -> None:
+    groups = cgroups.read()
+    if "cpu" not in groups.mounts:
+        pytest.skip("control groups of version 2 have one tree for all")
+    key = await started(driver, "kept", "sleep 600")
+    found = {name: path for line in Path(f"/proc/{keeper_of(driver, key)}/cgroup").read_text().splitlines() for _, names, path in [line.split(":", 2)] for name in names.split(",")}
+    assert not found["cpu"].endswith(cgroups.KEEPERS) and found["memory"].endswith(cgroups.KEEPERS) and found["pids"].endswith(cgroups.KEEPERS)
+    await driver.delete(key)
+
+
 async def test_a_killed_keeper_is_told_and_nothing_is_left_of_its_container(driver: ContainerDriver) -> None:
     key = await started(driver, "orphan", "sleep 600")
     await is_gone(keeper_of(driver, key), signal.SIGKILL)

@@ -400,9 +400,9 @@ def _emptied(folder: Path) -> None:
 
 
 def one_tree(first: int, those: Mapping[int, Any]) -> None:
-    """Refuses where a process is in the container and does not descend from its first one: such a one (of `exec`) would not be in the state."""
+    """Refuses where a process is in the container and does not descend from its first one: such a one (of `exec`) would not be in the state. One of `those` that has ended since has no parent, and is in nobody's way."""
     for pid, one in those.items():
-        if pid != first and keeper_restore.parent(pid) not in those:
+        if pid != first and (above := keeper_restore.parent(pid)) and above not in those:
             raise Refused("resource.process", f"process {one['pid']} ({one['name']}) was put into the container from outside, by exec", "wait until that command has ended")
 
 
