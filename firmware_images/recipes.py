@@ -53,6 +53,7 @@ class Architecture:
     `firmware` is code and first variables, in flash; without variables it is a program that QEMU starts (U-Boot, which speaks EFI too).
     `fw_cfg`: QEMU hands credentials over there (7.2 does not for riscv64); else the boot partition has them, as for a real device.
     `least_mib`: MiB of memory below which its firmware does not start.
+    `emulated`: what a machine in QEMU adds to the kernel's command line; a real device does not have it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Architecture:
     debian_modules: bool = False
     fw_cfg: bool = True
     least_mib: int = 0
+    emulated: str = ""
 
     @property
     def loader(self) -> str:
@@ -80,12 +82,16 @@ def _manylinux(machine: str) -> tuple[str, ...]:
     return tuple(f"{tag}_{machine}" for tag in ("manylinux_2_34", "manylinux_2_31", "manylinux_2_28", "manylinux_2_17", "manylinux2014"))
 
 
+UNTIMED = "no_timer_check"
+"""A kernel of x86 looks for less than a tenth of a second whether its timer ticks, and panics where it does not (`IO-APIC + timer doesn't work!`). QEMU raises those ticks in another thread than the one that runs the guest:
+beside others they come late. Under KVM a kernel leaves that look out by itself; on a real board it finds wiring that is wrong, so it is not in the image."""
+
 ARCHITECTURES = {
     arch.name: arch
     for arch in (
         Architecture(
             "amd64", "trixie", "linux-image-amd64", (3, 13), _manylinux("x86_64"), "x64", "ttyS0,115200", "qemu-system-x86_64", ("-machine", "q35", "-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"),
-            ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"), "ovmf",
+            ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"), "ovmf", emulated=UNTIMED,
         ),
         Architecture(
             "arm64", "trixie", "linux-image-arm64", (3, 13), _manylinux("aarch64"), "aa64", "ttyAMA0", "qemu-system-aarch64", ("-machine", "virt", "-cpu", "cortex-a72"),

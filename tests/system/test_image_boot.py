@@ -10,7 +10,7 @@ import pytest
 from firmware_images.build import Built
 from firmware_images.data import take_out
 from tests.integration.waiting import until_sync
-from tests.system.image_device import API_PORT, BOOT_S, Device, image
+from tests.system.image_device import API_PORT, ARCH, BOOT_S, Device, image
 from tools.novactl.journal import check, show
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -53,6 +53,7 @@ def test_image_decides_offline_and_loses_nothing_by_a_power_cut(built: Built, tm
     assert {line.split(":")[-1] for line in listening if "/tcp" in line} == {f"{API_PORT:04X}"}, listening
     assert {line.split(":")[-1] for line in listening if "/udp" in line} <= {"0044", "0222"}, listening  # it asks for an address (DHCP)
     assert report[report.index("failed:") + 1 : report.index("slot:")] == []
+    assert ARCH.emulated in report[report.index("command line:") + 1]  # came by way of firmware and boot loader
     # The dead device's disk says the same.
     edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)

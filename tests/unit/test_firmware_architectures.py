@@ -22,6 +22,9 @@ def test_a_machine_starts_by_its_firmware_with_the_memory_that_this_wants(arch: 
     line = machine.command(arch, Path("disk"), Path("flash"), machine.Wiring(memory))
     assert line[0] == arch.qemu and line[line.index("-m") + 1] == f"{memory}M" and memory >= max(192, arch.least_mib)
     flash = [word for word in line if word.startswith("if=pflash")]
+    said = [word for word in line if word.startswith("type=11,")]
+    direct = machine.command(arch, Path("disk"), Path("flash"), machine.Wiring(memory, direct=(Path("linux"), Path("initrd"), "quiet")))
+    assert said == ([f"type=11,value=io.systemd.boot.kernel-cmdline-extra={arch.emulated}"] if arch.emulated else []) and direct[direct.index("-append") + 1] == f"quiet {arch.emulated}".rstrip()
     assert len(flash) == 2 if arch.firmware[1] else line[line.index("-kernel") + 1] == arch.firmware[0] and not flash
 
 
