@@ -37,7 +37,7 @@ UNWANTED_PREFIXES = (
     "/usr/share/doc", "/usr/share/man", "/usr/share/locale", "/usr/share/info", "/usr/share/lintian", "/usr/share/bash-completion", "/usr/share/zsh", "/usr/share/bug", "/usr/share/initramfs-tools", "/usr/share/pixmaps",
     "/usr/share/applications", "/usr/share/polkit-1", "/usr/share/dbus-1", "/usr/share/python3", "/usr/share/binfmts", "/usr/share/debconf", "/usr/share/menu", "/usr/share/mime", "/usr/share/icons", "/usr/share/gcc", "/usr/share/readline",
     "/usr/lib/udev/hwdb.d", "/usr/lib/systemd/catalog", "/usr/lib/systemd/boot", "/usr/lib/kernel", "/usr/lib/initcpio", "/usr/share/initramfs", "/usr/lib/dracut", "/etc/kernel", "/etc/init.d", "/etc/default", "/etc/cron", "/etc/logrotate.d", "/var",
-    "/etc/pam.d", "/etc/xdg", "/etc/X11", "/boot/System.map", "/boot/config", "/usr/lib/debug", "/usr/lib/valgrind", "/usr/share/zoneinfo/right", "/usr/share/zoneinfo/posix", "/usr/bin/perl",
+    "/etc/pam.d", "/etc/xdg", "/etc/X11", "/boot/System.map", "/usr/lib/debug", "/usr/lib/valgrind", "/usr/share/zoneinfo/right", "/usr/share/zoneinfo/posix", "/usr/bin/perl",
 )
 
 UNWANTED_PARTS = (
@@ -107,7 +107,10 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What an image is for: `packages` over the base, `kept` of those that are LEFT_OUT elsewhere, `wheels` from the lock, MiB of a root slot and of the data partition, MiB of memory that it is made for."""
+    """What an image is for: `packages` over the base, `kept` of those that are LEFT_OUT elsewhere, `wheels` from the lock, MiB of a root slot and of the data partition, MiB of memory that it is made for.
+
+    `kernel_modules`: what its kernel must have, built in or as a module; a build whose kernel lacks one is refused.
+    """
 
     name: str
     packages: tuple[str, ...] = ()
@@ -119,6 +122,7 @@ class Profile:
     agent_memory_mib: int = 96
     extra: frozenset[str] = field(default_factory=frozenset)
     kept: frozenset[str] = field(default_factory=frozenset)
+    kernel_modules: tuple[str, ...] = ()
 
 
 LEAN_WHEELS = (
@@ -137,9 +141,13 @@ PROFILES = {
         Profile(
             "host", packages=("runc", "criu", "iproute2", "nftables", "qemu-system-x86-headless"), wheels=LEAN_WHEELS, slot_mib=768, data_mib=2048, memory_mib=1024, all_modules=True, agent_memory_mib=512,
             extra=frozenset(("containers",)), kept=frozenset(("libgmp10",)),
+            kernel_modules=("nvmet", "rdma_rxe", "openvswitch", "overlay", "tun", "kvm", "veth"),
         ),
     )
 }
+
+HOST_OPTIONS = {"amd64": ("LIVEPATCH",)}
+"""Options that a kernel with `kernel_modules` must have been built with, by architecture: live patching is not in every one's."""
 
 QEMU_OF_HOST = {"amd64": "qemu-system-x86", "arm64": "qemu-system-arm", "riscv64": "qemu-system-riscv"}
 
@@ -173,7 +181,7 @@ def unwanted(path: str, chosen: Profile) -> bool:
     """Whether a file of a package stays out of the image."""
     if path.startswith(UNWANTED_PREFIXES) or any(part in path for part in UNWANTED_PARTS):
         return True
-    if path.startswith("/usr/lib/modules/") and path.split("/")[5:6] in (["dtb"], ["config"], ["System.map"]):
+    if path.startswith("/usr/lib/modules/") and path.split("/")[5:6] in (["dtb"], ["System.map"]):
         return True  # what describes a board comes from its firmware
     head, found, module = path.partition("/kernel/")
     if found and head.startswith(("/usr/lib/modules/", "/lib/modules/")) and ".ko" in module:

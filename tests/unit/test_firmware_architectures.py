@@ -47,8 +47,20 @@ def test_a_kernel_is_found_in_boot_or_beside_its_modules_and_only_one() -> None:
 
 def test_what_describes_boards_stays_out_and_their_drivers_do_not() -> None:
     device = recipes.profile("device")
-    assert all(recipes.unwanted(f"/usr/lib/modules/7.2/{name}", device) for name in ("dtb/sifive/a.dtb", "config", "System.map"))
+    assert all(recipes.unwanted(f"/usr/lib/modules/7.2/{name}", device) for name in ("dtb/sifive/a.dtb", "System.map"))
     assert not recipes.unwanted("/usr/lib/modules/7.2/vmlinuz", device) and not recipes.unwanted("/usr/lib/modules/7.2/modules.builtin", device)
+
+
+def test_a_kernel_that_lacks_what_a_profile_needs_is_noticed_and_how_it_was_made_stays_out() -> None:
+    for config in ("/boot/config-7.2", "/usr/lib/modules/7.2/config"):
+        tree = Tree()
+        tree.file("/usr/lib/modules/7.2/modules.dep", "kernel/drivers/nvme/target/nvmet.ko.xz: kernel/lib/a.ko.xz\n")
+        tree.file("/usr/lib/modules/7.2/modules.builtin", "kernel/drivers/net/tun.ko\n")
+        tree.file(config, "CONFIG_LIVEPATCH=y\n# CONFIG_OTHER is not set\n")
+        assert not initrd.lacking(tree, "7.2", ("nvmet", "tun"), ("LIVEPATCH",))
+        assert initrd.lacking(tree, "7.2", ("nvmet", "rdma_rxe"), ("LIVEPATCH", "OTHER")) == ["rdma_rxe", "CONFIG_OTHER"]
+        initrd.drop_kernel(tree)
+        assert config not in tree and "/usr/lib/modules/7.2/modules.dep" in tree
 
 
 @pytest.mark.parametrize("service", list(containers.SERVICES.values()), ids=lambda service: str(service.name))
