@@ -202,6 +202,7 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
                     _read(disk, partitions, recorded, entry.end, folder, all_cuts, where)
                 if number in booted and not lost and not options.control:
                     _boot(disk, built, recorded, folder, boots, where, verdict)
+                    note(options, f"booted {boots.cuts} of {len(booted)}: {where}; {dict(boots.started)}, bad {len(boots.bad)}")
         if len(all_cuts.bad) + len(boots.bad) > 50:
             break
         if all_cuts.cuts % 200 == 0:
