@@ -89,7 +89,7 @@ def as_from_a_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_image_that_is_booted_by_hand_with_a_hub_appears_there_and_ctrl_c_ends_it(built: Built, tmp_path: Path) -> None:
+def test_image_that_is_booted_by_hand_with_a_hub_appears_there_and_goes_with_its_command(built: Built, tmp_path: Path) -> None:
     """As a person does it: the command, a hub on this machine's loopback, no other configuration."""
     if not MOSQUITTO:
         pytest.skip("no mosquitto: apt install mosquitto")
@@ -102,8 +102,10 @@ def test_image_that_is_booted_by_hand_with_a_hub_appears_there_and_ctrl_c_ends_i
                 assert process.poll() is None, log.read_text()
                 edges = hub.get("/api/v1/edges")
                 assert [edge["edge"] for edge in edges] == [name] and "novacron: configuration taken over" in log.read_text()
-                os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the machine gets it too
+                os.killpg(process.pid, signal.SIGINT)  # Ctrl-C in a terminal: the machine gets it too
                 assert process.wait(60) == 130
+                with pytest.raises(ProcessLookupError):
+                    os.killpg(process.pid, 0)  # no machine is left
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
