@@ -2,7 +2,6 @@
 
 import argparse
 import secrets
-import signal
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,10 +97,6 @@ def hand_over(arch: Architecture, built: Built, disk: Path, found: Mapping[str, 
     return {}
 
 
-def _end(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: Callable[[str], None]) -> None:
     """Boot and show the console until the machine ends or Ctrl-C takes its power away. Raises FirmwareError."""
     memory = options.memory or recipes.memory_mib(arch, chosen)
@@ -127,7 +122,5 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
         accelerator = "tcg" if why else "kvm"
         say(f"emulated: {why}" if why else "with KVM")
     wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online or bool(options.hub), clock=options.clock, accelerator=accelerator)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # else the machine would run on without its console
-        signal.signal(number, _end)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
         machine.wait()

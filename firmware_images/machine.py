@@ -41,6 +41,9 @@ that hold code of the last run, which QEMU has translated and looks through at e
 BOOT_LOADER_TAKES = "io.systemd.boot.kernel-cmdline-extra="
 """What systemd-boot (256 or later) reads of the machine's own description (SMBIOS strings) and adds to the command line that stands in its entry."""
 
+AS_LONG_AS_WE = ("setpriv", "--pdeathsig", "KILL")
+"""Ends a machine with the thread that started it, also where that is killed: nobody would take its power away. Of util-linux, which every Debian has."""
+
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_=>78c])")
 """Terminal sequences; a guest's console must not move the cursor of ours."""
 
@@ -159,7 +162,7 @@ class Machine:
         self._news = threading.Condition()
         self._ended = False
         self.started_s = time.monotonic()
-        self._line = [tools.find(line[0]) or line[0], *line[1:]]
+        self._line = [*AS_LONG_AS_WE, tools.find(line[0]) or line[0], *line[1:]]
         self._off = False
         self.process = self._start()
         self._reader = threading.Thread(target=self._read, daemon=True)

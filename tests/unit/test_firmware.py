@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import random
 import re
+import select
 import shutil
 import subprocess
+import sys
 import tarfile
 import uuid
 from pathlib import Path
@@ -348,6 +351,17 @@ def test_a_machine_whose_power_is_cut_does_not_start_again(tmp_path: Path) -> No
         machine.wait_for("up", 30)
         assert not machine.ended
     assert machine.ended and count.read_text() == "\n"
+
+
+def test_a_machine_whose_command_is_killed_is_killed_too() -> None:
+    program = "from firmware_images.machine import Machine\nmachine = Machine(['sh', '-c', 'echo up; exec sleep 600'])\nmachine.wait_for('up', 60)\nprint(machine.process.pid, flush=True)\nmachine.wait()\n"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        machine = os.pidfd_open(int(parent.stdout.readline()))
+        assert not select.select([machine], [], [], 0)[0]  # it runs
+        parent.kill()
+        assert select.select([machine], [], [], 60)[0]
+    os.close(machine)
 
 
 def test_an_emulated_machine_is_started_afresh_but_not_where_its_writes_are_logged_or_by_kvm() -> None:
