@@ -2,6 +2,7 @@
 
 import argparse
 import secrets
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from . import configuration, recipes, tools
 from .build import Built, finished, output
 from .contents import ESP_NAME
 from .errors import FirmwareError
-from .machine import Machine, Wiring, command, free_port, kvm_boots, prepare
+from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare
 from .recipes import Architecture, Profile
 
 API_PORT = 8470
@@ -17,15 +18,50 @@ API_PORT = 8470
 
 MEMORY_LEAST_MIB, MEMORY_MOST_MIB = 128, 1 << 20
 
-ALONE = """edge_id: {name}
-uplink: {{enabled: false}}
+PLAIN = """edge_id: {name}
+uplink: {uplink}
 api: {{host: 0.0.0.0, token_file: /var/lib/novacron/config/api.token}}
 decisions:
   rules:
     - {{id: awake, "on": {{device: host, metric: uptime_seconds}}, if: {{value: uptime_seconds, op: ">", than: 0}}, trigger: each,
        then: [{{alert: {{severity: info, text: "up for {{uptime_seconds}} s"}}}}]}}
 """
-"""What a device gets that is booted without a configuration: it works alone, decides at each look at itself, and asks for a token."""
+"""What a device gets that is booted without a configuration: it decides at each look at itself, and asks for a token."""
+
+ALONE = "{enabled: false}"
+"""Its uplink where it is given no hub: it works alone."""
+
+GIVEN = "edge.yaml"
+"""File of a machine's folder: the configuration that it got for its first boot, the only one that a device takes over."""
+
+
+def plain(name: str, hub: str = "") -> str:
+    """The configuration of a device that is given none; `hub` is the address of a hub's broker, one on this machine's loopback as the guest sees it. Raises FirmwareError."""
+    if not hub:
+        return PLAIN.format(name=name, uplink=ALONE)
+    parts = urllib.parse.urlsplit(hub)
+    try:
+        usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and not set(hub) & set(" \"{}") and (parts.port or True)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise FirmwareError("hub", f"{hub!r} is no address of a broker", "give mqtt://HOST:PORT, as the hub's start prints it")
+    host = parts.hostname or ""
+    if host.startswith(configuration.LOOPBACK) or host == "::1":
+        before, at, _ = parts.netloc.rpartition("@")
+        hub = parts._replace(netloc=f"{before}{at}{HERE}{f':{parts.port}' if parts.port else ''}").geturl()
+    return PLAIN.format(name=name, uplink=f'{{url: "{hub}"}}')
+
+
+def settle(state: Path, text: str) -> Path:
+    """The file of a machine's configuration. Raises FirmwareError where the machine has been booted with another one, which it keeps."""
+    kept = state / GIVEN
+    if (state / "disk.img").exists() and kept.exists() and kept.read_text() != text:
+        raise FirmwareError("config", f"the machine in {state} has been started with another one, which it keeps", f"give another folder with --state, or remove {state}")
+    state.mkdir(parents=True, exist_ok=True)
+    kept.touch(0o600)  # it may have a password
+    kept.write_text(text)
+    return kept
 
 
 def credentials(state: Path, config: Path | None, more: list[str], report: bool, name: str) -> tuple[dict[str, Path], str]:
@@ -42,8 +78,8 @@ def credentials(state: Path, config: Path | None, more: list[str], report: bool,
         token_file.write_text(secrets.token_hex(16))
     found.setdefault("novacron.api.token", token_file.resolve())
     if config is None:
-        config = state / "edge.yaml"
-        config.write_text(ALONE.format(name=name))
+        config = state / GIVEN
+        config.write_text(plain(name))
     found["novacron.edge.yaml"] = config.resolve()
     if report:
         (state / "report").write_text("1")
@@ -66,12 +102,18 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
     memory = options.memory or recipes.memory_mib(arch, chosen)
     if not MEMORY_LEAST_MIB <= memory <= MEMORY_MOST_MIB:
         raise FirmwareError("memory", f"{memory} MiB", f"give {MEMORY_LEAST_MIB} to {MEMORY_MOST_MIB}")
+    name = f"{chosen.name}-{arch.name}"
     if options.config is not None:
+        if options.hub:
+            raise FirmwareError("hub", "--hub and --config are both given", "write the hub's broker into the configuration (uplink.url), or leave --config out")
         configuration.check(options.config, "broker" in chosen.extra)
+    text = plain(name, options.hub) if options.config is None else options.config.read_text()
     built = finished(options.home, arch, chosen)
     state = options.state or output(options.home, arch, chosen) / "machine"
+    given = settle(state, text)
+    configuration.check(given, "broker" in chosen.extra)
     disk, flash = prepare(arch, built.image, state)
-    handed, token = credentials(state, options.config, options.credential, options.report, f"{chosen.name}-{arch.name}")
+    handed, token = credentials(state, given, options.credential, options.report, name)
     port = options.port or free_port()
     say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://127.0.0.1:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
     accelerator = options.accel
@@ -79,6 +121,6 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
         why = kvm_boots(arch, built.image.with_name("linux"), built.image.with_name("initrd"))
         accelerator = "tcg" if why else "kvm"
         say(f"emulated: {why}" if why else "with KVM")
-    wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online, clock=options.clock, accelerator=accelerator)
+    wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online or bool(options.hub), clock=options.clock, accelerator=accelerator)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
         machine.wait()

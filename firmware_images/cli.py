@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     oci.add_argument("--service", default="all", help="edge, hub (both)")
     oci.add_argument("--mode", default="production", help="production, development (production)")
     boot.add_argument("--config", type=Path, help="configuration for the first boot (a small one that shows the device by itself)")
+    boot.add_argument("--hub", default="", metavar="URL", help="broker of a hub, such as mqtt://127.0.0.1:1883 (make run prints its own): the small configuration with this hub; the device reaches the network")
     boot.add_argument("--credential", action="append", default=[], metavar="NAME=FILE", help="one more credential, such as novacron.ca.pem=ca.pem")
     boot.add_argument("--state", type=Path, help="folder of the machine's own disk; where there is one, the machine goes on from it (HOME/ARCH-PROFILE/machine)")
     boot.add_argument("--memory", type=int, help="MiB (what the profile is made for)")

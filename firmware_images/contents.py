@@ -186,6 +186,8 @@ echo "slot:"
 busybox grep -o 'novacron.slot=[^ ]*' /proc/cmdline
 echo "root:"
 busybox grep ' / ' /proc/mounts
+echo "command line:"
+busybox cat /proc/cmdline
 echo "=== end of report"
 """
 

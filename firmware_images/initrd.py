@@ -148,6 +148,18 @@ def kernel_of(tree: Tree) -> tuple[str, Entry]:
     return found[0]
 
 
+_OPTIONS = re.compile(r"/boot/config-.+|/usr/lib/modules/[^/]+/config")
+
+
+def lacking(tree: Tree, version: str, modules: Iterable[str], options: Iterable[str]) -> list[str]:
+    """Those of the modules (by name) and options (without CONFIG_) that the tree's kernel, whose modules are indexed, does not have."""
+    folder = f"/usr/lib/modules/{version}"
+    dependencies, built_in = tree[f"{folder}/modules.dep"].data.decode(), tree[f"{folder}/modules.builtin"].data.decode()
+    has = {module_name(path) for path in (*parse_dependencies(dependencies), *built_in.splitlines())}
+    chosen = {line for path, entry in tree.items() if _OPTIONS.fullmatch(path) and entry.kind == "file" for line in entry.data.decode().splitlines()}
+    return [*(name for name in modules if name not in has), *(f"CONFIG_{name}" for name in options if f"CONFIG_{name}=y" not in chosen)]
+
+
 def drop_kernel(tree: Tree) -> None:
-    """Take the kernel out of the root: it is in the boot partition."""
-    tree.drop(lambda path: path.startswith("/boot/") or _KERNELS.fullmatch(path) is not None)
+    """Take the kernel out of the root, and how it was made: it is in the boot partition."""
+    tree.drop(lambda path: path.startswith("/boot/") or _KERNELS.fullmatch(path) is not None or _OPTIONS.fullmatch(path) is not None)

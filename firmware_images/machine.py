@@ -28,12 +28,21 @@ CONSOLE_LINES_MAX = 20_000
 LINE_MAX_BYTES = 4096
 """A longer line is cut: a guest may write anything."""
 
+HERE = "10.0.2.2"
+"""This machine's loopback, as a guest of QEMU's own network sees it."""
+
 CORES = 1
 """QEMU 7.2 emulating several processors in threads lets one see another's half-written kernel text (`Oops: int3` in `sched_clock_cpu`, seen here): one it is."""
 
 COLD = "reboot=shutdown"
 """QEMU ends where the guest would start again, and we start it anew. Emulated, a warm start costs three times as much of the processor (13 s and 4 s until the boot loader, with QEMU 7.2): what the firmware writes falls on pages
 that hold code of the last run, which QEMU has translated and looks through at each write."""
+
+BOOT_LOADER_TAKES = "io.systemd.boot.kernel-cmdline-extra="
+"""What systemd-boot (256 or later) reads of the machine's own description (SMBIOS strings) and adds to the command line that stands in its entry."""
+
+AS_LONG_AS_WE = ("setpriv", "--pdeathsig", "KILL")
+"""Ends a machine with the thread that started it, also where that is killed: nobody would take its power away. Of util-linux, which every Debian has."""
 
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_=>78c])")
 """Terminal sequences; a guest's console must not move the cursor of ours."""
@@ -78,7 +87,9 @@ def command(arch: Architecture, disk: Path, flash: Path, wiring: Wiring) -> list
         words += ["-fw_cfg", f"name=opt/io.systemd.credentials/{name},file={path}"]
     if wiring.direct:
         kernel, early, line = wiring.direct
-        return [*words, "-kernel", str(kernel), "-initrd", str(early), "-append", line]
+        return [*words, "-kernel", str(kernel), "-initrd", str(early), "-append", f"{line} {arch.emulated}".rstrip()]
+    if arch.emulated:
+        words += ["-smbios", f"type=11,value={BOOT_LOADER_TAKES}{arch.emulated}"]
     if not arch.firmware[1]:
         return [*words, "-kernel", arch.firmware[0]]
     return [*words, "-drive", f"if=pflash,unit=0,readonly=on,format=raw,file={arch.firmware[0]}", "-drive", f"if=pflash,unit=1,format=raw,file={flash}"]
@@ -95,7 +106,7 @@ INITRD_SPEAKS = "novacron: the command line names no slot"
 
 def comes_up(arch: Architecture, kernel: Path, early: Path, accelerator: str) -> bool:
     """Whether a kernel of ours reaches its initrd."""
-    line = f"console={arch.console} panic=-1"
+    line = f"console={arch.console} panic=-1 {arch.emulated}".rstrip()
     with Machine([arch.qemu, *arch.machine, "-accel", accelerator, "-m", f"{PROBE_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(early), "-append", line]) as machine:
         try:
             machine.wait_for(re.escape(INITRD_SPEAKS), PROBE_S)
@@ -151,7 +162,7 @@ class Machine:
         self._news = threading.Condition()
         self._ended = False
         self.started_s = time.monotonic()
-        self._line = [tools.find(line[0]) or line[0], *line[1:]]
+        self._line = [*AS_LONG_AS_WE, tools.find(line[0]) or line[0], *line[1:]]
         self._off = False
         self.process = self._start()
         self._reader = threading.Thread(target=self._read, daemon=True)

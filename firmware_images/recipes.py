@@ -37,7 +37,7 @@ UNWANTED_PREFIXES = (
     "/usr/share/doc", "/usr/share/man", "/usr/share/locale", "/usr/share/info", "/usr/share/lintian", "/usr/share/bash-completion", "/usr/share/zsh", "/usr/share/bug", "/usr/share/initramfs-tools", "/usr/share/pixmaps",
     "/usr/share/applications", "/usr/share/polkit-1", "/usr/share/dbus-1", "/usr/share/python3", "/usr/share/binfmts", "/usr/share/debconf", "/usr/share/menu", "/usr/share/mime", "/usr/share/icons", "/usr/share/gcc", "/usr/share/readline",
     "/usr/lib/udev/hwdb.d", "/usr/lib/systemd/catalog", "/usr/lib/systemd/boot", "/usr/lib/kernel", "/usr/lib/initcpio", "/usr/share/initramfs", "/usr/lib/dracut", "/etc/kernel", "/etc/init.d", "/etc/default", "/etc/cron", "/etc/logrotate.d", "/var",
-    "/etc/pam.d", "/etc/xdg", "/etc/X11", "/boot/System.map", "/boot/config", "/usr/lib/debug", "/usr/lib/valgrind", "/usr/share/zoneinfo/right", "/usr/share/zoneinfo/posix", "/usr/bin/perl",
+    "/etc/pam.d", "/etc/xdg", "/etc/X11", "/boot/System.map", "/usr/lib/debug", "/usr/lib/valgrind", "/usr/share/zoneinfo/right", "/usr/share/zoneinfo/posix", "/usr/bin/perl",
 )
 
 UNWANTED_PARTS = (
@@ -53,6 +53,7 @@ class Architecture:
     `firmware` is code and first variables, in flash; without variables it is a program that QEMU starts (U-Boot, which speaks EFI too).
     `fw_cfg`: QEMU hands credentials over there (7.2 does not for riscv64); else the boot partition has them, as for a real device.
     `least_mib`: MiB of memory below which its firmware does not start.
+    `emulated`: what a machine in QEMU adds to the kernel's command line; a real device does not have it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Architecture:
     debian_modules: bool = False
     fw_cfg: bool = True
     least_mib: int = 0
+    emulated: str = ""
 
     @property
     def loader(self) -> str:
@@ -80,12 +82,16 @@ def _manylinux(machine: str) -> tuple[str, ...]:
     return tuple(f"{tag}_{machine}" for tag in ("manylinux_2_34", "manylinux_2_31", "manylinux_2_28", "manylinux_2_17", "manylinux2014"))
 
 
+UNTIMED = "no_timer_check"
+"""A kernel of x86 looks for less than a tenth of a second whether its timer ticks, and panics where it does not (`IO-APIC + timer doesn't work!`). QEMU raises those ticks in another thread than the one that runs the guest:
+beside others they come late. Under KVM a kernel leaves that look out by itself; on a real board it finds wiring that is wrong, so it is not in the image."""
+
 ARCHITECTURES = {
     arch.name: arch
     for arch in (
         Architecture(
             "amd64", "trixie", "linux-image-amd64", (3, 13), _manylinux("x86_64"), "x64", "ttyS0,115200", "qemu-system-x86_64", ("-machine", "q35", "-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"),
-            ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"), "ovmf",
+            ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"), "ovmf", emulated=UNTIMED,
         ),
         Architecture(
             "arm64", "trixie", "linux-image-arm64", (3, 13), _manylinux("aarch64"), "aa64", "ttyAMA0", "qemu-system-aarch64", ("-machine", "virt", "-cpu", "cortex-a72"),
@@ -101,7 +107,10 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What an image is for: `packages` over the base, `kept` of those that are LEFT_OUT elsewhere, `wheels` from the lock, MiB of a root slot and of the data partition, MiB of memory that it is made for."""
+    """What an image is for: `packages` over the base, `kept` of those that are LEFT_OUT elsewhere, `wheels` from the lock, MiB of a root slot and of the data partition, MiB of memory that it is made for.
+
+    `kernel_modules`: what its kernel must have, built in or as a module; a build whose kernel lacks one is refused.
+    """
 
     name: str
     packages: tuple[str, ...] = ()
@@ -113,6 +122,7 @@ class Profile:
     agent_memory_mib: int = 96
     extra: frozenset[str] = field(default_factory=frozenset)
     kept: frozenset[str] = field(default_factory=frozenset)
+    kernel_modules: tuple[str, ...] = ()
 
 
 LEAN_WHEELS = (
@@ -131,9 +141,13 @@ PROFILES = {
         Profile(
             "host", packages=("runc", "criu", "iproute2", "nftables", "qemu-system-x86-headless"), wheels=LEAN_WHEELS, slot_mib=768, data_mib=2048, memory_mib=1024, all_modules=True, agent_memory_mib=512,
             extra=frozenset(("containers",)), kept=frozenset(("libgmp10",)),
+            kernel_modules=("nvmet", "rdma_rxe", "openvswitch", "overlay", "tun", "kvm", "veth"),
         ),
     )
 }
+
+HOST_OPTIONS = {"amd64": ("LIVEPATCH",)}
+"""Options that a kernel with `kernel_modules` must have been built with, by architecture: live patching is not in every one's."""
 
 QEMU_OF_HOST = {"amd64": "qemu-system-x86", "arm64": "qemu-system-arm", "riscv64": "qemu-system-riscv"}
 
@@ -167,7 +181,7 @@ def unwanted(path: str, chosen: Profile) -> bool:
     """Whether a file of a package stays out of the image."""
     if path.startswith(UNWANTED_PREFIXES) or any(part in path for part in UNWANTED_PARTS):
         return True
-    if path.startswith("/usr/lib/modules/") and path.split("/")[5:6] in (["dtb"], ["config"], ["System.map"]):
+    if path.startswith("/usr/lib/modules/") and path.split("/")[5:6] in (["dtb"], ["System.map"]):
         return True  # what describes a board comes from its firmware
     head, found, module = path.partition("/kernel/")
     if found and head.startswith(("/usr/lib/modules/", "/lib/modules/")) and ".ko" in module:

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import initrd, tools
+from . import initrd, recipes, tools
 from .contents import add
 from .errors import FirmwareError
 from .packages import Package
@@ -166,7 +166,10 @@ def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, res
     try:
         if lacking := initrd.missing_libraries(tree):
             raise FirmwareError("packages", "; ".join(lacking[:10]), "take the package that has it out of LEFT_OUT, or leave out the file that needs it")
-        index_modules(tree, initrd.kernel_of(tree)[0])
+        kernel = initrd.kernel_of(tree)[0]
+        index_modules(tree, kernel)
+        if chosen.kernel_modules and (lacking := initrd.lacking(tree, kernel, chosen.kernel_modules, recipes.HOST_OPTIONS.get(arch.name, ()))):
+            raise FirmwareError("profile", f"the kernel {kernel} of {arch.name} lacks {', '.join(lacking)}, which {chosen.name} needs", "take another kernel, or another profile")
     except ValueError as error:
         raise FirmwareError("packages", str(error), "see the recipe") from None
     compile_python(tree, interpreter, arch.python)

@@ -69,13 +69,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Whole and on the disk, or not there: under another name first."""
+    """Whole and on the disk, or not there: under another name first.
+
+    On FAT a file's size and first cluster stand beside its name. Linux writes a new name with neither, and the two go to the disk with the file, not with its folder: without the second fsync a cut leaves the name with an empty file
+    (found so on a boot loader's entry, which was passed over). The file goes first: its size is then in the same write as its name.
+    """
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, path)
+        os.replace(new, path)
+        os.fsync(file.fileno())
     _sync_folder(path.parent)
 
 

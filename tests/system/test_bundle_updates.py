@@ -17,7 +17,7 @@ from edge_runtime.updates.install import SYNC_BYTES
 from firmware_images import bundles
 from firmware_images.build import Built, output
 from firmware_images.data import take_out
-from firmware_images.machine import Machine
+from firmware_images.machine import HERE, Machine
 from tests.integration.waiting import until_sync
 from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image
 from tools.novactl.journal import check, show
@@ -28,9 +28,6 @@ KEY = HOME / "keys" / "update.key"
 
 UPDATE_S = 1800
 """Longest wait for an update: two boots and the writing of a slot, all emulated."""
-
-HOST = "10.0.2.2"
-"""This machine as a guest of QEMU's user network sees it."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +76,7 @@ class Server:
     def url(self, name: str, data: bytes) -> str:
         """Serve it; its address for the guest."""
         self.bundles[name] = data
-        return f"http://{HOST}:{self._server.server_address[1]}/{name}"
+        return f"http://{HERE}:{self._server.server_address[1]}/{name}"
 
     def stop(self) -> None:
         """No more answers."""

@@ -18,7 +18,7 @@ from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, build, finished
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
-from firmware_images.machine import Machine, Wiring, comes_up, command, free_port, prepare
+from firmware_images.machine import HERE, Machine, Wiring, comes_up, command, free_port, prepare
 from tests.integration.edges import MOSQUITTO
 from tests.integration.waiting import until_sync
 from tests.system.image_device import told_to
@@ -32,9 +32,6 @@ BOOT_S = 1800
 """Longest wait for a boot: 30 s on an idle core (riscv64 a minute and a half), many times that where others want it too."""
 
 NAME = "image-test"
-
-HERE = "10.0.2.2"
-"""This machine, as QEMU's own network shows it to the guest."""
 
 CONFIG = """edge_id: {name}
 uplink: {{url: "mqtt://{here}:{port}", backoff_cap: 5s}}
@@ -180,6 +177,7 @@ def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str,
     assert {line.split(":")[-1] for line in listening if "/tcp" in line} == {f"{API_PORT:04X}"}, listening
     assert {line.split(":")[-1] for line in listening if "/udp" in line} <= {"0044", "0222"}, listening  # it asks for an address (DHCP)
     assert report[report.index("failed:") + 1 : report.index("slot:")] == []
+    assert device.arch.emulated in report[report.index("command line:") + 1]  # came by way of firmware and boot loader
     # The dead device's disk says the same, and has all that the hub was told.
     edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)

@@ -1,7 +1,11 @@
 """An image that boots: without network and clock, decides, keeps its records through a power cut; and one whose root was tampered with, which does not."""
 
+import contextlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,11 @@ import pytest
 
 from firmware_images.build import Built
 from firmware_images.data import take_out
+from tests.integration.edges import MOSQUITTO
 from tests.integration.waiting import until_sync
-from tests.system.image_device import API_PORT, BOOT_S, Device, image
+from tests.system.image_device import API_PORT, ARCH, BOOT_S, HOME, PROFILE, Device, image
+from tools.bench.harness import ROOT, die_with_parent
+from tools.bench.image_inside import HubProcess
 from tools.novactl.journal import check, show
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -53,6 +60,7 @@ def test_image_decides_offline_and_loses_nothing_by_a_power_cut(built: Built, tm
     assert {line.split(":")[-1] for line in listening if "/tcp" in line} == {f"{API_PORT:04X}"}, listening
     assert {line.split(":")[-1] for line in listening if "/udp" in line} <= {"0044", "0222"}, listening  # it asks for an address (DHCP)
     assert report[report.index("failed:") + 1 : report.index("slot:")] == []
+    assert ARCH.emulated in report[report.index("command line:") + 1]  # came by way of firmware and boot loader
     # The dead device's disk says the same.
     edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)
@@ -73,6 +81,34 @@ def test_image_with_a_tampered_root_does_not_start(built: Built, tmp_path: Path)
     with device.on() as machine:
         machine.wait_for("device-mapper: verity|dm-verity device has corrupted|Kernel panic", BOOT_S)
         assert not any("NovaCron edge agent" in text for _, text in machine.lines), machine.tail()
+
+
+def as_from_a_terminal() -> None:
+    """In the child: what was started in the background of a shell ignores Ctrl-C, and its children do too."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_image_that_is_booted_by_hand_with_a_hub_appears_there_and_goes_with_its_command(built: Built, tmp_path: Path) -> None:
+    """As a person does it: the command, a hub on this machine's loopback, no other configuration."""
+    if not MOSQUITTO:
+        pytest.skip("no mosquitto: apt install mosquitto")
+    name, log = f"{PROFILE.name}-{ARCH.name}", tmp_path / "console.log"
+    with HubProcess(tmp_path) as hub, log.open("wb") as told:
+        line = [sys.executable, "-m", "firmware_images", "boot", "--home", str(HOME), "--state", str(tmp_path / "machine"), "--hub", f"mqtt://127.0.0.1:{hub.broker_port}"]
+        with subprocess.Popen(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=told, stderr=told, preexec_fn=as_from_a_terminal, start_new_session=True) as process:
+            try:
+                until_sync(lambda: process.poll() is not None or hub.decisions(name), BOOT_S, "a decision at the hub")
+                assert process.poll() is None, log.read_text()
+                edges = hub.get("/api/v1/edges")
+                assert [edge["edge"] for edge in edges] == [name] and "novacron: configuration taken over" in log.read_text()
+                os.killpg(process.pid, signal.SIGINT)  # Ctrl-C in a terminal: the machine gets it too
+                assert process.wait(60) == 130
+                with pytest.raises(ProcessLookupError):
+                    os.killpg(process.pid, 0)  # no machine is left
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_image_says_what_is_wrong_with_a_configuration_and_waits(built: Built, tmp_path: Path) -> None:

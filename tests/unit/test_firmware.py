@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import random
 import re
+import select
 import shutil
 import subprocess
+import sys
 import tarfile
 import uuid
 from pathlib import Path
@@ -16,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.updates.verity import BLOCK, hash_tree
-from firmware_images import build, cli, configuration, contents, elf, gpt, initrd, packages, recipes, sbom, tools
+from firmware_images import boot, build, cli, configuration, contents, elf, gpt, initrd, packages, recipes, sbom, tools
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import COLD, Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
@@ -297,6 +300,34 @@ def test_a_configuration_that_leaves_a_device_out_of_reach_is_refused(tmp_path: 
         configuration.check(path)
 
 
+@pytest.mark.parametrize(("hub", "url"), [
+    ("mqtt://127.0.0.1:1883", "mqtt://10.0.2.2:1883"), ("mqtt://localhost", "mqtt://10.0.2.2"), ("mqtts://[::1]:8883", "mqtts://10.0.2.2:8883"), ("mqtt://a:b@127.0.0.1:1883", "mqtt://a:b@10.0.2.2:1883"), ("mqtt://hub:1883", "mqtt://hub:1883"),
+])
+def test_a_device_that_is_given_a_hub_alone_finds_it_also_on_this_machine(tmp_path: Path, hub: str, url: str) -> None:
+    (tmp_path / "edge.yaml").write_text(boot.plain("device-amd64", hub))
+    config = configuration.check(tmp_path / "edge.yaml")
+    assert config.uplink.enabled and config.uplink.url == url and config.edge_id == "device-amd64"
+    (tmp_path / "edge.yaml").write_text(boot.plain("device-amd64"))
+    assert not configuration.check(tmp_path / "edge.yaml").uplink.enabled
+
+
+@pytest.mark.parametrize("hub", ["127.0.0.1:1883", "http://hub:8460", "mqtt://", "mqtt://hub:port", "mqtt://hub:99999", 'mqtt://hub"}'])
+def test_what_is_no_address_of_a_hub_is_refused(hub: str) -> None:
+    with pytest.raises(FirmwareError, match="no address of a broker"):
+        boot.plain("device-amd64", hub)
+
+
+def test_a_machine_that_has_taken_a_configuration_over_is_not_given_another(tmp_path: Path) -> None:
+    state = tmp_path / "machine"
+    boot.settle(state, "edge_id: a\n")
+    assert boot.settle(state, "edge_id: b\n").read_text() == "edge_id: b\n"  # it has not been started yet
+    (state / "disk.img").touch()
+    boot.settle(state, "edge_id: b\n")
+    with pytest.raises(FirmwareError, match="started with another one"):
+        boot.settle(state, "edge_id: a\n")
+    assert (state / boot.GIVEN).read_text() == "edge_id: b\n"
+
+
 # -- machines --------------------------------------------------------------------------------------------------------------------
 
 def test_a_machine_is_offline_and_emulated_unless_told_otherwise() -> None:
@@ -320,6 +351,17 @@ def test_a_machine_whose_power_is_cut_does_not_start_again(tmp_path: Path) -> No
         machine.wait_for("up", 30)
         assert not machine.ended
     assert machine.ended and count.read_text() == "\n"
+
+
+def test_a_machine_whose_command_is_killed_is_killed_too() -> None:
+    program = "from firmware_images.machine import Machine\nmachine = Machine(['sh', '-c', 'echo up; exec sleep 600'])\nmachine.wait_for('up', 60)\nprint(machine.process.pid, flush=True)\nmachine.wait()\n"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        machine = os.pidfd_open(int(parent.stdout.readline()))
+        assert not select.select([machine], [], [], 0)[0]  # it runs
+        parent.kill()
+        assert select.select([machine], [], [], 60)[0]
+    os.close(machine)
 
 
 def test_an_emulated_machine_is_started_afresh_but_not_where_its_writes_are_logged_or_by_kvm() -> None:

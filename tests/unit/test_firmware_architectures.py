@@ -22,6 +22,9 @@ def test_a_machine_starts_by_its_firmware_with_the_memory_that_this_wants(arch: 
     line = machine.command(arch, Path("disk"), Path("flash"), machine.Wiring(memory))
     assert line[0] == arch.qemu and line[line.index("-m") + 1] == f"{memory}M" and memory >= max(192, arch.least_mib)
     flash = [word for word in line if word.startswith("if=pflash")]
+    said = [word for word in line if word.startswith("type=11,")]
+    direct = machine.command(arch, Path("disk"), Path("flash"), machine.Wiring(memory, direct=(Path("linux"), Path("initrd"), "quiet")))
+    assert said == ([f"type=11,value=io.systemd.boot.kernel-cmdline-extra={arch.emulated}"] if arch.emulated else []) and direct[direct.index("-append") + 1] == f"quiet {arch.emulated}".rstrip()
     assert len(flash) == 2 if arch.firmware[1] else line[line.index("-kernel") + 1] == arch.firmware[0] and not flash
 
 
@@ -44,8 +47,20 @@ def test_a_kernel_is_found_in_boot_or_beside_its_modules_and_only_one() -> None:
 
 def test_what_describes_boards_stays_out_and_their_drivers_do_not() -> None:
     device = recipes.profile("device")
-    assert all(recipes.unwanted(f"/usr/lib/modules/7.2/{name}", device) for name in ("dtb/sifive/a.dtb", "config", "System.map"))
+    assert all(recipes.unwanted(f"/usr/lib/modules/7.2/{name}", device) for name in ("dtb/sifive/a.dtb", "System.map"))
     assert not recipes.unwanted("/usr/lib/modules/7.2/vmlinuz", device) and not recipes.unwanted("/usr/lib/modules/7.2/modules.builtin", device)
+
+
+def test_a_kernel_that_lacks_what_a_profile_needs_is_noticed_and_how_it_was_made_stays_out() -> None:
+    for config in ("/boot/config-7.2", "/usr/lib/modules/7.2/config"):
+        tree = Tree()
+        tree.file("/usr/lib/modules/7.2/modules.dep", "kernel/drivers/nvme/target/nvmet.ko.xz: kernel/lib/a.ko.xz\n")
+        tree.file("/usr/lib/modules/7.2/modules.builtin", "kernel/drivers/net/tun.ko\n")
+        tree.file(config, "CONFIG_LIVEPATCH=y\n# CONFIG_OTHER is not set\n")
+        assert not initrd.lacking(tree, "7.2", ("nvmet", "tun"), ("LIVEPATCH",))
+        assert initrd.lacking(tree, "7.2", ("nvmet", "rdma_rxe"), ("LIVEPATCH", "OTHER")) == ["rdma_rxe", "CONFIG_OTHER"]
+        initrd.drop_kernel(tree)
+        assert config not in tree and "/usr/lib/modules/7.2/modules.dep" in tree
 
 
 @pytest.mark.parametrize("service", list(containers.SERVICES.values()), ids=lambda service: str(service.name))

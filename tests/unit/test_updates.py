@@ -25,7 +25,7 @@ from edge_runtime.updates import bundle, signature, slots
 from edge_runtime.updates import duty as duty_module
 from edge_runtime.updates.bundle import Refused, Running, check_for, open_manifest, parse_head, parse_manifest
 from edge_runtime.updates.duty import SETTLED_LOOKS, UpdateDuty
-from edge_runtime.updates.install import read_document, write_document
+from edge_runtime.updates.install import read_document, write_document, write_file
 from edge_runtime.updates.source import FileSource, Interrupted, WebSource
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import bundles, tools
@@ -457,6 +457,17 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, where there is one: thousands of renames wait for a disk each."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
         yield Path(folder)
+
+
+def test_a_file_is_written_once_more_when_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On FAT the name that a folder's fsync brings to the disk has neither size nor place; the file's own brings them."""
+    done: list[int | str] = []
+    sync, name = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (name(old, new), done.append("named")))
+    write_file(tmp_path / "entry", b"options")
+    file = (tmp_path / "entry").stat().st_ino
+    assert done == [file, "named", file, tmp_path.stat().st_ino]
 
 
 def test_cut_at_every_step_it_starts_one_of_the_two_and_can_go_on(in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,16 +25,13 @@ from firmware_images import recipes
 from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, build, finished
 from firmware_images.errors import FirmwareError
-from firmware_images.machine import Machine, Wiring, command, prepare
+from firmware_images.machine import HERE, Machine, Wiring, command, prepare
 
 from .agent import COMMAND_TOPIC, RULE, TELEMETRY_TOPIC, number_of, payload
 from .harness import ROOT, arguments, die_with_parent, free_port, machine, note, private_mosquitto, report, spread, stop
 from .mqtt_load import Load, null_load
 
 EDGE = "bench-edge"
-
-HERE = "10.0.2.2"
-"""This machine, as QEMU's own network shows it to the guest."""
 
 RATE = 4.0
 """Readings per second: an emulated processor that others use too takes some tens of milliseconds for one decision with a model."""

@@ -34,7 +34,7 @@ from firmware_images.build import Built, build, finished
 from firmware_images.contents import DATA_NAME, ESP_NAME
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
-from firmware_images.machine import Machine, Wiring, command, free_port, prepare
+from firmware_images.machine import HERE, Machine, Wiring, command, free_port, prepare
 from tools.novactl.client import CommandError
 from tools.novactl.journal import check
 from tools.powercut.machine_log import Replay, write_sparse
@@ -53,9 +53,6 @@ DISKS_READ, DISKS_BOOTED = 20, 20
 
 UPDATE_S, BOOT_S = 3600, 1200
 """Longest waits for a whole update and for one boot, emulated on a machine that others use too."""
-
-HOST = "10.0.2.2"
-"""This machine, as a guest of QEMU's user network sees it."""
 
 VARIANT = "next"
 
@@ -126,7 +123,7 @@ class Bundle:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://{HOST}:{self._server.server_address[1]}/bundle"
+        self.url = f"http://{HERE}:{self._server.server_address[1]}/bundle"
 
     def stop(self) -> None:
         """No more answers."""
@@ -205,6 +202,7 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
                     _read(disk, partitions, recorded, entry.end, folder, all_cuts, where)
                 if number in booted and not lost and not options.control:
                     _boot(disk, built, recorded, folder, boots, where, verdict)
+                    note(options, f"booted {boots.cuts} of {len(booted)}: {where}; {dict(boots.started)}, bad {len(boots.bad)}")
         if len(all_cuts.bad) + len(boots.bad) > 50:
             break
         if all_cuts.cuts % 200 == 0:
