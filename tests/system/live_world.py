@@ -30,17 +30,17 @@ STEP_OF_WORDS = 0x9E3779B97F4A7C15
 
 NODE = "root"
 """Name of the disk's node."""
-DISK_MIB, DISK_CHECKED_MIB, DISK_CHECKS = 8, 1, 1000
-"""Of a guest with a disk; blocks of it a second that are checked."""
+DISK_MIB, DISK_CHECKED_MIB, DISK_CHECKS, DISK_WRITES = 8, 1, 1000, 50
+"""Of a guest with a disk; blocks of it a second that are checked, and written."""
 
 
 class World:
-    """A guest, and the ends that it moves between. `disk`: the format of its disk, empty: it has none."""
+    """A guest, and the ends that it moves between. `disk`: the format of its disk, empty: it has none; `disk_writes`: blocks of it a second that are written."""
 
-    def __init__(self, folder: Path, qemu: str, disk: str = "") -> None:
+    def __init__(self, folder: Path, qemu: str, disk: str = "", disk_writes: int = DISK_WRITES) -> None:
         self.folder, self.disk = folder, disk
         self.machine = Machine(
-            qemu, live_guest.kernel(), live_guest.initial(folder, bool(disk)), memory=128, checked=48, rewrites=REWRITES, disk=DISK_CHECKED_MIB * bool(disk), disk_checks=DISK_CHECKS
+            qemu, live_guest.kernel(), live_guest.initial(folder, bool(disk)), memory=128, checked=48, rewrites=REWRITES, disk=DISK_CHECKED_MIB * bool(disk), disk_checks=DISK_CHECKS, disk_writes=disk_writes,
         )
         self.number = 0
         self.boot()
@@ -99,11 +99,11 @@ class World:
                     live_guest.kill(pid)
 
 
-def make(qemu: str, disk: str = "") -> World:
+def make(qemu: str, disk: str = "", **more: int) -> World:
     """A guest in memory of its own. Skips where it cannot be made."""
     folder = Path(subprocess.run(["mktemp", "-d", "/dev/shm/live-XXXXXX"], check=True, capture_output=True, text=True).stdout.strip())
     try:
-        return World(folder, qemu, disk)
+        return World(folder, qemu, disk, **more)
     except Missing as error:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         pytest.skip(str(error))
