@@ -30,6 +30,9 @@ MEMORY = 128 << 20
 BOOT_S = 110.0
 """Given to a boot: two busy processors that many share take twenty times as long as an idle one."""
 
+COUNTS = "i=0; while :; do echo $i > /data/n; sync; echo 3 > /proc/sys/vm/drop_caches; read -r n < /data/n; [ $n = $i ] || echo differs $n; echo $i; i=$((i+1)); sleep 0.05; done"
+"""A script for a guest: it says 0, 1, 2.. on its console, each after it was written to the disk and read from there, and says so where it is not what was written."""
+
 HELLO = re.compile(rb"hello from ([a-z0-9-]+), a virtual machine on Linux [^,]+, start (\d+)\r?\n")
 
 
@@ -66,6 +69,12 @@ def sample_store(folder: Path) -> ImageStore:
 
 def made_vms(folder: Path, store: ImageStore, **settings: Any) -> VmDriver:
     return VmDriver(folder, store, Settings(**{"kernel": kernel_folder(), "log_bytes": 65_536, **settings}))
+
+
+def counted(said: bytes) -> list[int]:
+    """The numbers that a guest has said, whole lines, of which there must be no others once it has begun to count."""
+    lines = [line.strip() for line in said.split(b"\n")[:-1]]
+    return [int(line) for line in lines if line.isdigit()]
 
 
 async def started(driver: VmDriver, name: str, image: str = "raw:1", script: str = "", *, leased: bool = False, **spec: Any) -> Key:

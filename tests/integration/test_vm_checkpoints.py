@@ -1,0 +1,157 @@
+"""States of real virtual machines: taken, brought back, refused. The guest is the witness: it counts on its serial console, and writes each number to its disk, past its cache, before it says it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.workloads.drivers import checkpoint_state, vm_checkpoint
+from edge_runtime.workloads.drivers.container import NOTE, searched
+from edge_runtime.workloads.drivers.face import Failed, Key, Migrates, Order, Phase, Refused
+from edge_runtime.workloads.drivers.instance import read, write
+from edge_runtime.workloads.drivers.vm import VmDriver
+
+from .vm_side import BOOT_S, COUNTS, MEMORY, console, counted, made_vms, reason_against, started, vms
+from .waiting import until
+
+__all__ = ["vms"]
+
+pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
+
+
+async def counting(driver: VmDriver, name: str, **spec: Any) -> Key:
+    """A machine that counts, as far as 3."""
+    key = await started(driver, name, "kernel:1", COUNTS, **spec)
+    await console(driver, key, b"\n3\r\n")
+    return key
+
+
+async def goes_on(driver: VmDriver, key: Key, beyond: int) -> list[int]:
+    """What it has said, as soon as that is beyond a number."""
+    async def found() -> list[int] | None:
+        numbers = counted((await driver.logs(key, 65_536)).stdout)
+        return numbers if numbers and numbers[-1] > beyond else None
+
+    numbers: list[int] = await until(found, 60.0, f"it counts beyond {beyond}")
+    return numbers
+
+
+async def test_a_machine_goes_on_from_its_state_with_its_memory_and_its_disk(vms: VmDriver, tmp_path: Path) -> None:
+    assert isinstance(vms, Migrates)
+    key, steps = await counting(vms, "witness"), []
+    other = Key("witness", 2)
+    offer = await vms.migrate_out(key)
+    order = Order(other, "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])
+    await vms.migrate_in(order, offer)
+    with pytest.raises(Refused, match="QEMU 1.0.0"):
+        await vms.migrate_in(order, {**offer, "host": {**offer["host"], "qemu": "1.0.0"}})
+    with pytest.raises(Refused, match="memory_mb was 127"):
+        await vms.migrate_in(order, {**offer, "machine": {**offer["machine"], "memory_mb": 127}})
+    with pytest.raises(Refused, match="stands on"):
+        await vms.migrate_in(order, {**offer, "layers": ["sha256:0"]})
+    manifest = await vms.checkpoint(key, tmp_path / "kept", leave_running=True, step=steps.append)
+    assert tuple(steps) == vm_checkpoint.STEPS and manifest["root"] == checkpoint_state.read_manifest(tmp_path / "kept")["root"] and 0 < sum(one["size"] for one in manifest["files"]) <= offer["bytes"] + (32 << 20)
+    seen = (await goes_on(vms, key, counted((await vms.logs(key, 65_536)).stdout)[-1] + 2))[-1]
+    assert (await vms.status(key)).phase is Phase.RUNNING and not (vms.folder(key) / NOTE).exists()
+    await vms.checkpoint(key, tmp_path / "state", leave_running=False)
+    before = (await vms.logs(key, 65_536)).stdout
+    status = await vms.status(key)
+    assert status.phase is Phase.CHECKPOINTED and counted(before)[-1] >= seen
+    assert (await vms.restore(order, tmp_path / "state")).phase is Phase.RUNNING
+    await goes_on(vms, other, counted(before)[-1] + 3)
+    after = (await vms.logs(other, 65_536)).stdout
+    numbers = counted(before + after)
+    assert numbers == list(range(len(numbers))) and b"differs" not in before + after, before + after
+    assert not (vms.folder(other) / vm_checkpoint.RESTORE).exists() and (await vms.migrate_out(other))["machine"] == offer["machine"]
+    with pytest.raises(Refused, match="there is a virtual machine witness.2 already"):
+        await vms.restore(order, tmp_path / "state")
+    # The first state is of an earlier moment, of memory and disk alike; it goes on from there once more, as a disk that was written to since would show.
+    await vms.delete(other)
+    await vms.restore(order, tmp_path / "kept")
+    again = await goes_on(vms, other, seen + 1)
+    assert again[0] < seen and b"differs" not in (await vms.logs(other, 65_536)).stdout
+    await vms.delete(other)
+    await vms.delete(key)
+
+
+async def test_a_state_that_fits_nothing_is_refused_and_a_bit_that_differs_is_found(vms: VmDriver, tmp_path: Path) -> None:
+    key = await counting(vms, "copied", template=True)  # a copy of a template: its memory and disk are its own where it goes on
+    await vms.checkpoint(key, tmp_path / "state", leave_running=False)
+    before = (await vms.logs(key, 65_536)).stdout
+    order = Order(Key("copied", 2), "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])
+    with pytest.raises(Refused, match="memory_mb was 128"):
+        await vms.restore(Order(order.key, "kernel:1", {"memory": 2 * MEMORY}, order.spec), tmp_path / "state")
+    with pytest.raises(Refused, match="other|stands on"):
+        await vms.restore(Order(order.key, "raw:1", {"memory": MEMORY}, {**order.spec, "template": False}), tmp_path / "state")
+    state = tmp_path / "state" / checkpoint_state.MEMORY
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(Refused, match="is not what the manifest says"):
+        await vms.restore(order, tmp_path / "state")
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    assert not vms.folder(order.key).exists()
+    await vms.delete(key)
+    await vms.restore(order, tmp_path / "state")
+    await goes_on(vms, order.key, counted(before)[-1] + 2)
+    numbers = counted(before + (await vms.logs(order.key, 65_536)).stdout)
+    assert numbers == list(range(len(numbers)))
+    await vms.delete(order.key)
+
+
+async def test_what_qemu_cannot_load_does_not_run_and_leaves_nothing(vms: VmDriver, tmp_path: Path) -> None:
+    """A state whose hashes are right, and whose content is no machine's: who wrote it is for others to know."""
+    key = await counting(vms, "odd")
+    manifest = dict(await vms.checkpoint(key, tmp_path / "state", leave_running=True))
+    forged, name = tmp_path / "forged", checkpoint_state.MEMORY
+    (forged / checkpoint_state.IMAGES).mkdir(parents=True)
+    files = [one for one in manifest.pop("files") if one["name"] != name]
+    for one in files:
+        os.link(tmp_path / "state" / one["name"], forged / one["name"])
+    (tmp_path / "odd").write_bytes(b"QEVM" + bytes(100_000))
+    with open(tmp_path / "odd", "rb") as source:
+        files.append(checkpoint_state.add(forged, name, source, manifest["codec"]))
+    checkpoint_state.seal(forged, {field: value for field, value in manifest.items() if field not in ("root", "codec", "version")}, files, manifest["codec"])
+    order = Order(Key("odd", 2), "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])
+    with pytest.raises(Failed, match="cannot be loaded"):
+        await vms.restore(order, forged)
+    assert not vms.folder(order.key).exists() and (await vms.status(key)).phase is Phase.RUNNING
+    await vms.delete(key)
+
+
+async def test_what_an_agent_left_half_done_is_settled_by_the_next_one(vms: VmDriver, tmp_path: Path) -> None:
+    """It stands still, with a note, and a state that is not whole: it goes on. With one that is whole: it ends, checkpointed."""
+    key = await counting(vms, "left")
+    note = {"folder": str(tmp_path / "state"), "new": str(tmp_path / ".state.new"), "leave_running": False, "token": "a"}
+    write(vms.folder(key) / NOTE, note)
+    (tmp_path / ".state.new").mkdir()
+    await vms.pause(key)
+    next_one = made_vms(vms._folder.parent, vms._store)
+    try:
+        await next_one.probe()
+        assert (await next_one.status(key)).phase is Phase.RUNNING and not (vms.folder(key) / NOTE).exists() and not (tmp_path / ".state.new").exists()
+        told = dict(await next_one.checkpoint(key, tmp_path / "state", leave_running=True))
+        write(vms.folder(key) / NOTE, {**note, "token": told["token"]})
+        await next_one.pause(key)
+        await next_one.probe()
+        assert (await next_one.status(key)).phase is Phase.CHECKPOINTED and (read(vms.folder(key) / NOTE) or {})["whole"]
+        await next_one.delete(key)
+    finally:
+        next_one.close()
+
+
+@pytest.mark.skipif(searched("slirp4netns") is None, reason="no slirp4netns (as root: apt install slirp4netns)")
+async def test_one_that_does_not_run_or_has_a_network_cannot_be_taken(vms: VmDriver, tmp_path: Path) -> None:
+    key = Key("connected", 1)
+    await vms.prepare(Order(key, "kernel:1", {"memory": MEMORY}, {"boot_s": BOOT_S, "network": {}}))
+    with pytest.raises(Refused, match="does not run"):
+        await vms.migrate_out(key)
+    await vms.start(key)
+    with pytest.raises(Refused, match="spec.network: connections"):
+        await vms.migrate_out(key)
+    with pytest.raises(Refused, match="spec.network: connections"):
+        await vms.checkpoint(key, tmp_path / "state", leave_running=True)
+    assert not (tmp_path / "state").exists() and not (vms.folder(key) / NOTE).exists()
+    await vms.delete(key)
