@@ -1,6 +1,9 @@
 """States of real virtual machines: taken, brought back, refused. The guest is the witness: it counts on its serial console, and writes each number to its disk, past its cache, before it says it."""
 
+import asyncio
 import os
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from edge_runtime.workloads.drivers.container import NOTE, searched
 from edge_runtime.workloads.drivers.face import Failed, Key, Migrates, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import read, write
 from edge_runtime.workloads.drivers.vm import VmDriver
+from hub.broker.mosquitto import free_port
 
 from .vm_side import BOOT_S, COUNTS, MEMORY, console, counted, made_vms, reason_against, started, vms
 from .waiting import until
@@ -154,4 +158,36 @@ async def test_one_that_does_not_run_or_has_a_network_cannot_be_taken(vms: VmDri
     with pytest.raises(Refused, match="spec.network: connections"):
         await vms.checkpoint(key, tmp_path / "state", leave_running=True)
     assert not (tmp_path / "state").exists() and not (vms.folder(key) / NOTE).exists()
+    await vms.delete(key)
+
+
+@pytest.mark.skipif(searched("slirp4netns") is None, reason="no slirp4netns (as root: apt install slirp4netns)")
+async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver, tmp_path: Path) -> None:
+    port = free_port("127.0.0.1")
+    spec = {"boot_s": BOOT_S, "network": {"ports": [{"port": 80, "host_port": port}]}, "when_moved": "reconnect"}
+    key, other = Key("served", 1), Key("served", 2)
+
+    async def served() -> bytes:
+        """As soon as it answers: a guest that has just been brought back may still be busy with what it was at."""
+        async def answer() -> bytes:
+            try:
+                return await asyncio.to_thread(lambda: bytes(urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20).read()))
+            except OSError:
+                return b""
+
+        found: bytes = await until(answer, 90.0, "an answer")
+        return found
+
+    await vms.prepare(Order(key, "kernel:1", {"memory": MEMORY}, spec))
+    await vms.start(key)
+    before = await served()
+    await vms.checkpoint(key, tmp_path / "state", leave_running=False)
+    taken = socket.create_server(("127.0.0.1", port))
+    with pytest.raises(Refused, match="cannot be had on this node: it is taken"):
+        await vms.restore(Order(other, "kernel:1", {"memory": MEMORY}, spec), tmp_path / "state")
+    taken.close()
+    assert not vms.folder(other).exists()
+    await vms.restore(Order(other, "kernel:1", {"memory": MEMORY}, spec), tmp_path / "state")
+    assert await served() == before and b"hello from served" in before
+    await vms.delete(other)
     await vms.delete(key)

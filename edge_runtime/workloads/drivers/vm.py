@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..images import Image, ImageError, ImageStore
 from . import cgroups, lease, outside, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
 from .container import NOTE, searched
-from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused, Status
+from .face import Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
 from .instance import LOOK_S, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
@@ -367,6 +367,11 @@ class VmDriver(QemuDriver):
 
     # -- checkpoint, restore -------------------------------------------------------------------------------------------------
 
+    def spec(self, key: Key) -> Mapping[str, Any]:
+        """What its document says to this driver. Raises `Refused` where it is not here."""
+        found = self._instance(key).get("spec")
+        return found if isinstance(found, dict) else {}
+
     def checkpoints(self) -> "Checkpoints":
         """What takes and brings back states; loaded where it is first needed."""
         if self._checkpoints is None:
@@ -415,7 +420,7 @@ class VmDriver(QemuDriver):
                 await asyncio.sleep(LOOK_S)
                 status = await self.start(key)
             status = await self.checkpoints().lives(key)
-        except Failed:
+        except DriverError:
             await self.delete(key)
             raise
         await asyncio.to_thread(shutil.rmtree, self._path(key) / "restore", True)

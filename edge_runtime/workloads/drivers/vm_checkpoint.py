@@ -28,6 +28,7 @@ from .checkpoint_state import CHUNK, IMAGES, MEMORY, SPARE, VM, Reader, Writer, 
 from .container import NOTE
 from .face import DriverError, Failed, Key, Phase, Refused, Status
 from .instance import read, sync_folder
+from .vm_spec import RECONNECT
 
 if TYPE_CHECKING:
     from .vm import VmDriver
@@ -106,8 +107,8 @@ class Checkpoints:
         status, told = await self._driver.status(key), read(self._driver.folder(key) / "keeper.json") or {}
         if status.phase is not Phase.RUNNING:
             raise Refused("id", f"it does not run ({status.phase.value})", "start it, or resume it, first")
-        if told.get("network"):
-            raise Refused("spec.network", "connections through the node's network, and ports that are published there, cannot be carried", "leave it out, or let it begin anew")
+        if told.get("network") and (self._driver.spec(key).get("when_moved") != RECONNECT):
+            raise Refused("spec.network", "connections through the node's network cannot be carried", f"say spec.when_moved: {RECONNECT} where it connects anew, or let it begin anew")
         try:
             version = str((await self._driver.ask(key, {"do": "version"}))["version"])
             machine = told["machine"]

@@ -7,6 +7,7 @@
     cloud_init    {"user_data": text, "network_config": text}, as cloud-init's data source NoCloud takes them
     network       as a container's (`network`)
     template      the guest says when it may be copied (see `vm_templates`): what starts later is a copy of it
+    when_moved    `reconnect`: of one that has a network, it may be moved with its state though its connections do not go with it
     boot_s        seconds within which the guest must have written to its serial console, else it does not boot; 0: it need not
 """
 
@@ -19,7 +20,10 @@ from .face import Order, Refused
 from .network import Network, Port, network
 from .vm_machine import BIOS, BOOTS, KERNEL, UEFI, Shape
 
-KEYS = ("arguments", "boot", "boot_s", "cloud_init", "cpus", "hostname", "network", "template")
+KEYS = ("arguments", "boot", "boot_s", "cloud_init", "cpus", "hostname", "network", "template", "when_moved")
+
+RECONNECT = "reconnect"
+"""Of `when_moved`: what runs in it connects anew."""
 
 DEFAULT_MEMORY, MIN_MEMORY = 256 << 20, 64 << 20
 """Bytes of a guest's memory where `requests.memory` does not say, and the least with which a Linux of a distribution starts."""
@@ -119,6 +123,8 @@ def machine(order: Order, offer: Offer) -> Vm:
     if asked and asked < offer.bytes:
         raise Refused("requests.disk", f"{asked} bytes are too few: the image's disk has {offer.bytes}", f"ask for {offer.bytes} or more")
     wanted = _network(spec, offer)
+    if spec.get("when_moved", RECONNECT) != RECONNECT:
+        raise Refused("spec.when_moved", f"{str(spec['when_moved'])[:40]!r} is unknown", f"say {RECONNECT}, or leave it out")
     template = spec.get("template", False)
     if not isinstance(template, bool):
         raise Refused("spec.template", f"{str(template)[:40]!r} is neither true nor false", "say true where the guest tells when it may be copied")

@@ -29,7 +29,7 @@ def test_what_stands_where_nothing_is_said() -> None:
     ({"command": ["sh"]}, {}, "spec.command"), ({"boot": "tape"}, {}, "spec.boot"), ({"boot": "kernel"}, {}, "spec.boot"), ({"boot": "uefi"}, {}, "spec.boot"), ({"arguments": "quiet"}, {}, "spec.arguments"),
     ({"cpus": 5}, {}, "spec.cpus"), ({"cpus": True}, {}, "spec.cpus"), ({}, {"cpu": 40_000}, "spec.cpus"), ({}, {"memory": 1 << 20}, "requests.memory"), ({}, {"memory": 9 << 30}, "requests.memory"),
     ({}, {"disk": 1 << 20}, "requests.disk"), ({"hostname": "a_b"}, {}, "spec.hostname"), ({"cloud_init": {"vendor": ""}}, {}, "spec.cloud_init.vendor"), ({"cloud_init": {"user_data": 1}}, {}, "spec.cloud_init.user_data"),
-    ({"cloud_init": []}, {}, "spec.cloud_init"), ({"template": "yes"}, {}, "spec.template"), ({"boot_s": 1000}, {}, "spec.boot_s"), ({"boot_s": "1"}, {}, "spec.boot_s"), ({"network": {"ports": [{"port": 0}]}}, {}, "spec.network"),
+    ({"cloud_init": []}, {}, "spec.cloud_init"), ({"template": "yes"}, {}, "spec.template"), ({"when_moved": "stay"}, {}, "spec.when_moved"), ({"boot_s": 1000}, {}, "spec.boot_s"), ({"boot_s": "1"}, {}, "spec.boot_s"), ({"network": {"ports": [{"port": 0}]}}, {}, "spec.network"),
     ({"network": {"ports": [{"port": 80, "address": "0.0.0.0"}]}}, {}, "spec.network"),
 ])
 def test_what_cannot_be_is_refused_by_name(spec: dict[str, Any], requests: dict[str, int], field: str) -> None:
