@@ -171,7 +171,7 @@ class WorkloadNode:
             if workloads.vms or (folder / "vms").exists():
                 from .drivers import vm
 
-                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, enabled=workloads.vms)
+                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, bridges=workloads.bridges, enabled=workloads.vms)
                 drivers["vm"] = self._vms = await asyncio.to_thread(vm.VmDriver, folder, self._store, machines)
         except (ImageError, OSError) as error:
             why.append(str(error))

@@ -1,8 +1,10 @@
 """States of real virtual machines: taken, brought back, refused. The guest is the witness: it counts on its serial console, and writes each number to its disk, past its cache, before it says it."""
 
 import asyncio
+import json
 import os
 import socket
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,12 @@ async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver
     assert await served() == before and b"hello from served" in before
     await vms.delete(other)
     await vms.delete(key)
+
+
+@pytest.mark.skipif(searched("ip") is None or searched("unshare") is None, reason="no iproute2 or unshare")
+async def test_on_a_bridge_a_connection_outlives_the_move(tmp_path: Path) -> None:
+    """In a network namespace of its own, with a bridge of its own."""
+    process = await asyncio.create_subprocess_exec("unshare", "--net", sys.executable, "-m", "tests.integration.tap_program", str(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    said, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()[-3000:]
+    assert json.loads(said) == {"said": ["before\n", "meanwhile\n", "after\n"], "runs": True, "ports_meanwhile": 0}

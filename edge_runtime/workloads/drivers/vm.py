@@ -7,11 +7,13 @@ The image's disk is read by all that started from it, and written by nobody.
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import platform
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,7 +30,7 @@ from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
 from .qemu_driver import MAX_INSTANCES, PROGRAMS, QemuDriver, ask_path, name_of, open_to_group, version_of
 from .vm_machine import KERNEL, UEFI, Layer, Shape
-from .vm_spec import BOOT_S, Offer, Vm, machine
+from .vm_spec import BOOT_S, Offer, Vm, hardware_address, machine
 from .vm_templates import DISK, Template, VmTemplates
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class Settings:
         log_bytes: kept of the serial console.
         network: let machines have the node's network, where slirp4netns is installed.
         publish: addresses of the node on which ports may be published.
+        bridges: of the node, to which machines may be connected.
         enabled: else nothing is started; what is there is ended.
     """
 
@@ -86,6 +89,7 @@ class Settings:
     log_bytes: int = 4 << 20
     network: bool = True
     publish: tuple[str, ...] = ("127.0.0.1",)
+    bridges: tuple[str, ...] = ()
     enabled: bool = True
 
 
@@ -262,7 +266,7 @@ class VmDriver(QemuDriver):
         content = vm_image.find(self._store.lower(image))
         offer = Offer(
             content.kernel is not None, content.arguments, content.bytes, all(map(os.path.exists, FIRMWARE)), self._accelerator, os.cpu_count() or 1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            self._settings.publish if self._connector is not None else None, self._no_network(),
+            self._settings.publish if self._connector is not None else None, self._no_network(), [name for name in self._settings.bridges if name in {there for _, there in socket.if_nameindex()}],
         )
         vm = machine(order, offer)
         return image, content, vm
@@ -287,7 +291,8 @@ class VmDriver(QemuDriver):
         return {
             "folder": str(folder), "name": folder.name, "template": False, "boot_s": vm.boot_s, "machine": described(vm), "came": came, "uid": UID + 1 + slot, "more_groups": kvm_groups(shape), "ports": vm_machine.PORTS, "hostname": vm.hostname,
             "groups": self._limits(group, shape.memory_mb, order), "descriptors": ["ram", "state"] if clone else [], "files": [*files, *boot],
-            "command": vm_machine.command(self._qemu, shape, memory, disks, vm.forwards, [*more, *(["-incoming", "defer"] if vm.template or came else [])]),
+            "command": vm_machine.command(self._qemu, shape, memory, disks, vm.forwards, [*more, *(["-incoming", "defer"] if vm.template or came else [])], hardware_address(order.key.id) if vm.bridge else ""),
+            "tap": {"bridge": vm.bridge, "name": tap_name(folder.name)} if vm.bridge else None,
             "binds": self._resolver() if network is not None else [], "network": network, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group),
             "lease": str(lease.path_of(self._lease(order.key))) if order.leased else "", "ask": str(ask_path(folder)),
         }
@@ -473,6 +478,11 @@ Fill = Callable[[Path, Image, Vm], None]
 def described(vm: Vm) -> dict[str, Any]:
     """What has to be the same where a machine goes on: JSON."""
     return {**asdict(vm.shape), "arguments": vm.arguments, "disk_bytes": vm.disk_bytes, "template": vm.template}
+
+
+def tap_name(instance: str) -> str:
+    """What the port of an instance is called on the node; at most 15 characters may be."""
+    return f"nvm{hashlib.blake2b(instance.encode(), digest_size=6).hexdigest()}"
 
 
 def _same_layers(image: Image, told: Mapping[str, Any], reference: str) -> None:

@@ -14,10 +14,12 @@ by which it sets its clock and its random numbers. A template is a guest that is
 With `came` in `keeper.json` it does not boot: it goes on from what `save` has written of another one. Nothing of it has run before `running.json` is there.
 """
 
+import fcntl
 import json
 import os
 import selectors
 import socket
+import struct
 import sys
 import time
 
@@ -48,6 +50,27 @@ SAVED = "saved"
 
 FASTEST = 1 << 40
 """Bytes in a second with which a machine is saved: no bound, as it stands still. QEMU's own is 128 MiB."""
+
+
+TUNSETIFF, SIOCGIFINDEX, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCBRADDIF = 0x4004_54CA, 0x8933, 0x8913, 0x8914, 0x89A2
+IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 1, 2, 0x1000, 0x4000
+"""Linux's numbers: linux/if_tun.h, linux/sockios.h, linux/if.h."""
+
+
+def bridged(name: str, bridge: str) -> int:
+    """A new port of a bridge of this node; goes with its descriptor. Raises `Trouble`."""
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+            index, = struct.unpack_from("16xi", fcntl.ioctl(line, SIOCGIFINDEX, struct.pack("16s24x", name.encode())))
+            fcntl.ioctl(line, SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), index))
+            flags, = struct.unpack_from("16xH", fcntl.ioctl(line, SIOCGIFFLAGS, struct.pack("16s24x", name.encode())))
+            fcntl.ioctl(line, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), flags | IFF_UP))
+        return tap
+    except OSError as error:
+        os.close(tap)
+        raise Trouble(f"it cannot be connected to the bridge {bridge}: {error.strerror}") from None
 
 
 def go(hostname: str) -> bytes:
@@ -110,6 +133,8 @@ class VmKeeper(Keeper):
         self.saving: list = []  # type: ignore[type-arg]
         """The agent that waits until it is saved."""
         self.state = descriptors.get("came", -1)
+        if told.get("tap"):
+            descriptors = {**descriptors, "tap": bridged(told["tap"]["name"], told["tap"]["bridge"])}
         self.machine = Machine(told, descriptors)
         self.network = Network(told["network"], self.machine.process.pid, self.folder) if told["network"] else None
         self.selector = selectors.DefaultSelector()
@@ -138,6 +163,8 @@ class VmKeeper(Keeper):
                 port.setblocking(False)
             machine.qmp.ask("cont")
             if came:
+                if told.get("tap"):
+                    machine.qmp.ask("announce-self", initial=50, max=500, rounds=5, step=100)
                 self.begun()
             elif "state_descriptor" in told:
                 self.answer_guest()
