@@ -17,6 +17,7 @@ from edge_runtime.workloads.drivers.face import Failed, Key, Migrates, Order, Ph
 from edge_runtime.workloads.drivers.instance import read, write
 from edge_runtime.workloads.drivers.vm import VmDriver
 from hub.broker.mosquitto import free_port
+from tools.bench.harness import die_with_parent
 
 from .vm_side import BOOT_S, COUNTS, MEMORY, console, counted, made_vms, reason_against, started, vms
 from .waiting import until
@@ -198,7 +199,7 @@ async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver
 @pytest.mark.skipif(searched("ip") is None or searched("unshare") is None, reason="no iproute2 or unshare")
 async def test_on_a_bridge_a_connection_outlives_the_move(tmp_path: Path) -> None:
     """In a network namespace of its own, with a bridge of its own."""
-    process = await asyncio.create_subprocess_exec("unshare", "--net", sys.executable, "-m", "tests.integration.tap_program", str(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec("unshare", "--net", sys.executable, "-m", "tests.integration.tap_program", str(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, preexec_fn=die_with_parent)
     said, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()[-3000:]
     assert json.loads(said) == {"said": ["before\n", "meanwhile\n", "after\n"], "runs": True, "ports_meanwhile": 0}
