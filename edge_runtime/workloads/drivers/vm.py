@@ -115,8 +115,7 @@ class VmDriver(QemuDriver):
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
     async def probe(self) -> Capabilities:
-        """Boot a guest: that is the proof. Then what an earlier agent had begun with its machines' states is brought to its end."""
-        found = await super().probe()
+        """What an earlier agent had begun with its machines' states is brought to its end; they stand still meanwhile. Then boot a guest: that is the proof."""
         for name, entry in (await asyncio.to_thread(self._present)).items():
             if (self._folder / name / NOTE).exists():
                 key = Key(entry["id"], entry["epoch"])
@@ -125,7 +124,7 @@ class VmDriver(QemuDriver):
                         await self.checkpoints().settle(key)
                 except Failed as error:
                     log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
-        return found
+        return await super().probe()
 
     def demand(self, ability: Ability) -> None:
         """See `face.Checkpoints`."""
