@@ -46,7 +46,8 @@ async def goes_on(driver: VmDriver, key: Key, beyond: int) -> list[int]:
 
 async def test_a_machine_goes_on_from_its_state_with_its_memory_and_its_disk(vms: VmDriver, tmp_path: Path) -> None:
     assert isinstance(vms, Migrates)
-    key, steps = await counting(vms, "witness"), []
+    steps: list[str] = []
+    key = await counting(vms, "witness")
     other = Key("witness", 2)
     offer = await vms.migrate_out(key)
     order = Order(other, "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])

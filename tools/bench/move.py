@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 if not __package__:
     __import__("as_module").again(__file__)
@@ -88,7 +88,8 @@ class Witness:
     """The container, and what it wrote. `folder`: below which all is that it needs."""
 
     KIND, BAR_S = "container", BAR_S
-    WHAT, INPUTS = "a container of 64 MiB", {"bytes": SIZE, "memory": "the files of /usr/lib, in order"}
+    WHAT = "a container of 64 MiB"
+    INPUTS: ClassVar[dict[str, Any]] = {"bytes": SIZE, "memory": "the files of /usr/lib, in order"}
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "shared"

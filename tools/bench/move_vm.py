@@ -9,7 +9,7 @@ import threading
 import time
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tools.novactl import samples
 
@@ -52,7 +52,8 @@ class Guest(Witness):
     """See the module."""
 
     KIND = "vm"
-    WHAT, INPUTS = "a virtual machine of 256 MiB", {"bytes": MEMORY, "random_bytes": FILLED_MB << 20}
+    WHAT = "a virtual machine of 256 MiB"
+    INPUTS: ClassVar[dict[str, Any]] = {"bytes": MEMORY, "random_bytes": FILLED_MB << 20}
 
     def __init__(self, folder: Path) -> None:
         self.top, self.forgotten = folder, 0
