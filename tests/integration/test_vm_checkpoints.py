@@ -1,4 +1,4 @@
-"""States of real virtual machines: taken, brought back, refused. The guest is the witness: it counts on its serial console, and writes each number to its disk, past its cache, before it says it."""
+"""States of real virtual machines: taken, brought back, refused. The guest is the witness (`counting_guest`)."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,30 @@ from edge_runtime.workloads.drivers.vm import VmDriver
 from hub.broker.mosquitto import free_port
 from tools.bench.harness import die_with_parent
 
-from .vm_side import BOOT_S, COUNTS, MEMORY, console, counted, made_vms, reason_against, started, vms
+from .counting_guest import IMAGE, MEMORY, counted
+from .vm_side import BOOT_S, COUNTS, console, made_vms, reason_against, started, vms
+from .vm_side import MEMORY as LINUX_MEMORY
 from .waiting import until
 
 __all__ = ["vms"]
 
 pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 
+needs_network = pytest.mark.skipif(searched("slirp4netns") is None, reason="no slirp4netns (as root: apt install slirp4netns)")
+
 
 async def counting(driver: VmDriver, name: str, **spec: Any) -> Key:
     """A machine that counts, as far as 3."""
-    key = await started(driver, name, "kernel:1", COUNTS, **spec)
-    await console(driver, key, b"\n3\r\n")
+    key = Key(name, 1)
+    await driver.prepare(order_of(key, **spec))
+    await driver.start(key)
+    await goes_on(driver, key, 2)
     return key
+
+
+def order_of(key: Key, memory: int = MEMORY, **spec: Any) -> Order:
+    """A machine that counts."""
+    return Order(key, IMAGE, {"memory": memory}, {"boot_s": BOOT_S, **spec})
 
 
 async def goes_on(driver: VmDriver, key: Key, beyond: int) -> list[int]:
@@ -50,12 +62,12 @@ async def test_a_machine_goes_on_from_its_state_with_its_memory_and_its_disk(vms
     key = await counting(vms, "witness")
     other = Key("witness", 2)
     offer = await vms.migrate_out(key)
-    order = Order(other, "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])
+    order = order_of(other)
     await vms.migrate_in(order, offer)
     with pytest.raises(Refused, match="QEMU 1.0.0"):
         await vms.migrate_in(order, {**offer, "host": {**offer["host"], "qemu": "1.0.0"}})
-    with pytest.raises(Refused, match="memory_mb was 127"):
-        await vms.migrate_in(order, {**offer, "machine": {**offer["machine"], "memory_mb": 127}})
+    with pytest.raises(Refused, match="memory_mb was 63"):
+        await vms.migrate_in(order, {**offer, "machine": {**offer["machine"], "memory_mb": 63}})
     with pytest.raises(Refused, match="stands on"):
         await vms.migrate_in(order, {**offer, "layers": ["sha256:0"]})
     manifest = await vms.checkpoint(key, tmp_path / "kept", leave_running=True, step=steps.append)
@@ -84,29 +96,36 @@ async def test_a_machine_goes_on_from_its_state_with_its_memory_and_its_disk(vms
 
 
 async def test_a_state_that_fits_nothing_is_refused_and_a_bit_that_differs_is_found(vms: VmDriver, tmp_path: Path) -> None:
-    key = await counting(vms, "copied", template=True)  # a copy of a template: its memory and disk are its own where it goes on
+    key, other = await counting(vms, "copied"), Key("copied", 2)
     await vms.checkpoint(key, tmp_path / "state", leave_running=False)
-    before = (await vms.logs(key, 65_536)).stdout
-    order = Order(Key("copied", 2), "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])
-    with pytest.raises(Refused, match="memory_mb was 128"):
-        await vms.restore(Order(order.key, "kernel:1", {"memory": 2 * MEMORY}, order.spec), tmp_path / "state")
-    with pytest.raises(Refused, match="other|stands on"):
-        await vms.restore(Order(order.key, "raw:1", {"memory": MEMORY}, {**order.spec, "template": False}), tmp_path / "state")
+    with pytest.raises(Refused, match="memory_mb was 64"):
+        await vms.restore(order_of(other, 2 * MEMORY), tmp_path / "state")
+    with pytest.raises(Refused, match="stands on"):
+        await vms.restore(replace(order_of(other), image="blank:1"), tmp_path / "state")
     state = tmp_path / "state" / checkpoint_state.MEMORY
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
     with pytest.raises(Refused, match="is not what the manifest says"):
-        await vms.restore(order, tmp_path / "state")
-    data[len(data) // 2] ^= 1
-    state.write_bytes(data)
-    assert not vms.folder(order.key).exists()
+        await vms.restore(order_of(other), tmp_path / "state")
+    assert not vms.folder(other).exists() and not (vms._new / "copied.2").exists()
+    await vms.delete(key)
+
+
+async def test_a_linux_that_is_a_copy_of_a_template_goes_on_as_a_machine_of_its_own(vms: VmDriver, tmp_path: Path) -> None:
+    key, other = await started(vms, "linux", "kernel:1", COUNTS, template=True), Key("linux", 2)
+    await console(vms, key, b"\n3\r\n")
+    await vms.checkpoint(key, tmp_path / "state", leave_running=False)
+    before = (await vms.logs(key, 65_536)).stdout
+    order = Order(other, "kernel:1", {"memory": LINUX_MEMORY}, vms.spec(key))
     await vms.delete(key)
     await vms.restore(order, tmp_path / "state")
-    await goes_on(vms, order.key, counted(before)[-1] + 2)
-    numbers = counted(before + (await vms.logs(order.key, 65_536)).stdout)
-    assert numbers == list(range(len(numbers)))
-    await vms.delete(order.key)
+    await goes_on(vms, other, counted(before)[-1] + 2)
+    after = (await vms.logs(other, 65_536)).stdout
+    numbers = counted(before + after)
+    assert numbers == list(range(len(numbers))) and b"differs" not in before + after
+    await vms.checkpoint(other, tmp_path / "again", leave_running=True)  # with its layer of the template's
+    await vms.delete(other)
 
 
 async def test_what_qemu_cannot_load_does_not_run_and_leaves_nothing(vms: VmDriver, tmp_path: Path) -> None:
@@ -122,7 +141,7 @@ async def test_what_qemu_cannot_load_does_not_run_and_leaves_nothing(vms: VmDriv
     with open(tmp_path / "odd", "rb") as source:
         files.append(checkpoint_state.add(forged, name, source, manifest["codec"]))
     checkpoint_state.seal(forged, {field: value for field, value in manifest.items() if field not in ("root", "codec", "version")}, files, manifest["codec"])
-    order = Order(Key("odd", 2), "kernel:1", {"memory": MEMORY}, vms._instance(key)["spec"])
+    order = order_of(Key("odd", 2))
     with pytest.raises(Failed, match="cannot be loaded"):
         await vms.restore(order, forged)
     assert not vms.folder(order.key).exists() and (await vms.status(key)).phase is Phase.RUNNING
@@ -150,10 +169,10 @@ async def test_what_an_agent_left_half_done_is_settled_by_the_next_one(vms: VmDr
         next_one.close()
 
 
-@pytest.mark.skipif(searched("slirp4netns") is None, reason="no slirp4netns (as root: apt install slirp4netns)")
+@needs_network
 async def test_one_that_does_not_run_or_has_a_network_cannot_be_taken(vms: VmDriver, tmp_path: Path) -> None:
     key = Key("connected", 1)
-    await vms.prepare(Order(key, "kernel:1", {"memory": MEMORY}, {"boot_s": BOOT_S, "network": {}}))
+    await vms.prepare(order_of(key, network={}))
     with pytest.raises(Refused, match="does not run"):
         await vms.migrate_out(key)
     await vms.start(key)
@@ -165,7 +184,7 @@ async def test_one_that_does_not_run_or_has_a_network_cannot_be_taken(vms: VmDri
     await vms.delete(key)
 
 
-@pytest.mark.skipif(searched("slirp4netns") is None, reason="no slirp4netns (as root: apt install slirp4netns)")
+@needs_network
 async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver, tmp_path: Path) -> None:
     port = free_port("127.0.0.1")
     spec = {"boot_s": BOOT_S, "network": {"ports": [{"port": 80, "host_port": port}]}, "when_moved": "reconnect"}
@@ -182,16 +201,16 @@ async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver
         found: bytes = await until(answer, 90.0, "an answer")
         return found
 
-    await vms.prepare(Order(key, "kernel:1", {"memory": MEMORY}, spec))
+    await vms.prepare(Order(key, "kernel:1", {"memory": LINUX_MEMORY}, spec))
     await vms.start(key)
     before = await served()
     await vms.checkpoint(key, tmp_path / "state", leave_running=False)
     taken = socket.create_server(("127.0.0.1", port))
     with pytest.raises(Refused, match="cannot be had on this node: it is taken"):
-        await vms.restore(Order(other, "kernel:1", {"memory": MEMORY}, spec), tmp_path / "state")
+        await vms.restore(Order(other, "kernel:1", {"memory": LINUX_MEMORY}, spec), tmp_path / "state")
     taken.close()
     assert not vms.folder(other).exists()
-    await vms.restore(Order(other, "kernel:1", {"memory": MEMORY}, spec), tmp_path / "state")
+    await vms.restore(Order(other, "kernel:1", {"memory": LINUX_MEMORY}, spec), tmp_path / "state")
     assert await served() == before and b"hello from served" in before
     await vms.delete(other)
     await vms.delete(key)

@@ -20,6 +20,7 @@ from edge_runtime.workloads.images import ImageStore
 from tests.unit.workloads.image_side import layer, layout
 from tools.novactl import vm_sample
 
+from . import counting_guest
 from .container_side import LIMITS
 from .microvm_side import kernel_folder
 from .waiting import until
@@ -31,7 +32,7 @@ BOOT_S = 110.0
 """Given to a boot: two busy processors that many share take twenty times as long as an idle one."""
 
 COUNTS = "i=0; while :; do echo $i > /data/n; sync; echo 3 > /proc/sys/vm/drop_caches; read -r n < /data/n; [ $n = $i ] || echo differs $n; echo $i; i=$((i+1)); sleep 0.05; done"
-"""A script for a guest: it says 0, 1, 2.. on its console, each after it was written to the disk and read from there, and says so where it is not what was written."""
+"""A script for a guest: it says 0, 1, 2.. on its console, as `counting_guest` does."""
 
 HELLO = re.compile(rb"hello from ([a-z0-9-]+), a virtual machine on Linux [^,]+, start (\d+)\r?\n")
 
@@ -51,11 +52,12 @@ def reason_against() -> str:
 
 
 def sample_store(folder: Path) -> ImageStore:
-    """A store with the sample in three forms: `raw:1`, `kernel:1` (beside the disk, a kernel that is given to the machine), and where qemu-img is, `qcow2:1`; and `blank:1`, which boots nothing."""
+    """A store with the sample in three forms: `raw:1`, `kernel:1` (beside the disk, a kernel that is given to the machine), and where qemu-img is, `qcow2:1`; and `blank:1`, which boots nothing; `counter:1`, see `counting_guest`."""
     store = ImageStore(folder / "images", limits=LIMITS)
     disk = vm_sample.disk(kernel_folder())
     store.add(layout(folder / "raw", [layer([("file", "disk/a.raw", disk)], mode=0o644)], name="raw:1", packed=False))
     store.add(layout(folder / "blank", [layer([("file", "disk/a.img", bytes(1 << 20))], mode=0o644)], name="blank:1"))
+    store.add(layout(folder / "counter", [layer([("file", "disk/a.raw", counting_guest.DISK)], mode=0o644)], name=counting_guest.IMAGE))
     kernel = qemu_kernel.find(kernel_folder())
     first = qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel, vm_sample.MODULES), vm_sample.INIT)
     entries = [("file", "disk/a.raw", disk), ("file", "boot/vmlinuz", kernel.image.read_bytes()), ("file", "boot/initrd", first), ("file", "boot/cmdline", vm_sample.ARGUMENTS.encode())]
@@ -69,12 +71,6 @@ def sample_store(folder: Path) -> ImageStore:
 
 def made_vms(folder: Path, store: ImageStore, **settings: Any) -> VmDriver:
     return VmDriver(folder, store, Settings(**{"kernel": kernel_folder(), "log_bytes": 65_536, **settings}))
-
-
-def counted(said: bytes) -> list[int]:
-    """The numbers that a guest has said, whole lines, of which there must be no others once it has begun to count."""
-    lines = [line.strip() for line in said.split(b"\n")[:-1]]
-    return [int(line) for line in lines if line.isdigit()]
 
 
 async def started(driver: VmDriver, name: str, image: str = "raw:1", script: str = "", *, leased: bool = False, **spec: Any) -> Key:

@@ -1,4 +1,4 @@
-"""Running virtual machines move between nodes with their state: hub, agents as processes, migration workers, QEMU. The guest is the witness: it counts on its serial console, and on its disk.
+"""Running virtual machines move between nodes with their state: hub, agents as processes, migration workers, QEMU. The guest is the witness (`counting_guest`).
 
 Its console is at its node, and goes with it; so what it says is read from files that the test has open. All of it, one node after the other, must be 0, 1, 2.. with not a byte missing or there twice.
 """
@@ -14,12 +14,13 @@ import pytest
 
 from edge_runtime.workloads.images import ImageStore
 from hub.server import Hub
+from tests.integration import counting_guest
 from tests.integration.hub_side import running_hub
-from tests.integration.vm_side import BOOT_S, COUNTS, MEMORY, counted, end_all, kernel_folder, made_vms, reason_against
+from tests.integration.vm_side import BOOT_S, end_all, kernel_folder, made_vms, reason_against
 from tests.integration.waiting import until
 from tests.system.moving_side import ROOM_S, Json, Node, Two
 from tests.system.test_moves import again_when_killed, begun, killed_once, known
-from tools.novactl import samples
+from tests.unit.workloads.image_side import archive, layer, layout
 from tools.novactl.cli import main as novactl
 
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.system, pytest.mark.timeout(900)]
@@ -39,8 +40,8 @@ class MachineNode(Node):
         super().__init__(folder, hub, name, runtimes=[], vms=True, guest_kernel=kernel_folder())
 
     def give_image(self, archives: Path, scratch: Path) -> None:
-        """The sample."""
-        samples.make("vm", archives, kernel_folder())
+        """The guest that counts."""
+        archive(layout(scratch, [layer([("file", "disk/a.raw", counting_guest.DISK)], mode=0o644)], name=counting_guest.IMAGE), archives / "counter.tar")
 
     def end_all(self) -> None:
         """All that it left."""
@@ -61,8 +62,7 @@ class TwoMachines(Two):
 
     def document(self, name: str, **more: Any) -> Json:
         """The witness."""
-        spec = {"boot_s": BOOT_S, "cloud_init": {"user_data": "#!/bin/sh\n" + COUNTS}}
-        return {"id": name, "kind": "vm", "image": samples.NAMES["vm"], "requests": {"cpu": "100m", "memory": MEMORY}, "spec": spec, **more}
+        return {"id": name, "kind": "vm", "image": counting_guest.IMAGE, "requests": {"cpu": "100m", "memory": counting_guest.MEMORY}, "spec": {"boot_s": BOOT_S}, **more}
 
     def said_by_guest(self) -> bytes:
         """All that it has said, at all nodes; a file that is found once is read to its end, also when it has gone."""
@@ -81,7 +81,7 @@ class TwoMachines(Two):
         """Whole lines."""
         said = self.said_by_guest()
         assert b"differs" not in said, said[-500:]
-        return counted(said)
+        return counting_guest.counted(said)
 
     async def end(self) -> None:
         """End all of it."""
