@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from edge_runtime.workloads.drivers.face import Key, Order, Phase
-from tests.integration.vm_side import BOOT_S, MEMORY, console, made_vms, sample_store
+from tests.integration.vm_side import BOOT_S, MEMORY, console, kernel_store, made_vms
 from tests.integration.waiting import until
 
 BRIDGE, OURS, ITS, PORT = "nvtest0", "10.93.0.1", "10.93.0.2", 7
@@ -24,7 +24,7 @@ async def main(folder: Path) -> None:
     """All of it."""
     for words in (("link", "set", "lo", "up"), ("link", "add", BRIDGE, "type", "bridge"), ("addr", "add", f"{OURS}/24", "dev", BRIDGE), ("link", "set", BRIDGE, "up")):
         subprocess.run(["ip", *words], check=True)
-    store = sample_store(folder)
+    store = kernel_store(folder)
     driver = made_vms(folder, store, bridges=(BRIDGE,), network=False)
     try:
         key, other = Key("bridged", 1), Key("bridged", 2)

@@ -157,12 +157,12 @@ async def test_what_an_agent_left_half_done_is_settled_by_the_next_one(vms: VmDr
     await vms.pause(key)
     next_one = made_vms(vms._folder.parent, vms._store)
     try:
-        await next_one.probe()
+        await next_one.settle()
         assert (await next_one.status(key)).phase is Phase.RUNNING and not (vms.folder(key) / NOTE).exists() and not (tmp_path / ".state.new").exists()
-        told = dict(await next_one.checkpoint(key, tmp_path / "state", leave_running=True))
+        told = dict(await vms.checkpoint(key, tmp_path / "state", leave_running=True))
         write(vms.folder(key) / NOTE, {**note, "token": told["token"]})
         await next_one.pause(key)
-        await next_one.probe()
+        await next_one.settle()
         assert (await next_one.status(key)).phase is Phase.CHECKPOINTED and (read(vms.folder(key) / NOTE) or {})["whole"]
         await next_one.delete(key)
     finally:
@@ -187,7 +187,7 @@ async def test_one_that_does_not_run_or_has_a_network_cannot_be_taken(vms: VmDri
 @needs_network
 async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver, tmp_path: Path) -> None:
     port = free_port("127.0.0.1")
-    spec = {"boot_s": BOOT_S, "network": {"ports": [{"port": 80, "host_port": port}]}, "when_moved": "reconnect"}
+    spec = {"boot_s": BOOT_S, "network": {"ports": [{"port": 80, "host_port": port}]}, "when_moved": "reconnect", "cloud_init": {"user_data": "#!/bin/sh\necho over"}}
     key, other = Key("served", 1), Key("served", 2)
 
     async def served() -> bytes:
@@ -203,6 +203,7 @@ async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver
 
     await vms.prepare(Order(key, "kernel:1", {"memory": LINUX_MEMORY}, spec))
     await vms.start(key)
+    await console(vms, key, b"over")
     before = await served()
     await vms.checkpoint(key, tmp_path / "state", leave_running=False)
     taken = socket.create_server(("127.0.0.1", port))

@@ -51,17 +51,22 @@ def reason_against() -> str:
     return ""
 
 
+def kernel_store(folder: Path) -> ImageStore:
+    """A store with the sample `kernel:1`, which is given a kernel."""
+    store = ImageStore(folder / "images", limits=LIMITS)
+    kernel = qemu_kernel.find(kernel_folder())
+    first = qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel, vm_sample.MODULES), vm_sample.INIT)
+    entries = [("file", "disk/a.raw", vm_sample.disk(kernel_folder())), ("file", "boot/vmlinuz", kernel.image.read_bytes()), ("file", "boot/initrd", first), ("file", "boot/cmdline", vm_sample.ARGUMENTS.encode())]
+    store.add(layout(folder / "kernel", [layer(entries, mode=0o644)], name="kernel:1", packed=False))
+    return store
+
+
 def sample_store(folder: Path) -> ImageStore:
     """A store with the sample in three forms: `raw:1`, `kernel:1` (beside the disk, a kernel that is given to the machine), and where qemu-img is, `qcow2:1`; and `blank:1`, which boots nothing; `counter:1`, see `counting_guest`."""
-    store = ImageStore(folder / "images", limits=LIMITS)
-    disk = vm_sample.disk(kernel_folder())
+    store, disk = kernel_store(folder), vm_sample.disk(kernel_folder())
     store.add(layout(folder / "raw", [layer([("file", "disk/a.raw", disk)], mode=0o644)], name="raw:1", packed=False))
     store.add(layout(folder / "blank", [layer([("file", "disk/a.img", bytes(1 << 20))], mode=0o644)], name="blank:1"))
     store.add(layout(folder / "counter", [layer([("file", "disk/a.raw", counting_guest.DISK)], mode=0o644)], name=counting_guest.IMAGE))
-    kernel = qemu_kernel.find(kernel_folder())
-    first = qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel, vm_sample.MODULES), vm_sample.INIT)
-    entries = [("file", "disk/a.raw", disk), ("file", "boot/vmlinuz", kernel.image.read_bytes()), ("file", "boot/initrd", first), ("file", "boot/cmdline", vm_sample.ARGUMENTS.encode())]
-    store.add(layout(folder / "kernel", [layer(entries, mode=0o644)], name="kernel:1", packed=False))
     if (program := shutil.which("qemu-img")) is not None:
         (folder / "a.raw").write_bytes(disk)
         subprocess.run([program, "convert", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"], cwd=folder, check=True, timeout=60)

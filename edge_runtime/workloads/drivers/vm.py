@@ -115,7 +115,12 @@ class VmDriver(QemuDriver):
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
     async def probe(self) -> Capabilities:
-        """What an earlier agent had begun with its machines' states is brought to its end; they stand still meanwhile. Then boot a guest: that is the proof."""
+        """Boot a guest: that is the proof. First what an earlier agent has left standing still goes on."""
+        await self.settle()
+        return await super().probe()
+
+    async def settle(self) -> None:
+        """Bring to its end what an earlier agent had begun with its machines' states."""
         for name, entry in (await asyncio.to_thread(self._present)).items():
             if (self._folder / name / NOTE).exists():
                 key = Key(entry["id"], entry["epoch"])
@@ -124,7 +129,6 @@ class VmDriver(QemuDriver):
                         await self.checkpoints().settle(key)
                 except Failed as error:
                     log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
-        return await super().probe()
 
     def demand(self, ability: Ability) -> None:
         """See `face.Checkpoints`."""
