@@ -20,6 +20,11 @@ ANSWER_S = 120.0
 SCRIPT = f"#!/bin/sh\nifconfig eth0 {ITS} netmask 255.255.255.0; nc -l -p {PORT} -e cat & sleep 0.2; echo listening; wait"
 
 
+def ports() -> list[str]:
+    """Of the bridge."""
+    return [one["ifname"] for one in json.loads(subprocess.run(["ip", "-j", "link", "show", "master", BRIDGE], check=True, capture_output=True).stdout or b"[]")]
+
+
 async def main(folder: Path) -> None:
     """All of it."""
     for words in (("link", "set", "lo", "up"), ("link", "add", BRIDGE, "type", "bridge"), ("addr", "add", f"{OURS}/24", "dev", BRIDGE), ("link", "set", BRIDGE, "up")):
@@ -47,13 +52,13 @@ async def main(folder: Path) -> None:
 
         found = [(await said(b"before\n")).decode()]
         await driver.checkpoint(key, folder / "state", leave_running=False)
-        ports = subprocess.run(["ip", "-j", "link", "show", "master", BRIDGE], check=True, capture_output=True).stdout
+        await until(lambda: not ports(), ANSWER_S, "its port is gone")
         writer.write(b"meanwhile\n")
         status = await driver.restore(Order(other, "kernel:1", {"memory": MEMORY}, spec), folder / "state")
         found.append((await asyncio.wait_for(reader.readexactly(10), ANSWER_S)).decode())
         found.append((await said(b"after\n")).decode())
         writer.close()
-        print(json.dumps({"said": found, "runs": status.phase is Phase.RUNNING, "ports_meanwhile": len(json.loads(ports or b"[]"))}))
+        print(json.dumps({"said": found, "runs": status.phase is Phase.RUNNING, "ports": len(ports())}))
     finally:
         await asyncio.gather(*(driver.delete(one.key) for one in await driver.instances()))
         driver.close()
