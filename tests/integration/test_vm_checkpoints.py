@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import select
 import socket
 import sys
 import urllib.request
@@ -90,7 +91,7 @@ async def test_a_machine_goes_on_from_its_state_with_its_memory_and_its_disk(vms
     await vms.delete(other)
     await vms.restore(order, tmp_path / "kept")
     again = await goes_on(vms, other, seen + 1)
-    assert again[0] < seen and b"differs" not in (await vms.logs(other, 65_536)).stdout
+    assert again[0] < seen and counted(before) + again != list(range(len(counted(before) + again))) and b"differs" not in (await vms.logs(other, 65_536)).stdout
     await vms.delete(other)
     await vms.delete(key)
 
@@ -145,6 +146,25 @@ async def test_what_qemu_cannot_load_does_not_run_and_leaves_nothing(vms: VmDriv
     with pytest.raises(Failed, match="cannot be loaded"):
         await vms.restore(order, forged)
     assert not vms.folder(order.key).exists() and (await vms.status(key)).phase is Phase.RUNNING
+    await vms.delete(key)
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_one_whose_agent_goes_while_it_is_saved_goes_on(vms: VmDriver, tmp_path: Path, early: bool) -> None:
+    """Nobody reads what QEMU writes, and then it is cut off; `early`: somebody has it go on before. Were its saving not cancelled, QEMU would stop it when that is over."""
+    key, pipe = await counting(vms, "cut"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    await vms.pause(key)
+    saving = asyncio.ensure_future(vms.ask(key, {"do": "save", "path": str(pipe)}, BOOT_S))
+    await until(lambda: select.select([source], [], [], 0)[0], what="QEMU writes")
+    going = asyncio.ensure_future(vms.ask(key, {"do": "resume"})) if early else None
+    os.close(source)
+    with pytest.raises(Failed, match="could not save it|it goes on"):
+        await saving
+    await (going if going is not None else vms.resume(key))
+    assert (await vms.status(key)).phase is Phase.RUNNING
+    await goes_on(vms, key, counted((await vms.logs(key, 65_536)).stdout)[-1] + 10)
     await vms.delete(key)
 
 
