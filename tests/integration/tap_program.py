@@ -5,6 +5,7 @@ A client on the bridge talks to the guest over one TCP connection, before and af
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def ports() -> list[str]:
 async def main(folder: Path) -> None:
     """All of it."""
     for words in (("link", "set", "lo", "up"), ("link", "add", BRIDGE, "type", "bridge"), ("addr", "add", f"{OURS}/24", "dev", BRIDGE), ("link", "set", BRIDGE, "up")):
-        subprocess.run(["ip", *words], check=True)
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode or not os.path.exists("/dev/net/tun"):
+            print(json.dumps({"cannot": done.stderr.strip() or "there is no /dev/net/tun"}))
+            return
     store = kernel_store(folder)
     driver = made_vms(folder, store, bridges=(BRIDGE,), network=False)
     try:

@@ -28,7 +28,7 @@ from .waiting import until
 
 __all__ = ["vms"]
 
-pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
+pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.timeout(600)]
 
 needs_network = pytest.mark.skipif(searched("slirp4netns") is None, reason="no slirp4netns (as root: apt install slirp4netns)")
 
@@ -204,6 +204,7 @@ async def test_one_that_does_not_run_or_has_a_network_cannot_be_taken(vms: VmDri
     await vms.delete(key)
 
 
+@pytest.mark.slow
 @needs_network
 async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver, tmp_path: Path) -> None:
     port = free_port("127.0.0.1")
@@ -251,4 +252,6 @@ async def test_on_a_bridge_a_connection_outlives_the_move(tmp_path: Path) -> Non
     process = await asyncio.create_subprocess_exec("unshare", "--net", sys.executable, "-m", "tests.integration.tap_program", str(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, preexec_fn=die_with_parent)
     said, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()[-3000:]
+    if reason := json.loads(said).get("cannot"):
+        pytest.skip(f"no bridge can be made here: {reason}")
     assert json.loads(said) == {"said": ["before\n", "meanwhile\n", "after\n"], "runs": True, "ports": 1}
