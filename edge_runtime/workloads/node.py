@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -197,7 +197,7 @@ class WorkloadNode:
         self._why = "; ".join(why)
         self._moves = self._moves_states()
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None or self._vms is not None else None
-        if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
+        if self._usable or await _any_left(drivers.values()):  # with those that cannot run anything any more: what they left is still theirs to end
             self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
             self._drivers = drivers
         self._probed = True
@@ -562,12 +562,23 @@ class WorkloadNode:
 
     def _answer(self, entries: Sequence[dict[str, Any]]) -> None:
         answered = self._journal.state(ANSWERED) or []
-        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self._why)
+        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self._why, self.driven)
         for body in reports:
             self._journal.append("event", "workload", body)
         if now != answered:
             self._journal.put_state(ANSWERED, now)
         self._taken.set()
+
+
+async def _any_left(drivers: "Iterable[Driver]") -> bool:
+    """Whether something is on the disk of any of them."""
+    for driver in drivers:
+        try:
+            if await driver.instances():
+                return True
+        except OSError as error:
+            log.error("what is left of workloads cannot be looked at: %s", error)
+    return False
 
 
 def _shown(driver: str, status: "Status") -> dict[str, Any]:
