@@ -147,6 +147,7 @@ class WorkloadsConfig:
     exec: bool = key(False, "let the hub run commands in workloads (novactl exec); each is an event record")
     network: bool = key(True, "let containers that ask for it have this node's network, where slirp4netns is installed")
     publish: tuple[str, ...] = key(("127.0.0.1",), "IPv4 addresses of this node on which containers may publish ports; 0.0.0.0 allows all, none allows none")
+    bridges: tuple[str, ...] = key((), "bridges of this node to which virtual machines may be connected (spec.network.tap); the operator makes them")
     taints: tuple[dict[str, Any], ...] = key((), "taints: key, value, effect (NoSchedule, PreferNoSchedule, NoExecute)")
 
 

@@ -9,11 +9,11 @@ MAX_REASON = 1000
 """Characters of a reason."""
 
 
-def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs: Sequence[str], enabled: bool, why: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs: Sequence[str], enabled: bool, why: str = "", driven: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """Bodies of `workload` records, one for each entry that was not answered before; and which entries are answered now.
 
     An entry that shall stop is answered `stopped` where nothing can run here (else its driver answers: the entry does not say its kind). One that shall run is refused with the
-    reason, so that the hub places it elsewhere. `why`: why there is no driver.
+    reason, so that the hub places it elsewhere. `why`: why there is no driver. `driven`: drivers that can run nothing have something left here to end.
     """
     before, now, reports = set(answered), [], []
     for entry in entries:
@@ -22,7 +22,7 @@ def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs:
         if key in before:
             continue
         if entry["wanted"] == STOPPED:
-            if runs and enabled:
+            if (runs or driven) and enabled:
                 continue
             state, reason = "stopped", ""
         elif not enabled:

@@ -34,9 +34,6 @@ BACK = "back-"
 TRIED_EPOCH = 0
 """Epoch under which a target lays a workload out to see whether it can: no placement has it, so that what a kill leaves of it goes as anything that is not wanted."""
 
-SPARE = 64 << 20
-"""Bytes that stay free beside a state that comes."""
-
 TWICE = 2
 """A state is on the target's disk as the file that came and as the checkpoint that was made of it."""
 
@@ -72,9 +69,8 @@ class Moves:
         spec = {name: value for name, value in spec.items() if name not in KEYS and name != ISOLATION}
         requests = {name: amount for name, amount in (offer.get("requests") or {}).items() if isinstance(amount, int)}
         await _migrating(driver, Ability.MIGRATE_IN).migrate_in(Order(Key(asked["workload"], TRIED_EPOCH), str(offer["image"]), requests, spec, kind == "batch"), offer)
-        told = os.statvfs(self._folder)
-        if told.f_bavail * told.f_frsize < TWICE * offer["bytes"] + SPARE:
-            raise Refused("disk", f"its state may take {offer['bytes']} bytes twice, {told.f_bavail * told.f_frsize} are free", "free space, or move it to another node")
+        if (free := checkpoint_state.free(self._folder)) < TWICE * offer["bytes"] + checkpoint_state.SPARE:
+            raise Refused("disk", f"its state may take {offer['bytes']} bytes twice, {free} are free", "free space, or move it to another node")
         return {}
 
     async def pack(self, workload: str, move: str) -> dict[str, Any]:

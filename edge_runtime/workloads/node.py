@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -98,8 +98,8 @@ class WorkloadNode:
         self._convertible_why = "switched off (workloads.conversions in its configuration), or containers are"
         self._microvms_why = "switched off (workloads.microvms in its configuration)"
         self._usable: set[str] = set()
-        self._moves = False
-        """Containers can leave for other nodes, and come from them, with their state."""
+        self._moves: tuple[str, ...] = ()
+        """Kinds of workload that can leave for other nodes, and come from them, with their state."""
         self._drivers: Mapping[str, Driver] = {}
         self._left: dict[str, dict[str, Any]] = {}
         self._images: Shared[Image] | None = None
@@ -171,7 +171,7 @@ class WorkloadNode:
             if workloads.vms or (folder / "vms").exists():
                 from .drivers import vm
 
-                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, enabled=workloads.vms)
+                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, bridges=workloads.bridges, enabled=workloads.vms)
                 drivers["vm"] = self._vms = await asyncio.to_thread(vm.VmDriver, folder, self._store, machines)
         except (ImageError, OSError) as error:
             why.append(str(error))
@@ -195,22 +195,23 @@ class WorkloadNode:
             if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm", CONVERTS})
         )
         self._why = "; ".join(why)
-        self._moves = self._containers is not None and self._runs_containers == "container" and self._moves_states()
-        checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None else None
-        if self._usable:  # with those that cannot run anything any more: what they left is still theirs to end
+        self._moves = self._moves_states()
+        checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None or self._vms is not None else None
+        if self._usable or await _any_left(drivers.values()):  # with those that cannot run anything any more: what they left is still theirs to end
             self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
             self._drivers = drivers
         self._probed = True
 
-    def _moves_states(self) -> bool:
+    def _moves_states(self) -> tuple[str, ...]:
         from .carrier import reason_against
         from .drivers.face import Ability
 
-        assert self._containers is not None
-        told, why = self._containers.capabilities, reason_against(self._config.workloads)
-        if self._config.workloads.moves_hub and why:
-            log.warning("containers do not move with their state: %s", why)
-        return not why and told is not None and told.can(Ability.MIGRATE_OUT) and told.can(Ability.MIGRATE_IN)
+        if why := reason_against(self._config.workloads):
+            if self._config.workloads.moves_hub:
+                log.warning("workloads do not move with their state: %s", why)
+            return ()
+        told = {"container": self._containers.capabilities if self._containers is not None and self._runs_containers == "container" else None, "vm": self._vms.capabilities if self._vms is not None else None}
+        return tuple(kind for kind, found in told.items() if found is not None and found.can(Ability.MIGRATE_OUT) and found.can(Ability.MIGRATE_IN))
 
     async def _try(self, name: str, driver: "Driver") -> list[str]:
         """Probe one driver; why it cannot be used, where it cannot."""
@@ -541,8 +542,7 @@ class WorkloadNode:
         labels = {**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}}
         if CONVERTS in self._usable:
             labels[CONVERTING] = "true"
-        if self._moves:
-            labels[MOVABLE + "container"] = "true"
+        labels |= {MOVABLE + kind: "true" for kind in self._moves}
         return describe(
             kind=workloads.kind, region=config.region, site=config.site, labels=labels, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
@@ -562,12 +562,23 @@ class WorkloadNode:
 
     def _answer(self, entries: Sequence[dict[str, Any]]) -> None:
         answered = self._journal.state(ANSWERED) or []
-        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self._why)
+        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self._why, self.driven)
         for body in reports:
             self._journal.append("event", "workload", body)
         if now != answered:
             self._journal.put_state(ANSWERED, now)
         self._taken.set()
+
+
+async def _any_left(drivers: "Iterable[Driver]") -> bool:
+    """Whether something is on the disk of any of them."""
+    for driver in drivers:
+        try:
+            if await driver.instances():
+                return True
+        except OSError as error:
+            log.error("what is left of workloads cannot be looked at: %s", error)
+    return False
 
 
 def _shown(driver: str, status: "Status") -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _check_drained(entry: Submitted, field: str) -> None:
     wish = entry.document.get(WHEN_DRAINED)
     if wish is not None and wish not in (MOVE, RESTART, STAY):
         raise Invalid(f"{field}.{WHEN_DRAINED}", f"{str(wish)[:40]!r} is unknown", f"use {MOVE}, {RESTART} or {STAY}, or leave it out")
-    if wish == MOVE and entry.item.shape.kind not in ISOLATED:
+    if wish == MOVE and entry.item.shape.kind not in (*ISOLATED, Kind.VM):
         raise Invalid(f"{field}.{WHEN_DRAINED}", f"a {entry.item.shape.kind.value} cannot be moved with its state", f"use {RESTART} or {STAY}, or leave it out")
 
 

@@ -73,11 +73,11 @@ def why_not(planner: "Planner", row: WorkloadRow) -> str:
         return f"it is {row.state}"
     if row.id in planner.tables.moving or len(planner.tables.epochs[row.id]) > 1:
         return "it is being moved already" if row.id in planner.tables.moving else "the node that had it before has not said that it stopped it"
-    if item.shape.kind not in (Kind.CONTAINER, Kind.BATCH) or (row.document.get("spec") or {}).get(ISOLATION, NAMESPACES) != NAMESPACES:
-        return "only containers and batch jobs in namespaces can be moved with their state"
+    if not (kind := moves_as(row, item.shape.kind)):
+        return "only containers and batch jobs in namespaces, and virtual machines, can be moved with their state"
     if may_move(row.document):
         return "its site may give it to another node by itself (when_cut_off: move)"
-    if not movable(planner, row.node):
+    if not movable(planner, row.node, kind):
         return f"{row.node} cannot give a workload away with its state (see docs/workloads.md, Moves)"
     if not planner.is_up(row.node):
         return f"{row.node} is not heard from"
@@ -86,10 +86,17 @@ def why_not(planner: "Planner", row: WorkloadRow) -> str:
     return ""
 
 
-def movable(planner: "Planner", node: str) -> bool:
-    """Whether a node says that it can give containers away and take them in with their state."""
+def moves_as(row: WorkloadRow, kind: Kind) -> str:
+    """What a node has to be able to move for a workload: `container` or `vm`; empty where its kind cannot be moved with its state."""
+    if kind is Kind.VM:
+        return "vm"
+    return "container" if kind in (Kind.CONTAINER, Kind.BATCH) and (row.document.get("spec") or {}).get(ISOLATION, NAMESPACES) == NAMESPACES else ""
+
+
+def movable(planner: "Planner", node: str, kind: str = "container") -> bool:
+    """Whether a node says that it can give workloads of a kind (`moves_as`) away and take them in with their state."""
     row = planner.tables.nodes.get(node)
-    return row is not None and row.origin == "edge" and (row.document.get("labels") or {}).get(f"{MOVABLE}container") == "true"
+    return row is not None and row.origin == "edge" and (row.document.get("labels") or {}).get(MOVABLE + kind) == "true"
 
 
 def busy(planner: "Planner", node: str) -> int:
@@ -135,11 +142,11 @@ def _reserved(planner: "Planner", row: WorkloadRow, to: str, now_ms: int) -> Pla
     assert source is not None
     if to and to not in state.node_index:
         raise Conflict("to", f"{to[:64]!r} is no node", "list /api/v1/nodes")
-    fits = np.zeros(state.size, np.bool_)
+    fits, kind = np.zeros(state.size, np.bool_), moves_as(row, planner.tables.items[row.id].item.shape.kind)
     for name, index in state.node_index.items():
-        fits[index] = name != row.node and (not to or name == to) and movable(planner, name) and busy(planner, name) < AT_ONCE
+        fits[index] = name != row.node and (not to or name == to) and movable(planner, name, kind) and busy(planner, name) < AT_ONCE
     if not fits.any():
-        raise Conflict("to", f"{to or 'no other node'} can{'not' if to else ''} take it in with its state now", f"see which nodes have the label {MOVABLE}container, and at most {AT_ONCE} moves under way")
+        raise Conflict("to", f"{to or 'no other node'} can{'not' if to else ''} take it in with its state now", f"see which nodes have the label {MOVABLE}{kind}, and at most {AT_ONCE} moves under way")
     planner.begin()
     try:
         planner.leave(source, now_ms, "tried")

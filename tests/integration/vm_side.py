@@ -20,6 +20,7 @@ from edge_runtime.workloads.images import ImageStore
 from tests.unit.workloads.image_side import layer, layout
 from tools.novactl import vm_sample
 
+from . import counting_guest
 from .container_side import LIMITS
 from .microvm_side import kernel_folder
 from .waiting import until
@@ -29,6 +30,9 @@ MEMORY = 128 << 20
 
 BOOT_S = 110.0
 """Given to a boot: two busy processors that many share take twenty times as long as an idle one."""
+
+COUNTS = "i=0; while :; do echo $i > /data/n; sync; echo 3 > /proc/sys/vm/drop_caches; read -r n < /data/n; [ $n = $i ] || echo differs $n; echo $i; i=$((i+1)); sleep 0.05; done"
+"""A script for a guest: it says 0, 1, 2.. on its console, as `counting_guest` does."""
 
 HELLO = re.compile(rb"hello from ([a-z0-9-]+), a virtual machine on Linux [^,]+, start (\d+)\r?\n")
 
@@ -47,16 +51,22 @@ def reason_against() -> str:
     return ""
 
 
-def sample_store(folder: Path) -> ImageStore:
-    """A store with the sample in three forms: `raw:1`, `kernel:1` (beside the disk, a kernel that is given to the machine), and where qemu-img is, `qcow2:1`; and `blank:1`, which boots nothing."""
+def kernel_store(folder: Path) -> ImageStore:
+    """A store with the sample `kernel:1`, which is given a kernel."""
     store = ImageStore(folder / "images", limits=LIMITS)
-    disk = vm_sample.disk(kernel_folder())
-    store.add(layout(folder / "raw", [layer([("file", "disk/a.raw", disk)], mode=0o644)], name="raw:1", packed=False))
-    store.add(layout(folder / "blank", [layer([("file", "disk/a.img", bytes(1 << 20))], mode=0o644)], name="blank:1"))
     kernel = qemu_kernel.find(kernel_folder())
     first = qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel, vm_sample.MODULES), vm_sample.INIT)
-    entries = [("file", "disk/a.raw", disk), ("file", "boot/vmlinuz", kernel.image.read_bytes()), ("file", "boot/initrd", first), ("file", "boot/cmdline", vm_sample.ARGUMENTS.encode())]
+    entries = [("file", "disk/a.raw", vm_sample.disk(kernel_folder())), ("file", "boot/vmlinuz", kernel.image.read_bytes()), ("file", "boot/initrd", first), ("file", "boot/cmdline", vm_sample.ARGUMENTS.encode())]
     store.add(layout(folder / "kernel", [layer(entries, mode=0o644)], name="kernel:1", packed=False))
+    return store
+
+
+def sample_store(folder: Path) -> ImageStore:
+    """A store with the sample in three forms: `raw:1`, `kernel:1` (beside the disk, a kernel that is given to the machine), and where qemu-img is, `qcow2:1`; and `blank:1`, which boots nothing; `counter:1`, see `counting_guest`."""
+    store, disk = kernel_store(folder), vm_sample.disk(kernel_folder())
+    store.add(layout(folder / "raw", [layer([("file", "disk/a.raw", disk)], mode=0o644)], name="raw:1", packed=False))
+    store.add(layout(folder / "blank", [layer([("file", "disk/a.img", bytes(1 << 20))], mode=0o644)], name="blank:1"))
+    store.add(layout(folder / "counter", [layer([("file", "disk/a.raw", counting_guest.DISK)], mode=0o644)], name=counting_guest.IMAGE))
     if (program := shutil.which("qemu-img")) is not None:
         (folder / "a.raw").write_bytes(disk)
         subprocess.run([program, "convert", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2"], cwd=folder, check=True, timeout=60)

@@ -1,7 +1,8 @@
 """An agent that is killed at a point of its part in a move, once: `python -m tests.system.moving_agent POINT FILE run --config ...`; FILE is made when it is, and then it is an agent as any other.
 
 POINT: at a source `taking` (written down), what `container_checkpoint.STEPS` has, `packed-up` (the file for the way is there), `out` (done, not written down); `returned` (its state has its name back), `back` (it runs again, not written
-down). At a target `laid-out` (to see whether it fits), `room` (done, not written down), `came` (the checkpoint is made of the file), `restored` (it runs, not told). `refuses`: it is not killed; nothing that comes is taken.
+down). At a target `laid-out` (to see whether it fits; of a virtual machine: looked at), `room` (done, not written down), `came` (the checkpoint is made of the file), `filled` (of a virtual machine: laid out from it),
+`restored` (it runs, not told). `refuses`: it is not killed; nothing that comes is taken.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from edge_runtime.cli import main
 from edge_runtime.workloads import moves, runner
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Failed
+from edge_runtime.workloads.drivers.vm import VmDriver
 from edge_runtime.workloads.operations import Operations
 
 
@@ -49,11 +51,11 @@ def planted(point: str, mark: Path) -> None:
         async def refuses(*_: Any, **__: Any) -> Any:
             raise Failed("restore", "planted", "none")
 
-        ContainerDriver.restore = refuses  # type: ignore[method-assign]
-    checkpoint, end, say = ContainerDriver.checkpoint, Operations.end, runner.Runner._say
+        ContainerDriver.restore = VmDriver.restore = refuses  # type: ignore[method-assign]
+    checkpoints, end, say = {ContainerDriver: ContainerDriver.checkpoint, VmDriver: VmDriver.checkpoint}, Operations.end, runner.Runner._say
 
-    async def taken(self: ContainerDriver, *rest: Any, **more: Any) -> Any:
-        return await checkpoint(self, *rest, **more, step=kill)
+    async def taken(self: Any, *rest: Any, **more: Any) -> Any:
+        return await checkpoints[type(self)](self, *rest, **more, step=kill)
 
     def over(self: Operations, name: str, *rest: Any, **more: Any) -> None:
         kill(name.rpartition(".")[2])
@@ -64,11 +66,14 @@ def planted(point: str, mark: Path) -> None:
             kill("restored")
         say(self, entry, state, *rest, **more)
 
-    ContainerDriver.checkpoint, Operations.end, runner.Runner._say = taken, over, told  # type: ignore[method-assign,assignment]
+    ContainerDriver.checkpoint = VmDriver.checkpoint = taken  # type: ignore[method-assign]
+    Operations.end, runner.Runner._say = over, told  # type: ignore[method-assign,assignment]
     after(Operations, "reach", lambda self, name, step: step)
     after(moves.Moves, "pack", lambda *_: "packed-up")
     after(moves.Moves, "came", lambda *_: "came")
     after(moves.Moves, "return_of", lambda *_: "returned")
+    after(VmDriver, "migrate_in", lambda *_: "laid-out")
+    after(VmDriver, "_laid", lambda self, order, fill=None: "filled" if fill is not None else "")
     after(ContainerDriver, "prepare", lambda self, order: "laid-out" if order.key.epoch == moves.TRIED_EPOCH else "")
 
 

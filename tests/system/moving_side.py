@@ -33,11 +33,14 @@ COUNTS = "i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.01
 class Node:
     """One agent, which can be killed and started again."""
 
+    FOLDER = "containers"
+    """Where its driver has its instances."""
+
     def __init__(self, folder: Path, hub: Hub, name: str, **workloads: Any) -> None:
         self.name, self.data = name, folder / name / "data"
         archives = self.data / "workloads/archives"
         archives.mkdir(parents=True)
-        archive(layout(folder / name / "in", [base()], name="box:1"), archives / "box.tar")
+        self.give_image(archives, folder / name / "in")
         token = folder / name / "token"
         token.touch(mode=0o600)
         token.write_text(worker_token(hub.token, name))
@@ -48,6 +51,10 @@ class Node:
         self._port, self._program, self.agent = hub.broker.port, ("-m", "edge_runtime"), None
 
     agent: Agent | None
+
+    def give_image(self, archives: Path, scratch: Path) -> None:
+        """What its workload runs from."""
+        archive(layout(scratch, [base()], name="box:1"), archives / "box.tar")
 
     def start(self, program: tuple[str, ...] = ("-m", "edge_runtime"), **environment: str) -> None:
         """Start it; `program`: another one that is it."""
@@ -70,27 +77,35 @@ class Node:
 
     def instances(self) -> list[str]:
         """What is on its disk, as `ID.EPOCH`."""
-        folder = self.data / "workloads/containers"
+        folder = self.data / "workloads" / self.FOLDER
         return sorted(one.name for one in os.scandir(folder) if not one.name.startswith(".")) if folder.exists() else []
 
     def end(self) -> None:
         """Kill it, and all that it left."""
         self.kill()
         if (self.data / "workloads/images").exists():
-            driver, store = self.driver()
-            end_all(driver)
-            store.close()
+            self.end_all()
+
+    def end_all(self) -> None:
+        """All that it left."""
+        driver, store = self.driver()
+        end_all(driver)
+        store.close()
 
 
 class Two:
     """Nodes `a` and `b`, and the witness, which runs on `a` at first."""
+
+    NODE: type[Node] = Node
+    MOVES = "container"
+    """What its nodes must be able to move."""
 
     def __init__(self, folder: Path, hub: Hub) -> None:
         self.folder, self.hub = folder, hub
         self.workload = f"moved-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"  # control groups are the machine's
         (folder / "shared").mkdir(exist_ok=True)
         (folder / "shared").chmod(0o777)
-        self.nodes = {name: Node(folder, hub, name) for name in ("a", "b")}
+        self.nodes = {name: self.NODE(folder, hub, name) for name in ("a", "b")}
 
     async def start(self, **more: Any) -> None:
         """Both nodes are up, and the witness counts on `a`."""
@@ -103,7 +118,7 @@ class Two:
         """Until these nodes (or both) have told that they can move states."""
         tables = self.hub.workloads.planner.tables
         for name in names or ("a", "b"):
-            await until(lambda name=name: name in tables.nodes and (tables.nodes[name].document.get("labels") or {}).get("novacron.moves/container") == "true" and self.hub.workloads.planner.is_up(name), ROOM_S, what=f"{name} can move states")
+            await until(lambda name=name: name in tables.nodes and (tables.nodes[name].document.get("labels") or {}).get(f"novacron.moves/{self.MOVES}") == "true" and self.hub.workloads.planner.is_up(name), ROOM_S, what=f"{name} can move states")
 
     def document(self, name: str, **more: Any) -> Json:
         """The witness."""

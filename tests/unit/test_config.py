@@ -93,10 +93,10 @@ def test_every_key_can_be_set_by_file_and_environment_and_the_environment_wins(t
 
 def test_the_other_keys_can_be_set_by_file(tmp_path: Path) -> None:
     rest = {".".join(path) for path, kind, _ in keys() if kind not in (bool, int, float, str)}
-    assert rest == {"labels", "decisions.rules", "decisions.models", "duties.home", "workloads.taints", "workloads.runtimes", "workloads.mounts", "workloads.publish", "workloads.registries"}
-    config = load(tmp_path, "labels: {line: 4, hot: true}\ndecisions:\n  rules: [{id: r}]\n  models: [shipped:host-anomaly/portable, {manifest: m.json, name: n, data: d}]\nduties: {home: ['boiler-*', pump-1]}\nworkloads: {taints: [{key: k, effect: NoSchedule}], runtimes: [crun], mounts: [/srv/data], publish: [192.0.2.7], registries: [{host: r.example, short: true}]}\n").config
+    assert rest == {"labels", "decisions.rules", "decisions.models", "duties.home", "workloads.taints", "workloads.runtimes", "workloads.mounts", "workloads.publish", "workloads.bridges", "workloads.registries"}
+    config = load(tmp_path, "labels: {line: 4, hot: true}\ndecisions:\n  rules: [{id: r}]\n  models: [shipped:host-anomaly/portable, {manifest: m.json, name: n, data: d}]\nduties: {home: ['boiler-*', pump-1]}\nworkloads: {taints: [{key: k, effect: NoSchedule}], runtimes: [crun], mounts: [/srv/data], publish: [192.0.2.7], bridges: [br0], registries: [{host: r.example, short: true}]}\n").config
     assert config.duties.home == ("boiler-*", "pump-1")
-    assert config.workloads.runtimes == ("crun",) and config.workloads.mounts == ("/srv/data",) and config.workloads.publish == ("192.0.2.7",) and config.workloads.registries == ({"host": "r.example", "short": True},)
+    assert config.workloads.runtimes == ("crun",) and config.workloads.mounts == ("/srv/data",) and config.workloads.publish == ("192.0.2.7",) and config.workloads.bridges == ("br0",) and config.workloads.registries == ({"host": "r.example", "short": True},)
     assert config.labels == {"line": "4", "hot": "True"} and config.decisions.rules == ({"id": "r"},) and config.workloads.taints == ({"key": "k", "effect": "NoSchedule"},)
     assert [(item.manifest, item.name, item.data) for item in config.decisions.models] == [("shipped:host-anomaly/portable", "", ""), ("m.json", "n", "d")]
 

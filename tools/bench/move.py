@@ -1,4 +1,5 @@
 """How long a container of 64 MiB stands still while it moves to another node with its state, and what goes over the wire: a hub, two agents as processes on this machine, migration workers that they start.
+`--kind vm`: a virtual machine of 256 MiB (`move_vm`).
 
 The container is the witness: it writes the machine's wall clock (CRIU has the monotonic one go on from where it stood) to a folder that both nodes have, some hundred times a second. The longest gap in that is the time for which it stood still, from its last
 instruction at the source to its first one at the target. A round is believed only where its memory is unchanged by a hash that it made before, and no line is missing or there twice.
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 if not __package__:
     __import__("as_module").again(__file__)
@@ -84,11 +85,42 @@ async def until(check: Callable[[], Any], what: str) -> Any:
 
 
 class Witness:
-    """What the container wrote."""
+    """The container, and what it wrote. `folder`: below which all is that it needs."""
+
+    KIND, BAR_S = "container", BAR_S
+    WHAT = "a container of 64 MiB"
+    INPUTS: ClassVar[dict[str, Any]] = {"bytes": SIZE, "memory": "the files of /usr/lib, in order"}
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._before = ""
+        self.folder = folder / "shared"
+        self.folder.mkdir()
+        self.folder.chmod(0o777)
+
+    def give_image(self, data: Path, scratch: Path) -> None:
+        """What it runs from, in the archives of a node."""
+        (data / "workloads/archives").mkdir(parents=True)
+        shutil.copytree(layout_of(scratch, {"tmp/nothing": b""}), data / "workloads/archives/bench")
+        index = data / "workloads/archives/bench/index.json"
+        told = json.loads(index.read_text())
+        told["manifests"][0]["annotations"] = {"org.opencontainers.image.ref.name": "bench:1"}
+        index.write_text(json.dumps(told))
+
+    def workloads(self) -> dict[str, Any]:
+        """Of a node's configuration."""
+        return {"mounts": ["/usr", str(self.folder)], "criu": str(LAID_OUT) if LAID_OUT.exists() else "criu"}
+
+    def document(self) -> dict[str, Any]:
+        """The workload."""
+        mounts = [*MOUNTS, {"target": "/shared", "source": str(self.folder), "read_only": False, "shared": True}]
+        spec = {"command": [PYTHON, "-c", PROGRAM], "env": {"MOST": str(SIZE)}, "mounts": mounts, "limits": {"memory": SIZE * 4}}
+        return {"id": "w", "image": "bench:1", "requests": {"cpu": "100m", "memory": SIZE * 4}, "spec": spec}
+
+    def forget(self) -> None:
+        """Numbers begin anew; who has the file open writes on there."""
+        (self.folder / "lines").rename(self.folder / "lines.before")
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
 
     def lines(self) -> list[tuple[int, int]]:
         """Number and clock (ns) of each whole line."""
@@ -149,48 +181,38 @@ async def restarted(hub: Hub, witness: Witness, target: str) -> float:
     await settled(hub, target)
     await until(lambda: len(witness.lines()) > first + 10 and witness.lines()[-1][0] < witness.lines()[first - 1][0], "it begins anew")
     gap = gap_s(witness.lines()[first - 1:])
-    (witness.folder / "lines").rename(witness.folder / "lines.before")  # numbers begin anew; who has it open writes on there
+    witness.forget()
     return gap
 
 
-async def measured(options: Any, folder: Path) -> tuple[list[dict[str, float]], list[float]]:
+async def measured(options: Any, folder: Path, witness: Witness) -> tuple[list[dict[str, float]], list[float]]:
     """Figures of each move, and of each restart."""
     hub = Hub(HubSettings(folder / "hub", broker="embedded", broker_port=0, port=0))
     await hub.start()
-    shared = folder / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)
     agents: list[Agent] = []
     try:
         await until(lambda: hub.link.up, "the hub's link")
         for name in ("a", "b"):
             data = folder / name / "data"
-            (data / "workloads/archives").mkdir(parents=True)
-            shutil.copytree(layout_of(folder / name / "image", {"tmp/nothing": b""}), data / "workloads/archives/bench")
-            index = data / "workloads/archives/bench/index.json"
-            told = json.loads(index.read_text())
-            told["manifests"][0]["annotations"] = {"org.opencontainers.image.ref.name": "bench:1"}
-            index.write_text(json.dumps(told))
+            witness.give_image(data, folder / name / "image")
             token = folder / name / "token"
             token.touch(mode=0o600)
             token.write_text(worker_token(hub.token, name))
             agent = Agent(0, api=False, uplink_port=hub.broker.port, model="", host=False, data=data, extra={
                 "edge_id": name, "bus": {"enabled": False}, "decisions": {}, "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
                 "workloads": {
-                    "enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "evict_memory_bytes": 0, "evict_disk_bytes": 0, "functions": False, "mounts": ["/usr", str(shared)],
-                    "criu": str(LAID_OUT) if LAID_OUT.exists() else "criu", "moves_hub": f"http://127.0.0.1:{hub.port}", "moves_token_file": str(token),
+                    "enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "evict_memory_bytes": 0, "evict_disk_bytes": 0, "functions": False, **witness.workloads(),
+                    "moves_hub": f"http://127.0.0.1:{hub.port}", "moves_token_file": str(token),
                 },
             })
             agents.append(agent)
             await asyncio.to_thread(agent.__enter__)
         tables = hub.workloads.planner.tables
-        await until(lambda: all(name in tables.nodes and moving.movable(hub.workloads.planner, name) and hub.workloads.planner.is_up(name) for name in ("a", "b")), "two nodes that move states")
-        mounts = [*MOUNTS, {"target": "/shared", "source": str(shared), "read_only": False, "shared": True}]
-        spec = {"command": [PYTHON, "-c", PROGRAM], "env": {"MOST": str(SIZE)}, "mounts": mounts, "limits": {"memory": SIZE * 4}}
-        await hub.workloads.submit(read_list([{"id": "w", "image": "bench:1", "requests": {"cpu": "100m", "memory": SIZE * 4}, "spec": spec}]))
+        await until(lambda: all(name in tables.nodes and moving.movable(hub.workloads.planner, name, witness.KIND) and hub.workloads.planner.is_up(name) for name in ("a", "b")), "two nodes that move states")
+        await hub.workloads.submit(read_list([witness.document()]))
         here = hub.workloads.rows["w"].node
         await settled(hub, here)
-        witness, moves, restarts = Witness(shared), [], []
+        moves, restarts = [], []
         await until(lambda: len(witness.lines()) > 10, "it writes")
         for number in range(options.rounds):
             here = "b" if here == "a" else "a"
@@ -208,15 +230,26 @@ async def measured(options: Any, folder: Path) -> tuple[list[dict[str, float]], 
 
 
 def main() -> int:
-    options = arguments(__doc__, rounds=5).parse_args()
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--kind", choices=("container", "vm"), default="container")
+    options = parser.parse_args()
     about = machine()
     with tempfile.TemporaryDirectory() as top:
-        moves, restarts = asyncio.run(measured(options, Path(top)))
+        if options.kind == "vm":
+            from .move_vm import Guest
+
+            witness: Witness = Guest(Path(top))
+        else:
+            witness = Witness(Path(top))
+        try:
+            moves, restarts = asyncio.run(measured(options, Path(top), witness))
+        finally:
+            witness.close()
     down = [one["down_s"] for one in moves]
     value = round(median(down), 3)
     return report(
-        options, about, "a container of 64 MiB stands still while it moves to another node with its state", value, "s", value <= BAR_S, spread_=spread(down),
-        peer={"stopped and begun anew at the other node, its memory lost, s": round(restarts[0], 3)}, inputs={"bytes": SIZE, "bar_s": BAR_S, "memory": "the files of /usr/lib, in order"},
+        options, about, f"{witness.WHAT} stands still while it moves to another node with its state", value, "s", value <= witness.BAR_S, spread_=spread(down),
+        peer={"stopped and begun anew at the other node, its memory lost, s": round(restarts[0], 3)}, inputs={**witness.INPUTS, "bar_s": witness.BAR_S},
         details={name: spread([one[name] for one in moves]) for name in moves[0]},
     )
 

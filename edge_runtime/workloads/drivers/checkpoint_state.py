@@ -1,8 +1,8 @@
-"""The state of a container on the disk: how it is written, and how it is looked through before anything of it is used.
+"""The state of a workload on the disk: how it is written, and how it is looked through before anything of it is used.
 
-    manifest.json       canonical JSON: what it is of (`host`, `order`, `config`, `image`, `layers`, `processes`), what is here (`files`), and `root`, the hash over all else in it
-    images/NAME         what CRIU wrote, compressed
-    disk.tar            what the container changed in its root: a layer as OCI has them (PAX tar, `.wh.` marks), compressed; owners as the container sees them
+    manifest.json       canonical JSON: what it is of (`kind`, `host`, `order`, `image`, `layers`, and what `SHAPES` has for its kind), what is here (`files`), and `root`, the hash over all else in it
+    images/NAME         of a container what CRIU wrote, of a virtual machine what `vm_checkpoint` has; compressed
+    disk.tar            what a container changed in its root: a layer as OCI has them (PAX tar, `.wh.` marks), compressed; owners as the container sees them
 
 Every file stands in the manifest with its length, compressed and not, and the SHA-256 of what is stored. So one hash names the whole state, and a bit that differs anywhere is found.
 The hash says that a state is whole, not who wrote it: whoever can write one can make a container of any content, as who writes an image. It holds the memory of all processes, with their secrets.
@@ -26,11 +26,28 @@ VERSION = 1
 
 MANIFEST, IMAGES, DISK = "manifest.json", "images", "disk.tar"
 
+CONTAINER, VM = "container", "vm"
+"""Kinds of states: the names of the drivers that bring them back."""
+
+MEMORY, MACHINE_DISK = f"{IMAGES}/state", f"{IMAGES}/disk.qcow2"
+"""Of a virtual machine: its memory and devices, and what it wrote."""
+
+SHAPES: Mapping[str, Mapping[str, type]] = {
+    CONTAINER: {"host": dict, "order": dict, "config": dict, "image": str, "layers": list, "processes": list, "base": int}, VM: {"host": dict, "order": dict, "machine": dict, "image": str, "layers": list},
+}
+"""What the manifest of each kind has beside its files."""
+
+FILES: Mapping[str, frozenset[str]] = {CONTAINER: frozenset((DISK,)), VM: frozenset((MEMORY, MACHINE_DISK))}
+"""Files that a state of each kind has."""
+
+SPARE = 64 << 20
+"""Bytes that stay free on a disk beside what is written."""
+
 MAX_MANIFEST = 8 << 20
 """Bytes: 512 processes and some hundred files take 100 KiB."""
 
 MAX_FILES = 65_536
-"""CRIU writes about ten files, and four more for each process; a container has at most 32,768."""
+"""CRIU writes about ten files, and four more for each process; a container has at most 32,768. A virtual machine's state has five."""
 
 MAX_LENGTH = 1 << 46
 """Bytes of one file: more than any node's memory or disk."""
@@ -204,11 +221,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _unlike(f"says that its files are compressed by {str(told.get('codec'))[:40]}")
     if told["codec"] == "zstd" and codec() != "zstd":
         raise Refused("checkpoint", "is compressed by zstd, for which the package zstandard is missing here", "pip install zstandard")
+    kind = VM if told.get("kind") == VM else CONTAINER  # another one's driver refuses it
     files = told.get("files")
-    if not isinstance(files, list) or len(files) > MAX_FILES or not all(_file(one) for one in files) or len({one["name"] for one in files}) != len(files) or DISK not in {one["name"] for one in files}:
+    if not isinstance(files, list) or len(files) > MAX_FILES or not all(_file(one) for one in files) or len({one["name"] for one in files}) != len(files) or not FILES[kind] <= {one["name"] for one in files}:
         raise _unlike("has a list of files that is none")
-    shapes: dict[str, type] = {"host": dict, "order": dict, "config": dict, "image": str, "layers": list, "processes": list, "base": int}
-    odd = [name for name, kind in shapes.items() if not isinstance(told.get(name), kind)]
+    odd = [name for name, shape in SHAPES[kind].items() if not isinstance(told.get(name), shape)]
     if odd:
         raise _unlike(f"lacks {', '.join(odd)}")
     return {**told, "root": root}
@@ -218,6 +235,23 @@ def _file(one: Any) -> bool:
     if not isinstance(one, dict) or set(one) != {"name", "size", "stored", "sha256"} or not isinstance(one["name"], str) or not _NAME.match(one["name"]):
         return False
     return isinstance(one["sha256"], str) and bool(_HASH.match(one["sha256"])) and all(type(one[key]) is int and 0 <= one[key] <= MAX_LENGTH for key in ("size", "stored"))
+
+
+def to_be_filled(folder: Path) -> None:
+    """Raises `Refused` where a state cannot be written to a folder: it must be empty or not there."""
+    try:
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+            raise Refused("folder", f"{folder} is there, and not an empty folder", "name one that is empty or not there")
+        if not folder.parent.is_dir():
+            raise Refused("folder", f"{folder.parent} is not there", "make it first")
+    except OSError as error:
+        raise Refused("folder", f"{folder} cannot be looked at: {error.strerror}", "name another one") from None
+
+
+def free(place: Path) -> int:
+    """Bytes that are free in the file system of a folder."""
+    told = os.statvfs(place)
+    return told.f_bavail * told.f_frsize
 
 
 def _unlike(problem: str) -> Refused:

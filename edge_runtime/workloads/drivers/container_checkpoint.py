@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from ..images import ImageError, Limits
 from ..images.layer import OPAQUE, WHITEOUT, unpack
 from . import cgroups, keeper_restore, keeping
-from .checkpoint_state import CHUNK, DISK, IMAGES, Reader, Writer, add, check, codec, read_manifest, seal, suits
+from .checkpoint_state import CHUNK, CONTAINER, DISK, IMAGES, SPARE, Reader, Writer, add, check, codec, free, read_manifest, seal, suits, to_be_filled
 from .container import COMMAND_S, LEFT_S, NOTE
 from .container_spec import ID_RANGE, own_folders
 from .criu import Criu, errors, log_of, offence, write_options
@@ -52,9 +52,6 @@ DEADLY = frozenset((signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGTRAP
 
 SLOW_DISK = 20 << 20
 """Bytes in a second that a slow disk (an SD card) takes: the runtime gets as much more time for a state."""
-
-SPARE = 64 << 20
-"""Bytes that stay free on a disk beside what is written."""
 
 MAX_ENTRIES = 500_000
 """Files of a container's changed root, as of a layer."""
@@ -90,11 +87,11 @@ class Checkpoints:
         step = step or _ignored
         await self._may_be_taken(key)
         folder, own = Path(os.path.abspath(folder)), self._driver.folder(key)
-        _to_be_filled(folder)
+        to_be_filled(folder)
         used = max(0, self._groups.stats(self._group(key)).memory_bytes)
         for place in (own, folder.parent):
-            if _free(place) < used + SPARE:
-                raise Refused("disk", f"its state may take {used} bytes, {_free(place)} are free at {place}", "free space, or name another folder")
+            if free(place) < used + SPARE:
+                raise Refused("disk", f"its state may take {used} bytes, {free(place)} are free at {place}", "free space, or name another folder")
         note = {"folder": str(folder), "new": str(folder.with_name(f".{folder.name}.new")), "leave_running": leave_running, "token": uuid.uuid4().hex}
         keeping.write(str(own / NOTE), note)
         try:
@@ -183,7 +180,7 @@ class Checkpoints:
         for mount in config.get("mounts", ()):
             mount["source"] = sources.get(mount["source"], mount["source"])
         return {
-            "kind": "container", "token": note["token"], "taken_ms": int(time.time() * 1000),
+            "kind": CONTAINER, "token": note["token"], "taken_ms": int(time.time() * 1000),
             "host": self._host(criu),
             "order": {"id": key.id, "epoch": key.epoch, "image": instance.get("reference", ""), "requests": instance.get("requests", {}), "spec": instance.get("spec", {}), "job": instance.get("job", False)},
             "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "config": config, "base": -1 if told.get("id_base") is None else int(told["id_base"]), "processes": list(those.values()),
@@ -269,12 +266,12 @@ class Checkpoints:
     async def look_through(self, folder: Path, criu: Criu, *, other_kernel: bool = False) -> dict[str, Any]:
         """The manifest, where the state is whole and can go on here; raises `Refused`. Changes nothing."""
         manifest = await asyncio.to_thread(check, folder)
-        if manifest.get("kind") != "container":
+        if manifest["kind"] != CONTAINER:
             raise Refused("checkpoint", f"is of a {str(manifest.get('kind'))[:40]}", "restore it by the driver of that kind")
         suits(manifest, self._here(), criu.version, other_kernel=other_kernel)
         size = sum(one["size"] for one in manifest["files"])
-        if _free(self._driver.scratch) < size + SPARE:
-            raise Refused("disk", f"the state has {size} bytes, {_free(self._driver.scratch)} are free", "free space, or restore it on another node")
+        if free(self._driver.scratch) < size + SPARE:
+            raise Refused("disk", f"the state has {size} bytes, {free(self._driver.scratch)} are free", "free space, or restore it on another node")
         return manifest
 
     def fill(self, folder: Path, manifest: Mapping[str, Any], criu: Criu, final: Path, laid: Path, document: dict[str, Any], told: dict[str, Any]) -> None:
@@ -377,21 +374,6 @@ class Checkpoints:
             return keeper_restore.processes(self._groups.processes(self._group(key)))
         except OSError:
             return {}
-
-
-def _to_be_filled(folder: Path) -> None:
-    try:
-        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
-            raise Refused("folder", f"{folder} is there, and not an empty folder", "name one that is empty or not there")
-        if not folder.parent.is_dir():
-            raise Refused("folder", f"{folder.parent} is not there", "make it first")
-    except OSError as error:
-        raise Refused("folder", f"{folder} cannot be looked at: {error.strerror}", "name another one") from None
-
-
-def _free(place: Path) -> int:
-    told = os.statvfs(place)
-    return told.f_bavail * told.f_frsize
 
 
 def _emptied(folder: Path) -> None:

@@ -282,10 +282,10 @@ class MicrovmDriver(QemuDriver):
         with suppress(TimeoutError, Failed):  # one that takes no orders is killed
             async with asyncio.timeout(grace_s):
                 if status.phase is Phase.PAUSED:
-                    await self._ask(key, {"do": "resume"})
-                await self._ask(key, {"do": "signal", "number": int(self._instance(key)["signal"])})
+                    await self.ask(key, {"do": "resume"})
+                await self.ask(key, {"do": "signal", "number": int(self._instance(key)["signal"])})
                 return await self.wait(key)
-        return await self._kill(key)
+        return await self.kill(key)
 
     async def exec(self, key: Key, args: Sequence[str], timeout_s: float) -> Ran:
         """One at a time for each instance."""
@@ -295,7 +295,7 @@ class MicrovmDriver(QemuDriver):
             raise Refused("args", f"{args[0][:80]!r} has a = in its name, which a micro-VM takes for a variable", "call it by sh -c")
         if self._running(key).phase is Phase.PAUSED:
             raise Refused("id", f"{name_of(key)} is paused", "resume it first")
-        answer = await self._ask(key, {"do": "exec", "args": list(args), "timeout_s": timeout_s}, timeout_s + ASK_S)
+        answer = await self.ask(key, {"do": "exec", "args": list(args), "timeout_s": timeout_s}, timeout_s + ASK_S)
         if answer["late"]:
             raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time")
         code = int(answer["code"])

@@ -89,6 +89,11 @@ class QemuDriver(ABC):
         self._capabilities = await asyncio.to_thread(self._find)
         return self._capabilities
 
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What the last probe found; None before it."""
+        return self._capabilities
+
     @abstractmethod
     def _find(self) -> Capabilities:
         """What can be done here; blocks."""
@@ -128,9 +133,10 @@ class QemuDriver(ABC):
     async def wait(self, key: Key) -> Status:
         return await over(self._path(key), lambda: self._status(key), lambda: self._watched(key))
 
-    async def _kill(self, key: Key) -> Status:
+    async def kill(self, key: Key) -> Status:
+        """End one that runs, at once. Raises `Failed` where it does not end."""
         try:
-            await self._ask(key, {"do": "kill"})
+            await self.ask(key, {"do": "kill"})
         except Failed:  # the keeper hangs, or has just gone
             await self._force(key)
         try:
@@ -157,7 +163,7 @@ class QemuDriver(ABC):
             if not folder.exists():
                 return
             if self._status(key).phase in (Phase.RUNNING, Phase.PAUSED):
-                await self._kill(key)
+                await self.kill(key)
             try:
                 await asyncio.wait_for(unheld(folder), LEFT_S)
             except TimeoutError:
@@ -184,13 +190,13 @@ class QemuDriver(ABC):
     async def pause(self, key: Key) -> Status:
         async with self._one(key):
             if self._running(key).phase is Phase.RUNNING:
-                await self._ask(key, {"do": "pause"})
+                await self.ask(key, {"do": "pause"})
         return self._status(key)
 
     async def resume(self, key: Key) -> Status:
         async with self._one(key):
             if self._running(key).phase is Phase.PAUSED:
-                await self._ask(key, {"do": "resume"})
+                await self.ask(key, {"do": "resume"})
         return self._status(key)
 
     async def stats(self, key: Key) -> Stats:
@@ -203,7 +209,7 @@ class QemuDriver(ABC):
         (out, cut), (err, also) = await asyncio.to_thread(lambda: [tail(self._path(key) / f"{stream}.log", most) for stream in ("stdout", "stderr")])
         return Output(out, err, cut or also)
 
-    async def _ask(self, key: Key, request: Mapping[str, Any], seconds: float = ASK_S) -> dict[str, Any]:
+    async def ask(self, key: Key, request: Mapping[str, Any], seconds: float = ASK_S) -> dict[str, Any]:
         """A question to its keeper. Raises `Failed`."""
         writer = None
         try:

@@ -215,16 +215,16 @@ def save(machine: Machine, state: int) -> None:
         raise machine.trouble("the guest's state could not be saved")
 
 
-def load(machine: Machine, state: int) -> None:
-    """Give a machine that waits for it the state of a template. Raises `Trouble` and `QmpError`."""
-    machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
+def load(machine: Machine, state: int, with_memory: bool = False, seconds: float = 0.0) -> None:
+    """Give a machine that waits for it the state of a template, or (`with_memory`) all of a machine that was taken. Raises `Trouble` and `QmpError`. `seconds` that it may take."""
+    machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": not with_memory}, {"capability": "events", "state": True}])
     machine.qmp.ask("migrate-incoming", uri=f"fd:{state}")
     try:
-        if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) == "completed":
+        if machine.qmp.until("MIGRATION", "status", ("completed", "failed"), seconds) == "completed":
             return
     except QmpError:  # QEMU itself has given up
         pass
-    raise Unusable(str(machine.trouble("the template cannot be loaded")))
+    raise Unusable(str(machine.trouble(f"the {'state' if with_memory else 'template'} cannot be loaded")))
 
 
 def _text(data: bytearray) -> str:

@@ -45,9 +45,9 @@ class Qmp:
             if "error" in message:
                 raise QmpError(f"{command}: {str(message['error'])[:500]}")
 
-    def until(self, event: str, key: str, values: tuple) -> str:  # type: ignore[type-arg]
-        """Wait for an event whose datum `key` is one of `values`; returns which."""
-        end = time.monotonic() + self._seconds
+    def until(self, event: str, key: str, values: tuple, seconds: float = 0.0) -> str:  # type: ignore[type-arg]
+        """Wait for an event whose datum `key` is one of `values`; returns which. `seconds`: longer than an answer may take."""
+        end = time.monotonic() + max(self._seconds, seconds)
         while True:
             for name, data in self.events:
                 if name == event and data.get(key) in values:

@@ -1,33 +1,42 @@
 """Virtual machines: a disk of any system, in a QEMU that is a PC; each is watched over by a keeper of its own (`vm_keeper`), which outlives the agent.
 
-    <dir>/vms/<name>/        one instance: instance.json, keeper.json, disk.qcow2 (what it wrote), seed.img (for cloud-init), and what its keeper writes
+    <dir>/vms/<name>/        one instance: instance.json, keeper.json, disk.qcow2 (what it wrote), seed.img (for cloud-init), and what its keeper writes; checkpoint.json and restore/ (`vm_checkpoint`)
     <dir>/vms/.templates/    what the disks of templates have beyond their images (`vm_templates`)
 
 The image's disk is read by all that started from it, and written by nobody.
 """
 
 import asyncio
+import hashlib
+import logging
 import os
 import platform
+import re
 import shutil
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..images import Image, ImageError, ImageStore
 from . import cgroups, lease, outside, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
-from .container import searched
-from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused, Status
-from .instance import read, sync_folder, write
+from .container import NOTE, searched
+from .face import Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
+from .instance import LOOK_S, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
 from .qemu_driver import MAX_INSTANCES, PROGRAMS, QemuDriver, ask_path, name_of, open_to_group, version_of
 from .vm_machine import KERNEL, UEFI, Layer, Shape
-from .vm_spec import BOOT_S, Offer, Vm, machine
+from .vm_spec import BOOT_S, Offer, Vm, hardware_address, machine
 from .vm_templates import DISK, Template, VmTemplates
+
+if TYPE_CHECKING:
+    from .vm_checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
 
 UID = FIRST_UID + 0x1000
 """User of a template's QEMU; those of instances come after it. Beside those of micro-VMs."""
@@ -71,6 +80,7 @@ class Settings:
         log_bytes: kept of the serial console.
         network: let machines have the node's network, where slirp4netns is installed.
         publish: addresses of the node on which ports may be published.
+        bridges: of the node, to which machines may be connected.
         enabled: else nothing is started; what is there is ended.
     """
 
@@ -79,6 +89,7 @@ class Settings:
     log_bytes: int = 4 << 20
     network: bool = True
     publish: tuple[str, ...] = ("127.0.0.1",)
+    bridges: tuple[str, ...] = ()
     enabled: bool = True
 
 
@@ -91,7 +102,8 @@ class VmDriver(QemuDriver):
         super().__init__(directory, store)
         self._settings = settings
         self._templates = VmTemplates(self._folder / ".templates", self._keepers)
-        self._qemu, self._accelerator, self._connector = "", "tcg", searched(PROGRAM) if settings.network else None
+        self._qemu, self._version, self._accelerator, self._connector = "", "", "tcg", searched(PROGRAM) if settings.network else None
+        self._checkpoints: Checkpoints | None = None
         self.booted_s = 0.0
         """What the probe's boot took."""
 
@@ -102,10 +114,30 @@ class VmDriver(QemuDriver):
 
     # -- what can be done ----------------------------------------------------------------------------------------------------
 
+    async def probe(self) -> Capabilities:
+        """Boot a guest: that is the proof. First what an earlier agent has left standing still goes on."""
+        await self.settle()
+        return await super().probe()
+
+    async def settle(self) -> None:
+        """Bring to its end what an earlier agent had begun with its machines' states."""
+        for name, entry in (await asyncio.to_thread(self._present)).items():
+            if (self._folder / name / NOTE).exists():
+                key = Key(entry["id"], entry["epoch"])
+                try:
+                    async with self._one(key):
+                        await self.checkpoints().settle(key)
+                except Failed as error:
+                    log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
+
+    def demand(self, ability: Ability) -> None:
+        """See `face.Checkpoints`."""
+        if self._capabilities is None:
+            raise Refused("host", "what can be done here has not been looked at yet", "ask again")
+        self._capabilities.demand(ability)
+
     def _find(self) -> Capabilities:
-        cannot = dict.fromkeys(
-            (Ability.CHECKPOINT, Ability.RESTORE, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
-        ) | {
+        cannot = dict.fromkeys((Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet") | {
             Ability.ROOTLESS: "the driver makes control groups and network namespaces, which needs root", Ability.USER_NAMESPACE: "a guest has a kernel of its own instead",
             Ability.EXEC: "what runs in a guest is its own affair: log in to it over its network",
         }
@@ -128,7 +160,9 @@ class VmDriver(QemuDriver):
                 self._qemu = qemu
                 kernel = qemu_kernel.find(self._settings.kernel)
                 self._accelerator, cpu = self._boots(kernel)
-                version = f"{version_of(qemu)}, {self._accelerator}, Linux {kernel.release}" + (f" (kvm: {cpu})" if cpu else "")
+                said = version_of(qemu)
+                self._version = (re.findall(r"version (\d+\.\d+\.\d+)", said) or [""])[0]
+                version = f"{said}, {self._accelerator}, Linux {kernel.release}" + (f" (kvm: {cpu})" if cpu else "")
             except (qemu_kernel.NoKernel, OSError) as error:
                 why = str(error)
             except Failed as error:
@@ -176,36 +210,49 @@ class VmDriver(QemuDriver):
         await self._ready()
         async with self._laying:
             if not self._path(order.key).exists():
-                try:
-                    await asyncio.to_thread(self._lay_out, order)
-                except ImageError as error:
-                    raise Refused(error.field, error.problem, error.remedy) from None
-                except OSError as error:
-                    raise Failed("disk", f"the machine could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
+                await self._laid(order)
         return self._status(order.key)
 
-    def _lay_out(self, order: Order) -> None:
-        """Check everything, then write the instance's folder, all or nothing; blocks."""
-        image, content, vm = self._plan(order)
+    async def _laid(self, order: Order, fill: "Fill | None" = None) -> None:
+        try:
+            await asyncio.to_thread(self._lay_out, order, fill)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        except OSError as error:
+            raise Failed("disk", f"the machine could not be laid out: {error.strerror}", "look at the disk of the data folder") from None
+        finally:
+            await asyncio.to_thread(shutil.rmtree, self._new / name_of(order.key), True)
+
+    def _room(self, order: Order) -> dict[str, dict[str, Any]]:
+        """The instances that are here, where there is room for one more. Raises `Refused`."""
         present = self._present()
         if len(present) >= MAX_INSTANCES:
             raise Refused("instances", f"there are {len(present)} virtual machines on this node, the most there may be", "delete those that have ended")
         space = os.statvfs(self._folder)
         if order.requests.get("disk", 0) > space.f_bavail * space.f_frsize:
             raise Refused("requests.disk", f"{order.requests['disk']} bytes are asked for, {space.f_bavail * space.f_frsize} are free", "ask for less, free space, or place it on another node")
+        return present
+
+    def _lay_out(self, order: Order, fill: "Fill | None" = None) -> None:
+        """Check everything, then write the instance's folder, all or nothing; blocks. `fill`: puts a state there, from which it goes on instead of booting."""
+        image, content, vm = self._plan(order)
+        present = self._room(order)
         taken = {entry.get("slot") for entry in present.values()}
         slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
         name, folder = name_of(order.key), self._path(order.key)
         laid = self._new / name
         shutil.rmtree(laid, ignore_errors=True)
         laid.mkdir(mode=0o700)
-        if vm.template:
-            os.link(self._template_of(image, vm, content).folder / DISK, laid / DISK)
-        _overlay(laid / "disk.qcow2", vm.disk_bytes)
-        (laid / "seed.img").write_bytes(vm_seed.seed(vm_seed.files(name, vm.hostname, vm.cloud_init)))
-        if vm.shape.boot == UEFI:
-            shutil.copyfile(FIRMWARE[1], laid / "variables.fd")
-        for file, value in (("keeper.json", self._keeper(order, vm, content, folder, slot)), ("instance.json", {
+        if fill is not None:
+            fill(laid, image, vm)
+        else:
+            if vm.template:
+                os.link(self._template_of(image, vm, content).folder / DISK, laid / DISK)
+            _overlay(laid / "disk.qcow2", vm.disk_bytes)
+            (laid / "seed.img").write_bytes(vm_seed.seed(vm_seed.files(name, vm.hostname, vm.cloud_init)))
+            if vm.shape.boot == UEFI:
+                shutil.copyfile(FIRMWARE[1], laid / "variables.fd")
+        for file, value in (("keeper.json", self._keeper(order, vm, content, folder, slot, fill is not None)), ("instance.json", {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest, "layers": list(image.config.diff_ids), "leased": order.leased, "bytes": vm.disk_bytes,
             "reference": order.image, "requests": dict(order.requests), "spec": dict(order.spec),
         })):
@@ -222,13 +269,13 @@ class VmDriver(QemuDriver):
         content = vm_image.find(self._store.lower(image))
         offer = Offer(
             content.kernel is not None, content.arguments, content.bytes, all(map(os.path.exists, FIRMWARE)), self._accelerator, os.cpu_count() or 1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            self._settings.publish if self._connector is not None else None, self._no_network(),
+            self._settings.publish if self._connector is not None else None, self._no_network(), [name for name in self._settings.bridges if name in {there for _, there in socket.if_nameindex()}],
         )
         vm = machine(order, offer)
         return image, content, vm
 
-    def _keeper(self, order: Order, vm: Vm, content: vm_image.Content, folder: Path, slot: int) -> dict[str, Any]:
-        """What the keeper of an instance is told."""
+    def _keeper(self, order: Order, vm: Vm, content: vm_image.Content, folder: Path, slot: int, came: bool) -> dict[str, Any]:
+        """What the keeper of an instance is told. `came`: it goes on from a state, which has its memory."""
         shape, group = vm.shape, f"{cgroups.PARENT}/{folder.name}"
         files = [["base", str(content.disk), False], *([["under", str(folder / DISK), False]] if vm.template else []), ["disk", str(folder / "disk.qcow2"), True], ["seed", str(folder / "seed.img"), False]]
         formats = [content.format, *(["qcow2"] if vm.template else []), "qcow2"]
@@ -239,12 +286,16 @@ class VmDriver(QemuDriver):
             at = len(files) + 1
             boot = [["firmware", FIRMWARE[0], False], ["variables", str(folder / "variables.fd"), True]]
             more = ["-add-fd", f"fd={{firmware}},set={at}", "-add-fd", f"fd={{variables}},set={at + 1}", *vm_machine.chain("firmware", [Layer("raw", at)], False), *vm_machine.chain("variables", [Layer("raw", at + 1)], True), "-machine", "pflash0=firmware,pflash1=variables"]
-        memory = vm_machine.file(shape, "/proc/self/fd/{ram}", False) if vm.template else vm_machine.anonymous(shape)
+        clone = vm.template and not came
+        memory = vm_machine.file(shape, "/proc/self/fd/{ram}", False) if clone else vm_machine.anonymous(shape)
+        if came:
+            boot = [*boot, ["came", str(folder / "restore/state"), False]]
         network = connection(self._connector, vm.outside, False) if vm.network is not None and self._connector is not None else None
         return {
-            "folder": str(folder), "name": folder.name, "template": False, "boot_s": vm.boot_s, "uid": UID + 1 + slot, "more_groups": kvm_groups(shape), "ports": vm_machine.PORTS, "hostname": vm.hostname,
-            "groups": self._limits(group, shape.memory_mb, order), "descriptors": ["ram", "state"] if vm.template else [], "files": [*files, *boot],
-            "command": vm_machine.command(self._qemu, shape, memory, disks, vm.forwards, [*more, *(["-incoming", "defer"] if vm.template else [])]),
+            "folder": str(folder), "name": folder.name, "template": False, "boot_s": vm.boot_s, "machine": described(vm), "came": came, "uid": UID + 1 + slot, "more_groups": kvm_groups(shape), "ports": vm_machine.PORTS, "hostname": vm.hostname,
+            "groups": self._limits(group, shape.memory_mb, order), "descriptors": ["ram", "state"] if clone else [], "files": [*files, *boot],
+            "command": vm_machine.command(self._qemu, shape, memory, disks, vm.forwards, [*more, *(["-incoming", "defer"] if vm.template or came else [])], hardware_address(order.key.id) if vm.bridge else ""),
+            "tap": {"bridge": vm.bridge, "name": tap_name(folder.name)} if vm.bridge else None,
             "binds": self._resolver() if network is not None else [], "network": network, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group),
             "lease": str(lease.path_of(self._lease(order.key))) if order.leased else "", "ask": str(ask_path(folder)),
         }
@@ -310,11 +361,99 @@ class VmDriver(QemuDriver):
         with suppress(TimeoutError, Failed):
             async with asyncio.timeout(grace_s):
                 if status.phase is Phase.PAUSED:
-                    await self._ask(key, {"do": "resume"})
-                await self._ask(key, {"do": "powerdown"})
+                    await self.ask(key, {"do": "resume"})
+                await self.ask(key, {"do": "powerdown"})
                 return await self.wait(key)
-        return await self._kill(key)
+        return await self.kill(key)
 
+    def _status(self, key: Key) -> Status:
+        """As that of any QEMU; one whose state is whole, and ended it, is checkpointed."""
+        status = super()._status(key)
+        if status.phase in (Phase.ENDED, Phase.LOST) and (note := read(self._path(key) / NOTE) or {}).get("whole"):
+            return replace(status, phase=Phase.CHECKPOINTED, reason=f"its state was taken to {note.get('folder')}")
+        return status
+
+    # -- checkpoint, restore -------------------------------------------------------------------------------------------------
+
+    def spec(self, key: Key) -> Mapping[str, Any]:
+        """What its document says to this driver. Raises `Refused` where it is not here."""
+        found = self._instance(key).get("spec")
+        return found if isinstance(found, dict) else {}
+
+    def checkpoints(self) -> "Checkpoints":
+        """What takes and brings back states; loaded where it is first needed."""
+        if self._checkpoints is None:
+            from .vm_checkpoint import Checkpoints
+
+            self._checkpoints = Checkpoints(self, self._groups)
+        return self._checkpoints
+
+    async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool, step: Callable[[str], None] = lambda word: None) -> Mapping[str, Any]:
+        """See `face.Checkpoints`; `step` is told what has been reached."""
+        await self._ready(Ability.CHECKPOINT)
+        async with self._one(key):
+            return await self.checkpoints().take(key, folder, leave_running=leave_running, step=step)
+
+    async def examine(self, folder: Path) -> Mapping[str, Any]:
+        """See `face.Checkpoints`."""
+        await self._ready(Ability.RESTORE)
+        return await self.checkpoints().look_through(folder, self._host())
+
+    def _host(self) -> dict[str, Any]:
+        from .vm_checkpoint import host
+
+        return host(self._version, self._accelerator)
+
+    async def restore(self, order: Order, folder: Path, *, output: Path | None = None) -> Status:
+        """See `face.Checkpoints`. Raises `Refused` before anything is touched; after `Failed` nothing of it is here, and the checkpoint is as it was."""
+        manifest = await self.examine(folder)
+
+        def fill(laid: Path, image: Image, vm: Vm) -> None:
+            _same_layers(image, manifest, order.image)
+            self.checkpoints().fill(folder, manifest, laid, described(vm))
+            if output is not None:
+                link_output(output, laid)
+
+        async with self._laying:
+            if self._path(order.key).exists():
+                raise Refused("id", f"there is a virtual machine {name_of(order.key)} already", "delete it first, or restore it under another epoch")
+            await self._laid(order, fill)
+        return await self.come_back(order.key)
+
+    async def come_back(self, key: Key) -> Status:
+        """See `face.Checkpoints`; removes it where it does not live."""
+        try:
+            status = await self.start(key)
+            while status.phase is Phase.PREPARED:  # an earlier agent's keeper is at it still; it ends by its own bounds
+                await asyncio.sleep(LOOK_S)
+                status = await self.start(key)
+            status = await self.checkpoints().lives(key)
+        except DriverError:
+            await self.delete(key)
+            raise
+        await asyncio.to_thread(shutil.rmtree, self._path(key) / "restore", True)
+        return status
+
+    async def migrate_out(self, key: Key) -> Mapping[str, Any]:
+        """See `face.Migrates`."""
+        await self._ready(Ability.MIGRATE_OUT)
+        return await self.checkpoints().offer(key)
+
+    async def migrate_in(self, order: Order, offer: Mapping[str, Any]) -> None:
+        """See `face.Migrates`: it is planned as it would be."""
+        await self._ready(Ability.MIGRATE_IN)
+        from .vm_checkpoint import same_machine, suits
+
+        suits(offer["host"], self._host())
+        try:
+            image, _, vm = await asyncio.to_thread(self._plan, order)
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        _same_layers(image, offer, order.image)
+        if not isinstance(offer.get("machine"), dict):
+            raise Refused("offer", "says nothing of its machine", "move it from a node whose agent is of this version")
+        same_machine(offer["machine"], described(vm))
+        await asyncio.to_thread(self._room, order)
 
     # -- snapshot ------------------------------------------------------------------------------------------------------------
 
@@ -327,12 +466,32 @@ class VmDriver(QemuDriver):
         target, size = folder / "disk.qcow2", int(self._instance(key)["bytes"])
         await asyncio.to_thread(_overlay, target, size)
         try:
-            await self._ask(key, {"do": "copy", "path": str(target)}, COPY_S)
+            await self.ask(key, {"do": "copy", "path": str(target)}, COPY_S)
             await asyncio.to_thread(_settle, target)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
         return {"format": "qcow2", "bytes": size, "image": self._instance(key)["image"], "at_ms": int(time.time() * 1000)}
+
+
+Fill = Callable[[Path, Image, Vm], None]
+"""Puts a state into an instance's folder that is being laid out."""
+
+
+def described(vm: Vm) -> dict[str, Any]:
+    """What has to be the same where a machine goes on: JSON."""
+    return {**asdict(vm.shape), "arguments": vm.arguments, "disk_bytes": vm.disk_bytes, "template": vm.template}
+
+
+def tap_name(instance: str) -> str:
+    """What the port of an instance is called on the node; at most 15 characters may be."""
+    return f"nvm{hashlib.blake2b(instance.encode(), digest_size=6).hexdigest()}"
+
+
+def _same_layers(image: Image, told: Mapping[str, Any], reference: str) -> None:
+    """Raises `Refused` where the image is not the one that a state stands on."""
+    if list(image.config.diff_ids) != told.get("layers"):
+        raise Refused("image", f"its state stands on {str(told.get('image'))[:19]}, and {reference} is {image.digest[:19]} here", f"bring the image that it has to this node ({reference})")
 
 
 def _settle(path: Path) -> None:

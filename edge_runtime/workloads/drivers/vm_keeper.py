@@ -9,12 +9,17 @@ Its serial console is its output. It is believed to boot when that has the first
 by which it sets its clock and its random numbers. A template is a guest that is stopped between the two; its clones get the answer, each its own. An agent asks as a micro-VM's keeper is asked:
 
     {"do": "powerdown"}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "copy", "path": "/where/an/empty/disk.qcow2"}
+    {"do": "version"}     {"do": "save", "path": "/a/pipe/that/is/read"}
+
+With `came` in `keeper.json` it does not boot: it goes on from what `save` has written of another one. Nothing of it has run before `running.json` is there.
 """
 
+import fcntl
 import json
 import os
 import selectors
 import socket
+import struct
 import sys
 import time
 
@@ -39,6 +44,33 @@ SEED_BYTES = 32
 
 COPY, COPY_SET = "copy", 100
 """What a copy of a disk, and its job, are called in QEMU; the number of its descriptor set."""
+
+SAVED = "saved"
+"""What the pipe that a machine is saved to is called in QEMU."""
+
+FASTEST = 1 << 40
+"""Bytes in a second with which a machine is saved: no bound, as it stands still. QEMU's own is 128 MiB."""
+
+
+TUNSETIFF, SIOCGIFINDEX, SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCBRADDIF = 0x4004_54CA, 0x8933, 0x8913, 0x8914, 0x89A2
+IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 1, 2, 0x1000, 0x4000
+"""Linux's numbers: linux/if_tun.h, linux/sockios.h, linux/if.h."""
+
+
+def bridged(name: str, bridge: str) -> int:
+    """A new port of a bridge of this node; goes with its descriptor. Raises `Trouble`."""
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+            index, = struct.unpack_from("16xi", fcntl.ioctl(line, SIOCGIFINDEX, struct.pack("16s24x", name.encode())))
+            fcntl.ioctl(line, SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), index))
+            flags, = struct.unpack_from("16xH", fcntl.ioctl(line, SIOCGIFFLAGS, struct.pack("16s24x", name.encode())))
+            fcntl.ioctl(line, SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), flags | IFF_UP))
+        return tap
+    except OSError as error:
+        os.close(tap)
+        raise Trouble(f"it cannot be connected to the bridge {bridge}: {error.strerror}") from None
 
 
 def go(hostname: str) -> bytes:
@@ -98,6 +130,11 @@ class VmKeeper(Keeper):
         self.wish, self.started, self.asking, self.exec = "", False, {}, None
         self.copying: list = []  # type: ignore[type-arg]
         """The agent that waits for a copy."""
+        self.saving: list = []  # type: ignore[type-arg]
+        """The agent that waits until it is saved."""
+        self.state = descriptors.get("came", -1)
+        if told.get("tap"):
+            descriptors = {**descriptors, "tap": bridged(told["tap"]["name"], told["tap"]["bridge"])}
         self.machine = Machine(told, descriptors)
         self.network = Network(told["network"], self.machine.process.pid, self.folder) if told["network"] else None
         self.selector = selectors.DefaultSelector()
@@ -108,19 +145,28 @@ class VmKeeper(Keeper):
         try:
             with open("/proc/sys/kernel/random/boot_id") as handle:
                 boot = handle.read().strip()
-            pid = machine.process.pid
-            write(os.path.join(self.folder, "running.json"), {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid(), "at_ms": int(time.time() * 1000)})
+            pid, came = machine.process.pid, told.get("came")
+            running = {"pid": pid, "started": started_ticks(pid), "boot": boot, "keeper": os.getpid()}
+            if not came:
+                write(os.path.join(self.folder, "running.json"), {**running, "at_ms": int(time.time() * 1000)})
             if told["lease"] and lease_s(told["lease"]) <= 0:
                 raise Lapsed("its lease was over before it began")
             machine.qmp.begin()
             if self.network is not None:
                 self.network.start()
-            if "state_descriptor" in told:
+            if came:
+                load(machine, self.state, True, told["boot_s"])
+                write(os.path.join(self.folder, "running.json"), {**running, "at_ms": int(time.time() * 1000)})
+            elif "state_descriptor" in told:
                 load(machine, told["state_descriptor"])
             for port in machine.ports.values():
                 port.setblocking(False)
             machine.qmp.ask("cont")
-            if "state_descriptor" in told:
+            if came:
+                if told.get("tap"):
+                    machine.qmp.ask("announce-self", initial=50, max=500, rounds=5, step=100)
+                self.begun()
+            elif "state_descriptor" in told:
                 self.answer_guest()
             self.watch()
         except QmpError as error:
@@ -181,6 +227,7 @@ class VmKeeper(Keeper):
                 else:
                     key.data()
             self.copied()
+            self.saved()
 
     def heard_qemu(self) -> None:
         """Events; where QEMU has closed the line, it ends."""
@@ -258,12 +305,57 @@ class VmKeeper(Keeper):
             except QmpError:
                 pass  # it had not come that far
 
+    def save(self, path: str, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
+        """Have QEMU write all of a machine that stands still, but for its disks, into a pipe that the agent reads: what QEMU wrote to a file would count as its own memory. Its disks are whole then."""
+        if self.copying or self.saving or not self.started or not os.path.exists(os.path.join(self.folder, "paused")):
+            return {"failed": "it is being copied or saved, has not booted yet, or does not stand still"}
+        qmp, target = self.machine.qmp, os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without a reader it fails
+        try:
+            os.set_blocking(target, True)
+            qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}, {"capability": "events", "state": True}])
+            qmp.ask("migrate-set-parameters", **{"max-bandwidth": FASTEST})
+            self.machine.qmp_line.setblocking(True)
+            socket.send_fds(self.machine.qmp_line, [json.dumps({"execute": "getfd", "arguments": {"fdname": SAVED}}).encode() + b"\n"], [target])
+            qmp.answer("getfd")
+        finally:
+            os.close(target)
+        qmp.events = [(name, data) for name, data in qmp.events if name != "MIGRATION"]  # of when it was loaded
+        qmp.ask("migrate", uri=f"fd:{SAVED}")
+        self.saving = [line]
+        return None
+
+    def saved(self) -> None:
+        """Answer whoever waits until it is saved."""
+        if not self.saving:
+            return
+        self.machine.qmp.drain()
+        over = next((data.get("status") for name, data in self.machine.qmp.events if name == "MIGRATION" and data.get("status") in ("completed", "failed")), None)
+        if over is not None:
+            line, self.saving = self.saving[0], []
+            if line in self.asking:
+                self.answer(line, {"done": True} if over == "completed" else {"failed": str(self.machine.trouble("QEMU could not save it"))})
+
+    def unsave(self) -> None:
+        """No more of it: what goes on while it is saved would be stopped when that is over."""
+        if self.saving:
+            self.machine.qmp.ask("migrate_cancel")
+            self.machine.qmp.until("MIGRATION", "status", ("completed", "failed", "cancelled"))
+            line, self.saving = self.saving[0], []
+            if line in self.asking:
+                self.answer(line, {"failed": "it goes on"})
+
     def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """What is asked."""
         paused = os.path.join(self.folder, "paused")
         if request["do"] == "powerdown":
             self.machine.qmp.ask("system_powerdown")
+        elif request["do"] == "version":
+            found = self.machine.qmp.ask("query-version")["qemu"]  # type: ignore[index]
+            return {"version": f"{found['major']}.{found['minor']}.{found['micro']}"}
+        elif request["do"] == "save":
+            return self.save(str(request["path"]), line)
         elif request["do"] == "resume":
+            self.unsave()
             self.machine.qmp.ask("cont")
             if os.path.exists(paused):
                 os.unlink(paused)

@@ -45,7 +45,7 @@ def chain(node: str, layers: Sequence[Layer], writable: bool) -> list[str]:
     return words
 
 
-def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwards: Sequence[tuple[str, int, int]] = (), more: Sequence[str] = ()) -> list[str]:
+def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwards: Sequence[tuple[str, int, int]] = (), more: Sequence[str] = (), hardware_address: str = "") -> list[str]:
     """The command line.
 
     Args:
@@ -53,6 +53,7 @@ def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwa
         disks: what `chain` gives for the nodes `disk` and `seed`.
         forwards: protocol, port beside QEMU, port in the guest.
         more: a kernel to boot, or that it waits for a state.
+        hardware_address: of its network card, where that is a port of a bridge (`{tap}`).
     Descriptors stand in braces, for whoever starts it: `{qmp}`, those of `PORTS`, and what `more` names.
     """
     tcg = shape.accelerator == "tcg"
@@ -65,7 +66,9 @@ def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwa
         "-device", "virtio-serial-pci,max_ports=4", "-chardev", "socket,id=control,fd={control}", "-device", f"virtserialport,chardev=control,nr=1,name={CONTROL}",
         "-object", "rng-random,id=random,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=random",
     ]
-    if shape.network:
+    if shape.network and hardware_address:
+        line += ["-netdev", "tap,id=net,fd={tap}", "-device", f"virtio-net-pci,netdev=net,romfile=,mac={hardware_address}"]
+    elif shape.network:
         told = "".join(f",hostfwd={protocol}::{outer}-:{inner}" for protocol, outer, inner in forwards)
         line += ["-netdev", f"user,id=net,ipv6=off{told}", "-device", "virtio-net-pci,netdev=net,romfile="]
     return [*line, *more]

@@ -5,11 +5,13 @@
     cpus          processors; without it as many as `requests.cpu` asks for, rounded up
     hostname      told to cloud-init; without it made of the workload's id
     cloud_init    {"user_data": text, "network_config": text}, as cloud-init's data source NoCloud takes them
-    network       as a container's (`network`)
+    network       as a container's (`network`), or {"tap": "br0"}: a port of a bridge of the node, which its configuration must name
     template      the guest says when it may be copied (see `vm_templates`): what starts later is a copy of it
+    when_moved    `reconnect`: of one that has a network, it may be moved with its state though its connections do not go with it
     boot_s        seconds within which the guest must have written to its serial console, else it does not boot; 0: it need not
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,10 @@ from .face import Order, Refused
 from .network import Network, Port, network
 from .vm_machine import BIOS, BOOTS, KERNEL, UEFI, Shape
 
-KEYS = ("arguments", "boot", "boot_s", "cloud_init", "cpus", "hostname", "network", "template")
+KEYS = ("arguments", "boot", "boot_s", "cloud_init", "cpus", "hostname", "network", "template", "when_moved")
+
+RECONNECT = "reconnect"
+"""Of `when_moved`: what runs in it connects anew."""
 
 DEFAULT_MEMORY, MIN_MEMORY = 256 << 20, 64 << 20
 """Bytes of a guest's memory where `requests.memory` does not say, and the least with which a Linux of a distribution starts."""
@@ -53,6 +58,7 @@ class Offer:
         uefi: there is firmware of the kind here.
         accelerator, cpus, memory: of the host; bytes.
         publish: addresses on which ports may be published; None where no machine gets a network, and `no_network` says why.
+        bridges: of the node, to which machines may be connected.
     """
 
     kernel: bool
@@ -64,6 +70,7 @@ class Offer:
     memory: int
     publish: Sequence[str] | None
     no_network: str = ""
+    bridges: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,8 @@ class Vm:
     network: Network | None
     template: bool
     boot_s: float
+    bridge: str = ""
+    """The bridge of which its network card is a port; empty: it is none."""
 
     @property
     def forwards(self) -> list[tuple[str, int, int]]:
@@ -118,13 +127,38 @@ def machine(order: Order, offer: Offer) -> Vm:
     asked = order.requests.get("disk", 0)
     if asked and asked < offer.bytes:
         raise Refused("requests.disk", f"{asked} bytes are too few: the image's disk has {offer.bytes}", f"ask for {offer.bytes} or more")
-    wanted = _network(spec, offer)
+    bridge = _bridge(spec, offer)
+    wanted = None if bridge else _network(spec, offer)
+    if spec.get("when_moved", RECONNECT) != RECONNECT:
+        raise Refused("spec.when_moved", f"{str(spec['when_moved'])[:40]!r} is unknown", f"say {RECONNECT}, or leave it out")
     template = spec.get("template", False)
     if not isinstance(template, bool):
         raise Refused("spec.template", f"{str(template)[:40]!r} is neither true nor false", "say true where the guest tells when it may be copied")
+    if template and bridge:
+        raise Refused("spec.template", "cannot be had of a machine on a bridge: all copies would have one hardware address", "leave out one of the two")
     return Vm(
-        Shape(-(-memory // (1 << 20)), cpus, boot, wanted is not None, offer.accelerator), -(-max(asked, offer.bytes) // 512) * 512, arguments, _hostname(spec, order.key.id), _cloud_init(spec), wanted, template, _boot_s(spec),
+        Shape(-(-memory // (1 << 20)), cpus, boot, wanted is not None or bool(bridge), offer.accelerator), -(-max(asked, offer.bytes) // 512) * 512, arguments, _hostname(spec, order.key.id), _cloud_init(spec), wanted, template, _boot_s(spec),
+        bridge,
     )
+
+
+def _bridge(spec: Mapping[str, Any], offer: Offer) -> str:
+    """The bridge that `spec.network` names; empty where it names none."""
+    told = spec.get("network")
+    if not isinstance(told, Mapping) or "tap" not in told:
+        return ""
+    if odd := sorted(map(str, set(told) - {"tap"})):
+        raise Refused(f"spec.network.{odd[0][:40]}", "is not for a port of a bridge, behind which a machine has an address of its own", "leave it out")
+    if told["tap"] not in offer.bridges:
+        raise Refused("spec.network.tap", f"{str(told['tap'])[:40]!r} is no bridge of this node to which machines may be connected", "have the node's operator make it and name it in workloads.bridges, or place it on a node that has it")
+    return str(told["tap"])
+
+
+def hardware_address(workload: str) -> str:
+    """Of a machine on a bridge: made of the workload's id, so that it keeps it wherever it moves; of the range for own use, by 46 bits of a hash, so that no two of a site are the same."""
+    told = bytearray(hashlib.blake2b(workload.encode(), digest_size=6).digest())
+    told[0] = told[0] & 0xFC | 0x02
+    return ":".join(f"{byte:02x}" for byte in told)
 
 
 def _network(spec: Mapping[str, Any], offer: Offer) -> Network | None:

@@ -183,6 +183,29 @@ def test_what_cannot_move_is_refused_by_name(change: dict[str, object], words: s
         there.desk.do(lambda planner, now: moving.begin(planner, "x", "", now, "asked for"))
 
 
+def test_a_virtual_machine_moves_between_nodes_that_say_so() -> None:
+    there = world()
+    there.desk.node("d", "edge", labels={"novacron.moves/vm": "true"}, runs=["vm"])
+    there.desk.node("e", "edge", labels={"novacron.moves/container": "true"}, runs=["vm"])
+    round_of(there.desk, a=True, b=True, d=True, e=True)
+    for name, node in (("x", "d"), ("y", "e")):
+        there.desk.submit({"id": name, "kind": "vm", "requests": {"cpu": 1}, "when_drained": "move", "node_affinity": {"required": [{"names": [{"op": "In", "values": [node]}]}]}})
+        said(there.desk, node, name, 1, "running")
+    with pytest.raises(Conflict, match="e cannot give a workload away"):
+        there.desk.do(lambda planner, now: moving.begin(planner, "y", "", now, "asked for"))
+    with pytest.raises(Conflict, match="novacron.moves/vm"):
+        there.desk.do(lambda planner, now: moving.begin(planner, "x", "e", now, "asked for"))
+    there.desk.submit({"id": "z", "kind": "vm", "requests": {"cpu": 1}, "node_selector": {"other": "no"}})
+    there.desk.node("f", "edge", labels={"novacron.moves/vm": "true", "other": "no"}, runs=["vm"])
+    round_of(there.desk, a=True, b=True, d=True, e=True, f=True)
+    said(there.desk, "f", "z", 1, "running")
+    with pytest.raises(Conflict, match="finds no place on d"):
+        there.desk.do(lambda planner, now: moving.begin(planner, "z", "d", now, "asked for"))
+    there.desk.node("d", "edge", labels={"novacron.moves/vm": "true", "other": "no"}, runs=["vm"])
+    move = there.desk.do(lambda planner, now: moving.begin(planner, "z", "", now, "asked for"))
+    assert (move["source"], move["target"], move["step"]) == ("f", "d", "checking")
+
+
 def test_a_target_must_be_able_to_and_have_room() -> None:
     there = world()
     there.desk.node("plain", "edge")
@@ -289,8 +312,8 @@ def test_a_node_that_cannot_be_told_of_a_move_loses_that_and_nothing_else() -> N
 def test_a_wish_that_is_none_is_refused(wish: object) -> None:
     there = world()
     if wish is None:
-        with pytest.raises(Invalid, match="a vm cannot be moved"):
-            there.desk.submit({"id": "x", "kind": "vm", "requests": {"cpu": 1}, "when_drained": "move"})
+        with pytest.raises(Invalid, match="a function cannot be moved"):
+            there.desk.submit({"id": "x", "kind": "function", "requests": {"cpu": 1}, "when_drained": "move"})
         return
     with pytest.raises(Invalid, match="when_drained"):
         there.desk.submit({"id": "x", "requests": {"cpu": 1}, "when_drained": wish})
