@@ -188,10 +188,8 @@ class Model:
 
 def guess_of(plain: memoryview) -> float:
     """Ratio of a sample of the bytes, by the quickest coder."""
-    size = len(plain)
-    if size <= SAMPLE:
-        sample = plain
-    else:
+    size, sample = len(plain), bytes(plain[:SAMPLE])
+    if size > SAMPLE:
         step = size // SPOTS
         sample = b"".join([plain[at : at + SAMPLE // SPOTS] for at in range((step - SAMPLE // SPOTS) // 2 & ~63, size - SAMPLE // SPOTS + 1, step)])
     return max(1.0, len(sample) / max(1, len(BY_NAME["lz4-fast"].encode(sample))))
