@@ -87,13 +87,17 @@ async def test_it_is_asked_to_end_then_killed(microvms: MicrovmDriver) -> None:
 async def test_commands_run_beside_the_program(microvms: MicrovmDriver) -> None:
     key = await started(microvms, "exec", FOREVER, user="app")
     await until(lambda: b"up" in (microvms._path(key) / "stdout.log").read_bytes())
-    ran = await microvms.exec(key, ["sh", "-c", "id; echo err >&2; ps | grep -c sleep; exit 9"], 20.0)
+    ran = await microvms.exec(key, ["sh", "-c", "id; echo err >&2; ps | grep -c sleep; exit 9"], 120.0)
     assert ran.exit.code == 9 and ran.output.stdout.startswith(b"uid=1000") and ran.output.stderr == b"err\n"
     with pytest.raises(Failed, match="took longer"):
-        await microvms.exec(key, ["sleep", "100"], 0.5)
-    ran = await microvms.exec(key, ["echo", "a b", "'\"$x"], 20.0)
+        await microvms.exec(key, ["sleep", "1000"], 0.5)
+    with pytest.raises(Failed, match="took longer"):  # it has to end before it has begun
+        await microvms.exec(key, ["sleep", "1000"], 0.001)
+    with pytest.raises(Failed, match="took longer"):  # what it has started holds its output open
+        await microvms.exec(key, ["sh", "-c", "sleep 1000 & sleep 1000; echo"], 5.0)
+    ran = await microvms.exec(key, ["echo", "a b", "'\"$x"], 120.0)
     assert ran.output.stdout == b"a b '\"$x\n"
-    ran = await microvms.exec(key, ["head", "-c", "1500000", "/dev/zero"], 30.0)
+    ran = await microvms.exec(key, ["head", "-c", "1500000", "/dev/zero"], 120.0)
     assert len(ran.output.stdout) == 1 << 20 and ran.output.cut
     with pytest.raises(Refused, match="are empty"):
         await microvms.exec(key, [], 1.0)

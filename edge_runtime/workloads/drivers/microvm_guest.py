@@ -57,6 +57,9 @@ _JOIN = "echo 0 >/sys/fs/cgroup/program/cgroup.procs; echo 0 >/proc/self/oom_sco
 
 _CHILD = "$(cat /proc/$(cat /run/{0})/task/*/children)"
 
+_BESIDE = "/sys/fs/cgroup/program/beside"
+"""Where a command runs that is run beside the program: within its limits, and ended as a whole."""
+
 _TOOLS = "/dev/.guest/busybox"
 
 _HELD = "echo held >&9; read -r _ <&8; exec 8<&- 9>&-; . /proc/self/fd/7"
@@ -171,15 +174,15 @@ def run(document: Mapping[str, object], args: Sequence[str], token: str) -> str:
     closing = shlex.quote(f"\\0end {token}\\n")
     enter = f"exec nsenter -t {_CHILD.format('pid')} -m -p chroot /root {_program(document, args)}"
     return f"""
-rm -f /run/exec_out /run/exec_err; mkfifo -m 666 /run/exec_out /run/exec_err
+rm -f /run/exec /run/exec_out /run/exec_err; mkfifo -m 666 /run/exec_out /run/exec_err; mkdir -p {_BESIDE}
 (cat /run/exec_out >&6; printf {closing} >&6) & (cat /run/exec_err >&7; printf {closing} >&7) &
-(({_JOIN}{enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/exec_out 2>/run/exec_err </dev/null & echo $! >/run/exec; wait $!; echo "done $?" >&3) &
+(({_JOIN}echo 0 >{_BESIDE}/cgroup.procs; : >/run/exec; {enter} 3>&- 4>&- 5>&- 6>&- 7>&-) >/run/exec_out 2>/run/exec_err </dev/null & wait $!; echo "done $?" >&3) &
 """
 
 
 def end_run() -> str:
-    """The script that kills the command."""
-    return f"kill -9 {_CHILD.format('exec')} $(cat /run/exec)"
+    """The script that kills the command with all that it has started, once it has begun: on a busy machine it may be told to end before (20 s of the guest's time at most)."""
+    return f"tries=0; while [ $tries -lt 1000 ] && ! [ -e /run/exec ]; do tries=$((tries+1)); sleep 0.02; done; echo 1 >{_BESIDE}/cgroup.kill"
 
 
 def clock(now_ns: int) -> str:
