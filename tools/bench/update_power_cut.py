@@ -59,12 +59,13 @@ VARIANT = "next"
 
 @dataclass(slots=True)
 class Recorded:
-    """One recorded update: the disk before it, the log, the token of its interface, and what the device had shown (bytes of the log at that time, newest decision)."""
+    """One recorded update: the disk before it, the log, the token of its interface, what the device had shown (bytes of the log at that time, newest decision), and the log's bytes when it had told that it keeps the new image."""
 
     before: Path
     log: Path
     token: Path
     shown: list[tuple[int, int]] = field(default_factory=list)
+    kept_at: int = 0
 
 
 @dataclass(slots=True)
@@ -143,7 +144,7 @@ def record(folder: Path, built: Built, newer: Path, key: Path, options: Any) -> 
     try:
         with device.on(log=log) as running:
             ordered = told = None
-            while told is None:
+            while told is None or done.shown[-1][0] <= done.kept_at:  # and on until it decides once more: an image that is kept is the one that starts from then on
                 if time.monotonic() - running.started_s > UPDATE_S:
                     raise SystemExit(f"no end of the update within {UPDATE_S} s:\n{running.tail(60)}")
                 found = device.ask("/api/v1/decisions?limit=1")
@@ -153,10 +154,12 @@ def record(folder: Path, built: Built, newer: Path, key: Path, options: Any) -> 
                     if ordered is None:
                         ordered = device.ask("/api/v1/updates", {"id": "power-cut", "url": server.url})
                     for one in device.ask("/api/v1/updates") or []:
-                        if one["state"] in ("succeeded", "failed"):
-                            told = one
+                        if one["state"] in ("succeeded", "failed") and told is None:
+                            told, done.kept_at = one, log.stat().st_size
+                if told is not None and told["state"] != "succeeded":
+                    break
                 time.sleep(0.2)
-            if told["state"] != "succeeded":
+            if told is None or told["state"] != "succeeded":
                 raise SystemExit(f"the update did not succeed: {told}\n{running.tail(60)}")
     finally:
         server.stop()
@@ -172,7 +175,8 @@ def known(folder: Path) -> Known:
 def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Path) -> tuple[Tally, Tally, dict[str, int]]:
     """Every cut; what all came to, what the booted ones came to, and counts."""
     partitions = built.manifest["partitions"]
-    verdict = Verdict(partitions, [known(built.image.parent), known(newer)])
+    known_newer = known(newer)
+    verdict = Verdict(partitions, [known(built.image.parent), known_newer])
     replay = Replay(recorded.before, recorded.log, flushes=not options.control)
     draw = random.Random(options.seed)
     esp = partitions[ESP_NAME]
@@ -191,13 +195,14 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
         if number not in switching and number not in drawn:
             continue
         where = f"write {number} of {len(replay.entries)}"
-        told = _judge(verdict, replay.content, versions, all_cuts, where)
+        kept = known_newer if recorded.kept_at and entry.end > recorded.kept_at else None
+        told = _judge(verdict, replay.content, versions, all_cuts, where, kept)
         # A boot partition may lose its unflushed writes in many ways, and looking costs little.
         for lost in range(LOSSES if number in switching else 1):
             with replay.lossy(draw) as disk:
                 # A slot with unflushed writes is torn too: its content is this cut's own.
                 own = {name: (number, lost) if replay.unsure(partitions[name]["start"], partitions[name]["size"]) else versions[name] for name in slots.SLOTS}
-                _judge(verdict, disk, own, all_cuts, f"{where}, unflushed lost")
+                _judge(verdict, disk, own, all_cuts, f"{where}, unflushed lost", kept)
                 if number in read and not lost:
                     _read(disk, partitions, recorded, entry.end, folder, all_cuts, where)
                 if number in booted and not lost and not options.control:
@@ -210,14 +215,19 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
     return all_cuts, boots, {"writes": len(written), "to the boot partition": len(switching), "random": len(drawn), "journals read": len(read), "flushes": sum(entry.flush for entry in replay.entries)}
 
 
-def _judge(verdict: Verdict, disk: Any, versions: Any, tally: Tally, where: str) -> str:
+def _judge(verdict: Verdict, disk: Any, versions: Any, tally: Tally, where: str, kept: Known | None) -> str:
     tally.cuts += 1
     try:
-        told = f"image {verdict.sequence(disk, versions)}"
+        sequence = verdict.sequence(disk, versions)
     except (ValueError, FileNotFoundError) as error:
         tally.bad.append(f"{where}: {error}")
         return "nothing"
+    told = f"image {sequence}"
     tally.started[told] += 1
+    if kept is not None:
+        tally.started["after it was kept"] += 1
+        if sequence != kept.sequence:
+            tally.bad.append(f"{where}: {told} would start, and the device had told that it keeps image {kept.sequence}")
     return told
 
 
@@ -286,10 +296,11 @@ def main() -> int:
             folder.mkdir(exist_ok=True)
             kept = folder / "recorded.json"
             if kept.exists():
-                recorded = Recorded(built.image, folder / "log", folder / "machine" / "api.token", [(int(at), int(seq)) for at, seq in json.loads(kept.read_text())])
+                said = json.loads(kept.read_text())
+                recorded = Recorded(built.image, folder / "log", folder / "machine" / "api.token", [(int(at), int(seq)) for at, seq in said["shown"]], int(said["kept_at"]))
             else:
                 recorded = record(folder, built, newer, options.home / "keys" / "update.key", options)
-                kept.write_text(json.dumps(recorded.shown))
+                kept.write_text(json.dumps({"shown": recorded.shown, "kept_at": recorded.kept_at}))
             note(options, f"recorded: {recorded.log.stat().st_size / 1e6:.0f} MB of writes")
             cuts, boots, counts = cut(recorded, built, newer, options, Path(top))
     except FirmwareError as error:
