@@ -21,7 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ LINK_GBIT = 10.0
 FRONTIER = ("store", "lz4-faster", "lz4-fast", "zstd-fast", "zstd-1")
 """Coders that are measured one by one."""
 ENGINE, UNENCRYPTED = "gpu_migration", "tools.bench.migration_plain"
+STRIDE = 2
+"""Ways by which each round begins further on in the list of them: what comes after another always is measured with what that leaves behind."""
 MOVE_S = 300
 """A migration takes at most so long."""
 
@@ -162,15 +166,21 @@ def main() -> int:
                     result, seconds = processor(image, *how, *limit, module=module, where=where)
                     return figures(result, seconds - start)
 
+                def qemu(compression: str) -> dict[str, Any]:
+                    try:
+                        return qemu_moves(folder, qmp, holder, compression, options, scratch)
+                    finally:
+                        migration_guest.punch(memory, never)
+
+                ways: list[tuple[list[dict[str, Any]], Callable[[], dict[str, Any]]]] = [
+                    (ours, lambda: counted(memory, "--codecs", options.codecs)), (unencrypted, lambda: counted(memory, "--codecs", options.codecs, module=UNENCRYPTED)),
+                    *((several, partial(counted, memory, "--codecs", name)) for name, several in frontier.items()), *((results, partial(qemu, compression)) for compression, results in peers.items()),
+                ]
                 for n in range(options.rounds):
                     note(options, f"round {n + 1}")
-                    ours.append(counted(memory, "--codecs", options.codecs))
-                    unencrypted.append(counted(memory, "--codecs", options.codecs, module=UNENCRYPTED))
-                    for name, several in frontier.items():
-                        several.append(counted(memory, "--codecs", name))
-                    for compression, results in peers.items():
-                        results.append(qemu_moves(folder, qmp, holder, compression, options, scratch))
-                        migration_guest.punch(memory, never)
+                    first = n * STRIDE % len(ways)
+                    for results, way in ways[first:] + ways[:first]:
+                        results.append(way())
                 unlimited = figures(move(memory, "--codecs", options.codecs, where=scratch))
                 qemu_moves(folder, qmp, holder, "none", options, scratch)
                 touched = {"ours": [counted(memory, "--codecs", options.codecs) for _ in range(options.rounds)]}
@@ -193,7 +203,7 @@ def main() -> int:
         value >= RATE_GB_S and ratio >= RATIO and ahead, spread_={**spread(rates), "ratio": spread([one["ratio"] for one in ours])},
         peer={"qemu multifd " + name: {"median_gb_s": statistics.median(one["gb_s"] for one in results), "best_gb_s": best[name], "last": results[-1]} for name, results in peers.items()},
         inputs={"memory_mib": migration_guest.MEMORY_MIB, "codecs": options.codecs, "link_gbit": options.link_gbit, "huge_pages": options.huge_pages, "qemu_streams": migration_qemu.STREAMS, "verified": "every byte compared"},
-        details={"last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, f"auto, {'4 KiB' if options.huge_pages else 'huge'} pages": other_pages, **frontier}.items()}, "no_page_untouched": {name: {"median_gb_s": statistics.median(one["gb_s"] for one in several), "ratio": several[-1]["ratio"]} for name, several in touched.items()},
+        details={"rounds": [one["gb_s"] for one in ours], "last": ours[-1], "frontier": {name: _point(several) for name, several in {"auto": ours, "auto, unencrypted": unencrypted, f"auto, {'4 KiB' if options.huge_pages else 'huge'} pages": other_pages, **frontier}.items()}, "no_page_untouched": {name: {"median_gb_s": statistics.median(one["gb_s"] for one in several), "ratio": several[-1]["ratio"]} for name, several in touched.items()},
                  "untouched_share": round(sum(end - start for start, end in never) / (migration_guest.MEMORY_MIB << 20), 3), "without_link_limit": unlimited, "images": others, "ahead_of_qemu": ahead, "stolen_percent": stolen.percent()},
     )
 
