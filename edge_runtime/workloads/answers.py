@@ -13,7 +13,7 @@ def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs:
     """Bodies of `workload` records, one for each entry that was not answered before; and which entries are answered now.
 
     An entry that shall stop is answered `stopped` where nothing can run here (else its driver answers: the entry does not say its kind). One that shall run is refused with the
-    reason, so that the hub places it elsewhere. `why`: why there is no driver. `driven`: drivers that can run nothing have something left here to end.
+    reason, so that the hub places it elsewhere. `why`: why there is no driver. `driven`: a runner looks after what drivers have here, also those that can run nothing any more: then the answer is its, once nothing of it runs.
     """
     before, now, reports = set(answered), [], []
     for entry in entries:
@@ -27,9 +27,14 @@ def answers(entries: Iterable[Mapping[str, Any]], answered: Iterable[str], runs:
             state, reason = "stopped", ""
         elif not enabled:
             state, reason = "refused", "workloads are not enabled on this edge"
-        elif entry["kind"] not in runs:
-            state, reason = "refused", f"no driver for kind {entry['kind']} on this edge{': ' * bool(why)}{why}"[:MAX_REASON]
+        elif entry["kind"] not in runs and not driven:
+            state, reason = "refused", undriven(entry["kind"], why)
         else:
             continue  # its driver answers
         reports.append({"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason})
     return reports, now
+
+
+def undriven(kind: str, why: str) -> str:
+    """Why a workload of that kind is refused."""
+    return f"no driver for kind {kind} on this edge{': ' * bool(why)}{why}"[:MAX_REASON]

@@ -13,7 +13,7 @@ from ..config import EdgeConfig
 from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
 from ..journal import Journal
 from ..metrics import Metrics
-from .answers import answers
+from .answers import answers, undriven
 from .asked import Asked
 from .capacity import changed, describe
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
@@ -242,11 +242,17 @@ class WorkloadNode:
     async def _hand(self) -> None:
         assert self._runner is not None
         async with self._handing:  # what is asked last counts last
-            entries = [entry for entry in self._entries or () if entry["wanted"] != "running" or entry["kind"] in self.runs]
+            entries, refused = [], []
+            for entry in self._entries or ():
+                if entry["wanted"] != "running" or entry["kind"] in self.runs:
+                    entries.append(entry)
+                else:  # what an earlier agent could run may run here still
+                    refused.append({**entry, "refusal": undriven(entry["kind"], self._why)})
             if self.siblings is None:
-                await self._runner.take(entries)
+                await self._runner.take([*entries, *refused])
             else:
-                await self._runner.take(*self.siblings.compose(entries, self.runs))
+                wanted, may = self.siblings.compose(entries, self.runs)
+                await self._runner.take([*wanted, *refused], may)
         self._said()
 
     def _said(self) -> None:

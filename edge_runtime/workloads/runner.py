@@ -201,7 +201,7 @@ class Runner:
             for status in await driver.instances():
                 if status.key.id != workload:
                     continue
-                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None) or _said(wanted) in self._evicted
+                leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None) or _said(wanted) in self._evicted or "refusal" in wanted
                 if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
                     self._ended_alone(wanted, status)
                 elif leaves or may is False or (may is not None and status.phase is Phase.LOST):

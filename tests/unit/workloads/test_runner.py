@@ -272,6 +272,27 @@ async def test_one_that_cannot_be_stopped_is_not_told_as_evicted(monkeypatch: py
     await runner.close()
 
 
+async def test_what_an_earlier_agent_ran_and_no_driver_can_run_now_ends_before_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a probe that failed: the hub places it elsewhere once it hears."""
+    monkeypatch.setattr(runners, "AGAIN_S", 0.0)
+    monkeypatch.setattr(runners.log, "log", lambda *_, **__: None)
+    disk = Disk()
+    runner = made(disk)
+    await runner.take([entry("a", 1)])
+    await quiet()
+    await runner.close()
+    disk.failing += ["stop", "delete"]
+    runner = made(disk)
+    await runner.take([{**entry("a", 1), "refusal": "no driver"}, {**entry("b", 1), "refusal": "no driver"}])
+    while ("a", 1, "refused") not in disk.records:
+        disk.news.clear()
+        assert disk.instances[Key("a", 1)].phase is Phase.RUNNING or disk.failing == []
+        await asyncio.wait_for(disk.news.wait(), 10)
+    await quiet()
+    assert disk.instances == {} and disk.failing == [] and ("b", 1, "refused") in disk.records and disk.starts == {Key("a", 1): 1}
+    await runner.close()
+
+
 async def test_nothing_new_starts_while_the_node_is_short_and_what_runs_stays() -> None:
     disk, short = Disk(), [""]
 
