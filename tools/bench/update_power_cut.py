@@ -183,6 +183,7 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
     written = [number for number, entry in enumerate(replay.entries) if entry.size]
     switching = {number for number in written if esp["start"] <= replay.entries[number].offset < esp["start"] + esp["size"]}
     drawn = set(draw.sample(written, min(options.cuts, len(written))))
+    drawn |= {number for number in written if recorded.kept_at and replay.entries[number].end > recorded.kept_at}
     chosen = sorted(switching | drawn)
     read, booted = set(draw.sample(chosen, min(options.read, len(chosen)))), set(draw.sample(chosen, min(options.boots, len(chosen))))
     versions = Counter[str]()
@@ -212,7 +213,7 @@ def cut(recorded: Recorded, built: Built, newer: Path, options: Any, folder: Pat
             break
         if all_cuts.cuts % 200 == 0:
             note(options, f"{all_cuts.cuts} cuts, last {told}; {dict(all_cuts.started)}; booted {boots.cuts}; bad {len(all_cuts.bad) + len(boots.bad)}")
-    return all_cuts, boots, {"writes": len(written), "to the boot partition": len(switching), "random": len(drawn), "journals read": len(read), "flushes": sum(entry.flush for entry in replay.entries)}
+    return all_cuts, boots, {"writes": len(written), "to the boot partition": len(switching), "drawn, and after it was kept": len(drawn), "journals read": len(read), "flushes": sum(entry.flush for entry in replay.entries)}
 
 
 def _judge(verdict: Verdict, disk: Any, versions: Any, tally: Tally, where: str, kept: Known | None) -> str:
@@ -306,8 +307,8 @@ def main() -> int:
     except FirmwareError as error:
         raise SystemExit(str(error)) from None
     bad = cuts.bad + boots.bad
-    both = cuts.started["image 0"] > 0 and cuts.started["image 1"] > 0
-    ok = both and not bad and counts["random"] >= min(RANDOM_CUTS, options.cuts) if not options.control else bool(bad)
+    both = all(cuts.started[name] > 0 for name in ("image 0", "image 1", "after it was kept"))
+    ok = both and not bad and counts["drawn, and after it was kept"] >= min(RANDOM_CUTS, options.cuts) if not options.control else bool(bad)
     details = {"cuts": cuts.cuts, **counts, "started": dict(cuts.started), "booted": boots.cuts, "booted as": dict(boots.started), "bad": bad[:20]}
     inputs = {"arch": arch.name, "profile": chosen.name, "seed": options.seed, "control": options.control, "emulated": True}
     return report(options, about, "cuts of an update's power after which nothing whole would start, or a record is lost", len(bad), "cuts", ok, inputs=inputs, details=details)
