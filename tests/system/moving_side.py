@@ -15,6 +15,7 @@ from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.images import ImageStore
 from hub.server import Hub
 from hub.transfers.service import worker_token
+from hub.workloads import moving
 from hub.workloads.documents import read_list
 from tests.integration.checkpoint_side import program
 from tests.integration.container_side import base, end_all
@@ -176,3 +177,64 @@ class Two:
         """End all of it."""
         for node in self.nodes.values():
             await asyncio.to_thread(node.end)
+
+
+async def known(two: Two) -> None:
+    """Until the hub knows that it runs."""
+    async def may() -> bool:
+        return str(await two.hub.workloads.look(lambda planner: moving.why_not(planner, planner.tables.rows[two.workload]))) == ""
+
+    await until(may, ROOM_S, what="the hub knows that it runs")
+
+
+async def begun(two: Two, target: str) -> str:
+    """A move to a node."""
+    await known(two)
+    found = await two.hub.workloads.ask(lambda planner, now: moving.begin(planner, two.workload, target, now, "asked for"))
+    return str(found["id"])
+
+
+async def killed_once(two: Two, name: str, point: str) -> Path:
+    """Node `name` is an agent now that is killed at a point; what is there when that has been."""
+    mark, node = two.folder / f"killed-{name}-{point.replace(' ', '-')}", two.nodes[name]
+    await asyncio.to_thread(node.kill)
+    await asyncio.to_thread(node.start, ("-m", "tests.system.moving_agent", point, str(mark)))
+    await two.ready(name)
+    return mark
+
+
+async def again_when_killed(two: Two, name: str, mark: Path) -> None:
+    """The next agent, once that one has been killed at its point."""
+    await until(mark.exists, ROOM_S, what=f"{name} is killed at {mark.name}")
+    await asyncio.to_thread(two.nodes[name].kill)
+    await asyncio.to_thread(two.nodes[name].start)
+
+
+async def killed_at(two: Two, source: str, target: str) -> None:
+    """A move whose agents are killed at those points (empty: at none): one copy runs at the target in the end. Ends all that it starts."""
+    try:
+        await two.start()
+        marks = {name: await killed_once(two, name, point) for name, point in (("a", source), ("b", target)) if point}
+        name = await begun(two, "b")
+        await asyncio.gather(*(again_when_killed(two, node, mark) for node, mark in marks.items()))
+        assert (await two.over(name))["state"] == "done" and await two.one_copy() == "b"
+    finally:
+        await two.end()
+
+
+async def goes_on_at_its_source(two: Two, point: str) -> None:
+    """A move to an agent that refuses what comes, with the source's killed at that point (empty: not): it goes on where it was, and nothing of its way is left. Ends all that it starts."""
+    try:
+        await two.start()
+        mark = await killed_once(two, "a", point) if point else None
+        await killed_once(two, "b", "refuses")
+        name = await begun(two, "b")
+        if mark is not None:
+            await again_when_killed(two, "a", mark)
+        ended = await two.over(name)
+        assert ended["state"] == "failed" and "b could not go on with it" in ended["reason"] and "planted" in ended["reason"]
+        assert await two.one_copy() == "a" and two.hub.workloads.rows[two.workload].epoch == 1
+        left = two.nodes["a"].data / "workloads/checkpoints" / two.workload
+        await until(lambda: not left.exists() or not os.listdir(left), ROOM_S, what="its state is gone")
+    finally:
+        await two.end()

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from hub.workloads import moving
 from tests.integration.checkpoint_side import reason_against_checkpoints
 from tests.integration.hub_side import running_hub
 from tests.integration.waiting import until
-from tests.system.moving_side import ROOM_S, Two
+from tests.system.moving_side import ROOM_S, Two, begun, goes_on_at_its_source, killed_at, known
 from tools.novactl.cli import main as novactl
 
 pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(900)]
@@ -22,37 +21,6 @@ SOURCE = ("check", "taking", "noted", "frozen", "dumped", "packed", "whole", "le
 TARGET = ("laid-out", "room", "came", "restored")
 RETURNING = ("returned", "clearing", "placing", "back")
 """At a source whose target refuses."""
-
-
-async def known(two: Two) -> None:
-    """Until the hub knows that it runs."""
-    async def may() -> bool:
-        return str(await two.hub.workloads.look(lambda planner: moving.why_not(planner, planner.tables.rows[two.workload]))) == ""
-
-    await until(may, ROOM_S, what="the hub knows that it runs")
-
-
-async def begun(two: Two, target: str) -> str:
-    """A move to a node."""
-    await known(two)
-    found = await two.hub.workloads.ask(lambda planner, now: moving.begin(planner, two.workload, target, now, "asked for"))
-    return str(found["id"])
-
-
-async def killed_once(two: Two, name: str, point: str) -> Path:
-    """Node `name` is an agent now that is killed at a point; what is there when that has been."""
-    mark, node = two.folder / f"killed-{name}-{point.replace(' ', '-')}", two.nodes[name]
-    await asyncio.to_thread(node.kill)
-    await asyncio.to_thread(node.start, ("-m", "tests.system.moving_agent", point, str(mark)))
-    await two.ready(name)
-    return mark
-
-
-async def again_when_killed(two: Two, name: str, mark: Path) -> None:
-    """The next agent, once that one has been killed at its point."""
-    await until(mark.exists, ROOM_S, what=f"{name} is killed at {mark.name}")
-    await asyncio.to_thread(two.nodes[name].kill)
-    await asyncio.to_thread(two.nodes[name].start)
 
 
 async def test_a_running_container_moves_to_the_other_node_and_back_when_that_is_drained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,35 +56,14 @@ async def test_a_running_container_moves_to_the_other_node_and_back_when_that_is
 @pytest.mark.parametrize(("source", "target"), [("packed-up", "restored"), *((one, "") for one in SOURCE), *(("", one) for one in TARGET)])
 async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(tmp_path: Path, source: str, target: str) -> None:
     async with running_hub(tmp_path / "hub", "auto") as hub:
-        two = Two(tmp_path, hub)
-        try:
-            await two.start()
-            marks = {name: await killed_once(two, name, point) for name, point in (("a", source), ("b", target)) if point}
-            name = await begun(two, "b")
-            await asyncio.gather(*(again_when_killed(two, node, mark) for node, mark in marks.items()))
-            assert (await two.over(name))["state"] == "done" and await two.one_copy() == "b"
-        finally:
-            await two.end()
+        await killed_at(Two(tmp_path, hub), source, target)
 
 
 @pytest.mark.parametrize("point", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in RETURNING)])
 async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path, point: str) -> None:
     """The target is an agent that refuses what comes."""
     async with running_hub(tmp_path / "hub", "auto") as hub:
-        two = Two(tmp_path, hub)
-        try:
-            await two.start()
-            mark = await killed_once(two, "a", point) if point else None
-            await killed_once(two, "b", "refuses")
-            name = await begun(two, "b")
-            if mark is not None:
-                await again_when_killed(two, "a", mark)
-            ended = await two.over(name)
-            assert ended["state"] == "failed" and "b could not go on with it" in ended["reason"] and "planted" in ended["reason"]
-            assert await two.one_copy() == "a" and hub.workloads.rows[two.workload].epoch == 1
-            await until(lambda: not (two.nodes["a"].data / "workloads/checkpoints" / two.workload).exists() or not os.listdir(two.nodes["a"].data / "workloads/checkpoints" / two.workload), ROOM_S, what="its state is gone")
-        finally:
-            await two.end()
+        await goes_on_at_its_source(Two(tmp_path, hub), point)
 
 
 @pytest.mark.slow

@@ -18,8 +18,7 @@ from tests.integration import counting_guest
 from tests.integration.hub_side import running_hub
 from tests.integration.vm_side import BOOT_S, end_all, kernel_folder, made_vms, reason_against
 from tests.integration.waiting import until
-from tests.system.moving_side import ROOM_S, Json, Node, Two
-from tests.system.test_moves import again_when_killed, begun, killed_once, known
+from tests.system.moving_side import ROOM_S, Json, Node, Two, again_when_killed, goes_on_at_its_source, killed_at, killed_once, known
 from tests.unit.workloads.image_side import archive, layer, layout
 from tools.novactl.cli import main as novactl
 
@@ -122,31 +121,11 @@ async def test_a_machine_moves_whoever_is_killed_and_back_when_its_node_is_drain
 @pytest.mark.parametrize(("source", "target"), [("packed-up", "restored"), *((one, "") for one in SOURCE), *(("", one) for one in TARGET)])
 async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(tmp_path: Path, source: str, target: str) -> None:
     async with running_hub(tmp_path / "hub", "auto") as hub:
-        two = TwoMachines(tmp_path, hub)
-        try:
-            await two.start()
-            marks = {name: await killed_once(two, name, point) for name, point in (("a", source), ("b", target)) if point}
-            name = await begun(two, "b")
-            await asyncio.gather(*(again_when_killed(two, node, mark) for node, mark in marks.items()))
-            assert (await two.over(name))["state"] == "done" and await two.one_copy() == "b"
-        finally:
-            await two.end()
+        await killed_at(TwoMachines(tmp_path, hub), source, target)
 
 
 @pytest.mark.parametrize("point", ["whole", *(pytest.param(one, marks=pytest.mark.slow) for one in ("", *RETURNING))])
 async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path, point: str) -> None:
     """The target is an agent that refuses what comes."""
     async with running_hub(tmp_path / "hub", "auto") as hub:
-        two = TwoMachines(tmp_path, hub)
-        try:
-            await two.start()
-            mark = await killed_once(two, "a", point) if point else None
-            await killed_once(two, "b", "refuses")
-            name = await begun(two, "b")
-            if mark is not None:
-                await again_when_killed(two, "a", mark)
-            ended = await two.over(name)
-            assert ended["state"] == "failed" and "b could not go on with it" in ended["reason"] and "planted" in ended["reason"]
-            assert await two.one_copy() == "a" and hub.workloads.rows[two.workload].epoch == 1
-        finally:
-            await two.end()
+        await goes_on_at_its_source(TwoMachines(tmp_path, hub), point)

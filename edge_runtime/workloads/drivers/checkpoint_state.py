@@ -197,6 +197,14 @@ def seal(folder: Path, document: Mapping[str, Any], files: Sequence[Mapping[str,
     return manifest
 
 
+def whole_at(folder: Path, token: str) -> bool:
+    """Whether the state that was to be written there under that token is whole: what decides, where somebody was killed."""
+    try:
+        return bool(read_manifest(folder).get("token") == token)
+    except Refused:
+        return False
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, where it is one; raises `Refused`. The files are not looked at."""
     try:

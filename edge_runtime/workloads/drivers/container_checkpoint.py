@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from ..images import ImageError, Limits
 from ..images.layer import OPAQUE, WHITEOUT, unpack
 from . import cgroups, keeper_restore, keeping
-from .checkpoint_state import CHUNK, CONTAINER, DISK, IMAGES, SPARE, Reader, Writer, add, check, codec, free, read_manifest, seal, suits, to_be_filled
+from .checkpoint_state import CHUNK, CONTAINER, DISK, IMAGES, SPARE, Reader, Writer, add, check, codec, free, seal, suits, to_be_filled, whole_at
 from .container import COMMAND_S, LEFT_S, NOTE
 from .container_spec import ID_RANGE, own_folders
 from .criu import Criu, errors, log_of, offence, write_options
@@ -249,11 +249,7 @@ class Checkpoints:
         if note is None:
             return
         await dump_over(own / "dump/criu.conf")
-        try:
-            whole = read_manifest(Path(note["folder"])).get("token") == note["token"]
-        except Refused:
-            whole = False
-        if whole:
+        if whole_at(Path(note["folder"]), note["token"]):
             await self._let_go(key, note)
             return
         await asyncio.to_thread(shutil.rmtree, note["new"], True)

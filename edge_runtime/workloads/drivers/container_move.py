@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import keeping
-from .checkpoint_state import read_manifest
+from .checkpoint_state import whole_at
 from .container import NOTE, ContainerDriver
 from .face import DriverError, Failed, Key, Order, Phase, Refused, Status
 from .instance import read
@@ -180,10 +180,7 @@ class Moves:
     def _taken(self, source: Key, state: Path) -> bool:
         """Whether this state is what has ended the source, or will when the driver is probed."""
         note = read(self._driver.folder(source) / NOTE)
-        try:
-            return note is not None and read_manifest(state).get("token") == note["token"]
-        except Refused:
-            return False
+        return note is not None and whole_at(state, note["token"])
 
     async def _phase(self, key: Key) -> Phase | None:
         try:

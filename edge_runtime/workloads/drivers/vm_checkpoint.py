@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cgroups, keeping, vm_qcow2
-from .checkpoint_state import CHUNK, IMAGES, MEMORY, SPARE, VM, Reader, Writer, add, check, codec, free, read_manifest, seal, to_be_filled
+from .checkpoint_state import CHUNK, IMAGES, MEMORY, SPARE, VM, Reader, Writer, add, check, codec, free, seal, to_be_filled, whole_at
 from .container import NOTE
 from .face import DriverError, Failed, Key, Phase, Refused, Status
 from .instance import read, sync_folder
@@ -200,11 +200,7 @@ class Checkpoints:
             if note is not None and (await self._driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED):
                 await self._driver.kill(key)
             return
-        try:
-            whole = read_manifest(Path(note["folder"])).get("token") == note["token"]
-        except Refused:
-            whole = False
-        if whole:
+        if whole_at(Path(note["folder"]), note["token"]):
             await self._let_go(key, note)
             return
         await asyncio.to_thread(shutil.rmtree, note["new"], True)

@@ -230,6 +230,14 @@ async def test_each_is_told_once_over_restarts_and_nothing_is_started_again() ->
     await runner.close()
 
 
+async def ends_before_it_is_refused(disk: Disk) -> None:
+    """Until `a` is told as refused; what cannot be stopped runs, and is not."""
+    while ("a", 1, "refused") not in disk.records:
+        disk.news.clear()
+        assert disk.instances[Key("a", 1)].phase is Phase.RUNNING or disk.failing == []
+        await asyncio.wait_for(disk.news.wait(), 10)
+
+
 async def test_what_is_evicted_ends_is_told_as_refused_then_and_is_not_started_again() -> None:
     disk = Disk()
     runner = made(disk)
@@ -264,10 +272,7 @@ async def test_one_that_cannot_be_stopped_is_not_told_as_evicted(monkeypatch: py
     disk.failing += ["stop", "delete"]
     ((one, _),) = await runner.running()
     runner.evict(one, "evicted: no room")
-    while ("a", 1, "refused") not in disk.records:
-        disk.news.clear()
-        assert disk.instances[Key("a", 1)].phase is Phase.RUNNING or disk.failing == []
-        await asyncio.wait_for(disk.news.wait(), 10)
+    await ends_before_it_is_refused(disk)
     assert disk.instances == {} and disk.failing == []
     await runner.close()
 
@@ -284,10 +289,7 @@ async def test_what_an_earlier_agent_ran_and_no_driver_can_run_now_ends_before_i
     disk.failing += ["stop", "delete"]
     runner = made(disk)
     await runner.take([{**entry("a", 1), "refusal": "no driver"}, {**entry("b", 1), "refusal": "no driver"}])
-    while ("a", 1, "refused") not in disk.records:
-        disk.news.clear()
-        assert disk.instances[Key("a", 1)].phase is Phase.RUNNING or disk.failing == []
-        await asyncio.wait_for(disk.news.wait(), 10)
+    await ends_before_it_is_refused(disk)
     await quiet()
     assert disk.instances == {} and disk.failing == [] and ("b", 1, "refused") in disk.records and disk.starts == {Key("a", 1): 1}
     await runner.close()
