@@ -220,6 +220,8 @@ done
 [ -n "$name" ] && [ -n "$table" ] || again "the command line names no slot"
 # novacron.verity=BLOCKS:ROOT:SALT
 blocks="${{table%%:*}}"; rest="${{table#*:}}"; root="${{rest%%:*}}"; salt="${{rest#*:}}"
+# Each block of the root is hashed: by the processor's own instructions where it has them. They come first: dm-verity takes the quickest there is, and busybox's modprobe does not know modules by features of the processor.
+for quick in sha256-ssse3 sha256-arm64 sha256-ce; do modprobe -q $quick; done
 modprobe -a -q dm-verity squashfs
 # An image on trial is left by the boot loader, which counts its starts. One that is kept is not counted: leave it for the other slot, which tells why; stay off where there is none.
 damaged() {{
