@@ -4,49 +4,31 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import EdgeConfig
-from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
 from ..journal import Journal
 from ..metrics import Metrics
 from .answers import answers, undriven
 from .asked import Asked
 from .capacity import changed, describe
+from .node_drivers import NodeDrivers
+from .node_images import NodeImages
 from .pressure import DISK, LOOK_S, MEMORY, Candidate, Pressure, disk_used, free, priority, requested, victim
 
 if TYPE_CHECKING:
-    from .conversion.driver import ConvertibleDriver
-    from .drivers.container import ContainerDriver, Settings
-    from .drivers.containerd import ContainerdDriver
     from .drivers.face import Driver, Status
-    from .drivers.function import FunctionDriver
     from .drivers.function_call import Answer
     from .drivers.function_container import ContainerFunctions
-    from .drivers.microvm import MicrovmDriver
-    from .drivers.vm import VmDriver
-    from .images import Image, ImageStore
-    from .images.pull import Puller
-    from .images.reference import Host
-    from .images.shared import Shared
     from .runner import Runner
 
 log = logging.getLogger(__name__)
 
 KEPT_OUTPUTS, KEPT_BYTES = 16, 8192
 """Outputs of what has been removed that are shown still, in memory, and bytes of each stream: 256 KiB in all."""
-
-MAX_TOLD_IMAGES = 256
-"""Images that the hub is told of: those asked for last; what it takes is 1,024."""
-
-MAX_TOLD_NAME = 253
-"""Characters of a reference that the hub takes in a node's description."""
-
-CONTAINERD, KATA_SHIM = "containerd", "containerd-shim-kata-v2"
-"""In `workloads.runtimes`, and the name of its driver; the program that makes Kata's machines."""
 
 ANSWERED = "workloads"
 """The journal's state document that keeps which entries of desired state have been answered."""
@@ -66,7 +48,8 @@ class WorkloadNode:
     """One node; says everything through the journal.
 
     Attributes:
-        runs: the kinds of workload for which there is a driver here; none before the drivers have been probed.
+        here: which drivers there are; none before they have been probed.
+        images: those of this node.
         siblings: where workloads may move within the site.
         told: the newest `node.capacity`.
         asked: what is asked of the workloads here, beside running them.
@@ -74,36 +57,17 @@ class WorkloadNode:
 
     def __init__(self, config: EdgeConfig, journal: Journal, metrics: Metrics) -> None:
         self._config, self._journal, self._metrics = config, journal, metrics
-        self.runs: tuple[str, ...] = ()
+        self.here, self.images = NodeDrivers(config, journal), NodeImages(config, journal, metrics)
         self.siblings: Siblings | None = None
         self.told: dict[str, Any] | None = None
-        self._why = ""
         self._entries: Sequence[dict[str, Any]] | None = None
-        self._probed = not config.workloads.enabled or not (config.workloads.runtimes or config.workloads.functions or config.workloads.microvms or config.workloads.vms)
+        self._probed = not self.here.wanted
         self._taken = asyncio.Event()
         self._ready = asyncio.Event()
         self._handing = asyncio.Lock()
-        self._store: ImageStore | None = None
-        self._containers: ContainerDriver | None = None
-        self._by_containerd: list[ContainerdDriver] = []
-        self._runs_containers = "container"
-        """Which driver does."""
-        self._kata_why = ""
-        self._functions: FunctionDriver | None = None
         self._called: dict[str, ContainerFunctions] = {}
         """By the driver that runs them: which one that is is known when all have been probed."""
-        self._microvms: MicrovmDriver | None = None
-        self._vms: VmDriver | None = None
-        self._convertible: ConvertibleDriver | None = None
-        self._convertible_why = "switched off (workloads.conversions in its configuration), or containers are"
-        self._microvms_why = "switched off (workloads.microvms in its configuration)"
-        self._usable: set[str] = set()
-        self._moves: tuple[str, ...] = ()
-        """Kinds of workload that can leave for other nodes, and come from them, with their state."""
-        self._drivers: Mapping[str, Driver] = {}
         self._left: dict[str, dict[str, Any]] = {}
-        self._images: Shared[Image] | None = None
-        self._puller: Puller | None = None
         self._pressure = Pressure({MEMORY: config.workloads.evict_memory_bytes, DISK: config.workloads.evict_disk_bytes})
         self._shortage = asyncio.Event()
         self._runner: Runner | None = None
@@ -116,7 +80,7 @@ class WorkloadNode:
                 await self._probe()
             if self._entries is not None:
                 self._answer(self._entries)
-            self.asked.begin(self._runner, self._why)
+            self.asked.begin(self._runner, self.here.why)
             self._ready.set()
             self._taken.set()
             await asyncio.gather(self._tell(), self._follow(), self._watch_room(), self._watch_disks())
@@ -124,109 +88,29 @@ class WorkloadNode:
             if self._runner is not None:
                 await self._runner.close()
             await self.asked.close()
-            if self._images is not None:
-                await self._images.close()
-            if self._puller is not None:
-                await self._puller.close()
-            for driver in (self._functions, self._convertible, self._containers, *self._by_containerd, self._microvms, self._vms):
-                if driver is not None:
-                    await asyncio.to_thread(driver.close)
-            if self._store is not None:
-                self._store.close()
+            await self.images.stop()
+            await self.here.close()
+            self.images.close()
 
     async def _probe(self) -> None:
-        from .images import ImageError, ImageStore
-        from .images.shared import Shared
+        from .images import ImageError
         from .runner import Runner
 
-        self._images = Shared()
-        workloads, folder = self._config.workloads, (Path(self._config.data_dir) / "workloads").resolve()
-        drivers: dict[str, Driver] = {}
-        why: list[str] = []
+        folder = (Path(self._config.data_dir) / "workloads").resolve()
         try:
-            self._store = await asyncio.to_thread(ImageStore, folder / "images")
-            if workloads.runtimes:
-                from .drivers.container import ContainerDriver, Settings
-
-                told = Settings(tuple(one for one in workloads.runtimes if one != CONTAINERD), allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
-                drivers["container"] = self._containers = await asyncio.to_thread(ContainerDriver, folder, self._store, told)
-                more, lacking = await asyncio.to_thread(_by_containerd, self._config, folder, self._store, told)
-                self._by_containerd, why = list(more.values()), [*why, *lacking]
-                drivers |= more
-                if workloads.conversions or (folder / "convertible").exists():  # after that of containers: whose probe is its own
-                    from .conversion import host
-                    from .conversion.driver import ConvertibleDriver
-
-                    how = host.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish)
-                    drivers[CONVERTS] = self._convertible = await asyncio.to_thread(ConvertibleDriver, folder / "convertible", self._store, self._containers, how, told, enabled=workloads.conversions)
-            if workloads.functions:
-                from .drivers.function import FunctionDriver
-
-                drivers["function"] = self._functions = await asyncio.to_thread(FunctionDriver, folder, self._store)
-            if workloads.microvms or (folder / "microvms").exists():  # what an earlier configuration left is still theirs to end
-                from .drivers import microvm
-
-                settings = microvm.Settings(kernel=workloads.guest_kernel, enabled=workloads.microvms)
-                drivers[MICROVM] = self._microvms = await asyncio.to_thread(microvm.MicrovmDriver, folder, self._store, settings)
-            if workloads.vms or (folder / "vms").exists():
-                from .drivers import vm
-
-                machines = vm.Settings(kernel=workloads.guest_kernel, network=workloads.network, publish=workloads.publish, bridges=workloads.bridges, enabled=workloads.vms)
-                drivers["vm"] = self._vms = await asyncio.to_thread(vm.VmDriver, folder, self._store, machines)
+            await self.here.probe(folder, await self.images.open(folder))
         except (ImageError, OSError) as error:
-            why.append(str(error))
+            self.here.why = str(error)
             log.error("workloads cannot be run: %s", error)
-        for name, driver in drivers.items():
-            reasons = await self._try(name, driver)
-            why += reasons
-            if name == MICROVM:
-                self._microvms_why = "; ".join(reasons)
-            elif name == KATA:
-                self._kata_why = "; ".join(reasons)
-            elif name == CONVERTS:
-                self._convertible_why = "; ".join(reasons)
-        asked = [CONTAINERD if one == CONTAINERD else "container" for one in workloads.runtimes]
-        self._runs_containers = next((name for name in asked if name in self._usable), "container")
-        if self._runs_containers in self._usable:
-            self._usable.add("container")
-        # A job and a function are of whatever kind their image is; no machine is a job.
-        self.runs = tuple(
-            kind for kind in KINDS
-            if kind in self._usable or (kind == "container" and self._usable & {MICROVM, KATA}) or (kind == "function" and "container" in self._usable) or (kind == "batch" and self._usable - {"vm", CONVERTS})
-        )
-        self._why = "; ".join(why)
-        self._moves = self._moves_states()
-        checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self._containers is not None or self._vms is not None else None
-        if self._usable or await _any_left(drivers.values()):  # with those that cannot run anything any more: what they left is still theirs to end
-            self._runner = Runner(drivers, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
-            self._drivers = drivers
+        checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self.here.containers is not None or self.here.vms is not None else None
+        if await self.here.needed():
+            self._runner = Runner(self.here.all, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
         self._probed = True
 
-    def _moves_states(self) -> tuple[str, ...]:
-        from .carrier import reason_against
-        from .drivers.face import Ability
-
-        if why := reason_against(self._config.workloads):
-            if self._config.workloads.moves_hub:
-                log.warning("workloads do not move with their state: %s", why)
-            return ()
-        told = {"container": self._containers.capabilities if self._containers is not None and self._runs_containers == "container" else None, "vm": self._vms.capabilities if self._vms is not None else None}
-        return tuple(kind for kind, found in told.items() if found is not None and found.can(Ability.MIGRATE_OUT) and found.can(Ability.MIGRATE_IN))
-
-    async def _try(self, name: str, driver: "Driver") -> list[str]:
-        """Probe one driver; why it cannot be used, where it cannot."""
-        from .drivers.face import Ability
-
-        try:
-            told = await driver.probe()
-        except Exception as error:  # what a host can come up with has no end; the agent's other work goes on
-            log.exception("the driver of %ss cannot be used", name)
-            return [f"{name}: the probe failed: {error}"]
-        self._journal.append("event", "workload.driver", {**told.to_json(), "cpu_flags": len(told.cpu_flags)})
-        if told.usable:
-            self._usable.add(name)
-            return []
-        return [f"{name}: {told.cannot[Ability.START]}"]
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The kinds of workload for which there is a driver here; none before the drivers have been probed."""
+        return self.here.runs
 
     async def _follow(self) -> None:
         """Hand what is wanted to the runner, the newest only."""
@@ -247,7 +131,7 @@ class WorkloadNode:
                 if entry["wanted"] != "running" or entry["kind"] in self.runs:
                     entries.append(entry)
                 else:  # what an earlier agent could run may run here still
-                    refused.append({**entry, "refusal": undriven(entry["kind"], self._why)})
+                    refused.append({**entry, "refusal": undriven(entry["kind"], self.here.why)})
             if self.siblings is None:
                 await self._runner.take([*entries, *refused])
             else:
@@ -292,70 +176,9 @@ class WorkloadNode:
             await self._runner.ended(workload)
 
     async def _bring(self, kind: str, reference: str, pull: str) -> str:
-        """Take an image from the archives that were put into `<data>/workloads/archives`, or from its registry, where the store does not have it yet; which driver runs it."""
-        from .drivers.face import Refused
-        from .images import ImageError
-
-        assert self._images is not None
-        try:
-            image = await self._images.get((reference, pull), lambda: self._image(reference, pull))
-        except ImageError as error:
-            raise Refused(error.field, error.problem, error.remedy) from None
-        name = kind if kind not in ("batch", "function") else "function" if image.config.module else "container"
-        if name == CONVERTS and name not in self._usable:
-            raise Refused(f"spec.{CONVERTS}", f"workloads cannot be converted here: {self._convertible_why}", "place it on a node that can, or leave it out")
-        if name in (MICROVM, KATA) and name not in self._usable:
-            why = self._microvms_why if name == MICROVM else self._kata_why or await asyncio.to_thread(_why_no_kata)
-            raise Refused(f"spec.{ISOLATION}", f"{name} cannot be had here: {why}", "place it on a node that has it, or leave it out")
-        if name not in self._usable:
-            raise Refused("image", f"is for the driver of {name}s, which cannot be used here: {self._why}", "place it on a node whose driver can")
-        return self._runs_containers if name == "container" else name
-
-    async def _image(self, reference: str, pull: str) -> "Image":
-        """Raises `ImageError`."""
-        from .images import ImageError
-        from .images.reference import hosts, parse
-
-        assert self._store is not None
-        known = hosts(self._config.workloads.registries)
-        if pull != "always":
-            try:
-                return await asyncio.to_thread(self._store.find_or_take, reference, self._store.directory.parent / "archives")
-            except ImageError as error:
-                if pull == "never" or not self._config.workloads.fetch or parse(reference, known) is None:
-                    raise
-                absent = error
-        elif not self._config.workloads.fetch:
-            raise ImageError("spec.pull", "is always, and this node fetches nothing (workloads.fetch)", "use missing, and put the image into the archives folder")
-        try:
-            image = await self._registries(known).pull(reference)
-        except ImageError as error:
-            self._metrics.inc("image_pulls_total", outcome="failed")
-            if pull != "always" and "some cannot be taken" in absent.problem:
-                raise ImageError(error.field, f"{error.problem}; and {absent.problem}", error.remedy) from None
-            raise
-        self._metrics.inc("image_pulls_total", outcome="done")
-        return image
-
-    def _registries(self, known: "Mapping[str, Host]") -> "Puller":
-        """What fetches; made, and the client for HTTP imported, when something is fetched for the first time. Raises `ImageError`."""
-        if self._puller is None:
-            from .images import ImageError
-
-            try:
-                from .images.pull import Puller
-            except ImportError as error:
-                raise ImageError("image", f"is not on this node, and fetching needs a package that is not there ({error})", "pip install 'novacron[edge]', or put the image into the archives folder") from None
-
-            assert self._store is not None
-            workloads, folder = self._config.workloads, self._store.directory.parent / "pulls"
-            folder.mkdir(exist_ok=True, mode=0o700)
-            self._puller = Puller(folder, self._store, known, workloads.registry_credentials, workloads.images_bytes, self._pulled)
-        return self._puller
-
-    def _pulled(self, body: dict[str, Any]) -> None:
-        self._journal.append("event", "image.pull", body)
-        self._metrics.inc("image_pull_bytes_total", body["bytes"])
+        """Have an image here; which driver runs it. Raises `Refused`."""
+        image = await self.images.bring(reference, pull)
+        return await self.here.choose(kind, image.config.module)
 
     def _tidy(self) -> None:
         """Keep images within their budget, when there is time."""
@@ -364,35 +187,23 @@ class WorkloadNode:
 
     async def _prune(self, most: int | None = None) -> bool:
         """Drop what nothing stands on beyond the budget, or beyond `most` bytes; whether anything went."""
+        if self.images.store is None:
+            return False
         budget = self._config.workloads.images_bytes if most is None else most
-        modules = await asyncio.to_thread(self._functions.layers) if self._functions is not None else set[str]()
-        if self._microvms is not None:
-            modules = modules | await asyncio.to_thread(self._microvms.layers)
-            await self._microvms.prune(budget)
-        if self._vms is not None:
-            modules = modules | await asyncio.to_thread(self._vms.layers)
-        if self._convertible is not None:
-            modules = modules | await asyncio.to_thread(self._convertible.layers)
-            await self._convertible.prune(budget)
         layers, taken = await self.asked.held()
-        modules, budget = modules | layers, max(0, budget - taken)
-        for one in self._by_containerd:
-            modules = modules | await asyncio.to_thread(one.layers)
-        if self._containers is not None:
-            return bool(await self._containers.prune(budget, modules))
-        return bool(await asyncio.to_thread(self._store.prune, budget, modules)) if self._store is not None else False
+        return await self.here.prune(self.images.store, budget, layers, taken)
 
     # -- what people ask -----------------------------------------------------------------------------------------------------
 
     async def instances(self) -> list[dict[str, Any]]:
         """What is on this node, for people."""
-        return [_shown(name, status) for name, driver in self._drivers.items() for status in await driver.instances()]
+        return [_shown(name, status) for name, driver in self.here.all.items() for status in await driver.instances()]
 
     async def output(self, workload: str, most: int) -> dict[str, Any] | None:
         """The end of what a workload wrote, of its newest epoch: also for a while after it was removed. None where nothing is known of it."""
         from .drivers.face import Refused
 
-        there = [(status, name, driver) for name, driver in self._drivers.items() for status in await driver.instances() if status.key.id == workload]
+        there = [(status, name, driver) for name, driver in self.here.all.items() for status in await driver.instances() if status.key.id == workload]
         if there:
             status, name, driver = max(there, key=lambda one: one[0].key.epoch)
             try:
@@ -402,12 +213,12 @@ class WorkloadNode:
         return self._left.get(workload)
 
     async def _newest(self, workload: str) -> "tuple[Driver, Status] | None":
-        there = [(driver, status) for driver in self._drivers.values() for status in await driver.instances() if status.key.id == workload]
+        there = [(driver, status) for driver in self.here.all.values() for status in await driver.instances() if status.key.id == workload]
         return max(there, key=lambda one: one[1].key.epoch, default=None)
 
     async def _leaves(self, driver: "Driver", status: "Status") -> None:
         """What it wrote is shown for a while: the hub forgets what is done at once, and whoever started it wants to read it."""
-        name = next((name for name, one in self._drivers.items() if one is driver), "")
+        name = self.here.name(driver)
         try:
             told = {**_shown(name, status), **await _written(driver, status, KEPT_BYTES)}
         except Exception as error:  # whatever is the matter with its output: it goes all the same
@@ -422,16 +233,16 @@ class WorkloadNode:
         """Run a function that runs on this node; None where there is no driver for functions. Raises `DriverError`. What an earlier agent left is called before the probe has ended."""
         from .drivers.face import Refused
 
-        if self._functions is None and self._containers is None:
+        if self.here.functions is None and self.here.containers is None:
             if self._probed:
                 return None
             raise Refused("node", "the agent has just started, and looks at what it can run", "come again")
         try:
-            answer = await self._container_functions().call(function, body, timeout_s) if self._containers is not None else None
+            answer = await self._container_functions().call(function, body, timeout_s) if self.here.containers is not None else None
             if answer is None:
-                if self._functions is None:
+                if self.here.functions is None:
                     raise Refused("id", f"no function {function[:80]} runs here", "submit it to the hub, or ask the node that runs it")
-                answer = await self._functions.call(function, body, timeout_s)
+                answer = await self.here.functions.call(function, body, timeout_s)
         except Refused as error:
             if error.field == "id" and any(entry["id"] == function and entry["kind"] == "function" and entry["wanted"] == "running" for entry in self.entries):
                 raise Refused("node", "it does not run at this moment", "come again, or see what the hub says of it") from None
@@ -442,13 +253,13 @@ class WorkloadNode:
         return answer
 
     def _container_functions(self) -> "ContainerFunctions":
-        if self._runs_containers not in self._called:
+        if self.here.runs_containers not in self._called:
             from .drivers.function_container import ContainerFunctions
 
-            assert self._containers is not None
-            driver = next((one for one in self._by_containerd if one.name == self._runs_containers), self._containers)
-            self._called[self._runs_containers] = ContainerFunctions(driver, lambda: self.entries)
-        return self._called[self._runs_containers]
+            assert self.here.containers is not None
+            driver = next((one for one in self.here.by_containerd if one.name == self.here.runs_containers), self.here.containers)
+            self._called[self.here.runs_containers] = ContainerFunctions(driver, lambda: self.entries)
+        return self._called[self.here.runs_containers]
 
     async def _tell(self) -> None:
         told: dict[str, Any] | None = None
@@ -480,7 +291,7 @@ class WorkloadNode:
 
     async def _watch_disks(self) -> None:
         """End containers that have more on the disk than they asked for."""
-        drivers = [driver for driver in (self._containers, self._convertible, *self._by_containerd) if driver is not None]
+        drivers = self.here.on_the_disk()
         if not drivers:
             return
         from .drivers.container_disk import LOOK_S as DISK_LOOK_S
@@ -510,7 +321,7 @@ class WorkloadNode:
         if lacking == DISK and await self._prune(0):
             self._pressure.ended(now_s)
             return
-        if lacking == MEMORY and self._microvms is not None and await asyncio.to_thread(self._microvms.make_room):
+        if lacking == MEMORY and self.here.microvms is not None and await asyncio.to_thread(self.here.microvms.make_room):
             self._pressure.ended(now_s)
             return
         running = await self._runner.running()
@@ -545,20 +356,11 @@ class WorkloadNode:
     def describe(self) -> dict[str, Any]:
         """The body of a `node.capacity` record."""
         config, workloads = self._config, self._config.workloads
-        labels = {**config.labels, **{ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}}
-        if CONVERTS in self._usable:
-            labels[CONVERTING] = "true"
-        labels |= {MOVABLE + kind: "true" for kind in self._moves}
         return describe(
-            kind=workloads.kind, region=config.region, site=config.site, labels=labels, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
+            kind=workloads.kind, region=config.region, site=config.site, labels={**config.labels, **self.here.labels()}, taints=[*workloads.taints, *self._pressure.taints()], runs=self.runs, reserve_milli=workloads.reserve_cpu_milli,
             reserve_memory=workloads.reserve_memory_bytes, reserve_disk=workloads.reserve_disk_bytes, most=workloads.max_workloads, data_dir=Path(config.data_dir),
-            images=self._held(),
+            images=self.images.held(),
         )
-
-    def _held(self) -> list[str]:
-        """References of the images here, the newest asked for; in order, so that what is told changes only where they do."""
-        names = [name for image in sorted(self._store.images(), key=lambda image: -image.used_ms) for name in image.names] if self._store is not None else []
-        return sorted(name for name in names[:MAX_TOLD_IMAGES] if len(name) <= MAX_TOLD_NAME)
 
     def take(self, entries: Sequence[dict[str, Any]]) -> None:
         """Answer the workloads of a desired state that was taken; each entry once, also over restarts. What comes before the drivers have been probed is answered then."""
@@ -568,23 +370,12 @@ class WorkloadNode:
 
     def _answer(self, entries: Sequence[dict[str, Any]]) -> None:
         answered = self._journal.state(ANSWERED) or []
-        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self._why, self.driven)
+        reports, now = answers(entries, answered, self.runs, self._config.workloads.enabled, self.here.why, self.driven)
         for body in reports:
             self._journal.append("event", "workload", body)
         if now != answered:
             self._journal.put_state(ANSWERED, now)
         self._taken.set()
-
-
-async def _any_left(drivers: "Iterable[Driver]") -> bool:
-    """Whether something is on the disk of any of them."""
-    for driver in drivers:
-        try:
-            if await driver.instances():
-                return True
-        except OSError as error:
-            log.error("what is left of workloads cannot be looked at: %s", error)
-    return False
 
 
 def _shown(driver: str, status: "Status") -> dict[str, Any]:
@@ -601,26 +392,3 @@ async def _written(driver: "Driver", status: "Status", most: int) -> dict[str, A
         return {"stdout": "", "stderr": "", "cut": False}
     told = await driver.logs(status.key, most)
     return {"stdout": told.stdout.decode("utf-8", "replace"), "stderr": told.stderr.decode("utf-8", "replace"), "cut": told.cut}
-
-
-def _by_containerd(config: EdgeConfig, folder: Path, store: "ImageStore", settings: "Settings") -> "tuple[dict[str, ContainerdDriver], list[str]]":
-    """The drivers that go by containerd, where they are asked for or can be, or where an earlier configuration left something of theirs; and why one that is asked for is not there."""
-    from .drivers.container import searched
-
-    wanted = [name for name, there in ((CONTAINERD, CONTAINERD in config.workloads.runtimes), (KATA, searched(KATA_SHIM) is not None)) if there or (folder / name / "containers").exists()]
-    if not wanted:
-        return {}, []
-    try:
-        from .drivers import containerd
-    except ImportError as error:
-        return {}, [f"{name}: it needs a package that is not there ({error}): pip install 'novacron[containerd]'" for name in wanted]
-    handlers = {CONTAINERD: containerd.RUNC, KATA: containerd.KATA}
-    return {name: containerd.ContainerdDriver(folder, store, settings, path=config.workloads.containerd, handler=handlers[name]) for name in wanted}, []
-
-
-def _why_no_kata() -> str:
-    """Why nothing can be run by Kata, where there is no driver of it."""
-    from .drivers.container import searched
-
-    missing = [name for name in ("containerd", KATA_SHIM) if searched(name) is None]
-    return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "grpcio is not installed, or containers are switched off (workloads.runtimes)"

@@ -39,7 +39,7 @@ async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
         await until((tmp_path / "shared/numbers").exists, ROOM_S, what="it runs")
         yield found
     finally:
-        for driver in found.runtime.workload_node()._drivers.values():
+        for driver in found.runtime.workload_node().here.all.values():
             await found.runtime.workload_node()._runner.take([])
             await until(lambda driver=driver: empty(driver), ROOM_S)
         await found.stop()

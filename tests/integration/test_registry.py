@@ -19,7 +19,7 @@ from edge_runtime.metrics import Metrics
 from edge_runtime.workloads.images import ImageError, ImageStore, Limits
 from edge_runtime.workloads.images import pull as pulls
 from edge_runtime.workloads.images.registry import Part
-from edge_runtime.workloads.node import WorkloadNode
+from edge_runtime.workloads.node_images import NodeImages
 from tests.unit.workloads.image_side import AS_ROOT, HERE, layer, layout, sha
 
 from .registry_side import MANIFEST, Chops, Liar, Node, push, reason_against, registry
@@ -319,27 +319,26 @@ async def test_a_node_asks_the_registry_as_the_document_says_and_tells_what_it_f
     async with Liar(layout(tmp_path / "in", [BASE])) as liar:
         said, metrics = _Said(), Metrics()
         config = EdgeConfig(data_dir=str(tmp_path / "data"), workloads=WorkloadsConfig(enabled=True, registries=({"host": liar.host, "insecure": True},)))
-        node = WorkloadNode(config, said, metrics)  # type: ignore[arg-type]
-        node._store = ImageStore(tmp_path / "data/workloads/images", limits=Limits(keep_free=0), own=AS_ROOT)
+        images = NodeImages(config, said, metrics)  # type: ignore[arg-type]
+        images.store = ImageStore(tmp_path / "data/workloads/images", limits=Limits(keep_free=0), own=AS_ROOT)
         name = f"{liar.host}/app:1"
         with pytest.raises(ImageError, match="not on this node"):
-            await node._image(name, "never")
+            await images.take(name, "never")
         with pytest.raises(ImageError, match="not on this node"):
-            await node._image("app:1", "missing")  # names no registry
+            await images.take("app:1", "missing")  # names no registry
         assert liar.seen == []
-        image = await node._image(name, "missing")
+        image = await images.take(name, "missing")
         assert [kind for kind, _ in said.records] == ["image.pull"] and said.records[0][1]["digest"] == f"sha256:{image.digest}"
         assert metrics.total("image_pulls_total") == 1 and metrics.total("image_pull_bytes_total") == said.records[0][1]["bytes"] > 0
         asked = len(liar.seen)
-        assert await node._image(name, "missing") and await node._image(f"{liar.host}/app@sha256:{image.digest}", "missing") and len(liar.seen) == asked, "what is here is used without asking"
+        assert await images.take(name, "missing") and await images.take(f"{liar.host}/app@sha256:{image.digest}", "missing") and len(liar.seen) == asked, "what is here is used without asking"
         layout(liar.source, [BASE, layer([("file", "new", b"n")])], name="other")
         liar.manifest = json.loads((liar.source / "index.json").read_text())["manifests"][1]
-        assert (await node._image(name, "missing")).digest == image.digest
-        assert (await node._image(name, "always")).digest == liar.manifest["digest"][7:] != image.digest
-        assert (await node._image(name, "missing")).digest != image.digest, "the name means the newer one now"
-        assert node._puller is not None
-        await node._puller.close()
-        node._store.close()
+        assert (await images.take(name, "missing")).digest == image.digest
+        assert (await images.take(name, "always")).digest == liar.manifest["digest"][7:] != image.digest
+        assert (await images.take(name, "missing")).digest != image.digest, "the name means the newer one now"
+        await images.stop()
+        images.store.close()
 
 
 async def test_tls_is_trusted_by_the_authority_that_is_configured_and_by_no_other(nodes: Any, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from edge_runtime.config.schema import EdgeConfig, WorkloadsConfig
-from edge_runtime.workloads import drivers, node
+from edge_runtime.workloads import drivers, node_drivers
 from edge_runtime.workloads.drivers import container
 
 
 def wanted(folder: Path, monkeypatch: pytest.MonkeyPatch, *runtimes: str, shim: bool = False) -> tuple[dict[str, Any], list[str]]:
     monkeypatch.setattr(container, "searched", lambda name: "/somewhere" if shim and name == "containerd-shim-kata-v2" else None)
-    return node._by_containerd(EdgeConfig(workloads=WorkloadsConfig(runtimes=runtimes)), folder, None, container.Settings())  # type: ignore[arg-type]
+    return node_drivers.by_containerd(EdgeConfig(workloads=WorkloadsConfig(runtimes=runtimes)), folder, None, container.Settings())  # type: ignore[arg-type]
 
 
 def test_none_where_nobody_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
