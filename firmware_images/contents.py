@@ -327,6 +327,8 @@ StateDirectoryMode=0750
 UMask=0027
 MemoryMax={chosen.agent_memory_mib}M
 OOMScoreAdjust=-900
+# While the machine starts, what it is for comes first: what starts beside it (network, clock, names) can wait for the processor.
+StartupCPUWeight=10000
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
 ProtectClock=yes

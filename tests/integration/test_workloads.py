@@ -155,7 +155,7 @@ async def test_an_agent_without_drivers_says_so_and_the_hub_shows_it(tmp_path: P
         await edge.start()
         try:
             await until(lambda: hub.fleet.rows["gw-1"].state == "online" and hub.fleet.rows["gw-1"].generation == hub.desired["gw-1"]["generation"], what="the edge again")
-            monkeypatch.setattr(edge.workload_node(), "runs", ("container",))
+            monkeypatch.setattr(edge.workload_node().here, "runs", ("container",))
             edge.journal.append("event", "node.capacity", edge.workload_node().describe())
             await until(lambda: hub.workloads.planner.runs("gw-1") == ["container"], what="a driver that is none")
             monkeypatch.undo()
