@@ -5,6 +5,7 @@ import ctypes
 import re
 import sys
 import threading
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def attached(batch: int = 2, with_base: bool = False, device: CpuDevice | None =
     library = NvcompOnCpu(**double)
     back_end = Gpu(device or CpuDevice(), slots=2, batch=batch, with_base=with_base)
     return back_end, attach(back_end, Library(library), rooms=rooms), library
+
+
+@lru_cache
+def proved(with_base: bool) -> tuple[Gpu, Nvcomp, NvcompOnCpu]:
+    """One for all examples: to prove it takes a while."""
+    return attached(batch=3, with_base=with_base)
 
 
 # The library as it is found.
@@ -183,7 +190,7 @@ def test_a_batch_of_none_of_too_many_or_of_what_is_no_section_is_not_described()
 @given(several=st.lists(st.tuples(contents(), st.integers(0, 99)), min_size=1, max_size=3), name=st.sampled_from(NAMES), with_base=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_what_it_codes_of_a_slot_is_what_the_extents_need(several: list[tuple[bytes, int]], name: str, with_base: bool) -> None:
-    back_end, coder, library = BACK_ENDS(with_base)
+    back_end, coder, library = proved(with_base)
     bases = [changed(data, seed)[: PAGE * (seed % 9) + seed % 2 * 100] for data, seed in several] if with_base else None
     with back_end.slot() as slot:
         which = filled(back_end, slot, [data for data, _ in several], bases)
@@ -196,16 +203,6 @@ def test_what_it_codes_of_a_slot_is_what_the_extents_need(several: list[tuple[by
         assert encoded.coder in (name, "store")
         assert bytes(extents.decoded(layout.unpack(encoded.data), memoryview(bytearray(EXTENT)), base=(bases[n] or None) if bases else None)) == several[n][0]
     assert coder.decompress(name, made, [len(found.plain) for found in which.values()]) == [bytes(found.plain) for found in which.values()]
-
-
-_made: dict[bool, tuple[Gpu, Nvcomp, NvcompOnCpu]] = {}
-
-
-def BACK_ENDS(with_base: bool) -> tuple[Gpu, Nvcomp, NvcompOnCpu]:  # noqa: N802
-    """One for all examples: to prove it takes a while."""
-    if with_base not in _made:
-        _made[with_base] = attached(batch=3, with_base=with_base)
-    return _made[with_base]
 
 
 @needs_compiler
