@@ -425,6 +425,17 @@ def test_a_device_that_goes_away_at_any_wait_is_left_and_the_processors_finish(t
     assert sum(done.coders.values()) >= 6
 
 
+@needs_compiler
+def test_a_choice_that_was_under_way_when_the_gpu_went_is_carried_out_by_the_processors_under_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every choice were: the model never hears of it."""
+    monkeypatch.setattr(choice.Model, "without_device", lambda model: None)
+    device = Failing(DeviceFailed("GPU: it is gone"))
+    back_end, _, _ = attached(batch=1, device=device)
+    device.left = 0
+    done = moved(tmp_path, memory(1300, 7), back_end, ("nv-lz4",))
+    assert done.coders.get("lz4-fast", 0) >= 4 and "nv-lz4" not in done.coders
+
+
 # The choice.
 
 
