@@ -5,10 +5,10 @@ costs any of them, and a little for what does not overlap. Where both ends run o
 together, and how is learnt from what really came out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .codecs import BY_NAME, CODERS, Coder
+from .codecs import BY_NAME, CODERS, LIKE, NO_SNAPPY, ON_GPU, Coder
 
 LEARN = 0.15
 """Weight of the newest measurement: a change of what is in memory is followed within some ten extents."""
@@ -30,6 +30,9 @@ be done at the same time, it favours the one that leaves the other end less to d
 TOLD_FROM = 512 << 10
 """Bytes of a coded section from which the time that it took there says something of the coder: of less, what every extent costs is the most."""
 
+LEARN_FROM = 64 << 10
+"""Bytes coded at once from which the time that it took here says something of the coder: less says more about what every extent costs."""
+
 SAMPLE = 16 << 10
 """Bytes that are coded for a guess: four pages' worth, 1.5 % of an extent's cost."""
 
@@ -42,14 +45,17 @@ HOLDS, ALIKE = 4, 0.2
 EXPLORE_EVERY = 64
 """Every so many choices the second best coder is taken, so that its rates stay known."""
 
-START_RATES = {"store": 8e9, "lz4-faster": 2.0e9, "lz4-fast": 1.4e9, "lz4": 1.2e9, "zstd-fast": 1.0e9, "zstd-1": 0.75e9, "zstd-3": 0.55e9, "zstd-9": 0.12e9, "deflate-1": 0.7e9}
+START_RATES = {"store": 8e9, "lz4-faster": 2.0e9, "lz4-fast": 1.4e9, "lz4": 1.2e9, "zstd-fast": 1.0e9, "zstd-1": 0.75e9, "zstd-3": 0.55e9, "zstd-9": 0.12e9, "deflate-1": 0.7e9, "snappy": 1.0e9}
 """Bytes a second and thread until measured (one core of a 2020s server, guest memory); only the first choices hang on them."""
 
-START_FACTORS = {"store": 0.0, "lz4-faster": 0.65, "lz4-fast": 1.0, "lz4": 1.25, "zstd-fast": 1.4, "zstd-1": 1.8, "zstd-3": 1.9, "zstd-9": 2.4, "deflate-1": 1.7}
+START_FACTORS = {"store": 0.0, "lz4-faster": 0.65, "lz4-fast": 1.0, "lz4": 1.25, "zstd-fast": 1.4, "zstd-1": 1.8, "zstd-3": 1.9, "zstd-9": 2.4, "deflate-1": 1.7, "snappy": 1.1}
 """Ratio less one, as a multiple of the sample's, until measured; same origin."""
 
-START_UNDO = {"store": 4e9, "lz4-faster": 2.2e9, "lz4-fast": 2.1e9, "lz4": 2.0e9, "zstd-fast": 0.9e9, "zstd-1": 0.8e9, "zstd-3": 0.8e9, "zstd-9": 0.8e9, "deflate-1": 0.4e9}
+START_UNDO = {"store": 4e9, "lz4-faster": 2.2e9, "lz4-fast": 2.1e9, "lz4": 2.0e9, "zstd-fast": 0.9e9, "zstd-1": 0.8e9, "zstd-3": 0.8e9, "zstd-9": 0.8e9, "deflate-1": 0.4e9, "snappy": 1.2e9}
 """Bytes a second and thread of decoding and checking at the other end, until measured; same origin. Writing costs the same whatever the coder."""
+
+START_FEED = 8e9
+"""Bytes a second and thread of feeding a coder on a GPU and taking back what it made, until measured: about a copy."""
 
 START_TAKE = 2e9
 """Encoded bytes a second and thread of receiving and opening there, until measured."""
@@ -67,7 +73,10 @@ START_GUESS, START_CODER = 2.0, "lz4-fast"
 """A sample's ratio, and what is chosen, until there is one."""
 
 FREE = ("store", "lz4-faster", "lz4-fast", "lz4", "zstd-fast", "zstd-1", "zstd-3", "zstd-9")
-"""Coders to choose from unless told otherwise. Deflate is for those that ask for it: at its rate zstd is smaller."""
+"""Coders to choose from unless told otherwise. Deflate and Snappy are for those that ask for them: at Deflate's rate zstd is smaller, and not every destination reads Snappy."""
+
+FREE_ON_GPU = ("nv-lz4", "nv-zstd", "nv-deflate")
+"""Those on a GPU that are added to them where they are there: what they make, any destination reads."""
 
 
 @dataclass(slots=True)
@@ -107,10 +116,32 @@ class Model:
     taken: int = 0
     guess: Mean = field(default_factory=lambda: Mean(START_GUESS))
     """Ratio of the samples."""
+    on_device: dict[str, Mean] = field(default_factory=dict)
+    """Of the coders that run on a GPU, the seconds of it a byte. It is one for all threads, so that it is a stage of its own; their `seconds` are what the processors have to do with it."""
     last: str = START_CODER
     """The coder that was chosen last."""
     _for: tuple[int, float] = (0, 0.0)
     """Bytes to be coded and ratio of the sample, of what it was chosen for."""
+
+    def with_device(self, rates: Mapping[str, float]) -> None:
+        """There is a GPU that codes, at so many bytes a second of each coder, as was measured when it was proved. Which of them are chosen from is for `names`. Until measured they are like those of a
+        processor in what they leave and in what it takes at the other end."""
+        for name, rate in rates.items():
+            like = LIKE[name]
+            self.on_device[name] = Mean(1 / rate)
+            self.seconds[name], self.factors[name], self.undo[name] = Mean(1 / START_FEED), Mean(START_FACTORS[like]), Mean(1 / START_UNDO[like])
+
+    def without_device(self) -> None:
+        """It codes no more: where only its coders were asked for, those of their formats take their place."""
+        left = tuple(name for name in self.names if name not in self.on_device) or tuple(LIKE[name] for name in self.names)
+        self.names = left
+        if self.last in self.on_device:
+            self.last, self._for = LIKE[self.last] if LIKE[self.last] in left else left[0], (0, 0.0)
+
+    def coded_there(self, coder: str, plain: int, seconds: float) -> None:
+        """The GPU took so long for so many bytes."""
+        if coder in self.on_device and plain > 0:
+            self.on_device[coder].learn(seconds / plain)
 
     def scanned(self, size: int, seconds: float) -> None:
         """Reading and sorting out took so long on one thread."""
@@ -150,6 +181,8 @@ class Model:
             stages = [(here + there) / self.processors, out / self.limit if self.limit else 0.0]
         else:
             stages = [here / self.threads, there / self.there, out / self.wire_rate()]
+        if name in self.on_device:
+            stages.append(plain * self.on_device[name].value)
         longest = max(stages)
         return longest + SERIAL * (sum(stages) - longest)
 
@@ -159,9 +192,10 @@ class Model:
         out = self.leaves(name, plain, self.guess.value)
         wire = out / self.limit if self.limit else 0.0
         processors = size * self.scan.value + plain * self.seconds[name].value + out * self.ship.value
+        device = plain * self.on_device[name].value if name in self.on_device else 0.0
         if self.shared:
-            return wire > (processors + out * self.take.value + plain * self.undo[name].value) / self.processors
-        return out / self.wire_rate() > processors / self.threads
+            return wire > max(device, (processors + out * self.take.value + plain * self.undo[name].value) / self.processors)
+        return out / self.wire_rate() > max(device, processors / self.threads)
 
     def leaves(self, name: str, plain: int, guess: float) -> float:
         """Bytes that a coder leaves of so many."""
@@ -171,7 +205,7 @@ class Model:
         """The coder for an extent."""
         self.taken += 1
         if self.taken % HOLDS and abs(plain - self._for[0]) <= ALIKE * plain and abs(guess - self._for[1]) <= ALIKE * guess:
-            return BY_NAME[self.last]
+            return _coder(self.last)
         self.guess.learn(guess)
         coder = self._choose(size, plain, guess)
         self.last, self._for = coder.name, (plain, guess)
@@ -181,9 +215,13 @@ class Model:
         costs = {name: self.cost(name, size, plain, guess) for name in self.names}
         ranked = sorted(costs, key=costs.__getitem__)
         if len(ranked) > 1 and self.taken % EXPLORE_EVERY == 0:  # a multiple of HOLDS
-            return BY_NAME[ranked[1]]
+            return _coder(ranked[1])
         alike = [name for name in ranked if costs[name] <= (1 + TIE) * costs[ranked[0]]]
-        return BY_NAME[min(alike, key=lambda name: self.leaves(name, plain, guess))]
+        return _coder(min(alike, key=lambda name: self.leaves(name, plain, guess)))
+
+
+def _coder(name: str) -> Coder:
+    return BY_NAME.get(name) or ON_GPU[name]
 
 
 def guess_of(plain: memoryview) -> float:
@@ -200,8 +238,10 @@ def names_of(text: str) -> tuple[str, ...]:
     if text == "auto":
         return FREE
     names = tuple(text.split(","))
-    known = {coder.name for coder in CODERS}
+    known = {coder.name for coder in CODERS} | ON_GPU.keys()
     wrong = [name for name in names if name not in known]
+    if set(wrong) & {"snappy", "nv-snappy"}:
+        raise ValueError(f"codecs: {NO_SNAPPY}")
     if wrong:
         raise ValueError(f"codecs: {', '.join(wrong)} unknown; give auto or some of {', '.join(sorted(known))}")
     return names

@@ -21,6 +21,7 @@ from .prediction import History, MigrationPrediction, Outcome, Predictor, Questi
 from .receiver import PATIENCE_S, STREAMS_MOST, Receiver
 from .sender import STREAMS_AT_FIRST, Sender, Sent
 from .sources import FileSource
+from .transforms import nvcomp
 from .transforms.gpu import Gpu, probe
 
 _THREADS_MOST = 256
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("--codecs", type=_codecs, default=choice.FREE, help="auto, or those to choose from, as lz4,zstd-1")
     send.add_argument("--streams", type=_whole(1, STREAMS_MOST), default=STREAMS_MOST, help=f"at most (up to {STREAMS_MOST}); as many are used as bring something")
     send.add_argument("--threads", type=_whole(0, _THREADS_MOST), default=0, help="encoders; 0: one a processor")
-    send.add_argument("--transforms", choices=("cpu", "gpu", "auto"), default="cpu", help="what sorts out pages; auto: a GPU where there is one of use (cpu)")
+    send.add_argument("--transforms", choices=("cpu", "gpu", "auto"), default="cpu", help="what sorts out pages; auto: a GPU where there is one of use (cpu). A GPU codes them too where nvCOMP is there")
     send.add_argument("--no-references", action="store_true", help="send pages again that the destination holds elsewhere in the object: the sizes of records then say nothing of equal pages")
     send.add_argument("--limit-mbit", type=_number(0, 1e7), default=0.0, help="bandwidth limit, Mbit/s; 0: none")
     send.add_argument("--changing", action="store_true", help="the source may change: pass again until what remains is little, then switch over")
@@ -210,12 +211,19 @@ def _gpu(wanted: str, with_base: bool) -> Gpu | None:
     if wanted == "cpu":
         return None
     try:
-        return probe(with_base=with_base)
+        gpu = probe(with_base=with_base)
     except DeviceFailed as error:
         if wanted == "gpu":
             raise
         print(f"send: by the processors: {error}", file=sys.stderr)
         return None
+    try:
+        coder = nvcomp.attach(gpu)
+        if coder.refused:
+            print(f"send: not coded by the GPU: {coder.why()}", file=sys.stderr)
+    except DeviceFailed as error:  # an extra, and the processors code as well
+        print(f"send: coded by the processors: {error}", file=sys.stderr)
+    return gpu
 
 
 def _learn(options: argparse.Namespace, question: Question | None, sent: Sent) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from . import codecs, layout
 from .errors import BaseMismatch, FormatError, HashMismatch
@@ -98,11 +99,38 @@ def _deltas(pages: Words, base: Words, left: Rows, facts: Facts, transforms: Tra
     return left[np.array(smaller, np.bool_)]
 
 
+@dataclass(slots=True)
+class Sorted:
+    """An extent whose pages are sorted out, and of which nothing is coded yet. Holds views of what was sorted: to be used before that changes."""
+
+    index: int
+    raw_length: int
+    raw_hash: bytes
+    classes: NDArray[np.uint8]
+    counts: tuple[int, ...]
+    """Pages by class."""
+    constants: Words
+    references: NDArray[np.uint64]
+    raw: bytes | memoryview
+    plain: memoryview
+    """What is to be coded: the pages of class coded, then the XORs of class delta. May be empty."""
+    sealed: bool
+
+
 def encode(
     index: int, data: bytes | bytearray | memoryview, choose: Choose, *, base: bytes | memoryview | None = None,
     transforms: Transforms = CPU, facts: Facts | None = None, elsewhere: Elsewhere | None = None, sealed: bool = False, thorough: bool = True,
 ) -> Encoded:
-    """Encode one extent; `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long.
+    """Encode one extent: `sort` it, let `choose` take a coder for what is to be coded, and `pack` it."""
+    found = sort(index, data, base=base, transforms=transforms, facts=facts, elsewhere=elsewhere, sealed=sealed, thorough=thorough)
+    return found if isinstance(found, Encoded) else code(found, choose(found.plain) if len(found.plain) else codecs.CODERS[0])
+
+
+def sort(
+    index: int, data: bytes | bytearray | memoryview, *, base: bytes | memoryview | None = None,
+    transforms: Transforms = CPU, facts: Facts | None = None, elsewhere: Elsewhere | None = None, sealed: bool = False, thorough: bool = True,
+) -> Sorted | Encoded:
+    """Sort out the pages of one extent; encoded already where all are zeros. `base` are the bytes at the same place of what the destination has, as long as there are such, and need not be as long.
 
     `sealed`: as in `layout.pack`. `thorough`: look for equal pages and for such as no codec shrinks, which takes as long as a third of the coding and leaves some percent less. `facts`: of these very pages and this base, where they are known already. `elsewhere`: what pages may refer to outside the extent.
     """
@@ -159,17 +187,22 @@ def encode(
         if base_pages is not None and len(deltas := (classes == DELTA).nonzero()[0]):
             parts = np.concatenate([parts, transforms.xor(pages[deltas], base_pages[deltas])])
         plain = np.ascontiguousarray(parts).data.cast("B") if len(parts) else memoryview(b"")
-    coder: codecs.Coder = codecs.CODERS[0]
-    coded: codecs.Buffer = b""
-    if len(plain):
-        coder = choose(plain)
-        coded = coder.encode(plain)
-        if len(coded) >= len(plain):
-            coder, coded = codecs.CODERS[0], plain
     counts = np.bincount(classes, minlength=CLASSES)
     raw = pages[(classes == RAW).nonzero()[0]].data.cast("B") if counts[RAW] else b""
-    packed = layout.pack(index, coder.codec, raw_length, digest, classes, fills[classes == CONST], references[classes == DUP], raw, coded, sealed=sealed)
-    return Encoded(packed, digest, tuple(counts.tolist()), len(plain), len(coded), coder.name)
+    return Sorted(index, raw_length, digest, classes, tuple(counts.tolist()), fills[classes == CONST], references[classes == DUP], raw, plain, sealed)
+
+
+def code(found: Sorted, coder: codecs.Coder) -> Encoded:
+    """Code it on this processor."""
+    return pack(found, coder, coder.encode(found.plain) if len(found.plain) else b"")
+
+
+def pack(found: Sorted, coder: codecs.Coder, coded: codecs.Buffer) -> Encoded:
+    """The encoded extent, of what that coder made; stored where it did not shrink."""
+    if len(coded) >= len(found.plain):
+        coder, coded = codecs.CODERS[0], found.plain
+    packed = layout.pack(found.index, coder.codec, found.raw_length, found.raw_hash, found.classes, found.constants, found.references, found.raw, coded, sealed=found.sealed)
+    return Encoded(packed, found.raw_hash, found.counts, len(found.plain), len(coded), coder.name)
 
 
 def _resolve(extent: layout.Extent, out: Words, page_at: PageAt | None, base_at: PageAt | None) -> bool:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from . import choice, extents, keys, layout, wire
+from .choice import LEARN_FROM
 from .codecs import Coder
 from .duplicates import PageIndex
 from .errors import DeviceFailed, FormatError, HashMismatch, KeyRefused, MigrationError, Refused, TransferLost, Unauthentic
 from .flow import STEP_S, Bounded, Meter, Pace, Streams
 from .layout import EXTENT, HASH, PAGE, Page
 from .ledger import Ledger
+from .offload import Offload, by_processor, names_for
 from .outlet import Line, Outlet, Ready
 from .receiver import PATIENCE_S, STREAMS_MOST, TEXT_MOST
 from .sources import FileSource
@@ -33,8 +35,6 @@ STALL_S = 30.0
 """A stream on which nothing moved for so long is made anew: the other end, or what is between, vanished without a word."""
 DRAIN_S = 5.0
 """Seconds in which what is on its way on a stream that is no longer needed should be acknowledged."""
-LEARN_FROM = 64 << 10
-"""Bytes coded at once from which the time that it took says something of the coder."""
 FAREWELL_S = 1.0
 """Seconds in which a stream must be had for the farewell."""
 HANDSHAKES_MOST = 5
@@ -75,14 +75,17 @@ class Sender:
         self, source: FileSource, key: bytes, address: tuple[str, int], *, transfer: str = "", base: FileSource | None = None, codecs: Sequence[str] = choice.FREE,
         threads: int = 0, streams: tuple[int, int] = (STREAMS_AT_FIRST, STREAMS_MOST), limit: float = 0.0, patience: float = PATIENCE_S, gpu: Gpu | None = None, references: bool = True,
     ) -> None:
-        """`streams`: at first and at most; `limit`: bytes a second, 0: none; `gpu`: what sorts out pages, its ring with room for a base where there is one; `references`: to equal pages in other extents."""
+        """`streams`: at first and at most; `limit`: bytes a second, 0: none; `gpu`: what sorts out pages, its ring with room for a base where there is one, and codes them where it has a coder; `references`: to equal pages in other extents. Raises DeviceFailed where `codecs` names
+        a GPU's and there is none."""
         if not 1 <= streams[0] <= streams[1] <= STREAMS_MOST:
             raise ValueError(f"streams: {streams[0]} at first and {streams[1]} at most are not within 1 to {STREAMS_MOST}")
         self._source, self._key, self._address, self._base, self._patience = source, key, address, base, patience
         self._transfer = blake3((transfer or source.path.name).encode()).digest(keys.TRANSFER_ID)
         self._session = os.urandom(16)
         self._threads, self._threads_told = threads or max(1, os.cpu_count() or 1), bool(threads)
-        self._model = choice.Model(self._threads, codecs, limit=limit, processors=os.cpu_count() or 1)
+        coder = gpu.coder if gpu is not None else None
+        self._model = choice.Model(self._threads, names_for(codecs, coder), limit=limit, processors=os.cpu_count() or 1)
+        self._offload = Offload(coder, self._model) if coder is not None else None
         self._pace = Pace(limit)
         self._meter = Meter()
         self._streams = Streams(streams[1], streams[0])
@@ -210,7 +213,10 @@ class Sender:
         rates.update({name: 1 / mean.value for name, mean in self._model.seconds.items() if mean.known})
         rates.update({f"{name} there": 1 / mean.value for name, mean in self._model.undo.items() if mean.known})
         rates.update({"ship": 1 / self._model.ship.value, "take there": 1 / self._model.take.value})
+        rates.update({f"{name} on the gpu": 1 / mean.value for name, mean in self._model.on_device.items() if mean.known})
         transforms = "cpu" if self._gpu is None else self._gpu.name if self.without_gpu is None else f"{self._gpu.name}, then cpu: {self.without_gpu}"
+        if self._offload is not None:
+            transforms += f"; {self._offload.name}"
         return Sent(
             root, self._source.length, seconds, self._meter.bytes, {kind.name.lower(): self._pages[kind] for kind in Page}, dict(self._coders), self._skipped, self._resent,
             self._streams.count, self._cuts, self._passes, self._queue.peak, transforms, {name: round(rate / 1e9, 3) for name, rate in rates.items()},
@@ -327,7 +333,14 @@ class Sender:
                     facts = gpu.scan_batch(slot, [len(data) for _, data, _ in held], [0 if base is None else len(base) for _, _, base in held])
                 except DeviceFailed as error:
                     self.without_gpu, facts = str(error), [None] * len(held)
+                    if self._offload is not None:
+                        self._offload.leave("the GPU is not used any more")
                 began = (time.thread_time() - began) / len(held)
+                if self._offload is not None and self._offload.failed is None:
+                    if not self._offload.encode(slot, held, facts, began, self._effort, outlet.put):
+                        return
+                    outlet.flush()
+                    continue
                 for (index, data, base), found in zip(held, facts, strict=True):
                     if not self._one(index, data, base, time.thread_time() - began, found, outlet):
                         return
@@ -372,6 +385,11 @@ class Sender:
         into[len(base) : len(base) + rest] = bytes(rest)
         return base
 
+    def _effort(self, index: int) -> tuple[bool, PageIndex | None]:
+        """Whether to look for what need not be sent, and what pages may refer to."""
+        thorough = self._model.wire_binds(EXTENT, EXTENT)
+        return thorough, self._elsewhere() if thorough and index not in self._ledger.plain else None
+
     def _one(self, index: int, data: memoryview, base: memoryview | None, began: float, facts: Facts | None, outlet: Outlet) -> bool:
         """Encode and queue an extent, the work on which began at that processor time of this thread; False once closed."""
         guess, chosen_at = 1.0, 0.0
@@ -381,13 +399,14 @@ class Sender:
             self._model.scanned(len(data), time.thread_time() - began)
             guess = choice.guess_of(plain)
             coder = self._model.choose(len(data), len(plain), guess)
+            if self._offload is not None:  # which has failed
+                coder = by_processor(coder)
             chosen_at = time.thread_time()
             return coder
 
-        thorough = self._model.wire_binds(EXTENT, EXTENT)
-        elsewhere = self._elsewhere() if thorough and index not in self._ledger.plain else None
+        thorough, elsewhere = self._effort(index)
         encoded = extents.encode(index, data, choose, base=base, facts=facts, elsewhere=elsewhere, sealed=True, thorough=thorough)
-        if encoded.plain >= LEARN_FROM:  # less says more about the overhead
+        if encoded.plain >= LEARN_FROM:
             self._model.coded(encoded.coder, encoded.plain, encoded.coded, time.thread_time() - chosen_at, guess)
         return outlet.put(Ready(index, encoded))
 

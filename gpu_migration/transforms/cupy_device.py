@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DeviceFailed, DeviceFull
 from ..kernels import NAMES, SOURCE
-from .device import Host, Lane
+from .device import Host, Lane, T
 
 HIGH_WATER = 0.5
 """Share of the device's free memory that is used at the most: others run there too, and a ring of six slots takes under 1 GiB."""
@@ -79,6 +79,16 @@ class CupyDevice:
         with self._on(Lane.COMPUTE):
             self._kernels[kernel]((blocks,), (threads,), tuple(np.uint32(one) if isinstance(one, int) else one for one in arguments))
 
+    def address(self, memory: Any) -> int:
+        return int(memory.data.ptr)
+
+    def ask(self, work: Callable[[int], T]) -> T:
+        with self._on(Lane.COMPUTE) as stream:
+            return work(stream.ptr)
+
+    def call(self, work: Callable[[int], None]) -> None:
+        self.ask(work)
+
     def order(self, before: Lane, after: Lane) -> None:
         with self._guarded(), self._device:
             event = self._cupy.cuda.Event(disable_timing=True)
@@ -94,6 +104,10 @@ class CupyDevice:
     def wait(self, mark: Any) -> None:
         with self._guarded():
             mark.synchronize()
+
+    def between(self, before: Any, after: Any) -> float:
+        with self._guarded():
+            return float(self._cupy.cuda.get_elapsed_time(before, after)) / 1e3
 
     def seconds(self, kernel: str, blocks: int, threads: int, *arguments: Any, rounds: int) -> list[float]:
         """How long a kernel takes by the device's clock, each time, after one that does not count; nothing else may be under way."""

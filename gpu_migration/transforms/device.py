@@ -1,13 +1,16 @@
 """A device that runs the kernels: what the GPU back end needs of one, and no more. CuPy is one; the tests have another, on the processor."""
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Host = NDArray[np.uint8]
 """Bytes of the host that the device may read and write by itself (pinned)."""
+
+T = TypeVar("T")
 
 
 class Lane(IntEnum):
@@ -21,7 +24,7 @@ class Lane(IntEnum):
 
 
 class Device(Protocol):
-    """Every method queues and returns at once, except `wait`. All raise DeviceFailed, also for a fault of something queued before; `host` and `memory` raise DeviceFull."""
+    """Every method queues and returns at once, except `wait` and `ask`. All raise DeviceFailed, also for a fault of something queued before; `host` and `memory` raise DeviceFull."""
 
     name: str
 
@@ -40,6 +43,15 @@ class Device(Protocol):
     def run(self, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
         """On lane COMPUTE; arguments are device memory and whole numbers of 32 bits."""
 
+    def address(self, memory: Any) -> int:
+        """Where bytes on the device lie, for a library's functions."""
+
+    def ask(self, work: Callable[[int], T]) -> T:
+        """What a library's function answers that queues nothing, with the device current; it gets lane COMPUTE's stream."""
+
+    def call(self, work: Callable[[int], None]) -> None:
+        """On lane COMPUTE: a library's function, which queues on the stream that it gets. DeviceFailed raised by it may come from here or from a later `wait`."""
+
     def order(self, before: Lane, after: Lane) -> None:
         """What is queued on `after` from now on waits for what is queued on `before` so far."""
 
@@ -48,6 +60,9 @@ class Device(Protocol):
 
     def wait(self, mark: Any) -> None:
         """Until that is done."""
+
+    def between(self, before: Any, after: Any) -> float:
+        """Seconds from one mark to another of the same lane, by the device's clock; both are done."""
 
     def close(self) -> None:
         """Give everything back."""

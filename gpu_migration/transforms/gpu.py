@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from . import Facts, Flags, Known, Words
 from .cpu import CPU
 from .device import Device, Host, Lane
 from .hashing import hashes
+
+if TYPE_CHECKING:
+    from .nvcomp import Nvcomp
 
 SLOTS = 6
 """Batches under way: one each on its way in, in the kernels and on its way out, the others being filled or encoded."""
@@ -81,8 +84,11 @@ class Gpu:
         """As many slots as there is memory for; raises DeviceFull where there is not even one."""
         self.name = device.name
         self.batch = batch
-        self._device = device
-        self._submitting = threading.Lock()
+        self.device = device
+        self.submitting = threading.Lock()
+        """Held while work that belongs together is queued."""
+        self.coder: Nvcomp | None = None
+        """What codes on it, where nvCOMP is there and was proved."""
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self.slots = 0
         for _ in range(slots):
@@ -96,10 +102,10 @@ class Gpu:
 
     def _slot(self, with_base: bool) -> Slot:
         size, facts = self.batch * EXTENT, self.batch * PAGES * FACTS.itemsize
-        pages, base = self._device.memory(size), self._device.memory(size) if with_base else None
+        pages, base = self.device.memory(size), self.device.memory(size) if with_base else None
         return Slot(
-            self._device.host(size), self._device.host(size) if with_base else None, self._device.host(facts),
-            (pages, base if base is not None else pages, self._device.memory(facts)),
+            self.device.host(size), self.device.host(size) if with_base else None, self.device.host(facts),
+            (pages, base if base is not None else pages, self.device.memory(facts)),
         )
 
     @contextmanager
@@ -119,16 +125,16 @@ class Gpu:
         count = (len(lengths) - 1) * PAGES + pages_of(lengths[-1])
         compared = base_lengths if base_lengths is not None and slot.base is not None else None
         pages, base, facts = slot.on_device
-        with self._submitting:
-            self._device.upload(slot.pages[: count * PAGE], pages)
+        with self.submitting:
+            self.device.upload(slot.pages[: count * PAGE], pages)
             if compared is not None and slot.base is not None:
-                self._device.upload(slot.base[: count * PAGE], base)
-            self._device.order(Lane.IN, Lane.COMPUTE)
-            self._device.run("scan_pages", blocks_for(count), THREADS, pages, base, count, count if compared is not None else 0, facts)
-            self._device.order(Lane.COMPUTE, Lane.OUT)
-            self._device.download(facts, slot.facts[: count * FACTS.itemsize])
-            mark = self._device.mark(Lane.OUT)
-        self._device.wait(mark)
+                self.device.upload(slot.base[: count * PAGE], base)
+            self.device.order(Lane.IN, Lane.COMPUTE)
+            self.device.run("scan_pages", blocks_for(count), THREADS, pages, base, count, count if compared is not None else 0, facts)
+            self.device.order(Lane.COMPUTE, Lane.OUT)
+            self.device.download(facts, slot.facts[: count * FACTS.itemsize])
+            mark = self.device.mark(Lane.OUT)
+        self.device.wait(mark)
         found = slot.facts[: count * FACTS.itemsize].view(FACTS)
         out: list[Facts] = []
         for n, length in enumerate(lengths):
@@ -157,7 +163,7 @@ class Gpu:
 
     def close(self) -> None:
         """Give everything back; no slot may be held."""
-        self._device.close()
+        self.device.close()
 
 
 def prove(gpu: Gpu) -> None:

@@ -3,7 +3,8 @@
 The floor of a kernel is the bytes that it must read and write, each once, divided by the rate at which the device copies its own memory (bytes read and written). The pipeline: threads copy
 batches of a guest's memory into the ring, the GPU finds the pages' facts, the processors code what is left with LZ4, and every extent is decoded into another memory, where its BLAKE3 is
 checked; afterwards both memories are compared. There is no wire and no cipher in it. `--image FILE` gives a guest's memory (of `migration_guest.py`); without it memory is made up of
-zeros, constants, random bytes and this machine's own files, and that is said. No codec runs on the GPU.
+zeros, constants, random bytes and this machine's own files, and that is said. No codec runs on the GPU in it; where nvCOMP is there, its codecs are measured beside it, over that memory as it lies on
+the device, and the processor decodes what they make. Where it is not, the reason is in `details`.
 """
 
 import os
@@ -33,6 +34,8 @@ MEMORY = 4 << 30
 KERNEL_PAGES = 1 << 20
 """Pages that a kernel is measured over: 4 GiB, far beyond the device's cache."""
 KERNEL_ROUNDS = 20
+CODED_BATCHES = 32
+"""Batches that each of nvCOMP's coders codes: 1 GiB."""
 ZERO, CONSTANT, RANDOM = 0.5, 0.02, 0.06
 """Shares of made-up memory, as in the Debian guests of `migration_cpu.py`."""
 
@@ -117,6 +120,47 @@ def kernels(device: Timed, pages: int, rounds: int) -> dict[str, Any]:
     return out
 
 
+def coders(gpu: Any, coder: Any, memory: NDArray[np.uint8], rounds: int) -> dict[str, Any]:
+    """Of each of nvCOMP's coders: bytes a second by the device's clock, and of decompression with its copies by ours; ratio; each section decoded by the processor. Raises MigrationError where that gives other bytes."""
+    from gpu_migration import codecs, extents
+    from gpu_migration.errors import HashMismatch
+    from gpu_migration.layout import EXTENT
+
+    out: dict[str, Any] = {}
+    firsts = range(0, len(memory) // EXTENT, gpu.batch)
+    for name in coder.rates:
+        plain = coded = 0
+        compressing = decompressing = 0.0
+        for first in list(firsts)[: max(1, rounds)]:
+            with gpu.slot() as slot:
+                which: dict[int, extents.Sorted] = {}
+                batch = range(first, min(first + gpu.batch, len(memory) // EXTENT))
+                for n, index in enumerate(batch):
+                    slot.extent(n)[:] = memory.data[index * EXTENT : (index + 1) * EXTENT]
+                    found = extents.sort(index, slot.extent(n))
+                    if isinstance(found, extents.Sorted) and len(found.plain):
+                        which[n] = found
+                gpu.scan_batch(slot, [EXTENT] * len(batch))
+                if not which:
+                    continue
+                made, seconds = coder.compress(slot, name, which)
+                compressing += seconds
+                lengths = [len(found.plain) for found in which.values()]
+                for found, section in zip(which.values(), made, strict=True):
+                    if codecs.decode(codecs.ON_GPU[name].codec, section, len(found.plain)) != found.plain:
+                        raise HashMismatch(f"{name}: other bytes came out than went in")
+                began = time.monotonic()
+                back = coder.decompress(name, made, lengths)
+                decompressing += time.monotonic() - began
+                if back != [bytes(found.plain) for found in which.values()]:
+                    raise HashMismatch(f"{name}: other bytes came back than went in")
+                plain, coded = plain + sum(lengths), coded + sum(len(section) for section in made)
+        if plain:
+            out[name] = {"compress_gb_s": round(plain / compressing / 1e9, 6), "decompress_gb_s": round(plain / decompressing / 1e9, 6), "ratio": round(plain / coded, 3), "bytes": plain}
+    out["not used"] = dict(coder.refused)
+    return out
+
+
 def pipeline(gpu: Any, memory: NDArray[np.uint8], total: int, threads: int, coder: str) -> dict[str, Any]:
     """Move memory to memory, over and over until `total` bytes went through; raises MigrationError where other bytes come out."""
     from gpu_migration import codecs, extents, layout
@@ -174,7 +218,8 @@ def main() -> int:
     options = parser.parse_args()
     about, promise = machine(), f"a GPU sorts out a guest's pages at {OF_FLOOR:.0%} of what its memory allows, and 1 TB a minute goes from memory to memory"
     try:
-        from gpu_migration.errors import MigrationError
+        from gpu_migration.errors import DeviceFailed, MigrationError
+        from gpu_migration.transforms import nvcomp
         from gpu_migration.transforms.cupy_device import CupyDevice
         from gpu_migration.transforms.gpu import Gpu, prove
     except ImportError as error:
@@ -191,6 +236,11 @@ def main() -> int:
         prove(gpu)
         memory = np.fromfile(options.image, np.uint8, MEMORY) if options.image else made_up(MEMORY)
         memory = memory[: len(memory) >> 20 << 20]
+        try:
+            note(options, "nvCOMP")
+            by_nvcomp = coders(gpu, nvcomp.attach(gpu), memory, CODED_BATCHES)
+        except DeviceFailed as error:
+            by_nvcomp = {"not shown": str(error)}
         runs = []
         for n in range(options.rounds):
             note(options, f"pipeline, round {n + 1}")
@@ -203,7 +253,7 @@ def main() -> int:
     near = all(found[name]["of_floor"] >= OF_FLOOR for name in ("scan_pages", "scan_pages with base", "gather_pages", "scatter_pages"))
     return report(
         options, about, promise, value, "GB/s of guest memory, median", value >= RATE_GB_S and near, spread_=spread(rates),
-        peer={"copy on the device": found["copy_gb_s"]}, inputs={"memory": str(options.image or "made up"), "bytes": MOVED, "pages": KERNEL_PAGES}, details={"kernels": found, "pipeline": runs[-1]},
+        peer={"copy on the device": found["copy_gb_s"]}, inputs={"memory": str(options.image or "made up"), "bytes": MOVED, "pages": KERNEL_PAGES}, details={"kernels": found, "nvcomp": by_nvcomp, "pipeline": runs[-1]},
     )
 
 

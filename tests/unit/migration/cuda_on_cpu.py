@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_migration.errors import DeviceFull
+from gpu_migration.errors import DeviceFailed, DeviceFull
 from gpu_migration.kernels import NAMES, SOURCE
-from gpu_migration.transforms.device import Host, Lane
+from gpu_migration.transforms.device import Host, Lane, T
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 COMPILE_S = 120
 ORDERS = (0, 1, 2, 3, 12345)
 """Orders of the threads: as numbered, the other way round, the same with each warp running ahead as far as it can, mixed."""
+ALIGNED = 256
+"""Bytes to which CUDA aligns what it gives."""
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++: apt-get install --no-install-recommends g++")
 
@@ -77,6 +80,7 @@ class CpuDevice:
         self._done = dict.fromkeys(Lane, 0)
         self._queued = dict.fromkeys(Lane, 0)
         self.launched: list[str] = []
+        self._when: dict[tuple[Lane, int], float] = {}
         self.closed = False
 
     def host(self, size: int) -> Host:
@@ -86,7 +90,8 @@ class CpuDevice:
         if size > self._left:
             raise DeviceFull(f"{size} bytes are more than the {self._left} that are left")
         self._left -= size
-        return np.full(size, 0xA5, np.uint8)
+        room = np.full(size + ALIGNED, 0xA5, np.uint8)
+        return room[-room.ctypes.data % ALIGNED :][:size]
 
     def _queue(self, lane: Lane, work: Any) -> None:
         with self._lock:
@@ -103,6 +108,20 @@ class CpuDevice:
         self.launched.append(kernel)
         self._queue(Lane.COMPUTE, lambda: launch(kernel, blocks, threads, arguments, self._order, self._source))
 
+    def address(self, memory: Any) -> int:
+        return int(memory.ctypes.data)
+
+    def ask(self, work: Callable[[int], T]) -> T:
+        return work(0)
+
+    def call(self, work: Callable[[int], None]) -> None:
+        self._queue(Lane.COMPUTE, lambda: work(0))
+
+    def between(self, before: Any, after: Any) -> float:
+        if self._done[after[0]] < after[1]:
+            raise DeviceFailed("a mark was asked for its time and is not done")
+        return max(1e-9, self._when[after] - self._when.get(before, self._when[after]))
+
     def order(self, before: Lane, after: Lane) -> None:
         self._queue(after, (before, self._queued[before]))
 
@@ -114,9 +133,12 @@ class CpuDevice:
             while self._done[mark[0]] < mark[1]:
                 lane = next(lane for lane in reversed(Lane) if self._may(lane))
                 work = self._queues[lane].popleft()
-                if callable(work):
-                    work()
-                self._done[lane] += 1
+                try:
+                    if callable(work):
+                        work()
+                finally:  # what failed is over too: others wait for what comes after it
+                    self._done[lane] += 1
+                    self._when[lane, self._done[lane]] = time.monotonic()
 
     def _may(self, lane: Lane) -> bool:
         if not self._queues[lane]:
