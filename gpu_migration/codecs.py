@@ -10,9 +10,11 @@ import zstandard
 from isal import isal_zlib
 
 try:
-    import cramjam
+    import cramjam as _cramjam
 except ImportError:  # an extra: only who asks for Snappy needs it, at both ends
-    cramjam = None
+    cramjam: Any = None
+else:
+    cramjam = _cramjam
 
 from .errors import FormatError
 
