@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import configuration, recipes, room, tools
 from .build import Built, finished, output
-from .contents import ESP_NAME
+from .contents import ESP_NAME, PROVISIONED
 from .errors import FirmwareError
 from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare
 from .recipes import Architecture, Profile
@@ -77,6 +77,8 @@ def credentials(state: Path, config: Path | None, more: list[str], report: bool,
         key, equals, path = word.partition("=")
         if not equals or not key.startswith("novacron.") or not Path(path).is_file():
             raise FirmwareError("credential", f"{word!r} cannot be used", "give NAME=FILE, NAME beginning with novacron., FILE an existing file")
+        if key.removeprefix("novacron.") not in PROVISIONED:
+            raise FirmwareError("credential", f"a device takes no {key}", f"give novacron. and one of {', '.join(PROVISIONED)}")
         found[key] = Path(path).resolve()
     token_file = state / "api.token"
     if not token_file.exists():
@@ -138,13 +140,15 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
     if options.clock:
         check_clock(options.clock)
     name = f"{chosen.name}-{arch.name}"
+    state = options.state or output(options.home, arch, chosen) / "machine"
     if options.config is not None:
         if options.hub:
             raise FirmwareError("hub", "--hub and --config are both given", "write the hub's broker into the configuration (uplink.url), or leave --config out")
-        configuration.check(options.config, "broker" in chosen.extra)
+        config = configuration.check(options.config, "broker" in chosen.extra)
+        if not (state / "disk.img").exists():  # one that has been started has kept its files too
+            configuration.check_files(config, {"api.token", *(word.partition("=")[0].removeprefix("novacron.") for word in options.credential)})
     text = plain(name, options.hub) if options.config is None else options.config.read_text()
     built = finished(options.home, arch, chosen)
-    state = options.state or output(options.home, arch, chosen) / "machine"
     given = settle(state, text)
     configuration.check(given, "broker" in chosen.extra)
     disk, flash = prepare(arch, built.image, state)
