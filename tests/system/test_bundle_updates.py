@@ -22,12 +22,12 @@ from tests.integration.waiting import until_sync
 from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image
 from tools.novactl.journal import check, show
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(14400)]
 
 KEY = HOME / "keys" / "update.key"
 
-UPDATE_S = 1800
-"""Longest wait for an update: two boots and the writing of a slot, all emulated."""
+UPDATE_S = 5400
+"""Longest wait for an update: up to five boots and the writing of a slot, all emulated, beside others."""
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tools.bench.harness import ROOT, die_with_parent
 from tools.bench.image_inside import HubProcess
 from tools.novactl.journal import check, show
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(5400)]
 
 
 @pytest.fixture(scope="module")
