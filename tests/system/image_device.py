@@ -49,6 +49,21 @@ def told_to(path: Path) -> Callable[[str], None]:
     return write
 
 
+PAGE = 500
+"""Records that a device gives at once at most."""
+
+ALL_RECORDS = 1_000_000
+"""More than any of these tests makes: a device that is starved senses all the same, so how many there are is a matter of how long it ran."""
+
+
+def every(get: Callable[[str], Any], path: str) -> list[dict[str, Any]]:
+    """All records that a device has behind a path of its interface, newest first: asked for page by page."""
+    found: list[dict[str, Any]] = []
+    while page := get(f"{path}?limit={PAGE}" + (f"&before={found[-1]['seq']}" if found else "")):
+        found += page
+    return found
+
+
 class Device:
     """The image in a machine of its own, at 1970, without a network unless `online`; its interface."""
 
