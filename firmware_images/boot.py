@@ -2,16 +2,20 @@
 
 import argparse
 import secrets
+import socket
 import urllib.parse
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 
-from . import configuration, recipes, tools
+from . import configuration, recipes, room, tools
 from .build import Built, finished, output
-from .contents import ESP_NAME
+from .contents import ESP_NAME, PROVISIONED
 from .errors import FirmwareError
 from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare
 from .recipes import Architecture, Profile
+
+LOOPBACK = "127.0.0.1"
 
 API_PORT = 8470
 """The agent's default (`api.port`)."""
@@ -55,10 +59,12 @@ def plain(name: str, hub: str = "") -> str:
 
 def settle(state: Path, text: str) -> Path:
     """The file of a machine's configuration. Raises FirmwareError where the machine has been booted with another one, which it keeps."""
+    if "," in str(state):
+        raise FirmwareError("state", f"{state} has a comma, which QEMU takes for the end of a name", "give another one with --state")
     kept = state / GIVEN
     if (state / "disk.img").exists() and kept.exists() and kept.read_text() != text:
         raise FirmwareError("config", f"the machine in {state} has been started with another one, which it keeps", f"give another folder with --state, or remove {state}")
-    state.mkdir(parents=True, exist_ok=True)
+    room.ready(state, "state", "--state")
     kept.touch(0o600)  # it may have a password
     kept.write_text(text)
     return kept
@@ -71,6 +77,8 @@ def credentials(state: Path, config: Path | None, more: list[str], report: bool,
         key, equals, path = word.partition("=")
         if not equals or not key.startswith("novacron.") or not Path(path).is_file():
             raise FirmwareError("credential", f"{word!r} cannot be used", "give NAME=FILE, NAME beginning with novacron., FILE an existing file")
+        if key.removeprefix("novacron.") not in PROVISIONED:
+            raise FirmwareError("credential", f"a device takes no {key}", f"give novacron. and one of {', '.join(PROVISIONED)}")
         found[key] = Path(path).resolve()
     token_file = state / "api.token"
     if not token_file.exists():
@@ -97,25 +105,55 @@ def hand_over(arch: Architecture, built: Built, disk: Path, found: Mapping[str, 
     return {}
 
 
+def usable_port(port: int) -> int:
+    """The port of loopback that was asked for, a free one for 0. Raises FirmwareError where it is none or taken."""
+    if port == 0:
+        return free_port()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU does: connections that have ended do not hold it
+        try:
+            sock.bind((LOOPBACK, port))
+        except OverflowError:
+            raise FirmwareError("port", f"{port}", "give 1 to 65535, or leave --port out") from None
+        except OSError as error:
+            raise FirmwareError("port", f"{port} of {LOOPBACK} cannot be had ({error.strerror})", "give another one, or leave --port out") from None
+    return port
+
+
+def check_clock(text: str) -> None:
+    """Raises FirmwareError where QEMU would not take it as a machine's clock."""
+    for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"):
+        try:
+            datetime.strptime(text, form)
+        except ValueError:
+            continue
+        return
+    raise FirmwareError("clock", f"{text[:40]!r} is no date", "give one such as 1970-01-02 or 1970-01-02T03:04:05")
+
+
 def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: Callable[[str], None]) -> None:
     """Boot and show the console until the machine ends or Ctrl-C takes its power away. Raises FirmwareError."""
     memory = options.memory or recipes.memory_mib(arch, chosen)
     if not MEMORY_LEAST_MIB <= memory <= MEMORY_MOST_MIB:
         raise FirmwareError("memory", f"{memory} MiB", f"give {MEMORY_LEAST_MIB} to {MEMORY_MOST_MIB}")
+    port = usable_port(options.port)
+    if options.clock:
+        check_clock(options.clock)
     name = f"{chosen.name}-{arch.name}"
+    state = options.state or output(options.home, arch, chosen) / "machine"
     if options.config is not None:
         if options.hub:
             raise FirmwareError("hub", "--hub and --config are both given", "write the hub's broker into the configuration (uplink.url), or leave --config out")
-        configuration.check(options.config, "broker" in chosen.extra)
+        config = configuration.check(options.config, "broker" in chosen.extra)
+        if not (state / "disk.img").exists():  # one that has been started has kept its files too
+            configuration.check_files(config, {"api.token", *(word.partition("=")[0].removeprefix("novacron.") for word in options.credential)})
     text = plain(name, options.hub) if options.config is None else options.config.read_text()
     built = finished(options.home, arch, chosen)
-    state = options.state or output(options.home, arch, chosen) / "machine"
     given = settle(state, text)
     configuration.check(given, "broker" in chosen.extra)
     disk, flash = prepare(arch, built.image, state)
     handed, token = credentials(state, given, options.credential, options.report, name)
-    port = options.port or free_port()
-    say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://127.0.0.1:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
+    say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://{LOOPBACK}:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
     accelerator = options.accel
     if accelerator == "auto":
         why = kvm_boots(arch, built.image.with_name("linux"), built.image.with_name("initrd"))
@@ -123,4 +161,5 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
         say(f"emulated: {why}" if why else "with KVM")
     wiring = Wiring(memory, {port: API_PORT}, hand_over(arch, built, disk, handed), online=options.online or bool(options.hub), clock=options.clock, accelerator=accelerator)
     with Machine(command(arch, disk, flash, wiring), say) as machine:
-        machine.wait()
+        if status := machine.wait():
+            raise FirmwareError("machine", f"QEMU ended with status {status}", "its reason is in the lines above")

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 import time
@@ -18,7 +17,7 @@ from edge_runtime.updates import slots
 from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK, hash_tree
 
-from . import bundles, gpt, initrd, packages, recipes, root, sbom, tools
+from . import bundles, gpt, initrd, packages, recipes, room, root, sbom, tools
 from .contents import DATA_NAME, ESP_NAME, command_line
 from .errors import FirmwareError
 from .recipes import MIB, Architecture, Profile
@@ -75,11 +74,7 @@ def preflight(home: Path, arch: Architecture, chosen: Profile) -> None:
     tools.require(tools.BUILD)
     if platform.machine() not in MACHINES:
         raise FirmwareError("machine", f"{platform.machine()} cannot build", f"build on one of {', '.join(MACHINES)}")
-    home.mkdir(parents=True, exist_ok=True)
-    need = SPACE_BYTES + (ESP_MIB + 2 * chosen.slot_mib) * MIB
-    free = shutil.disk_usage(home).free
-    if free < need:
-        raise FirmwareError("space", f"{home} has {free // MIB} MiB free, the build wants {need // MIB}", "make room, or give another folder with --home")
+    room.ready(home, "home", "--home", SPACE_BYTES + (ESP_MIB + 2 * chosen.slot_mib) * MIB)
 
 
 def chosen_wheels(cache: Path, arch: Architecture, names: Sequence[str], say: Callable[[str], None]) -> list[Path]:

@@ -15,7 +15,7 @@ from edge_runtime.contract.errors import ContractError
 from edge_runtime.updates.bundle import ARTIFACTS, PIECE_MAX_BYTES, Artifact, Manifest, Piece, head, parse_manifest, signed_part
 from edge_runtime.updates.verity import BLOCK
 
-from . import tools
+from . import room, tools
 from .errors import FirmwareError
 
 ANCHOR_BYTES = 64
@@ -174,6 +174,9 @@ def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def bundle(image: Path, base: Path | None, key: Path, target: Path, *, tries: int = TRIES, gate_s: int = GATE_S, more: Sequence[str] = ()) -> Bundled:
     """Bundle the built image in the folder `image`; a delta where a `base` is given. `more`: words for the kernel's command line. Raises FirmwareError."""
     told, found = _contents(image)
+    if target.is_dir():
+        raise FirmwareError("output", f"{target} is a folder", "give the name of the bundle's file with --output")
+    room.ready(target.parent, "output", "--output", sum(map(len, found.values())))
     before, old = _contents(base) if base is not None else ({}, {})
     if before and (before["arch"], before["profile"]) != (told["arch"], told["profile"]):
         raise FirmwareError("base", f"is for {before['arch']} {before['profile']}, the image for {told['arch']} {told['profile']}", "give the image that the devices run")

@@ -1,6 +1,7 @@
 """`python -m firmware_images build|boot|bundle|containers`."""
 
 import argparse
+import errno
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from .errors import FirmwareError
 
 HOME = Path(".novacron/images")
 """Where caches and images are kept."""
+
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+DISK_REFUSES = FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+"""What a disk says that is fine when the work begins and not any more later: no fault of this program's, so it is told in a line as other input is."""
 
 
 def say(text: str) -> None:
@@ -82,6 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
             start(options, arch, chosen, say)
     except FirmwareError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        print(FirmwareError("space" if error.errno in FULL else "files", f"{error.filename or 'a file'} cannot be written or read ({error.strerror})", "make room, or give another folder (--home, --state, --output)"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

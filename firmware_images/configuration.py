@@ -1,13 +1,18 @@
 """A device's configuration, looked at before it is given to a device that nobody can log in to. Pure but for reading the file."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from edge_runtime.config import ConfigError, EdgeConfig, load_config
 from edge_runtime.config.load import read_yaml
 
+from .contents import DATA, PROVISIONED
 from .errors import FirmwareError
 
 LOOPBACK = ("127.", "localhost", "::1", "[::1]")
+
+OF_THE_IMAGE = ("/etc/ssl/", "/usr/")
+"""Folders of the image that a configuration may name a file in: the system's certificates."""
 
 CREDENTIAL_MAX_BYTES = 128 << 10
 """systemd takes no larger credential (CREDENTIAL_SIZE_MAX is 1 MiB in all)."""
@@ -29,6 +34,25 @@ def unreachable(config: EdgeConfig, broker: bool) -> str:
         return ""
     own = " (the image's own broker listens on loopback)" if broker and config.bus.url else ""
     return f"there is no login, and neither uplink.url nor bus.url nor api.host leads off the device{own}"
+
+
+def check_files(config: EdgeConfig, given: Collection[str]) -> None:
+    """`given`: names of the files that the device gets beside the configuration.
+
+    Raises:
+        FirmwareError: it names a file that the device will not have. Its agent would end at each start over that, and the device keeps the configuration and has no login.
+    """
+    named = [("api.token_file", config.api.token_file)] if config.api.enabled else []
+    if config.uplink.enabled and config.uplink.url.startswith("mqtts:"):
+        named += [("uplink.ca_file", config.uplink.ca_file), ("uplink.cert_file", config.uplink.cert_file), ("uplink.key_file", config.uplink.key_file)]
+    had = {f"{DATA}/config/{name}" for name in given}
+    for key, path in named:
+        if not path or path in had or path.startswith(OF_THE_IMAGE):
+            continue
+        file = path.removeprefix(f"{DATA}/config/")
+        if file in PROVISIONED:
+            raise FirmwareError("config", f"{key} is {path}, and the device is given none", f"give --credential novacron.{file}=FILE too")
+        raise FirmwareError("config", f"{key} is {path}, which a device does not have", f"name one of {', '.join(PROVISIONED[:4])} in {DATA}/config, and give it with --credential")
 
 
 def check(path: Path, broker: bool = False) -> EdgeConfig:

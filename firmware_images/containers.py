@@ -1,7 +1,6 @@
 """Images of containers of edge and hub, from the same packages, wheels and code as the devices' roots, as OCI layouts; no daemon is asked. What is in which is data (`SERVICES`)."""
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from pathlib import Path
 
 from edge_runtime import __version__
 
-from . import oci, packages, recipes, root, tools
+from . import oci, packages, recipes, room, root, tools
 from .build import MACHINES, REPOSITORY, chosen_wheels
 from .errors import FirmwareError
 from .initrd import missing_libraries
-from .recipes import MIB, Architecture, Profile
+from .recipes import Architecture, Profile
 from .tree import Tree
 
 USER = 990
@@ -142,9 +141,7 @@ def build(home: Path, arch: Architecture, chosen: Service, mode: str, say: Calla
     tools.require(("apt-get", "dpkg-deb"))
     if platform.machine() not in MACHINES:
         raise FirmwareError("machine", f"{platform.machine()} cannot build", f"build on one of {', '.join(MACHINES)}")
-    home.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(home).free) < SPACE_BYTES:
-        raise FirmwareError("space", f"{home} has {free // MIB} MiB free, the build wants {SPACE_BYTES // MIB}", "make room, or give another folder with --home")
+    room.ready(home, "home", "--home", SPACE_BYTES)
     started = time.monotonic()
     cache = home / "cache"
     (cache / "wheels").mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import tools
+from . import room, tools
 from .errors import FirmwareError
 from .recipes import Architecture
 
@@ -126,12 +126,12 @@ def kvm_boots(arch: Architecture, kernel: Path, early: Path) -> str:
 
 def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
     """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
-    tools.require([arch.qemu, "cp"])
+    tools.require([arch.qemu, "cp", AS_LONG_AS_WE[0]])
     for path in arch.firmware:
         if path and not Path(path).exists():
             raise FirmwareError("tools", f"no {path}", f"as root, apt install --no-install-recommends {arch.firmware_package}")
-    state.mkdir(parents=True, exist_ok=True)
     disk, flash = state / "disk.img", state / "variables.fd"
+    room.ready(state, "state", "--state", 0 if disk.exists() else 512 * image.stat().st_blocks)
     if not disk.exists():
         tools.run(["cp", "--sparse=always", "--reflink=auto", str(image), str(disk) + ".new"], field="state", remedy="is there room?")
         Path(str(disk) + ".new").replace(disk)
@@ -248,6 +248,7 @@ class Machine:
         """It has ended, by itself or not."""
         return self._ended
 
-    def wait(self) -> None:
-        """Until it has ended by itself."""
+    def wait(self) -> int:
+        """Until it has ended by itself; QEMU's exit status, which is not 0 where it could not start."""
         self._reader.join()
+        return self.process.wait()

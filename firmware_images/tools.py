@@ -9,7 +9,7 @@ from typing import IO
 from .errors import FirmwareError
 
 PACKAGES = {
-    "apt-get": "apt", "dpkg-deb": "dpkg", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "mkfs.vfat": "dosfstools", "mmd": "mtools", "mcopy": "mtools", "mdel": "mtools", "depmod": "kmod", "cp": "coreutils", "debugfs": "e2fsprogs", "veritysetup": "cryptsetup-bin", "sfdisk": "fdisk", "e2fsck": "e2fsprogs", "openssl": "openssl",
+    "apt-get": "apt", "dpkg-deb": "dpkg", "mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "mkfs.vfat": "dosfstools", "mmd": "mtools", "mcopy": "mtools", "mdel": "mtools", "depmod": "kmod", "cp": "coreutils", "setpriv": "util-linux", "debugfs": "e2fsprogs", "veritysetup": "cryptsetup-bin", "sfdisk": "fdisk", "e2fsck": "e2fsprogs", "openssl": "openssl",
     "qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm", "qemu-system-riscv64": "qemu-system-misc",  # in Debian 13: qemu-system-riscv
 }
 """Program to Debian package."""

@@ -10,7 +10,7 @@ from firmware_images.build import output
 from tests.system.image_device import ARCH, HOME, PROFILE, image
 from tools.bench.update_power_cut import cut, record
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 def test_bundle_whose_power_is_cut_leaves_one_of_the_two_and_without_flushes_it_does_not(tmp_path: Path) -> None:

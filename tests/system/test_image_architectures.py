@@ -21,7 +21,7 @@ from firmware_images.errors import FirmwareError
 from firmware_images.machine import HERE, Machine, Wiring, comes_up, command, free_port, prepare
 from tests.integration.edges import MOSQUITTO
 from tests.integration.waiting import until_sync
-from tests.system.image_device import told_to
+from tests.system.image_device import ALL_RECORDS, every, told_to
 from tools.bench.harness import ROOT
 from tools.bench.image_inside import HubProcess
 from tools.novactl.journal import check, show
@@ -165,7 +165,7 @@ def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str,
             verdict = until_sync(lambda: (found := hub.get(f"/api/v1/edges/{NAME}/verify")) and found["exact"] and found, BOOT_S, "the hub's proof that it lacks nothing")
         except AssertionError as error:
             raise AssertionError(f"{error}; the hub's errors: {hub.get('/api/v1/errors')}; the console:\n{machine.tail(60)}") from None
-        kept = {record["seq"]: record for record in device.get("/api/v1/decisions?limit=500")}
+        kept = {record["seq"]: record for record in every(device.get, "/api/v1/decisions")}
     assert verdict["exact"], verdict
     for record in before:
         assert kept[record["seq"]] == record
@@ -183,7 +183,7 @@ def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str,
     verdict = check(edge, lambda *_: None)
     assert verdict["ok"], verdict
     assert verdict["records"]["decision"] >= newest
-    on_disk = {record["seq"]: record["body"] for record in show(edge, "decision", 1000)}
+    on_disk = {record["seq"]: record["body"] for record in show(edge, "decision", ALL_RECORDS)}
     assert {record["seq"] for record in before} <= on_disk.keys()
     assert all(on_disk[number] == body for number, body in told.items())
     if find_library() is not None:

@@ -15,12 +15,12 @@ from firmware_images.build import Built
 from firmware_images.data import take_out
 from tests.integration.edges import MOSQUITTO
 from tests.integration.waiting import until_sync
-from tests.system.image_device import API_PORT, ARCH, BOOT_S, HOME, PROFILE, Device, image
+from tests.system.image_device import ALL_RECORDS, API_PORT, ARCH, BOOT_S, HOME, PROFILE, Device, every, image
 from tools.bench.harness import ROOT, die_with_parent
 from tools.bench.image_inside import HubProcess
 from tools.novactl.journal import check, show
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(5400)]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_image_decides_offline_and_loses_nothing_by_a_power_cut(built: Built, tm
         newest = max(record["seq"] for record in before)
         while (after := decisions(device, 1)) and max(record["seq"] for record in after) <= newest:
             pass
-        kept = {record["seq"]: record for record in device.get("/api/v1/decisions?limit=500")}
+        kept = {record["seq"]: record for record in every(device.get, "/api/v1/decisions")}
     for record in before:
         assert kept[record["seq"]] == record
     text = "\n".join(report)
@@ -66,7 +66,7 @@ def test_image_decides_offline_and_loses_nothing_by_a_power_cut(built: Built, tm
     verdict = check(edge, lambda *_: None)
     assert verdict["ok"], verdict
     assert verdict["records"]["decision"] >= newest
-    assert {record["seq"] for record in show(edge, "decision", 1000)} >= {record["seq"] for record in before}
+    assert {record["seq"] for record in show(edge, "decision", ALL_RECORDS)} >= {record["seq"] for record in before}
 
 
 def test_image_with_a_tampered_root_does_not_start(built: Built, tmp_path: Path) -> None:

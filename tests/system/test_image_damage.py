@@ -16,7 +16,7 @@ from firmware_images.machine import Machine, Wiring, command
 from tests.integration.waiting import until_sync
 from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image, told_to
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(10800)]
 
 STARTS_S = 3600
 """Longest wait for what takes several starts, emulated beside others."""

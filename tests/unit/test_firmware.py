@@ -1,4 +1,4 @@
-"""The builder's pure parts, each against another's work where there is one (veritysetup, sfdisk, cpio, objdump), and what it refuses."""
+"""The builder's pure parts, each against another's work where there is one (veritysetup, sfdisk, cpio, objdump), and its machines."""
 
 import io
 import json
@@ -12,14 +12,13 @@ import sys
 import tarfile
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.updates.verity import BLOCK, hash_tree
-from firmware_images import boot, build, cli, configuration, contents, elf, gpt, initrd, packages, recipes, sbom, tools
+from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, sbom, tools
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import COLD, Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
@@ -258,74 +257,6 @@ def test_only_files_with_a_sha256_are_taken_from_apt() -> None:
     assert packages.parse_uris("Reading\n" + line) == [packages.Package("a", "1:2.0", "amd64", "a_1%3a2.0_amd64.deb", "a" * 64, "http://m/pool/a_1%3a2.0_amd64.deb")]
     with pytest.raises(ValueError, match="without a SHA-256"):
         packages.parse_uris("'http://m/a_1_all.deb' a_1_all.deb 5 MD5Sum:" + "a" * 32)
-
-
-# -- what is refused -------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["build", "--arch", "vax"], "arch: 'vax' is unknown; take one of amd64"), (["build", "--profile", "toaster"], "profile: 'toaster' is unknown"), (["boot", "--memory", "8"], "memory: 8 MiB"),
-    (["boot"], "image: there is none"), (["boot", "--config", "/nonexistent.yaml"], "config:"),
-])
-def test_bad_input_is_one_clear_line_before_anything_is_done(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*arguments, "--home", str(tmp_path)]) == 2
-    assert words in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tools, "find", lambda program: None if program in ("mcopy", "mmd", "mksquashfs") else "/bin/true")
-    with pytest.raises(FirmwareError, match=r"mksquashfs, mmd, mcopy not found; as root, apt install --no-install-recommends mtools squashfs-tools"):
-        build.preflight(tmp_path, AMD64, DEVICE)
-
-
-def test_no_space_is_said_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tools, "find", lambda program: "/bin/true")
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
-    with pytest.raises(FirmwareError, match="100 MiB free"):
-        build.preflight(tmp_path, AMD64, DEVICE)
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    ("edge_id: a\nuplink: {enabled: false}\n", "no login"), ("edge_id: a\n", "no login"), ("uplink: {url: 'mqtt://hub:1883'}\n", "edge_id is left out"), ("edge_id: a\nuplink: {urll: x}\n", "urll"),
-    ("edge_id: a\nuplink: {url: 'mqtt://hub:1883'}\n", ""), ("edge_id: a\nuplink: {enabled: false}\nbus: {url: 'mqtt://10.0.0.2:1883'}\n", ""),
-    ("edge_id: a\nuplink: {enabled: false}\napi: {host: 0.0.0.0, token_file: /x}\n", ""),
-])
-def test_a_configuration_that_leaves_a_device_out_of_reach_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "edge.yaml"
-    path.write_text(text)
-    if words:
-        with pytest.raises(FirmwareError, match=words):
-            configuration.check(path)
-    else:
-        configuration.check(path)
-
-
-@pytest.mark.parametrize(("hub", "url"), [
-    ("mqtt://127.0.0.1:1883", "mqtt://10.0.2.2:1883"), ("mqtt://localhost", "mqtt://10.0.2.2"), ("mqtts://[::1]:8883", "mqtts://10.0.2.2:8883"), ("mqtt://a:b@127.0.0.1:1883", "mqtt://a:b@10.0.2.2:1883"), ("mqtt://hub:1883", "mqtt://hub:1883"),
-])
-def test_a_device_that_is_given_a_hub_alone_finds_it_also_on_this_machine(tmp_path: Path, hub: str, url: str) -> None:
-    (tmp_path / "edge.yaml").write_text(boot.plain("device-amd64", hub))
-    config = configuration.check(tmp_path / "edge.yaml")
-    assert config.uplink.enabled and config.uplink.url == url and config.edge_id == "device-amd64"
-    (tmp_path / "edge.yaml").write_text(boot.plain("device-amd64"))
-    assert not configuration.check(tmp_path / "edge.yaml").uplink.enabled
-
-
-@pytest.mark.parametrize("hub", ["127.0.0.1:1883", "http://hub:8460", "mqtt://", "mqtt://hub:port", "mqtt://hub:99999", 'mqtt://hub"}'])
-def test_what_is_no_address_of_a_hub_is_refused(hub: str) -> None:
-    with pytest.raises(FirmwareError, match="no address of a broker"):
-        boot.plain("device-amd64", hub)
-
-
-def test_a_machine_that_has_taken_a_configuration_over_is_not_given_another(tmp_path: Path) -> None:
-    state = tmp_path / "machine"
-    boot.settle(state, "edge_id: a\n")
-    assert boot.settle(state, "edge_id: b\n").read_text() == "edge_id: b\n"  # it has not been started yet
-    (state / "disk.img").touch()
-    boot.settle(state, "edge_id: b\n")
-    with pytest.raises(FirmwareError, match="started with another one"):
-        boot.settle(state, "edge_id: a\n")
-    assert (state / boot.GIVEN).read_text() == "edge_id: b\n"
 
 
 # -- machines --------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from firmware_images import build, configuration, containers, initrd, machine, r
 from firmware_images.boot import hand_over
 from firmware_images.contents import ESP_NAME, PROVISIONED
 from firmware_images.tree import Tree
+from tests.system.image_device import PAGE, every
 from tools.bench import image_inside
 from tools.bench.harness import ROOT
 
@@ -109,6 +110,16 @@ def test_the_bench_inside_an_image_has_a_configuration_that_a_device_takes(tmp_p
     path.write_text(yaml.safe_dump(image_inside.configuration(1883, 1884)))
     config = configuration.check(path)
     assert config.bus.url == "mqtt://10.0.2.2:1883" and config.uplink.url == "mqtt://10.0.2.2:1884" and not config.devices.host.enabled
+
+
+def test_a_devices_records_are_read_page_by_page() -> None:
+    rows = [{"seq": seq} for seq in range(2 * PAGE + 8, 0, -1)]
+
+    def get(path: str) -> list[dict[str, int]]:
+        asked = {name: int(value) for name, value in (word.split("=") for word in path.partition("?")[2].split("&"))}
+        return [row for row in rows if row["seq"] < asked.get("before", len(rows) + 1)][: asked["limit"]]
+
+    assert every(get, "/api/v1/decisions") == rows
 
 
 def test_a_hubs_decisions_are_read_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
