@@ -632,6 +632,8 @@ class ContainerDriver:
         if running is None:
             return Status(key, Phase.PREPARED)
         lives = kept or alive(running)
+        if not lives and (note := read(folder / NOTE) or {}).get("whole"):  # the power went, or its keeper, before its end was written down
+            return Status(key, Phase.CHECKPOINTED, reason=f"its state was taken to {note.get('folder')}")
         if not lives:
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
         frozen = self._groups.frozen(self.group(key))
