@@ -456,7 +456,12 @@ class Runner:
         if f"{key.id}/{key.epoch}" in self._may:
             raise Refused("from", "it runs only as long as its site says (when_cut_off: move)", "let its site run it")
         driver, status = await self._there(key)
-        path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
+        try:
+            path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
+        except OSError as error:
+            if status is not None:
+                raise
+            raise Refused("disk", f"its state could not be laid out: {error.strerror}", "free space, or move it to another node") from None  # nothing of it has run here: its source has it again
         if driver is None:
             driver = self._drivers.get(str((await asyncio.to_thread(read_manifest, path)).get("kind")))
         if driver is None:

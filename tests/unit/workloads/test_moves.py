@@ -1,6 +1,7 @@
 """A node's part in moves, against a driver in memory: whoever is killed when, one copy at most runs and it goes on where it was; what is on its way is nobody's but the hub's; what came is looked through."""
 
 import asyncio
+import errno
 import io
 import os
 import tarfile
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.contract.operations import FINAL_STATES
 from edge_runtime.contract.workloads import CHECKPOINTED
+from edge_runtime.workloads import moves
 from edge_runtime.workloads.checkpoints import CheckpointFolder, Checkpointing
 from edge_runtime.workloads.drivers import checkpoint_state
 from edge_runtime.workloads.drivers.face import Key, Order, Phase, Refused, Status
@@ -305,6 +307,19 @@ async def test_a_state_that_is_not_the_one_is_refused_and_nothing_runs(tmp_path:
     await pair.b.told(coming("0" * 64))
     await quiet()
     assert pair.b.disk.records[-1] == (W, 2, "refused") and not pair.b.disk.instances and not CheckpointFolder(pair.b.disk.folder).all()
+    for node in (pair.a, pair.b):
+        await node.runner.close()
+
+
+async def test_a_target_whose_disk_is_full_refuses_and_its_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(moves, "unpack", full)
+    pair = Pair(tmp_path)
+    await pair.start()
+    assert not await pair.move(list)
+    assert pair.a.running() == [Key(W, 1)] and not pair.b.disk.instances
     for node in (pair.a, pair.b):
         await node.runner.close()
 
