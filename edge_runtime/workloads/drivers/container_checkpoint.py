@@ -136,7 +136,7 @@ class Checkpoints:
         return {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version}
 
     async def _written(self, key: Key, folder: Path, criu: Criu, note: Mapping[str, Any], used: int, step: Step) -> dict[str, Any]:
-        await self._driver.runtime(key, "pause")
+        await self._driver.hold(key)
         if not self._groups.frozen(self._group(key)):
             raise Failed("checkpoint", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
         step("frozen")

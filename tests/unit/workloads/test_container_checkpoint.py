@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.checkpoint_state import DISK, IMAGES, Writer, seal
 from edge_runtime.workloads.drivers.container import NOTE, ContainerDriver
 from edge_runtime.workloads.drivers.container_checkpoint import Checkpoints
-from edge_runtime.workloads.drivers.face import Exit, Key, Phase, Status
+from edge_runtime.workloads.drivers.face import Exit, Failed, Key, Phase, Status
 from edge_runtime.workloads.drivers.instance import read
 from edge_runtime.workloads.drivers.keeping import write
 from edge_runtime.workloads.images import ImageStore, Limits
@@ -69,5 +71,23 @@ async def test_what_nobody_saw_the_end_of_is_checkpointed_where_its_state_is_who
     whole(state)
     await Checkpoints(driver, cgroups.read(), Limits()).settle(key)
     assert (await driver.status(key)).phase is Phase.CHECKPOINTED
+    driver.close()
+    store.close()
+
+
+async def test_one_that_got_away_from_the_runtime_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy node; a checkpoint failed for it."""
+    store, tries = ImageStore(tmp_path / "images"), []
+    driver = ContainerDriver(tmp_path, store)
+
+    async def runtime(key: Key, word: str, *_: object, **__: object) -> None:
+        tries.append(word)
+        raise Failed("pause", "the runtime says: unable to freeze" if len(tries) < 3 else "the end of this test", "look at the node")
+
+    monkeypatch.setattr(driver, "_runtime", runtime)
+    monkeypatch.setattr(driver, "_running", lambda key: Status(key, Phase.RUNNING))
+    with pytest.raises(Failed, match="the end of this test"):
+        await driver.checkpoints()._written(Key("a", 1), tmp_path / "state", None, {}, 0, lambda _: None)  # type: ignore[arg-type]
+    assert tries == ["pause"] * 3
     driver.close()
     store.close()
