@@ -236,7 +236,8 @@ class Checkpointing:
             return await self.moves.pack(workload, move)
         assert asked["kind"] == MOVE_BACK
         name = await asyncio.to_thread(self.moves.return_of, workload, move)
-        if name and (status is None or status.phase not in (Phase.RUNNING, Phase.PAUSED)):
+        # What an agent was killed at while it brought it back has not been seen to live, and may still stand still.
+        if name and (status is None or status.phase not in (Phase.RUNNING, Phase.PAUSED) or self._operations.step(asked["id"]) == PLACING):
             await self._restore({**asked, "name": name}, drivers, status, clears)
         if name:
             await asyncio.to_thread(self._folder.remove, workload, name)

@@ -55,7 +55,7 @@ class Journal(Protocol):
     def state(self, key: str) -> Any:
         """A kept document."""
 
-    def put_state(self, key: str, value: Any) -> None:
+    def put_state(self, key: str, value: Any, on_durable: Callable[[], None] | None = None) -> None:
         """Keep a document, in one group with the records before it."""
 
 
@@ -296,7 +296,8 @@ class Runner:
                 if status.phase in (Phase.RUNNING, Phase.PAUSED):
                     self._began(said, how, status)
                     self._say(entry, "running", status.reason, status.load_ms)
-                    await self._has_come(entry)
+                    if entry.get("from") and await _unless(changed, self._kept()) is not None:
+                        await self._has_come(entry)
                     self._say_form(entry, status)
                     self._going_on.discard(said)
                     ended = await self._until(driver, key, changed, await self._next_s(key, said, how))
@@ -455,15 +456,26 @@ class Runner:
         if f"{key.id}/{key.epoch}" in self._may:
             raise Refused("from", "it runs only as long as its site says (when_cut_off: move)", "let its site run it")
         driver, status = await self._there(key)
-        path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
+        try:
+            path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
+        except OSError as error:
+            if status is not None:
+                raise
+            raise Refused("disk", f"its state could not be laid out: {error.strerror}", "free space, or move it to another node") from None  # nothing of it has run here: its source has it again
         if driver is None:
             driver = self._drivers.get(str((await asyncio.to_thread(read_manifest, path)).get("kind")))
         if driver is None:
             raise Refused("from", "there is no driver here that brings such a state back", "move it to a node with CRIU")
         return driver, await begin_from(driver, key, status, path, self._checkpoints.output(key.id))
 
+    async def _kept(self) -> str:
+        """Until all that was said is durable. A state that came goes only then: an agent that found neither it nor that it had been said to run would refuse what runs, and its source would go on from too early."""
+        durable = asyncio.get_running_loop().create_future()
+        self._journal.put_state(REPORTED, dict(self._told), lambda: durable.set_result("kept") if not durable.done() else None)
+        return str(await durable)
+
     async def _has_come(self, entry: Mapping[str, Any]) -> None:
-        """What became of a state that came has been said, or is said next: nothing of its way is needed any more."""
+        """What became of a state that came has been said and kept, or nothing is left of it here, and that is said next: nothing of its way is needed any more."""
         if entry.get("from") and self._checkpoints is not None and self._checkpoints.moves is not None:
             await asyncio.to_thread(self._checkpoints.moves.settled, entry["id"], str(entry["from"].get("move")))
 

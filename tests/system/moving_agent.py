@@ -2,7 +2,7 @@
 
 POINT: at a source `taking` (written down), what `container_checkpoint.STEPS` has, `packed-up` (the file for the way is there), `out` (done, not written down); `returned` (its state has its name back), `back` (it runs again, not written
 down). At a target `laid-out` (to see whether it fits; of a virtual machine: looked at), `room` (done, not written down), `came` (the checkpoint is made of the file), `filled` (of a virtual machine: laid out from it),
-`restored` (it runs, not told). `refuses`: it is not killed; nothing that comes is taken.
+`restored` (it runs, not told), `settled` (told, and its state removed). `refuses`: it is not killed; nothing that comes is taken.
 """
 
 import inspect
@@ -71,6 +71,7 @@ def planted(point: str, mark: Path) -> None:
     after(Operations, "reach", lambda self, name, step: step)
     after(moves.Moves, "pack", lambda *_: "packed-up")
     after(moves.Moves, "came", lambda *_: "came")
+    after(moves.Moves, "settled", lambda *_: "settled")
     after(moves.Moves, "return_of", lambda *_: "returned")
     after(VmDriver, "migrate_in", lambda *_: "laid-out")
     after(VmDriver, "_laid", lambda self, order, fill=None: "filled" if fill is not None else "")

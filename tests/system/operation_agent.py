@@ -2,17 +2,20 @@
 
 OPERATIONS is a JSON list of [id, kind, more fields of `spec.operations`]; they are asked for one after the other, and the agent ends when the last has ended; it prints how each did. POINT is a step of the last one at which it
 is killed: `accepted`, `taking`, `clearing`, `placing` (written down), what `container_checkpoint.STEPS` has, `deleted`, `laid`, `criu`, `running`, `back` (of a restore), or `ended` (not written down yet).
+With `keeper:` before one of `container_checkpoint.STEPS` the workload's keeper is killed first.
 """
 
 import asyncio
 import hashlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Key
 from edge_runtime.workloads.operations import Operations
 from tests.integration.checkpoint_side import program
+from tests.system.checkpoint_agent import keeper_of
 
 EDGE = "operating"
 COUNTS = "i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.005; done"
@@ -67,6 +71,14 @@ def killed_at(folder: Path, point: str, last: str) -> None:
             print(f"killed at {point}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def kill_both(driver: ContainerDriver, word: str) -> None:
+        if point == f"keeper:{word}":
+            descriptor = os.pidfd_open(keeper := keeper_of(driver.folder(key(folder))))
+            os.kill(keeper, signal.SIGKILL)
+            select.select([descriptor], [], [])
+            kill(point)
+        kill(word)
+
     reach, end, checkpoint, delete, restore = Operations.reach, Operations.end, ContainerDriver.checkpoint, ContainerDriver.delete, ContainerDriver.restore
     now = [""]
 
@@ -84,7 +96,7 @@ def killed_at(folder: Path, point: str, last: str) -> None:
             kill("ended")
 
     async def taken(self: ContainerDriver, *rest: Any, **more: Any) -> Any:
-        return await checkpoint(self, *rest, **more, step=kill if now[0] == last else None)
+        return await checkpoint(self, *rest, **more, step=partial(kill_both, self) if now[0] == last else None)
 
     async def deleted(self: ContainerDriver, one: Key) -> None:
         await delete(self, one)

@@ -18,7 +18,7 @@ from tools.novactl.cli import main as novactl
 pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(900)]
 
 SOURCE = ("check", "taking", "noted", "frozen", "dumped", "packed", "whole", "let go", "packed-up", "out")
-TARGET = ("laid-out", "room", "came", "restored")
+TARGET = ("laid-out", "room", "came", "restored", "settled")
 RETURNING = ("returned", "clearing", "placing", "back")
 """At a source whose target refuses."""
 

@@ -25,7 +25,7 @@ from tools.novactl.cli import main as novactl
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.system, pytest.mark.timeout(900)]
 
 SOURCE = ("check", "taking", "noted", "frozen", "dumped", "packed", "whole", "let go", "packed-up", "out")
-TARGET = ("laid-out", "room", "came", "filled", "restored")
+TARGET = ("laid-out", "room", "came", "filled", "restored", "settled")
 RETURNING = ("returned", "clearing", "placing", "back")
 """At a source whose target refuses."""
 

@@ -80,6 +80,17 @@ async def goes_on(folder: Path) -> None:
         store.close()
 
 
+def phases(folder: Path) -> list[Phase]:
+    """How what is on the disk stands."""
+    store = ImageStore(folder / "data/workloads/images")
+    driver = ContainerDriver(folder / "data/workloads", store)
+    try:
+        return [status.phase for status in asyncio.run(driver.instances())]
+    finally:
+        driver.close()
+        store.close()
+
+
 @pytest.mark.parametrize("step", steps(CHECKPOINT))
 async def test_an_operation_that_takes_a_state_is_brought_to_its_end_by_the_next_agent(folder: Path, step: str) -> None:
     assert "o-take" not in await asyncio.to_thread(agent, folder, [TAKE], step)
@@ -91,6 +102,15 @@ async def test_an_operation_that_takes_a_state_is_brought_to_its_end_by_the_next
 @pytest.mark.parametrize("step", steps(RESTORE))
 async def test_an_operation_that_brings_back_is_brought_to_its_end_by_the_next_agent(folder: Path, step: str) -> None:
     assert await asyncio.to_thread(agent, folder, [TAKE, BACK], step) == {"o-take": ("succeeded", "")}
+    assert (await asyncio.to_thread(agent, folder, [TAKE, BACK]))["o-back"] == ("succeeded", "")
+    await goes_on(folder)
+
+
+async def test_what_nobody_sees_the_end_of_when_its_state_is_whole_does_not_begin_anew(folder: Path) -> None:
+    """Its keeper is killed too, and writes nothing down: as when the power goes."""
+    assert "o-take" not in await asyncio.to_thread(agent, folder, [TAKE], "keeper:whole")
+    assert await asyncio.to_thread(agent, folder, [TAKE]) == {"o-take": ("succeeded", "")}
+    assert await asyncio.to_thread(phases, folder) == [Phase.CHECKPOINTED]
     assert (await asyncio.to_thread(agent, folder, [TAKE, BACK]))["o-back"] == ("succeeded", "")
     await goes_on(folder)
 

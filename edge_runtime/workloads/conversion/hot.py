@@ -320,7 +320,7 @@ class Conversions:
     async def _taken(self, now: Workload, guest: Guest) -> None:
         """Freeze the container, and have all of it in the guest, standing still; its state is then in `state` too."""
         key, criu = now.order.key, self._driver.criu
-        await self._driver.runtime(key, "pause")
+        await self._driver.hold(key)
         if not self._groups.frozen(self._group(key)):
             raise Failed("convert", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
         self._step("frozen")

@@ -519,19 +519,23 @@ class ContainerDriver:
     async def freeze(self, key: Key) -> Status:
         """`pause` without asking for capabilities; raises `Failed` where it does not stand still then."""
         async with self._one(key):
-            for left in reversed(range(FREEZES)):
-                if self._running(key).phase is Phase.PAUSED:
-                    break
-                try:
-                    await self._freeze(key)
-                    break
-                except Failed as error:
-                    if not left or "unable to freeze" not in error.problem:
-                        raise
+            await self.hold(key)
         status = self._status(key)
         if status.phase is Phase.RUNNING:
             raise Failed("pause", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
         return status
+
+    async def hold(self, key: Key) -> None:
+        """Have it stand still, by whoever has it for himself: tried again where the runtime could not catch all of it."""
+        for left in reversed(range(FREEZES)):
+            if self._running(key).phase is Phase.PAUSED:
+                break
+            try:
+                await self._freeze(key)
+                break
+            except Failed as error:
+                if not left or "unable to freeze" not in error.problem:
+                    raise
 
     async def resume(self, key: Key) -> Status:
         await self._ready(Ability.PAUSE)
@@ -632,6 +636,8 @@ class ContainerDriver:
         if running is None:
             return Status(key, Phase.PREPARED)
         lives = kept or alive(running)
+        if not lives and (note := read(folder / NOTE) or {}).get("whole"):  # the power went, or its keeper, before its end was written down
+            return Status(key, Phase.CHECKPOINTED, reason=f"its state was taken to {note.get('folder')}")
         if not lives:
             return Status(key, Phase.LOST, reason="it does not run any more, and nobody saw its end: the machine restarted, or its keeper was killed")
         frozen = self._groups.frozen(self.group(key))

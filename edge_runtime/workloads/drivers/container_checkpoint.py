@@ -136,7 +136,7 @@ class Checkpoints:
         return {"arch": here.arch, "kernel": here.kernel, "cpu_flags": list(here.cpu_flags), "cgroup": here.cgroup, "runtime": here.runtime, "criu": criu.version}
 
     async def _written(self, key: Key, folder: Path, criu: Criu, note: Mapping[str, Any], used: int, step: Step) -> dict[str, Any]:
-        await self._driver.runtime(key, "pause")
+        await self._driver.hold(key)
         if not self._groups.frozen(self._group(key)):
             raise Failed("checkpoint", "the runtime says that it paused it, and it runs on", "look at the node's freezer control group")
         step("frozen")
@@ -208,6 +208,7 @@ class Checkpoints:
             await self.thawed(key)
             (own / NOTE).unlink()
         else:
+            keeping.write(str(own / NOTE), {**note, "whole": True})  # from here on it is checkpointed, also when its state has another name, or is gone
             await self._killed(key)
         await asyncio.to_thread(shutil.rmtree, own / "dump", True)
 
@@ -249,7 +250,7 @@ class Checkpoints:
         if note is None:
             return
         await dump_over(own / "dump/criu.conf")
-        if whole_at(Path(note["folder"]), note["token"]):
+        if note.get("whole") or whole_at(Path(note["folder"]), note["token"]):
             await self._let_go(key, note)
             return
         await asyncio.to_thread(shutil.rmtree, note["new"], True)

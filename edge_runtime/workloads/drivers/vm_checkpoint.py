@@ -189,7 +189,8 @@ class Checkpoints:
                 await self._driver.kill(key)
 
     async def _goes_on(self, key: Key) -> None:
-        if (await self._driver.status(key)).phase is Phase.PAUSED:
+        """Also where it seems to run: its keeper, which does one thing after the other, may have yet to come to the word by which it stands still."""
+        if (await self._driver.status(key)).phase in (Phase.RUNNING, Phase.PAUSED):
             await self._driver.ask(key, {"do": "resume"})
 
     async def settle(self, key: Key) -> None:

@@ -102,12 +102,12 @@ EVENTS = st.lists(
 async def live(events: list[tuple[str, Any]], restart: str) -> Forms:
     with tempfile.TemporaryDirectory() as folder:
         disk = Forms(Path(folder))
-        agent, now, names = Agent(disk), [entry("a", EPOCH, restart=restart, converts=True)], list[str]()
+        agent, now, listed = Agent(disk), [entry("a", EPOCH, restart=restart, converts=True)], list[dict[str, Any]]()
         await agent.runner.take(now)
         for what, value in events:
             if what == "ask":
-                names.append(f"o-{len(names)}")
-                agent.operations.take([asked(names[-1], "convert", to=value)])
+                listed.append(asked(f"o-{len(listed)}", "convert", to=value))
+                agent.operations.take(listed)
             elif what == "turns":
                 for _ in range(value):
                     await others_first()
@@ -121,13 +121,16 @@ async def live(events: list[tuple[str, Any]], restart: str) -> Forms:
                 now = []
                 await agent.runner.take(now)
             elif what == "kill":
+                disk.killed()
                 await agent.runner.close()
+                disk.killed()
                 agent = Agent(disk)
                 await agent.runner.take(now)
+                agent.operations.take(listed)
         disk.failing.clear()
         await agent.runner.take(now)
         await quiet()
-        for name in names:
+        for name in (one["id"] for one in listed):
             told = [state for one, state, _ in disk.operations if one == name]
             assert len(told) == 2 and told[0] == "running" and told[1] in FINAL_STATES, (name, told)
         assert disk.trouble == [] and disk.under_way == {}

@@ -1,6 +1,7 @@
 """A node's part in moves, against a driver in memory: whoever is killed when, one copy at most runs and it goes on where it was; what is on its way is nobody's but the hub's; what came is looked through."""
 
 import asyncio
+import errno
 import io
 import os
 import tarfile
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from edge_runtime.contract.operations import FINAL_STATES
 from edge_runtime.contract.workloads import CHECKPOINTED
+from edge_runtime.workloads import moves
 from edge_runtime.workloads.checkpoints import CheckpointFolder, Checkpointing
 from edge_runtime.workloads.drivers import checkpoint_state
-from edge_runtime.workloads.drivers.face import Key, Order, Phase, Refused
+from edge_runtime.workloads.drivers.face import Key, Order, Phase, Refused, Status
 from edge_runtime.workloads.moves import BACK, Moves, pack, unpack
 from edge_runtime.workloads.operations import Operations
 from edge_runtime.workloads.runner import Runner
@@ -28,6 +30,8 @@ from .test_runner_operations import BUDGET, Kept, WithStates, asked, in_one_thre
 
 MOVE = "move-1"
 W = "a"
+EVERY_TURN = 60
+"""More turns than any step takes."""
 OFFER = {"host": {}, "image": "i", "layers": [], "bytes": 1}
 
 
@@ -48,10 +52,11 @@ class Node:
     """A disk, the agent on it, and what it is told; `move` as the hub would."""
 
     def __init__(self, folder: Path, driver: type[WithStates] = Moving) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.folder, self.driver = folder, driver
         self.disk = Kept(folder / "checkpoints")
         self.entries: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
         self.wakes()
 
     def wakes(self) -> None:
@@ -70,15 +75,23 @@ class Node:
         self.runner.operate(one)
 
     async def again(self) -> None:
-        """It is killed, and the next one begins."""
+        """It is killed, and the next one begins, and is told the same."""
+        self.disk.killed()
         await self.runner.close()
+        self.disk.killed()
         self.wakes()
         await self.runner.take(self.entries)
+        self.operations.take(self.asked)
 
     async def told(self, *entries: dict[str, Any]) -> None:
         """It shall run these."""
         self.entries = list(entries)
         await self.runner.take(self.entries)
+
+    def asks(self, one: dict[str, Any]) -> None:
+        """It shall do this part, and what it was asked before."""
+        self.asked.append(one)
+        self.operations.take(self.asked)
 
     def how(self, name: str) -> tuple[str, str]:
         """State and reason of an operation."""
@@ -142,7 +155,7 @@ class Pair:
         a, b = self.a, self.b
         for node, kind, offer in ((a, "move-check", {}), (b, "move-room", {**OFFER, "kind": "container", "image": "i", "requests": {}, "document": {}}), (a, "move-out", {})):
             one = {**part(kind, 2 if kind == "move-room" else 1), "offer": offer}
-            node.operations.take([one])
+            node.asks(one)
             await self.until(node, lambda node=node, one=one: node.how(one["id"])[0] in FINAL_STATES, kills())  # type: ignore[misc]
             assert node.how(one["id"]) == ("succeeded", "")
         assert not a.running() and a.disk.records[-1] == (W, 1, CHECKPOINTED)
@@ -160,7 +173,7 @@ class Pair:
             return True
         await b.told()
         await a.told(entry(W, 1, restart="always"))
-        a.operations.take([part("move-back")])
+        a.asks(part("move-back"))
         await self.until(a, lambda: a.how(f"{MOVE}.back")[0] in FINAL_STATES, kills())
         assert a.how(f"{MOVE}.back") == ("succeeded", "")
         return False
@@ -186,6 +199,47 @@ def test_whoever_is_killed_when_one_copy_runs_and_goes_on_where_it_was(kills: li
                 await node.runner.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("step", range(5))
+async def test_whoever_is_killed_at_each_turn_of_a_step_it_comes_to_its_target(tmp_path: Path, step: int) -> None:
+    """Also between what is done and its record's being durable."""
+    for turns in range(EVERY_TURN):
+        pair, calls = Pair(tmp_path / f"{turns}"), iter(range(5))
+        await pair.start()
+        assert await pair.move(lambda turns=turns, calls=calls: [turns] if next(calls) == step else [])  # type: ignore[misc]
+        assert pair.b.running() == [Key(W, 2)] and pair.b.disk.trouble == []
+        for node in (pair.a, pair.b):
+            await node.runner.close()
+
+
+class Slow(Moving):
+    """What comes back runs a while before it is seen to live, as a real one does."""
+
+    seen = 0
+
+    async def come_back(self, key: Key) -> Status:
+        found = await super().come_back(key)
+        for _ in range(30):
+            await others_first()
+        Slow.seen += 1
+        return found
+
+
+async def test_what_its_source_was_killed_at_while_it_looked_whether_it_lives_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slow, "seen", 0)
+    a = Node(tmp_path / "a", Slow)
+    await a.told(entry(W, 1, restart="always"))
+    await quiet()
+    a.asks(part("move-out"))
+    await quiet()
+    a.asks(part("move-back"))
+    while not a.running():
+        await others_first()
+    await a.again()
+    await quiet()
+    assert a.how(f"{MOVE}.back") == ("succeeded", "") and a.running() == [Key(W, 1)] and Slow.seen == 1
+    await a.runner.close()
 
 
 async def test_what_is_on_its_way_is_nobodys_but_the_hubs(tmp_path: Path) -> None:
@@ -253,6 +307,19 @@ async def test_a_state_that_is_not_the_one_is_refused_and_nothing_runs(tmp_path:
     await pair.b.told(coming("0" * 64))
     await quiet()
     assert pair.b.disk.records[-1] == (W, 2, "refused") and not pair.b.disk.instances and not CheckpointFolder(pair.b.disk.folder).all()
+    for node in (pair.a, pair.b):
+        await node.runner.close()
+
+
+async def test_a_target_whose_disk_is_full_refuses_and_its_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(moves, "unpack", full)
+    pair = Pair(tmp_path)
+    await pair.start()
+    assert not await pair.move(list)
+    assert pair.a.running() == [Key(W, 1)] and not pair.b.disk.instances
     for node in (pair.a, pair.b):
         await node.runner.close()
 

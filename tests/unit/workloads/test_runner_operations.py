@@ -32,8 +32,12 @@ A = Key("a", EPOCH)
 BUDGET = 1 << 30
 
 
+COMMIT = 8
+"""Turns that a commit takes."""
+
+
 class Kept(Disk):
-    """A disk with states; its journal says when it is durable, a turn later."""
+    """A disk with states. What is journalled is durable, and heard of, some turns later, all that came meanwhile at once; what is not when its agent is killed has never been."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -44,16 +48,49 @@ class Kept(Disk):
         """Names of states that became whole."""
         self.stands: set[str] = set()
         """Workloads that a checkpoint has ended, and nothing has brought back: the test's own view of who shall not begin anew."""
+        self._waits: list[Callable[[], None]] = []
+        self._life, self._commits = 0, False
 
     def append(self, stream: str, kind: str, body: dict[str, Any]) -> None:
+        self._write(lambda: self._appended(stream, kind, body))
+
+    def _appended(self, stream: str, kind: str, body: dict[str, Any]) -> None:
         super().append(stream, kind, body)
         if kind == "operation":
             self.operations.append((body["id"], body["state"], body["reason"]))
 
     def put_state(self, key: str, value: Any, on_durable: Callable[[], None] | None = None) -> None:
-        super().put_state(key, value)
+        self._write(lambda: self.documents.update({key: value}))
         if on_durable is not None:
-            asyncio.get_running_loop().call_soon(on_durable)
+            self._write(on_durable)
+
+    def _write(self, what: Callable[[], None]) -> None:
+        self._waits.append(what)
+        if not self._commits:
+            self._commits = True
+            asyncio.get_running_loop().call_soon(self._commit, self._life)
+
+    def _commit(self, life: int) -> None:
+        if life == self._life:
+            group, self._waits = self._waits, []
+            self._end(life, group, COMMIT)
+
+    def _end(self, life: int, group: list[Callable[[], None]], turns: int) -> None:
+        if life != self._life:
+            return
+        if turns:
+            asyncio.get_running_loop().call_soon(self._end, life, group, turns - 1)
+            return
+        for one in group:
+            one()
+        if self._waits:
+            self._commit(life)
+        else:
+            self._commits = False
+
+    def killed(self) -> None:
+        """Its agent was: what is not durable never will be."""
+        self._waits, self._commits, self._life = [], False, self._life + 1
 
     def lose(self, key: Key) -> None:
         """The machine restarted."""
@@ -201,12 +238,12 @@ async def live(events: list[tuple[str, Any]], restart: str, driver: type[WithSta
     with tempfile.TemporaryDirectory() as folder:
         disk = Kept(Path(folder))
         agent, now = Agent(disk, driver), [entry("a", EPOCH, restart=restart, **spec)]
-        names = []
+        listed: list[dict[str, Any]] = []
         await agent.runner.take(now)
         for what, value in events:
             if what == "ask":
-                names.append(f"o-{len(names)}")
-                agent.operations.take([asked(names[-1], **value)])
+                listed.append(asked(f"o-{len(listed)}", **value))
+                agent.operations.take(listed)
             elif what == "turns":
                 for _ in range(value):
                     await others_first()
@@ -226,13 +263,16 @@ async def live(events: list[tuple[str, Any]], restart: str, driver: type[WithSta
                 now = []
                 await agent.runner.take(now)
             elif what == "kill":
+                disk.killed()
                 await agent.runner.close()
+                disk.killed()
                 agent = Agent(disk, driver)
                 await agent.runner.take(now)
+                agent.operations.take(listed)
         disk.failing.clear()
         await agent.runner.take(now)
         await quiet()
-        check(disk, now, names)
+        check(disk, now, [one["id"] for one in listed])
         await agent.runner.close()
         return disk
 

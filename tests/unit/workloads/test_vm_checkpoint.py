@@ -1,7 +1,9 @@
 """What the state of a virtual machine fits to, and what of one is no state."""
 
 import io
+import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.workloads.drivers import checkpoint_state, vm_checkpoint, vm_qcow2
-from edge_runtime.workloads.drivers.face import Refused
+from edge_runtime.workloads.drivers import cgroups, checkpoint_state, vm_checkpoint, vm_qcow2
+from edge_runtime.workloads.drivers.container import NOTE
+from edge_runtime.workloads.drivers.face import Failed, Key, Phase, Refused, Status
 from edge_runtime.workloads.drivers.vm import described
 from edge_runtime.workloads.drivers.vm_checkpoint import same_machine, suits
 
@@ -55,6 +58,40 @@ def test_another_machine_is_refused(name: str) -> None:
     for was in ({**MACHINE, name: "odd"}, {field: value for field, value in MACHINE.items() if field != name}, {**MACHINE, "more": 1}):
         with pytest.raises(Refused, match=f"its ({name}|more) was"):
             same_machine(was, MACHINE)
+
+
+class SlowKeeper:
+    """A driver whose keeper comes to what it is asked only with the next question, after whoever asked has given up; but for what it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._late, self.paused = folder, "", False
+        (folder / "keeper.json").write_text(json.dumps({"machine": MACHINE}))
+        (folder / "instance.json").write_text("{}")
+
+    def folder(self, key: Key) -> Path:
+        return self._folder
+
+    async def status(self, key: Key) -> Status:
+        return Status(key, Phase.PAUSED if self.paused else Phase.RUNNING)
+
+    async def ask(self, key: Key, request: Mapping[str, Any], seconds: float = 0.0) -> dict[str, Any]:
+        if request["do"] == "version":
+            return {"version": HOST["qemu"]}
+        for word in (self._late, request["do"] if request["do"] != "pause" else ""):
+            self.paused = word == "pause" or (self.paused and word != "resume")
+        self._late = request["do"]
+        if request["do"] == "pause":
+            raise Failed("pause", "its keeper does not answer (in time)", "look at whether it still runs")
+        return {"done": True}
+
+
+async def test_a_machine_whose_keeper_is_told_to_hold_it_and_comes_to_that_too_late_goes_on(tmp_path: Path) -> None:
+    (own := tmp_path / "own").mkdir()
+    keeper = SlowKeeper(own)
+    with pytest.raises(Failed, match="does not answer"):
+        await vm_checkpoint.Checkpoints(keeper, cgroups.read()).take(Key("a", 1), tmp_path / "state", leave_running=False)  # type: ignore[arg-type]
+    await keeper.ask(Key("a", 1), {"do": "anything"})
+    assert not keeper.paused and not (own / NOTE).exists() and not (tmp_path / "state").exists()
 
 
 def state(folder: Path, disk: bytes, **more: bytes) -> dict[str, Any]:
