@@ -65,10 +65,10 @@ def shown(listed: Iterable[Mapping[str, Any]], records: Iterable[StoredRecord], 
 
     Args:
         listed: what the edge's desired state asks for.
-        records: `operation` records of the edge, the newest first.
+        records: `operation` records of the edge's stream of events. What it said last counts, by its own numbers: what is live is sent before what waited, so the end of an operation may arrive before its beginning.
     """
     found: dict[str, dict[str, Any]] = {}
-    for stored in records:
+    for stored in sorted(records, key=lambda one: -one.record.seq):
         try:
             told = Operation.from_json(jsoncodec.decode(stored.record.body.encode())).to_json()
         except ContractError:
