@@ -25,9 +25,9 @@ ROOM_S = 90.0
 
 
 def operations(hub: Hub) -> dict[str, list[tuple[str, str]]]:
-    """By id, the states and reasons that the edge told, in order."""
+    """By id, the states and reasons that the edge told, in its order: what is live arrives before what waited."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for _, item in hub.store.read_events_after(("operation",), 0, 1000)[0]:
+    for _, item in sorted(hub.store.read_events_after(("operation",), 0, 1000)[0], key=lambda one: one[1].record.seq):
         body = json.loads(item.record.body)
         found.setdefault(body["id"], []).append((body["state"], body["reason"]))
     return found
