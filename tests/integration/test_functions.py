@@ -1,12 +1,15 @@
 """The function driver with real modules and the real engine: what a function may, what it may not, and how calls and lives end."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +492,26 @@ async def test_the_spawners_death_costs_nothing(driver: FunctionDriver) -> None:
     for one in (key, other):
         await driver.delete(one)
     assert driver._spawner is None, "no function, no spawner"
+
+
+@pytest.mark.parametrize("what", ["run", "compile"])
+async def test_what_a_spawner_was_asked_for_and_did_not_come_to_is_asked_of_the_next(driver: FunctionDriver, what: str) -> None:
+    """A process that was killed may still be sent something: it is lost with it."""
+    key = await started(driver, "echo")
+    await driver.delete(await started(driver, "exit"))  # there is native code of it
+    if what == "compile":
+        driver._code.path(sha(module("exit"))).unlink()
+    assert driver._spawner is not None
+    process, channel = driver._spawner
+    process.send_signal(signal.SIGSTOP)
+    await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    other = asyncio.ensure_future(started(driver, "exit"))
+    await until(lambda: struct.unpack("i", fcntl.ioctl(channel, termios.TIOCOUTQ, bytes(4)))[0] > 0, what="it has been asked")
+    process.kill()
+    assert (await driver.call((await other).id, b"")).code == 3 and (await driver.call("echo", b"x")).stdout == b"hello x"
+    assert (driver._code.verified(sha(module("exit"))) is not None) and driver._spawner[0] is not process
+    for one in (key, await other):
+        await driver.delete(one)
 
 
 async def test_a_function_that_never_gets_ready_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

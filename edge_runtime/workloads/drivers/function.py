@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -413,7 +414,26 @@ class FunctionDriver:
     # -- the spawner ---------------------------------------------------------------------------------------------------------
 
     async def _spawn(self, told: dict[str, Any], descriptors: list[int], seconds: float) -> str:
-        """Have something forked; its first word, empty where there is none in time."""
+        """Have something forked; its first word, empty where there is none in time. Asked for again where the spawner was killed and what it was asked for is not there."""
+        word = await self._asked(told, descriptors, seconds)
+        if word == "" and self._spawner_gone():
+            for descriptor in descriptors:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+            if told["what"] == "compile":
+                os.ftruncate(descriptors[1], 0)
+            word = await self._asked(told, descriptors, seconds)
+        return word or ""
+
+    def _spawner_gone(self) -> bool:
+        """Its end of the channel is closed: it takes a moment until a process that was killed has ended, and what it is sent meanwhile is lost."""
+        if self._spawner is None:
+            return True
+        look = select.poll()
+        look.register(self._spawner[1], 0)
+        return any(event & select.POLLHUP for _, event in look.poll(0))
+
+    async def _asked(self, told: dict[str, Any], descriptors: list[int], seconds: float) -> str | None:
+        """The first word of what was forked; empty where it ended without one, or was never forked, None where there is none in time."""
         async with self._spawning:
             hears, says = os.pipe2(os.O_CLOEXEC)
             try:
@@ -436,7 +456,7 @@ class FunctionDriver:
                 await readable(hears)
             return os.read(hears, MAX_WORD).decode("utf-8", "replace").strip()  # what is written at once, up to a pipe's page, is read at once
         except TimeoutError:
-            return ""
+            return None
         finally:
             os.close(hears)
 
