@@ -12,7 +12,8 @@ from ..journal import Journal
 
 if TYPE_CHECKING:
     from .conversion.driver import ConvertibleDriver
-    from .drivers.container import ContainerDriver, Settings
+    from .drivers.container import ContainerDriver
+    from .drivers.container_laying import Settings
     from .drivers.containerd import ContainerdDriver
     from .drivers.face import Driver
     from .drivers.function import FunctionDriver
@@ -91,7 +92,8 @@ class NodeDrivers:
         """What the configuration asks for, and what an earlier one left something of. Raises `ImageError`, OSError."""
         workloads = self._config.workloads
         if workloads.runtimes:
-            from .drivers.container import ContainerDriver, Settings
+            from .drivers.container import ContainerDriver
+            from .drivers.container_laying import Settings
 
             told = Settings(tuple(one for one in workloads.runtimes if one != CONTAINERD), allowed_mounts=workloads.mounts, network=workloads.network, publish=workloads.publish, criu=workloads.criu)
             self.all["container"] = self.containers = await asyncio.to_thread(ContainerDriver, folder, store, told)
@@ -221,7 +223,7 @@ class NodeDrivers:
 
 def by_containerd(config: EdgeConfig, folder: Path, store: "ImageStore", settings: "Settings") -> "tuple[Mapping[str, ContainerdDriver], list[str]]":
     """The drivers that go by containerd, where they are asked for or can be, or where an earlier configuration left something of theirs; and why one that is asked for is not there."""
-    from .drivers.container import searched
+    from .drivers.programs import searched
 
     wanted = [name for name, there in ((CONTAINERD, CONTAINERD in config.workloads.runtimes), (KATA, searched(KATA_SHIM) is not None)) if there or (folder / name / "containers").exists()]
     if not wanted:
@@ -236,7 +238,7 @@ def by_containerd(config: EdgeConfig, folder: Path, store: "ImageStore", setting
 
 def _why_no_kata() -> str:
     """Why nothing can be run by Kata, where there is no driver of it."""
-    from .drivers.container import searched
+    from .drivers.programs import searched
 
     missing = [name for name in ("containerd", KATA_SHIM) if searched(name) is None]
     return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed" if missing else "grpcio is not installed, or containers are switched off (workloads.runtimes)"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.drivers import criu
-from edge_runtime.workloads.drivers.container import ContainerDriver, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Key, Order
+from edge_runtime.workloads.drivers.programs import searched
 
 from ..unit.workloads.image_side import layer
 from .container_side import end_all, made_driver, made_store, reason_against

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Key, Order, Status
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore, Limits
 from tests.unit.workloads.image_side import Entry, layer, layout
 

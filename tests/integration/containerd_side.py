@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers.container import Settings, searched
+from edge_runtime.workloads.drivers.container_laying import Settings
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore
 from tests.unit.workloads.image_side import layer
 from tools.bench.own_containerd import Containerd

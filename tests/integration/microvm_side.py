@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.drivers import qemu_kernel
-from edge_runtime.workloads.drivers.container import searched
 from edge_runtime.workloads.drivers.face import Key, Order, Status
 from edge_runtime.workloads.drivers.microvm import MicrovmDriver, Settings
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore
 
 from .container_side import made_store

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.drivers import cgroups, lease
-from edge_runtime.workloads.drivers.container import FIRST_ID, searched
+from edge_runtime.workloads.drivers.container_laying import FIRST_ID
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import held
+from edge_runtime.workloads.drivers.programs import searched
 from tools.escape.attempts import ATTEMPTS
 from tools.escape.program import program
 

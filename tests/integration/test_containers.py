@@ -12,10 +12,12 @@ import pytest
 
 from edge_runtime.system.process import TURN_NS, prefer, short_turns
 from edge_runtime.workloads.drivers import cgroups
-from edge_runtime.workloads.drivers.container import FIRST_ID, ContainerDriver, Ways, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import FIRST_ID, Ways
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import held, readable
 from edge_runtime.workloads.drivers.keeping import ordinary_turns
+from edge_runtime.workloads.drivers.programs import searched
 
 from .container_side import driver, made_driver, made_store, output, reason_against, started
 from .waiting import until

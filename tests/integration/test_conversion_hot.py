@@ -11,8 +11,10 @@ import pytest
 from edge_runtime.workloads.conversion import hot
 from edge_runtime.workloads.conversion.host import Settings as HostSettings
 from edge_runtime.workloads.drivers import keeper_restore
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Failed, Key, Order, Phase, Refused
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore, Limits
 from tests.integration.checkpoint_side import program, reason_against_checkpoints
 from tests.integration.container_side import end_all, made_store

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers.container import ContainerDriver, Ways
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import Ways
 from edge_runtime.workloads.drivers.face import Ability, Key, Order, Phase
 from tools.escape.attempts import ATTEMPTS, Attempt
 from tools.escape.program import MACHINE, answers, program

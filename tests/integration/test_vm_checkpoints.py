@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.drivers import checkpoint_state, vm_checkpoint
-from edge_runtime.workloads.drivers.container import NOTE, searched
 from edge_runtime.workloads.drivers.face import Failed, Key, Migrates, Order, Phase, Refused
-from edge_runtime.workloads.drivers.instance import read, write
+from edge_runtime.workloads.drivers.instance import NOTE, read, write
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.drivers.vm import VmDriver
 from hub.broker.mosquitto import free_port
 from tools.bench.harness import die_with_parent

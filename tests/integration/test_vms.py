@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.workloads.drivers import vm, vm_image, vm_qcow2
-from edge_runtime.workloads.drivers.container import searched
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import read
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.drivers.qemu_driver import QEMU_OWN
 from edge_runtime.workloads.drivers.vm import UID, VmDriver
 from edge_runtime.workloads.images import ImageStore

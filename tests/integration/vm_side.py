@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from edge_runtime.workloads.drivers import qemu_kernel
-from edge_runtime.workloads.drivers.container import searched
 from edge_runtime.workloads.drivers.face import Key, Order, Phase
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.drivers.vm import Settings, VmDriver
 from edge_runtime.workloads.images import ImageStore
 from tests.unit.workloads.image_side import layer, layout

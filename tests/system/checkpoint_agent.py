@@ -14,7 +14,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.container_move import Moves
 from edge_runtime.workloads.drivers.face import DriverError, Key
 from edge_runtime.workloads.images import ImageStore, Limits

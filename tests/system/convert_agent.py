@@ -16,7 +16,8 @@ from pathlib import Path
 
 from edge_runtime.workloads.conversion import hot
 from edge_runtime.workloads.conversion.host import Settings as HostSettings
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import DriverError, Key
 from edge_runtime.workloads.images import ImageStore, Limits
 from tests.integration.checkpoint_side import program

@@ -12,7 +12,8 @@ import pytest
 
 from edge_runtime.workloads.conversion.driver import ConvertibleDriver
 from edge_runtime.workloads.conversion.host import Settings as HostSettings
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings
+from edge_runtime.workloads.drivers.container import ContainerDriver
+from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Phase
 from edge_runtime.workloads.images import ImageStore
 from tests.integration.checkpoint_side import program, reason_against_checkpoints

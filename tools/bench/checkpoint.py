@@ -19,9 +19,11 @@ if not __package__:
     __import__("as_module").again(__file__)
 
 from edge_runtime.workloads.drivers import criu
-from edge_runtime.workloads.drivers.container import ContainerDriver, Settings, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.container_checkpoint import WINDOW_S
+from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Ability, Key, Order
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore, Limits
 
 from .container_start import layout_of

@@ -21,9 +21,10 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
-from edge_runtime.workloads.drivers.container import ContainerDriver, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Key, Order, Phase
 from edge_runtime.workloads.drivers.probe_program import program
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore, Limits, Platform
 
 from .harness import arguments, machine, memory_of, note, report, spread

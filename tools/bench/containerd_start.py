@@ -14,8 +14,9 @@ from statistics import median
 if not __package__:
     __import__("as_module").again(__file__)
 
-from edge_runtime.workloads.drivers.container import ContainerDriver, searched
+from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Capabilities
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore, Limits
 
 from .container_start import BAR_S, LAYERS, STARTS, image, measure

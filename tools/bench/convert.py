@@ -25,7 +25,7 @@ if not __package__:
 from edge_runtime.workloads.conversion import hot
 from edge_runtime.workloads.conversion.host import Settings
 from edge_runtime.workloads.drivers.container import ContainerDriver
-from edge_runtime.workloads.drivers.container import Settings as Containers
+from edge_runtime.workloads.drivers.container_laying import Settings as Containers
 from edge_runtime.workloads.drivers.face import Ability, Key, Order
 from edge_runtime.workloads.images import ImageStore, Limits
 

@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from edge_runtime.workloads.drivers.container import searched
+from edge_runtime.workloads.drivers.programs import searched
 
 from .harness import die_with_parent
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..drivers import qemu_kernel
-from ..drivers.container import searched
 from ..drivers.container_spec import CAPABILITIES, CPU_PERIOD_US, Host, configuration, limits
 from ..drivers.face import Failed, Order, Refused
 from ..drivers.microvm_disks import Disks
 from ..drivers.microvm_guest import _program
 from ..drivers.microvm_spec import disk_bytes
 from ..drivers.network import network
+from ..drivers.programs import searched
 from ..drivers.users import ids
 from ..images import ImageStore
 from ..images.manifest import REF_NAME, Platform

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...contract.workloads import AS_CONTAINER
-from ..drivers.container import CONVERTIBLE_FIRST_ID, ContainerDriver
-from ..drivers.container import Settings as Containers
+from ..drivers.container import ContainerDriver
 from ..drivers.container_disk import Over
+from ..drivers.container_laying import CONVERTIBLE_FIRST_ID
+from ..drivers.container_laying import Settings as Containers
 from ..drivers.face import Ability, Capabilities, DriverError, Key, Order, Output, Phase, Ran, Refused, Stats, Status
 from ..images import ImageStore
 from .host import Settings

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ...contract.workloads import guest_bytes
 from ..drivers import cgroups, keeping, qemu_kernel
-from ..drivers.container import ContainerDriver, searched
+from ..drivers.container import ContainerDriver
 from ..drivers.face import Ability, Refused
 from ..drivers.instance import read
 from ..drivers.microvm_disks import Disks
+from ..drivers.programs import searched
 from ..images import Image, ImageStore
 from . import guests
 from .guests import Guest

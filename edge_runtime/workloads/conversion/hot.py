@@ -30,8 +30,9 @@ from typing import Any
 from ...contract.workloads import AS_CONTAINER, AS_MICROVM, FORMS, GUEST_OWN
 from ..drivers import cgroups, keeper_restore, keeping
 from ..drivers.checkpoint_state import IMAGES, check, read_manifest
-from ..drivers.container import COMMAND_S, LEFT_S, ContainerDriver
+from ..drivers.container import ContainerDriver
 from ..drivers.container_checkpoint import SLOW_DISK, Checkpoints, dump_over, one_tree
+from ..drivers.container_runtime import COMMAND_S, LEFT_S
 from ..drivers.container_spec import limits
 from ..drivers.criu import GHOST_LIMIT, errors, log_of, offence
 from ..drivers.face import DriverError, Exit, Failed, Key, Order, Output, Phase, Refused, Stats, Status

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..drivers import network
-from ..drivers.container import searched
 from ..drivers.face import Failed, Refused
 from ..drivers.instance import held, line, read, write
 from ..drivers.keeping import Trouble, started_ticks
+from ..drivers.programs import searched
 from . import segment
 
 START_S = 30.0

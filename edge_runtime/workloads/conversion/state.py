@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..drivers.checkpoint_state import DISK, IMAGES, Reader, Writer, codec, read_manifest, seal
-from ..drivers.container import searched
 from ..drivers.container_checkpoint import user_namespace
 from ..drivers.face import Failed, Refused
 from ..drivers.microvm_disks import MAKE_S
+from ..drivers.programs import searched
 from ..images.layer import OPAQUE, WHITEOUT
 from . import guest
 from .ext4 import Ext4

@@ -10,26 +10,24 @@ What is on the disk is the truth: who holds an instance's lock lives, and what i
 import asyncio
 import logging
 import os
-import platform
 import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..images import Config, Image, ImageError, ImageStore
-from . import cgroups, lease, outside
+from . import cgroups, lease
 from .container_disk import NOTE as OVER
 from .container_disk import DiskLimits, disk_limit, reason
-from .container_spec import ID_RANGE, Host, configuration, stop_signal
-from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import LOOK_S, alive, bounded, ended, held, known, link_output, over, present, read, sync_folder, tail, unheld, write
+from .container_laying import Fill, Ground, Settings, Ways, lay_out
+from .container_runtime import COMMAND_S, LEFT_S, SAID, beside, command, run
+from .face import Ability, Capabilities, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
+from .instance import LOOK_S, NOTE, alive, ended, held, known, link_output, over, present, read, tail, unheld
 from .keepers import Keepers
-from .network import connection, hosts, network, resolv_conf
-from .users import ids
 
 log = logging.getLogger(__name__)
 
@@ -40,80 +38,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Fill = Callable[[Path, Path, dict[str, Any], dict[str, Any]], None]
-"""Puts more into an instance that is being laid out: its folder as it will be called, and as it is; its `config.json` and `keeper.json`, not written yet."""
-
-FIRST_ID = 0x7000_0000
-"""First id on the host of the user namespaces' ranges: above those that systemd gives to containers of its own, and far above those of /etc/subuid."""
-
-NOTE = "checkpoint.json"
-"""In an instance's folder: the checkpoint that is under way, or that has ended it."""
-
-MAX_INSTANCES = 512
-"""Instances on the disk, the ended ones too."""
-
-_RANGES = (MAX_INSTANCES + 1) * ID_RANGE
-"""Ids of one driver."""
-
-CONTAINERD_FIRST_ID, CONVERTIBLE_FIRST_ID = FIRST_ID + _RANGES, FIRST_ID + 2 * _RANGES
-"""Of the other drivers of a node, which have containers at the same time."""
-
-ROOT = f"{outside.RUN}/root"
-"""Where a container's root is mounted, in its keeper's mount namespace: each has its own there. Not in the data folder, which the container's root may not enter."""
-
-COMMAND_S = 60.0
-"""A runtime that takes longer for one command hangs."""
-
 START_S = 150.0
 """A keeper that has said nothing by then hangs: it gives each of two commands of the runtime a minute."""
 
 FREEZES = 5
 """Tries to make a container stand still: one that starts processes without end gets away from runc's own tries on a busy node (control groups of version 1)."""
-
-LEFT_S = 10.0
-"""A container that was killed, and its keeper, are gone by then; more means that the kernel holds on to a process."""
-
-SAID = 2000
-"""Characters of a runtime's own words in an error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How containers are run.
-
-    Attributes:
-        runtimes: programs to try, in this order.
-        log_bytes: kept of each stream of a container.
-        allowed_mounts: folders of the node that may be mounted into containers, with all below them.
-        users: give each container a user namespace where the host can.
-        criu: the program that takes checkpoints, by a path or by its name on PATH; empty: none.
-        network: let containers have the node's network, where slirp4netns is installed.
-        publish: addresses of the node on which containers may publish ports.
-        first_id: first id on the host of the user namespaces' ranges; each driver of a node has others.
-    """
-
-    runtimes: tuple[str, ...] = ("runc", "crun")
-    log_bytes: int = 4 << 20
-    allowed_mounts: tuple[str, ...] = ()
-    users: bool = True
-    criu: str = "criu"
-    network: bool = True
-    publish: tuple[str, ...] = ("127.0.0.1",)
-    first_id: int = FIRST_ID
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """What has been found to work here: the runtime's command, whether with user namespaces, whether with seccomp; the program that connects containers, or why they have no
-    network."""
-
-    runtime: tuple[str, ...]
-    users: bool
-    seccomp: bool
-    connector: str = ""
-    unconnected: str = "it was not looked for"
-    unlimited: str = ""
-    """Why no limits can be kept; empty where they are."""
 
 
 class ContainerDriver:
@@ -251,57 +180,9 @@ class ContainerDriver:
             await asyncio.to_thread(self.lay_out, order, image.config, lower, ways, image, fill, was)
 
     def lay_out(self, order: Order, config: Config, lower: Sequence[Path], ways: Ways, image: Image | None = None, fill: Fill | None = None, was: int = -1) -> None:
-        """Write an instance's folder, all or nothing, with what `fill` puts there; blocks. `was`: first id of the range that it had, which it gets again where no other workload has it."""
-        present = self._present()
-        if len(present) >= MAX_INSTANCES:
-            raise Refused("instances", f"there are {len(present)} on this node, the most there may be", "delete those that have ended")
-        told = os.statvfs(self._folder)
-        free, asked = told.f_bavail * told.f_frsize, order.requests.get("disk", 0)
-        if free < asked:
-            raise Refused("requests.disk", f"{asked} bytes are asked for, {free} are free", "ask for less, free space, or place it on another node")
-        taken = {entry.get("slot") for entry in present.values()}
-        slot = next(number for number in range(MAX_INSTANCES + 1) if number not in taken)
-        before, odd = divmod(was - self._settings.first_id, ID_RANGE)
-        if not odd and 0 <= before <= MAX_INSTANCES and before not in {entry.get("slot") for entry in present.values() if entry["id"] != order.key.id}:
-            slot = before  # what it wrote to folders of the node belongs to these ids
-        base = self._settings.first_id + slot * ID_RANGE if ways.users else None
-        name, folder = _name(order.key), self._path(order.key)
-        host = Host(
-            platform.machine(), base, self._groups.accounts_swap, _open_files(), tuple(os.path.realpath(one) for one in self._settings.allowed_mounts), ways.seccomp, _memory(), (os.cpu_count() or 1) * 1000,
-            ways.unconnected, self._settings.publish, str(folder), ways.unlimited,
-        )
-        group = self.group(order.key)
-        document = configuration(order, config, host, ROOT, group, lambda user: ids(user, lower))
-        connected = network(order.spec.get("network"), self._settings.publish)
-        laid = self._new / name
-        shutil.rmtree(laid, ignore_errors=True)
-        laid.mkdir(mode=0o700)
-        (laid / "lower").mkdir()
-        (laid / "disk").mkdir()
-        for part in ("upper", "work"):
-            (laid / "disk" / part).mkdir()
-        top = os.stat(lower[0])
-        os.chmod(laid / "disk/upper", top.st_mode & 0o7777)
-        os.chown(laid / "disk/upper", top.st_uid + (base or 0), top.st_gid + (base or 0))  # the root folder itself comes from the upper layer
-        keeper = {
-            "folder": str(folder), "name": name, "root": ROOT, "lower": [str(one) for one in lower], "id_base": base, "id_range": ID_RANGE, "log_bytes": self._settings.log_bytes,
-            "runtime": [*ways.runtime, "--root", str(self._state)], "oom": self._groups.memory_events(group), "lease": str(lease.path_of(self._leased(order.key))) if order.leased else "",
-            "network": connection(ways.connector, connected, ways.users) if connected is not None else None,
-        }
-        instance = {
-            "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest if image else "", "layers": list(config.diff_ids), "signal": stop_signal(order, config), "runtime": list(ways.runtime), "leased": order.leased,
-            "reference": order.image, "requests": dict(order.requests), "spec": dict(order.spec), "job": order.job,
-        }
-        if connected is not None:
-            (laid / "resolv.conf").write_text(resolv_conf())
-            (laid / "hosts").write_text(hosts(document["hostname"]))
-        if fill is not None:
-            fill(folder, laid, document, keeper)
-        for file, value in (("config.json", document), ("keeper.json", keeper), ("instance.json", instance)):
-            write(laid / file, value)
-        (laid / "lock").touch(mode=0o600)
-        os.rename(laid, folder)
-        sync_folder(self._folder)
+        """See `container_laying.lay_out`."""
+        ground = Ground(self._folder, self._new, self._state, self._settings, self._groups)
+        lay_out(ground, order, config, lower, ways, self.group(order.key), self._leased(order.key), image, fill, was)
 
     # -- start, end ----------------------------------------------------------------------------------------------------------
 
@@ -396,7 +277,7 @@ class ContainerDriver:
         state = self._state / _name(key)
         if state.exists():
             try:
-                await self._runtime(key, "delete", "--force", _name(key))
+                await run(self._command(key), "delete", "--force", _name(key))
             except Failed:
                 if state.exists():  # else its keeper did it at the same moment
                     raise
@@ -559,30 +440,7 @@ class ContainerDriver:
             raise Refused("args", "are empty, or have a zero byte", "give a command")
         if self._running(key).phase is Phase.PAUSED:
             raise Refused("id", f"{_name(key)} is paused", "resume it first")
-        note = self._path(key) / f"exec-{time.monotonic_ns()}.pid"
-        process = await asyncio.create_subprocess_exec(
-            *self._command(key), "exec", "--pid-file", str(note), _name(key), *args, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
-        )
-        assert process.stdout is not None and process.stderr is not None
-        try:
-            async with asyncio.timeout(timeout_s):
-                (out, cut), (err, also), code = await asyncio.gather(bounded(process.stdout), bounded(process.stderr), process.wait())
-        except TimeoutError:
-            raise Failed("exec", f"{args[0][:80]} took longer than {timeout_s:g} s, and was killed", "give it more time") from None
-        finally:
-            if process.returncode is None:
-                # The runtime waits for the command, so its pid is its own still; without it the command would live on. On a busy node it may not have come as far as to write it down.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LEFT_S):
-                        while process.returncode is None and not note.exists():
-                            await asyncio.sleep(LOOK_S)
-                with suppress(OSError, ValueError):
-                    os.kill(int(note.read_text()), signal.SIGKILL)
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-            note.unlink(missing_ok=True)
-        return Ran(Exit(code, max(0, code - 128) if 128 < code <= 192 else 0), Output(out, err, cut or also))
+        return await beside(self._command(key), _name(key), self._path(key), args, timeout_s)
 
     # -- what is there -------------------------------------------------------------------------------------------------------
 
@@ -675,39 +533,21 @@ class ContainerDriver:
     # -- the runtime ---------------------------------------------------------------------------------------------------------
 
     def _command(self, key: Key) -> list[str]:
-        """The runtime that the instance was made for; at the ordinary priority, whatever ours is."""
-        better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
-        return [*(("nice", "-n", str(better)) if better else ()), *self._instance(key)["runtime"], "--root", str(self._state)]
+        """The runtime that the instance was made for."""
+        return command(self._instance(key)["runtime"], self._state)
 
     async def _signal(self, key: Key, number: int) -> None:
-        await self._runtime(key, "kill", _name(key), str(number))
+        await run(self._command(key), "kill", _name(key), str(number))
 
     async def _freeze(self, key: Key) -> None:
-        await self._runtime(key, "pause", _name(key))
+        await run(self._command(key), "pause", _name(key))
 
     async def _thaw(self, key: Key) -> None:
-        await self._runtime(key, "resume", _name(key))
+        await run(self._command(key), "resume", _name(key))
 
     async def runtime(self, key: Key, word: str, *options: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
         """One command of the runtime about an instance; for what stands beside this module."""
-        await self._runtime(key, word, *options, _name(key), environment=environment, seconds=seconds)
-
-    async def _runtime(self, key: Key, *words: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *self._command(key), *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True, env=environment,
-        )
-        assert process.stderr is not None
-        try:
-            async with asyncio.timeout(seconds):
-                (said, _), code = await asyncio.gather(bounded(process.stderr), process.wait())
-        except TimeoutError:
-            raise Failed(words[0], f"the runtime did not come back within {seconds:g} s", "look at the node: its kernel or disk hangs") from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if code != 0:
-            raise Failed(words[0], f"the runtime says: {said.decode('utf-8', 'replace').strip()[:SAID] or code}", "look at the node")
+        await run(self._command(key), word, *options, _name(key), environment=environment, seconds=seconds)
 
     async def _within(self, what: Awaitable[T], seconds: float, problem: str) -> T:
         try:
@@ -718,18 +558,3 @@ class ContainerDriver:
 
 def _name(key: Key) -> str:
     return lease.name_of(key.id, key.epoch)
-
-
-def _open_files() -> int:
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def searched(name: str) -> str | None:
-    """A program's path, also where only root's PATH has it."""
-    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin")))

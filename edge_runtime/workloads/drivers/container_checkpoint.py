@@ -26,11 +26,11 @@ from ..images import ImageError, Limits
 from ..images.layer import OPAQUE, WHITEOUT, unpack
 from . import cgroups, keeper_restore, keeping
 from .checkpoint_state import CHUNK, CONTAINER, DISK, IMAGES, SPARE, Reader, Writer, add, check, codec, free, seal, suits, to_be_filled, whole_at
-from .container import COMMAND_S, LEFT_S, NOTE
+from .container_runtime import COMMAND_S, LEFT_S
 from .container_spec import ID_RANGE, own_folders
 from .criu import Criu, errors, log_of, offence, write_options
 from .face import Capabilities, Failed, Key, Phase, Refused, Status
-from .instance import LOOK_S, held, read, sync_folder
+from .instance import LOOK_S, NOTE, held, read, sync_folder
 
 if TYPE_CHECKING:
     from .container import ContainerDriver

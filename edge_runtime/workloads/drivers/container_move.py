@@ -21,9 +21,9 @@ from typing import Any
 
 from . import keeping
 from .checkpoint_state import whole_at
-from .container import NOTE, ContainerDriver
+from .container import ContainerDriver
 from .face import DriverError, Failed, Key, Order, Phase, Refused, Status
-from .instance import read
+from .instance import NOTE, read
 
 STEPS = ("taking", "bringing", "returning", "done", "returned", "failed")
 ENDED = STEPS[3:]

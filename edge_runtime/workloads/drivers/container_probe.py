@@ -13,12 +13,14 @@ from .. import rootless
 from ..images import Config
 from . import criu, outside
 from .cgroups import Groups
-from .container import ContainerDriver, Settings, Ways, searched
+from .container import ContainerDriver
+from .container_laying import Settings, Ways
 from .container_spec import MIN_PIDS
 from .criu import Criu
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
 from .network import PROGRAM
 from .probe_program import program
+from .programs import searched
 
 MEMORY = 16 << 20
 """Bytes that the probe's container may have."""

@@ -26,7 +26,9 @@ from typing import Any
 
 from ..images import Config, Image, ImageStore
 from . import cgroups, containerd_wire, keeping
-from .container import CONTAINERD_FIRST_ID, LEFT_S, START_S, ContainerDriver, Fill, Settings, Ways
+from .container import START_S, ContainerDriver
+from .container_laying import CONTAINERD_FIRST_ID, Fill, Settings, Ways
+from .container_runtime import LEFT_S
 from .containerd_client import Absent, Away, Client
 from .containerd_keeper import STREAMS, pipe_of, unmount_layers
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Status

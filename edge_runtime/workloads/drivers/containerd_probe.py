@@ -9,12 +9,13 @@ from pathlib import Path
 from ..images import Config
 from . import containerd_wire, outside
 from .cgroups import Groups
-from .container import Settings, Ways, searched
+from .container_laying import Settings, Ways
 from .container_probe import flags, tried, with_network
 from .containerd import ContainerdDriver, Handler
 from .containerd_client import Client
 from .face import Ability, Capabilities, Failed, Key, Order, Phase, Refused
 from .probe_program import program, teller
+from .programs import searched
 
 ASKED_S = 10.0
 """containerd that does not tell its version within this is taken as absent."""

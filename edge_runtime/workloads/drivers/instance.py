@@ -21,6 +21,9 @@ MAX_EXEC_OUTPUT = 1 << 20
 OUTPUT = ("stdout.log.1", "stdout.log", "stderr.log.1", "stderr.log")
 """Files of what an instance wrote, in its folder."""
 
+NOTE = "checkpoint.json"
+"""In an instance's folder: the checkpoint that is under way, or that has ended it."""
+
 LOOK_S = 0.02
 """Pause between two looks at a lock, for which there is no event."""
 

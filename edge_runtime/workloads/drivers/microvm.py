@@ -23,13 +23,13 @@ from typing import Any
 
 from ..images import ImageError, ImageStore
 from . import cgroups, lease, outside, qemu_kernel
-from .container import searched
 from .container_spec import Host, stop_signal
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Status
 from .instance import read, released, sync_folder, write
 from .microvm_disks import Disks, copy_data
 from .microvm_spec import disk_bytes, document, machine
 from .microvm_templates import BOOT_S, MAX_HELD, UID, Background, Held, Templates, kvm_groups
+from .programs import searched
 from .qemu_driver import ASK_S, LEFT_S, MAX_INSTANCES, PROGRAMS, START_S, QemuDriver, ask_path, name_of, open_to_group, version_of
 from .qemu_machine import DRIVE_FILES, DRIVES, RAM, Machine, command
 from .users import ids

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..images import Image, ImageError, ImageStore
 from . import cgroups, lease, outside, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
-from .container import NOTE, searched
 from .face import Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
-from .instance import LOOK_S, link_output, read, sync_folder, write
+from .instance import LOOK_S, NOTE, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
+from .programs import searched
 from .qemu_driver import MAX_INSTANCES, PROGRAMS, QemuDriver, ask_path, name_of, open_to_group, version_of
 from .vm_machine import KERNEL, UEFI, Layer, Shape
 from .vm_spec import BOOT_S, Offer, Vm, hardware_address, machine

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import cgroups, keeping, vm_qcow2
 from .checkpoint_state import CHUNK, IMAGES, MEMORY, SPARE, VM, Reader, Writer, add, check, codec, free, seal, to_be_filled, whole_at
-from .container import NOTE
 from .face import DriverError, Failed, Key, Phase, Refused, Status
-from .instance import read, sync_folder
+from .instance import NOTE, read, sync_folder
 from .vm_spec import RECONNECT
 
 if TYPE_CHECKING:

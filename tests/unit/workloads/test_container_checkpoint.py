@@ -6,10 +6,10 @@ import pytest
 
 from edge_runtime.workloads.drivers import cgroups
 from edge_runtime.workloads.drivers.checkpoint_state import DISK, IMAGES, Writer, seal
-from edge_runtime.workloads.drivers.container import NOTE, ContainerDriver
+from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.container_checkpoint import Checkpoints
 from edge_runtime.workloads.drivers.face import Exit, Failed, Key, Phase, Status
-from edge_runtime.workloads.drivers.instance import read
+from edge_runtime.workloads.drivers.instance import NOTE, read
 from edge_runtime.workloads.drivers.keeping import write
 from edge_runtime.workloads.images import ImageStore, Limits
 

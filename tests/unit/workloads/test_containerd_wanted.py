@@ -9,12 +9,13 @@ import pytest
 
 from edge_runtime.config.schema import EdgeConfig, WorkloadsConfig
 from edge_runtime.workloads import drivers, node_drivers
-from edge_runtime.workloads.drivers import container
+from edge_runtime.workloads.drivers import programs
+from edge_runtime.workloads.drivers.container_laying import Settings
 
 
 def wanted(folder: Path, monkeypatch: pytest.MonkeyPatch, *runtimes: str, shim: bool = False) -> tuple[dict[str, Any], list[str]]:
-    monkeypatch.setattr(container, "searched", lambda name: "/somewhere" if shim and name == "containerd-shim-kata-v2" else None)
-    return node_drivers.by_containerd(EdgeConfig(workloads=WorkloadsConfig(runtimes=runtimes)), folder, None, container.Settings())  # type: ignore[arg-type]
+    monkeypatch.setattr(programs, "searched", lambda name: "/somewhere" if shim and name == "containerd-shim-kata-v2" else None)
+    return node_drivers.by_containerd(EdgeConfig(workloads=WorkloadsConfig(runtimes=runtimes)), folder, None, Settings())  # type: ignore[arg-type]
 
 
 def test_none_where_nobody_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

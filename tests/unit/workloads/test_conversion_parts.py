@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.workloads.conversion import checks, guest, state
 from edge_runtime.workloads.conversion.ext4 import Ext4
-from edge_runtime.workloads.drivers.container import searched
 from edge_runtime.workloads.drivers.face import Refused
+from edge_runtime.workloads.drivers.programs import searched
 from tests.unit.workloads.image_side import AS_ROOT
 
 MKE2FS = searched("mke2fs")

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.workloads.drivers import microvm_guest, qemu_kernel
-from edge_runtime.workloads.drivers.container import searched
 from edge_runtime.workloads.drivers.keeping import Trouble
 from edge_runtime.workloads.drivers.microvm_spec import OWN_MB, memory_mb
+from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.drivers.qemu_keeper import MAX_SAID, Kept, Lines, Stream
 from edge_runtime.workloads.drivers.qemu_machine import PORTS, Machine, boot, command
 from edge_runtime.workloads.drivers.qemu_qmp import Qmp, QmpError

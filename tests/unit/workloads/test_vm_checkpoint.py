@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.workloads.drivers import cgroups, checkpoint_state, vm_checkpoint, vm_qcow2
-from edge_runtime.workloads.drivers.container import NOTE
 from edge_runtime.workloads.drivers.face import Failed, Key, Phase, Refused, Status
+from edge_runtime.workloads.drivers.instance import NOTE
 from edge_runtime.workloads.drivers.vm import described
 from edge_runtime.workloads.drivers.vm_checkpoint import same_machine, suits
 
