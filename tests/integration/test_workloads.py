@@ -234,7 +234,7 @@ async def test_the_older_document_is_changed_first(tmp_path: Path, planted: bool
 
         def moves(planner: Planner, now: int) -> None:
             planner.soil("gw-2")  # so that the new node would be told first
-            planner.said("gw-1", {"id": "a", "epoch": 1, "state": "refused", "reason": "lot"}, now)
+            planner.said("gw-1", 1, {"id": "a", "epoch": 1, "state": "refused", "reason": "lot"}, now)
             assert planner.attempt("a", now)
 
         await hub.workloads.ask(moves)
@@ -258,7 +258,7 @@ async def test_at_no_moment_do_two_documents_want_one_workload(tmp_path: Path) -
                     seen.add(key)
                     state = "stopped" if entry["wanted"] == "stopped" else draw.choice(["running", "running", "refused", "stopped"])
                     body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": "lot"}
-                    answers.append(asyncio.ensure_future(hub.workloads.ask(lambda planner, now, body=body: planner.said(node, body, now))))
+                    answers.append(asyncio.ensure_future(hub.workloads.ask(lambda planner, now, body=body, seq=len(seen): planner.said(node, seq, body, now))))
             return done
 
         answers: list[asyncio.Future[Any]] = []
