@@ -36,7 +36,7 @@ class Both:
         self.runs: dict[str, int] = {}
         """Edge to the epoch that runs there."""
         self.source: dict[str, str] = {}
-        """Edge to who had it from the hub, where the site gave it."""
+        """Edge to who had it from the hub, where the site gave it; also back to the same."""
         self.own: dict[str, dict[int, str]] = {name: {} for name in ALL}
         """What each edge was told last: epoch to what is wanted."""
         self.stopped: set[tuple[str, int]] = set()
@@ -95,10 +95,10 @@ class Both:
                         self.start(edge, epoch)
                 elif held == edge:
                     self.source.pop(edge, None)
-        if edge in self.runs and self.runs[edge] not in self.own[edge] and edge not in self.source:
+        if edge in self.runs and self.runs[edge] not in self.own[edge] and self.source.get(edge, edge) == edge:
             self.end(edge)
         for other in SITE:  # what it had, and the hub does not want of it any more, siblings end, unless they have it from the hub
-            if other in self.runs and self.source.get(other) == edge and self.runs[other] not in self.own[edge]:
+            if other in self.runs and other != edge and self.source.get(other) == edge and self.runs[other] not in self.own[edge]:
                 if "running" not in self.own[other].values():
                     self.end(other)
 
@@ -111,11 +111,8 @@ class Both:
         epoch = self.runs[held]
         self.end(held)
         self.fence += 1
-        if to != origin:
-            self.source[to] = origin
+        self.source[to] = origin
         self.start(to, epoch)
-        if to == origin:
-            self.said[to][-1][1].update({"for": origin, "fence": self.fence})
 
     def finish(self) -> None:
         """It ends by itself."""
