@@ -181,4 +181,4 @@ def _put(connection: sqlite3.Connection, table: str, columns: int, rows: list[tu
 
 
 def _placement(row: Any) -> PlacementRow:
-    return PlacementRow(row[0], row[1], row[2], json.loads(row[3]), *row[4:8], seqs=json.loads(row[8]))
+    return PlacementRow(row[0], row[1], row[2], json.loads(row[3]), row[4], row[5], row[6], row[7], json.loads(row[8]))
