@@ -197,15 +197,15 @@ class WorkloadNode:
 
     async def instances(self) -> list[dict[str, Any]]:
         """What is on this node, for people."""
-        return [_shown(name, status) for name, driver in self.here.all.items() for status in await driver.instances()]
+        return [_shown(name, status) for name, _, status in await self._all()]
 
     async def output(self, workload: str, most: int) -> dict[str, Any] | None:
         """The end of what a workload wrote, of its newest epoch: also for a while after it was removed. None where nothing is known of it."""
         from .drivers.face import Refused
 
-        there = [(status, name, driver) for name, driver in self.here.all.items() for status in await driver.instances() if status.key.id == workload]
+        there = [one for one in await self._all() if one[2].key.id == workload]
         if there:
-            status, name, driver = max(there, key=lambda one: one[0].key.epoch)
+            name, driver, status = max(there, key=lambda one: one[2].key.epoch)
             try:
                 return {**_shown(name, status), **await _written(driver, status, most)}
             except Refused:
@@ -213,8 +213,12 @@ class WorkloadNode:
         return self._left.get(workload)
 
     async def _newest(self, workload: str) -> "tuple[Driver, Status] | None":
-        there = [(driver, status) for driver in self.here.all.values() for status in await driver.instances() if status.key.id == workload]
+        there = [(driver, status) for _, driver, status in await self._all() if status.key.id == workload]
         return max(there, key=lambda one: one[1].key.epoch, default=None)
+
+    async def _all(self) -> "list[tuple[str, Driver, Status]]":
+        """What is on this node, by the names of its drivers. People ask at any time, also while the agent starts and makes them: who asks then hears of those that are there."""
+        return [(name, driver, status) for name, driver in list(self.here.all.items()) for status in await driver.instances()]
 
     async def _leaves(self, driver: "Driver", status: "Status") -> None:
         """What it wrote is shown for a while: the hub forgets what is done at once, and whoever started it wants to read it."""

@@ -34,14 +34,14 @@ class OperationApi(WorkloadApi):
         if not row.node:
             return answer([])
         listed = (self._hub.desired.get(row.node) or {}).get("spec", {}).get("operations", ())
-        found = await self._hub.read(lambda: self._hub.store.read_latest(streams=("event",), kinds=("operation",), limit=operations.LOOK_BACK, edge=row.node))
-        return answer(operations.shown(listed, [item for _, item in found], row.id))
+        found = await self._hub.read(lambda: self._hub.store.read_records(row.node, "event", kinds=("operation",), limit=operations.LOOK_BACK, newest_first=True))
+        return answer(operations.shown(listed, found, row.id))
 
     async def checkpoints(self, request: web.Request) -> web.Response:
         """See the table."""
         row = self._hub.workloads.rows[self._workload(request)]
-        found = await self._hub.read(lambda: self._hub.store.read_latest(streams=("event",), kinds=("workload.checkpoints",), limit=1, edge=row.node)) if row.node else []
-        return answer(operations.checkpoints(found[0][1] if found else None, row.id))
+        found = await self._hub.read(lambda: self._hub.store.read_records(row.node, "event", kinds=("workload.checkpoints",), limit=1, newest_first=True)) if row.node else []
+        return answer(operations.checkpoints(found[0] if found else None, row.id))
 
     async def logs(self, request: web.Request) -> web.Response:
         """See the table."""

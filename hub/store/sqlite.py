@@ -14,7 +14,7 @@ from edge_runtime.contract.records import Record
 from ..dating import BootClock
 from .base import EdgeRow, StoredRecord, StoreError, StreamRow, Transaction
 from .sqlite_transfers import SqliteTransfers, transfers_schema
-from .sqlite_workloads import SqliteWorkloads, moves_schema, plans_schema, workload_schema
+from .sqlite_workloads import SqliteWorkloads, moves_schema, order_schema, plans_schema, workload_schema
 
 DESIRED_HISTORY = 100
 """Desired state documents kept per edge, the newest."""
@@ -65,7 +65,7 @@ def _base_chain(db: sqlite_utils.Database) -> None:
 
 MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (
     ("0001_first", _first_schema), ("0002_clocks", _clocks), ("0003_base_chain", _base_chain), ("0004_workloads", workload_schema), ("0005_plans", plans_schema),
-    ("0006_transfers", transfers_schema), ("0007_moves", moves_schema),
+    ("0006_transfers", transfers_schema), ("0007_moves", moves_schema), ("0008_order", order_schema),
 )
 """Applied in order, each once; a name is never reused."""
 

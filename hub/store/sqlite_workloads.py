@@ -50,6 +50,12 @@ def moves_schema(db: sqlite_utils.Database) -> None:
     db["moves"].create({"name": str, "document": str}, pk="name")
 
 
+def order_schema(db: sqlite_utils.Database) -> None:
+    """In which order edges said what they said."""
+    db["placements"].add_column("seqs", str, not_null_default="{}")
+    db["workloads"].add_column("fences", str, not_null_default="{}")
+
+
 class SqliteWorkloads(ABC):
     """See `workloads.WorkloadStore`; mixed into `SqliteStore`."""
 
@@ -63,13 +69,14 @@ class SqliteWorkloads(ABC):
     def commit_workloads(self, changes: WorkloadChanges) -> None:
         """See `WorkloadStore.commit_workloads`."""
         with self._transaction() as connection:
-            _put(connection, "workloads", 10, [
-                (row.id, json.dumps(row.document), row.state, row.node, row.epoch, row.reason, row.created_ms, row.changed_ms, json.dumps(row.avoid), json.dumps(row.plan))
+            _put(connection, "workloads", 11, [
+                (row.id, json.dumps(row.document), row.state, row.node, row.epoch, row.reason, row.created_ms, row.changed_ms, json.dumps(row.avoid), json.dumps(row.plan),
+                 json.dumps(row.fences))
                 for row in changes.workloads.values() if row is not None
             ])
             connection.executemany("DELETE FROM workloads WHERE id=?", [(key,) for key, row in changes.workloads.items() if row is None])
-            _put(connection, "placements", 8, [
-                (row.workload, row.epoch, row.node, json.dumps(row.seat), row.from_ms, row.to_ms, row.said, row.why) for row in changes.placements.values() if row is not None
+            _put(connection, "placements", 9, [
+                (row.workload, row.epoch, row.node, json.dumps(row.seat), row.from_ms, row.to_ms, row.said, row.why, json.dumps(row.seqs)) for row in changes.placements.values() if row is not None
             ])
             connection.executemany("DELETE FROM placements WHERE workload=? AND epoch=?", [key for key, row in changes.placements.items() if row is None])
             _put(connection, "nodes", 8, [
@@ -91,13 +98,13 @@ class SqliteWorkloads(ABC):
 
     def workloads(self) -> list[WorkloadRow]:
         """See `WorkloadStore.workloads`."""
-        rows = self._write.execute("SELECT id, document, state, node, epoch, reason, created_ms, changed_ms, avoid, plan FROM workloads ORDER BY created_ms, id")
-        return [WorkloadRow(row[0], json.loads(row[1]), row[2], row[3], row[4], row[5], row[6], row[7], json.loads(row[8]), json.loads(row[9])) for row in rows]
+        rows = self._write.execute("SELECT id, document, state, node, epoch, reason, created_ms, changed_ms, avoid, plan, fences FROM workloads ORDER BY created_ms, id")
+        return [WorkloadRow(row[0], json.loads(row[1]), row[2], row[3], row[4], row[5], row[6], row[7], json.loads(row[8]), json.loads(row[9]), json.loads(row[10])) for row in rows]
 
     def open_placements(self) -> list[PlacementRow]:
         """See `WorkloadStore.open_placements`."""
         rows = self._write.execute(
-            "SELECT workload, epoch, node, seat, from_ms, to_ms, said, why FROM placements WHERE to_ms IS NULL ORDER BY from_ms, workload, epoch"
+            "SELECT workload, epoch, node, seat, from_ms, to_ms, said, why, seqs FROM placements WHERE to_ms IS NULL ORDER BY from_ms, workload, epoch"
         )
         return [_placement(row) for row in rows]
 
@@ -142,7 +149,7 @@ class SqliteWorkloads(ABC):
     def read_placements(self, workload: str, limit: int = 100) -> list[PlacementRow]:
         """See `WorkloadStore.read_placements`."""
         rows = self._read.execute(
-            "SELECT workload, epoch, node, seat, from_ms, to_ms, said, why FROM placements WHERE workload=? ORDER BY epoch DESC LIMIT ?", (workload, limit)
+            "SELECT workload, epoch, node, seat, from_ms, to_ms, said, why, seqs FROM placements WHERE workload=? ORDER BY epoch DESC LIMIT ?", (workload, limit)
         )
         return [_placement(row) for row in rows]
 
@@ -174,4 +181,4 @@ def _put(connection: sqlite3.Connection, table: str, columns: int, rows: list[tu
 
 
 def _placement(row: Any) -> PlacementRow:
-    return PlacementRow(row[0], row[1], row[2], json.loads(row[3]), *row[4:])
+    return PlacementRow(row[0], row[1], row[2], json.loads(row[3]), row[4], row[5], row[6], row[7], json.loads(row[8]))

@@ -43,6 +43,7 @@ class WorkloadRow:
         avoid: node to [until ms, refusals in a row, why].
         plan: of a batch job that says how long it runs, as far as known: `start_ms`, `end_ms`, `nodes` (one per member) that are held for it or on which it runs;
             `promise_ms` where it was taken although it misses its deadline; `because` where a promise was broken.
+        fences: epoch (as text) to the highest fence under which it was heard of, where a site gave it to a node by itself; of the newest epochs.
     """
 
     id: str
@@ -55,6 +56,7 @@ class WorkloadRow:
     changed_ms: int = 0
     avoid: dict[str, list[Any]] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    fences: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class PlacementRow:
         seat: `gpus` [device] and `numa` [[zone, cpu, memory]]; `move`, the name of the move with which it comes, where it does.
         said: what the edge last said of it.
         why: why it ended.
+        seqs: `said`, `form` and `load_ms` to the number, in the edge's stream of events, of the record that they are from: what is live comes before what waited, so what comes later may be older.
     """
 
     workload: str
@@ -75,6 +78,7 @@ class PlacementRow:
     to_ms: int | None = None
     said: str = ""
     why: str = ""
+    seqs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

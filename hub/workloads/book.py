@@ -297,7 +297,7 @@ class Book:
         self.ledger.put(self.tables.open, key, None)
         self.ledger.put(self.tables.closed, key, replace(placement, to_ms=max(now_ms, placement.from_ms), why=short(why)))
         self.index(placement, add=False)
-        self.given(row, replace(placement, epoch=self.next_epoch(row), from_ms=max(now_ms, placement.from_ms), said="", seat={key: part for key, part in placement.seat.items() if key != MOVE}), now_ms)
+        self.given(row, replace(placement, epoch=self.next_epoch(row), from_ms=max(now_ms, placement.from_ms), said="", seqs={}, seat={key: part for key, part in placement.seat.items() if key != MOVE}), now_ms)
 
     def given(self, row: WorkloadRow, placement: PlacementRow, now_ms: int) -> None:
         """A placement stands; its epoch is the newest."""

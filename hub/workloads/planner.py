@@ -21,6 +21,9 @@ MOVES_AT_ONCE = 64
 MAX_EPOCH_LEAD = 1_000_000
 """An edge may speak of epochs so far above what this hub gave: a backup is days old, and a placement a second would be a week. What is higher is a fault, and would use them up."""
 
+MAX_FENCES = 8
+"""Epochs of one workload of which the site's fences are remembered: that of what stands, and of what may still be told of those before it."""
+
 
 class Planner(Agenda):
     """Every method may raise `Invalid` or `Conflict` having changed part: call within `begin` and `undo` or `keep`."""
@@ -258,9 +261,16 @@ class Planner(Agenda):
         if known is not None and known.origin == "edge" and seq > known.seq:
             self.ledger.put(self.tables.nodes, edge, replace(known, seq=seq, problem=short(problem), changed_ms=now_ms))
 
-    def said(self, edge: str, body: Mapping[str, Any], now_ms: int) -> None:
-        """A `workload` record of an edge: body as `REPORT_FIELDS`. What speaks of no open placement there is old news."""
+    def said(self, edge: str, seq: int, body: Mapping[str, Any], now_ms: int) -> None:
+        """A `workload` record of an edge, `seq` its number in the edge's stream of events, body as `REPORT_FIELDS`. What speaks of no open placement there is old news.
+
+        Records come in any order, what is live before what waited; the edge's numbers only grow, also over a replaced journal. So of one placement counts what its edge said last by them, whatever came last: what is older
+        tells only what nothing newer has told. An end is the last word.
+        """
         key = (body["id"], body["epoch"])
+        load_ms = body.get("load_ms", 0)
+        if load_ms and edge in self.state.node_index and (item := self.tables.items.get(body["id"])) is not None:  # measured is measured, whatever became of it since
+            self.loads.observe(item.item.shape.image, edge, load_ms)
         if body.get("for"):
             self._moved_by_site(edge, body, now_ms)
         placement, row = self.tables.open.get(key), self.tables.rows.get(body["id"])
@@ -269,23 +279,19 @@ class Planner(Agenda):
         if placement is None or row is None or placement.node != edge:
             self._old_news(edge, body["id"], body["epoch"], now_ms)
             return
-        what, why = body["state"], body["reason"]
-        if moving.spoken(self, placement, what, why, now_ms):
+        what, why, newer = body["state"], body["reason"], seq > placement.seqs.get("said", 0)
+        if newer and moving.spoken(self, placement, what, why, now_ms):
             return
         placement, row = self.tables.open[key], self.tables.rows[row.id]
         if what not in ENDED:
-            form = body.get("form", "")
-            if placement.said != what or (form and form != placement.seat.get("form", "")):
-                seat = {**placement.seat, "form": form} if form else placement.seat
-                if load_ms := body.get("load_ms"):
-                    seat = {**seat, "load_ms": load_ms}
-                    self.loads.observe(self.tables.items[row.id].item.shape.image, edge, load_ms)
-                self.ledger.put(self.tables.open, key, replace(placement, said=what, seat=seat))
+            self._noted(placement, seq, {"said": what, "form": body.get("form", ""), "load_ms": load_ms})
             if what == RUNNING and edge in row.avoid:
                 self.set(replace(row, avoid={node: entry for node, entry in row.avoid.items() if node != edge}))
             return
+        if not newer:
+            return
         current = self.current(row.id)
-        self.close(replace(placement, said=what), now_ms, why or what)
+        self.close(replace(placement, said=what, seqs={**placement.seqs, "said": seq}), now_ms, why or what)
         if current is None or current.epoch != placement.epoch:
             return
         if row.state == "ending":
@@ -295,10 +301,18 @@ class Planner(Agenda):
         else:
             self.refused(replace(row, state="pending", node=""), edge, f"{edge} {what} it: {why or 'no reason given'}", now_ms)
 
+    def _noted(self, placement: PlacementRow, seq: int, told: Mapping[str, Any]) -> None:
+        """What a record of that number tells of an open placement, each where nothing newer has told it; empty: it tells nothing of that."""
+        newer = {name: value for name, value in told.items() if value and seq > placement.seqs.get(name, 0)}
+        if newer:
+            seat = {**placement.seat, **{name: value for name, value in newer.items() if name != "said"}}
+            found = replace(placement, said=newer.get("said", placement.said), seat=seat, seqs={**placement.seqs, **dict.fromkeys(newer, seq)})
+            self.ledger.put(self.tables.open, (placement.workload, placement.epoch), found)
+
     def _moved_by_site(self, edge: str, body: Mapping[str, Any], now_ms: int) -> None:
         """A site that was cut off gave a placement to a sibling of its node, by itself. Where it stands, it stands there now, under the same epoch; where it does not, the sibling shall stop it.
 
-        The highest fence counts: two may have had it, one after the other.
+        The highest fence counts: two may have had it, one after the other. So it does where the placement has ended since: what was said under that fence, or a lower one, is from before.
         """
         workload, epoch, fence = body["id"], body["epoch"], body["fence"]
         key, row, node = (workload, epoch), self.tables.rows.get(workload), self.tables.nodes.get(edge)
@@ -308,33 +322,37 @@ class Planner(Agenda):
             raise Conflict("for", f"{edge} runs {workload!r} of epoch {epoch} by its site's own doing, and it is no node here", "see what the edge runs")
         placement = self.tables.open.get(key)
         site = placement.seat.get("site") if placement is not None else None
-        if site is not None and fence <= site["fence"]:
+        if fence <= max(row.fences.get(str(epoch), 0), site["fence"] if site is not None else 0):
             return
+        row = replace(row, fences=dict(sorted({**row.fences, str(epoch): fence}.items(), key=lambda each: int(each[0]))[-MAX_FENCES:]))
+        self.set(row)
         seat = {"gpus": [], "numa": [], "site": {"origin": body["for"], "fence": fence}}
         if placement is None:
-            if body["state"] in ENDED:
-                return
             found = PlacementRow(workload, epoch, edge, seat, now_ms)
-            if row.state == "pending" and row.epoch == epoch:
+            if row.state == "pending" and row.epoch == epoch:  # also where it has ended there: that it ran may be told later
                 self.settle(row, found, now_ms)
+                return
+            if body["state"] in ENDED:
                 return
             self.intrude(replace(found, why="its site ran it here while it was cut off; it is placed otherwise since"), now_ms)
         else:
-            self.carry(placement, replace(placement, node=edge, seat=seat, from_ms=max(now_ms, placement.from_ms), said=""), now_ms)
+            self.carry(placement, replace(placement, node=edge, seat=seat, from_ms=max(now_ms, placement.from_ms), said="", seqs={}), now_ms)
 
     def _old_news(self, edge: str, workload: str, epoch: int, now_ms: int) -> None:
         """An edge speaks of no open placement of its own: of one that has ended, or of one that this hub gave before it was restored from an older backup.
 
-        Then an epoch was given that the hub does not know of, or gives a second time. As with generations the highest heard counts: what stands goes on above it.
+        Then an epoch was given that the hub does not know of, or gives a second time. As with generations the highest heard counts: what stands goes on above it. But one that this hub reserved for a move of which
+        nothing came is known of: the target's words of it may come after its refusal, and what goes on at the source must not begin anew for them.
         """
         row = self.tables.rows.get(workload)
         given = row.epoch if row is not None else 0
-        if epoch > max(given, self.tables.heard.get(workload, 0)) + MAX_EPOCH_LEAD:
+        known = max(given, self.tables.heard.get(workload, 0))  # of one that is placed: given, or reserved by `moving.begin`
+        if epoch > known + MAX_EPOCH_LEAD:
             raise Conflict("epoch", f"{epoch} of {workload!r} is far above {given}", "see what the edge runs: no hub gave that")
         if epoch > given:
             self.hear(workload, epoch)
         current = self.current(workload) if row is not None and row.state == "placed" else None
-        if row is not None and current is not None and (epoch > given or (epoch == given and current.node != edge)):
+        if row is not None and current is not None and (epoch > known or (epoch == given and current.node != edge)):
             self.renumber(row, now_ms, f"{edge} knows epoch {epoch} from before this hub was restored")
 
     def untellable(self, node: str, reason: str, now_ms: int) -> bool:

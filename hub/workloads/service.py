@@ -332,7 +332,7 @@ class Workloads:
         await self._commit(cursor)
 
     async def _events(self) -> None:
-        """Act on what edges said, in the order in which it came, each once: the mark moves in the same transaction."""
+        """Act on what edges said, in the order in which it came, each once: the mark moves in the same transaction. In which order one edge said it is for the planner to see, by its numbers."""
         self._news = False
         found, upto = await self._read(lambda: self._store.read_events_after(KINDS, self._cursor, EVENTS_MAX))
         if upto < self._cursor:
@@ -364,7 +364,7 @@ class Workloads:
                 if str(body.get("id", "")).startswith(MOVING):
                     moving.answered(planner, stored.edge, Operation.from_json(body).to_json(), now)
             elif record.kind == "workload":
-                planner.said(stored.edge, check_fields(REPORT_FIELDS, body, "payload"), now)
+                planner.said(stored.edge, record.seq, check_fields(REPORT_FIELDS, body, "payload"), now)
             else:
                 planner.capacity(stored.edge, record.seq, body, now)
         except (Invalid, Conflict, ContractError) as error:

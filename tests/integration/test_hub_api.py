@@ -379,6 +379,21 @@ def test_a_record_of_any_kind_is_shown(served: Served) -> None:
     assert shown["kind"] == "x.y" and shown["wall_ms"] == 2**62
 
 
+def test_checkpoints_and_operations_are_what_the_edge_said_last_though_older_words_came_since(served: Served) -> None:
+    [before] = served.json("/api/v1/workloads/on-edge/checkpoints")
+    asked = {"id": "op-order", "kind": "checkpoint", "epoch": 1, "step": "", "reason": "", "detail": {"workload": "on-edge", "name": "y"}}
+    for seq, kind, body in (
+        (1_002, "operation", {**asked, "state": "succeeded"}), (1_003, "workload.checkpoints", {"checkpoints": [before, {**before, "name": "y"}]}),
+        (1_001, "operation", {**asked, "state": "running", "step": "accepted"}), (1_000, "workload.checkpoints", {"checkpoints": []}),
+    ):
+        served.background.run(write(served.hub, StoredRecord(EDGE, "event", Record(seq, "b", 0, 0, "ntp", kind, json.dumps(body)), 1)))
+    try:
+        assert [one["name"] for one in served.json("/api/v1/workloads/on-edge/checkpoints")] == ["x", "y"]
+        assert [one["state"] for one in served.json("/api/v1/workloads/on-edge/operations") if one["id"] == "op-order"] == ["succeeded"]
+    finally:
+        served.background.run(write(served.hub, StoredRecord(EDGE, "event", Record(1_004, "b", 0, 0, "ntp", "workload.checkpoints", json.dumps({"checkpoints": [before]})), 1)))
+
+
 async def write(hub: Hub, record: StoredRecord) -> None:
     await hub.ingest.write(lambda: hub.store.commit(Transaction([record])))
 

@@ -13,12 +13,13 @@ import pytest
 from edge_runtime.config import EdgeConfig
 from edge_runtime.config.schema import ApiConfig, BusConfig, DevicesConfig, HostConfig, JournalConfig, UplinkConfig, WorkloadsConfig
 from edge_runtime.contract.limits import MAX_WORKLOADS
+from edge_runtime.contract.records import Record
 from edge_runtime.runtime import EdgeRuntime
 from hub.cli import main as hub_main
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.server import Hub, HubSettings
-from hub.store.base import EdgeRow
+from hub.store.base import EdgeRow, StoredRecord, Transaction
 from hub.store.sqlite import SqliteStore
 from hub.workloads import service as service_module
 from hub.workloads.documents import Conflict, read_list
@@ -59,6 +60,39 @@ async def test_an_edge_tells_what_it_has_is_told_what_to_run_and_what_it_says_co
         edge.journal.append("event", "workload", {"id": "a", "epoch": 1, "state": "stopped"})
         await until(lambda: wanted(edge) == [] and hub.workloads.rows["a"].state == "cancelled", what="its end")
         clean(hub, {"a": work("a", 2), "b": work("b", 1)})
+
+
+async def test_what_an_edge_said_last_counts_though_it_came_first_also_over_a_restart(tmp_path: Path) -> None:
+    """After a break what is live comes before what waited: the older words come last, and the hub may have been restarted between."""
+
+    async def hear(hub: Hub, seq: int, kind: str, body: Json) -> None:
+        record = StoredRecord("gw-1", "event", Record(seq, "b-1", seq, seq, "ntp", kind, json.dumps(body)), hub.now_ms())
+        await hub.ingest.write(lambda: hub.store.commit(Transaction([record])))
+        hub.workloads.records([record])
+        newest = hub.store.read_latest(streams=("event",), kinds=(), limit=1)[0][0]
+        await until(lambda: hub.store.workload_cursor() >= newest, what="that it was acted upon")
+
+    def placed(hub: Hub) -> tuple[str, Any]:
+        placement = hub.workloads.planner.tables.open["a", 1]
+        return placement.said, placement.seat.get("form")
+
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        hub.fleet.rows["gw-1"] = EdgeRow("gw-1", "online", last_seen_ms=hub.now_ms())
+        await hear(hub, 1, "node.capacity", CAPACITY)
+        assert await submit(hub, work("a")) == ["placed"]
+        await hear(hub, 8, "workload", {"id": "a", "epoch": 1, "state": "checkpointed"})
+        await hear(hub, 6, "workload", {"id": "a", "epoch": 1, "state": "running", "form": "microvm"})
+        assert placed(hub) == ("checkpointed", "microvm")
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        await hear(hub, 5, "workload", {"id": "a", "epoch": 1, "state": "running", "form": "container"})
+        await hear(hub, 4, "workload", {"id": "a", "epoch": 1, "state": "accepted"})
+        assert placed(hub) == ("checkpointed", "microvm")
+        await hear(hub, 9, "workload", {"id": "a", "epoch": 1, "state": "running"})
+        assert placed(hub) == ("running", "microvm")
+        await hear(hub, 11, "workload", {"id": "a", "epoch": 1, "state": "done"})
+        await hear(hub, 10, "workload", {"id": "a", "epoch": 1, "state": "checkpointed"})
+        assert hub.workloads.rows["a"].state == "done" and not hub.workloads.planner.tables.open
+        assert [(row.said, row.why) for row in hub.store.read_placements("a")] == [("done", "done")]
 
 
 async def test_what_an_edge_said_while_the_hub_was_killed_counts_once_when_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +268,7 @@ async def test_the_older_document_is_changed_first(tmp_path: Path, planted: bool
 
         def moves(planner: Planner, now: int) -> None:
             planner.soil("gw-2")  # so that the new node would be told first
-            planner.said("gw-1", {"id": "a", "epoch": 1, "state": "refused", "reason": "lot"}, now)
+            planner.said("gw-1", 1, {"id": "a", "epoch": 1, "state": "refused", "reason": "lot"}, now)
             assert planner.attempt("a", now)
 
         await hub.workloads.ask(moves)
@@ -258,7 +292,7 @@ async def test_at_no_moment_do_two_documents_want_one_workload(tmp_path: Path) -
                     seen.add(key)
                     state = "stopped" if entry["wanted"] == "stopped" else draw.choice(["running", "running", "refused", "stopped"])
                     body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": "lot"}
-                    answers.append(asyncio.ensure_future(hub.workloads.ask(lambda planner, now, body=body: planner.said(node, body, now))))
+                    answers.append(asyncio.ensure_future(hub.workloads.ask(lambda planner, now, body=body, seq=len(seen): planner.said(node, seq, body, now))))
             return done
 
         answers: list[asyncio.Future[Any]] = []

@@ -442,9 +442,9 @@ def test_an_empty_store_has_no_workloads(store: Store) -> None:
 
 def test_what_one_transaction_says_of_workloads_is_read_back_whole_and_none_deletes(opener: Opener) -> None:
     store = opener()
-    rows = [workload("b", "placed", node="n-1", epoch=2, reason="why \u00fc", avoid={"n-2": [7, 1, "no"]}, plan={"start_ms": 5, "nodes": ["n-1"]}), workload("a", created_ms=2)]
+    rows = [workload("b", "placed", node="n-1", epoch=2, reason="why \u00fc", avoid={"n-2": [7, 1, "no"]}, plan={"start_ms": 5, "nodes": ["n-1"]}, fences={"1": 7}), workload("a", created_ms=2)]
     node = NodeRow("n-1", "edge", {"capacity": {"cpu": 4}}, "drain", 7, 8, "odd", {"bad=": 12})
-    places = [PlacementRow("b", 1, "n-2", {"gpus": [], "numa": []}, 1, 3, "running", "moved"), PlacementRow("b", 2, "n-1", {"gpus": [1], "numa": [[0, 1, 2]]}, 3)]
+    places = [PlacementRow("b", 1, "n-2", {"gpus": [], "numa": []}, 1, 3, "running", "moved"), PlacementRow("b", 2, "n-1", {"gpus": [1], "numa": [[0, 1, 2]]}, 3, seqs={"said": 12, "form": 3})]
     changes = WorkloadChanges({row.id: row for row in rows}, {(row.workload, row.epoch): row for row in places}, {"n-1": node}, {"b": {"allowed": 1}}, {"t": {"nominal": {}}}, 99, {"r": {"state": "running"}}, {"x": 7})
     assert changes and not WorkloadChanges()
     store.commit_workloads(changes)

@@ -1,5 +1,6 @@
 """A store in memory for planners: what was written, and nothing else, survives."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,8 @@ class Desk:
 
     def __init__(self, kind: type[Planner] = Planner) -> None:
         self.kept, self.now = Kept(kind), NOW
+        self.numbers: Counter[str] = Counter()
+        """Of each edge's stream of events, the number given last."""
         self.planner, _ = self.kept.planner(self.now)
 
     def do(self, work: Callable[[Planner, int], Any], after_ms: int = 1) -> Any:
@@ -85,6 +88,11 @@ class Desk:
         entries = read_list(list(documents))
         result: list[str] = self.do(lambda planner, now: planner.submit(entries, now))
         return result
+
+    def number(self, edge: str) -> int:
+        """The next number in an edge's stream of events."""
+        self.numbers[edge] += 1
+        return self.numbers[edge]
 
     def row(self, workload: str) -> WorkloadRow:
         return self.kept.workloads[workload]
@@ -112,5 +120,6 @@ def round_of(desk: Desk, rounds: Rounds | None = None, after_ms: int = 1000, **o
     desk.do(lambda planner, now: (rounds or Rounds(planner)).reconcile(heard, now), after_ms)
 
 
-def said(desk: Desk, edge: str, workload: str, epoch: int, state: str, reason: str = "") -> None:
-    desk.do(lambda planner, now: planner.said(edge, {"id": workload, "epoch": epoch, "state": state, "reason": reason}, now))
+def said(desk: Desk, edge: str, workload: str, epoch: int, state: str, reason: str = "", seq: int = 0) -> None:
+    """An edge's word; `seq`: its number where it is not the next."""
+    desk.do(lambda planner, now: planner.said(edge, seq or desk.number(edge), {"id": workload, "epoch": epoch, "state": state, "reason": reason}, now))

@@ -1,4 +1,4 @@
-"""Moves in a world in memory: the real planner with its store, and agents that do what the real ones do with what they are told, when it arrives, in any order between nodes. Each copy counts what it has
+"""Moves in a world in memory: the real planner with its store, and agents that do what the real ones do with what they are told, when it arrives, in any order between nodes; what one agent says is numbered, and is heard in any order too. Each copy counts what it has
 done since the workload began, so that a second copy, one that goes on from too early and one that begins anew are seen at once."""
 
 import random
@@ -32,6 +32,13 @@ class Agent:
     told: set[tuple[int, str]] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     out: list[tuple[str, Json]] = field(default_factory=list)
+    said: int = 0
+    """The number of its newest record."""
+
+    def tell(self, kind: str, body: Json) -> None:
+        """Something for the hub."""
+        self.said += 1
+        self.out.append((kind, {**body, "seq": self.said}))
 
 
 class World:
@@ -42,6 +49,8 @@ class World:
         self.agents = {name: Agent(name) for name in NODES[:nodes]}
         self.transfers: dict[str, str] = {}
         self.trouble: list[str] = []
+        self.heard: dict[tuple[str, int], tuple[int, str]] = {}
+        """Node and epoch to what was said last of what was heard, with its number."""
         self.count = 0
         """What any copy has counted to."""
         self.began = 0
@@ -69,11 +78,12 @@ class World:
         agent.entries, agent.operations = planner.wanted(agent.name), moving.operations(planner, agent.name)
 
     def speak(self, agent: Agent) -> None:
-        """The hub takes in what it said first."""
+        """The hub takes in something that it said."""
         if agent.out:
-            kind, body = agent.out.pop(0)
+            kind, body = agent.out.pop(self.chance.randrange(len(agent.out)))
             if kind == "workload":
-                said(self.desk, agent.name, W, body["epoch"], body["state"], body["reason"])
+                said(self.desk, agent.name, W, body["epoch"], body["state"], body["reason"], body["seq"])
+                self.heard[agent.name, body["epoch"]] = max(self.heard.get((agent.name, body["epoch"]), (0, "")), (body["seq"], body["state"]))
             else:
                 self.desk.do(lambda planner, now: moving.answered(planner, agent.name, body, now))
 
@@ -126,7 +136,7 @@ class World:
             self.go_on(agent, epoch, agent.held.pop(epoch)[1])
             agent.told.discard((epoch, "running"))
             self._tell(agent, epoch, "running")
-        agent.out.append(("operation", {"id": asked["id"], "state": state, "reason": "planted" if state == "failed" else "", "detail": detail}))
+        agent.tell("operation", {"id": asked["id"], "state": state, "reason": "planted" if state == "failed" else "", "detail": detail})
 
     def go_on(self, agent: Agent, epoch: int, counted: int) -> None:
         if counted != self.count:
@@ -136,7 +146,7 @@ class World:
     def _tell(self, agent: Agent, epoch: int, state: str, reason: str = "") -> None:
         if (epoch, state) not in agent.told and not self._ended(agent, epoch):
             agent.told.add((epoch, state))
-            agent.out.append(("workload", {"epoch": epoch, "state": state, "reason": reason}))
+            agent.tell("workload", {"epoch": epoch, "state": state, "reason": reason})
 
     @staticmethod
     def _ended(agent: Agent, epoch: int) -> bool:

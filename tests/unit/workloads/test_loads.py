@@ -30,7 +30,7 @@ def function(name: str, image: str = "edges:1", **more: object) -> dict[str, obj
 def runs(desk: Desk, name: str, load_ms: float) -> str:
     """It says that it runs; on which node."""
     row = desk.row(name)
-    desk.do(lambda planner, now: planner.said(row.node, {"id": name, "epoch": row.epoch, "state": "running", "reason": "", "load_ms": load_ms}, now))
+    desk.do(lambda planner, now: planner.said(row.node, desk.number(row.node), {"id": name, "epoch": row.epoch, "state": "running", "reason": "", "load_ms": load_ms}, now))
     return row.node
 
 

@@ -31,7 +31,7 @@ def site(kind: str = "edge") -> tuple[Desk, str, list[str]]:
 
 
 def moved(desk: Desk, edge: str, origin: str, fence: int, state: str = "running", epoch: int = 1) -> None:
-    desk.do(lambda planner, now: planner.said(edge, {"id": "w", "epoch": epoch, "state": state, "reason": "", "for": origin, "fence": fence}, now))
+    desk.do(lambda planner, now: planner.said(edge, desk.number(edge), {"id": "w", "epoch": epoch, "state": state, "reason": "", "for": origin, "fence": fence}, now))
 
 
 def sound(desk: Desk) -> None:
