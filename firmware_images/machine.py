@@ -104,12 +104,12 @@ INITRD_SPEAKS = "novacron: the command line names no slot"
 """What our initrd says that is given no slot: kernel and programs ran."""
 
 
-def comes_up(arch: Architecture, kernel: Path, early: Path, accelerator: str) -> bool:
-    """Whether a kernel of ours reaches its initrd."""
+def comes_up(arch: Architecture, kernel: Path, early: Path, accelerator: str, seconds: float = PROBE_S) -> bool:
+    """Whether a kernel of ours reaches its initrd in that time."""
     line = f"console={arch.console} panic=-1 {arch.emulated}".rstrip()
     with Machine([arch.qemu, *arch.machine, "-accel", accelerator, "-m", f"{PROBE_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(early), "-append", line]) as machine:
         try:
-            machine.wait_for(re.escape(INITRD_SPEAKS), PROBE_S)
+            machine.wait_for(re.escape(INITRD_SPEAKS), seconds)
         except (TimeoutError, EOFError):
             return False
     return True
