@@ -12,7 +12,7 @@ from . import configuration, recipes, room, tools
 from .build import Built, finished, output
 from .contents import ESP_NAME, PROVISIONED
 from .errors import FirmwareError
-from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare
+from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare, require
 from .recipes import Architecture, Profile
 
 LOOPBACK = "127.0.0.1"
@@ -149,6 +149,7 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
             configuration.check_files(config, {"api.token", *(word.partition("=")[0].removeprefix("novacron.") for word in options.credential)})
     text = plain(name, options.hub) if options.config is None else options.config.read_text()
     built = finished(options.home, arch, chosen)
+    require(arch)
     given = settle(state, text)
     configuration.check(given, "broker" in chosen.extra)
     disk, flash = prepare(arch, built.image, state)

@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.updates.bundle import ARTIFACTS, PIECE_MAX_BYTES, Artifact, Manifest, Piece, head, parse_manifest, signed_part
+from edge_runtime.updates.bundle import ARTIFACTS, GATE_LEAST_S, GATE_MOST_S, PIECE_MAX_BYTES, TRIES_MOST, Artifact, Manifest, Piece, head, parse_manifest, signed_part
 from edge_runtime.updates.verity import BLOCK
 
 from . import room, tools
@@ -68,6 +68,8 @@ def make_key(home: Path) -> None:
 def sign(key: Path, message: bytes) -> bytes:
     """An Ed25519 signature by the private key in a PEM file. Raises FirmwareError."""
     tools.require(["openssl"])
+    if not key.is_file():
+        raise FirmwareError("key", f"{key} is no file", "give an Ed25519 private key (PEM) with --key")
     with tempfile.TemporaryDirectory() as top:
         said, signed = Path(top) / "message", Path(top) / "signature"
         said.write_bytes(message)
@@ -173,6 +175,9 @@ def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def bundle(image: Path, base: Path | None, key: Path, target: Path, *, tries: int = TRIES, gate_s: int = GATE_S, more: Sequence[str] = ()) -> Bundled:
     """Bundle the built image in the folder `image`; a delta where a `base` is given. `more`: words for the kernel's command line. Raises FirmwareError."""
+    for name, value, least, most in (("tries", tries, 1, TRIES_MOST), ("gate", gate_s, GATE_LEAST_S, GATE_MOST_S)):
+        if not least <= value <= most:
+            raise FirmwareError(name, f"{value}", f"give {least} to {most} with --{name}")
     told, found = _contents(image)
     if target.is_dir():
         raise FirmwareError("output", f"{target} is a folder", "give the name of the bundle's file with --output")
@@ -182,6 +187,7 @@ def bundle(image: Path, base: Path | None, key: Path, target: Path, *, tries: in
         raise FirmwareError("base", f"is for {before['arch']} {before['profile']}, the image for {told['arch']} {told['profile']}", "give the image that the devices run")
     if before and before["sequence"] >= told["sequence"]:
         raise FirmwareError("base", f"has sequence {before['sequence']}, the image {told['sequence']}: devices would refuse it", "build the image with a higher --sequence")
+    sign(key, b"")  # a key that cannot sign is told before the images are compared, which takes a while
     artifacts = tuple(Artifact(name, len(found[name]), tuple(pieces(found[name], old.get(name)))) for name in ARTIFACTS)
     manifest = Manifest(
         told["arch"], told["profile"], told["version"], told["sequence"], before.get("root_hash", ""), " ".join([told["command_line"], *more]), told["root_hash"], told["salt"], tries, gate_s, artifacts,

@@ -104,12 +104,12 @@ INITRD_SPEAKS = "novacron: the command line names no slot"
 """What our initrd says that is given no slot: kernel and programs ran."""
 
 
-def comes_up(arch: Architecture, kernel: Path, early: Path, accelerator: str) -> bool:
-    """Whether a kernel of ours reaches its initrd."""
+def comes_up(arch: Architecture, kernel: Path, early: Path, accelerator: str, seconds: float = PROBE_S) -> bool:
+    """Whether a kernel of ours reaches its initrd in that time."""
     line = f"console={arch.console} panic=-1 {arch.emulated}".rstrip()
     with Machine([arch.qemu, *arch.machine, "-accel", accelerator, "-m", f"{PROBE_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(early), "-append", line]) as machine:
         try:
-            machine.wait_for(re.escape(INITRD_SPEAKS), PROBE_S)
+            machine.wait_for(re.escape(INITRD_SPEAKS), seconds)
         except (TimeoutError, EOFError):
             return False
     return True
@@ -124,12 +124,17 @@ def kvm_boots(arch: Architecture, kernel: Path, early: Path) -> str:
     return "" if comes_up(arch, kernel, early, "kvm") else f"the kernel does not come up under KVM within {PROBE_S:g} s"
 
 
-def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
-    """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
+def require(arch: Architecture) -> None:
+    """Raises FirmwareError naming what of a machine's programs and firmware is not installed, and how to get it."""
     tools.require([arch.qemu, "cp", AS_LONG_AS_WE[0]])
     for path in arch.firmware:
         if path and not Path(path).exists():
             raise FirmwareError("tools", f"no {path}", f"as root, apt install --no-install-recommends {arch.firmware_package}")
+
+
+def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
+    """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
+    require(arch)
     disk, flash = state / "disk.img", state / "variables.fd"
     room.ready(state, "state", "--state", 0 if disk.exists() else 512 * image.stat().st_blocks)
     if not disk.exists():

@@ -18,7 +18,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)\Z")
 
 
 class Interrupted(Exception):
-    """The bytes did not come; the same again may work later."""
+    """The bytes did not come, or their check did not end, in time; the same again may work later."""
 
 
 class Source(Protocol):

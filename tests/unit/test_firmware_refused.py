@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,9 @@ AMD64, DEVICE = recipes.architecture("amd64"), recipes.profile("device")
     (["build", "--arch", "vax"], "arch: 'vax' is unknown; take one of amd64"), (["build", "--profile", "toaster"], "profile: 'toaster' is unknown"), (["boot", "--memory", "8"], "memory: 8 MiB"),
     (["boot"], "image: there is none"), (["boot", "--config", "/nonexistent.yaml"], "config:"), (["build", "--sequence", "-1"], "sequence: -1; give 0 to 9999999999"), (["build", "--variant", "../x"], "variant: '../x' is no name"),
     (["boot", "--port", "99999"], "port: 99999; give 1 to 65535"), (["boot", "--port", "-1"], "port: -1; give 1 to 65535"), (["boot", "--clock", "noon"], "clock: 'noon' is no date; give one such as 1970-01-02"),
-    (["bundle", "--output", "/nonexistent/bundle"], "image:"),
+    (["bundle", "--output", "/nonexistent/bundle"], "image:"), (["bundle", "--output", "x", "--tries", "0"], "tries: 0; give 1 to 9 with --tries"), (["bundle", "--output", "x", "--gate", "1"], "gate: 1; give 30 to 86400 with --gate"),
+    (["bundle", "--output", "x", "--profile", "toaster"], "profile: 'toaster' is unknown"), (["containers", "--arch", "vax"], "arch: 'vax' is unknown"), (["containers", "--service", "x"], "service: 'x' is unknown; take one of edge, hub"),
+    (["containers", "--mode", "x"], "mode: 'x' is unknown; take one of production, development"), (["boot", "--arch", "vax"], "arch: 'vax' is unknown"), (["boot", "--profile", "toaster"], "profile: 'toaster' is unknown"),
 ])
 def test_bad_input_is_one_clear_line_before_anything_is_done(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments, "--home", str(tmp_path)]) == 2
@@ -58,6 +61,18 @@ def test_a_bundle_has_a_place_before_it_is_made(tmp_path: Path, monkeypatch: pyt
             bundles.bundle(tmp_path, None, tmp_path / "key", target)
 
 
+def test_a_key_that_cannot_sign_is_refused_before_images_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_contents", lambda folder: ({}, {"root": b""}))
+    monkeypatch.setattr(bundles, "pieces", lambda data, base: pytest.fail("compared"))
+    key = tmp_path / "key"
+    with pytest.raises(FirmwareError, match="^key: .*key is no file; give an Ed25519 private key .PEM. with --key$"):
+        bundles.bundle(tmp_path, None, key, tmp_path / "bundle")
+    key.write_text("no key\n")
+    with pytest.raises(FirmwareError, match=r"(?s)^key: openssl failed: .*; give an Ed25519 private key .PEM. with --key$"):
+        bundles.bundle(tmp_path, None, key, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [key]
+
+
 def test_a_disk_that_becomes_full_is_one_clear_line_and_our_own_faults_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(number: int) -> None:
         def build_it(*arguments: object) -> None:
@@ -85,6 +100,21 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tools, "find", lambda program: None if program in ("mcopy", "mmd", "mksquashfs") else "/bin/true")
     with pytest.raises(FirmwareError, match=r"mksquashfs, mmd, mcopy not found; as root, apt install --no-install-recommends mtools squashfs-tools"):
         build.preflight(tmp_path, AMD64, DEVICE)
+
+
+@pytest.mark.parametrize(("arch", "without", "words"), [
+    ("amd64", "qemu-system-x86_64", "tools: qemu-system-x86_64 not found; as root, apt install --no-install-recommends qemu-system-x86"), ("riscv64", "", "tools: no {tmp}/none; as root, apt install --no-install-recommends u-boot-qemu"),
+])
+def test_a_machine_without_its_programs_or_firmware_is_refused_before_it_has_a_folder(arch: str, without: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tools, "find", lambda program: None if program == without else "/bin/true")
+    wanted = recipes.ARCHITECTURES[arch]
+    monkeypatch.setitem(recipes.ARCHITECTURES, arch, replace(wanted, firmware=(str(tmp_path / "none"), "")))
+    folder = build.output(tmp_path, wanted, DEVICE)
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    assert cli.main(["boot", "--home", str(tmp_path), "--arch", arch]) == 2
+    assert capsys.readouterr().err == words.format(tmp=tmp_path) + "\n"
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
 def test_no_space_is_said_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,6 +231,7 @@ def test_a_machine_that_does_not_start_is_a_failure_of_the_command(tmp_path: Pat
     folder = build.output(tmp_path, AMD64, DEVICE)
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
+    monkeypatch.setattr(boot, "require", lambda arch: None)
     monkeypatch.setattr(boot, "prepare", lambda arch, image, state: (Path("disk"), Path("flash")))
     for status in (1, 0):
         monkeypatch.setattr(boot, "command", lambda *arguments, status=status: ["sh", "-c", f"echo no such machine; exit {status}"])

@@ -142,6 +142,25 @@ def test_openssl_takes_what_our_key_signed_and_nothing_else(tmp_path: Path) -> N
     assert not signature.verified(tmp_path / "nothing", b"message", signed)
 
 
+def test_a_device_too_busy_to_check_a_signature_waits_and_takes_the_bundle_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in openssl's place that never ends: nothing was refused, so nothing may be given up, and the reason is told."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "update.pem").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "openssl").write_text("#!/bin/sh\nexec sleep 3600\n")
+    (tmp_path / "bin" / "openssl").chmod(0o755)
+    here, order = device(tmp_path, SECOND), placed(tmp_path, packed(SECOND.manifest(), SECOND.content))
+    with monkeypatch.context() as busy:
+        busy.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+        busy.setattr(signature, "OPENSSL_TIMEOUT_S", 0.1)
+        installer = here.installer(partial(signature.verified, tmp_path / "keys"))
+        with pytest.raises(Interrupted):
+            installer.turn(order)
+    assert installer.status["state"] == "waiting" and installer.status["reason"] == "the signature was not checked within 0.1 s: the device is busy"
+    here.installer().turn(order)
+    assert installer.status["state"] == "written", installer.status
+
+
 # -- deltas ----------------------------------------------------------------------------------------------------------------------
 
 def rebuilt(base: bytes, new: bytes) -> tuple[bytes, int]:
