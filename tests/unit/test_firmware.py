@@ -58,6 +58,16 @@ def test_a_tree_comes_back_from_its_tar_and_gives_the_same_bytes_in_any_order(fi
     assert dict(again.items()) == dict(tree.items())
 
 
+def test_what_is_read_first_lies_first_and_nothing_is_left_out() -> None:
+    tree = Tree()
+    for path in ("/a/1", "/b/2", "/b/3", "/c/4"):
+        tree.file(path, path.encode())
+    tree.link("/a/link", "1")
+    ordered = list(tree.items_for_reading(["/c/4", "/a/1", "/c/4", "/a/link", "/b", "/absent"]))
+    assert [path for path, entry in ordered if entry.kind == "dir"] == ["/", "/a", "/b", "/c"] and [path for path, _ in ordered[4:]] == ["/c/4", "/a/1", "/a/link", "/b/2", "/b/3"]
+    assert dict(ordered) == dict(tree.items())
+
+
 def test_a_package_keeps_merged_folders_and_loses_owners_and_set_uid() -> None:
     tree = Tree()
     tree.folder("/usr/lib")
