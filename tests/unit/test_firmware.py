@@ -100,7 +100,7 @@ def test_a_squashed_root_is_roots_whoever_builds(tmp_path: Path) -> None:
     needs("mksquashfs")
     tree = Tree()
     tree.file("/etc/x", "x" * 5000)
-    build._squash(tree, tmp_path / "one", 1_700_000_000)
+    build._squash(tree, [], tmp_path / "one", 1_700_000_000)
     told = subprocess.run([needs("unsquashfs"), "-lln", str(tmp_path / "one")], capture_output=True, text=True, check=True).stdout
     assert [line.split()[:2] for line in told.splitlines() if line.strip()] == [["drwxr-xr-x", "0/0"], ["drwxr-xr-x", "0/0"], ["-rw-r--r--", "0/0"]]
 
