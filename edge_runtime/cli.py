@@ -1,12 +1,10 @@
 """`novacron-edge`: run the agent, check a configuration."""
 
-import argparse
 import gc
 import logging
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -14,30 +12,43 @@ from . import __version__
 LEAN_FLAGS = ("-OO", "-X", "no_debug_ranges")
 """Interpreter flags of a running agent: no docstrings, no column tables; 2 MiB less. Nothing relies on assert."""
 
-_Help = partial(argparse.HelpFormatter, width=100)
-"""Text of a set width: to ask the terminal for its own, argparse loads `shutil` and the libraries of three compressions, at each start."""
+
+def _options(arguments: list[str]) -> tuple[str, Path | None, bool]:
+    """Command, configuration and whether its quick form is to be written. Ends the process where that is not what the arguments ask for."""
+    match arguments:
+        case ["run", "--config", path] if not path.startswith("-"):  # as a service starts it: without argparse, which takes a twentieth of the start
+            return "run", Path(path), False
+    import argparse
+    from functools import partial
+
+    # Text of a set width: to ask the terminal for its own, argparse loads `shutil` and the libraries of three compressions.
+    plain = partial(argparse.HelpFormatter, width=100)
+    parser = argparse.ArgumentParser(prog="novacron-edge", description="NovaCron edge agent", formatter_class=plain)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
+    for name, text in (("run", "run the agent"), ("check", "check a configuration and say what it comes to")):
+        command = commands.add_parser(name, help=text, formatter_class=plain)
+        command.add_argument("--config", type=Path, help="YAML file (see docs/edge-config.md)")
+        if name == "check":
+            command.add_argument("--quick", action="store_true", help="also keep what the file says as FILE.json, from which the agent starts quicker")
+    options = parser.parse_args(arguments)
+    return options.command, options.config, options.command == "check" and options.quick
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="novacron-edge", description="NovaCron edge agent", formatter_class=_Help)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
-    for name, text in (("run", "run the agent"), ("check", "check a configuration and say what it comes to")):
-        command = commands.add_parser(name, help=text, formatter_class=_Help)
-        command.add_argument("--config", type=Path, help="YAML file (see docs/edge-config.md)")
-    options = parser.parse_args(arguments)
+    command, path, quick = _options(sys.argv[1:] if arguments is None else arguments)
     from .config import ConfigError, load_config
 
     try:
-        loaded = load_config(options.config)
+        loaded = load_config(path)
     except ConfigError as error:
         print(f"the configuration cannot be used:\n{error}", file=sys.stderr)
         return 2
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if options.command == "check":
-        return _check(loaded.config)
+    if command == "check":
+        return _check(loaded.config) or (_keep_quick_form(path) if quick else 0)
     if not sys.flags.optimize and os.environ.get("NOVACRON_NO_REEXEC") != "1" and arguments is None:
         # The flags can only be given to a new interpreter; the process id stays the same.
         os.execv(sys.executable, [sys.executable, *LEAN_FLAGS, "-m", "edge_runtime", *sys.argv[1:]])
@@ -77,6 +88,20 @@ def _check(config: object) -> int:
         print("\n".join(problems), file=sys.stderr)
         return 2
     print(json.dumps(public_dict(config), indent=1))
+    return 0
+
+
+def _keep_quick_form(path: Path | None) -> int:
+    from .config import quick_form
+    from .config.load import read_yaml
+
+    if path is None:
+        return 0
+    try:
+        quick_form.path_of(path).unlink(missing_ok=True)  # what the text says is kept, not what was kept before
+        quick_form.write(path, path.read_bytes(), read_yaml(path))
+    except OSError as error:
+        print(f"warning: {quick_form.path_of(path)}: {error.strerror}; the agent reads the YAML at each start", file=sys.stderr)
     return 0
 
 

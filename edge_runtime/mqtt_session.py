@@ -12,11 +12,10 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from .contract.errors import ContractError
+from .contract.lean_dataclass import dataclass, field
 from .lean_imports import import_paho, packet_properties
 from .mqtt_client import traffic_client
 
@@ -63,6 +62,8 @@ class Endpoint:
     @staticmethod
     def parse(url: str, *, username: str = "", password: str = "", ca_file: str = "", cert_file: str = "", key_file: str = "", protocol: str = "auto") -> "Endpoint":
         """From `mqtt://[user:password@]host[:port]` or `mqtts://...`; raises `ContractError` naming `url`."""
+        from urllib.parse import unquote, urlsplit  # an edge alone has no address to read
+
         try:
             parts = urlsplit(url)
             port = parts.port

@@ -1,6 +1,6 @@
 """How often the edge does what no message asks for. Read anew before each wait, so a running edge can be slowed down or hurried."""
 
-from dataclasses import dataclass
+from .contract.lean_dataclass import dataclass
 
 
 @dataclass(slots=True)

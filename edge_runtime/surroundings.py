@@ -7,9 +7,9 @@ import asyncio
 import gc
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from .clock import SystemClock
+from .contract.lean_dataclass import dataclass, field
 from .decisions.engine import DecisionEngine, Predictor
 from .decisions.rules import RuleSet
 from .journal.database import WAL_GROWN_BYTES

@@ -103,9 +103,9 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
     own = packages.resolve(cache, arch.suite, MACHINES[platform.machine()], ["python3-minimal", "libpython3-stdlib"], tell, refresh)
     wheels = [] if arch.debian_modules else chosen_wheels(cache, arch, chosen.wheels, tell)
     tell(f"root from {len(resolved.packages)} packages and {len(wheels)} wheels")
-    tree, agent = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.unpack(cache, own.packages, chosen), __version__, sequence, keys)
+    tree, agent, first = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.unpack(cache, own.packages, chosen), __version__, sequence, keys)
     with tempfile.TemporaryDirectory(dir=home) as top:
-        image, manifest = _assemble(Path(top), arch, chosen, tree, resolved, sequence, tell)
+        image, manifest = _assemble(Path(top), arch, chosen, tree, first, resolved, sequence, tell)
         manifest["inputs"] = {
             "agent": agent, "packages": {package.name: f"{package.version} {package.sha256}" for package in resolved.packages}, "wheels": {wheel.name: packages.digest_of(wheel) for wheel in wheels},
         }
@@ -123,7 +123,7 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
     return Built(target / "disk.img", manifest)
 
 
-def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolved: packages.Resolved, sequence: int, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, first: Sequence[str], resolved: packages.Resolved, sequence: int, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
     """Squash, hash, lay out, write; the disk and its manifest."""
     time_s = resolved.date_s
     try:
@@ -135,7 +135,7 @@ def _assemble(top: Path, arch: Architecture, chosen: Profile, tree: Tree, resolv
     initrd.drop_kernel(tree)
     tell(f"squashing {len(tree)} files")
     squashed = top / "root.squashfs"
-    _squash(tree, squashed, time_s)
+    _squash(tree, first, squashed, time_s)
     data = squashed.read_bytes()
     data += bytes(-len(data) % BLOCK)
     (top / "root").write_bytes(data)
@@ -190,9 +190,10 @@ def _boot_loader(resolved: packages.Resolved, arch: Architecture, cache: Path) -
     raise FirmwareError("packages", f"systemd-boot-efi has no loader for {arch.name}", "take another suite")
 
 
-def _squash(tree: Tree, target: Path, time_s: int) -> None:
+def _squash(tree: Tree, first: Sequence[str], target: Path, time_s: int) -> None:
+    """`first`: files that a start reads, in that order. Small files share blocks of 128 KiB, of which the kernel keeps three: read in another order than they lie in, a block is unpacked for each of them."""
     with tempfile.TemporaryFile(dir=target.parent) as archive:
-        for piece in as_tar(tree.items(), time_s):
+        for piece in as_tar(tree.items_for_reading(first), time_s):
             archive.write(piece)
         archive.seek(0)
         tools.run(["mksquashfs", "-", str(target), "-tar", *SQUASHFS], field="root", remedy="is there room?", env={"SOURCE_DATE_EPOCH": str(time_s)}, stdin=archive)

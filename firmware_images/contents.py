@@ -104,7 +104,15 @@ umask 027
 config={DATA}/config
 busybox mkdir -p $config
 busybox chgrp novacron $config
-if [ -s $config/edge.yaml ]; then exit 0; fi
+# What the configuration says as JSON beside it: a start need not read YAML. A device that was set up by an image without it gets it here, once.
+quick() {{
+  python3 -OO -m edge_runtime check --quick --config $1 > /dev/null || return 1
+  if [ -e $1.json ]; then busybox chgrp novacron $1.json; fi
+}}
+if [ -s $config/edge.yaml ]; then
+  [ -s $config/edge.yaml.json ] || quick $config/edge.yaml
+  exit 0
+fi
 from="${{CREDENTIALS_DIRECTORY:-/nonexistent}}"
 prefix=novacron.
 if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
@@ -121,11 +129,11 @@ else
       busybox cp "$from/$prefix$name" $config/.$name && busybox chmod 640 $config/.$name && busybox chgrp novacron $config/.$name || exit 1
     fi
   done
-  if ! python3 -OO -m edge_runtime check --config $config/.edge.yaml > /dev/null; then
+  if ! quick $config/.edge.yaml; then
     echo "novacron: the configuration cannot be used (above); nothing was taken over."
     busybox rm -f $config/.??*
   else
-    for name in {" ".join(PROVISIONED)}; do
+    for name in edge.yaml.json {" ".join(PROVISIONED)}; do
       if [ -e $config/.$name ]; then busybox sync; busybox mv $config/.$name $config/$name; fi
     done
     busybox sync

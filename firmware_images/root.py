@@ -119,24 +119,55 @@ def compile_python(tree: Tree, interpreter: Tree, python: tuple[int, int], level
     version = f"{python[0]}.{python[1]}"
     with tempfile.TemporaryDirectory() as top:
         own, sources_at = Path(top) / "python", Path(top) / "sources"
-        write_out(interpreter, own, ("/usr/bin/python", "/usr/lib", "/lib", "/lib64"))
+        command, environment = _write_interpreter(interpreter, own, version)
         sources = [(path, data) for path, data in tree.files("/usr/lib") if path.endswith(".py") and path.startswith(("/usr/lib/python3", f"/usr/lib/python{version}"))]
         for path, data in sources:
             (sources_at / path[1:]).parent.mkdir(parents=True, exist_ok=True)
             (sources_at / path[1:]).write_bytes(data)
-        loader = next((own / path[1:] for path, _ in interpreter.items() if path.startswith("/usr/lib") and "/ld-linux" in path), None)
-        if loader is None:
-            raise FirmwareError("tools", "Debian's packages for this machine have no loader", "build on amd64, arm64 or riscv64")
-        libraries = ":".join(str(own / folder[1:]) for folder in initrd.library_folders(interpreter))
         tools.run(
-            [str(loader), "--library-path", libraries, str(own / f"usr/bin/python{version}"), "-S", "-m", "compileall", "-q", *(word for level in levels for word in ("-o", level)), "--invalidation-mode", "unchecked-hash", "-s", str(sources_at), "-p", "/", str(sources_at)],
-            field="compile", remedy="see the file that is named", env={"PYTHONHOME": str(own / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
+            [*command, "-S", "-m", "compileall", "-q", *(word for level in levels for word in ("-o", level)), "--invalidation-mode", "unchecked-hash", "-s", str(sources_at), "-p", "/", str(sources_at)],
+            field="compile", remedy="see the file that is named", env={**environment, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": ""},
         )
         count = 0
         for made in sorted(sources_at.rglob("*.pyc")):
             tree.file("/" + made.relative_to(sources_at).as_posix(), made.read_bytes())
             count += 1
     return count
+
+
+def _write_interpreter(interpreter: Tree, own: Path, version: str) -> tuple[list[str], dict[str, str]]:
+    """Write Debian's Python for this machine into a folder; the words that start it, and their environment."""
+    write_out(interpreter, own, ("/usr/bin/python", "/usr/lib", "/lib", "/lib64"))
+    loader = next((own / path[1:] for path, _ in interpreter.items() if path.startswith("/usr/lib") and "/ld-linux" in path), None)
+    if loader is None:
+        raise FirmwareError("tools", "Debian's packages for this machine have no loader", "build on amd64, arm64 or riscv64")
+    libraries = ":".join(str(own / folder[1:]) for folder in initrd.library_folders(interpreter))
+    return [str(loader), "--library-path", libraries, str(own / f"usr/bin/python{version}")], {"PYTHONHOME": str(own / "usr"), "PYTHONHASHSEED": "0"}
+
+
+_START = """
+import runpy, sys
+from edge_runtime.lean_imports import leave_out_openssl
+leave_out_openssl()
+import edge_runtime.cli, edge_runtime.config, asyncio, sqlite3, edge_runtime.logs, edge_runtime.runtime, edge_runtime.updates.duty, edge_runtime.devices.host, edge_runtime.local_api.server
+for module in list(sys.modules.values()):
+    cached = getattr(getattr(module, "__spec__", None), "cached", None)
+    if cached:
+        print(cached)
+"""
+
+
+def start_order(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> list[str]:
+    """Byte code that the agent's start reads, in the order of its imports, as this machine's build of the same Python has it. Modules that are compiled for the target are not among them."""
+    with tempfile.TemporaryDirectory() as top:
+        own, agent = Path(top) / "python", Path(top) / "agent"
+        command, environment = _write_interpreter(interpreter, own, f"{python[0]}.{python[1]}")
+        write_out(tree, agent, (f"{SITE}/edge_runtime/",))
+        told = tools.run([*command, "-S", "-P", "-OO", "-c", _START], field="order of files", remedy="see the module that is named", env={**environment, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(agent / SITE[1:])})
+        found = [path for line in told.split() for base in (own, agent) if line.startswith(f"{base}/") and (path := line.removeprefix(str(base))) in tree]
+    if not any(path.startswith(f"{SITE}/edge_runtime/") for path in found):  # as where the folder that the build runs in has an agent of its own
+        raise FirmwareError("order of files", "the agent's byte code is not among what its start reads", "see start_order")
+    return found
 
 
 def index_modules(tree: Tree, version: str) -> None:
@@ -150,8 +181,8 @@ def index_modules(tree: Tree, version: str) -> None:
             tree.file(f"{folder}/{path.name}", path.read_bytes())
 
 
-def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str, sequence: int, keys: Mapping[str, bytes]) -> tuple[Tree, str]:
-    """The finished root and the agent's digest. /boot is still in it.
+def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, resolved: Sequence[Package], wheels: Sequence[Path], interpreter: Tree, version: str, sequence: int, keys: Mapping[str, bytes]) -> tuple[Tree, str, list[str]]:
+    """The finished root, the agent's digest, and the byte code that a start reads, in its order. /boot is still in it.
 
     Raises:
         FirmwareError: a library is missing, a file cannot be read.
@@ -173,4 +204,4 @@ def make(cache: Path, repository: Path, arch: Architecture, chosen: Profile, res
     except ValueError as error:
         raise FirmwareError("packages", str(error), "see the recipe") from None
     compile_python(tree, interpreter, arch.python)
-    return tree, agent
+    return tree, agent, start_order(tree, interpreter, arch.python)

@@ -7,7 +7,7 @@ same entries give the same bytes.
 import io
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -46,6 +46,13 @@ class Tree:
     def items(self) -> Iterator[tuple[str, Entry]]:
         """All entries, parents before children, in one order."""
         yield from sorted(self._entries.items())
+
+    def items_for_reading(self, first: Sequence[str]) -> Iterator[tuple[str, Entry]]:
+        """All entries, folders before all else, then the files `first` in that order, then the rest; each once."""
+        early = dict.fromkeys(path for path in first if (entry := self._entries.get(path)) is not None and entry.kind == "file")
+        yield from ((path, entry) for path, entry in self.items() if entry.kind == "dir")
+        yield from ((path, self._entries[path]) for path in early)
+        yield from ((path, entry) for path, entry in self.items() if entry.kind != "dir" and path not in early)
 
     def files(self, under: str = "/") -> Iterator[tuple[str, bytes]]:
         """Path and content of each file below a folder, in one order."""

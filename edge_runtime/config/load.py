@@ -1,16 +1,16 @@
 """Reading the configuration: defaults < YAML < environment. Every problem is named, all at once."""
 
-import dataclasses
 import math
 import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
+from ..contract.lean_dataclass import dataclass, field, is_lean, metadata_of
 from ..contract.schema import ID_PATTERN
+from . import quick_form
 from .schema import EdgeConfig, ModelConfig
 
 MAX_FILE_BYTES = 1 << 20
@@ -22,13 +22,14 @@ MAX_NODES = 20_000
 
 ENV_PREFIX = "NOVACRON_EDGE__"
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|KiB|MB|MiB|GB|GiB|TB|TiB)?\Z")
+# Compiled when one is first met: most configurations have none, and the agent's start waits for each.
+_SIZE = r"(\d+(?:\.\d+)?)\s*(B|kB|KB|KiB|MB|MiB|GB|GiB|TB|TiB)?\Z"
 _SIZES = {
     None: 1, "B": 1, "kB": 10**3, "KB": 10**3, "KiB": 1 << 10, "MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30, "TB": 10**12, "TiB": 1 << 40,
 }
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z")
+_TIME = r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\Z"
 _TIMES = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class _Reader:
                 return ""
             return found
 
-        return _VARIABLE.sub(value, text)
+        return re.sub(_VARIABLE, value, text) if "${" in text else text
 
 
 def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> LoadedConfig:
@@ -111,7 +112,7 @@ def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Load
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as an object; raises `ConfigError`. PyYAML is imported here and only here."""
+    """A YAML file as an object; raises `ConfigError`. PyYAML is imported here and only here, and not where the file's quick form is beside it (`quick_form`)."""
     source = str(path)
     try:
         size = path.stat().st_size
@@ -120,6 +121,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError([Problem(source, "file", error.strerror or str(error), "give a readable file with --config")]) from None
     if size > MAX_FILE_BYTES:
         raise ConfigError([Problem(source, "file", f"{size} bytes are over {MAX_FILE_BYTES}", "a configuration is smaller")])
+    if (kept := quick_form.read(path, raw)) is not None:
+        return kept
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -173,12 +176,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    """Attribute -> type. No section of the configuration inherits, and none has an annotation in quotes (tested), so nothing has to be resolved."""
+    return cls.__annotations__
 
 
 def _known_names(cls: type) -> dict[str, str]:
     """Accepted name -> attribute: the attribute and, where it is free, the attribute without its unit."""
-    attributes = [item.name for item in fields(cls)]
+    attributes: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
     names = {name: name for name in attributes}
     for name in attributes:
         for unit in ("_s", "_bytes", "_hours"):
@@ -195,8 +199,7 @@ def _merge(reader: _Reader, cls: type, data: Any, prefix: str, source_of: dict[s
     if not isinstance(data, dict):
         reader.wrong(prefix.rstrip(".") or "file", f"is {type(data).__name__}, not a mapping", "write `key: value` lines below it")
         return {}
-    names, hints, out = _known_names(cls), _hints(cls), {}
-    metadata = {item.name: item.metadata for item in fields(cls)}
+    names, hints, limits, out = _known_names(cls), _hints(cls), metadata_of(cls), {}
     for given, value in data.items():
         attribute = names.get(given) if isinstance(given, str) else None
         if attribute is None:
@@ -206,10 +209,10 @@ def _merge(reader: _Reader, cls: type, data: Any, prefix: str, source_of: dict[s
             reader.wrong(f"{prefix}{given}", "is unknown", f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(set(names.values())))}")
             continue
         path = prefix + attribute
-        if is_dataclass(hints[attribute]):
+        if is_lean(hints[attribute]):
             out[attribute] = _merge(reader, hints[attribute], value, path + ".", source_of)
         else:
-            out[attribute] = _value(reader, hints[attribute], metadata[attribute], value, path)
+            out[attribute] = _value(reader, hints[attribute], limits[attribute], value, path)
             source_of[path] = reader.source
     return out
 
@@ -274,9 +277,9 @@ def _number(reader: _Reader, kind: type, metadata: Mapping[str, Any], value: Any
         number = float(value) if math.isfinite(value) else None
     elif isinstance(value, str):
         text = value.strip()
-        if unit == "bytes" and (match := _SIZE.match(text)):
+        if unit == "bytes" and (match := re.match(_SIZE, text)):
             number = float(match[1]) * _SIZES[match[2]]
-        elif unit == "s" and (match := _TIME.match(text)):
+        elif unit == "s" and (match := re.match(_TIME, text)):
             number = float(match[1]) * _TIMES[match[2]]
         elif not unit:
             try:
@@ -308,23 +311,22 @@ def _override(reader: _Reader, merged: dict[str, Any], source_of: dict[str, str]
                 break
             kind = _hints(cls)[attribute]
             if depth == len(path) - 1:
-                if is_dataclass(kind) or get_origin(kind) in (tuple, dict):
+                if is_lean(kind) or get_origin(kind) in (tuple, dict):
                     reader.wrong(name, "is a section or a list", "set it in the file")
                     break
-                metadata = next(item.metadata for item in fields(cls) if item.name == attribute)
-                target[attribute] = _value(reader, kind, metadata, value, ".".join([*path[:-1], attribute]))
+                target[attribute] = _value(reader, kind, metadata_of(cls)[attribute], value, ".".join([*path[:-1], attribute]))
                 source_of[".".join([*path[:-1], attribute])] = f"environment {name}"
-            elif not is_dataclass(kind):
+            elif not is_lean(kind):
                 reader.wrong(name, f"{part} is not a section", f"use {ENV_PREFIX}{'__'.join(path[: depth + 1]).upper()}")
                 break
             else:
                 target = target.setdefault(attribute, {})
-                cls = kind  # type: ignore[assignment]
+                cls = kind
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     hints = _hints(cls)
-    return cls(**{name: _build(hints[name], value) if is_dataclass(hints[name]) else value for name, value in values.items()})
+    return cls(**{name: _build(hints[name], value) if is_lean(hints[name]) else value for name, value in values.items()})
 
 
 def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
@@ -343,7 +345,8 @@ def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
     if problems:
         raise ConfigError(problems)
     data_dir = config.data_dir or env.get("STATE_DIRECTORY", "") or str(Path(env.get("HOME", "/tmp")) / ".local/share/novacron/edge")
-    return dataclasses.replace(config, edge_id=edge_id, node=config.node or edge_id, data_dir=data_dir)
+    given = {name: getattr(config, name) for name in EdgeConfig.__match_args__}
+    return EdgeConfig(**{**given, "edge_id": edge_id, "node": config.node or edge_id, "data_dir": data_dir})
 
 
 def _check_registries(config: EdgeConfig) -> list[Problem]:
@@ -379,6 +382,7 @@ def _check_duties(config: EdgeConfig) -> list[Problem]:
 
 def public_dict(config: EdgeConfig) -> dict[str, Any]:
     """The configuration as JSON, secrets replaced."""
+    from dataclasses import fields, is_dataclass
 
     def show(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):

@@ -1,6 +1,5 @@
 """The earlier prototype's YAML: loads; what has a meaning here is translated, the rest is named."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +86,8 @@ def translate(data: dict[str, Any], expand: Callable[[str, str], str]) -> tuple[
             warnings.append(f"{name}: has no effect here: {why}")
     for name in data:
         if name not in _KNOWN:
+            import difflib
+
             near = difflib.get_close_matches(str(name), _KNOWN, n=1)
             unknown.append((str(name), f"did you mean {near[0]}?" if near else "remove it"))
     return out, warnings, unknown
@@ -116,6 +117,8 @@ def _monitoring(section: Any, out: dict[str, Any], warnings: list[str], unknown:
         if name in _MONITORING_NO_EFFECT:
             warnings.append(f"monitoring.{name}: has no effect here: metrics and health are always on")
         elif name not in known:
+            import difflib
+
             near = difflib.get_close_matches(str(name), known, n=1)
             unknown.append((f"monitoring.{name}", f"did you mean monitoring.{near[0]}?" if near else "remove it"))
 

@@ -4,8 +4,9 @@ Attribute names end with their unit: `_s` seconds (YAML takes 250ms, 10s, 5m, 2h
 64MiB, 1GB or a number). In YAML the unit may be left off: `keepalive: 15s` is `keepalive_s: 15`.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from ..contract.lean_dataclass import dataclass, field
 
 
 def key(default: Any, doc: str, *, factory: bool = False, secret: bool = False, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:

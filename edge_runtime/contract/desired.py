@@ -1,9 +1,9 @@
 """Desired state: what comes down. One document per edge; its generation only grows; the whole document is applied or none of it."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ContractError
+from .lean_dataclass import dataclass, field
 from .limits import MAX_COMMANDS, MAX_INTEGER, MAX_MODELS, MAX_OPERATIONS, MAX_RULES, MAX_TWINS, MAX_WORKLOADS, PROTOCOL_VERSION
 from .schema import ID_PATTERN, VERSION, Field, Message
 from .topics import EDGE_DESIRED

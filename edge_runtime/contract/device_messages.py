@@ -1,11 +1,11 @@
 """Messages of the local bus: between a device and its edge. No version field: a device may be a one-line script."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from .errors import ContractError
 from .jsoncodec import check_tree, encode
+from .lean_dataclass import dataclass
 from .limits import MAX_INTEGER, MAX_METRICS, MAX_READINGS_PER_MESSAGE, MAX_SITE_NUMBER, MAX_STRING_CHARS
 from .schema import Field, Message
 from .topics import DEVICE_COMMAND, DEVICE_DESIRED, DEVICE_REGISTER, DEVICE_REPORTED, DEVICE_RESULT, DEVICE_TELEMETRY

@@ -1,9 +1,9 @@
 """Operations: long work as a state machine whose step is written down before it is taken, fenced by an epoch."""
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ContractError
+from .lean_dataclass import dataclass
 from .schema import Field, check_fields
 
 STATES = ("pending", "running", "succeeded", "failed", "expired", "cancelled", "superseded")
@@ -48,7 +48,7 @@ class Operation:
             raise ContractError("state", f"the operation has ended as {self.state}", "start a new operation", "ended")
         if state not in _NEXT[self.state]:
             raise ContractError("state", f"{state!r} cannot follow {self.state!r}", f"use one of {', '.join(sorted(_NEXT[self.state]))}", "state")
-        return replace(self, state=state, epoch=epoch, step=step or self.step, reason=reason, detail=detail if detail is not None else self.detail)
+        return Operation(self.id, self.kind, state, epoch, step or self.step, reason, detail if detail is not None else self.detail)
 
     def to_json(self) -> dict[str, Any]:
         """The operation as a record body."""

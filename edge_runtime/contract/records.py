@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from . import jsoncodec
 from .errors import ContractError
+from .lean_dataclass import dataclass
 from .limits import MAX_BATCH_RECORDS, MAX_BODY_BYTES, MAX_INTEGER, PROTOCOL_VERSION
 from .schema import VERSION, Field, Message
 from .streams import STREAMS

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ContractError
+from .lean_dataclass import dataclass, field
 from .limits import MAX_ID_CHARS, MAX_INTEGER, PROTOCOL_VERSION
 
 ID_PATTERN = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.:-]{{0,{MAX_ID_CHARS - 1}}}\Z")

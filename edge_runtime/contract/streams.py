@@ -1,6 +1,6 @@
 """The streams of records and what each may lose."""
 
-from dataclasses import dataclass
+from .lean_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

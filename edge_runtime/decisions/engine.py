@@ -9,10 +9,10 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..contract.device_messages import Value
+from ..contract.lean_dataclass import dataclass
 from .detectors.bank import DetectorBank
 from .rules import DETECTED, Action, Combination, Comparison, Condition, Rule, RuleSet, Silent
 from .windows import Window

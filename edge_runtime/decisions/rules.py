@@ -29,12 +29,12 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from ..contract.errors import ContractError
 from ..contract.jsoncodec import check_tree
+from ..contract.lean_dataclass import dataclass
 from ..contract.limits import MAX_RULES
 from ..contract.schema import ID_PATTERN
 from .windows import STATISTICS

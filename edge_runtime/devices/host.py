@@ -8,9 +8,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..contract.lean_dataclass import dataclass, field
 
 SECTOR_BYTES = 512
 """The unit of /proc/diskstats, whatever the disk's own sector is (Documentation/admin-guide/iostats.rst)."""

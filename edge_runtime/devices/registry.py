@@ -4,11 +4,11 @@ Readings that come before a device is registered are kept, bounded, and handed o
 """
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..contract.device_messages import Reading, Value, check_object
 from ..contract.errors import ContractError
+from ..contract.lean_dataclass import dataclass, field
 from ..contract.limits import MAX_METRICS
 
 MAX_TWIN_PROPERTIES = 128

@@ -7,9 +7,9 @@ One connection writes, a second one reads (WAL: neither waits for the other). Ev
 import functools
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..contract.lean_dataclass import dataclass, field
 from ..contract.records import CHAIN_START, Record
 from ..contract.streams import STREAMS
 from .storage import FILES, Storage

@@ -6,13 +6,13 @@ import random
 import sqlite3
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..clock import Clock, Stamp
 from ..contract import jsoncodec
 from ..contract.errors import ContractError
+from ..contract.lean_dataclass import dataclass
 from ..contract.limits import MAX_BODY_BYTES
 from ..contract.records import Record
 from ..contract.streams import STREAMS

@@ -11,10 +11,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ..clock import Stamp
+from ..contract.lean_dataclass import dataclass
 from ..contract.records import Record
 from .database import Group, JournalDatabase, StreamMarks
 from .recovery import SideFile

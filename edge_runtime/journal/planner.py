@@ -1,6 +1,6 @@
 """The storage planner: how many hours of outage the free space holds, from the rate at which each database really grows. Pure."""
 
-from dataclasses import dataclass
+from ..contract.lean_dataclass import dataclass
 
 RATE_WINDOW_MS = 600_000
 """Time constant of the growth rate: ten minutes follow a change of load without jumping at a burst."""

@@ -6,10 +6,10 @@ twice: a small side file reserves them ahead in blocks, so that a rebuilt journa
 
 import json
 import sqlite3
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..contract.lean_dataclass import dataclass, field
 from ..contract.records import CHAIN_START, Record
 from .database import BUSY_TIMEOUT_MS, WAL_GROWN_BYTES, Group, JournalDatabase, StreamMarks
 from .storage import FILES, Storage, is_full, write_durably

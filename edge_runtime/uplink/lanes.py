@@ -7,8 +7,8 @@ less (it was restored) or something else (our disk was replaced).
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from ..contract.lean_dataclass import dataclass, field
 from ..contract.limits import MAX_WANT_RANGES
 from ..contract.streams import STREAMS
 

@@ -4,13 +4,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from ..clock import Clock
 from ..contract import jsoncodec, topics
 from ..contract.desired import Desired, parse_desired
 from ..contract.errors import ContractError
+from ..contract.lean_dataclass import dataclass
 from ..contract.limits import PROTOCOL_VERSION
 from ..contract.presence import HUB_PRESENCE
 from ..contract.questions import QUESTION

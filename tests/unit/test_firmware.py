@@ -58,6 +58,16 @@ def test_a_tree_comes_back_from_its_tar_and_gives_the_same_bytes_in_any_order(fi
     assert dict(again.items()) == dict(tree.items())
 
 
+def test_what_is_read_first_lies_first_and_nothing_is_left_out() -> None:
+    tree = Tree()
+    for path in ("/a/1", "/b/2", "/b/3", "/c/4"):
+        tree.file(path, path.encode())
+    tree.link("/a/link", "1")
+    ordered = list(tree.items_for_reading(["/c/4", "/a/1", "/c/4", "/a/link", "/b", "/absent"]))
+    assert [path for path, entry in ordered if entry.kind == "dir"] == ["/", "/a", "/b", "/c"] and [path for path, _ in ordered[4:]] == ["/c/4", "/a/1", "/a/link", "/b/2", "/b/3"]
+    assert dict(ordered) == dict(tree.items())
+
+
 def test_a_package_keeps_merged_folders_and_loses_owners_and_set_uid() -> None:
     tree = Tree()
     tree.folder("/usr/lib")
@@ -90,7 +100,7 @@ def test_a_squashed_root_is_roots_whoever_builds(tmp_path: Path) -> None:
     needs("mksquashfs")
     tree = Tree()
     tree.file("/etc/x", "x" * 5000)
-    build._squash(tree, tmp_path / "one", 1_700_000_000)
+    build._squash(tree, [], tmp_path / "one", 1_700_000_000)
     told = subprocess.run([needs("unsquashfs"), "-lln", str(tmp_path / "one")], capture_output=True, text=True, check=True).stdout
     assert [line.split()[:2] for line in told.splitlines() if line.strip()] == [["drwxr-xr-x", "0/0"], ["drwxr-xr-x", "0/0"], ["-rw-r--r--", "0/0"]]
 
