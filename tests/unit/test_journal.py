@@ -236,19 +236,19 @@ async def test_freeing_a_backlog_leaves_the_wal_as_large_as_it_was_made(tmp_path
         lane = journal.lanes["journal"]
         if planted:
             lane.checkpoint = _no_checkpoint  # type: ignore[method-assign]
-        for _ in range(30):
+        for _ in range(60):
             for number in range(1000):
                 journal.append("decision", "decision", {"n": number, "text": "x" * 100}, None)
             await journal.flush()
         await lane.exclusively(lambda: lane.database.checkpoint("TRUNCATE"))  # noqa: B023
-        journal.receipt("decision", 30_000)
-        journal.effects_done("decision", 30_000)
-        for _ in range(5):
+        journal.receipt("decision", 60_000)
+        journal.effects_done("decision", 60_000)
+        for _ in range(8):
             await journal.upkeep()
-        assert journal.marks("decision").floor > 29_900
+        assert journal.marks("decision").floor > 59_900
         grown[planted] = lane.database.wal_bytes()
         await journal.close()
-    assert 0 < 2 * grown[False] < grown[True], grown
+    assert 0 < 2 * grown[False] < grown[True], grown  # on a busy machine one checkpoint may not have got all, and then it is two steps large
 
 
 async def _no_checkpoint() -> None:

@@ -80,14 +80,14 @@ async def test_one_that_got_away_from_the_runtime_is_tried_again(tmp_path: Path,
     store, tries = ImageStore(tmp_path / "images"), []
     driver = ContainerDriver(tmp_path, store)
 
-    async def runtime(key: Key, word: str, *_: object, **__: object) -> None:
-        tries.append(word)
+    async def freeze(key: Key) -> None:
+        tries.append(key)
         raise Failed("pause", "the runtime says: unable to freeze" if len(tries) < 3 else "the end of this test", "look at the node")
 
-    monkeypatch.setattr(driver, "_runtime", runtime)
+    monkeypatch.setattr(driver, "_freeze", freeze)
     monkeypatch.setattr(driver, "_running", lambda key: Status(key, Phase.RUNNING))
     with pytest.raises(Failed, match="the end of this test"):
         await driver.checkpoints()._written(Key("a", 1), tmp_path / "state", None, {}, 0, lambda _: None)  # type: ignore[arg-type]
-    assert tries == ["pause"] * 3
+    assert tries == [Key("a", 1)] * 3
     driver.close()
     store.close()
