@@ -35,7 +35,7 @@ STALL_S = 30.0
 """A stream on which nothing moved for so long is made anew: the other end, or what is between, vanished without a word."""
 DRAIN_S = 5.0
 """Seconds in which what is on its way on a stream that is no longer needed should be acknowledged."""
-FAREWELL_S = 1.0
+FAREWELL_S = 5.0
 """Seconds in which a stream must be had for the farewell."""
 HANDSHAKES_MOST = 5
 """Handshakes that may fail before the very first that succeeds: a damaged one is rare, another key fails every time."""

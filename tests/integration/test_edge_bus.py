@@ -196,7 +196,7 @@ async def test_a_broker_that_is_killed_loses_no_decision_and_no_command(broker: 
     await edge.runtime.journal.flush()
     waiting = {item.id: item for item in edge.runtime.pipeline._commands.values()}
     assert sorted(item.args.get("temp", 0) for item in waiting.values() if item.name == "speed") == [100, 101, 102]
-    expires = max(item.expires_ms for item in waiting.values() if item.name == "soon")
+    expires = max((item.expires_ms for item in waiting.values() if item.name == "soon"), default=0)  # on a busy machine they may have expired by now
     await until(lambda: edge.now_ms() > expires, what="the short commands' expiry")
     broker.start()
     async with Device(broker.port, "fan-1", persistent=True) as back:
@@ -209,7 +209,7 @@ async def test_a_broker_that_is_killed_loses_no_decision_and_no_command(broker: 
     assert {item["name"] for item in again.values()} == {"speed"}
     assert [again[id_].get("again", False) for id_, item in waiting.items() if item.name == "speed"] == [True, False, False]  # only the first one may have arrived
     expired = [body for body in await edge.records("event", "operation") if body["state"] == "expired"]
-    assert {body["id"] for body in expired} == {id_ for id_, item in waiting.items() if item.name == "soon"} and len(expired) == 3
+    assert {body["id"] for body in expired} >= {id_ for id_, item in waiting.items() if item.name == "soon"} and len(expired) == len({body["id"] for body in expired}) == 3
     assert all("expired" in body["reason"] for body in expired) and await edge.metric("commands_expired_total") == 3
     await until(lambda: not edge.runtime.pipeline._commands, what="every command acknowledged")
     assert edge.runtime.journal.marks("decision").effects == edge.runtime.journal.durable("decision")

@@ -42,7 +42,7 @@ def _programme(scheduler: Scheduler, workloads: list[Workload]) -> Programme:
 # against the exact solver
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 999))
 def test_what_it_calls_proven_is_the_optimum_and_the_same_again(seed: int) -> None:
     instance = draw(seed, most_nodes=8, most_workloads=28)
@@ -71,7 +71,7 @@ def _halves(seed: int) -> tuple[Instance, list[str]]:
     return instance, [w.id for unit in arrived[: len(arrived) // 2] for w in unit]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 999))
 def test_beside_what_runs_it_is_the_optimum_too(seed: int) -> None:
     instance, first = _halves(seed)
@@ -102,7 +102,7 @@ def test_without_the_programme_the_comparison_fails() -> None:
         assert (found.value == value(instance, best.placement)) is found.proven is good
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 999), st.integers(0, 999))
 def test_whatever_is_asked_of_the_rows_they_allow_only_what_is_allowed(seed: int, wish: int) -> None:
     instance = draw(seed, most_nodes=6, most_workloads=24)
@@ -233,7 +233,7 @@ def _wild_cluster(seed: int) -> tuple[Scheduler, list[Workload]]:
     return scheduler, [item for item in workloads if scheduler.state.seat(item.id) is None]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 1_000_000))
 def test_nothing_that_another_method_finds_is_above_the_bound(seed: int) -> None:
     scheduler, workloads = _wild_cluster(seed)
