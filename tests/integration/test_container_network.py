@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.workloads.drivers import container as container_module
+from edge_runtime.workloads.drivers import container_laying
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Ability, Key, Order, Phase, Refused
+from edge_runtime.workloads.drivers.instance import read
 from edge_runtime.workloads.drivers.network import GATEWAY, RESOLVER
 
 from .container_side import driver, output, started  # noqa: F401 driver is a fixture
@@ -50,7 +51,7 @@ async def fetched(port: int) -> str:
 
 def connectors(driver: ContainerDriver, key: Key) -> list[int]:  # noqa: F811
     """Processes that connect an instance: children of its keeper."""
-    keeper = int(container_module.read(driver.folder(key) / "running.json")["keeper"])  # type: ignore[index]
+    keeper = int(read(driver.folder(key) / "running.json")["keeper"])  # type: ignore[index]
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
@@ -87,13 +88,13 @@ async def test_what_a_container_sees_of_its_network(connected: ContainerDriver) 
 @pytest.mark.parametrize("open_gateway", [False, True], ids=["as it is", "control: with the gateway open"])
 async def test_programs_on_the_nodes_loopback_cannot_be_reached(open_gateway: bool, connected: ContainerDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     if open_gateway:
-        real = container_module.connection
+        real = container_laying.connection
 
         def open_one(*those: Any) -> dict[str, Any]:
             made = real(*those)
             return {**made, "command": [word for word in made["command"] if word != "--disable-host-loopback"]}
 
-        monkeypatch.setattr(container_module, "connection", open_one)
+        monkeypatch.setattr(container_laying, "connection", open_one)
     seen: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -150,7 +151,7 @@ async def test_what_connects_it_is_started_again_and_ends_with_its_keeper(connec
 
     await until(back, what="another one, and the answer through it")
     (second,) = connectors(connected, key)
-    os.kill(int(container_module.read(connected.folder(key) / "running.json")["keeper"]), signal.SIGKILL)  # type: ignore[index]
+    os.kill(int(read(connected.folder(key) / "running.json")["keeper"]), signal.SIGKILL)  # type: ignore[index]
     await until(lambda: not Path(f"/proc/{second}/root").exists(), what="its end")
     await connected.delete(key)
 
