@@ -123,3 +123,24 @@ class Device:
     def installer(self, verified: Callable[[bytes, bytes], bool] = lambda message, signature: signature == SIGNED) -> Installer:
         """The updater of what runs."""
         return Installer(Places(self.esp, self.slots, self.state, self.command_line, self.image, verified), lambda text: None)
+
+
+FIRST, SECOND = image(1), image(2)
+SMALL, SMALL_NEXT = image(1, blocks=8), image(2, blocks=8)
+LARGE = image(2, blocks=300)
+TOLD = SECOND.manifest().to_json()
+ORDER = {"id": "u-1", "action": "install"}
+
+
+def device(folder: Path, *known: Image) -> Device:
+    """One that runs `FIRST`, and can start what else it knows."""
+    made = Device(folder, FIRST)
+    for one in known:
+        made.know(one)
+    return made
+
+
+def placed(folder: Path, data: bytes) -> dict[str, Any]:
+    """An order for a bundle with these bytes."""
+    (folder / "bundle").write_bytes(data)
+    return {**ORDER, "path": str(folder / "bundle")}
