@@ -1,7 +1,7 @@
 """An agent that carries out conversions, as a process that can be killed at any step: `python -m tests.system.converting_agent FOLDER OPERATIONS [POINT]`.
 
 OPERATIONS is a JSON list of [id, TO]; they are asked for one after the other, and the agent ends when the last has ended; it prints how each did. POINT is what the last one has reached when the agent is
-killed: `accepted`, `converting` (written down), one of `conversion.record.POINTS`, or `done` (the operation has not ended yet). The workload runs on.
+killed: `accepted`, `converting` (written down), one of `conversion.record.POINTS`, or `done` (the operation has not ended yet). The workload runs on. Each life adds to FOLDER's file `BEGAN` which run of it was there.
 """
 
 import asyncio
@@ -26,7 +26,10 @@ from tests.integration.waiting import until
 from tests.system.convert_agent import key
 
 EDGE = "converting"
-COUNTS = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
+COUNTS = "read -r run < /proc/sys/kernel/random/uuid; echo $run; i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
+"""Says first which run of it this is: what its agent starts again has an output of its own, which begins with 0 as this one did."""
+
+BEGAN = "began"
 BOUND_S = 240.0
 """Of one wait: a guest boots within it on a busy machine."""
 
@@ -92,7 +95,11 @@ async def lived(folder: Path, operations: list[list[str]]) -> None:
 
     async def speaks() -> bool:
         said = await node.output(key(folder).id, 1 << 20)
-        return said is not None and len(said["stdout"].splitlines()) > 3
+        if said is None or len(lines := said["stdout"].splitlines()) <= 4:
+            return False
+        with (folder / BEGAN).open("a") as began:
+            began.write(f"{lines[0]}\n")
+        return True
 
     await until(speaks, BOUND_S)
     for at, (name, _) in enumerate(operations):

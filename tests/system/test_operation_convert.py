@@ -1,5 +1,6 @@
 """Conversions of an agent that is killed at each of their steps: the next agent undoes each, or brings it to its end, says which, and exactly one copy has run. The workload is the witness: it writes 0, 1, 2..;
-a number that is there twice was written by two copies, or by one that was brought back from too early; one that is missing was lost; a workload that began anew would begin with 0."""
+a number that is there twice was written by two copies, or by one that was brought back from too early; one that is missing was lost. Before them it says which run of it this is, as one that began anew
+begins with 0 too, in an output of its own."""
 
 import asyncio
 import json
@@ -21,6 +22,7 @@ from tests.integration.container_side import base
 from tests.integration.microvm_side import kernel_folder, reason_against
 from tests.integration.waiting import until
 from tests.system.convert_agent import key
+from tests.system.converting_agent import BEGAN
 from tests.system.test_operation_conversion import linked
 from tests.unit.workloads.image_side import archive, layout
 
@@ -96,12 +98,12 @@ def folder(tmp_path: Path, boots: Path) -> Any:
 
 
 async def goes_on(folder: Path, form: str) -> None:
-    """One copy runs, as this, and has left nothing out."""
+    """One copy runs, as this, is what has run from the first, and has left nothing out."""
     driver = opened(folder)
     conversions = driver.conversions
     try:
-        async def numbers() -> list[int]:
-            return [int(one) for one in (await driver.logs(key(folder), 1 << 20)).stdout.decode().split("\n")[:-1]]
+        async def said() -> list[str]:
+            return (await driver.logs(key(folder), 1 << 20)).stdout.decode().split("\n")[:-1]
 
         [status] = await driver.instances()
         assert (status.key, status.phase, status.form) == (key(folder), Phase.RUNNING, form)
@@ -109,13 +111,16 @@ async def goes_on(folder: Path, form: str) -> None:
         runs = ["container"] * bool(conversions._processes(key(folder))) + ["microvm"] * (guest.lives and (await guest.ask("state"))["state"] == "running")
         assert runs == [form] and conversions.workload(key(folder)).step == ""
         assert (await driver.stats(key(folder))).memory_bytes > 0
-        seen = len(await numbers())
+        seen = len(await said())
 
         async def more() -> bool:
-            return len(await numbers()) > seen + 3
+            return len(await said()) > seen + 3
 
         await until(more, PATIENCE_S)
-        found = await numbers()
+        run, *counted = await said()
+        lives = (folder / BEGAN).read_text().splitlines()
+        assert set(lives) == {run}, f"began anew: {run} after {lives}"
+        found = [int(one) for one in counted]
         assert found == list(range(len(found))), next((at, found[max(0, at - 1):at + 2]) for at in range(len(found)) if found[at] != at)
     finally:
         closed(driver)
@@ -144,11 +149,11 @@ async def test_a_way_back_that_its_agent_was_killed_at_is_undone_or_done_by_the_
 
 @pytest.mark.slow
 async def test_the_witness_sees_a_workload_that_began_anew(folder: Path) -> None:
-    """The negative control: the container is thrown away behind its agent's back."""
-    await asyncio.to_thread(agent, folder, [["o-in", "microvm"]])
+    """The negative control: the container is thrown away behind its agent's back, and all else is as it shall be."""
+    assert await asyncio.to_thread(agent, folder, []) == {}
     driver = opened(folder)
-    await driver.conversions.guest(key(folder)).end()
+    await driver.delete(key(folder))
     closed(driver)
-    await asyncio.to_thread(agent, folder, [["o-next", "container"]])
-    with pytest.raises(AssertionError):
+    assert await asyncio.to_thread(agent, folder, [["o-in", "microvm"]]) == {"o-in": ("succeeded", "", "microvm")}
+    with pytest.raises(AssertionError, match="began anew"):
         await goes_on(folder, "microvm")
