@@ -32,7 +32,7 @@ MODES = ("production", "development")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What runs in a container: `code` are folders of the repository, `wheels` come from the lock (`debian` instead, where an architecture has none)."""
+    """What runs in a container: `code` are folders of the repository, `wheels` come from the lock (`debian` instead, where an architecture has none; `kept` of those packages that are LEFT_OUT elsewhere)."""
 
     name: str
     module: str
@@ -44,6 +44,7 @@ class Service:
     environment: tuple[str, ...]
     ports: tuple[int, ...]
     suffixes: tuple[str, ...] = root.AGENT_DATA
+    kept: frozenset[str] = frozenset()
 
 
 SERVICES = {
@@ -54,11 +55,11 @@ SERVICES = {
             (f"NOVACRON_EDGE__DATA_DIR={DATA}", "MALLOC_ARENA_MAX=1", "GLIBC_TUNABLES=glibc.malloc.tcache_count=0"), (8470,),
         ),
         Service(
-            # libstdc++6: numpy's compiled parts want it. mosquitto: the hub starts it as its broker.
+            # libstdc++6: numpy's compiled parts want it. mosquitto: the hub starts it as its broker; unstable's wants GnuTLS, which wants libgmp10. python3-asyncio-mqtt is aiomqtt, by the name that it once had.
             "hub", "hub", ("edge_runtime", "hub"), ("mosquitto", "libstdc++6"),
             (*recipes.LEAN_WHEELS, "aiomqtt", "click", "click-default-group", "numpy", "pluggy", "python-dateutil", "six", "sqlite-fts4", "sqlite-utils", "tabulate"),
-            (*recipes.DEBIAN_MODULES, "python3-aiomqtt", "python3-numpy", "sqlite-utils"), (),
-            (f"NOVACRON_HUB_DATA_DIR={DATA}", "NOVACRON_HUB_LISTEN=0.0.0.0:8460", "MALLOC_ARENA_MAX=2"), (8460, 1883), (*root.AGENT_DATA, ".html", ".js", ".css", ".onnx"),
+            (*recipes.DEBIAN_MODULES, "python3-asyncio-mqtt", "python3-numpy", "sqlite-utils"), (),
+            (f"NOVACRON_HUB_DATA_DIR={DATA}", "NOVACRON_HUB_LISTEN=0.0.0.0:8460", "MALLOC_ARENA_MAX=2"), (8460, 1883), (*root.AGENT_DATA, ".html", ".js", ".css", ".onnx"), frozenset({"libgmp10"}),
         ),
     )
 }
@@ -113,7 +114,7 @@ def furnish(tree: Tree, chosen: Service, mode: str) -> None:
 def make_root(cache: Path, arch: Architecture, chosen: Service, mode: str, say: Callable[[str], None], refresh: bool) -> tuple[Tree, int, str]:
     """The files of the image, the archive's date and the digest of our code. Raises FirmwareError."""
     wanted = [*BASE_PACKAGES, *chosen.packages, *(("busybox-static",) if mode == "development" else ()), *(chosen.debian if arch.debian_modules else ())]
-    resolved = packages.resolve(cache, arch.suite, arch.name, wanted, say, refresh)
+    resolved = packages.resolve(cache, arch.suite, arch.name, wanted, say, refresh, chosen.kept if arch.debian_modules else frozenset())
     own = packages.resolve(cache, arch.suite, MACHINES[platform.machine()], ["python3-minimal", "libpython3-stdlib"], say, refresh)
     wheels = [] if arch.debian_modules else chosen_wheels(cache, arch, chosen.wheels, say)
     profile = Profile("container")
@@ -122,6 +123,7 @@ def make_root(cache: Path, arch: Architecture, chosen: Service, mode: str, say: 
         root.add_wheel(tree, wheel)
     code = root.add_code(tree, REPOSITORY, (*chosen.code, *(("tools/novactl",) if mode == "development" else ())), chosen.suffixes)
     root.certificates(tree)
+    root.library_names(tree)
     # No init, no devices, no logins.
     tree.drop(lambda path: path.startswith(("/usr/lib/systemd", "/usr/lib/udev", "/usr/lib/tmpfiles.d", "/usr/lib/sysusers.d", "/boot", "/etc/security")))
     furnish(tree, chosen, mode)

@@ -1,10 +1,10 @@
-"""Which libraries a program of Linux asks for: the DT_NEEDED of an ELF file (64 bits, little endian: all our architectures). Pure."""
+"""Which libraries a program of Linux asks for, and by which name a library is asked for: DT_NEEDED and DT_SONAME of an ELF file (64 bits, little endian: all our architectures). Pure."""
 
 import struct
 from dataclasses import dataclass
 
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
-_DT_NEEDED, _DT_STRTAB, _DT_RPATH, _DT_RUNPATH = 1, 5, 15, 29
+_DT_NEEDED, _DT_STRTAB, _DT_SONAME, _DT_RPATH, _DT_RUNPATH = 1, 5, 14, 15, 29
 
 DYNAMIC_MAX = 4096
 """Entries of a dynamic section that are looked at; real ones have some dozens."""
@@ -12,10 +12,11 @@ DYNAMIC_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """`names` are sonames, and the loader's path where one is named; `folders` are searched first ($ORIGIN stands for the file's own)."""
+    """`names` are sonames, and the loader's path where one is named; `folders` are searched first ($ORIGIN stands for the file's own); `soname` is the file's own, empty where it has none."""
 
     names: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
+    soname: str = ""
 
 
 def needed(data: bytes) -> Needs:
@@ -29,6 +30,7 @@ def needed(data: bytes) -> Needs:
         found: list[str] = []
         names: list[int] = []
         paths: list[int] = []
+        own: list[int] = []
         strings = None
         for kind, _, offset, _, _, length in segments:
             if kind == _PT_INTERP:
@@ -38,6 +40,8 @@ def needed(data: bytes) -> Needs:
                     tag, value = struct.unpack_from("<qQ", data, offset + 16 * number)
                     if tag == _DT_NEEDED:
                         names.append(value)
+                    elif tag == _DT_SONAME:
+                        own.append(value)
                     elif tag in (_DT_RPATH, _DT_RUNPATH):
                         paths.append(value)
                     elif tag == _DT_STRTAB:
@@ -46,7 +50,7 @@ def needed(data: bytes) -> Needs:
                         break
         if strings is None:
             return Needs(tuple(found))
-        text = [[data[strings + at : data.index(b"\0", strings + at)].decode() for at in places] for places in (names, paths)]
+        text = [[data[strings + at : data.index(b"\0", strings + at)].decode() for at in places] for places in (names, paths, own[:1])]
     except (struct.error, ValueError, OverflowError):
         return Needs()
-    return Needs((*found, *text[0]), tuple(folder for path in text[1] for folder in path.split(":") if folder))
+    return Needs((*found, *text[0]), tuple(folder for path in text[1] for folder in path.split(":") if folder), "".join(text[2]))

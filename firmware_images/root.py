@@ -1,13 +1,14 @@
 """The root file system of an image, put together in memory from packages, wheels and our own code, and made ready for its kernel and interpreter."""
 
 import hashlib
+import posixpath
 import subprocess
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import initrd, recipes, tools
+from . import elf, initrd, recipes, tools
 from .contents import add
 from .errors import FirmwareError
 from .packages import Package
@@ -92,6 +93,19 @@ def certificates(tree: Tree) -> None:
     tree.file("/etc/ssl/certs/ca-certificates.crt", bundle)
     tree.link("/usr/lib/ssl/cert.pem", "/etc/ssl/certs/ca-certificates.crt")
     tree.drop(lambda path: path == "/usr/share/ca-certificates")
+
+
+def library_names(tree: Tree) -> None:
+    """The links to libraries that Debian's maintainer scripts would have made: those of ldconfig, which not each package has itself, and those of BLAS and LAPACK, which are in folders of their own, as there may be others."""
+    folders = initrd.library_folders(tree)
+    for path, data in list(tree.files("/usr/lib")):
+        folder, name = posixpath.split(path)
+        if folder in folders and ".so" in name and (soname := elf.needed(data).soname) and "/" not in soname and f"{folder}/{soname}" not in tree:
+            tree.link(f"{folder}/{soname}", name)
+    for folder in folders:
+        for kind in ("blas", "lapack"):
+            if f"{folder}/{kind}/lib{kind}.so.3" in tree:
+                tree.link(f"{folder}/lib{kind}.so.3", f"{kind}/lib{kind}.so.3")
 
 
 def write_out(tree: Tree, folder: Path, under: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.updates.verity import BLOCK, hash_tree
-from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, sbom, tools
+from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, tools
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import COLD, Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
@@ -207,6 +207,27 @@ def test_a_library_that_was_left_out_is_noticed() -> None:
     gone = next(name for name in names if not name.startswith("/") and not name.startswith("libc."))
     tree.drop(lambda path: path.endswith(gone))
     assert initrd.missing_libraries(tree) == [f"/usr/bin/ls needs {gone}"]
+
+
+def test_libraries_have_the_names_that_maintainer_scripts_would_have_given_them() -> None:
+    library = next(Path("/usr/lib").glob("*-linux-gnu/libc.so.6")).read_bytes()
+    assert elf.needed(library).soname == "libc.so.6" and elf.needed(Path("/bin/ls").read_bytes()).soname == ""
+    tree, folder = Tree(), "/usr/lib/riscv64-linux-gnu"
+    tree.file(f"{folder}/ld-linux-riscv64-lp64d.so.1", b"loader")
+    tree.file(f"{folder}/libthat.so.6.1", library)
+    tree.file("/usr/lib/python3/libthis.so", library)  # no folder of the loader's
+    for kind in ("blas", "lapack"):
+        tree.file(f"{folder}/{kind}/lib{kind}.so.3.12.1", kind.encode())
+        tree.link(f"{folder}/{kind}/lib{kind}.so.3", f"lib{kind}.so.3.12.1")
+    root.library_names(tree)
+    for name, content in (("libc.so.6", library), ("libblas.so.3", b"blas"), ("liblapack.so.3", b"lapack")):
+        found = tree.follow(f"{folder}/{name}")
+        assert found is not None and found.data == content
+    assert tree.follow("/usr/lib/python3/libc.so.6") is None
+    tree.put(f"{folder}/libthat.so.6", Entry("file", 0o755, library))
+    tree.file(f"{folder}/libc.so.6", b"the package's own")
+    root.library_names(tree)
+    assert tree[f"{folder}/libc.so.6"].data == b"the package's own"
 
 
 def test_modules_come_with_what_they_depend_on() -> None:
