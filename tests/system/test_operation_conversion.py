@@ -184,7 +184,7 @@ async def test_the_witness_sees_a_second_copy(tmp_path: Path, boots: Path, monke
         monkeypatch.setattr(conversions, "_ended", left)
         monkeypatch.setattr(driver, "delete", kept)
         await conversions.convert(key(tmp_path), "microvm")
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="'container', 'microvm'"):
             await one_copy(driver, conversions, tmp_path)
         monkeypatch.undo()
     finally:

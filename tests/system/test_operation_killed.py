@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.runtime import EdgeRuntime
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Phase
@@ -18,7 +19,7 @@ from edge_runtime.workloads.images import ImageStore
 from tests.integration.checkpoint_side import program, reason_against_checkpoints
 from tests.integration.container_side import base, end_all
 from tests.integration.waiting import until
-from tests.system.operation_agent import key
+from tests.system.operation_agent import config, desired, key
 from tests.unit.workloads.image_side import archive, layout
 
 pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(400)]
@@ -117,14 +118,19 @@ async def test_what_nobody_sees_the_end_of_when_its_state_is_whole_does_not_begi
 
 
 async def test_the_witness_sees_a_workload_that_began_anew(folder: Path) -> None:
-    """The negative control: the state is thrown away, and the container with it."""
-    await asyncio.to_thread(agent, folder, [TAKE])
+    """The negative control: the container is thrown away behind its agent's back, and all else is as it shall be."""
+    await asyncio.to_thread(agent, folder, [])
     store = ImageStore(folder / "data/workloads/images")
     driver = ContainerDriver(folder / "data/workloads", store)
-    assert [status.phase for status in await driver.instances()] == [Phase.CHECKPOINTED]
-    (driver.folder(key(folder)) / "checkpoint.json").unlink()
+    await driver.delete(key(folder))
     driver.close()
     store.close()
-    await asyncio.to_thread(agent, folder, [["o-next", "checkpoint", {}]])
-    with pytest.raises(AssertionError):
+    seen, runtime = len(numbers(folder)), EdgeRuntime(config(folder))
+    await runtime.start()
+    try:
+        runtime.desired_state.receive(desired(folder, 2, []))
+        await until(lambda: len(numbers(folder)) > seen + 3, AGENT_S)
+    finally:
+        await runtime.stop("test")
+    with pytest.raises(AssertionError, match=r"^\(\d+, \[\d+, 0, 1\]\)"):
         await goes_on(folder)
