@@ -2,6 +2,7 @@
 A number that is there twice was written by two copies, or by one that was brought back from too early; one that is missing was lost."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ async def one_copy(driver: ContainerDriver, folder: Path) -> Key:
         assert not keeper_restore.processes(driver._groups.processes(f"/novacron/{other}"))
     except FileNotFoundError:
         pass  # the group is gone with its processes
+    hierarchies = driver._groups.of_all(f"/novacron/{other}")
+    await until(lambda: not any(os.path.exists(top) for top in hierarchies), what="its control groups are gone")
     seen = len(numbers(folder))
     await until(lambda: len(numbers(folder)) > seen + 3)
     found = numbers(folder)

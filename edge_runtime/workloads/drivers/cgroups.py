@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,18 @@ class Groups:
         """A group's folder in every hierarchy in which a process can simply be put (not cpuset: an empty one takes none)."""
         tops = [mount for name, mount in self.mounts.items() if name != "cpuset"] + ([self.unified] if self.unified else [])
         return list(dict.fromkeys(top + group for top in tops))
+
+    def of_all(self, group: str) -> list[str]:
+        """A group's folder in every hierarchy."""
+        return [top + group for top in dict.fromkeys([*self.mounts.values(), *([self.unified] if self.unified else [])])]
+
+    def remove(self, group: str) -> bool:
+        """Take away a group in which nothing runs any more, with those below it; whether it is gone from every hierarchy."""
+        for top in self.of_all(group):
+            for folder, _, _ in os.walk(top, topdown=False):
+                with suppress(OSError):  # what is busy is not gone
+                    os.rmdir(folder)
+        return not any(os.path.exists(top) for top in self.of_all(group))
 
     def of_keepers(self) -> list[str]:
         """The folders of those that watch over workloads: `KEEPERS`, but for the processor the node's own group where that can be chosen (version 1, root of the machine).

@@ -312,7 +312,7 @@ class Checkpoints:
         }
 
     async def clear(self, key: Key) -> None:
-        """Remove what a keeper that was killed left of a restore of which nothing has run."""
+        """Remove what a keeper that was killed left of a restore of which nothing has run. The runtime makes the control groups before it writes down that there is a container: it would not take them away."""
         options = self._driver.folder(key) / "restore/criu.conf"
         end = time.monotonic() + STRAY_S
         while pids := [*strays(options), *self._processes(key)]:
@@ -321,6 +321,8 @@ class Checkpoints:
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > end:
                 raise Failed("restore", "what an earlier try left does not end though it was killed", "look at the node: a process waits for its kernel or disk")
+            await asyncio.sleep(LOOK_S)
+        while not self._groups.remove(self._group(key)) and time.monotonic() < end:  # one whose last process has just been killed is busy for a moment
             await asyncio.sleep(LOOK_S)
 
     def let_go(self, key: Key) -> None:

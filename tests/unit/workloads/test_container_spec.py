@@ -114,6 +114,18 @@ V1 = """25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw
 V2 = "33 25 0:30 / {top} rw - cgroup2 cgroup2 rw\n"
 
 
+def test_a_group_goes_from_each_hierarchy_with_what_is_below_it_and_one_that_is_busy_stays(tmp_path: Path) -> None:
+    groups = cgroups.Groups({name: f"{tmp_path}/{name}" for name in ("memory", "cpuset")}, f"{tmp_path}/unified", frozenset())
+    assert groups.remove("/novacron/a.1"), "there is none"
+    for top in groups.of_all("/novacron/a.1"):
+        (Path(top) / "below").mkdir(parents=True)
+    (busy := tmp_path / "cpuset/novacron/a.1/below/file").touch()
+    assert not groups.remove("/novacron/a.1") and busy.exists()
+    assert [Path(top).exists() for top in groups.of_all("/novacron/a.1")] == [False, True, False]
+    busy.unlink()
+    assert groups.remove("/novacron/a.1") and all((tmp_path / name / "novacron").exists() for name in ("memory", "cpuset", "unified"))
+
+
 def test_layouts_of_control_groups(tmp_path: Path) -> None:
     assert cgroups.read("").layout == "none" and cgroups.read("").lacks and cgroups.read("junk\n - \n").layout == "none"
     one = cgroups.read(V1)
