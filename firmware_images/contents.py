@@ -29,8 +29,13 @@ ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
 
 DATA_WAIT_S = 1800
-"""Longest wait for the data partition: nothing else waits for it, and an agent that gave up would never start, also where the partition comes a minute later. A slow card takes half a minute; emulated beside 20 others, udev named it
-after 370 s (2026-11-29)."""
+"""Longest wait for the data partition; then the device starts again, as there is nothing that it can do without. A slow card takes half a minute; emulated beside 20 others, udev named it after 370 s (2026-11-29)."""
+
+TRIAL_DATA_WAIT_S = 900
+"""The same where the boot loader counts the start: an image that cannot reach the data goes back the sooner. More than twice the longest wait that was seen."""
+
+NO_DATA_PAUSE_S = 30
+"""Seconds between the word that there is no data partition and the next start: to be read on the console."""
 
 START_S = 300
 """Longest start of one service: systemd's own 90 s cut off, and began again, what was starved on an emulated machine beside others."""
@@ -457,8 +462,51 @@ PathChanged={DATA}/edge/updates/request.json
 WantedBy=multi-user.target
 """
 
+_NO_DATA_UNIT = f"""[Unit]
+Description=NovaCron: start again without the data partition
+DefaultDependencies=no
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionPathIsMountPoint=!{DATA}
+# Each start of an image on trial is counted by the boot loader: it goes back by itself, whatever else is wrong with it. One that is kept tries again.
+SuccessAction=reboot-force
+FailureAction=reboot-force
+
+[Service]
+Type=oneshot
+ExecStart=-/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates no-data
+ExecStart=/usr/bin/busybox sleep {NO_DATA_PAUSE_S}
+RuntimeDirectory=novacron-update
+RuntimeDirectoryPreserve=yes
+PrivateMounts=yes
+StandardOutput=journal+console
+StandardError=journal+console
+"""
+
+_NO_DATA_TIMER = f"""[Unit]
+Description=NovaCron: the longest wait of an image on trial for the data partition
+DefaultDependencies=no
+ConditionPathExists=/sys/firmware/efi/efivars/{slots.COUNTED_VARIABLE}
+
+[Timer]
+OnBootSec={TRIAL_DATA_WAIT_S}
+AccuracySec=1
+
+[Install]
+WantedBy=sysinit.target
+"""
+
+_DATA_DROP_IN = """[Unit]
+# Also where what it needs fails or does not come in time.
+OnFailure=novacron-no-data.service
+"""
+
 _GATE_UNIT = f"""[Unit]
 Description=NovaCron: go back from an image that does not prove itself
+# Its timer's reason holds for itself too: default dependencies would have it wait for sysinit.target.
+DefaultDependencies=no
+Conflicts=shutdown.target
+Before=shutdown.target
 RequiresMountsFor={DATA}
 ConditionPathExists={DATA}/updates/trial.json
 
@@ -571,6 +619,10 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     tree.file("/usr/lib/systemd/system/novacron-gate.service", _GATE_UNIT)
     tree.file("/usr/lib/systemd/system/novacron-gate.timer", _GATE_TIMER)
     enable(tree, "novacron-gate.timer", "sysinit.target")
+    tree.file("/usr/lib/systemd/system/novacron-no-data.service", _NO_DATA_UNIT)
+    tree.file("/usr/lib/systemd/system/novacron-no-data.timer", _NO_DATA_TIMER)
+    enable(tree, "novacron-no-data.timer", "sysinit.target")
+    tree.file(f"/usr/lib/systemd/system/{DATA.strip('/').replace('/', '-')}.mount.d/novacron.conf", _DATA_DROP_IN)
     tree.file("/usr/lib/systemd/system/novacron-lasted.service", _LASTED_UNIT)
     tree.file("/usr/lib/systemd/system/novacron-lasted.timer", _LASTED_TIMER)
     enable(tree, "novacron-lasted.timer", "timers.target")

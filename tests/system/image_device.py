@@ -4,8 +4,9 @@ import json
 import os
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -65,12 +66,15 @@ def every(get: Callable[[str], Any], path: str) -> list[dict[str, Any]]:
 
 
 class Device:
-    """The image in a machine of its own, at 1970, without a network unless `online`; its interface."""
+    """The image in a machine of its own, at 1970, without a network unless `online`; its interface. `units`: texts by credential (`systemd.extra-unit.NAME`, `systemd.unit-dropin.NAME`), with which a fault is planted."""
 
-    def __init__(self, built: Built, folder: Path, config: Path | None = None, online: bool = False) -> None:
+    def __init__(self, built: Built, folder: Path, config: Path | None = None, online: bool = False, units: Mapping[str, str] = MappingProxyType({})) -> None:
         self.built, self.state = built, folder / "state"
         self.disk, self.flash = prepare(ARCH, built.image, self.state)
         handed, self.token = credentials(self.state, config, [], True, "image-test")
+        for name, text in units.items():
+            handed[name] = self.state / name
+            handed[name].write_text(text)
         self.port = free_port()
         self.wiring = Wiring(PROFILE.memory_mib, {self.port: API_PORT}, handed, online=online, clock="1970-01-02")
 
