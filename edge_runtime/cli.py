@@ -108,7 +108,7 @@ def _keep_quick_form(path: Path | None) -> int:
 def run(config: object) -> int:
     """Run one agent until it is told to stop."""
     from .config import EdgeConfig
-    from .lean_imports import leave_out_openssl
+    from .lean_imports import import_asyncio, leave_out_openssl
 
     gc.disable()  # until all is up: what a start makes stays, and looking through it again and again takes a part of the start
     if not isinstance(config, EdgeConfig):
@@ -119,7 +119,7 @@ def run(config: object) -> int:
         rootless.enter(Path(config.data_dir).resolve())
     if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
         leave_out_openssl()
-    import asyncio
+    asyncio = import_asyncio()
     import sqlite3
 
     from .contract.errors import ContractError

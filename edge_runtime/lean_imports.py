@@ -28,6 +28,26 @@ def leave_out_openssl() -> bool:
     return True
 
 
+class _Later(types.ModuleType):
+    """A module that is imported when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, found)
+        return found
+
+
+def import_asyncio() -> types.ModuleType:
+    """asyncio, without `inspect` and the nine modules that come with it, down to Python's grammar: a tenth of all that a start imports. asyncio asks it only for what awaitables of a foreign kind are."""
+    if "asyncio" not in sys.modules and "inspect" not in sys.modules:
+        sys.modules["inspect"] = _Later("inspect")
+        try:
+            return importlib.import_module("asyncio")
+        finally:
+            sys.modules.pop("inspect", None)  # whoever imports it later gets the real one
+    return importlib.import_module("asyncio")
+
+
 def import_paho() -> Any:
     """The module `paho.mqtt.client`, without what only its websocket transport needs."""
     name = "paho.mqtt.client"

@@ -146,6 +146,7 @@ class EdgeRuntime:
             self._api, self.api_port = await self._serve()
         self.surroundings.settle()
         self.service.settled()
+        self.journal.grow()
 
     async def _serve(self) -> tuple[Any, int]:
         """The interface. Its modules are loaded beside the loop: on a slow machine that takes longer than the watchdog waits for a sign of life, and the agent decides meanwhile."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from . import configuration, recipes, room, tools
 from .build import Built, finished, output
-from .contents import ESP_NAME, PROVISIONED
 from .errors import FirmwareError
+from .layout import ESP_NAME, PROVISIONED
 from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare, require
 from .recipes import Architecture, Profile
 

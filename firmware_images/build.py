@@ -18,8 +18,9 @@ from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK, hash_tree
 
 from . import bundles, gpt, initrd, packages, recipes, room, root, sbom, tools
-from .contents import DATA_NAME, ESP_NAME, command_line
+from .contents import command_line
 from .errors import FirmwareError
+from .layout import DATA_NAME, ESP_NAME
 from .recipes import MIB, Architecture, Profile
 from .tree import Tree, as_tar, take_tar
 

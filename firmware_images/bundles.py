@@ -187,7 +187,7 @@ def bundle(image: Path, base: Path | None, key: Path, target: Path, *, tries: in
         raise FirmwareError("base", f"is for {before['arch']} {before['profile']}, the image for {told['arch']} {told['profile']}", "give the image that the devices run")
     if before and before["sequence"] >= told["sequence"]:
         raise FirmwareError("base", f"has sequence {before['sequence']}, the image {told['sequence']}: devices would refuse it", "build the image with a higher --sequence")
-    sign(key, b"")  # a key that cannot sign is told before the images are compared, which takes a while
+    sign(key, b"\0")  # a key that cannot sign is told before the images are compared, which takes a while; openssl 3.0 signs no empty message
     artifacts = tuple(Artifact(name, len(found[name]), tuple(pieces(found[name], old.get(name)))) for name in ARTIFACTS)
     manifest = Manifest(
         told["arch"], told["profile"], told["version"], told["sequence"], before.get("root_hash", ""), " ".join([told["command_line"], *more]), told["root_hash"], told["salt"], tries, gate_s, artifacts,

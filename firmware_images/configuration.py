@@ -6,8 +6,8 @@ from pathlib import Path
 from edge_runtime.config import ConfigError, EdgeConfig, load_config
 from edge_runtime.config.load import read_yaml
 
-from .contents import DATA, PROVISIONED
 from .errors import FirmwareError
+from .layout import DATA, PROVISIONED
 
 LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tools
-from .contents import DATA_NAME
+from .layout import DATA_NAME
 from .recipes import MIB
 
 CLEAN_OR_MENDED = (0, 1)

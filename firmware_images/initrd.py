@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from . import elf
-from .contents import INITRD_APPLETS, INITRD_MODULES, initrd_init
+from .scripts import INIT, INITRD_APPLETS, INITRD_MODULES
 from .tree import Entry, Tree, as_cpio
 
 MODULE_MAX_BYTES = 64 << 20
@@ -121,7 +121,7 @@ def make(tree: Tree, version: str, time_s: int) -> tuple[bytes, list[str]]:
             made.put(path if path.startswith("/lib") else "/lib/" + path.removeprefix("/usr/lib/"), library)
     for applet in INITRD_APPLETS:
         made.link(f"/bin/{applet}", "busybox")
-    made.file("/init", initrd_init(), 0o755)
+    made.file("/init", INIT, 0o755)
     dependencies = parse_dependencies(tree[f"{folder}/modules.dep"].data.decode())
     modules = closure(INITRD_MODULES, dependencies)
     plain = {path: path.partition(".ko")[0] + ".ko" for path in dependencies}

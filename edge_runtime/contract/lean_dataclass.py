@@ -2,8 +2,8 @@
 
 The standard library writes the source of up to eight methods of each data class and compiles it, when its module is imported: a fifth of the agent's start, most of it for
 methods that a device never calls. Here a class gets its slots when it is defined and nothing else; the standard library makes the methods, in another class of the same fields
-from which they are taken, once one of them is called, so they are its own, word for word. Only `__init__` has a slow form of its own, which serves the first few objects: a class of
-settings, of which there is one, never needs the other.
+from which they are taken, once one of them is called, so they are its own, word for word. Only `__init__` is not: it has a slow form, which serves the first few objects, as a class of
+settings, of which there is one, never needs another; then it is compiled here.
 
 To a type checker they are the standard library's. What works with those works with these: `fields`, `replace`, `asdict`, `is_dataclass`, `copy`, `pickle`; `is_lean` and `metadata_of` answer without making
 anything, and so does `__match_args__`, the fields' names.
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
     from dataclasses import field as field
 else:
+
+    _NONE = object()
+    """Stands for an argument that was not given."""
 
     class _Given:
         """What `field` was given."""
@@ -130,8 +133,14 @@ else:
             for name, factory in factories.items():
                 if name not in values:
                     values[name] = factory()
-            if making.left < 0 or len(values) != len(names) or len(args) > len(names) or any(name in words for name in names[:len(args)]) or not all(name in values for name in names):
-                making.finish()  # it makes this class's next objects, or says what is wrong with these arguments
+            if making.left == -1:
+                made_init = _quick_init(making)
+                if vars(making.made)["__init__"].__dict__.get("slow"):
+                    making.made.__init__ = made_init  # type: ignore[misc]
+                made_init(self, *args, **words)
+                return
+            if len(values) != len(names) or len(args) > len(names) or any(name in words for name in names[:len(args)]) or not all(name in values for name in names):
+                making.finish()  # it says what is wrong with these arguments
                 making.made.__init__(self, *args, **words)
                 return
             for name in names:
@@ -139,6 +148,27 @@ else:
 
         __init__.slow = True
         return __init__
+
+    def _quick_init(making: _Making) -> Callable[..., None]:
+        """What the standard library would compile, without loading it: some twenty modules come with it, and the classes of which a start makes many would ask for nothing else of it."""
+        space: dict[str, Any] = {"__put": object.__setattr__, "__none": _NONE}
+        words, lines = [], []
+        for number, name in enumerate(making.names):
+            value = name
+            if name in making.factories:
+                space[f"__{number}"] = making.factories[name]
+                words.append(f"{name}=__none")
+                value = f"__{number}() if {name} is __none else {name}"
+            elif name in making.defaults:
+                space[f"__{number}"] = making.defaults[name]
+                words.append(f"{name}=__{number}")
+            else:
+                words.append(name)
+            lines.append(f" __put(__self, {name!r}, {value})" if making.frozen else f" __self.{name} = {value}")
+        exec("\n".join([f"def __init__({', '.join(['__self', *words])}):", *lines]), space)
+        made: Callable[..., None] = space["__init__"]
+        made.__qualname__ = f"{making.made.__qualname__}.__init__"
+        return made
 
     def _frozen(making: _Making) -> dict[str, Callable[..., Any]]:
         """What keeps an object as it is, and lets it be copied."""

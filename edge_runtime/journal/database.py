@@ -4,6 +4,7 @@ One connection writes, a second one reads (WAL: neither waits for the other). Ev
 `sqlite3_step`, because Python hands the interpreter lock back after each, and a busy event loop would take it 5 ms a time.
 """
 
+import contextlib
 import functools
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,7 +111,7 @@ class JournalDatabase:
         streams: names of the streams it holds.
         synchronous: `FULL` (each commit survives power loss) unless a test plants a fault.
         storage: the disk.
-        wal_bytes: what `grow_wal` makes of a new WAL; a multiple of 8.
+        wal_bytes: what `grow_wal` makes of a new WAL.
     """
 
     def __init__(self, path: Path, streams: Sequence[str], synchronous: str = "FULL", storage: Storage = FILES, wal_bytes: int = WAL_GROWN_BYTES) -> None:
@@ -210,20 +211,12 @@ class JournalDatabase:
     # -- writing -------------------------------------------------------------------------------------------------------------
 
     def grow_wal(self) -> None:
-        """Make the WAL's file as large as it will be, once per opening: a large transaction that spills into it and is rolled back.
+        """Make the WAL's file as large as it will be, while no commit runs: zeros behind its frames. To SQLite they are no frame, as their salt is not the WAL's (file format, 4.1).
 
         Nothing of the database changes. A full disk only means that the WAL grows later.
         """
-        connection = self.writer
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            for part in range(8):
-                connection.execute("INSERT INTO state VALUES (?, zeroblob(?))", (f"grow {part}", self._wal_bytes // 8))
-        except sqlite3.OperationalError:
-            pass
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        with contextlib.suppress(OSError):
+            self._storage.lengthen(self._wal, self._wal_bytes)
 
     def commit(self, group: Group) -> None:
         """Write a group in one transaction; on any error nothing of it is written and the error is raised."""

@@ -6,6 +6,7 @@ its numbers and its effects can be done.
 """
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -211,7 +212,6 @@ class Lane:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin writing."""
         self._loop = loop
-        self.database.grow_wal()
         self.worker = self._make_worker(f"journal-{self.database.path.stem}", loop)
         self._kick()
 
@@ -458,12 +458,17 @@ class Lane:
             self._wal_bytes += sum(len(value) for value in group.state.values() if value is not None) / PAGE_FILL
         if self._wal_bytes >= self._checkpoint_bytes and self.worker is not None:
             self._wal_bytes = 0.0
-            self.worker.submit(self._checkpoint, _checkpointed)
+            self.worker.submit(self._checkpoint, functools.partial(_beside, "a checkpoint"))
         if self.waiting == 0 and not self._state:
             waiters, self._idle_waiters = self._idle_waiters, []
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def grow(self) -> None:
+        """Make the WAL as large as it will be, beside what else is done; commits wait meanwhile."""
+        if self.worker is not None:
+            self.worker.submit(lambda: self.locked(self.database.grow_wal), functools.partial(_beside, "growing the WAL"))
 
     async def checkpoint(self) -> None:
         """Move what is in the WAL into the file, beside commits."""
@@ -561,9 +566,9 @@ class Lane:
         self.database.close()
 
 
-def _checkpointed(_result: Any, error: BaseException | None) -> None:
+def _beside(what: str, _result: Any, error: BaseException | None) -> None:
     if error is not None:
-        log.warning("a checkpoint failed: %s", error)
+        log.warning("%s failed: %s", what, error)
 
 
 def _run(callback: Callable[..., None], *arguments: Any) -> None:

@@ -42,8 +42,15 @@ class Storage(Protocol):
     def allocate(self, path: Path, size: int) -> None:
         """Make a file of `size` allocated (not sparse) bytes."""
 
+    def lengthen(self, path: Path, size: int) -> None:
+        """Make a file that is there and shorter `size` bytes long: zeros are written behind what is in it. As it was where that fails."""
+
     def free_bytes(self, directory: Path) -> int:
         """Free bytes of the file system, for an unprivileged process."""
+
+
+LENGTHEN_BYTES = 1 << 16
+"""Zeros in one write."""
 
 
 class FileStorage:
@@ -100,6 +107,18 @@ class FileStorage:
         """See `Storage`."""
         with open(path, "wb") as handle:
             os.posix_fallocate(handle.fileno(), 0, size)
+
+    def lengthen(self, path: Path, size: int) -> None:
+        """See `Storage`."""
+        zeros = memoryview(bytes(LENGTHEN_BYTES))
+        with open(path, "r+b", buffering=0) as handle:
+            found = at = handle.seek(0, os.SEEK_END)
+            try:
+                while at < size:
+                    at += handle.write(zeros[: size - at])
+            except OSError:
+                handle.truncate(found)
+                raise
 
     def free_bytes(self, directory: Path) -> int:
         """See `Storage`."""

@@ -1,4 +1,4 @@
-"""`python -m edge_runtime.updates turn|gate|lasted`: the root's half of an update, run by systemd in an image (novacron-update.service, novacron-gate.service, novacron-lasted.service).
+"""`python -m edge_runtime.updates turn|gate|lasted|no-data`: the root's half of an update, run by systemd in an image (novacron-update.service, novacron-gate.service, novacron-lasted.service, novacron-no-data.service).
 
 The agent has no rights over disks. It writes a request into its own folder; this looks at it, and does it only where the bundle is signed, and where it is next. What it says back stands in its own folder, which the agent reads.
 """
@@ -27,7 +27,7 @@ DATA = Path("/var/lib/novacron")
 STATE, REQUEST = DATA / "updates", DATA / "edge" / "updates" / "request.json"
 IMAGE, KEYS = Path("/usr/lib/novacron/image.json"), Path("/usr/lib/novacron/update-keys")
 ESP_MOUNT = Path("/run/novacron-update/esp")
-ESP_NAME = "novacron-esp"
+ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
 ROOT_BELOW = Path("/sys/block/dm-0/slaves")
 """What the root's dm-verity lies on: the running slot."""
 
@@ -176,13 +176,22 @@ def gate() -> int:
     return 0
 
 
+def no_data() -> int:
+    """Called where the data partition cannot be mounted, before the unit starts the device again."""
+    reason = "the data partition was not there in time" if not (Path("/dev/disk/by-partlabel") / DATA_NAME).exists() else "the data partition cannot be mounted"
+    say(f"{reason}; starting again")
+    with boot_partition(check=False) as esp:
+        Installer(places(esp), say).no_data(reason)
+    return 0
+
+
 def main() -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="edge_runtime.updates", description="the root's half of an update")
-    parser.add_argument("what", choices=("turn", "gate", "lasted"))
+    parser.add_argument("what", choices=("turn", "gate", "lasted", "no-data"))
     options = parser.parse_args()
     os.umask(0o022)
-    return {"turn": turn, "gate": gate, "lasted": lasted}[options.what]()
+    return {"turn": turn, "gate": gate, "lasted": lasted, "no-data": no_data}[options.what]()
 
 
 if __name__ == "__main__":

@@ -170,18 +170,28 @@ class Installer:
         for _, path in counted:
             remove(path)
 
+    def _left_behind(self) -> tuple[str, str, str] | None:
+        """Slot, root hash and reason of a start that ended early (`slots.DAMAGED`)."""
+        try:
+            slot, root_hash, reason = (self._places.esp / slots.DAMAGED).read_text(errors="replace")[:DOCUMENT_MAX_BYTES].split(maxsplit=2)
+        except (OSError, ValueError):
+            return None
+        return slot, root_hash, reason.strip()[:500]
+
     def _tell_damage(self) -> None:
         """What the initrd of the other slot has left behind."""
-        if self.trial:
+        if self.trial or not (found := self._left_behind()):
             return
-        note = self._places.esp / slots.DAMAGED
-        try:
-            slot, root_hash, reason = note.read_text(errors="replace")[:DOCUMENT_MAX_BYTES].split(maxsplit=2)
-        except (OSError, ValueError):
-            return
+        slot, root_hash, reason = found
         if slot == self._target:
-            self._tell({"id": f"damaged-{root_hash[:16]}"}, "failed", f"{reason.strip()[:500]}; it was left, {self._slot} with sequence {self._places.image['sequence']} runs")
-        remove(note)
+            self._tell({"id": f"damaged-{root_hash[:16]}"}, "failed", f"{reason}; it was left, {self._slot} with sequence {self._places.image['sequence']} runs")
+        remove(self._places.esp / slots.DAMAGED)
+
+    def no_data(self, reason: str) -> None:
+        """There is no data partition, so what is on trial cannot be known: where the boot loader counts the starts of what runs, leave `reason` for the slot that it goes back to."""
+        if any(entry.left is not None for entry, _ in self._mine()):
+            (self._places.esp / slots.DAMAGED).parent.mkdir(exist_ok=True)
+            write_file(self._places.esp / slots.DAMAGED, f"{self._slot} {self._root_hash} {reason}\n".encode())
 
     def lasted(self) -> None:
         """This start has lasted: the initrd counts from zero again."""
@@ -193,7 +203,11 @@ class Installer:
 
     def _settle_trial(self) -> None:
         trial = self.trial
-        if not trial or (self.status.get("state") in DONE and self.status.get("id") == trial.get("id")):
+        if not trial:
+            remove(self._trial)
+            return
+        if self.status.get("state") in DONE and self.status.get("id") == trial.get("id"):
+            remove(self._places.esp / slots.DAMAGED)
             remove(self._trial)
             return
         detail = {"version": trial.get("version", ""), "sequence": trial.get("sequence", 0)}
@@ -213,10 +227,12 @@ class Installer:
         else:
             came = int(trial.get("came_up", 0))
             cause = "each ended before it proved itself" if came else "kernel, root or an early program fails"
+            if (left := self._left_behind()) and left[:2] == (trial.get("slot"), trial.get("root_hash")):
+                cause = left[2]
             reason = f"the new image had {found.done} of {trial.get('tries')} starts, {came} of them came up, none proved itself: {cause}"
         self._clear()
         self._tell(trial, "failed", reason, **detail)
-        for path in (self._trial, self._note, self._progress):
+        for path in (self._places.esp / slots.DAMAGED, self._trial, self._note, self._progress):
             remove(path)
 
     def turn(self, order: Mapping[str, Any]) -> bool:
@@ -418,7 +434,7 @@ class Installer:
         if counted := [(entry, path) for entry, path in mine if entry.left is not None]:
             self._keep(counted)
         self._tell(order, "good", version=trial.get("version", ""), sequence=trial.get("sequence", 0))
-        for path in (self._trial, self._note, self._progress):
+        for path in (self._places.esp / slots.DAMAGED, self._trial, self._note, self._progress):
             remove(path)
 
 

@@ -17,7 +17,10 @@ ENTRIES = "loader/entries"
 """Folder of the entries in the boot partition."""
 
 DAMAGED = "novacron/damaged"
-"""File of the boot partition in which the initrd leaves which slot it left, the root hash and why: a line with a space between them."""
+"""File of the boot partition in which a start that ends early leaves which slot it is, the root hash and why: a line with a space between them. The initrd does that of a kept image that is damaged, an image on trial where it has no data partition."""
+
+COUNTED_VARIABLE = "LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+"""The firmware's variable that systemd-boot sets where it has counted the start (https://systemd.io/BOOT_LOADER_INTERFACE)."""
 
 STARTS_WORD = "novacron-starts"
 """Begins the last block of a slot's partition: `novacron-starts ROOT N`, N starts of that root in a row have not lasted. No image reaches as far."""

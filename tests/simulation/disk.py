@@ -293,6 +293,16 @@ class SimDisk:
         self.used += size - len(file.data)
         file.truncate(size)
 
+    def lengthen(self, path: Path, size: int) -> None:
+        """See `Storage`."""
+        more = size - self.size(path)
+        file = self.files[str(path)]
+        self.room(more)
+        if more > 0:
+            self.changing(what="a write of a WAL")
+            self.used += more
+            file.write(len(file.data), bytes(more))
+
     def free_bytes(self, directory: Path) -> int:
         """See `Storage`."""
         return max(0, self.capacity - self.used)

@@ -100,6 +100,8 @@ def test_commits_survive_a_power_cut_at_every_write(disk: SimDisk, seed: int) ->
                 committed, chain = committed + 1, after
                 if draw.random() < 0.2:
                     database.checkpoint_beside()
+                if draw.random() < 0.1:
+                    database.grow_wal()
         except sqlite3.Error:
             assert disk.countdown < 0
         disk.countdown = -1

@@ -1,11 +1,13 @@
 """An image of ours in a machine of its own, for tests: built where there is none, booted offline or not, asked over its interface."""
 
+import base64
 import json
 import os
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -65,18 +67,19 @@ def every(get: Callable[[str], Any], path: str) -> list[dict[str, Any]]:
 
 
 class Device:
-    """The image in a machine of its own, at 1970, without a network unless `online`; its interface."""
+    """The image in a machine of its own, at 1970, without a network unless `online`; its interface. `units`: texts by credential (`systemd.extra-unit.NAME`, `systemd.unit-dropin.NAME`), with which a fault is planted."""
 
-    def __init__(self, built: Built, folder: Path, config: Path | None = None, online: bool = False) -> None:
+    def __init__(self, built: Built, folder: Path, config: Path | None = None, online: bool = False, units: Mapping[str, str] = MappingProxyType({})) -> None:
         self.built, self.state = built, folder / "state"
         self.disk, self.flash = prepare(ARCH, built.image, self.state)
         handed, self.token = credentials(self.state, config, [], True, "image-test")
+        self._units = [f"type=11,value=io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}" for name, text in units.items()]  # fw_cfg takes no names of that length
         self.port = free_port()
         self.wiring = Wiring(PROFILE.memory_mib, {self.port: API_PORT}, handed, online=online, clock="1970-01-02")
 
     def on(self) -> Machine:
         """Power on."""
-        return Machine(command(ARCH, self.disk, self.flash, self.wiring), told_to(self.state / "console.log"))
+        return Machine([*command(ARCH, self.disk, self.flash, self.wiring), *(word for unit in self._units for word in ("-smbios", unit))], told_to(self.state / "console.log"))
 
     def ask(self, path: str, body: Any = None) -> Any:
         """One answer of the interface, or OSError or ValueError; with a body it is a POST."""

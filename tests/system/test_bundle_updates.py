@@ -2,10 +2,11 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -203,3 +204,37 @@ def test_bundle_whose_agent_does_not_start_is_given_up_and_the_old_slot_says_why
         assert any("has not proven itself within 60 s" in text for _, text in machine.lines), machine.tail(60)
     assert told["state"] == "failed" and "the agent does not run" in told["reason"], told
     assert json.dumps(told)
+
+
+def given_up(built: Built, newer: Path, server: Server, folder: Path, *words: str, units: Mapping[str, str] = MappingProxyType({}), tries: int = 1) -> tuple[dict[str, Any], list[str]]:
+    """How an update ends whose kernel is started with `words`, and what the console said; what the device knew before, it knows after."""
+    bundles.bundle(newer, None, KEY, folder / "whole", gate_s=60, tries=tries, more=words)
+    device = Device(built, folder, online=True, units=units)
+    with device.on() as machine:
+        before = until_sync(lambda: device.get("/api/v1/decisions?limit=5"), BOOT_S, "a decision")
+        device.get("/api/v1/updates", body={"id": "u-1", "url": server.url("whole", (folder / "whole").read_bytes())})
+        told = ended(device, "u-1")
+        kept = {record["seq"]: record for record in every(device.get, "/api/v1/decisions")}
+        assert all(kept[record["seq"]] == record for record in before)
+        console = [text for _, text in machine.lines]
+    assert told["state"] == "failed", (told, console[-60:])
+    return told, console
+
+
+def test_bundle_whose_kernel_cannot_mount_the_data_is_left_and_the_old_slot_says_why(built: Built, newer: Path, server: Server, tmp_path: Path) -> None:
+    told, console = given_up(built, newer, server, tmp_path, "module_blacklist=ext4", tries=2)
+    assert "2 of 2 starts, 0 of them came up" in told["reason"] and "the data partition cannot be mounted" in told["reason"], told
+    assert sum("the data partition cannot be mounted; starting again" in text for text in console) == 2, console[-60:]
+
+
+def test_bundle_that_does_not_find_the_data_is_left_after_a_while_and_the_old_slot_says_why(built: Built, newer: Path, server: Server, tmp_path: Path) -> None:
+    # Nobody names partitions without udev. The wait, half an hour at most and a quarter on trial, is made short.
+    blind = [f"systemd.mask=systemd-udevd{unit}" for unit in (".service", "-kernel.socket", "-control.socket")]
+    told, _ = given_up(built, newer, server, tmp_path, *blind, units={"systemd.unit-dropin.novacron-no-data.timer": "[Timer]\nOnBootSec=\nOnBootSec=60\n"})
+    assert "the data partition was not there in time" in told["reason"], told
+
+
+def test_bundle_whose_start_gets_stuck_is_given_up_and_the_old_slot_says_why(built: Built, newer: Path, server: Server, tmp_path: Path) -> None:
+    stuck = "[Unit]\nDefaultDependencies=no\nConditionKernelCommandLine=stuck\nBefore=sysinit.target\n[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/usr/bin/busybox sleep infinity\n"
+    told, _ = given_up(built, newer, server, tmp_path, "stuck", units={"systemd.extra-unit.stuck.service": stuck, "systemd.unit-dropin.sysinit.target": "[Unit]\nWants=stuck.service\n"})
+    assert "not proven within 60 s: the agent does not run" in told["reason"], told

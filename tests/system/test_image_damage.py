@@ -11,8 +11,9 @@ from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import tools
 from firmware_images.build import Built, output
-from firmware_images.contents import ESP_NAME, LASTING_STARTS
+from firmware_images.layout import ESP_NAME
 from firmware_images.machine import Machine, Wiring, command
+from firmware_images.scripts import LASTING_STARTS
 from tests.integration.waiting import until_sync
 from tests.system.image_device import ARCH, BOOT_S, HOME, PROFILE, Device, image, told_to
 

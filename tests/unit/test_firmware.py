@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.updates.verity import BLOCK, hash_tree
-from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, tools
+from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, scripts, tools
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import COLD, Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
@@ -273,7 +273,7 @@ def test_an_image_has_no_login_no_password_and_no_port_but_its_own(profile: reci
         assert listeners == ["listener 1883 127.0.0.1"]
     for path, data in tree.files("/usr/lib/novacron"):
         assert subprocess.run(["sh", "-n"], input=data, capture_output=True).returncode == 0, path
-    assert subprocess.run(["sh", "-n"], input=contents.initrd_init().encode(), capture_output=True).returncode == 0
+    assert subprocess.run(["sh", "-n"], input=scripts.INIT.encode(), capture_output=True).returncode == 0
 
 
 def test_a_bill_of_materials_is_cyclonedx_and_the_same_each_time() -> None:

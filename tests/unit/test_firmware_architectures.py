@@ -8,7 +8,7 @@ import yaml
 
 from firmware_images import build, configuration, containers, initrd, machine, recipes
 from firmware_images.boot import hand_over
-from firmware_images.contents import ESP_NAME, PROVISIONED
+from firmware_images.layout import ESP_NAME, PROVISIONED
 from firmware_images.tree import Tree
 from tests.system.image_device import PAGE, every
 from tools.bench import image_inside

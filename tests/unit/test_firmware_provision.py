@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from firmware_images import contents
+from firmware_images import layout, scripts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = "edge_id: first\nuplink: {enabled: false}\napi: {enabled: false}\n"
@@ -32,7 +32,7 @@ class Device:
             (self.top / "given" / f"novacron.{name.replace('_', '.')}").write_text(text)
 
     def start(self) -> str:
-        script = contents._PROVISION.replace(contents.DATA, str(self.config.parent)).replace("chgrp novacron ", f"chgrp {os.getgid()} ")
+        script = scripts.PROVISION.replace(layout.DATA, str(self.config.parent)).replace("chgrp novacron ", f"chgrp {os.getgid()} ")
         path = f"{self.top / 'bin'}:{os.environ['PATH']}"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env={"PATH": path, "CREDENTIALS_DIRECTORY": str(self.top / "given"), "PYTHONPATH": str(REPOSITORY), "HOME": str(self.top)})
         assert done.returncode == 0, done.stderr

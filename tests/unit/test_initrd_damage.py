@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.updates import slots
-from firmware_images.contents import ESP_NAME, initrd_init
+from firmware_images.layout import ESP_NAME
+from firmware_images.scripts import INIT
 
 ROOT_A, ROOT_B = "a" * 64, "b" * 64
 
@@ -22,7 +23,7 @@ umount() { rm "$1"; }
 """
 """Stands for the machine: a disk's partition is the folder of its name, mounted by a link."""
 
-FUNCTION = re.search(r"^damaged\(\) \{\n.*?^\}\n", initrd_init(), re.MULTILINE | re.DOTALL)
+FUNCTION = re.search(r"^damaged\(\) \{\n.*?^\}\n", INIT, re.MULTILINE | re.DOTALL)
 
 
 def disk(folder: Path, name: str, *entries: slots.Entry) -> None:

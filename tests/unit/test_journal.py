@@ -17,9 +17,10 @@ import pytest
 from edge_runtime.clock import SystemClock
 from edge_runtime.contract.records import CHAIN_START, Record, chain_over
 from edge_runtime.journal import Journal, JournalSettings
-from edge_runtime.journal.database import PAGE_BYTES, insert_chunks
+from edge_runtime.journal.database import PAGE_BYTES, WAL_GROWN_BYTES, insert_chunks
 from edge_runtime.journal.planner import GrowthRate, plan
 from edge_runtime.journal.recovery import RESERVE_BLOCK
+from edge_runtime.journal.storage import FileStorage
 from tests.integration.waiting import until
 
 
@@ -399,6 +400,35 @@ async def test_kill_9_loses_nothing_acknowledged_and_doubles_nothing(tmp_path: P
     assert not journal.clean and not journal.recoveries
     records = {record.seq: record.body for record in await check_whole(journal, "decision")}
     assert all(records.get(seq) == body for seq, body in acknowledged.items())
+    await journal.close()
+
+
+@pytest.mark.parametrize("planted", [False, True])
+async def test_a_wal_that_is_made_large_keeps_its_frames_and_a_start_does_not_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: bool) -> None:
+    """Records before and after it, and what a reader of its own finds in copies of the files, as a kill would leave them; the control writes zeros over the frames too."""
+    def all_zeros(storage: FileStorage, path: Path, size: int) -> None:
+        path.write_bytes(bytes(size))
+
+    if planted:
+        monkeypatch.setattr(FileStorage, "lengthen", all_zeros)
+    journal = make(tmp_path / "journal")
+    journal.start()
+    lane = journal.lanes["journal"]
+    before = await append(journal, "decision", 50)
+    assert lane.database.wal_bytes() < 1 << 18
+    journal.grow()
+    await lane.exclusively(lambda: None)
+    assert lane.database.wal_bytes() == WAL_GROWN_BYTES
+    copies = [shutil.copytree(tmp_path / "journal", tmp_path / "grown")]
+    after = before + await append(journal, "decision", 50)
+    copies.append(shutil.copytree(tmp_path / "journal", tmp_path / "used"))
+    assert lane.database.wal_bytes() == WAL_GROWN_BYTES
+    found = []
+    for copy, records in zip(copies, (before, after), strict=True):
+        again = make(copy)
+        found.append((again.recoveries, [record.seq for record in await check_whole(again, "decision")][: len(records)] == [record.seq for record in records]))
+        await again.close()
+    assert (found == [([], True)] * 2) is not planted, found
     await journal.close()
 
 

@@ -165,8 +165,20 @@ def test_methods_are_made_when_they_are_called_and_not_before() -> None:
         assert made(1).sum() == 3
     assert lean.is_lean(made) and lean.metadata_of(made)["names"] == {"doc": "what it is called"} and lean.metadata_of(made)["x"] == {}
     assert isinstance(vars(made)["__repr__"], lean._Later) and vars(made)["__init__"].slow
-    made(1)
-    assert not hasattr(vars(made)["__init__"], "slow") and not isinstance(vars(made)["__repr__"], lean._Later)
+    assert made(1).sum() == 3
+    assert not hasattr(vars(made)["__init__"], "slow") and isinstance(vars(made)["__repr__"], lean._Later)
+    assert "x=1" in repr(made(1)) and not isinstance(vars(made)["__repr__"], lean._Later)
+
+
+def test_many_objects_do_without_the_standard_library() -> None:
+    code = (
+        "import sys; from edge_runtime.contract import lean_dataclass as lean\n"
+        "@lean.dataclass(slots=True, frozen=True)\nclass Many:\n    a: int\n    b: list = lean.field(default_factory=list)\n    c: int = 3\n"
+        "made = [Many(1, c=4) for _ in range(20)]\n"
+        "print([(one.a, one.b, one.c) for one in made] == [(1, [], 4)] * 20, made[8].b is not made[9].b, 'dataclasses' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True True False"
 
 
 def test_a_start_makes_no_methods_for_the_configuration() -> None:

@@ -113,7 +113,7 @@ def test_the_command_writes_it_anew_and_not_for_what_cannot_be_used(tmp_path: Pa
 
 def test_a_service_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
     path = made(tmp_path)
-    names = ["argparse", "gettext", "yaml", "difflib", "aiohttp", "paho", "ssl", "_hashlib"]
+    names = ["argparse", "gettext", "yaml", "difflib", "aiohttp", "paho", "ssl", "_hashlib", "inspect", "ast", "dataclasses"]
     code = (
         "import sys, edge_runtime.cli as cli\n"
         "import edge_runtime.system.service as service\n"

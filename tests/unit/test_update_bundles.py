@@ -16,7 +16,7 @@ from edge_runtime.updates.bundle import Refused, Running, check_for, open_manife
 from edge_runtime.updates.source import Interrupted
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import bundles, tools
-from tests.unit.updates_world import FIRST, SECOND, SLOT_BYTES, TOLD, device, packed, placed
+from tests.unit.updates_world import FIRST, ORDER, SALT, SECOND, SLOT_BYTES, TOLD, Image, device, image, packed, placed
 
 # -- the format ------------------------------------------------------------------------------------------------------------------
 
@@ -106,6 +106,32 @@ def test_openssl_takes_what_our_key_signed_and_nothing_else(tmp_path: Path) -> N
     bundles.make_key(other)
     assert not signature.verified(trusted, b"message", bundles.sign(other / "keys" / "update.key", b"message"))
     assert not signature.verified(tmp_path / "nothing", b"message", signed)
+
+
+def built(folder: Path, image: Image) -> Path:
+    """A folder as a build leaves it."""
+    folder.mkdir()
+    for name, data in image.content.items():
+        (folder / name).write_bytes(data)
+    told = {"root_hash": image.root_hash, "salt": SALT.hex(), "sequence": image.sequence, "command_line": "quiet", "arch": "amd64", "profile": "device", "version": f"1.{image.sequence}"}
+    (folder / "manifest.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_what_is_bundled_of_an_image_runs_on_a_device_that_trusts_its_key(tmp_path: Path, delta: bool) -> None:
+    if tools.missing(["openssl"]):
+        pytest.skip("openssl is not installed (Debian package openssl)")
+    bundles.make_key(tmp_path)
+    second = image(2, FIRST)
+    here = device(tmp_path / "device", second)
+    made = bundles.bundle(built(tmp_path / "second", second), built(tmp_path / "first", FIRST) if delta else None, tmp_path / "keys" / "update.key", tmp_path / "bundle", more=("loud",))
+    assert made.size == (tmp_path / "bundle").stat().st_size < (40_000 if delta else 1_000_000)
+    order = {**ORDER, "path": str(tmp_path / "bundle")}
+    verified = partial(signature.verified, tmp_path / "keys" / "trusted")
+    assert not here.installer(verified).turn(order)
+    assert here.installer(verified).turn({**order, "action": "switch"}), here.installer(verified).status
+    assert here.boot() == second and here.command_line.startswith("quiet loud ")
 
 
 def test_a_device_too_busy_to_check_a_signature_waits_and_takes_the_bundle_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,43 @@ def test_a_slot_that_was_left_for_damage_is_told_once_with_the_reason(tmp_path: 
     assert here.installer().status["id"] == "u-2"
 
 
+def test_an_image_on_trial_that_has_no_data_partition_says_so_by_the_boot_partition(tmp_path: Path) -> None:
+    here = device(tmp_path, SECOND)
+    order = placed(tmp_path, GOOD)
+    here.installer().turn(order)
+    here.installer().turn({**order, "action": "switch"})
+    for _ in range(3):
+        assert here.boot() == SECOND
+        hidden = here.state.rename(tmp_path / "elsewhere")  # what is on the data partition
+        here.installer().no_data("the data partition cannot be mounted")
+        hidden.rename(here.state)
+    assert here.boot() == FIRST
+    here.installer().settle()
+    told = here.installer().status
+    assert (told["id"], told["state"]) == ("u-1", "failed") and "3 of 3 starts" in told["reason"] and "the data partition cannot be mounted" in told["reason"]
+    here.installer().settle()
+    assert here.installer().status == told and not (here.esp / slots.DAMAGED).exists()
+
+
+def test_what_a_start_without_data_left_behind_is_forgotten_where_a_later_one_proves_itself(tmp_path: Path) -> None:
+    here = device(tmp_path, SECOND)
+    order = placed(tmp_path, GOOD)
+    here.installer().turn(order)
+    here.installer().turn({**order, "action": "switch"})
+    assert here.boot() == SECOND
+    here.installer().no_data("the data partition was not there in time")
+    assert here.boot() == SECOND
+    here.installer().settle()
+    here.installer().turn({**order, "action": "good"})
+    assert here.installer().status["state"] == "good" and not (here.esp / slots.DAMAGED).exists()
+
+
+def test_an_image_that_is_kept_is_not_told_of_for_want_of_data(tmp_path: Path) -> None:
+    here = device(tmp_path)
+    here.installer().no_data("the data partition cannot be mounted")
+    assert not (here.esp / slots.DAMAGED).exists() and here.boot() == FIRST
+
+
 @given(st.binary(max_size=300))
 def test_a_note_of_damage_that_is_noise_stops_nothing(noise: bytes) -> None:
     with tempfile.TemporaryDirectory() as top:

@@ -43,6 +43,7 @@ async def one_by_one(folder: Path, seconds: float) -> list[float]:
     """Commit times, seconds, of one record each: the next is appended when the last is durable."""
     journal = Journal(JournalSettings(folder, ballast_bytes=0), SystemClock())
     journal.start()
+    journal.grow()
     times = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -59,6 +60,7 @@ async def grouped(folder: Path, seconds: float) -> tuple[float, float]:
     """Durable records and commits per second with many waiting."""
     journal = Journal(JournalSettings(folder, ballast_bytes=0), SystemClock())
     journal.start()
+    journal.grow()
     count = 0
 
     def durable(_record: Record) -> None:

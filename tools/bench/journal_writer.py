@@ -19,6 +19,7 @@ async def main(folder: Path) -> None:
     """Write until killed."""
     journal = Journal(JournalSettings(folder, ballast_bytes=0, min_free_bytes=0), SystemClock())
     journal.start()
+    journal.grow()
     number = 0
 
     def durable(record: Record) -> None:

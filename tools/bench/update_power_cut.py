@@ -31,9 +31,9 @@ from edge_runtime.updates import slots
 from firmware_images import bundles, recipes
 from firmware_images.boot import API_PORT, credentials
 from firmware_images.build import Built, build, finished
-from firmware_images.contents import DATA_NAME, ESP_NAME
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
+from firmware_images.layout import DATA_NAME, ESP_NAME
 from firmware_images.machine import HERE, Machine, Wiring, command, free_port, prepare
 from tools.novactl.client import CommandError
 from tools.novactl.journal import check

@@ -8,7 +8,7 @@ from typing import Any
 from edge_runtime.updates import slots
 from edge_runtime.updates.fat import Fat
 from edge_runtime.updates.verity import BLOCK, hash_tree
-from firmware_images.contents import ESP_NAME
+from firmware_images.layout import ESP_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,15 @@
+"""Where things are on a device: names of partitions, folders and files. Pure."""
+
+DATA = "/var/lib/novacron"
+"""The data partition: journal and models in edge/, configuration in config/."""
+
+ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
+"""Names of partitions, beside the two slots (`edge_runtime.updates.slots`). The initrd takes a slot by its name and its root hash, so that no other disk's slot is taken for it."""
+
+AGENT_UID = 990
+
+PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")
+"""Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
+
+UPDATE_KEYS = "/usr/lib/novacron/update-keys"
+"""Public keys whose bundles a device takes; without one it takes none."""
