@@ -57,7 +57,23 @@ WantedBy=multi-user.target
 """
 
 
+_LEAN_WALLS = """# What these forbid an agent cannot do that has no capability, none of their system calls (below) and no right to write to a file of the kernel's; each is some mounts, or a filter for each of three architectures, together a
+# seventh of its start. In their place what the kernel shows is read-only as a whole. There are no homes.
+ProtectKernelTunables=no
+ProtectKernelModules=no
+ProtectControlGroups=no
+ProtectHome=no
+ReadOnlyPaths=/proc/sys /sys
+"""
+
+_WALLS = """ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+"""
+
+
 def agent_drop_in(chosen: Profile) -> str:
+    """What an image adds to the agent's unit. One that runs containers has rights, and so all walls."""
     return f"""[Unit]
 # Without a configuration the device waits for one; the console says so.
 ConditionPathExists={DATA}/config/edge.yaml
@@ -80,10 +96,7 @@ OOMScoreAdjust=-900
 StartupCPUWeight=10000
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
-ProtectClock=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-RestrictSUIDSGID=yes
+{_WALLS if "containers" in chosen.extra else _LEAN_WALLS}RestrictSUIDSGID=yes
 RestrictRealtime=yes
 RemoveIPC=yes
 """

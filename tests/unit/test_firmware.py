@@ -268,6 +268,11 @@ def test_an_image_has_no_login_no_password_and_no_port_but_its_own(profile: reci
     agent = "".join(data.decode() for path, data in tree.files("/usr/lib/systemd/system") if path.split("/")[-1].startswith("novacron-edge") or "/novacron-edge.service.d/" in path)
     for word in ("WatchdogSec=", "MemoryMax=", "TasksMax=", "ProtectSystem=strict", "SystemCallFilter=@system-service"):
         assert word in agent
+    if "containers" in profile.extra:
+        assert "ProtectKernelLogs=yes" in agent and "ProtectKernelTunables=yes" in agent
+    else:  # what stands for the walls that it does without
+        for word in ("\nCapabilityBoundingSet=\n", "\nNoNewPrivileges=yes\n", "\nUser=novacron\n", "\nReadOnlyPaths=/proc/sys /sys\n", "\nPrivateDevices=yes\n", "\nSystemCallFilter=@system-service\n"):
+            assert word in agent
     if "broker" in profile.extra:
         listeners = [line for line in tree["/etc/mosquitto/novacron.conf"].data.decode().splitlines() if line.startswith("listener")]
         assert listeners == ["listener 1883 127.0.0.1"]
