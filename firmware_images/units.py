@@ -11,6 +11,9 @@ TRIAL_DATA_WAIT_S = 900
 NO_DATA_PAUSE_S = 30
 """Seconds between the word that there is no data partition and the next start: to be read on the console."""
 
+NO_DATA_MOST_S = 300
+"""Longest that this may take, the reason's way to the boot partition with it: a disk that does not answer must not keep the device from its next start."""
+
 LASTED_S = 300
 """Seconds after which a start counts as one that lasted; as long as an image on trial has for its proof."""
 
@@ -212,6 +215,7 @@ FailureAction=reboot-force
 Type=oneshot
 ExecStart=-/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates no-data
 ExecStart=/usr/bin/busybox sleep {NO_DATA_PAUSE_S}
+TimeoutStartSec={NO_DATA_MOST_S}
 RuntimeDirectory=novacron-update
 RuntimeDirectoryPreserve=yes
 PrivateMounts=yes

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.updates.verity import BLOCK, hash_tree
-from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, scripts, tools
+from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, scripts, tools, units
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import COLD, Machine, Wiring, command
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
@@ -259,8 +259,8 @@ def test_the_lock_gives_hashes_for_every_wheel_of_every_profile() -> None:
 @pytest.mark.parametrize("profile", list(recipes.PROFILES.values()), ids=str)
 def test_an_image_has_no_login_no_password_and_no_port_but_its_own(profile: recipes.Profile) -> None:
     tree = Tree()
-    units = ROOT / "tools" / "systemd"
-    contents.add(tree, AMD64, profile, (units / "novacron-edge.service").read_text(), (units / "novacron-edge.service.d" / "containers.conf").read_text(), "1")
+    folder = ROOT / "tools" / "systemd"
+    contents.add(tree, AMD64, profile, (folder / "novacron-edge.service").read_text(), (folder / "novacron-edge.service.d" / "containers.conf").read_text(), "1")
     assert all(line.split(":")[1].startswith("!") for line in tree["/etc/shadow"].data.decode().splitlines())
     assert all(line.endswith("/nologin") for line in tree["/etc/passwd"].data.decode().splitlines())
     for unit in ("getty@.service", "serial-getty@.service", "debug-shell.service"):
@@ -279,6 +279,16 @@ def test_an_image_has_no_login_no_password_and_no_port_but_its_own(profile: reci
     for path, data in tree.files("/usr/lib/novacron"):
         assert subprocess.run(["sh", "-n"], input=data, capture_output=True).returncode == 0, path
     assert subprocess.run(["sh", "-n"], input=scripts.INIT.encode(), capture_output=True).returncode == 0
+
+
+def test_a_device_without_data_starts_again_whatever_fails() -> None:
+    """systemd gives a oneshot service no end of its own."""
+    for word in ("SuccessAction=reboot-force", "FailureAction=reboot-force", "ExecStart=-/usr/bin/python3", "TimeoutStartSec="):
+        assert f"\n{word}" in units.NO_DATA
+    tree = Tree()
+    folder = ROOT / "tools" / "systemd"
+    contents.add(tree, AMD64, DEVICE, (folder / "novacron-edge.service").read_text(), (folder / "novacron-edge.service.d" / "containers.conf").read_text(), "1")
+    assert b"\nOnFailure=novacron-no-data.service\n" in tree["/usr/lib/systemd/system/var-lib-novacron.mount.d/novacron.conf"].data
 
 
 def test_a_bill_of_materials_is_cyclonedx_and_the_same_each_time() -> None:
