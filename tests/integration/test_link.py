@@ -375,12 +375,13 @@ async def test_a_replaced_disk_that_has_written_more_than_the_hub_holds_loses_no
 
 
 async def test_history_beyond_the_credit_waits_and_a_full_queue_gives_none(tmp_path: Path, broker: Mosquitto, proxy: FaultProxy) -> None:
-    count = PER_EDGE_MAX + 3000
+    count = 2 * PER_EDGE_MAX + 3000
     async with linked_edge(tmp_path / "edge", proxy.port) as edge:
         await edge.append(count, ("telemetry",))
         async with tapped(broker) as tap, running_hub(tmp_path / "hub", broker.url) as hub:
             hold = threading.Event()
             try:
+                await until(lambda: edge.uplink.lanes.credit, what="a first credit")  # a store that is stuck before it gives none
                 hub.ingest.write(hold.wait)  # nothing is committed, so nothing is receipted
                 lane = edge.uplink.lanes.streams["telemetry"]
                 await until(
