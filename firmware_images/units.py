@@ -60,8 +60,8 @@ WantedBy=multi-user.target
 """
 
 
-_LEAN_WALLS = """# What these forbid an agent cannot do that has no capability, none of their system calls (below) and no right to write to a file of the kernel's; each is some mounts, or a filter for each of three architectures, together a
-# seventh of its start. In their place what the kernel shows is read-only as a whole. There are no homes.
+_LEAN_WALLS = """# What these forbid an agent cannot do that has no capability, none of their system calls (below) and no right to write to a file of the kernel's; each is some mounts, or a filter for each of three architectures, together an
+# eighth of its start. In their place what the kernel shows is read-only as a whole. There are no homes.
 ProtectKernelTunables=no
 ProtectKernelModules=no
 ProtectControlGroups=no
