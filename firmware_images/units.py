@@ -201,6 +201,18 @@ PathChanged={DATA}/edge/updates/request.json
 WantedBy=multi-user.target
 """
 
+_UPDATES_FOLDER = """StateDirectory=novacron/updates
+StateDirectoryMode=0755
+"""
+
+_MOUNTS_ESP = """RuntimeDirectory=novacron-update
+RuntimeDirectoryPreserve=yes
+PrivateMounts=yes
+StandardOutput=journal+console
+StandardError=journal+console
+"""
+"""Of who mounts the boot partition for itself alone, and speaks on the console."""
+
 NO_DATA = f"""[Unit]
 Description=NovaCron: start again without the data partition
 DefaultDependencies=no
@@ -216,12 +228,7 @@ Type=oneshot
 ExecStart=-/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates no-data
 ExecStart=/usr/bin/busybox sleep {NO_DATA_PAUSE_S}
 TimeoutStartSec={NO_DATA_MOST_S}
-RuntimeDirectory=novacron-update
-RuntimeDirectoryPreserve=yes
-PrivateMounts=yes
-StandardOutput=journal+console
-StandardError=journal+console
-"""
+{_MOUNTS_ESP}"""
 
 NO_DATA_TIMER = f"""[Unit]
 Description=NovaCron: the longest wait of an image on trial for the data partition
@@ -243,7 +250,7 @@ OnFailure=novacron-no-data.service
 
 GATE = f"""[Unit]
 Description=NovaCron: go back from an image that does not prove itself
-# Its timer's reason holds for itself too: default dependencies would have it wait for sysinit.target.
+# As its timer: default dependencies would have it wait for sysinit.target.
 DefaultDependencies=no
 Conflicts=shutdown.target
 Before=shutdown.target
@@ -253,14 +260,7 @@ ConditionPathExists={DATA}/updates/trial.json
 [Service]
 Type=oneshot
 ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates gate
-StateDirectory=novacron/updates
-StateDirectoryMode=0755
-RuntimeDirectory=novacron-update
-RuntimeDirectoryPreserve=yes
-PrivateMounts=yes
-StandardOutput=journal+console
-StandardError=journal+console
-"""
+{_UPDATES_FOLDER}{_MOUNTS_ESP}"""
 
 GATE_TIMER = """[Unit]
 Description=NovaCron: look whether an image on trial has proven itself
@@ -286,14 +286,7 @@ ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime.updates lasted
 Nice=10
 IOSchedulingClass=idle
 MemoryMax=64M
-StateDirectory=novacron/updates
-StateDirectoryMode=0755
-RuntimeDirectory=novacron-update
-RuntimeDirectoryPreserve=yes
-PrivateMounts=yes
-StandardOutput=journal+console
-StandardError=journal+console
-"""
+{_UPDATES_FOLDER}{_MOUNTS_ESP}"""
 
 LASTED_TIMER = f"""[Unit]
 Description=NovaCron: after a while, this start has lasted
