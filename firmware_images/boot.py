@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from . import configuration, recipes, room, tools
-from .build import Built, finished, output
+from .build import Built, finished, output, sources
 from .errors import FirmwareError
 from .layout import ESP_NAME, PROVISIONED
 from .machine import HERE, Machine, Wiring, command, free_port, kvm_boots, prepare, require
@@ -152,6 +152,8 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
     require(arch)
     given = settle(state, text)
     configuration.check(given, "broker" in chosen.extra)
+    if not (state / "disk.img").exists() and built.manifest.get("sources") != sources(options.home):
+        say(f"this image is of other code than what is here: python -m firmware_images build --arch {arch.name} --profile {chosen.name} makes it anew")
     disk, flash = prepare(arch, built.image, state)
     handed, token = credentials(state, given, options.credential, options.report, name)
     say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://{LOOPBACK}:{port}/api/v1/decisions   (Ctrl-C takes the power away)")

@@ -70,6 +70,22 @@ def finished(home: Path, arch: Architecture, chosen: Profile, variant: str = "")
         raise FirmwareError("image", f"there is none in {folder}", f"python -m firmware_images build --arch {arch.name} --profile {chosen.name}") from None
 
 
+def sources(home: Path) -> str:
+    """A digest of what this repository gives to an image: the agent, how images are made, the locked wheels, the unit, and the keys that images of `home` trust. Debian's packages are not in it, they come when they are asked for."""
+    return root.digest_of({**root.files_of(REPOSITORY, root.GIVES), **{f"key {name}": data for name, data in bundles.there(home).items()}})
+
+
+def current(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], None], sequence: int = 0, variant: str = "") -> Built:
+    """The image of this very code: the one that was built last where it is that, else one that is built now. What measures or tests an image takes it from here: an older one would tell of code that is no more. Raises FirmwareError."""
+    try:
+        found = finished(home, arch, chosen, variant)
+        if (found.manifest.get("sources"), found.manifest["sequence"]) == (sources(home), sequence):
+            return found
+    except (FirmwareError, KeyError):
+        pass
+    return build(home, arch, chosen, say, sequence=sequence, variant=variant)
+
+
 def preflight(home: Path, arch: Architecture, chosen: Profile) -> None:
     """What would fail later fails now. Raises FirmwareError."""
     tools.require(tools.BUILD)
@@ -95,6 +111,7 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
     cache = home / "cache"
     (cache / "wheels").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    made_of = sources(home)  # before any of it is read: an edit in between makes the image an old one
 
     def tell(text: str) -> None:
         say(f"[{time.monotonic() - started:5.1f} s] {text}")
@@ -107,6 +124,7 @@ def build(home: Path, arch: Architecture, chosen: Profile, say: Callable[[str], 
     tree, agent, first = root.make(cache, REPOSITORY, arch, chosen, resolved.packages, wheels, root.unpack(cache, own.packages, chosen), __version__, sequence, keys)
     with tempfile.TemporaryDirectory(dir=home) as top:
         image, manifest = _assemble(Path(top), arch, chosen, tree, first, resolved, sequence, tell)
+        manifest["sources"] = made_of
         manifest["inputs"] = {
             "agent": agent, "packages": {package.name: f"{package.version} {package.sha256}" for package in resolved.packages}, "wheels": {wheel.name: packages.digest_of(wheel) for wheel in wheels},
         }

@@ -27,6 +27,9 @@ ANCHOR_STEP = 4096
 MATCH_LEAST_BYTES = 1024
 """A shorter match costs as much in the manifest as it saves."""
 
+TRUSTED = "keys/trusted"
+"""Below a home: the public keys that its images trust."""
+
 TRIES = 3
 GATE_S = 300
 """Starts that a new image gets, and seconds after a start within which its agent must have proven itself: a slow device needs a minute to be up and connected."""
@@ -43,16 +46,20 @@ class Bundled:
 
 def trusted(home: Path) -> dict[str, bytes]:
     """Public keys (PEM) by name that images of this home trust: `keys/trusted/*.pem`. Where there is none yet, a pair of this home's own is made."""
-    folder = home / "keys" / "trusted"
-    if not folder.exists():
+    if not (home / TRUSTED).exists():
         make_key(home)
-    return {path.stem: path.read_bytes() for path in sorted(folder.glob("*.pem"))}
+    return there(home)
+
+
+def there(home: Path) -> dict[str, bytes]:
+    """Those keys, none where there are none yet."""
+    return {path.stem: path.read_bytes() for path in sorted((home / TRUSTED).glob("*.pem"))}
 
 
 def make_key(home: Path) -> None:
     """A pair of keys: the private one in `keys/update.key` (nobody else may read it), the public one among the trusted. Raises FirmwareError."""
     tools.require(["openssl"])
-    private, folder = home / "keys" / "update.key", home / "keys" / "trusted"
+    private, folder = home / "keys" / "update.key", home / TRUSTED
     private.parent.mkdir(parents=True, exist_ok=True)
     if not private.exists():
         with tempfile.TemporaryDirectory(dir=private.parent) as top:

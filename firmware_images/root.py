@@ -27,6 +27,9 @@ _SOURCES = (".pyx", ".pxd", ".pxi", ".c", ".h", ".pyi", ".typed", ".hash", ".cc"
 AGENT_DATA = (".py", ".json", ".portable")
 """The agent's own: code, documents, models of the portable evaluator. Those of other engines stay out where the engines do."""
 
+GIVES = {"edge_runtime": AGENT_DATA, "firmware_images": (".py",), "tools/systemd": (".service", ".conf"), "requirements": (".lock",)}
+"""What of the repository goes into an image or decides how it is made: folders, and the kinds of files in them."""
+
 SLOWER_TWIN = ("frozenlist/_frozenlist.",)
 """Compiled parts that stay out because their package does without them: this one alone would bring the library of C++ (2.5 MB on the disk, more in memory), for lists of a few signals."""
 
@@ -75,16 +78,26 @@ def add_wheel(tree: Tree, wheel: Path) -> None:
         raise FirmwareError(f"wheel {wheel.name}", f"it cannot be read ({error})", "remove it from the cache and build again") from None
 
 
+def files_of(repository: Path, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, bytes]:
+    """Files by their path in the repository: those below each folder that end in one of its suffixes."""
+    found = sorted(path for folder, suffixes in kinds.items() for path in (repository / folder).rglob("*") if path.suffix in suffixes and "__pycache__" not in path.parts and path.is_file())
+    return {path.relative_to(repository).as_posix(): path.read_bytes() for path in found}
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """SHA-256 over names, lengths and contents."""
+    digest = hashlib.sha256()
+    for name, data in files.items():
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
+
+
 def add_code(tree: Tree, repository: Path, folders: Sequence[str], suffixes: tuple[str, ...]) -> str:
     """Our own code into SITE: files with these suffixes below these folders of the repository; the digest of what went in."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (repository / folder).rglob("*")):
-        if path.suffix in suffixes and "__pycache__" not in path.parts and path.is_file():
-            name = path.relative_to(repository).as_posix()
-            data = path.read_bytes()
-            digest.update(f"{name}\0{len(data)}\0".encode() + data)
-            tree.file(f"{SITE}/{name}", data)
-    return digest.hexdigest()
+    code = files_of(repository, dict.fromkeys(folders, suffixes))
+    for name, data in code.items():
+        tree.file(f"{SITE}/{name}", data)
+    return digest_of(code)
 
 
 def certificates(tree: Tree) -> None:

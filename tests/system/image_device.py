@@ -14,7 +14,7 @@ import pytest
 
 from firmware_images import recipes, tools
 from firmware_images.boot import API_PORT, credentials
-from firmware_images.build import Built, build, finished
+from firmware_images.build import Built, current
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command, free_port, prepare
 from tests.integration.waiting import until_sync
@@ -29,13 +29,10 @@ BOOT_S = 1800
 
 
 def image(variant: str = "", sequence: int = 0) -> Built:
-    """The image; built where it is not there (once, with the network). Skips where it cannot be."""
+    """The image of this code; built where it is not there (the first time with the network). Skips where it cannot be."""
     try:
         tools.require([*tools.BUILD, ARCH.qemu, "e2fsck", "debugfs"])
-        try:
-            return finished(HOME, ARCH, PROFILE, variant)
-        except FirmwareError:
-            return build(HOME, ARCH, PROFILE, print, sequence=sequence, variant=variant)
+        return current(HOME, ARCH, PROFILE, print, sequence, variant)
     except FirmwareError as error:
         if error.field in ("tools", "network", "space"):
             pytest.skip(f"no image can be built here: {error}")

@@ -15,7 +15,7 @@ from edge_runtime.decisions.models.model import load_model
 from edge_runtime.decisions.models.tflite_engine import find_library
 from firmware_images import recipes, tools
 from firmware_images.boot import API_PORT, credentials, hand_over
-from firmware_images.build import Built, build, finished
+from firmware_images.build import Built, current
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import HERE, Machine, Wiring, comes_up, command, free_port, prepare
@@ -74,15 +74,12 @@ def judged_otherwise(decisions: Iterable[dict[str, Any]]) -> tuple[int, list[str
 
 
 def image_of(arch_name: str, profile_name: str = "device") -> Built:
-    """The image; built where it is not there (once, with the network)."""
+    """The image of this code; built where it is not there (the first time with the network)."""
     arch, profile = recipes.architecture(arch_name), recipes.profile(profile_name)
     home = Path(os.environ.get("NOVACRON_IMAGES", ROOT / ".novacron" / "images"))
     try:
         tools.require([*tools.BUILD, arch.qemu, "e2fsck", "debugfs"])
-        try:
-            return finished(home, arch, profile)
-        except FirmwareError:
-            return build(home, arch, profile, print)
+        return current(home, arch, profile, print)
     except FirmwareError as error:
         if error.field in ("tools", "network", "space"):
             pytest.skip(f"no image can be built here: {error}")

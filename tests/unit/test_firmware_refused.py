@@ -1,6 +1,7 @@
 """What the builder and the boot refuse: in one line with field and remedy, before anything is done."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -238,3 +239,25 @@ def test_a_machine_that_does_not_start_is_a_failure_of_the_command(tmp_path: Pat
         assert cli.main(["boot", "--home", str(tmp_path), "--accel", "tcg"]) == 2 * status
         told = capsys.readouterr().err
         assert "no such machine" in told and ("machine: QEMU ended with status 1" in told) == bool(status)
+
+
+def test_an_image_of_other_code_than_this_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measures or tests an image would tell of code that is no more. That it is built is seen by what a build refuses first: here there is no program for it."""
+    (tmp_path / "keys" / "trusted").mkdir(parents=True)
+    (tmp_path / "keys" / "trusted" / "one.pem").write_bytes(b"one")
+    folder = build.output(tmp_path, AMD64, DEVICE)
+    folder.mkdir()
+    told = {"sources": build.sources(tmp_path), "sequence": 3}
+    monkeypatch.setattr(tools, "find", lambda program: None)
+
+    def asked(said: dict[str, object]) -> str:
+        (folder / "manifest.json").write_text(json.dumps(said))
+        try:
+            return str(build.current(tmp_path, AMD64, DEVICE, print, 3).image.relative_to(tmp_path))
+        except FirmwareError as error:
+            return error.field
+
+    assert asked(told) == "amd64-device/disk.img"
+    assert asked({**told, "sequence": 2}) == asked({**told, "sources": "0" * 64}) == asked({"sequence": 3}) == "tools"
+    (tmp_path / "keys" / "trusted" / "two.pem").write_bytes(b"two")
+    assert asked(told) == "tools", "it does not trust the second key"

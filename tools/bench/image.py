@@ -19,7 +19,7 @@ if not __package__:
 
 from firmware_images import recipes
 from firmware_images.boot import API_PORT, credentials, hand_over
-from firmware_images.build import Built, build, finished
+from firmware_images.build import Built, current
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import Machine, Wiring, command, free_port, prepare
 from firmware_images.recipes import MIB, Architecture, Profile
@@ -108,10 +108,7 @@ def main() -> int:
     about = machine()
     try:
         arch, chosen = recipes.architecture(options.arch), recipes.profile(options.profile)
-        try:
-            built = finished(options.home, arch, chosen)
-        except FirmwareError:
-            built = build(options.home, arch, chosen, lambda text: note(options, text))
+        built = current(options.home, arch, chosen, lambda text: note(options, text))
         size = round(compressed_mb(built.image), 1)
         note(options, f"compressed: {size} MB")
         rows = boots(built, arch, chosen, options.rounds, options)

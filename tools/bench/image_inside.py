@@ -23,7 +23,7 @@ import yaml
 
 from firmware_images import recipes
 from firmware_images.boot import API_PORT, credentials, hand_over
-from firmware_images.build import Built, build, finished
+from firmware_images.build import Built, current
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import HERE, Machine, Wiring, command, prepare
 
@@ -180,10 +180,7 @@ def main() -> int:
     about = machine()
     try:
         arch, chosen = recipes.architecture(options.arch), recipes.profile(options.profile)
-        try:
-            built = finished(options.home, arch, chosen)
-        except FirmwareError:
-            built = build(options.home, arch, chosen, lambda text: note(options, text))
+        built = current(options.home, arch, chosen, lambda text: note(options, text))
         with tempfile.TemporaryDirectory(dir=options.home) as top:
             told = measure(built, arch, chosen, options, Path(top))
     except FirmwareError as error:

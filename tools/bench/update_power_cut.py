@@ -30,7 +30,7 @@ import urllib.request
 from edge_runtime.updates import slots
 from firmware_images import bundles, recipes
 from firmware_images.boot import API_PORT, credentials
-from firmware_images.build import Built, build, finished
+from firmware_images.build import Built, current
 from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
 from firmware_images.layout import DATA_NAME, ESP_NAME
@@ -287,10 +287,7 @@ def main() -> int:
     images = []
     try:
         for sequence, variant in ((0, ""), (1, VARIANT)):
-            try:
-                images.append(finished(options.home, arch, chosen, variant))
-            except FirmwareError:
-                images.append(build(options.home, arch, chosen, lambda text: note(options, text), sequence=sequence, variant=variant))
+            images.append(current(options.home, arch, chosen, lambda text: note(options, text), sequence, variant))
         built, newer = images[0], images[1].image.parent
         with tempfile.TemporaryDirectory(dir=options.home) as top:
             folder = options.keep or Path(top)
