@@ -1,13 +1,15 @@
 """`novacron-edge`: run the agent, check a configuration."""
 
 import gc
-import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
+from .lean_imports import import_asyncio, import_logging, leave_out_openssl, leave_out_typing
+
+logging = import_logging()  # before anything else imports it
 
 LEAN_FLAGS = ("-OO", "-X", "no_debug_ranges")
 """Interpreter flags of a running agent: no docstrings, no column tables; 2 MiB less. Nothing relies on assert."""
@@ -38,13 +40,14 @@ def _options(arguments: list[str]) -> tuple[str, Path | None, bool]:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     command, path, quick = _options(sys.argv[1:] if arguments is None else arguments)
-    from .config import ConfigError, load_config
+    with leave_out_typing():
+        from .config import ConfigError, load_config
 
-    try:
-        loaded = load_config(path)
-    except ConfigError as error:
-        print(f"the configuration cannot be used:\n{error}", file=sys.stderr)
-        return 2
+        try:
+            loaded = load_config(path)
+        except ConfigError as error:
+            print(f"the configuration cannot be used:\n{error}", file=sys.stderr)
+            return 2
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if command == "check":
@@ -108,7 +111,6 @@ def _keep_quick_form(path: Path | None) -> int:
 def run(config: object) -> int:
     """Run one agent until it is told to stop."""
     from .config import EdgeConfig
-    from .lean_imports import import_asyncio, leave_out_openssl
 
     gc.disable()  # until all is up: what a start makes stays, and looking through it again and again takes a part of the start
     if not isinstance(config, EdgeConfig):
@@ -120,17 +122,23 @@ def run(config: object) -> int:
     if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
         leave_out_openssl()
     asyncio = import_asyncio()
-    import sqlite3
+    with leave_out_typing():
+        import sqlite3
 
-    from .contract.errors import ContractError
-    from .decisions.rules import RuleError
-    from .logs import configure
-    from .runtime import EdgeRuntime
-    from .system.process import one_heap, prefer, short_turns
+        from .contract.errors import ContractError
+        from .decisions.rules import RuleError
+        from .logs import configure
+        from .runtime import EdgeRuntime
+        from .system.process import one_heap, prefer
 
-    one_heap()
+        # What this configuration will ask for while it starts.
+        if config.devices.host.enabled:
+            from .devices import host  # noqa: F401
+        if config.updates.enabled:
+            from .updates import duty  # noqa: F401
+
+    one_heap(os.environ)
     prefer(config.nice)
-    short_turns()
     configure(config.logging.level, config.logging.format)
     # PyYAML is not needed any more; its modules stay out of the agent's memory.
     for name in [name for name in sys.modules if name == "yaml" or name.startswith(("yaml.", "_yaml", "argparse"))]:

@@ -4,11 +4,14 @@ A board without a battery clock boots in 1970. Wall time then starts at a floor 
 release date) and grows with monotonic time, marked `unsynced`, until the operating system's clock passes the floor.
 """
 
-import ctypes
 import functools
 import time
+from collections import namedtuple
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing import NamedTuple
 
 RELEASE_MS = 1_795_478_400_000
 """2026-11-24 00:00 UTC in milliseconds: no record of this software is older."""
@@ -23,12 +26,16 @@ _TIME_ERROR = 5
 """Return value of adjtimex(2) for an unsynchronised clock."""
 
 
-class Stamp(NamedTuple):
-    """When something happened: monotonic and wall milliseconds, and what the wall time is worth (`unsynced`, `rtc`, `ntp`)."""
+if TYPE_CHECKING:
 
-    mono_ms: int
-    wall_ms: int
-    quality: str
+    class Stamp(NamedTuple):
+        """When something happened: monotonic and wall milliseconds, and what the wall time is worth (`unsynced`, `rtc`, `ntp`)."""
+
+        mono_ms: int
+        wall_ms: int
+        quality: str
+else:
+    Stamp = namedtuple("Stamp", ("mono_ms", "wall_ms", "quality"))  # the same; a start does without `typing`
 
 
 class Clock(Protocol):
@@ -41,15 +48,16 @@ class Clock(Protocol):
         """Monotonic milliseconds; counts through suspend."""
 
 
-class _Timex(ctypes.Structure):
-    # Only `modes` is set (0: read only); the rest is room for the kernel's answer (208 bytes on every 64-bit Linux, less on 32-bit).
-    _fields_ = (("modes", ctypes.c_uint), ("rest", ctypes.c_byte * 252))
+_TIMEX_BYTES = 256
+"""Room for the kernel's answer (208 bytes on every 64-bit Linux, less on 32-bit); all zero it asks to change nothing."""
 
 
 def kernel_synchronised() -> bool:
     """Whether the kernel says its clock follows a time source (adjtimex(2)); False where it cannot be asked."""
+    import ctypes
+
     try:
-        state = ctypes.CDLL(None).adjtimex(ctypes.byref(_Timex()))
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
     except (OSError, AttributeError):
         return False
     return bool(0 <= state < _TIME_ERROR)

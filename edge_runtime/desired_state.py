@@ -1,6 +1,5 @@
 """What this edge is to do: its own rules and models from the configuration, and over them what the hub wants, checked whole, kept, then applied."""
 
-import base64
 import binascii
 import logging
 from collections.abc import Callable
@@ -134,6 +133,8 @@ class DesiredState:
             if not isinstance(manifest, dict) or not isinstance(data, str):
                 raise ContractError(f"spec.models[{index}]", "has no manifest or no data_b64", "send both", "missing")
             try:
+                import base64
+
                 raw = base64.b64decode(data, validate=True)
             except (binascii.Error, ValueError):
                 raise ContractError(f"spec.models[{index}].data_b64", "is not base64", "encode the model's bytes as base64", "type") from None

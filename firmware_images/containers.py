@@ -52,7 +52,7 @@ SERVICES = {
     for service in (
         Service(
             "edge", "edge_runtime", ("edge_runtime",), (), recipes.LEAN_WHEELS, recipes.DEBIAN_MODULES, ("run",),
-            (f"NOVACRON_EDGE__DATA_DIR={DATA}", "MALLOC_ARENA_MAX=1", "GLIBC_TUNABLES=glibc.malloc.tcache_count=0"), (8470,),
+            (f"NOVACRON_EDGE__DATA_DIR={DATA}", "MALLOC_ARENA_MAX=1", "GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"), (8470,),
         ),
         Service(
             # libstdc++6: numpy's compiled parts want it. mosquitto: the hub starts it as its broker; unstable's wants GnuTLS, which wants libgmp10. python3-asyncio-mqtt is aiomqtt, by the name that it once had.

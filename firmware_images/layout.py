@@ -6,6 +6,9 @@ DATA = "/var/lib/novacron"
 ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
 """Names of partitions, beside the two slots (`edge_runtime.updates.slots`). The initrd takes a slot by its name and its root hash, so that no other disk's slot is taken for it."""
 
+SITE = "/usr/lib/python3/dist-packages"
+"""Where Debian's Python looks for packages."""
+
 AGENT_UID = 990
 
 PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")

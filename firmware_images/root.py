@@ -11,12 +11,10 @@ from pathlib import Path
 from . import elf, initrd, recipes, tools
 from .contents import add
 from .errors import FirmwareError
+from .layout import SITE
 from .packages import Package
 from .recipes import Architecture, Profile, unwanted
 from .tree import Tree, take_tar
-
-SITE = "/usr/lib/python3/dist-packages"
-"""Where Debian's Python looks for packages."""
 
 MERGED = ("bin", "sbin", "lib", "lib64")
 """Folders that are links into /usr."""
@@ -173,10 +171,16 @@ def _write_interpreter(interpreter: Tree, own: Path, version: str) -> tuple[list
 
 
 _START = """
-import runpy, sys
-from edge_runtime.lean_imports import leave_out_openssl
+import sys
+import edge_runtime.cli
+from edge_runtime.lean_imports import import_asyncio, leave_out_openssl, leave_out_typing
+with leave_out_typing():
+    import edge_runtime.config, edge_runtime.config.prototype
 leave_out_openssl()
-import edge_runtime.cli, edge_runtime.config, asyncio, sqlite3, edge_runtime.logs, edge_runtime.runtime, edge_runtime.updates.duty, edge_runtime.devices.host, edge_runtime.local_api.server
+import_asyncio()
+with leave_out_typing():
+    import sqlite3, edge_runtime.logs, edge_runtime.runtime, edge_runtime.devices.host, edge_runtime.updates.duty
+import edge_runtime.local_api.server
 for module in list(sys.modules.values()):
     cached = getattr(getattr(module, "__spec__", None), "cached", None)
     if cached:

@@ -1,9 +1,12 @@
 """Programs of this machine that the builder and the boot need: found, or refused with the Debian package that has them."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import IO
 
 from .errors import FirmwareError
@@ -22,13 +25,20 @@ SBIN = ("/usr/sbin", "/sbin")
 TOOL_TIMEOUT_S = 900
 """Longest run of one program; mksquashfs over a host image on a slow machine takes minutes."""
 
+VERSION_TIMEOUT_S = 30
+"""Longest wait for a program to say its version."""
+
 OUTPUT_SHOWN = 2000
 """Characters of a failed program's last words that are shown."""
 
 
+BESIDE = Path(__file__).resolve().parents[1] / ".novacron" / "qemu"
+"""Where the set-up lays a newer QEMU out beside the project, if this machine's own is an old one (`tools/setup/qemu.sh`)."""
+
+
 def find(program: str) -> str | None:
     """Its path; None where it is not installed."""
-    return shutil.which(program) or shutil.which(program, path=os.pathsep.join(SBIN))
+    return shutil.which(program, path=str(BESIDE)) or shutil.which(program) or shutil.which(program, path=os.pathsep.join(SBIN))
 
 
 def missing(programs: Iterable[str]) -> list[str]:
@@ -56,3 +66,14 @@ def run(command: Sequence[str], *, field: str, remedy: str, env: dict[str, str] 
         words = (done.stderr or done.stdout).decode(errors="replace").strip()[-OUTPUT_SHOWN:]
         raise FirmwareError(field, f"{command[0]} failed: {words}", remedy)
     return done.stdout.decode(errors="replace")
+
+
+@cache
+def qemu_version(program: str) -> tuple[int, int]:
+    """Major and minor version of a QEMU, by its path; (0, 0) where it does not say."""
+    try:
+        told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0, 0
+    found = re.search(r"version (\d+)\.(\d+)", told)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -2,7 +2,7 @@
 
 from edge_runtime.updates import slots
 
-from .layout import DATA
+from .layout import DATA, SITE
 from .recipes import Profile
 
 TRIAL_DATA_WAIT_S = 900
@@ -75,6 +75,10 @@ ProtectKernelLogs=yes
 """
 
 
+_AGENT = f"""/usr/bin/python3 -I -S -B -OO -X no_debug_ranges -c "import sys; sys.path.append('{SITE}'); from edge_runtime.cli import main; sys.exit(main())" """.rstrip()
+"""How the agent is started: without `site`, which looks for packages where an image has none, and `runpy`; together a fortieth of its start."""
+
+
 def agent_drop_in(chosen: Profile) -> str:
     """What an image adds to the agent's unit. One that runs containers has rights, and so all walls."""
     return f"""[Unit]
@@ -85,7 +89,7 @@ StartLimitIntervalSec=0
 
 [Service]
 ExecStart=
-ExecStart=/usr/bin/python3 -OO -X no_debug_ranges -m edge_runtime run --config {DATA}/config/edge.yaml
+ExecStart={_AGENT} run --config {DATA}/config/edge.yaml
 Environment=PYTHONDONTWRITEBYTECODE=1
 Environment=NOVACRON_EDGE__UPDATES__ENABLED=true
 # A name of its own for a device whose configuration gives it none.

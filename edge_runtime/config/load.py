@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from ..contract.lean_dataclass import dataclass, field, is_lean, metadata_of
 from ..contract.schema import ID_PATTERN
@@ -180,6 +180,11 @@ def _hints(cls: type) -> dict[str, Any]:
     return cls.__annotations__
 
 
+def _origin(kind: Any) -> Any:
+    """What `typing.get_origin` says of `tuple[...]` and `dict[...]`, the only ones here, without loading it."""
+    return getattr(kind, "__origin__", None)
+
+
 def _known_names(cls: type) -> dict[str, str]:
     """Accepted name -> attribute: the attribute and, where it is free, the attribute without its unit."""
     attributes: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
@@ -239,7 +244,7 @@ def _value(reader: _Reader, kind: Any, metadata: Mapping[str, Any], value: Any, 
         if metadata["choices"] and text not in metadata["choices"]:
             reader.wrong(path, f"{text[:40]!r} is unknown", f"use one of {', '.join(metadata['choices'])}")
         return text
-    origin = get_origin(kind)
+    origin = _origin(kind)
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, str | int | float | bool) for k, v in value.items()):
             reader.wrong(path, "is not a mapping of text to text", "write `name: text` lines below it")
@@ -249,9 +254,9 @@ def _value(reader: _Reader, kind: Any, metadata: Mapping[str, Any], value: Any, 
         if not isinstance(value, list):
             reader.wrong(path, f"is {type(value).__name__}, not a list", "write a list (`- ...`)")
             return ()
-        if get_args(kind)[0] is str:
+        if kind.__args__[0] is str:
             return _texts(reader, value, path)
-        if get_args(kind)[0] is ModelConfig:
+        if kind.__args__[0] is ModelConfig:
             return tuple(
                 _build(ModelConfig, _merge(reader, ModelConfig, {"manifest": item} if isinstance(item, str) else item, f"{path}[{index}].", {}))
                 for index, item in enumerate(value)
@@ -311,7 +316,7 @@ def _override(reader: _Reader, merged: dict[str, Any], source_of: dict[str, str]
                 break
             kind = _hints(cls)[attribute]
             if depth == len(path) - 1:
-                if is_lean(kind) or get_origin(kind) in (tuple, dict):
+                if is_lean(kind) or _origin(kind) in (tuple, dict):
                     reader.wrong(name, "is a section or a list", "set it in the file")
                     break
                 target[attribute] = _value(reader, kind, metadata_of(cls)[attribute], value, ".".join([*path[:-1], attribute]))

@@ -1,8 +1,9 @@
 """Facts about this process, from /proc; 0 where it cannot be read."""
 
 import os
+from collections.abc import Mapping
 
-HEAP_TUNABLES = "glibc.malloc.tcache_count=0"
+HEAP_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 """What GLIBC_TUNABLES should hold where the agent is started (the systemd unit does). With malloc's caches, an agent under load whose link flaps grows by megabytes an hour with
 nothing more in use: chunks of half a page to a page, kept apart, that nothing fits into. Elsewhere than on glibc it means nothing."""
 
@@ -47,7 +48,7 @@ def prefer(nice: int) -> bool:
 
 
 def short_turns() -> bool:
-    """Ask for short turns at the processor for this thread and those that it will start; whether the kernel took the wish.
+    """Ask for short turns at the processor for every thread of this process and those that they will start; whether the kernel took the wish.
 
     Linux 6.12 and later keep an entity's slice (sched_setattr(2), `sched_runtime` of a SCHED_OTHER thread): who asks for less at a time is served sooner when it wakes,
     and gets no more in all. A decision is a few hundred microseconds long and waits for others' turns of some milliseconds otherwise. No privilege is needed; older kernels take the call and do nothing.
@@ -62,16 +63,25 @@ def short_turns() -> bool:
         if os.sched_getscheduler(0) != os.SCHED_OTHER:
             return False  # an operator chose another policy
         # struct sched_attr, version 0: size, policy, flags, nice, priority, runtime, deadline, period.
-        attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.getpriority(os.PRIO_PROCESS, 0), 0, TURN_NS, 0, 0)
-        return bool(ctypes.CDLL(None).syscall(number, 0, attributes, 0) == 0)
+        call = ctypes.CDLL(None).syscall
+        taken = True
+        for thread in map(int, os.listdir("/proc/self/task")):
+            try:
+                attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, os.getpriority(os.PRIO_PROCESS, thread), 0, TURN_NS, 0, 0)
+            except ProcessLookupError:
+                continue  # it has ended
+            taken = call(number, thread, attributes, 0) == 0 and taken
+        return taken
     except (OSError, AttributeError):
         return False
 
 
-def one_heap() -> None:
+def one_heap(environment: Mapping[str, str]) -> None:
     """One malloc arena for all threads (mallopt(3), M_ARENA_MAX): ours hardly compete, and each arena keeps pages of its own. And no bins of small chunks that are not
     joined with their neighbours (M_MXFAST): what is freed between messages then serves for what comes next, and the heap does not fray. The other half of that is the
-    cache of each thread, which only the environment can switch off, before the start: `HEAP_TUNABLES`."""
+    cache of each thread, which only the environment can switch off, before the start: `HEAP_TUNABLES`. Where that says all of it, there is nothing to do."""
+    if environment.get("MALLOC_ARENA_MAX") == "1" and HEAP_TUNABLES in environment.get("GLIBC_TUNABLES", ""):
+        return
     import ctypes
 
     try:

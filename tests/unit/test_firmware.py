@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, scripts, tools, units
 from firmware_images.errors import FirmwareError
-from firmware_images.machine import COLD, Machine, Wiring, command
+from firmware_images.machine import COLD, Machine, Wiring, command, with_hashing
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
 from tools.bench.harness import ROOT
 
@@ -320,6 +320,25 @@ def test_a_guest_that_starts_again_gets_a_fresh_machine_until_that_fails(tmp_pat
     with Machine(["sh", "-c", f"echo >> {count}; number=$(wc -l < {count}); echo run $number; [ $number -lt 3 ]", *words]) as machine:
         machine.wait()
         assert machine.ended and [text for _, text in machine.lines] == [f"run {number}" for number in range(1, runs + 1)]
+
+
+@pytest.mark.parametrize(("version", "accelerator", "hashes"), [((10, 0), "tcg", True), ((8, 2), "tcg", True), ((7, 2), "tcg", False), ((0, 0), "tcg", False), ((10, 0), "kvm", False)])
+def test_an_emulated_machine_hashes_by_instructions_where_its_qemu_has_them(version: tuple[int, int], accelerator: str, hashes: bool) -> None:
+    words = with_hashing(command(AMD64, Path("disk"), Path("flash"), Wiring(192, accelerator=accelerator)), lambda: version)
+    assert ("+sha-ni" in words[words.index("-cpu") + 1].split(",")) is hashes
+    arm = command(recipes.architecture("arm64"), Path("disk"), Path("flash"), Wiring(192))
+    assert with_hashing(arm, lambda: pytest.fail("there is nothing to ask it for")) == arm
+
+
+def test_a_newer_qemu_that_lies_beside_the_project_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "BESIDE", tmp_path)
+    installed = tools.find("sh")
+    assert installed is not None and not installed.startswith(str(tmp_path))
+    (tmp_path / "sh").write_text("#!/bin/sh\necho QEMU emulator version 10.0.11 '(Debian 1:10.0.11)'\n")
+    assert tools.find("sh") == installed, "it cannot be run"
+    (tmp_path / "sh").chmod(0o755)
+    assert tools.find("sh") == str(tmp_path / "sh") and tools.qemu_version(str(tmp_path / "sh")) == (10, 0)
+    assert tools.qemu_version("/bin/true") == tools.qemu_version(str(tmp_path / "none")) == (0, 0)
 
 
 def test_a_machine_whose_power_is_cut_does_not_start_again(tmp_path: Path) -> None:

@@ -113,9 +113,10 @@ def test_the_command_writes_it_anew_and_not_for_what_cannot_be_used(tmp_path: Pa
 
 def test_a_service_starts_without_what_it_does_not_need(tmp_path: Path) -> None:
     path = made(tmp_path)
-    names = ["argparse", "gettext", "yaml", "difflib", "aiohttp", "paho", "ssl", "_hashlib", "inspect", "ast", "dataclasses"]
+    names = ["argparse", "gettext", "yaml", "difflib", "aiohttp", "paho", "ssl", "_hashlib", "inspect", "ast", "dataclasses", "traceback", "textwrap", "string", "subprocess", "typing", "asyncio.streams", "asyncio.sslproto", "base64"]
     code = (
         "import sys, edge_runtime.cli as cli\n"
+        "sys.modules['psutil'] = None\n"  # as on a device
         "import edge_runtime.system.service as service\n"
         "def ready(self, *line): print([name for name in sys.argv[2].split(',') if sys.modules.get(name)]); sys.stdout.flush(); import os; os._exit(0)\n"
         "service.ServiceManager.ready = ready\n"

@@ -17,7 +17,7 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
-from firmware_images import recipes
+from firmware_images import recipes, tools
 from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, current
 from firmware_images.errors import FirmwareError
@@ -122,7 +122,7 @@ def main() -> int:
         "of that, MB": {name: round(value / 1e6, 1) for name, value in built.manifest["bytes"].items()}, **figures, "first boot": {key: value for key, value in rows[0].items() if key != "chain"},
         "critical chain of the quickest": min(counted, key=lambda row: float(row["first_decision_s"]))["chain"], "sha256": built.manifest["sha256"],
     }
-    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": recipes.memory_mib(arch, chosen), "emulated": True, "bars": {"compressed_mb": SIZE_MB if barred else None, "agent_start_s": START_S, "agent_rss_mb": RSS_MB}}
+    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": recipes.memory_mib(arch, chosen), "emulated": True, "qemu": ".".join(map(str, tools.qemu_version(tools.find(arch.qemu) or arch.qemu))), "bars": {"compressed_mb": SIZE_MB if barred else None, "agent_start_s": START_S, "agent_rss_mb": RSS_MB}}
     return report(options, about, f"image of a {chosen.name} for {arch.name}, compressed, kernel included", size, "MB", ok, inputs=inputs, details=details)
 
 

@@ -21,7 +21,7 @@ if not __package__:
 
 import yaml
 
-from firmware_images import recipes
+from firmware_images import recipes, tools
 from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, current
 from firmware_images.errors import FirmwareError
@@ -189,7 +189,7 @@ def main() -> int:
     every = [*told["device"], cut["readings"]]
     whole = all(part["lost"] == 0 and part["twice"] == 0 for part in every)
     ok = whole and cut["exact"] and cut["decided_alone"] >= cut["readings"]["sent"] and told["agent_rss_mb"] < RSS_MB
-    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": recipes.memory_mib(arch, chosen), "emulated": True, "rate": options.rate, "outage_s": options.outage, "bars": {"agent_rss_mb": RSS_MB, "lost": 0, "twice": 0}}
+    inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": recipes.memory_mib(arch, chosen), "emulated": True, "qemu": ".".join(map(str, tools.qemu_version(tools.find(arch.qemu) or arch.qemu))), "rate": options.rate, "outage_s": options.outage, "bars": {"agent_rss_mb": RSS_MB, "lost": 0, "twice": 0}}
     median = spread([part["p50"] for part in told["device"]])
     return report(options, about, f"a reading decided inside the booted image for {arch.name} (emulated), round trip, and nothing lost by an outage of the hub", median["median"], "ms", ok, spread_=median, inputs=inputs, details=told)
 
