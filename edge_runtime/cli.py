@@ -152,6 +152,8 @@ def run(config: object) -> int:
             await runtime.stop("failed to start")
             raise
         gc.enable()
+        if (start_code := sys.modules.get(f"{__package__}.start_code")) is not None:
+            start_code.forget()
         await runtime.wait()
 
     try:

@@ -9,6 +9,9 @@ ESP_NAME, DATA_NAME = "novacron-esp", "novacron-data"
 SITE = "/usr/lib/python3/dist-packages"
 """Where Debian's Python looks for packages."""
 
+START_CODE = "/usr/lib/novacron/start.code"
+"""Byte code of the agent's start in one file (`edge_runtime.start_code`)."""
+
 AGENT_UID = 990
 
 PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")

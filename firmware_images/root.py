@@ -8,10 +8,12 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from edge_runtime import start_code
+
 from . import elf, initrd, recipes, tools
 from .contents import add
 from .errors import FirmwareError
-from .layout import SITE
+from .layout import SITE, START_CODE
 from .packages import Package
 from .recipes import Architecture, Profile, unwanted
 from .tree import Tree, take_tar
@@ -170,6 +172,9 @@ def _write_interpreter(interpreter: Tree, own: Path, version: str) -> tuple[list
     return [str(loader), "--library-path", libraries, str(own / f"usr/bin/python{version}")], {"PYTHONHOME": str(own / "usr"), "PYTHONHASHSEED": "0"}
 
 
+PYC_HEADER_BYTES = 16
+"""Before the byte code: magic number, flags, and the source's hash or time and size (PEP 552)."""
+
 _START = """
 import sys
 import edge_runtime.cli
@@ -180,25 +185,38 @@ leave_out_openssl()
 import_asyncio()
 with leave_out_typing():
     import sqlite3, edge_runtime.logs, edge_runtime.runtime, edge_runtime.devices.host, edge_runtime.updates.duty
+ready = set(sys.modules)
 import edge_runtime.local_api.server
-for module in list(sys.modules.values()):
-    cached = getattr(getattr(module, "__spec__", None), "cached", None)
-    if cached:
-        print(cached)
+for name, module in sys.modules.items():
+    spec = getattr(module, "__spec__", None)
+    if getattr(spec, "cached", None):
+        print(name, spec.cached, spec.origin, int(spec.submodule_search_locations is not None), int(name in ready), sep="\t")
 """
 
 
 def start_order(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> list[str]:
-    """Byte code that the agent's start reads, in the order of its imports, as this machine's build of the same Python has it. Modules that are compiled for the target are not among them."""
+    """Files that the agent's start reads, in the order of its imports, as this machine's build of the same Python has it: one with the byte code of all that it loads until it is ready, which is made here, and the byte code of what it loads after
+    that. Modules that are compiled for the target are not among them."""
     with tempfile.TemporaryDirectory() as top:
         own, agent = Path(top) / "python", Path(top) / "agent"
         command, environment = _write_interpreter(interpreter, own, f"{python[0]}.{python[1]}")
         write_out(tree, agent, (f"{SITE}/edge_runtime/",))
         told = tools.run([*command, "-S", "-P", "-OO", "-c", _START], field="order of files", remedy="see the module that is named", env={**environment, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(agent / SITE[1:])})
-        found = [path for line in told.split() for base in (own, agent) if line.startswith(f"{base}/") and (path := line.removeprefix(str(base))) in tree]
+        found: list[str] = []
+        modules = []
+        codes = dict(tree.files("/usr/lib"))
+        for line in told.splitlines():
+            name, cached, source, package, ready = line.split("\t")
+            base = next((str(base) for base in (own, agent) if cached.startswith(f"{base}/")), None)
+            if base is None or (path := cached.removeprefix(base)) not in tree:
+                continue
+            found.append(path)
+            if ready == "1":
+                modules.append((name, source.removeprefix(base), package == "1", codes[path][PYC_HEADER_BYTES:]))
+    tree.file(START_CODE, start_code.pack(start_code.tag(f"cpython-{python[0]}{python[1]}", 2), modules))
     if not any(path.startswith(f"{SITE}/edge_runtime/") for path in found):  # as where the folder that the build runs in has an agent of its own
         raise FirmwareError("order of files", "the agent's byte code is not among what its start reads", "see start_order")
-    return found
+    return [START_CODE, *found]
 
 
 def index_modules(tree: Tree, version: str) -> None:

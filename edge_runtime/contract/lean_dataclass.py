@@ -37,6 +37,12 @@ else:
     _NONE = object()
     """Stands for an argument that was not given."""
 
+    _PLAIN = (type, type(list[int]), type(int | None))
+    """Kinds of annotations whose text need not be looked at."""
+
+    def _is_no_field(hint: object) -> bool:
+        return (type(hint) not in _PLAIN and ("ClassVar" in str(hint) or "InitVar" in str(hint))) or getattr(hint, "__name__", "") == "InitVar"
+
     class _Given:
         """What `field` was given."""
 
@@ -77,7 +83,7 @@ else:
         def __init__(self, cls: type, frozen: bool) -> None:
             space = dict(vars(cls))
             hints = cls.__annotations__
-            if any("__dataclass_fields__" in vars(base) for base in cls.__mro__[1:]) or any("ClassVar" in str(hint) or "InitVar" in str(hint) for hint in hints.values()) or "__post_init__" in space:
+            if any("__dataclass_fields__" in vars(base) for base in cls.__mro__[1:]) or any(_is_no_field(hint) for hint in hints.values()) or "__post_init__" in space:
                 raise TypeError(f"{cls.__qualname__}: fields of a base class, ClassVar, InitVar and __post_init__ are not supported here; use dataclasses")
             self.frozen, self.left, self.names = frozen, SLOW_OBJECTS, tuple(hints)
             self.given = {name: space.pop(name) for name in hints if name in space}

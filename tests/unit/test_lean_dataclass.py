@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -157,6 +157,18 @@ def test_what_is_not_supported_is_refused() -> None:
         lean.field(kw_only=True)
     with pytest.raises(TypeError, match="base class"):
         lean.dataclass(slots=True)(type("Below", (LeanKept,), {"__annotations__": {"c": int}}))
+
+
+@pytest.mark.parametrize("hint", [ClassVar[int], "ClassVar[int]", ClassVar, dataclasses.InitVar[int], dataclasses.InitVar, "InitVar[int]"])
+def test_what_is_no_field_is_refused(hint: object) -> None:
+    with pytest.raises(TypeError, match="ClassVar"):
+        lean.dataclass(slots=True)(type("Odd", (), {"__annotations__": {"a": int, "b": hint}}))
+
+
+@pytest.mark.parametrize("hint", [int, "int", dict[str, int], int | None, Callable[[], int], pytest.Item])
+def test_any_other_hint_is_one(hint: object) -> None:
+    made: Any = lean.dataclass(slots=True)(type("Even", (), {"__annotations__": {"a": hint}}))
+    assert made.__match_args__ == ("a",)
 
 
 def test_methods_are_made_when_they_are_called_and_not_before() -> None:
