@@ -194,6 +194,10 @@ for name, module in sys.modules.items():
 """
 
 
+_TAKEN = "import sys; from edge_runtime import start_code; print(start_code.use(sys.argv[1]))"
+"""Whether an agent will take its start from the file. Where it does not it says nothing, and is slow."""
+
+
 def start_order(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> list[str]:
     """Files that the agent's start reads, in the order of its imports, as this machine's build of the same Python has it: one with the byte code of all that it loads until it is ready, which is made here, and the byte code of what it loads after
     that. Modules that are compiled for the target are not among them."""
@@ -213,7 +217,12 @@ def start_order(tree: Tree, interpreter: Tree, python: tuple[int, int]) -> list[
             found.append(path)
             if ready == "1":
                 modules.append((name, source.removeprefix(base), package == "1", codes[path][PYC_HEADER_BYTES:]))
-    tree.file(START_CODE, start_code.pack(start_code.tag(f"cpython-{python[0]}{python[1]}", 2), modules))
+        packed = start_code.pack(start_code.tag(f"cpython-{python[0]}{python[1]}", 2), modules)
+        (Path(top) / "code").write_bytes(packed)
+        taken = tools.run([*command, "-S", "-P", "-OO", "-c", _TAKEN, str(Path(top) / "code")], field="start code", remedy="see edge_runtime.start_code", env={**environment, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(agent / SITE[1:])})
+    if taken.strip() != "True":
+        raise FirmwareError("start code", f"Python {python[0]}.{python[1]} does not take it", "see edge_runtime.start_code")
+    tree.file(START_CODE, packed)
     if not any(path.startswith(f"{SITE}/edge_runtime/") for path in found):  # as where the folder that the build runs in has an agent of its own
         raise FirmwareError("order of files", "the agent's byte code is not among what its start reads", "see start_order")
     return [START_CODE, *found]
