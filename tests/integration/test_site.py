@@ -121,9 +121,10 @@ async def by_first(edges: dict[str, Edge], device: str = "boiler-1") -> None:
 
 def nothing_twice(obedient: Obedient) -> None:
     """No reading was counted twice, and the latch fired once."""
-    assert [n for n, count in Counter(obedient.numbers()).items() if count > 1] == []
-    assert len({body["id"] for body in obedient.done}) == len(obedient.done)
-    assert sum(body["name"] == "cool" for body in obedient.done) == 1
+    assert [n for n, count in Counter(obedient.numbers()).items() if count > 1] == [], "a reading was counted twice"
+    assert len({body["id"] for body in obedient.done}) == len(obedient.done), "a command came twice"
+    fired = sum(body["name"] == "cool" for body in obedient.done)
+    assert fired == 1, f"the latch fired {fired} times"
 
 
 async def test_a_sibling_takes_over_from_a_killed_edge_and_does_nothing_twice(site: tuple[dict[str, Edge], Process], broker: LocalBroker) -> None:
@@ -276,8 +277,8 @@ def _always_ours(_self: Member, _device: str, _now: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("owner", "name", "bug"), [(SharedDuties, "_take_over", _keeps_no_state), (Member, "standing", _always_ours)], ids=["no hand-over", "everybody decides"])
-async def test_the_check_finds_a_planted_bug(tmp_path: Path, broker: LocalBroker, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, bug: Any) -> None:
+@pytest.mark.parametrize(("owner", "name", "bug", "says"), [(SharedDuties, "_take_over", _keeps_no_state, "the latch fired 2 times"), (Member, "standing", _always_ours, "a reading was counted twice")], ids=["no hand-over", "everybody decides"])
+async def test_the_check_finds_a_planted_bug(tmp_path: Path, broker: LocalBroker, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, bug: Any, says: str) -> None:
     monkeypatch.setattr(owner, name, bug)
     edges = {edge: Edge(site_config(edge, tmp_path, broker.port)) for edge in ("gw-1", "gw-2")}
     for edge in edges.values():
@@ -291,7 +292,7 @@ async def test_the_check_finds_a_planted_bug(tmp_path: Path, broker: LocalBroker
                 await edges["gw-1"].stop()
                 upto = numbered.sent + 20
                 await until(lambda: any(body["args"].get("n", 0) > upto and body["id"].startswith("gw-2.") for body in obedient.done), TAKEOVER_S, "gw-2 decides")
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=says):
             nothing_twice(obedient)
     finally:
         for edge in edges.values():

@@ -77,7 +77,7 @@ class Writer:
 
     def assert_writing(self) -> None:
         """It is not only not paused: the file goes on changing."""
-        assert not self.paused
+        assert not self.paused, "the writer is paused"
         before, end = self.path.read_bytes(), time.monotonic() + 30
         while self.path.read_bytes() == before:
             assert time.monotonic() < end, "the writer does not write"
@@ -281,5 +281,5 @@ def test_negative_control_without_a_resume_the_writer_is_found_paused(tmp_path: 
 
         with pytest.raises(MigrationError):
             move(writer, address, Hook(pause, lambda: None), PATIENT, pause_most=0.5)
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="the writer is paused"):
             writer.assert_writing()
