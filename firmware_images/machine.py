@@ -42,8 +42,8 @@ BOOT_LOADER_TAKES = "io.systemd.boot.kernel-cmdline-extra="
 """What systemd-boot (256 or later) reads of the machine's own description (SMBIOS strings) and adds to the command line that stands in its entry."""
 
 HASHES = (8, 2)
-"""Versions of QEMU from this one on emulate x86's instructions for SHA-256, which boards with that processor have had for years: without them an emulated start spends a fifth of its time on the hashes of the root's blocks (5.2 s
-of 6.4 s for the agent's own, QEMU 10, 2026-11-29)."""
+"""Versions of QEMU from this one on emulate x86's instructions for SHA-256, which boards with that processor have had for years: without them an emulated start spends a fifth of its time on the hashes of the root's blocks (the
+agent's own, QEMU 10: 5.2 s for 6.4, 2026-11-29)."""
 
 AS_LONG_AS_WE = ("setpriv", "--pdeathsig", "KILL")
 """Ends a machine with the thread that started it, also where that is killed: nobody would take its power away. Of util-linux, which every Debian has."""
