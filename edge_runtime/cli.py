@@ -129,7 +129,7 @@ def run(config: object) -> int:
         from .decisions.rules import RuleError
         from .logs import configure
         from .runtime import EdgeRuntime
-        from .system.process import one_heap, prefer
+        from .system.process import one_heap, prefer, short_turns
 
         # What this configuration will ask for while it starts.
         if config.devices.host.enabled:
@@ -152,6 +152,7 @@ def run(config: object) -> int:
             await runtime.stop("failed to start")
             raise
         gc.enable()
+        short_turns()  # its way to the kernel takes as long to load as a dozen modules: once all is up
         if (start_code := sys.modules.get(f"{__package__}.start_code")) is not None:
             start_code.forget()
         await runtime.wait()

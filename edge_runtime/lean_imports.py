@@ -155,7 +155,7 @@ def import_asyncio() -> types.ModuleType:
     own = getattr(asyncio, "__getattr__", None)
 
     def found(name: str) -> "Any":
-        for part in _ASYNCIO_LATER:
+        for part in () if name.startswith("__") else _ASYNCIO_LATER:
             module = importlib.import_module(f"asyncio.{part}")
             if name == part or name in module.__all__:
                 value = module if name == part else getattr(module, name)

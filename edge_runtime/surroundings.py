@@ -18,12 +18,11 @@ from .journal.recovery import RESERVE_BLOCK
 from .journal.storage import FILES, Storage
 from .mqtt_session import MqttSession
 from .pace import Pace
-from .system.process import return_free_memory, short_turns
+from .system.process import return_free_memory
 
 
 def settle() -> None:
-    """After start-up: what is there stays, so the collector need not look at it again, free pages go back to the system, and every thread takes short turns."""
-    short_turns()
+    """After start-up: what is there stays, so the collector need not look at it again, and free pages go back to the system."""
     gc.collect()
     gc.freeze()
     return_free_memory()
