@@ -249,8 +249,13 @@ async def test_workers_that_nobody_needs_any_more_end(driver: FunctionDriver, mo
     try:
         monkeypatch.setattr(driver, "_spawn", spawn)
         await driver.start(key)
-        answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
-        assert {one.stdout for one in answers} == {b"hello x"} and any(one.cold for one in answers), answers
+        for _ in range(100):  # a call is a millisecond: the worker that is ready may have done with the first before the others come
+            answers = await asyncio.gather(*(driver.call("patient", b"x") for _ in range(3)))
+            assert {one.stdout for one in answers} == {b"hello x"}, answers
+            if any(one.cold for one in answers):
+                break
+        else:
+            pytest.fail("one worker answered them all")
         await until(lambda: len(workers(driver, key)) == 1, what="only the one that is kept ready is left")
         assert not (await driver.call("patient", b"y")).cold
     finally:

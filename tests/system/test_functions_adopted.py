@@ -186,7 +186,10 @@ async def test_an_agent_killed_during_a_start_starts_nothing_twice(tmp_path: Pat
                 await asyncio.to_thread(node.kill)
                 await asyncio.to_thread(node.start)
             names = [f"once-{at}" for at in range(len(marks))]
-            await until(lambda: all(states(hub, name) == ["accepted", "running"] for name in names), 60.0, what="all of them")
+            try:
+                await until(lambda: all(states(hub, name) == ["accepted", "running"] for name in names), 60.0)
+            except AssertionError:
+                pytest.fail(f"{[(name, states(hub, name)) for name in names]}")
             for name in names:
                 async def met(name: str = name) -> bool:
                     status, answer, _ = await node.call(name, b"me")
