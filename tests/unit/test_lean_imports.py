@@ -61,7 +61,17 @@ async def go():
     print(await program.communicate(b"words\\n"), program.returncode)
     shell = await asyncio.create_subprocess_shell("exit 3", stderr=asyncio.subprocess.STDOUT, stdout=asyncio.subprocess.DEVNULL)
     print(await shell.wait())
+    ended = asyncio.Event()
+    class Ended(asyncio.SubprocessProtocol):
+        def process_exited(self):
+            ended.set()
+    transport, _ = await asyncio.get_running_loop().subprocess_exec(Ended, sys.executable, "-c", "input()")
+    transport.get_pipe_transport(0).write(b"\\n")
+    await ended.wait()
+    print(transport.get_returncode(), transport.get_pipe_transport(1) is not None)
+    transport.close()
 asyncio.run(go())
+print(asyncio.base_events.subprocess.PIPE, asyncio.base_events.subprocess.STDOUT, asyncio.base_events.subprocess.DEVNULL)
 import subprocess
 print(subprocess.run(["true"]).returncode, subprocess.PIPE, asyncio.subprocess.PIPE)
 """,
