@@ -41,6 +41,7 @@ else:
     """Kinds of annotations whose text need not be looked at."""
 
     def _is_no_field(hint: object) -> bool:
+        """Whether an annotation is one of `ClassVar` or `InitVar`."""
         return (type(hint) not in _PLAIN and ("ClassVar" in str(hint) or "InitVar" in str(hint))) or getattr(hint, "__name__", "") == "InitVar"
 
     class _Given:
