@@ -1,6 +1,7 @@
 """The images of a node: from archives that were put there, or from their registries, when a workload needs one."""
 
 import asyncio
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class NodeImages:
         elif not self._config.workloads.fetch:
             raise ImageError("spec.pull", "is always, and this node fetches nothing (workloads.fetch)", "use missing, and put the image into the archives folder")
         try:
-            image = await self._registries(known).pull(reference)
+            image = await (await self._registries(known)).pull(reference)
         except ImageError as error:
             self._metrics.inc("image_pulls_total", outcome="failed")
             if pull != "always" and "some cannot be taken" in absent.problem:
@@ -81,20 +82,20 @@ class NodeImages:
         self._metrics.inc("image_pulls_total", outcome="done")
         return image
 
-    def _registries(self, known: "Mapping[str, Host]") -> "Puller":
+    async def _registries(self, known: "Mapping[str, Host]") -> "Puller":
         """What fetches; made, and the client for HTTP imported, when something is fetched for the first time. Raises `ImageError`."""
         if self._puller is None:
             from .images import ImageError
 
             try:
-                from .images.pull import Puller
+                fetching = await asyncio.to_thread(importlib.import_module, ".images.pull", __package__)  # a tenth of a second, in which nothing would be decided
             except ImportError as error:
                 raise ImageError("image", f"is not on this node, and fetching needs a package that is not there ({error})", "pip install 'novacron[edge]', or put the image into the archives folder") from None
-
+        if self._puller is None:  # another may have made it meanwhile
             assert self.store is not None
             workloads, folder = self._config.workloads, self.store.directory.parent / "pulls"
             folder.mkdir(exist_ok=True, mode=0o700)
-            self._puller = Puller(folder, self.store, known, workloads.registry_credentials, workloads.images_bytes, self._pulled)
+            self._puller = fetching.Puller(folder, self.store, known, workloads.registry_credentials, workloads.images_bytes, self._pulled)
         return self._puller
 
     def _pulled(self, body: dict[str, Any]) -> None:
