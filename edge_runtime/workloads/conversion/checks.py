@@ -55,6 +55,20 @@ def mounts(spec: Mapping[str, Any]) -> None:
             raise Refused("spec.mounts", f"{str(mount.get('target'))[:80]!r} is a folder of the node, which a guest does not share", "put the data into the image, or leave it a container")
 
 
+def elsewhere(groups: str, want: str, unified: bool) -> str:
+    """The control group that a process is in and should not be; empty where it is in that of its workload. A guest has one for all of them.
+
+    Args:
+        groups: what /proc/PID/cgroup says.
+        unified: it is version 2 that holds them; else what that says is no concern.
+    """
+    for line in groups.splitlines():
+        controllers, path = line.split(":", 2)[1:]
+        if path != want and (not controllers if unified else {"memory", "pids", "freezer", "cpu"} & set(controllers.split(","))):
+            return path
+    return ""
+
+
 def devices(mountinfo: str) -> list[list[str]]:
     """Where devices of the host are mounted in a container, and which. Raises `Refused` for mounts that CRIU could not make in a guest."""
     found = []

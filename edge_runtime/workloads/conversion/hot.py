@@ -253,11 +253,8 @@ class Conversions:
         return {"unmasked": left, "kernel": (await self.host.boots()).release, "processes": len(those)}
 
     def _in_its_group(self, key: Key, pid: int, one: Mapping[str, Any]) -> None:
-        want = self._group(key)
-        for entry in _text(f"/proc/{pid}/cgroup").splitlines():
-            controllers, path = entry.split(":", 2)[1:]
-            if path != want and set(controllers.split(",")) & {"memory", "pids", "freezer", "cpu"}:
-                raise Refused("resource.cgroup", f"process {one['pid']} ({one['name']}) is in the control group {path[:100]}, not in the workload's", "have it stay where it was started")
+        if path := checks.elsewhere(_text(f"/proc/{pid}/cgroup"), self._group(key), self._groups.layout == "v2"):
+            raise Refused("resource.cgroup", f"process {one['pid']} ({one['name']}) is in the control group {path[:100]}, not in the workload's", "have it stay where it was started")
 
     # -- conversion ----------------------------------------------------------------------------------------------------------
 

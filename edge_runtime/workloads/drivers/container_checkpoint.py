@@ -296,7 +296,8 @@ class Checkpoints:
         if base >= 0:
             for image in restore.joinpath(IMAGES).glob("userns-*.img"):
                 image.write_bytes(user_namespace(image.read_bytes(), base))
-        write_options(restore / "criu.conf", stopped=True)
+        group = f"{cgroups.PARENT}/{final.name}"
+        write_options(restore / "criu.conf", stopped=True, group=group if self._groups.layout == "v2" else "")
         document["hooks"] = {"createRuntime": [{"path": sys.executable, "args": [sys.executable, "-I", "-S", str(Path(keeper_restore.__file__)), "loopback"]}]}
         binds = []
         for at, mount in enumerate(document["mounts"]):
@@ -304,7 +305,6 @@ class Checkpoints:
                 place = f"{BINDS}/{'folder' if os.path.isdir(mount['source']) else 'file'}-{at}"
                 binds.append([mount["source"], place])
                 mount["source"] = place
-        group = f"{cgroups.PARENT}/{final.name}"
         told["restore"] = {
             "binds": binds,
             "images": str(final / "restore" / IMAGES), "work": str(final / "restore"), "config": str(final / "restore/criu.conf"), "criu": criu.folder, "group": self._groups.processes(group), "processes": manifest["processes"],

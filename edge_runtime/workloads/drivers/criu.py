@@ -59,9 +59,14 @@ def find(path: str | None) -> Criu | str:
     return Criu(os.path.dirname(path), version)
 
 
-def write_options(path: Path, *, stopped: bool) -> None:
-    """The file of options; `stopped`: what is restored does not run before somebody lets it."""
-    path.write_text(_OPTIONS + ("leave-stopped\n" if stopped else ""))
+def write_options(path: Path, *, stopped: bool, group: str = "") -> None:
+    """The file of options.
+
+    Args:
+        stopped: what is restored does not run before somebody lets it.
+        group: the control group of version 2 that it comes into. Of version 1 the runtime tells CRIU; of version 2 runc does not, and all would be put into the group that it was in when its state was taken.
+    """
+    path.write_text(_OPTIONS + ("leave-stopped\n" if stopped else "") + (f"cgroup-root {group}\n" if group else ""))
 
 
 def log_of(path: Path) -> str:

@@ -212,3 +212,13 @@ def test_the_scripts_are_shell() -> None:
     for script in scripts:
         done = subprocess.run([shell, "sh", "-n"], input=script, text=True, capture_output=True)
         assert done.returncode == 0, (done.stderr, script)
+
+
+@pytest.mark.parametrize(("groups", "unified", "found"), [
+    ("0::/novacron/a.1\n", True, ""),
+    ("0::/novacron/a.1/inner\n", True, "/novacron/a.1/inner"),
+    ("4:pids:/novacron/a.1\n3:cpu,cpuacct:/novacron/a.1\n2:name=systemd:/user\n0::/\n", False, ""),
+    ("4:pids:/novacron/a.1\n3:cpu,cpuacct:/other:one\n0::/novacron/a.1\n", False, "/other:one"),
+])
+def test_a_process_in_another_control_group_is_seen_in_either_layout(groups: str, unified: bool, found: str) -> None:
+    assert checks.elsewhere(groups, "/novacron/a.1", unified) == found
