@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 CONTAINERD, KATA_SHIM = "containerd", "containerd-shim-kata-v2"
 """In `workloads.runtimes`, and the name of its driver; the program that makes Kata's machines."""
+
+UMASK = 0o022
+"""Roots, layers and states belong to users of containers: a root folder that nobody but root may go through, because the agent's unit says so of the agent's files, stops every other user in it, and a whole user namespace."""
 
 
 class NodeDrivers:
@@ -91,6 +95,7 @@ class NodeDrivers:
     async def _make(self, folder: Path, store: "ImageStore", lacking: list[str]) -> None:
         """What the configuration asks for, and what an earlier one left something of. Raises `ImageError`, OSError."""
         workloads = self._config.workloads
+        os.umask(UMASK)
         if workloads.runtimes:
             from .drivers.container import ContainerDriver
             from .drivers.container_laying import Settings

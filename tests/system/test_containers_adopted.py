@@ -11,6 +11,7 @@ import pytest
 
 from hub.server import Hub
 from hub.workloads.documents import read_list
+from tests.integration import registry_side
 from tests.integration.container_side import base, reason_against
 from tests.integration.hub_side import running_hub
 from tests.integration.waiting import until
@@ -54,8 +55,8 @@ class Node:
         self._port = hub.broker.port
         self.agent: Agent | None = None
 
-    def start(self) -> None:
-        self.agent = Agent(0, api=False, uplink_port=self._port, model="", host=False, data=self.data, extra={
+    def start(self, api: bool = False) -> None:
+        self.agent = Agent(0, api=api, uplink_port=self._port, model="", host=False, data=self.data, extra={
             "bus": {"enabled": False}, "workloads": {"enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "runtimes": ["runc"], "functions": False, **self._workloads}, "decisions": {},
             "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
         })
@@ -139,6 +140,39 @@ async def test_workloads_run_end_stop_and_outlive_a_killed_agent(tmp_path: Path)
             await until(lambda: states(hub, "lasting") == ["accepted", "running", "stopped"], 60.0, what="the stop")
             assert not alive(pids["lasting"]) and not node.there("lasting")
             await until(lambda: hub.workloads.rows["lasting"].state == "cancelled", what="its end at the hub")
+        finally:
+            await asyncio.to_thread(node.end)
+
+
+@pytest.mark.skipif(bool(registry_side.reason_against()), reason=registry_side.reason_against())
+async def test_an_agent_with_an_interface_fetches_an_image(tmp_path: Path) -> None:
+    """Its interface needs half of a package of which the other half fetches."""
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        with registry_side.registry(tmp_path / "registry") as registry:
+            await asyncio.to_thread(registry_side.push, registry, "box", "1", layout(tmp_path / "pushed", [base()], name="box:1"))
+            node = Node(tmp_path, hub, registries=[{"host": registry, "insecure": True}])
+            try:
+                await asyncio.to_thread(node.start, True)
+                await submit(hub, work("fetched", "exit 0", image=f"{registry}/box:1"))
+                await until(lambda: states(hub, "fetched")[-1:] in (["done"], ["failed"], ["refused"]), 60.0, what="its end")
+                assert said(hub)[-1][2:] == ("done", ""), said(hub)
+            finally:
+                await asyncio.to_thread(node.end)
+
+
+async def test_the_umask_of_the_agents_unit_is_not_that_of_what_it_runs(tmp_path: Path) -> None:
+    """A unit may keep the agent's files from others. The root folder of a container is not the agent's: nobody but root could go through it."""
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        node = Node(tmp_path, hub)
+        try:
+            own = os.umask(0o077)
+            try:
+                await asyncio.to_thread(node.start)
+            finally:
+                os.umask(own)
+            await submit(hub, work("other", "test $(stat -c %a /) = 755 && test $(cat /srv/old/a) = a && test $(id -u) = 1000", user="app"))
+            await until(lambda: states(hub, "other")[-1:] in (["done"], ["failed"], ["refused"]), 60.0, what="its end")
+            assert said(hub)[-1][2:] == ("done", ""), said(hub)
         finally:
             await asyncio.to_thread(node.end)
 

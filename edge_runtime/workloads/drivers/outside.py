@@ -39,5 +39,7 @@ def made(folder: str) -> str:
     os.makedirs(RUN, mode=0o755 if UID is None else 0o700, exist_ok=True)
     if UID is not None and os.lstat(RUN).st_uid != os.geteuid():
         raise PermissionError(f"{RUN} is another user's")
+    if UID is None and os.stat(RUN).st_mode & 0o777 != 0o755:
+        os.chmod(RUN, 0o755)  # a container's root user, who is nobody here, has to come through it, whatever umask the agent's unit gives
     os.makedirs(folder, mode=0o700, exist_ok=True)
     return folder
