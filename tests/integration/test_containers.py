@@ -288,6 +288,8 @@ async def test_what_a_keeper_starts_has_the_priority_and_the_turns_of_any_proces
         status = await driver.status(key)
         nice, turn = scheduled(status.pid)
         assert nice == 0 and turn != TURN_NS
+        ran = await driver.exec(key, ["cat", "/proc/self/stat"], 60)
+        assert ran.output.stdout.rpartition(b")")[2].split()[16] == b"0", "nor has what runs beside it"
         own_nice, own_turn = scheduled(os.getpid())
         assert own_nice == -5 and own_turn in (TURN_NS, None)
         await driver.delete(key)

@@ -14,6 +14,7 @@ from edge_runtime.workloads.drivers import qemu_kernel
 from edge_runtime.workloads.drivers.container_spec import CAPABILITIES
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import read
+from edge_runtime.workloads.drivers.keeping import OOM_SCORE
 from edge_runtime.workloads.drivers.microvm import MACHINE, MicrovmDriver
 from edge_runtime.workloads.drivers.microvm_templates import UID
 
@@ -167,6 +168,7 @@ async def test_qemu_has_no_rights_and_dies_with_its_keeper(microvms: MicrovmDriv
     assert set(told["Uid"].split()) == set(told["Gid"].split()) and int(told["Uid"].split()[0]) > UID and told["Groups"].strip() == ""
     assert int(told["CapPrm"], 16) == int(told["CapEff"], 16) == 0 and told["NoNewPrivs"] == "1" and told["Seccomp"] == "2"
     assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == f"{OOM_SCORE}\n", "it goes before the agent, whose unit may spare it"
     running = read(microvms._path(key) / "running.json")
     assert running is not None
     os.kill(int(running["keeper"]), signal.SIGKILL)

@@ -14,6 +14,7 @@ import pytest
 from edge_runtime.workloads.drivers import vm, vm_image, vm_qcow2
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import read
+from edge_runtime.workloads.drivers.keeping import OOM_SCORE
 from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.drivers.qemu_driver import QEMU_OWN
 from edge_runtime.workloads.drivers.vm import UID, VmDriver
@@ -142,6 +143,7 @@ async def test_qemu_has_no_rights_and_dies_with_its_keeper_and_the_next_driver_s
     assert set(told["Uid"].split()) == set(told["Gid"].split()) and int(told["Uid"].split()[0]) > UID and told["Groups"].strip() == ""
     assert int(told["CapPrm"], 16) == int(told["CapEff"], 16) == 0 and told["NoNewPrivs"] == "1" and told["Seccomp"] == "2"
     assert os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == f"{OOM_SCORE}\n", "it goes before the agent, whose unit may spare it"
     second = VmDriver(vms._folder.parent, vms._store, vms._settings)
     assert (await second.status(key)).phase is Phase.RUNNING and (await second.start(key)).phase is Phase.RUNNING
     second.close()

@@ -22,15 +22,20 @@ SAID = 2000
 
 
 def command(runtime: Sequence[str], state: Path) -> list[str]:
-    """The runtime, with its folder of states; at the ordinary priority, whatever ours is."""
-    better = -min(0, os.getpriority(os.PRIO_PROCESS, 0))
-    return [*(("nice", "-n", str(better)) if better else ()), *runtime, "--root", str(state)]
+    """The runtime, with its folder of states."""
+    return [*runtime, "--root", str(state)]
+
+
+def _ordinary() -> None:
+    """In the child: the ordinary priority, whatever ours is. Without nice(1), which an image need not have."""
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
 async def run(runtime: Sequence[str], *words: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_S) -> None:
     """One command of what `command` gives; raises `Failed` with the runtime's own words, and where it does not come back in time."""
     process = await asyncio.create_subprocess_exec(
-        *runtime, *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True, env=environment,
+        *runtime, *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True, env=environment, preexec_fn=_ordinary,
     )
     assert process.stderr is not None
     try:
@@ -50,7 +55,7 @@ async def beside(runtime: Sequence[str], name: str, folder: Path, args: Sequence
     """Run a program in a container beside its own; how it ended and what it wrote. `folder`: for a note while it runs. Raises `Failed` where it takes longer: it has been killed then."""
     note = folder / f"exec-{time.monotonic_ns()}.pid"
     process = await asyncio.create_subprocess_exec(
-        *runtime, "exec", "--pid-file", str(note), name, *args, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+        *runtime, "exec", "--pid-file", str(note), name, *args, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True, preexec_fn=_ordinary,
     )
     assert process.stdout is not None and process.stderr is not None
     try:

@@ -24,6 +24,7 @@ from typing import Any
 from ..images import Config
 from ..placement import quantity
 from .face import Order, Refused
+from .keeping import OOM_SCORE
 from .network import network
 from .seccomp import profile
 
@@ -47,9 +48,6 @@ MAX_TEXTS, MAX_TEXT = 1024, 32_768
 
 CPU_PERIOD_US = 100_000
 """The kernel's default period of a processor quota."""
-
-OOM_SCORE = 500
-"""Where the machine runs out of memory, a container's process goes before the agent (0) and the system's."""
 
 OPEN_FILES = (1024, 65_536)
 """Soft and hard limit, the latter at most the agent's own."""

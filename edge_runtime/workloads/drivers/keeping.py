@@ -36,6 +36,9 @@ LOOK_S = 1.0
 SAID = 4096
 """Bytes kept of what a program says when it fails."""
 
+OOM_SCORE = 500
+"""Where the machine runs out of memory, a workload goes before the agent (0, or less where its unit says so, which all that it starts would have) and the system's."""
+
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 

@@ -24,12 +24,12 @@ import time
 
 if __package__:
     from . import microvm_guest as guest
-    from .keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end
+    from .keeping import DRAIN_S, LOOK_S, OOM_SCORE, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end
     from .qemu_qmp import Qmp, QmpError
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import microvm_guest as guest  # type: ignore[import-not-found,no-redef]
-    from keeping import DRAIN_S, LOOK_S, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
+    from keeping import DRAIN_S, LOOK_S, OOM_SCORE, SAID, Lapsed, Log, Taken, Trouble, check, for_memory, lease_s, libc, memory_kills, serve, started_ticks, tell, write, write_end  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import Qmp, QmpError  # type: ignore[import-not-found,no-redef]
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWIPC = 0x0002_0000, 0x4000_0000, 0x0800_0000
@@ -97,6 +97,8 @@ class Machine:
             check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "a network namespace")
             for source, target in told.get("binds", ()):
                 bind(source, target)
+            with open("/proc/self/oom_score_adj", "w") as handle:
+                handle.write(str(OOM_SCORE))
             os.nice(told.get("nice", 0))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
