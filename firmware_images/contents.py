@@ -128,7 +128,7 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
         tree.file(f"{UPDATE_KEYS}/{name}.pem", data)
     tree.file("/usr/lib/systemd/system/novacron-edge.service.d/10-image.conf", units.agent_drop_in(chosen))
     if "containers" in chosen.extra:
-        tree.file("/usr/lib/systemd/system/novacron-edge.service.d/20-containers.conf", containers_drop_in + "SystemCallFilter=\nRestrictSUIDSGID=no\nRestrictRealtime=no\nProtectClock=no\n")
+        tree.file("/usr/lib/systemd/system/novacron-edge.service.d/20-containers.conf", containers_drop_in + "SystemCallFilter=\nRestrictSUIDSGID=no\nRestrictRealtime=no\n")
     tree.file("/usr/lib/novacron/provision", scripts.PROVISION, 0o755)
     tree.file("/usr/lib/novacron/report", scripts.REPORT, 0o755)
     tree.file("/usr/sbin/fsck", scripts.FSCK, 0o755)

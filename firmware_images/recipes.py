@@ -139,7 +139,7 @@ PROFILES = {
         Profile("device", wheels=LEAN_WHEELS),
         Profile("gateway", packages=("mosquitto",), wheels=LEAN_WHEELS, slot_mib=112, data_mib=512, memory_mib=256, extra=frozenset(("broker",))),
         Profile(
-            "host", packages=("runc", "criu", "iproute2", "nftables", "qemu-system-x86-headless"), wheels=LEAN_WHEELS, slot_mib=768, data_mib=2048, memory_mib=1024, all_modules=True, agent_memory_mib=512,
+            "host", packages=("runc", "criu", "iproute2", "nftables", "slirp4netns", "qemu-system-x86-headless"), wheels=LEAN_WHEELS, slot_mib=768, data_mib=2048, memory_mib=1024, all_modules=True, agent_memory_mib=512,
             extra=frozenset(("containers",)), kept=frozenset(("libgmp10",)),
             kernel_modules=("nvmet", "rdma_rxe", "openvswitch", "overlay", "tun", "kvm", "veth"),
         ),

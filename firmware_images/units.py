@@ -69,18 +69,16 @@ ProtectHome=no
 ReadOnlyPaths=/proc/sys /sys
 """
 
-_WALLS = """ProtectClock=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-"""
-
-
 _AGENT = f"""/usr/bin/python3 -I -S -B -OO -X no_debug_ranges -c "import sys; sys.path.append('{SITE}'); from edge_runtime import start_code; start_code.use('{START_CODE}'); from edge_runtime.cli import main; sys.exit(main())" """.rstrip()
 """How the agent is started: without `site`, which looks for packages where an image has none, and `runpy`, and from one file of byte code."""
 
 
 def agent_drop_in(chosen: Profile) -> str:
-    """What an image adds to the agent's unit. One that runs containers has rights, and so all walls."""
+    """What an image adds to the agent's unit.
+
+    A wall around an agent that starts containers is one around them, so that there are no more of them than its own drop-in leaves: with ProtectHostname= none would start, with ProtectClock= none would be brought back from a
+    checkpoint, and where anything of /proc is covered (ProtectKernelLogs=) the kernel lets no user namespace mount one.
+    """
     return f"""[Unit]
 # Without a configuration the device waits for one; the console says so.
 ConditionPathExists={DATA}/config/edge.yaml
@@ -103,7 +101,7 @@ OOMScoreAdjust=-900
 StartupCPUWeight=10000
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
-{_WALLS if "containers" in chosen.extra else _LEAN_WALLS}RestrictSUIDSGID=yes
+{"" if "containers" in chosen.extra else _LEAN_WALLS}RestrictSUIDSGID=yes
 RestrictRealtime=yes
 RemoveIPC=yes
 """
