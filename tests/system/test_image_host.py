@@ -2,6 +2,7 @@
 
 import base64
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ _KILLS = """[Unit]
 Description=Kill the agent once, when a container has run for a while
 
 [Service]
-ExecStart=/bin/sh -c 'until [ -e /var/lib/novacron/edge/workloads/containers/lasting.1/stdout.log ]; do busybox sleep 1; done; until busybox grep -q ^5$ /var/lib/novacron/edge/workloads/containers/lasting.1/stdout.log; do busybox sleep 1; done; systemctl kill -s KILL --kill-whom=main novacron-edge.service'
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'until [ -e /var/lib/novacron/edge/workloads/containers/lasting.1/stdout.log ]; do busybox sleep 1; done; until busybox grep -q ^5 /var/lib/novacron/edge/workloads/containers/lasting.1/stdout.log; do busybox sleep 1; done; systemctl kill -s KILL --kill-whom=main novacron-edge.service'
 """
 _AT_START = "[Unit]\nWants=kills.service\n"
 
@@ -79,8 +81,11 @@ class Host:
         return one
 
     def logs(self, name: str) -> str:
-        """What a workload wrote."""
-        return str(self.ask(f"/api/v1/workloads/{name}/logs")["stdout"])
+        """What a workload wrote; nothing while its edge does not answer."""
+        try:
+            return str(self.ask(f"/api/v1/workloads/{name}/logs")["stdout"])
+        except urllib.error.HTTPError:
+            return ""
 
 
 @pytest.fixture(scope="module")
