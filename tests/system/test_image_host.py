@@ -129,7 +129,6 @@ def test_the_image_of_a_host_runs_containers_keeps_their_limits_and_finds_them_a
         assert {"start", "stop", "adopt", "pause", "stats", "logs", "exec", "limits", "seccomp", "user-namespace"} <= set(reports[0]["can"]), reports[0]["cannot"]
         node.submit("lasting", COUNTS)
         node.submit("greedy", "exec busybox tail /dev/zero", limits={"memory": "24Mi"})
-        until_sync(lambda: node.hub.get("/api/v1/nodes"), BOOT_S, "the node at the hub")
         node.waited("lasting", "running")
         assert "memory limit" in node.waited("greedy", "failed")["reason"]
         until_sync(lambda: any(body["boot_n"] == 2 for body in node.events("boot")), BOOT_S, "the agent again, after it was killed")

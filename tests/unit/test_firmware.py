@@ -268,9 +268,7 @@ def test_an_image_has_no_login_no_password_and_no_port_but_its_own(profile: reci
     agent = "".join(data.decode() for path, data in tree.files("/usr/lib/systemd/system") if path.split("/")[-1].startswith("novacron-edge") or "/novacron-edge.service.d/" in path)
     for word in ("WatchdogSec=", "MemoryMax=", "TasksMax=", "ProtectSystem=strict", "SystemCallFilter=@system-service"):
         assert word in agent
-    if "containers" in profile.extra:
-        assert "ProtectKernelLogs=yes" in agent and "ProtectKernelTunables=yes" in agent
-    else:  # what stands for the walls that it does without
+    if "containers" not in profile.extra:  # what stands for the walls that it does without
         for word in ("\nCapabilityBoundingSet=\n", "\nNoNewPrivileges=yes\n", "\nUser=novacron\n", "\nReadOnlyPaths=/proc/sys /sys\n", "\nPrivateDevices=yes\n", "\nSystemCallFilter=@system-service\n"):
             assert word in agent
     if "broker" in profile.extra:
@@ -279,6 +277,25 @@ def test_an_image_has_no_login_no_password_and_no_port_but_its_own(profile: reci
     for path, data in tree.files("/usr/lib/novacron"):
         assert subprocess.run(["sh", "-n"], input=data, capture_output=True).returncode == 0, path
     assert subprocess.run(["sh", "-n"], input=scripts.INIT.encode(), capture_output=True).returncode == 0
+
+
+BARS = ("ProtectHostname", "ProtectClock", "ProtectKernelLogs", "ProtectKernelTunables", "ProtectKernelModules", "ProtectControlGroups", "PrivateDevices", "RestrictNamespaces", "RestrictSUIDSGID", "RestrictRealtime", "NoNewPrivileges", "LockPersonality")
+"""Walls around an agent that would be around its containers, and stop some of them."""
+
+
+def barred(units: list[str]) -> list[str]:
+    """Those that stand at the end, as systemd reads a unit and its drop-ins: what comes last counts."""
+    found = dict(line.split("=", 1) for unit in units for line in unit.splitlines() if "=" in line and not line.startswith("#"))
+    return [name for name in BARS if found.get(name, "no") != "no"] + [name for name in ("SystemCallFilter", "SystemCallArchitectures") if found.get(name)]
+
+
+def test_nothing_around_a_hosts_agent_stops_its_containers() -> None:
+    tree, folder = Tree(), ROOT / "tools" / "systemd"
+    whole, drop_in = (folder / "novacron-edge.service").read_text(), (folder / "novacron-edge.service.d" / "containers.conf").read_text()
+    contents.add(tree, AMD64, recipes.PROFILES["host"], whole, drop_in, "1")
+    units = [data.decode() for path, data in sorted(tree.files("/usr/lib/systemd/system")) if path.endswith("/novacron-edge.service") or "/novacron-edge.service.d/" in path]
+    assert len(units) == 3 and barred(units) == [] and barred([whole, drop_in]) == []
+    assert barred([*units, "ProtectHostname=yes\n"]) == ["ProtectHostname"] and len(barred([whole])) > 6, "the control"
 
 
 def test_a_device_without_data_starts_again_whatever_fails() -> None:
