@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(7200), p
 
 MEMORY_MIB = 4096
 GUEST_S = 6600.0
-"""Longest wait for the tests of one group: ten minutes on an idle machine, many times that beside others."""
+"""Longest wait for the tests of one group: three to six minutes on an idle machine (2026-11-29), many times that beside others."""
 
 ONE_S = 1200
 """Seconds for one test there: it takes some 20 times as long as here."""
