@@ -63,20 +63,25 @@ def every(get: Callable[[str], Any], path: str) -> list[dict[str, Any]]:
     return found
 
 
+def planted(units: Mapping[str, str]) -> list[str]:
+    """Words of a machine's command line that hand it units: texts by credential (`systemd.extra-unit.NAME`, `systemd.unit-dropin.NAME`). fw_cfg takes no names of that length."""
+    return [word for name, text in units.items() for word in ("-smbios", f"type=11,value=io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}")]
+
+
 class Device:
-    """The image in a machine of its own, at 1970, without a network unless `online`; its interface. `units`: texts by credential (`systemd.extra-unit.NAME`, `systemd.unit-dropin.NAME`), with which a fault is planted."""
+    """The image in a machine of its own, at 1970, without a network unless `online`; its interface. `units`: as `planted` takes them, with which a fault is planted."""
 
     def __init__(self, built: Built, folder: Path, config: Path | None = None, online: bool = False, units: Mapping[str, str] = MappingProxyType({})) -> None:
         self.built, self.state = built, folder / "state"
         self.disk, self.flash = prepare(ARCH, built.image, self.state)
         handed, self.token = credentials(self.state, config, [], True, "image-test")
-        self._units = [f"type=11,value=io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}" for name, text in units.items()]  # fw_cfg takes no names of that length
+        self._units = planted(units)
         self.port = free_port()
         self.wiring = Wiring(PROFILE.memory_mib, {self.port: API_PORT}, handed, online=online, clock="1970-01-02")
 
     def on(self) -> Machine:
         """Power on."""
-        return Machine([*command(ARCH, self.disk, self.flash, self.wiring), *(word for unit in self._units for word in ("-smbios", unit))], told_to(self.state / "console.log"))
+        return Machine([*command(ARCH, self.disk, self.flash, self.wiring), *self._units], told_to(self.state / "console.log"))
 
     def ask(self, path: str, body: Any = None) -> Any:
         """One answer of the interface, or OSError or ValueError; with a body it is a POST."""
