@@ -1,5 +1,5 @@
 """How long a container of 64 MiB stands still while it moves to another node with its state, and what goes over the wire: a hub, two agents as processes on this machine, migration workers that they start.
-`--kind vm`: a virtual machine of 256 MiB (`move_vm`).
+`--kind vm`: a virtual machine of 256 MiB (`move_vm`); `--disk MIB`: which has written that much to its disk.
 
 The container is the witness: it writes the machine's wall clock (CRIU has the monotonic one go on from where it stood) to a folder that both nodes have, some hundred times a second. The longest gap in that is the time for which it stood still, from its last
 instruction at the source to its first one at the target. A round is believed only where its memory is unchanged by a hash that it made before, and no line is missing or there twice.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 if not __package__:
     __import__("as_module").again(__file__)
@@ -89,9 +89,9 @@ class Witness:
 
     KIND, BAR_S = "container", BAR_S
     WHAT = "a container of 64 MiB"
-    INPUTS: ClassVar[dict[str, Any]] = {"bytes": SIZE, "memory": "the files of /usr/lib, in order"}
 
     def __init__(self, folder: Path) -> None:
+        self.INPUTS: dict[str, Any] = {"bytes": SIZE, "memory": "the files of /usr/lib, in order"}
         self.folder = folder / "shared"
         self.folder.mkdir()
         self.folder.chmod(0o777)
@@ -170,6 +170,7 @@ async def moved(hub: Hub, witness: Witness, target: str) -> dict[str, float]:
     return {
         "down_s": gap, "wire_mb": carried.result.get("wire_bytes", 0) / 1e6, "state_mb": ended["bytes"] / 1e6, "whole_s": (ended["end_ms"] - ended["created_ms"]) / 1000,
         "taking_s": (since["sending"] - since["taking"]) / 1000, "sending_s": (since["starting"] - since["sending"]) / 1000, "starting_s": (ended["end_ms"] - since["starting"]) / 1000,
+        "ahead_mb": ended.get("ahead_bytes", 0) / 1e6, "ahead_s": (since["taking"] - since.get("ahead", since["taking"])) / 1000,
         "expected_s": carried.prediction.get("estimated_duration_seconds") or 0.0,
     }
 
@@ -232,13 +233,16 @@ async def measured(options: Any, folder: Path, witness: Witness) -> tuple[list[d
 def main() -> int:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--kind", choices=("container", "vm"), default="container")
+    parser.add_argument("--disk", type=int, default=0, metavar="MIB", help="of a virtual machine: MiB that it has written to its disk, 64 or more; 0: next to nothing")
     options = parser.parse_args()
+    if options.disk and (options.kind != "vm" or options.disk < 64):
+        parser.error("--disk is for --kind vm, and 64 or more")
     about = machine()
     with tempfile.TemporaryDirectory() as top:
         if options.kind == "vm":
             from .move_vm import Guest
 
-            witness: Witness = Guest(Path(top))
+            witness: Witness = Guest(Path(top), options.disk)
         else:
             witness = Witness(Path(top))
         try:

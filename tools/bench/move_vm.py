@@ -1,7 +1,8 @@
 """The guest whose move `move --kind vm` measures: 256 MiB of memory, a quarter of it random, so that no codec makes less of it.
 
 It says numbers on its serial console, some fifty in a second. A thread stamps what comes by this machine's clock, since a guest's own stands still while it moves. Its console is at its node, one file for each: all of
-them, in the order of epochs, must be one sequence without a byte missing. Beside that it hashes its random quarter again and again, and says that too.
+them, in the order of epochs, must be one sequence without a byte missing. Beside that it hashes its random quarter again and again, and says that too. With a disk (`--disk MIB`) it has written so much to that before, random
+too, hashes the first 16 MiB of it along, past its cache, and writes on beyond those, some megabyte in a second.
 """
 
 import os
@@ -9,7 +10,7 @@ import threading
 import time
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tools.novactl import samples
 
@@ -24,11 +25,22 @@ FILLED_MB = 64
 LOOK_S = 0.002
 """Between two looks at what it has said: so far a figure may be off."""
 
-SCRIPT = f"""#!/bin/sh
-head -c {FILLED_MB << 20} /dev/urandom > /run/blob
-while :; do echo hash $(md5sum < /run/blob); sleep 0.5; done &
-i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done
-"""
+FIRST_MB, HASHED_MB = 64, 16
+"""Where on the disk what it writes begins, beyond the sample's own; how much of that is hashed."""
+
+
+def script(disk_mb: int) -> str:
+    """What the guest does."""
+    lines = ["#!/bin/sh", f"head -c {FILLED_MB << 20} /dev/urandom > /run/blob"]
+    blob = "cat /run/blob"
+    if disk_mb:
+        blob = f"{{ cat /run/blob; echo 1 > /proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M skip={FIRST_MB} count={HASHED_MB} 2>/dev/null; }}"
+        lines += [
+            f"dd if=/dev/urandom of=/dev/vda bs=1M seek={FIRST_MB} count={disk_mb} 2>/dev/null; sync",
+            f"j=0; while :; do dd if=/dev/urandom of=/dev/vda bs=64k count=1 seek=$(({(FIRST_MB + HASHED_MB) * 16} + j)) 2>/dev/null; sync; j=$(((j + 7) % {(disk_mb - HASHED_MB) * 16})); sleep 0.06; done &",
+        ]
+    return "\n".join([*lines, f"while :; do echo hash $({blob} | md5sum); sleep 0.5; done &", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done", ""])
+
 
 
 class _File:
@@ -53,10 +65,10 @@ class Guest(Witness):
 
     KIND = "vm"
     WHAT = "a virtual machine of 256 MiB"
-    INPUTS: ClassVar[dict[str, Any]] = {"bytes": MEMORY, "random_bytes": FILLED_MB << 20}
 
-    def __init__(self, folder: Path) -> None:
-        self.top, self.forgotten = folder, 0
+    def __init__(self, folder: Path, disk_mb: int = 0) -> None:
+        self.top, self.forgotten, self.disk_mb = folder, 0, disk_mb
+        self.INPUTS = {"bytes": MEMORY, "random_bytes": FILLED_MB << 20, "disk_bytes": disk_mb << 20}
         self._files: dict[int, _File] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -92,7 +104,7 @@ class Guest(Witness):
 
     def document(self) -> dict[str, Any]:
         """The workload."""
-        return {"id": "w", "kind": "vm", "image": samples.NAMES["vm"], "requests": {"cpu": "500m", "memory": MEMORY}, "spec": {"boot_s": 120, "cloud_init": {"user_data": SCRIPT}}}
+        return {"id": "w", "kind": "vm", "image": samples.NAMES["vm"], "requests": {"cpu": "500m", "memory": MEMORY, **({"disk": (FIRST_MB + self.disk_mb) << 20} if self.disk_mb else {})}, "spec": {"boot_s": 120, "cloud_init": {"user_data": script(self.disk_mb)}}}
 
     def _said(self) -> list[tuple[bytes, int]]:
         """Whole lines of those epochs that count, and when their last byte came."""
