@@ -53,8 +53,14 @@ WORKLOAD_FIELDS = (
 CHECKPOINT, RESTORE, DELETE_CHECKPOINT, CONVERT = ASKED = ("checkpoint", "restore", "delete-checkpoint", "convert")
 """What people can have done with a workload that is placed, beside running and stopping it."""
 
-MOVE_CHECK, MOVE_ROOM, MOVE_OUT, MOVE_BACK = MOVES = ("move-check", "move-room", "move-out", "move-back")
-"""Parts of a move with its state, asked for by the hub alone: look whether it can leave; whether it can come (at the target); stop it and write its state for the way; go on with it here."""
+MOVE_CHECK, MOVE_ROOM, MOVE_AHEAD, MOVE_OUT, MOVE_BACK = MOVES = ("move-check", "move-room", "move-ahead", "move-out", "move-back")
+"""Parts of a move with its state, asked for by the hub alone: look whether it can leave; whether it can come (at the target); copy its disk while it runs; stop it and write its state for the way; go on with it here."""
+
+AHEAD = "ahead"
+"""Key of what is told about disks that go ahead: in a source's offer the bytes of its disk, where it can copy that while it runs; in a target's answer, and in `move-out`, true."""
+
+SPEED = "speed"
+"""Key of what `move-ahead` is told: bytes in a second with which the disk is copied, at most."""
 
 OPERATIONS = ASKED + MOVES
 
@@ -78,7 +84,7 @@ OPERATION_FIELDS = (
     Field("name", "string", "the checkpoint; checkpoint: empty takes the operation's id; restore: empty takes the newest", required=False, default="", max_items=64),
     Field("to", "enum", "convert: what it shall be; empty for the others", required=False, default="", choices=("", *FORMS)),
     Field("stop", "boolean", "checkpoint: the workload does not go on; it is checkpointed then, until it is restored", required=False, default=False),
-    Field("offer", "object", "move-room: what the source told of the workload and its host, and `document`, `image`, `kind`, `requests`", required=False, default={}, max_items=MAX_OFFER),
+    Field("offer", "object", "move-room: what the source told of the workload and its host, and `document`, `image`, `kind`, `requests`; move-ahead: `speed`, bytes in a second at most; move-out: `ahead`, true where a copy of its disk is at the target", required=False, default={}, max_items=MAX_OFFER),
     Field("expires_ms", "integer", "wall time after which it must not be begun, milliseconds since 1970 UTC", minimum=0),
 )
 """One entry of `spec.operations`. The answers are `operation` records."""

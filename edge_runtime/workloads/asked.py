@@ -65,7 +65,7 @@ class Asked:
             from .carrier import Carrier
             from .moves import Moves
 
-            moves = Moves(folder.parent / "moves", self._checkpoints)
+            moves = Moves(folder.parent / "moves", self._checkpoints, self._config.workloads.evict_disk_bytes)
             self._carrier = Carrier(self._config.edge_id, folder.parent / "moves", self._config.workloads, moves.sweep)
         return Checkpointing(self._checkpoints, self._operations, self._config.workloads.images_bytes, self._changed, moves)
 

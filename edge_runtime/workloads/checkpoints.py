@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract.limits import MAX_CHECKPOINTS
 from ..contract.schema import ID_PATTERN
-from ..contract.workloads import CHECKPOINT, DELETE_CHECKPOINT, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVES, MOVING, RESTORE
+from ..contract.workloads import AHEAD, CHECKPOINT, DELETE_CHECKPOINT, MOVE_AHEAD, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVES, MOVING, RESTORE, SPEED
 from .drivers import checkpoint_state
-from .drivers.face import Checkpoints, Driver, Failed, Key, Observes, Order, Phase, Refused, Status
+from .drivers.face import Checkpoints, Driver, Failed, GoesAhead, Key, Observes, Order, Phase, Refused, Status
 from .drivers.instance import link_output
 from .operations import Operations
 
@@ -231,6 +231,8 @@ class Checkpointing:
             raise Refused("move", "this node moves no states", "see workloads.moves_hub")
         if asked["kind"] == MOVE_CHECK:
             return await self.moves.check(driver, Key(workload, asked["epoch"]))
+        if asked["kind"] == MOVE_AHEAD:
+            return await self.moves.ahead(driver, Key(workload, asked["epoch"]), move, (asked.get("offer") or {}).get(SPEED, 0))
         if asked["kind"] == MOVE_OUT:
             await self._checkpoint(asked, driver, status)
             return await self.moves.pack(workload, move)
@@ -261,7 +263,10 @@ class Checkpointing:
             await self._operations.reach(asked["id"], TAKING)
         if not await asyncio.to_thread(path.exists):
             path.parent.mkdir(exist_ok=True, mode=0o700)
-            await driver.checkpoint(status.key, path, leave_running=not asked["stop"])
+            if asked["kind"] == MOVE_OUT and (asked.get("offer") or {}).get(AHEAD) and isinstance(driver, GoesAhead):
+                await driver.checkpoint(status.key, path, leave_running=False, since=name)
+            else:
+                await driver.checkpoint(status.key, path, leave_running=not asked["stop"])
         if asked["id"].startswith(AUTOMATIC):
             for one in await self._own(workload):
                 if one.name != name:

@@ -1,6 +1,7 @@
 """A node's part in a workload's move with its state, which the hub leads (`hub/workloads/moving.py`): look whether it can leave, whether it can come, write its state for the way, take it in, go on here.
 
     <data>/workloads/moves/<move>.state              a state as one file: at its source from when it was taken, at its target when all of it has come
+    <data>/workloads/moves/<move>.ahead              a copy of a virtual machine's disk, which goes before its state while it runs
     <data>/workloads/checkpoints/<workload>/<move>   the same as a checkpoint: at the source what it goes on from if nothing comes of the move, at the target while it is being started
     <data>/workloads/checkpoints/<workload>/back-<move>    of a move of which nothing came: from here on this node may go on with it
 
@@ -15,9 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..contract.workloads import ISOLATION, MOVING
+from ..contract.workloads import AHEAD, ISOLATION, MOVING
 from .drivers import checkpoint_state
-from .drivers.face import Ability, Failed, Key, Migrates, Order, Phase, Refused, Status
+from .drivers.face import Ability, Failed, GoesAhead, Key, Migrates, Order, Phase, Refused, Status
 from .drivers.instance import sync_folder
 from .restarts import KEYS, when_to_pull
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from .checkpoints import CheckpointFolder
     from .drivers.face import Driver
 
-STATE = ".state"
-"""How the name of a state on its way ends."""
+STATE, BEFORE = ".state", ".ahead"
+"""How the name of a state on its way ends, and that of a disk which goes before it."""
 
 BACK = "back-"
 """What comes before the name of a state that its source may go on from again."""
@@ -44,10 +45,11 @@ class Moves:
     Args:
         folder: of the states on their way.
         checkpoints: of this node.
+        spare: bytes that have to stay free on its disk: below that the node makes room by itself, and would take what runs.
     """
 
-    def __init__(self, folder: Path, checkpoints: "CheckpointFolder") -> None:
-        self._folder, self._checkpoints = folder, checkpoints
+    def __init__(self, folder: Path, checkpoints: "CheckpointFolder", spare: int = 0) -> None:
+        self._folder, self._checkpoints, self._spare = folder, checkpoints, max(spare, checkpoint_state.SPARE)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _state(self, move: str) -> Path:
@@ -55,7 +57,10 @@ class Moves:
 
     async def check(self, driver: "Driver | None", key: Key) -> dict[str, Any]:
         """What the target has to know of a workload that can leave; raises `Refused` where it cannot. Touches nothing."""
-        return dict(await _migrating(driver).migrate_out(key))
+        offer = dict(await _migrating(driver).migrate_out(key))
+        if offer.get(AHEAD) and checkpoint_state.free(self._folder) < offer[AHEAD] + self._spare:
+            offer[AHEAD] = 0
+        return offer
 
     async def room(self, asked: Mapping[str, Any], bring: Callable[[str, str, str], Awaitable[str]], drivers: Mapping[str, "Driver"], short: str) -> dict[str, Any]:
         """Look whether a workload that is offered can come, and fetch its image; raises `DriverError`. Nothing of it is left but its image."""
@@ -69,9 +74,17 @@ class Moves:
         spec = {name: value for name, value in spec.items() if name not in KEYS and name != ISOLATION}
         requests = {name: amount for name, amount in (offer.get("requests") or {}).items() if isinstance(amount, int)}
         await _migrating(driver, Ability.MIGRATE_IN).migrate_in(Order(Key(asked["workload"], TRIED_EPOCH), str(offer["image"]), requests, spec, kind == "batch"), offer)
-        if (free := checkpoint_state.free(self._folder)) < TWICE * offer["bytes"] + checkpoint_state.SPARE:
-            raise Refused("disk", f"its state may take {offer['bytes']} bytes twice, {free} are free", "free space, or move it to another node")
-        return {}
+        if (free := checkpoint_state.free(self._folder)) < TWICE * offer["bytes"] + self._spare:
+            raise Refused("disk", f"its state may take {offer['bytes']} bytes twice, {free} are free, {self._spare} have to stay so", "free space, or move it to another node")
+        return {AHEAD: isinstance(driver, GoesAhead)}
+
+    async def ahead(self, driver: "Driver | None", key: Key, move: str, speed: Any = 0) -> dict[str, Any]:
+        """Copy the disk of a workload that is about to leave, while it runs; `speed`: bytes in a second at most, 0 for no bound."""
+        path = self._folder / f"{move}{BEFORE}"
+        if not isinstance(driver, GoesAhead):
+            raise Refused("move", "the driver that runs it copies no disks", "move it without (the hub does)")
+        await asyncio.to_thread(path.unlink, True)
+        return dict(await driver.ahead(key, move, path, speed if isinstance(speed, int) and speed > 0 else 0))
 
     async def pack(self, workload: str, move: str) -> dict[str, Any]:
         """Write a state that was taken as one file; what the hub has to know of it."""
@@ -86,7 +99,7 @@ class Moves:
             if not self._state(move).exists():
                 raise Refused("from", f"the state {move} is not here", "see whether the move is still under way")
             path.parent.mkdir(exist_ok=True, mode=0o700)
-            unpack(self._state(move), path)
+            unpack(self._state(move), path, self._folder / f"{move}{BEFORE}")
         found = checkpoint_state.read_manifest(path)["root"]
         if found != root:
             raise Refused("from", f"the state {move} has the hash {found[:16]}, and {root[:16]} was told", "move it again")
@@ -98,13 +111,18 @@ class Moves:
         if path.exists():
             os.rename(path, back)
             sync_folder(back.parent)
-        self._state(move).unlink(missing_ok=True)
+        self._forget(move)
         return back.name if back.exists() else ""
 
     def settled(self, workload: str, move: str) -> None:
         """It runs here, or will not: nothing of its way is needed any more. Blocks."""
         self._checkpoints.remove(workload, move)
-        self._state(move).unlink(missing_ok=True)
+        self._forget(move)
+
+    def _forget(self, move: str) -> None:
+        """The files that were on their way."""
+        for name in (STATE, BEFORE):
+            (self._folder / f"{move}{name}").unlink(missing_ok=True)
 
     def sweep(self, wanted: set[str]) -> None:
         """What no move that is under way has use for, what a worker left of it too."""
@@ -123,6 +141,7 @@ async def begin_from(driver: "Driver", key: Key, status: Status | None, path: Pa
             told = (await asyncio.to_thread(checkpoint_state.read_manifest, path))["order"]
             return await driver.restore(Order(key, str(told["image"]), told["requests"], told["spec"], bool(told["job"])), path, output=output)
         if status.phase in (Phase.PREPARED, Phase.RUNNING, Phase.PAUSED):
+            await asyncio.to_thread((path / checkpoint_state.AHEAD_DISK).unlink, True)  # it is the instance's, whoever laid that out
             return await driver.come_back(key)
     except Failed as error:
         raise Refused(error.field, error.problem, error.remedy) from None
@@ -141,7 +160,10 @@ def _migrating(driver: "Driver | None", ability: Ability = Ability.MIGRATE_OUT) 
 
 
 def pack(folder: Path, target: Path, manifest: Mapping[str, Any]) -> int:
-    """A checkpoint's folder as one file, at once under its name; its bytes. What is in it is compressed already."""
+    """A checkpoint's folder as one file, at once under its name; its bytes. What is in it is compressed already.
+
+    It need not be on the disk: the checkpoint is, and where a loss of power takes a part of this copy, the target finds that by the hashes, and it goes on here.
+    """
     new = target.with_name(f"{target.name}.new")
     with open(new, "wb") as handle:
         os.fchmod(handle.fileno(), 0o600)
@@ -151,16 +173,18 @@ def pack(folder: Path, target: Path, manifest: Mapping[str, Any]) -> int:
                 entry.size, entry.mode = (folder / name).stat().st_size, 0o600
                 with open(folder / name, "rb") as source:
                     archive.addfile(entry, source)
-        handle.flush()
-        os.fsync(handle.fileno())
         size = handle.tell()
     os.rename(new, target)
-    sync_folder(target.parent)
     return size
 
 
-def unpack(source: Path, folder: Path) -> None:
-    """The checkpoint's folder that a file holds, at once under its name. Raises `Refused` for a file that holds anything else; whether its content is right is for the checkpoint's own check."""
+def unpack(source: Path, folder: Path, ahead: Path | None = None) -> None:
+    """The checkpoint's folder that a file holds, at once under its name. Raises `Refused` for a file that holds anything else; whether its content is right is for the checkpoint's own check,
+    which also finds what a loss of power took of it: it need not be on the disk, since its source has it until it was seen to live here.
+
+    Args:
+        ahead: what came before it, which becomes part of it, where it stands on that.
+    """
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     (new / checkpoint_state.IMAGES).mkdir(parents=True, mode=0o700)
@@ -174,16 +198,15 @@ def unpack(source: Path, folder: Path) -> None:
                 descriptor = os.open(new / entry.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 with open(descriptor, "wb") as target:
                     shutil.copyfileobj(content, target, checkpoint_state.CHUNK)
-                    target.flush()
-                    os.fsync(target.fileno())
+        if checkpoint_state.WENT_AHEAD in checkpoint_state.read_manifest(new):
+            if ahead is None or not ahead.exists():
+                raise Refused("from", "the copy of its disk that went ahead is not here", "move it again")
+            os.link(ahead, new / checkpoint_state.AHEAD_DISK)
     except (tarfile.TarError, FileExistsError, EOFError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise Refused("from", f"the state cannot be read: {str(error)[:200]}", "move it again") from None
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    sync_folder(new / checkpoint_state.IMAGES)
-    sync_folder(new)
     os.rename(new, folder)
-    sync_folder(folder.parent)
 

@@ -35,8 +35,11 @@ MOVE = "move"
 BEGUN = "running"
 """State of a move that is under way."""
 
-CHECKING, ROOM, TAKING, SENDING, STARTING, RETURNING = STEPS = ("checking", "room", "taking", "sending", "starting", "returning")
+CHECKING, ROOM, AHEAD, TAKING, SENDING, STARTING, RETURNING = STEPS = ("checking", "room", "ahead", "taking", "sending", "starting", "returning")
 """Of a move, see `moving`."""
+
+UNTOUCHED = (CHECKING, ROOM, AHEAD)
+"""Steps in which nothing of the workload has been touched: a move that ends in one of them leaves no trace."""
 
 HOLDING = (SENDING, STARTING)
 """Steps in which the source has the state, and must not go on from it."""

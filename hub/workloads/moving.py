@@ -1,11 +1,13 @@
 """Moves of running workloads with their state, from node to node: one operation each, kept, whose steps follow what edges and migration workers say. Pure.
 
-    checking ──> room ──> taking ──> sending ──> starting ──> done
-       │          │          │          │           │ the target refuses, or was taken out
-       └─ failed ─┘          └──────────┴───────────┴──> returning ──> failed | cancelled
+    checking ──> room ──> (ahead) ──> taking ──> sending ──> starting ──> done
+       │          │          │          │          │           │ the target refuses, or was taken out
+       └────── failed ───────┘          └──────────┴───────────┴──> returning ──> failed | cancelled
 
     checking    the source looks whether it can leave, and tells what it needs (its *offer*); nothing is touched
     room        the target looks whether it can come, and fetches its image; a migration worker has to be there on both
+    ahead       of a virtual machine whose disk is worth it: the source copies that while it runs, and the migration workers carry the copy over; nothing is touched, and where it comes to nothing all of it
+                goes with the state, as without this step
     taking      the source stops it and writes its state: from here on it stands still, under its old epoch
     sending     the migration workers carry the state over; the source holds on to its own
     starting    the target's desired state lists it under the next epoch, with the state's name and hash: from here on only the target can say what becomes of it
@@ -23,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.contract.workloads import CHECKPOINTED, ISOLATION, MOVABLE, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVE_ROOM, MOVING, NAMESPACES, RUNNING, may_move
+from edge_runtime.contract.workloads import AHEAD as OF_DISK
+from edge_runtime.contract.workloads import CHECKPOINTED, ISOLATION, MOVABLE, MOVE_AHEAD, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVE_ROOM, MOVING, NAMESPACES, RUNNING, SPEED, may_move
 
 from ..scheduler.model import Kind
 from ..store.workloads import PlacementRow, WorkloadRow
-from .book import BEGUN, CHECKING, MOVE, RETURNING, ROOM, SENDING, STARTING, TAKING, short
+from .book import AHEAD, BEGUN, CHECKING, MOVE, RETURNING, ROOM, SENDING, STARTING, TAKING, UNTOUCHED, short
 from .documents import Conflict
 
 if TYPE_CHECKING:
@@ -38,8 +41,15 @@ Json = dict[str, Any]
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 """How a move ends."""
 
-PATIENCE_MS = {CHECKING: 120_000, ROOM: 900_000, TAKING: 600_000, SENDING: 3_600_000}
-"""A step that takes longer is given up: a look is done in seconds, an image may have to be fetched, a state of gigabytes be written to a slow disk, and be carried over a slow link."""
+PATIENCE_MS = {CHECKING: 120_000, ROOM: 900_000, AHEAD: 4 * 3_600_000, TAKING: 600_000, SENDING: 3_600_000}
+"""A step that takes longer is given up: a look is done in seconds, an image may have to be fetched, a state of gigabytes be written to a slow disk, and be carried over a slow link; a disk that goes ahead keeps
+nobody waiting."""
+
+TIMES = 3
+"""So many times as long as its bytes take at its limit a state or a disk may take to be carried, where that is longer."""
+
+COPY_LEAST = 64 << 20
+"""Bytes in a second with which a disk is copied that goes ahead, at least. Else it is copied as fast as it may be carried: the guest uses that disk too."""
 
 AT_ONCE = 2
 """Moves that one node takes part in at one time: each keeps a disk and a processor busy at both ends."""
@@ -59,8 +69,11 @@ LIMIT_MOST_MBIT = 10_000_000.0
 NEVER_MS = 2**53
 """The parts of a move do not expire: the hub takes back what it does not want any more."""
 
-_PART = {CHECKING: "check", ROOM: "room", TAKING: "out", RETURNING: "back"}
-_KIND = {"check": MOVE_CHECK, "room": MOVE_ROOM, "out": MOVE_OUT, "back": MOVE_BACK}
+BEFORE = ".ahead"
+"""How the name of the transfer ends that carries a disk ahead, and that of its file."""
+
+_PART = {CHECKING: "check", ROOM: "room", AHEAD: "ahead", TAKING: "out", RETURNING: "back"}
+_KIND = {"check": MOVE_CHECK, "room": MOVE_ROOM, "ahead": MOVE_AHEAD, "out": MOVE_OUT, "back": MOVE_BACK}
 
 
 # -- what can be asked -------------------------------------------------------------------------------------------------------
@@ -127,7 +140,7 @@ def begin(planner: "Planner", workload: str, to: str, now_ms: int, why: str, lim
     name = f"{MOVING}{number}"
     move: Json = {
         "id": name, "workload": workload, "epoch": row.epoch, "new_epoch": placement.epoch, "source": row.node, "target": placement.node, "why": why, "drain": drain, "state": BEGUN, "step": CHECKING, "reason": "", "problem": "",
-        "offer": {}, "ready": False, "root": "", "bytes": 0, "limit_mbit": limit_mbit, "created_ms": now_ms, "changed_ms": now_ms, "since_ms": {CHECKING: now_ms},
+        "offer": {}, "ready": False, "takes_ahead": False, "ahead_bytes": 0, "ahead": False, "ahead_problem": "", "root": "", "bytes": 0, "limit_mbit": limit_mbit, "created_ms": now_ms, "changed_ms": now_ms, "since_ms": {CHECKING: now_ms},
     }
     planner.intrude(replace(placement, seat={**placement.seat, MOVE: {"move": name, "root": ""}}, why=f"reserved for {name}"), now_ms)
     planner.hear(workload, placement.epoch)
@@ -194,10 +207,15 @@ def answered(planner: "Planner", edge: str, told: Mapping[str, Any], now_ms: int
             give_up(planner, move, f"it cannot leave {why}", now_ms)
     elif part == "room":
         if well:
-            _put(planner, {**move, "ready": True, "changed_ms": now_ms})
+            _put(planner, {**move, "ready": True, "takes_ahead": detail.get(OF_DISK) is True, "changed_ms": now_ms})
         else:
             planner.refused(planner.tables.rows[move["workload"]], edge, f"it cannot come to {why}", now_ms)
             give_up(planner, move, f"it cannot come to {why}", now_ms)
+    elif part == "ahead":
+        if well:
+            _put(planner, {**move, "ahead_bytes": int(detail.get("bytes", 0)), "changed_ms": now_ms})
+        else:
+            _reach(planner, {**move, "ahead_problem": short(f"its disk could not be copied at {why}")}, TAKING, now_ms)
     elif well:
         _reach(planner, {**move, "root": str(detail.get("root", "")), "bytes": int(detail.get("bytes", 0))}, SENDING, now_ms)
     else:  # it goes on as if nothing had been
@@ -208,7 +226,22 @@ def met(planner: "Planner", name: str, now_ms: int) -> None:
     """Migration workers of both nodes are there."""
     move = planner.tables.moves.get(name)
     if move is not None and move["state"] == BEGUN and move["step"] == ROOM and move["ready"]:
-        _reach(planner, move, TAKING, now_ms)
+        worth = move["offer"].get(OF_DISK, 0)
+        _reach(planner, move, AHEAD if move.get("takes_ahead") and isinstance(worth, int) and worth > 0 else TAKING, now_ms)
+
+
+def preceded(planner: "Planner", name: str, state: str, reason: str, now_ms: int) -> None:
+    """The transfer of its disk, which goes ahead, is over."""
+    move = planner.tables.moves.get(name)
+    if move is not None and move["state"] == BEGUN and move["step"] == AHEAD:
+        well = state == "done"
+        _reach(planner, {**move, "ahead": well, "ahead_problem": "" if well else short(f"its disk was not carried ahead: {reason or state}")}, TAKING, now_ms)
+
+
+def carries(transfer: str) -> tuple[str, tuple[str, ...]]:
+    """The move that a transfer is part of, and the steps in which it has use for it."""
+    move = transfer.removesuffix(BEFORE)
+    return move, (AHEAD,) if move != transfer else (TAKING, SENDING)
 
 
 def carried(planner: "Planner", name: str, state: str, reason: str, now_ms: int) -> None:
@@ -270,8 +303,14 @@ def advance(planner: "Planner", now_ms: int) -> None:
             continue
         elif target is None:
             give_up(planner, move, f"{move['target']} was taken out", now_ms)
-        elif move["step"] != STARTING and now_ms - move["since_ms"][move["step"]] > PATIENCE_MS[move["step"]]:
-            give_up(planner, move, f"it was {move['step']} for {PATIENCE_MS[move['step']] // 60_000} min{'; no migration worker of both nodes is there' if move['step'] == ROOM and move['ready'] else ''}", now_ms)
+        elif move["step"] != STARTING and now_ms - move["since_ms"][move["step"]] > (patience := patience_ms(move)):
+            give_up(planner, move, f"it was {move['step']} for {patience // 60_000} min{'; no migration worker of both nodes is there' if move['step'] == ROOM and move['ready'] else ''}", now_ms)
+
+
+def patience_ms(move: Json) -> int:
+    """Of the step that a move is at."""
+    size = {AHEAD: move.get("ahead_bytes", 0), SENDING: move["bytes"]}.get(move["step"], 0)
+    return max(PATIENCE_MS[move["step"]], int(TIMES * size * 8 / (move["limit_mbit"] * 1000)))
 
 
 def operations(planner: "Planner", node: str) -> list[Json]:
@@ -279,7 +318,9 @@ def operations(planner: "Planner", node: str) -> list[Json]:
     out = []
     for move in live(planner):
         if node == move["source"]:
-            out.append(_asked(move, {CHECKING: "check", ROOM: "check", RETURNING: "back"}.get(move["step"], "out"), {}))
+            part = {CHECKING: "check", ROOM: "check", AHEAD: "ahead", RETURNING: "back"}.get(move["step"], "out")
+            told: dict[str, Json] = {"ahead": {SPEED: max(COPY_LEAST, int(move["limit_mbit"] * 125_000))}, "out": {OF_DISK: True} if move.get("ahead") else {}}
+            out.append(_asked(move, part, told.get(part, {})))
         if node == move["target"] and move["step"] not in (CHECKING, RETURNING):
             row, shape = planner.tables.rows[move["workload"]], planner.tables.items[move["workload"]].item.shape
             out.append(_asked(move, "room", {**move["offer"], "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests), "document": row.document}))
@@ -293,11 +334,11 @@ def _asked(move: Json, part: str, offer: Json) -> Json:
     }
 
 
-def transfer(move: Json) -> Json:
-    """The document of the transfer that carries a move's state."""
-    path = f"{move['id']}.state"
+def transfer(move: Json, ahead: bool = False) -> Json:
+    """The document of the transfer that carries a move's state; `ahead`: of the one that carries its disk before."""
+    path = f"{move['id']}{BEFORE if ahead else '.state'}"
     return {
-        "id": move["id"], "source": {"worker": move["source"], "path": path}, "destination": {"worker": move["target"], "path": path}, "limit_mbit": move["limit_mbit"], "base": "", "replace": True,
+        "id": path if ahead else move["id"], "source": {"worker": move["source"], "path": path}, "destination": {"worker": move["target"], "path": path}, "limit_mbit": move["limit_mbit"], "base": "", "replace": True,
         "not_before_ms": 0,
     }
 
@@ -320,7 +361,7 @@ def give_up(planner: "Planner", move: Json, problem: str, now_ms: int) -> None:
     target = planner.tables.open.get((move["workload"], move["new_epoch"]))
     if target is not None:
         planner.close(target, now_ms, problem)
-    if move["step"] in (CHECKING, ROOM):
+    if move["step"] in UNTOUCHED:
         _end(planner, move, CANCELLED if problem == "cancelled" else FAILED, problem, now_ms)
     elif move["step"] != RETURNING:
         _reach(planner, {**move, "problem": problem}, RETURNING, now_ms)

@@ -12,7 +12,7 @@ from ..scheduler.model import Quota
 from ..store.workloads import FINAL_STATES, NodeRow, PlacementRow, WorkloadRow
 from . import moving
 from .agenda import Agenda
-from .book import CHECKING, ROOM, ghost, short
+from .book import UNTOUCHED, ghost, short
 from .documents import Conflict, name_of, read_node
 
 MOVES_AT_ONCE = 64
@@ -121,7 +121,7 @@ class Planner(Agenda):
             self.drain(name, now_ms)
         else:
             for move in moving.live(self):  # what has not been touched stays
-                if move["source"] == name and move["drain"] and move["step"] in (CHECKING, ROOM):
+                if move["source"] == name and move["drain"] and move["step"] in UNTOUCHED:
                     moving.cancel(self, move["id"], now_ms)
         return True
 
@@ -358,7 +358,7 @@ class Planner(Agenda):
     def untellable(self, node: str, reason: str, now_ms: int) -> bool:
         """The node's desired state cannot be written: a move that has touched nothing yet, or else the newest placement there is taken back. False where there is none."""
         for move in moving.live(self):
-            if node in (move["source"], move["target"]) and move["step"] in (CHECKING, ROOM):
+            if node in (move["source"], move["target"]) and move["step"] in UNTOUCHED:
                 moving.give_up(self, move, f"{node} cannot be told: {reason}", now_ms)
                 return True
         newest = max((self.tables.open[key] for key in self.tables.on_node.get(node, ()) if self.current(key[0]) is self.tables.open[key] and self.tables.rows[key[0]].state == "placed"),

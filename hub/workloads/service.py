@@ -23,7 +23,7 @@ from ..store.base import Store, StoredRecord
 from ..store.workloads import WorkloadRow
 from ..transfers.service import Transfers
 from . import moving
-from .book import ROOM, SENDING, TAKING
+from .book import AHEAD, ROOM, SENDING, TAKING
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
@@ -465,7 +465,8 @@ class Workloads:
                 for move in await self.look(lambda planner: list(moving.live(planner))):
                     await self._carry(transfers, move)
                 for name in transfers.unfinished(MOVING):
-                    if self.planner.tables.moves.get(name, {}).get("step") not in (TAKING, SENDING):  # what is kept of a move never goes back to these steps
+                    move, steps = moving.carries(name)
+                    if self.planner.tables.moves.get(move, {}).get("step") not in steps:  # what is kept of a move never goes back to these steps
                         await transfers.cancel(name)
             except asyncio.CancelledError:
                 raise
@@ -478,6 +479,10 @@ class Workloads:
     async def _carry(self, transfers: Transfers, move: dict[str, Any]) -> None:
         if move["step"] == ROOM and move["ready"] and transfers.there(move["source"]) and transfers.there(move["target"]):
             await self.ask(lambda planner, now: moving.met(planner, move["id"], now))
+        if move["step"] == AHEAD and move["ahead_bytes"]:
+            told = await transfers.submit(moving.transfer(move, ahead=True))
+            if told["state"] in ("done", "failed", "cancelled"):
+                await self.ask(lambda planner, now: moving.preceded(planner, move["id"], told["state"], told["reason"], now))
         if move["step"] == TAKING:  # while its state is being written there is time to have somebody ready who takes it
             await transfers.submit(moving.transfer(move), held=True)
         if move["step"] == SENDING:

@@ -1,6 +1,8 @@
 """An agent that is killed at a point of its part in a move, once: `python -m tests.system.moving_agent POINT FILE run --config ...`; FILE is made when it is, and then it is an agent as any other.
 
-POINT: at a source `taking` (written down), what `container_checkpoint.STEPS` has, `packed-up` (the file for the way is there), `out` (done, not written down); `returned` (its state has its name back), `back` (it runs again, not written
+With AHEAD_LEAST in its environment the disks of virtual machines go ahead from so many bytes on.
+
+POINT: at a source `copied` (the disk that goes ahead), `ahead` (done, not written down), `taking` (written down), what `container_checkpoint.STEPS` has, `packed-up` (the file for the way is there), `out` (done, not written down); `returned` (its state has its name back), `back` (it runs again, not written
 down). At a target `laid-out` (to see whether it fits; of a virtual machine: looked at), `room` (done, not written down), `came` (the checkpoint is made of the file), `filled` (of a virtual machine: laid out from it),
 `restored` (it runs, not told), `settled` (told, and its state removed). `refuses`: it is not killed; nothing that comes is taken.
 """
@@ -15,6 +17,7 @@ from typing import Any
 
 from edge_runtime.cli import main
 from edge_runtime.workloads import moves, runner
+from edge_runtime.workloads.drivers import vm_checkpoint
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Failed
 from edge_runtime.workloads.drivers.vm import VmDriver
@@ -73,12 +76,14 @@ def planted(point: str, mark: Path) -> None:
     after(moves.Moves, "came", lambda *_: "came")
     after(moves.Moves, "settled", lambda *_: "settled")
     after(moves.Moves, "return_of", lambda *_: "returned")
+    after(VmDriver, "ahead", lambda *_: "copied")
     after(VmDriver, "migrate_in", lambda *_: "laid-out")
     after(VmDriver, "_laid", lambda self, order, fill=None: "filled" if fill is not None else "")
     after(ContainerDriver, "prepare", lambda self, order: "laid-out" if order.key.epoch == moves.TRIED_EPOCH else "")
 
 
 if __name__ == "__main__":
+    vm_checkpoint.AHEAD_LEAST = int(os.environ.get("AHEAD_LEAST", vm_checkpoint.AHEAD_LEAST))
     planted(sys.argv[1], Path(sys.argv[2]))
     sys.argv[1:3] = []
     sys.exit(main())

@@ -24,19 +24,29 @@ from tools.novactl.cli import main as novactl
 
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.system, pytest.mark.timeout(900)]
 
-SOURCE = ("check", "taking", "noted", "frozen", "dumped", "packed", "whole", "let go", "packed-up", "out")
+SOURCE = ("check", "copied", "ahead", "taking", "noted", "frozen", "dumped", "packed", "whole", "let go", "packed-up", "out")
 TARGET = ("laid-out", "room", "came", "filled", "restored", "settled")
 RETURNING = ("returned", "clearing", "placing", "back")
 """At a source whose target refuses."""
+
+
+PLAIN = ("-m", "tests.system.moving_agent", "-", "/nowhere")
+"""An agent that is killed at no point."""
 
 
 class MachineNode(Node):
     """One that runs virtual machines."""
 
     FOLDER = "vms"
+    ahead = True
+    """Whether disks go ahead, small as they are."""
 
     def __init__(self, folder: Path, hub: Hub, name: str) -> None:
         super().__init__(folder, hub, name, runtimes=[], vms=True, guest_kernel=kernel_folder())
+
+    def start(self, program: tuple[str, ...] = PLAIN, **environment: str) -> None:
+        """See `Node`."""
+        super().start(program, **environment, **({"AHEAD_LEAST": "1"} if self.ahead else {}))
 
     def give_image(self, archives: Path, scratch: Path) -> None:
         """The guest that counts."""
@@ -54,8 +64,10 @@ class TwoMachines(Two):
 
     NODE, MOVES = MachineNode, "vm"
 
-    def __init__(self, folder: Path, hub: Hub) -> None:
+    def __init__(self, folder: Path, hub: Hub, ahead: bool = True) -> None:
         super().__init__(folder, hub)
+        for node in self.nodes.values():
+            node.ahead = ahead  # type: ignore[attr-defined]
         self._consoles: dict[tuple[int, int], tuple[int, int]] = {}
         """Epoch and descriptor of each file, by the file."""
 
@@ -106,11 +118,12 @@ async def test_a_machine_moves_whoever_is_killed_and_back_when_its_node_is_drain
             begun = await command("move", "begin", two.workload, "--to", "b")
             await again_when_killed(two, "b", mark)
             ended = await two.over(begun["id"])
-            assert (ended["state"], ended["reason"]) == ("done", "") and ended["bytes"] > 0
+            assert (ended["state"], ended["reason"]) == ("done", "") and ended["bytes"] > 0 and ended["ahead"] and ended["ahead_bytes"] > 0
             assert await two.one_copy() == "b" and hub.workloads.rows[two.workload].epoch == 2
             await known(two)
             assert (await command("node", "drain", "b", "--wait", str(ROOM_S)))["left"] == []
             assert await two.one_copy() == "a" and hub.workloads.rows[two.workload].epoch == 3
+            assert all(one["ahead"] for one in await two.hub.workloads.look(lambda planner: list(planner.tables.moves.values())))
             for node in two.nodes.values():
                 await until(lambda node=node: set(os.listdir(node.data / "workloads/moves")) <= {".migration-history"} and not (node.data / "workloads/checkpoints" / two.workload).exists(), ROOM_S, what="nothing of its way is left")
         finally:
@@ -124,8 +137,8 @@ async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(
         await killed_at(TwoMachines(tmp_path, hub), source, target)
 
 
-@pytest.mark.parametrize("point", ["whole", *(pytest.param(one, marks=pytest.mark.slow) for one in ("", *RETURNING))])
-async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path, point: str) -> None:
+@pytest.mark.parametrize(("point", "ahead"), [("whole", True), *(pytest.param(one, ahead, marks=pytest.mark.slow) for one, ahead in (("whole", False), *((one, True) for one in ("", *RETURNING))))])
+async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path, point: str, ahead: bool) -> None:
     """The target is an agent that refuses what comes."""
     async with running_hub(tmp_path / "hub", "auto") as hub:
-        await goes_on_at_its_source(TwoMachines(tmp_path, hub), point)
+        await goes_on_at_its_source(TwoMachines(tmp_path, hub, ahead), point)

@@ -3,6 +3,8 @@
     manifest.json       canonical JSON: what it is of (`kind`, `host`, `order`, `image`, `layers`, and what `SHAPES` has for its kind), what is here (`files`), and `root`, the hash over all else in it
     images/NAME         of a container what CRIU wrote, of a virtual machine what `vm_checkpoint` has; compressed
     disk.tar            what a container changed in its root: a layer as OCI has them (PAX tar, `.wh.` marks), compressed; owners as the container sees them
+    kept.qcow2          of a virtual machine whose disk went ahead (`ahead` in the manifest), where it was taken: that disk. Beside the state, not in the manifest, and not carried
+    ahead.qcow2         the same, where it came to: the copy that went ahead, over which `images/rest.qcow2` lies
 
 Every file stands in the manifest with its length, compressed and not, and the SHA-256 of what is stored. So one hash names the whole state, and a bit that differs anywhere is found.
 The hash says that a state is whole, not who wrote it: whoever can write one can make a container of any content, as who writes an image. It holds the memory of all processes, with their secrets.
@@ -29,16 +31,22 @@ MANIFEST, IMAGES, DISK = "manifest.json", "images", "disk.tar"
 CONTAINER, VM = "container", "vm"
 """Kinds of states: the names of the drivers that bring them back."""
 
-MEMORY, MACHINE_DISK = f"{IMAGES}/state", f"{IMAGES}/disk.qcow2"
-"""Of a virtual machine: its memory and devices, and what it wrote."""
+MEMORY, MACHINE_DISK, REST = f"{IMAGES}/state", f"{IMAGES}/disk.qcow2", f"{IMAGES}/rest.qcow2"
+"""Of a virtual machine: its memory and devices, and what it wrote; or, where a copy of that went ahead, what it wrote since."""
+
+KEPT_DISK, AHEAD_DISK = "kept.qcow2", "ahead.qcow2"
+"""What lies beside the state of a machine whose disk went ahead."""
+
+WENT_AHEAD = "ahead"
+"""In the manifest of such a one: the name under which it went."""
 
 SHAPES: Mapping[str, Mapping[str, type]] = {
     CONTAINER: {"host": dict, "order": dict, "config": dict, "image": str, "layers": list, "processes": list, "base": int}, VM: {"host": dict, "order": dict, "machine": dict, "image": str, "layers": list},
 }
 """What the manifest of each kind has beside its files."""
 
-FILES: Mapping[str, frozenset[str]] = {CONTAINER: frozenset((DISK,)), VM: frozenset((MEMORY, MACHINE_DISK))}
-"""Files that a state of each kind has."""
+FILES: Mapping[str, frozenset[str]] = {CONTAINER: frozenset((DISK,)), VM: frozenset((MEMORY, MACHINE_DISK)), WENT_AHEAD: frozenset((MEMORY, REST))}
+"""Files that a state of each kind has; the last one is a machine's whose disk went ahead."""
 
 SPARE = 64 << 20
 """Bytes that stay free on a disk beside what is written."""
@@ -231,7 +239,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Refused("checkpoint", "is compressed by zstd, for which the package zstandard is missing here", "pip install zstandard")
     kind = VM if told.get("kind") == VM else CONTAINER  # another one's driver refuses it
     files = told.get("files")
-    if not isinstance(files, list) or len(files) > MAX_FILES or not all(_file(one) for one in files) or len({one["name"] for one in files}) != len(files) or not FILES[kind] <= {one["name"] for one in files}:
+    if not isinstance(told.get(WENT_AHEAD, ""), str) or (WENT_AHEAD in told and kind != VM):
+        raise _unlike("says nothing that could be of what went ahead")
+    least = FILES[WENT_AHEAD if WENT_AHEAD in told else kind]
+    if not isinstance(files, list) or len(files) > MAX_FILES or not all(_file(one) for one in files) or len({one["name"] for one in files}) != len(files) or not least <= {one["name"] for one in files}:
         raise _unlike("has a list of files that is none")
     odd = [name for name, shape in SHAPES[kind].items() if not isinstance(told.get(name), shape)]
     if odd:
@@ -271,7 +282,8 @@ def check(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     want = {one["name"]: one for one in manifest["files"]}
     try:
-        have = {entry.name for entry in os.scandir(folder)} - {MANIFEST, IMAGES} | {f"{IMAGES}/{entry.name}" for entry in os.scandir(folder / IMAGES)}
+        beside = {MANIFEST, IMAGES, *((KEPT_DISK, AHEAD_DISK) if WENT_AHEAD in manifest else ())}
+        have = {entry.name for entry in os.scandir(folder)} - beside | {f"{IMAGES}/{entry.name}" for entry in os.scandir(folder / IMAGES)}
         if odd := sorted(have ^ set(want)):
             raise Refused("checkpoint", f"{odd[0][:140]} is {'not in the manifest' if odd[0] in have else 'missing'}", "take the checkpoint, or copy it, again")
         for name, one in want.items():

@@ -305,6 +305,18 @@ class Checkpoints(Protocol):
 
 
 @runtime_checkable
+class GoesAhead(Protocol):
+    """Drivers of what has a disk that can be copied while it runs, so that a checkpoint needs only what was written since."""
+
+    async def ahead(self, key: Key, name: str, target: Path, speed: int = 0) -> Mapping[str, Any]:
+        """Copy the disk of one that runs, as of one moment, to `target`, which is not there, and remember from then on what is written, under `name`. Returns `bytes` of the copy. It has no earlier one any more.
+        `speed`: bytes in a second at most; 0: no bound."""
+
+    async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool, since: str = "") -> Mapping[str, Any]:
+        """As `Checkpoints` has it. `since`: with only that part of the disk which was written since `ahead` under that name, where that is known still; else with all of it."""
+
+
+@runtime_checkable
 class Converts(Protocol):
     """Drivers of what can become something else while it runs, as the same processes."""
 

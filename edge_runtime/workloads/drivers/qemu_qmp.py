@@ -54,6 +54,15 @@ class Qmp:
                     return str(data[key])
             self._message(end)
 
+    def until_one(self, events: tuple, key: str, value: str, seconds: float = 0.0) -> tuple:  # type: ignore[type-arg]
+        """Wait for the first of several events whose datum `key` is `value`; its name and data."""
+        end = time.monotonic() + max(self._seconds, seconds)
+        while True:
+            for name, data in self.events:
+                if name in events and data.get(key) == value:
+                    return name, data
+            self._message(end)
+
     def drain(self) -> bool:
         """Read what has come, also what came together with an answer; False where QEMU has closed it."""
         while b"\n" in self._waits or select.select([self._line], [], [], 0)[0]:

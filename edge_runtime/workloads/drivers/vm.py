@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..images import Image, ImageError, ImageStore
-from . import cgroups, lease, outside, qemu_kernel, vm_image, vm_machine, vm_qcow2, vm_seed
+from . import cgroups, lease, outside, qemu_kernel, vm_files, vm_image, vm_machine, vm_seed
 from .face import Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
-from .instance import LOOK_S, NOTE, link_output, read, sync_folder, write
+from .instance import LOOK_S, NOTE, UPPER, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
 from .programs import searched
@@ -248,11 +249,11 @@ class VmDriver(QemuDriver):
         else:
             if vm.template:
                 os.link(self._template_of(image, vm, content).folder / DISK, laid / DISK)
-            _overlay(laid / "disk.qcow2", vm.disk_bytes)
+            vm_files.lay(laid / "disk.qcow2", vm.disk_bytes)
             (laid / "seed.img").write_bytes(vm_seed.seed(vm_seed.files(name, vm.hostname, vm.cloud_init)))
             if vm.shape.boot == UEFI:
                 shutil.copyfile(FIRMWARE[1], laid / "variables.fd")
-        for file, value in (("keeper.json", self._keeper(order, vm, content, folder, slot, fill is not None)), ("instance.json", {
+        for file, value in (("keeper.json", self._keeper(order, vm, content, folder, slot, fill is not None, (laid / UPPER).exists())), ("instance.json", {
             "id": order.key.id, "epoch": order.key.epoch, "slot": slot, "image": image.digest, "layers": list(image.config.diff_ids), "leased": order.leased, "bytes": vm.disk_bytes,
             "reference": order.image, "requests": dict(order.requests), "spec": dict(order.spec),
         })):
@@ -274,8 +275,8 @@ class VmDriver(QemuDriver):
         vm = machine(order, offer)
         return image, content, vm
 
-    def _keeper(self, order: Order, vm: Vm, content: vm_image.Content, folder: Path, slot: int, came: bool) -> dict[str, Any]:
-        """What the keeper of an instance is told. `came`: it goes on from a state, which has its memory."""
+    def _keeper(self, order: Order, vm: Vm, content: vm_image.Content, folder: Path, slot: int, came: bool, upper: bool) -> dict[str, Any]:
+        """What the keeper of an instance is told. `came`: it goes on from a state, which has its memory. `upper`: over its disk lies one more, which its keeper has written into that before it goes on."""
         shape, group = vm.shape, f"{cgroups.PARENT}/{folder.name}"
         files = [["base", str(content.disk), False], *([["under", str(folder / DISK), False]] if vm.template else []), ["disk", str(folder / "disk.qcow2"), True], ["seed", str(folder / "seed.img"), False]]
         formats = [content.format, *(["qcow2"] if vm.template else []), "qcow2"]
@@ -291,10 +292,14 @@ class VmDriver(QemuDriver):
         if came:
             boot = [*boot, ["came", str(folder / "restore/state"), False]]
         network = connection(self._connector, vm.outside, False) if vm.network is not None and self._connector is not None else None
+        line = partial(
+            vm_machine.command, self._qemu, shape, memory, forwards=vm.forwards, more=[*more, *(["-incoming", "defer"] if vm.template or came else [])],
+            hardware_address=hardware_address(order.key.id) if vm.bridge else "",
+        )
         return {
             "folder": str(folder), "name": folder.name, "template": False, "boot_s": vm.boot_s, "machine": described(vm), "came": came, "uid": UID + 1 + slot, "more_groups": kvm_groups(shape), "ports": vm_machine.PORTS, "hostname": vm.hostname,
             "groups": self._limits(group, shape.memory_mb, order), "descriptors": ["ram", "state"] if clone else [], "files": [*files, *boot],
-            "command": vm_machine.command(self._qemu, shape, memory, disks, vm.forwards, [*more, *(["-incoming", "defer"] if vm.template or came else [])], hardware_address(order.key.id) if vm.bridge else ""),
+            "command": line(disks), "upper": {"path": str(folder / UPPER), "command": line([*disks, *vm_machine.upper("disk")], drive=vm_machine.UPPER)} if upper else None,
             "tap": {"bridge": vm.bridge, "name": tap_name(folder.name)} if vm.bridge else None,
             "binds": self._resolver() if network is not None else [], "network": network, "log_bytes": self._settings.log_bytes, "oom": self._groups.memory_events(group),
             "lease": str(lease.path_of(self._lease(order.key))) if order.leased else "", "ask": str(ask_path(folder)),
@@ -321,7 +326,7 @@ class VmDriver(QemuDriver):
 
     def _template(self, folder: Path, shape: Shape, content: vm_image.Content, arguments: str, size: int = 1 << 20) -> dict[str, Any]:
         """Lay out what a template's guest boots from; what its keeper is told."""
-        _overlay(folder / DISK, size)
+        vm_files.lay(folder / DISK, size)
         (folder / "seed.img").write_bytes(bytes(vm_seed.SECTORS * vm_seed.SECTOR))  # of the size of any; a guest that waits for its orders does not look at it
         files = [["base", str(content.disk), False], ["disk", str(folder / DISK), True], ["seed", str(folder / "seed.img"), False]]
         sets = [word for at, (file, _, _) in enumerate(files, 1) for word in ("-add-fd", f"fd={{{file}}},set={at}")]
@@ -388,11 +393,17 @@ class VmDriver(QemuDriver):
             self._checkpoints = Checkpoints(self, self._groups)
         return self._checkpoints
 
-    async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool, step: Callable[[str], None] = lambda word: None) -> Mapping[str, Any]:
-        """See `face.Checkpoints`; `step` is told what has been reached."""
+    async def checkpoint(self, key: Key, folder: Path, *, leave_running: bool, step: Callable[[str], None] = lambda word: None, since: str = "") -> Mapping[str, Any]:
+        """See `face.Checkpoints` and `face.GoesAhead`; `step` is told what has been reached."""
         await self._ready(Ability.CHECKPOINT)
         async with self._one(key):
-            return await self.checkpoints().take(key, folder, leave_running=leave_running, step=step)
+            return await self.checkpoints().take(key, folder, leave_running=leave_running, step=step, since=since)
+
+    async def ahead(self, key: Key, name: str, target: Path, speed: int = 0) -> Mapping[str, Any]:
+        """See `face.GoesAhead`."""
+        await self._ready(Ability.MIGRATE_OUT)
+        self._running(key)
+        return await self.checkpoints().ahead(key, name, target, speed)
 
     async def examine(self, folder: Path) -> Mapping[str, Any]:
         """See `face.Checkpoints`."""
@@ -418,6 +429,7 @@ class VmDriver(QemuDriver):
             if self._path(order.key).exists():
                 raise Refused("id", f"there is a virtual machine {name_of(order.key)} already", "delete it first, or restore it under another epoch")
             await self._laid(order, fill)
+        await asyncio.to_thread(self.checkpoints().used, folder)
         return await self.come_back(order.key)
 
     async def come_back(self, key: Key) -> Status:
@@ -464,10 +476,10 @@ class VmDriver(QemuDriver):
         if any(folder.iterdir()):
             raise Refused("folder", f"{folder} is not empty", "give an empty one")
         target, size = folder / "disk.qcow2", int(self._instance(key)["bytes"])
-        await asyncio.to_thread(_overlay, target, size)
+        await asyncio.to_thread(vm_files.lay, target, size)
         try:
             await self.ask(key, {"do": "copy", "path": str(target)}, COPY_S)
-            await asyncio.to_thread(_settle, target)
+            await asyncio.to_thread(vm_files.settle, target)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
@@ -494,16 +506,6 @@ def _same_layers(image: Image, told: Mapping[str, Any], reference: str) -> None:
         raise Refused("image", f"its state stands on {str(told.get('image'))[:19]}, and {reference} is {image.digest[:19]} here", f"bring the image that it has to this node ({reference})")
 
 
-def _settle(path: Path) -> None:
-    """On the disk, with its name."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    sync_folder(path.parent)
-
-
 def _boot(shape: Shape, content: vm_image.Content, arguments: str, clone: bool) -> tuple[list[list[Any]], list[str]]:
     """Files to open, and options, by which a machine boots. A clone has booted."""
     if shape.boot == KERNEL:
@@ -514,15 +516,6 @@ def _boot(shape: Shape, content: vm_image.Content, arguments: str, clone: bool) 
         escaped = arguments.replace("{", "{{").replace("}", "}}")  # whoever starts it puts descriptors into braces
         return files, vm_machine.kernel("/proc/self/fd/{kernel}", "/proc/self/fd/{initrd}" if content.initrd is not None else "", escaped)
     return [], []
-
-
-def _overlay(path: Path, size: int) -> None:
-    """An empty disk that lies over another one."""
-    head, length = vm_qcow2.empty(size)
-    with open(path, "xb") as handle:
-        os.fchmod(handle.fileno(), 0o600)
-        handle.write(head)
-        handle.truncate(length)
 
 
 def kvm_groups(shape: Shape) -> list[int]:

@@ -4,14 +4,19 @@
     images/disk.qcow2       what it has written, over the disk of its image, which must be there where it goes on
     images/template.qcow2   of a copy of a template: the layer between the two
     images/seed.img         its second disk, which is the one that it has mounted; of UEFI, images/variables.fd too
+    images/rest.qcow2       in place of the disk, where a copy of that went ahead (`ahead`) and it was told so: what was written since. Where it was taken the disk itself lies beside the state (kept.qcow2, the same
+                            file as the instance's), where it came to the copy does (ahead.qcow2)
 
 A checkpoint stops the machine, has QEMU write it into a pipe that is packed meanwhile, packs the disk, gives the folder its name, and only then ends the machine, or lets it go on. What is under way stands in
 `FOLDER/checkpoint.json` of the instance, as for containers (`container_checkpoint`), and the rename decides as it does there. What is there of a machine after it stopped is QEMU's alone until then: it goes on by one word.
 
 A restore looks through all of the state, lays an instance out as `prepare` does but with these disks, and has its keeper load the rest. Nothing has run there before `running.json` is written.
+Of a disk that went ahead it lays out both layers; the keeper has QEMU, which has no rights, write the upper one into the lower one before the guest goes on (`vm_keeper.fold`). A copy that came is used up by that:
+it is the instance's disk then. Where the machine was taken, its disk is copied, and what it was taken to is as it was.
 """
 
 import asyncio
+import logging
 import os
 import platform
 import re
@@ -23,10 +28,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cgroups, keeping, vm_qcow2
-from .checkpoint_state import CHUNK, IMAGES, MEMORY, SPARE, VM, Reader, Writer, add, check, codec, free, seal, to_be_filled, whole_at
+from ...contract.workloads import AHEAD
+from . import cgroups, keeping, vm_files, vm_qcow2
+from .checkpoint_state import AHEAD_DISK, CHUNK, IMAGES, KEPT_DISK, MEMORY, REST, SPARE, VM, WENT_AHEAD, Reader, Writer, add, check, codec, free, seal, to_be_filled, whole_at
 from .face import DriverError, Failed, Key, Phase, Refused, Status
-from .instance import NOTE, read, sync_folder
+from .instance import NOTE, UPPER, read, sync_folder
 from .vm_spec import RECONNECT
 
 if TYPE_CHECKING:
@@ -37,8 +43,17 @@ Json = dict[str, Any]
 STEPS = ("noted", "frozen", "dumped", "packed", "whole", "let go")
 """What `take` has reached, in order; `whole` decides."""
 
-DISKS = ("disk.qcow2", "seed.img", "template.qcow2", "variables.fd")
+MACHINE = "disk.qcow2"
+"""In an instance's folder: what it has written, over the disk of its image."""
+
+DISKS = (MACHINE, "seed.img", "template.qcow2", "variables.fd")
 """Files of an instance that are its disks; the last two only some have."""
+
+SINCE = "since.qcow2"
+"""In an instance's folder: what was written to its disk since a copy of it went ahead, while it is being packed."""
+
+AHEAD_LEAST = 64 << 20
+"""Bytes of a disk below which no copy goes ahead: packing and carrying them takes a second, going ahead some seconds in which nobody waits."""
 
 PIPE = "saved"
 """In an instance's folder: the pipe by which QEMU's state comes."""
@@ -58,6 +73,11 @@ SLOW_DISK = 20 << 20
 LEAST_S = 60.0
 """For what is not bytes."""
 
+AHEAD_S = 3_600.0
+"""A copy of a disk that goes ahead and takes longer hangs; nobody waits for it, so that it may take its time on a slow disk."""
+
+log = logging.getLogger(__name__)
+
 Step = Callable[[str], None]
 
 
@@ -73,8 +93,12 @@ class Checkpoints:
 
     # -- out -----------------------------------------------------------------------------------------------------------------
 
-    async def take(self, key: Key, folder: Path, *, leave_running: bool, step: Step = _ignored) -> Json:
-        """Write the state of a running machine to `folder`, which must be empty or not there; returns the manifest. It is ended then, or goes on; where this raises, it goes on."""
+    async def take(self, key: Key, folder: Path, *, leave_running: bool, step: Step = _ignored, since: str = "") -> Json:
+        """Write the state of a running machine to `folder`, which must be empty or not there; returns the manifest. It is ended then, or goes on; where this raises, it goes on.
+
+        Args:
+            since: the name under which a copy of its disk went ahead: what was written since is enough, where its keeper knows that still, and it ends.
+        """
         host = await self._may_be_taken(key)
         folder, own = Path(os.path.abspath(folder)), self._driver.folder(key)
         to_be_filled(folder)
@@ -84,7 +108,7 @@ class Checkpoints:
         keeping.write(str(own / NOTE), note)
         try:
             step("noted")
-            manifest = await self._written(key, folder, host, note, step)
+            manifest = await self._written(key, folder, host, note, step, "" if leave_running else since)
         except BaseException:
             await self.settle(key)
             raise
@@ -99,7 +123,38 @@ class Checkpoints:
             raise Refused("stop", "it runs only as long as its site says (when_cut_off: move)", "leave that to its site")
         own = self._driver.folder(key)
         instance, told = read(own / "instance.json") or {}, read(own / "keeper.json") or {}
-        return {"host": host, "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "bytes": self._bytes(key), "machine": told["machine"]}
+        return {"host": host, "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "bytes": self._bytes(key), "machine": told["machine"], AHEAD: self._worth(own / MACHINE)}
+
+    @staticmethod
+    def _worth(disk: Path) -> int:
+        """Bytes of a disk of which a copy may go ahead; 0 where that is not worth it."""
+        size = os.stat(disk).st_blocks * 512
+        return size if size >= AHEAD_LEAST else 0
+
+    async def ahead(self, key: Key, name: str, target: Path, speed: int) -> Json:
+        """See `face.GoesAhead`."""
+        size = int((read(self._driver.folder(key) / "instance.json") or {})["bytes"])
+        await asyncio.to_thread(vm_files.lay, target, size)
+        try:
+            await self._driver.ask(key, {"do": "ahead", "path": str(target), "name": name, "speed": speed}, AHEAD_S + (self._bytes(key) / speed if speed else 0))
+            return {"bytes": await asyncio.to_thread(vm_files.settle, target)}
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+    async def _since(self, key: Key, name: str, new: Path) -> bool:
+        """Have QEMU write what was written to its disk since a copy of it went ahead; whether it could. Then the disk lies beside the state."""
+        own = self._driver.folder(key)
+        (own / SINCE).unlink(missing_ok=True)
+        try:
+            await asyncio.to_thread(vm_files.lay, own / SINCE, int((read(own / "instance.json") or {})["bytes"]))
+            await self._driver.ask(key, {"do": "since", "path": str(own / SINCE), "name": name}, AHEAD_S)
+            os.link(own / MACHINE, new / KEPT_DISK)
+        except (Failed, OSError) as error:  # its QEMU is another one than it was, or the folder is on another file system: all of it goes
+            log.warning("what %s wrote since a copy of its disk went ahead cannot be had, so all of it is carried: %s", own.name, error)
+            (own / SINCE).unlink(missing_ok=True)
+            return False
+        return True
 
     async def _may_be_taken(self, key: Key) -> Json:
         """What it runs on, where nothing that can be seen from outside stands against taking its state; raises `Refused`. Changes nothing."""
@@ -120,13 +175,19 @@ class Checkpoints:
         own = self._driver.folder(key)
         return max(0, self._groups.stats(f"{cgroups.PARENT}/{own.name}").memory_bytes) + sum(os.stat(own / name).st_blocks * 512 for name in DISKS if (own / name).exists())
 
-    async def _written(self, key: Key, folder: Path, host: Json, note: Mapping[str, Any], step: Step) -> Json:
+    async def _written(self, key: Key, folder: Path, host: Json, note: Mapping[str, Any], step: Step, since: str) -> Json:
+        new, described = Path(note["new"]), self._described(key, host, note)
         await self._driver.ask(key, {"do": "pause"})
         step("frozen")
         try:
-            saved = await self._saved(key, Path(note["new"]))
+            shutil.rmtree(new, ignore_errors=True)
+            (new / IMAGES).mkdir(parents=True, mode=0o700)
+            new.chmod(0o700)
+            if since and await self._since(key, since, new):  # before QEMU hands the disks over
+                described[WENT_AHEAD] = since
+            saved = await self._saved(key, new)
             step("dumped")
-            manifest = await asyncio.to_thread(self._packed, key, Path(note["new"]), self._described(key, host, note), saved)
+            manifest = await asyncio.to_thread(self._packed, key, new, described, saved)
         except OSError as error:
             raise Failed("disk", f"the state could not be written: {error.strerror}", "free space, or name another folder") from None
         step("packed")
@@ -137,9 +198,6 @@ class Checkpoints:
 
     async def _saved(self, key: Key, new: Path) -> Json:
         """Have QEMU write memory and devices; the line of the file in the manifest."""
-        shutil.rmtree(new, ignore_errors=True)
-        (new / IMAGES).mkdir(parents=True, mode=0o700)
-        new.chmod(0o700)
         pipe = self._driver.folder(key) / PIPE
         pipe.unlink(missing_ok=True)
         os.mkfifo(pipe, 0o600)
@@ -169,11 +227,16 @@ class Checkpoints:
 
     def _packed(self, key: Key, new: Path, document: Json, saved: Json) -> Json:
         """All but memory and devices, and the manifest; it is on the disk then. Blocks."""
-        files, how = [saved], codec()
-        for name in DISKS:
-            if (path := self._driver.folder(key) / name).exists():
+        files, how, own = [saved], codec(), self._driver.folder(key)
+        places = {f"{IMAGES}/{name}": own / name for name in DISKS}
+        if WENT_AHEAD in document:
+            del places[f"{IMAGES}/{MACHINE}"]
+            places[REST] = own / SINCE
+        for name, path in places.items():
+            if path.exists():
                 with open(path, "rb") as source:
-                    files.append(add(new, f"{IMAGES}/{name}", source, how))
+                    files.append(add(new, name, source, how))
+        (own / SINCE).unlink(missing_ok=True)
         return seal(new, document, files, how)
 
     async def _let_go(self, key: Key, note: Mapping[str, Any]) -> None:
@@ -204,6 +267,7 @@ class Checkpoints:
             await self._let_go(key, note)
             return
         await asyncio.to_thread(shutil.rmtree, note["new"], True)
+        (own / SINCE).unlink(missing_ok=True)
         await self._goes_on(key)
         (own / NOTE).unlink(missing_ok=True)
 
@@ -220,21 +284,37 @@ class Checkpoints:
     def fill(self, folder: Path, manifest: Mapping[str, Any], laid: Path, machine: Json) -> None:
         """Put a state into the instance's folder that is being laid out; blocks. Raises `Refused` where this machine is not the one that was taken."""
         same_machine(manifest["machine"], machine)
-        size = sum(one["size"] for one in manifest["files"])
+        kept, ahead = folder / KEPT_DISK, folder / AHEAD_DISK
+        files = [one for one in manifest["files"] if not (WENT_AHEAD in manifest and kept.exists() and one["name"] == REST)]  # it is in that disk
+        size = sum(one["size"] for one in files) + (kept.stat().st_size if WENT_AHEAD in manifest and kept.exists() else 0)
         if free(laid) < size + SPARE:
             raise Refused("disk", f"the state has {size} bytes, {free(laid)} are free", "free space, or restore it on another node")
         (laid / RESTORE).mkdir(mode=0o700)
         places = {MEMORY: laid / RESTORE / STATE, **{f"{IMAGES}/{name}": laid / name for name in DISKS}}
-        for one in manifest["files"]:
+        if WENT_AHEAD in manifest:
+            del places[f"{IMAGES}/{MACHINE}"]
+            places[REST] = laid / UPPER
+            if kept.exists():
+                shutil.copyfile(kept, laid / MACHINE)
+                (laid / MACHINE).chmod(0o600)
+            elif ahead.exists():
+                os.link(ahead, laid / MACHINE)
+            else:
+                raise Refused("checkpoint", f"stands on the copy of its disk that went ahead as {manifest[WENT_AHEAD][:80]}, which is not here (any more)", "restore it where it was taken, or move it again")
+        for one in files:
             if one["name"] not in places:
                 raise Refused("checkpoint", f"has {one['name'][:80]}, which is nothing of a virtual machine", "take the checkpoint, or copy it, again")
             descriptor = os.open(places[one["name"]], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with Reader(folder, one, manifest["codec"]) as source, open(descriptor, "wb") as target:
                 while data := source.read(CHUNK):
                     target.write(data)
-        for name in ("disk.qcow2", "template.qcow2"):
+        for name in (MACHINE, UPPER, "template.qcow2"):
             if (laid / name).exists():
                 _same_size(laid / name, machine["disk_bytes"])
+
+    def used(self, folder: Path) -> None:
+        """The copy of a disk that came with a state is an instance's now: from here on it is written to, and no restore may begin with it again. Blocks."""
+        (folder / AHEAD_DISK).unlink(missing_ok=True)
 
     async def lives(self, key: Key) -> Status:
         """How it is a moment after it was let go; raises `Failed` where it does not live."""

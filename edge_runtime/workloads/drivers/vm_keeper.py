@@ -10,8 +10,11 @@ by which it sets its clock and its random numbers. A template is a guest that is
 
     {"do": "powerdown"}   {"do": "kill"}   {"do": "pause"}   {"do": "resume"}   {"do": "copy", "path": "/where/an/empty/disk.qcow2"}
     {"do": "version"}     {"do": "save", "path": "/a/pipe/that/is/read"}
+    {"do": "ahead", "path": "/where/an/empty/disk.qcow2", "name": NAME, "speed": BYTES_IN_A_SECOND}
+    {"do": "since", "path": "/where/an/empty/disk.qcow2", "name": NAME}
 
-With `came` in `keeper.json` it does not boot: it goes on from what `save` has written of another one. Nothing of it has run before `running.json` is there.
+With `came` in `keeper.json` it does not boot: it goes on from what `save` has written of another one. Nothing of it has run before `running.json` is there. Where its disk went ahead of the rest, the rest lies over
+it (`upper`, as long as that file is there) and is written into it first.
 """
 
 import fcntl
@@ -44,6 +47,15 @@ SEED_BYTES = 32
 
 COPY, COPY_SET = "copy", 100
 """What a copy of a disk, and its job, are called in QEMU; the number of its descriptor set."""
+
+COPY_EVENTS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+"""How a copy ends."""
+
+UPPER = "rest"
+"""What lies over the disk of a machine that came, and the job that writes it into that, are called so in QEMU."""
+
+FOLD_S = 600.0
+"""Writing that takes longer hangs: it is what the guest wrote in the minutes in which its disk was carried."""
 
 SAVED = "saved"
 """What the pipe that a machine is saved to is called in QEMU."""
@@ -130,9 +142,15 @@ class VmKeeper(Keeper):
         self.wish, self.started, self.asking, self.exec = "", False, {}, None
         self.copying: list = []  # type: ignore[type-arg]
         """The agent that waits for a copy."""
+        self.since = ""
+        """The name under which a copy of the disk went ahead: QEMU has a bitmap of it, of what was written since."""
         self.saving: list = []  # type: ignore[type-arg]
         """The agent that waits until it is saved."""
         self.state = descriptors.get("came", -1)
+        self.upper = told["upper"]["path"] if told.get("upper") and os.path.exists(told["upper"]["path"]) else ""
+        if self.upper:
+            told["command"] = told["upper"]["command"]
+            descriptors = {**descriptors, UPPER: os.open(self.upper, os.O_RDWR | os.O_CLOEXEC)}
         if told.get("tap"):
             descriptors = {**descriptors, "tap": bridged(told["tap"]["name"], told["tap"]["bridge"])}
         self.machine = Machine(told, descriptors)
@@ -156,6 +174,8 @@ class VmKeeper(Keeper):
                 self.network.start()
             if came:
                 load(machine, self.state, True, told["boot_s"])
+                if self.upper:
+                    self.fold()
                 write(os.path.join(self.folder, "running.json"), {**running, "at_ms": int(time.time() * 1000)})
             elif "state_descriptor" in told:
                 load(machine, told["state_descriptor"])
@@ -263,10 +283,41 @@ class VmKeeper(Keeper):
         except OSError:
             pass
 
-    def copy(self, path: str, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
-        """Have QEMU write the disk, as it is now, into an empty one, while the guest goes on: it has no rights to do harm, other than a program that would read what a guest wrote as root."""
-        if self.copying:
+    def fold(self) -> None:
+        """Have QEMU write what lies over the disk into it, and go on without that. The guest stands still, so that a keeper which is killed at it can be followed by another one that does it again; the file goes when all
+        of it is in the disk."""
+        qmp, jobs = self.machine.qmp, ("BLOCK_JOB_READY", *COPY_EVENTS)
+        qmp.ask("block-commit", **{"job-id": UPPER, "device": UPPER, "base-node": "disk"})
+        if qmp.until_one(jobs, "device", UPPER, FOLD_S)[0] == "BLOCK_JOB_READY":
+            qmp.events = [(name, data) for name, data in qmp.events if name != "BLOCK_JOB_READY"]
+            qmp.ask("block-job-complete", device=UPPER)
+        name, data = qmp.until_one(COPY_EVENTS, "device", UPPER, FOLD_S)
+        if name != "BLOCK_JOB_COMPLETED" or "error" in data:
+            raise self.machine.trouble(f"what was written since its disk was carried could not be written into that: {data.get('error', name)}")
+        qmp.ask("blockdev-del", **{"node-name": UPPER})
+        qmp.events = [(name, data) for name, data in qmp.events if not name.startswith("BLOCK_JOB")]
+        os.unlink(self.upper)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.upper = ""
+
+    def copy(self, path: str, line: socket.socket, ahead: str = "", since: str = "", speed: int = 0) -> dict | None:  # type: ignore[type-arg]
+        """Have QEMU write the disk, as it is now, into an empty one, while the guest goes on: it has no rights to do harm, other than a program that would read what a guest wrote as root.
+
+        Args:
+            ahead: the copy has only what lies over the disks below, and from then on it is remembered under this name what is written.
+            since: the copy has only what was written since then; the guest stands still.
+            speed: bytes in a second at most, 0 for no bound.
+        """
+        if self.copying and self.copying[0] in self.asking:
             return {"failed": "another copy is being made"}
+        if self.copying:  # for an agent that has gone
+            self.stop_copy()
+        if since and (since != self.since or not os.path.exists(os.path.join(self.folder, "paused"))):
+            return {"failed": f"nothing is known of {since[:80]!r}, or it does not stand still"}
         qmp, target = self.machine.qmp, os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self.machine.qmp_line.setblocking(True)
@@ -276,7 +327,18 @@ class VmKeeper(Keeper):
             os.close(target)
         try:
             qmp.ask("blockdev-add", **{"driver": "qcow2", "node-name": COPY, "file": {"driver": "file", "filename": f"/dev/fdset/{COPY_SET}", "locking": "off"}})
-            qmp.ask("blockdev-backup", **{"job-id": COPY, "device": "disk", "target": COPY, "sync": "full"})
+            job = {"job-id": COPY, "device": "disk", "target": COPY, "speed": speed}
+            if ahead:
+                if self.since:
+                    qmp.ask("block-dirty-bitmap-remove", node="disk", name=self.since)
+                    self.since = ""
+                # In one step, so that nothing is written between the two.
+                qmp.ask("transaction", actions=[{"type": "block-dirty-bitmap-add", "data": {"node": "disk", "name": ahead}}, {"type": "blockdev-backup", "data": {**job, "sync": "top"}}])
+                self.since = ahead
+            elif since:  # the bitmap stays as it is: where this comes to nothing, it is done again
+                qmp.ask("blockdev-backup", **job, sync="bitmap", bitmap=since, **{"bitmap-mode": "never"})
+            else:
+                qmp.ask("blockdev-backup", **job, sync="full")
         except QmpError:
             self.forget_copy()
             raise
@@ -289,13 +351,25 @@ class VmKeeper(Keeper):
             return
         qmp = self.machine.qmp
         qmp.drain()  # the end may have come together with an answer
-        over = [data for name, data in qmp.events if name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and data.get("device") == COPY]
+        over = [data for name, data in qmp.events if name in COPY_EVENTS and data.get("device") == COPY]
         if over:
             qmp.events = [(name, data) for name, data in qmp.events if not name.startswith("BLOCK_JOB")]
             line, self.copying = self.copying[0], []
             self.forget_copy()
             if line in self.asking:
                 self.answer(line, {"failed": f"the copy was not made: {over[-1]['error']}"} if "error" in over[-1] else {"done": True})
+
+    def stop_copy(self) -> None:
+        """No more of it."""
+        qmp = self.machine.qmp
+        try:
+            qmp.ask("block-job-cancel", device=COPY, force=True)
+        except QmpError:
+            pass  # it has just ended by itself
+        qmp.until_one(COPY_EVENTS, "device", COPY)
+        qmp.events = [(name, data) for name, data in qmp.events if not name.startswith("BLOCK_JOB")]
+        self.copying = []
+        self.forget_copy()
 
     def forget_copy(self) -> None:
         """Close what it was written to."""
@@ -307,6 +381,8 @@ class VmKeeper(Keeper):
 
     def save(self, path: str, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """Have QEMU write all of a machine that stands still, but for its disks, into a pipe that the agent reads: what QEMU wrote to a file would count as its own memory. Its disks are whole then."""
+        if self.copying and self.copying[0] not in self.asking:
+            self.stop_copy()
         if self.copying or self.saving or not self.started or not os.path.exists(os.path.join(self.folder, "paused")):
             return {"failed": "it is being copied or saved, has not booted yet, or does not stand still"}
         qmp, target = self.machine.qmp, os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without a reader it fails
@@ -361,6 +437,8 @@ class VmKeeper(Keeper):
                 os.unlink(paused)
         elif request["do"] == "copy":
             return self.copy(str(request["path"]), line)
+        elif request["do"] in ("ahead", "since"):
+            return self.copy(str(request["path"]), line, speed=int(request.get("speed", 0)), **{request["do"]: str(request["name"])})
         elif request["do"] in ("kill", "pause"):
             return super().do(request, line)
         else:

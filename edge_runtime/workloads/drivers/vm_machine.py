@@ -12,6 +12,9 @@ CONTROL = "novacron.0"
 TRANSLATED_MB = 32
 """QEMU's room for translated code (TCG). Its default takes a quarter of the guest's memory, beside it; with less than this a kernel's boot is translated over and over."""
 
+UPPER, UPPER_SET = "rest", 101
+"""Node of what lies over a disk that came before the rest of it, until that is written into it; the number of its descriptor set."""
+
 BIOS, UEFI, KERNEL = BOOTS = ("bios", "uefi", "kernel")
 """How a guest begins: from its disk by SeaBIOS or OVMF, or with a kernel that is given to it."""
 
@@ -45,7 +48,14 @@ def chain(node: str, layers: Sequence[Layer], writable: bool) -> list[str]:
     return words
 
 
-def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwards: Sequence[tuple[str, int, int]] = (), more: Sequence[str] = (), hardware_address: str = "") -> list[str]:
+def upper(below: str) -> list[str]:
+    """Options of one more layer over a disk that is written to, for `command(.., drive=UPPER)`; its file is `{rest}`."""
+    return ["-add-fd", f"fd={{{UPPER}}},set={UPPER_SET}", "-blockdev", f"driver=qcow2,node-name={UPPER},file.driver=file,file.locking=off,file.filename=/dev/fdset/{UPPER_SET},backing={below}"]
+
+
+def command(
+    program: str, shape: Shape, memory: str, disks: Sequence[str], forwards: Sequence[tuple[str, int, int]] = (), more: Sequence[str] = (), hardware_address: str = "", drive: str = "disk",
+) -> list[str]:
     """The command line.
 
     Args:
@@ -54,6 +64,7 @@ def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwa
         forwards: protocol, port beside QEMU, port in the guest.
         more: a kernel to boot, or that it waits for a state.
         hardware_address: of its network card, where that is a port of a bridge (`{tap}`).
+        drive: the node that it boots from.
     Descriptors stand in braces, for whoever starts it: `{qmp}`, those of `PORTS`, and what `more` names.
     """
     tcg = shape.accelerator == "tcg"
@@ -62,7 +73,7 @@ def command(program: str, shape: Shape, memory: str, disks: Sequence[str], forwa
         "-machine", "q35,smm=off,vmport=off,memory-backend=mem" + ("" if tcg else ",accel=" + shape.accelerator), *(("-accel", f"tcg,tb-size={TRANSLATED_MB}") if tcg else ()),
         "-cpu", "max" if tcg else "host", "-smp", str(shape.cpus), "-m", f"{shape.memory_mb}M", "-object", memory, "-rtc", "base=utc,clock=host",
         "-chardev", "socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control", "-chardev", "socket,id=console,fd={console}", "-serial", "chardev:console",
-        *disks, "-device", "virtio-blk-pci,drive=disk,bootindex=1,logical_block_size=512,physical_block_size=512", "-device", "virtio-blk-pci,drive=seed,logical_block_size=512,physical_block_size=512",
+        *disks, "-device", f"virtio-blk-pci,drive={drive},bootindex=1,logical_block_size=512,physical_block_size=512", "-device", "virtio-blk-pci,drive=seed,logical_block_size=512,physical_block_size=512",
         "-device", "virtio-serial-pci,max_ports=4", "-chardev", "socket,id=control,fd={control}", "-device", f"virtserialport,chardev=control,nr=1,name={CONTROL}",
         "-object", "rng-random,id=random,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=random",
     ]

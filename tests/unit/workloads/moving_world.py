@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hub.workloads import moving
-from hub.workloads.book import SENDING
+from hub.workloads.book import AHEAD, SENDING
 from hub.workloads.documents import Conflict
 
 from .kept import Desk, round_of, said, work
@@ -29,6 +29,8 @@ class Agent:
     held: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Epoch to the move that took its state, and what that has counted to."""
     files: dict[str, int] = field(default_factory=dict)
+    copies: dict[str, int] = field(default_factory=dict)
+    """Moves to what the disk had that went ahead: copied here, or come."""
     told: set[tuple[int, str]] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     out: list[tuple[str, Json]] = field(default_factory=list)
@@ -44,8 +46,8 @@ class Agent:
 class World:
     """See the module. `trouble` is what must never be."""
 
-    def __init__(self, chance: random.Random, nodes: int = 2) -> None:
-        self.chance, self.desk = chance, Desk()
+    def __init__(self, chance: random.Random, nodes: int = 2, ahead: bool = True) -> None:
+        self.chance, self.desk, self.ahead = chance, Desk(), ahead
         self.agents = {name: Agent(name) for name in NODES[:nodes]}
         self.transfers: dict[str, str] = {}
         self.trouble: list[str] = []
@@ -55,7 +57,11 @@ class World:
         """What any copy has counted to."""
         self.began = 0
         self.failing: set[str] = set()
-        """What goes wrong wherever it is tried: `check`, `room`, `out`, `carry`, `from`."""
+        """What goes wrong wherever it is tried: `check`, `room`, `ahead`, `carry ahead`, `out`, `carry`, `from`."""
+        self.carried: set[str] = set()
+        """Moves whose disk was carried ahead."""
+        self.went = 0
+        """States that came and stood on a copy which had gone ahead."""
         for name in self.agents:
             self.desk.node(name, "edge", labels={"n": name, **LABELS})
         self.up()
@@ -114,6 +120,7 @@ class World:
                 self._tell(agent, epoch, "refused", "planted")
                 return
             self.go_on(agent, epoch, agent.files[wanted["from"]["move"]])
+            self.went += wanted["from"]["move"] in agent.copies
         elif (epoch, "running") not in agent.told:
             self.began += 1
             if self.began > 1:
@@ -125,7 +132,14 @@ class World:
         part, epoch, move, state, detail = asked["kind"].removeprefix("move-"), asked["epoch"], asked["name"], "succeeded", {}
         if part in self.failing or (part == "check" and epoch not in agent.running):
             state = "failed"
+        elif part in ("check", "room"):
+            detail = {"ahead": {"check": 5, "room": True}[part]} if self.ahead else {}
+        elif part == "ahead":
+            agent.copies[move] = self.count
+            detail = {"bytes": 7}
         elif part == "out":
+            if asked["offer"].get("ahead") and move not in self.carried:
+                self.trouble.append(f"{agent.name} shall send what goes over a copy that is nowhere")
             if epoch in agent.running:
                 agent.held[epoch] = move, agent.running.pop(epoch)
                 self._tell(agent, epoch, "checkpointed")
@@ -167,6 +181,12 @@ class World:
             if move["ready"]:
                 self.desk.do(lambda planner, now, move=move: moving.met(planner, move["id"], now))
             move = self.desk.planner.tables.moves[move["id"]]
+            if move["step"] == AHEAD and move["ahead_bytes"] and move["target"] in self.agents:
+                well = "carry ahead" not in self.failing
+                if well:
+                    self.carried.add(move["id"])
+                    self.agents[move["target"]].copies[move["id"]] = self.agents[move["source"]].copies[move["id"]]
+                self.desk.do(lambda planner, now, move=move, well=well: moving.preceded(planner, move["id"], "done" if well else "failed", "" if well else "planted", now))
             if move["step"] != SENDING or move["state"] != "running" or move["target"] not in self.agents:
                 continue
             there = [mine for mine in self.agents[move["source"]].held.values() if mine[0] == move["id"]]

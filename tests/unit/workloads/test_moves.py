@@ -312,7 +312,7 @@ async def test_a_state_that_is_not_the_one_is_refused_and_nothing_runs(tmp_path:
 
 
 async def test_a_target_whose_disk_is_full_refuses_and_its_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: Path, folder: Path) -> None:
+    def full(source: Path, folder: Path, ahead: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(moves, "unpack", full)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads import moving
-from hub.workloads.book import RETURNING, STARTING, STEPS
+from hub.workloads.book import AHEAD, RETURNING, STARTING, STEPS, TAKING
 from hub.workloads.documents import Conflict
 
 from .kept import round_of, said
@@ -18,8 +18,8 @@ from .moving_world import W, World
 from .test_planner import entries
 
 
-def world(seed: int = 1, nodes: int = 2) -> World:
-    found = World(random.Random(seed), nodes)
+def world(seed: int = 1, nodes: int = 2, ahead: bool = True) -> World:
+    found = World(random.Random(seed), nodes, ahead)
     assert found.where() == ["a"] and not found.trouble
     return found
 
@@ -62,6 +62,42 @@ def test_what_fails_before_the_commit_goes_on_at_its_source(what: str) -> None:
     there.settle()
     assert there.where() == ["b"] and there.desk.row(W).epoch == 3, "the epoch of the target that refused is not given again"
     sound(there)
+
+
+@pytest.mark.parametrize("what", ["ahead", "carry ahead"])
+def test_what_fails_of_its_disk_that_goes_ahead_holds_the_move_up_no_longer(what: str) -> None:
+    there = world()
+    there.failing = {what}
+    there.begin()
+    there.settle()
+    assert there.where() == ["b"] and there.went == 0 and last(there)["state"] == "done" and not last(there)["ahead"] and "planted" in str(last(there)["ahead_problem"])
+    sound(there)
+
+
+def test_a_disk_goes_ahead_where_both_nodes_say_so() -> None:
+    there = world()
+    there.begin()
+    until(there, AHEAD)
+    assert [(one["kind"], one["offer"]) for one in moving.operations(there.desk.planner, "a")] == [("move-ahead", {"speed": 125_000_000})] and there.where() == ["a"], "it runs meanwhile"
+    until(there, TAKING)
+    assert [(one["kind"], one["offer"]) for one in moving.operations(there.desk.planner, "a")] == [("move-out", {"ahead": True})]
+    there.settle()
+    assert there.where() == ["b"] and there.went == 1 and last(there)["ahead"] and last(there)["ahead_bytes"] == 7
+    older = world(ahead=False)
+    older.begin()
+    older.settle()
+    assert older.where() == ["b"] and not last(older)["ahead"] and AHEAD not in last(older)["since_ms"]  # type: ignore[operator]
+    for world_ in (there, older):
+        sound(world_)
+
+
+def test_each_transfer_belongs_to_its_steps() -> None:
+    there = world()
+    name = there.begin()
+    move = last(there)
+    ahead, state = (moving.transfer(move, ahead=one) for one in (True, False))  # type: ignore[arg-type]
+    assert moving.carries(ahead["id"]) == (name, ("ahead",)) and moving.carries(state["id"]) == (name, ("taking", "sending"))
+    assert ahead["source"]["path"] == ahead["destination"]["path"] == f"{name}.ahead" and ahead["id"] != state["id"]
 
 
 def test_where_it_cannot_even_come_back_the_state_stays_and_is_told() -> None:
@@ -148,7 +184,7 @@ def test_a_silent_target_that_was_told_to_start_it_decides_nothing() -> None:
     sound(there)
 
 
-@pytest.mark.parametrize("step", ["checking", "room", "taking", "sending"])
+@pytest.mark.parametrize("step", ["checking", "room", "ahead", "taking", "sending"])
 def test_a_step_that_does_not_end_is_given_up(step: str) -> None:
     there = world()
     there.begin()
@@ -159,6 +195,18 @@ def test_a_step_that_does_not_end_is_given_up(step: str) -> None:
     sound(there)
 
 
+def test_what_takes_long_at_its_limit_is_given_longer() -> None:
+    there = world()
+    there.begin()
+    until(there, "sending")
+    move = there.desk.planner.move_of(W)
+    assert move is not None and moving.patience_ms(move) == moving.PATIENCE_MS["sending"]
+    slow = {**move, "bytes": 100 << 30, "ahead_bytes": 10, "limit_mbit": 100.0}
+    assert moving.patience_ms(slow) == moving.TIMES * (100 << 30) * 8 // 100_000 > moving.PATIENCE_MS["sending"]
+    assert moving.patience_ms({**slow, "step": "ahead"}) == moving.PATIENCE_MS["ahead"] and moving.patience_ms({**slow, "step": "ahead", "ahead_bytes": 1 << 40}) > moving.PATIENCE_MS["ahead"]
+    assert moving.patience_ms({**slow, "step": "taking"}) == moving.PATIENCE_MS["taking"]
+
+
 def test_at_each_instant_the_documents_say_who_may_run_it() -> None:
     there = world()
     there.begin()
@@ -167,7 +215,7 @@ def test_at_each_instant_the_documents_say_who_may_run_it() -> None:
         until(there, step)
         wanted = {name: [(one["epoch"], one["held"], bool(one["from"])) for one in there.desk.planner.wanted(name) if one["wanted"] == "running"] for name in ("a", "b")}
         roles[step] = wanted
-    assert roles["checking"] == roles["room"] == roles["taking"] == {"a": [(1, False, False)], "b": []}
+    assert roles["checking"] == roles["room"] == roles["ahead"] == roles["taking"] == {"a": [(1, False, False)], "b": []}
     assert roles["sending"] == {"a": [(1, True, False)], "b": []} and roles["starting"] == {"a": [(1, True, False)], "b": [(2, False, True)]}
 
 
