@@ -11,6 +11,10 @@ from .lean_imports import import_asyncio, import_logging, leave_out_openssl, lea
 
 logging = import_logging()  # before anything else imports it
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import EdgeConfig
+
 LEAN_FLAGS = ("-OO", "-X", "no_debug_ranges")
 """Interpreter flags of a running agent: no docstrings, no column tables; 2 MiB less. Nothing relies on assert."""
 
@@ -108,6 +112,11 @@ def _keep_quick_form(path: Path | None) -> int:
     return 0
 
 
+def needs_openssl(config: "EdgeConfig") -> bool:
+    """Whether an agent may have to speak TLS in its own process: to its brokers, or to the registries of images."""
+    return config.uplink.url.startswith("mqtts:") or config.bus.url.startswith("mqtts:") or (config.workloads.enabled and config.workloads.fetch)
+
+
 def run(config: object) -> int:
     """Run one agent until it is told to stop."""
     from .config import EdgeConfig
@@ -119,7 +128,7 @@ def run(config: object) -> int:
         from .workloads import rootless  # before there is a second thread
 
         rootless.enter(Path(config.data_dir).resolve())
-    if not config.uplink.url.startswith("mqtts:") and not config.bus.url.startswith("mqtts:"):
+    if not needs_openssl(config):
         leave_out_openssl()
     asyncio = import_asyncio()
     with leave_out_typing():

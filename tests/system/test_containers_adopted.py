@@ -160,6 +160,20 @@ async def test_an_agent_with_an_interface_fetches_an_image(tmp_path: Path) -> No
                 await asyncio.to_thread(node.end)
 
 
+@pytest.mark.skipif(bool(registry_side.reason_against()), reason=registry_side.reason_against())
+async def test_an_agent_that_is_told_of_no_registry_can_speak_to_one(tmp_path: Path) -> None:
+    """With a plain uplink an agent leaves TLS out of its memory, and registries speak it. (Where some are configured, reading that loads a part of it, and it stays.)"""
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        node = Node(tmp_path, hub)
+        try:
+            await asyncio.to_thread(node.start)
+            await submit(hub, work("fetched", "exit 0", image="127.0.0.1:1/box:1"))
+            await until(lambda: states(hub, "fetched")[-1:] in (["failed"], ["refused"]) or any(reason for *_, reason in said(hub)), 60.0, what="why it is not there")
+            assert "package" not in said(hub)[-1][3] and "127.0.0.1:1" in said(hub)[-1][3], said(hub)
+        finally:
+            await asyncio.to_thread(node.end)
+
+
 async def test_the_umask_of_the_agents_unit_is_not_that_of_what_it_runs(tmp_path: Path) -> None:
     """A unit may keep the agent's files from others. The root folder of a container is not the agent's: nobody but root could go through it."""
     async with running_hub(tmp_path / "hub", "embedded") as hub:
