@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     receive.add_argument("--replace", action="store_true", help="put it in place of what is there, at once, at the end")
     worker = commands.add_parser("worker", help="do what a hub asks for: send and receive files below a folder")
     worker.add_argument("--hub", required=True, help="the hub's address, as https://hub.example")
+    worker.add_argument("--ca-file", type=Path, help="certificate authorities by which the hub is trusted (PEM); else the system's")
     worker.add_argument("--name", required=True, help="this worker's name")
     worker.add_argument("--token-file", type=Path, required=True, help="file with the token that the hub has for this name, for its owner alone")
     worker.add_argument("--folder", type=Path, required=True, help="what may be sent and where to receive: nothing outside of it is touched")

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -66,6 +67,7 @@ class Worker:
         if not self._url.startswith(("http://", "https://")):
             raise MigrationError(f"worker: --hub {options.hub} is no address; give it as https://hub.example")
         self._token = _token(options.token_file)
+        self._tls = _trusted(options.ca_file) if self._url.startswith("https://") else None
         try:
             self._folder = options.folder.resolve(strict=True)
         except OSError as error:
@@ -245,7 +247,7 @@ class Worker:
             self._url + what, json.dumps(body).encode(), {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}, method="POST",
         )
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as answer:
+            with urllib.request.urlopen(request, timeout=seconds, context=self._tls) as answer:
                 return json.loads(answer.read(BODY_MOST))
         except urllib.error.HTTPError as error:
             text = error.read(LINE_MOST).decode(errors="replace")
@@ -256,6 +258,14 @@ class Worker:
             raise TransferLost(f"the hub answers {error.code}: {text[:300]}") from None
         except (OSError, ValueError) as error:
             raise TransferLost(f"the hub at {self._url.partition('/api/')[0]} is out of reach ({error})") from None
+
+
+def _trusted(path: Path | None) -> ssl.SSLContext:
+    """Raises MigrationError."""
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise MigrationError(f"worker: --ca-file {path}: holds no certificate authorities ({error.strerror or error}); give a PEM file") from None
 
 
 def _token(path: Path) -> str:

@@ -32,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     option("name", "hub", "the hub's name")
     option("broker", "auto", "auto, embedded, mosquitto, or mqtt://user:password@host:port")
     option("broker-listen", "127.0.0.1:1883", "where our own broker listens")
-    option("broker-password-file", "", "mosquitto password file, needed off loopback")
+    option("broker-password-file", "", "file of mosquitto_passwd with those whom our mosquitto lets in; off loopback it needs this, or broker-client-ca")
+    option("broker-client-ca", "", "authorities (PEM): our mosquitto lets in edges with a certificate by these, whose common name is the edge's; instead of passwords")
+    option("broker-ca-file", "", "authorities (PEM) by which a broker of mqtts:// is trusted; empty: the system's")
+    option("tls-cert", "", "certificate (PEM, with its chain) of API, page and our mosquitto, which speak TLS then; SIGHUP takes it, and passwords, anew")
+    option("tls-key", "", "its key (PEM)")
     option("listen", "127.0.0.1:8460", "where API and page listen")
     option("token-file", "", "file with the API token; else data-dir/token")
     option("keep-telemetry-days", "30", "days that telemetry is kept; 0: for ever")
@@ -44,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
     logging.Formatter.converter = time.gmtime
     logging.getLogger("mqtt").setLevel(logging.WARNING)
+    from .broker.base import Door
     from .retention import RetentionSettings
     from .server import BrokerError, Hub, HubSettings
     from .store import StoreError
@@ -53,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         broker_host, broker_port = _address(options.broker_listen, "broker-listen")
         token = Path(options.token_file).read_text().strip() if options.token_file else ""
         settings = HubSettings(
-            Path(options.data_dir), options.name, options.broker, broker_host, broker_port, options.broker_password_file, host=host, port=port, token=token,
+            Path(options.data_dir), options.name, options.broker, broker_host, broker_port, Door(options.broker_password_file, options.tls_cert, options.tls_key, options.broker_client_ca), options.broker_ca_file, host=host, port=port, token=token,
             retention=RetentionSettings(_days(options.keep_telemetry_days, "keep-telemetry-days"), _days(options.keep_decision_days, "keep-decision-days")),
             rebalance_minutes=_minutes(options.rebalance_minutes),
         )
@@ -67,10 +72,16 @@ def main(arguments: list[str] | None = None) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        reloads: set[asyncio.Task[None]] = set()
+
+        def reload() -> None:
+            reloads.add(task := asyncio.get_running_loop().create_task(hub.reload()))
+            task.add_done_callback(reloads.discard)
         try:
             await hub.start()
-            print(f"hub: http://{settings.host}:{hub.port}/#token={hub.token}", flush=True)
-            print(f"broker: {hub.broker.kind} mqtt://{hub.broker.host}:{hub.broker.port}", flush=True)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+            print(f"hub: {hub.url}/#token={hub.token}", flush=True)
+            print(f"broker: {hub.broker.kind} {'mqtts' if hub.broker.tls or settings.door.cert_file else 'mqtt'}://{hub.broker.host}:{hub.broker.port}", flush=True)
             await stop.wait()
         finally:
             await hub.stop()

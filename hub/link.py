@@ -118,11 +118,11 @@ class HubLink:
     def _client(self) -> aiomqtt.Client:
         broker = self._broker
         client: aiomqtt.Client = self._make_client(
-            broker.host, broker.port, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}",
+            *broker.inside, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}",
             protocol=aiomqtt.ProtocolVersion.V5 if broker.mqtt5 else aiomqtt.ProtocolVersion.V311, keepalive=15, timeout=10,
             will=aiomqtt.Will(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True), socket_options=SOCKET_OPTIONS,
             max_queued_incoming_messages=5_000, max_inflight_messages=200, max_queued_outgoing_messages=OUTBOX_MAX,
-            tls_params=aiomqtt.TLSParameters() if broker.tls else None,
+            tls_params=aiomqtt.TLSParameters(ca_certs=broker.ca_file or None) if broker.tls else None,
         )
         return client
 

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import secrets
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from aiohttp import web
 from edge_runtime.contract import jsoncodec
 
 from .broker import open_broker
-from .broker.base import Broker, BrokerError, is_loopback
+from .broker.base import Broker, BrokerError, Door, is_loopback
+from .broker.mosquitto import MosquittoBroker
 from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
 from .link import HubLink
@@ -27,6 +29,7 @@ from .retention import Retention, RetentionSettings
 from .store.base import EdgeRow, Store, StoredRecord
 from .store.sqlite import SqliteStore
 from .store.workloads import LIVE_STATES
+from .tls import load, served
 from .transfers.service import Transfers
 from .workloads.service import Workloads
 
@@ -46,6 +49,8 @@ class HubSettings:
 
     Attributes:
         broker: auto, embedded, mosquitto or a URL; with `broker_host` and `broker_port` where ours listens (0: a free port).
+        door: who comes in to ours, and its certificate, which API and page have too.
+        broker_ca_file: authorities by which an external one is trusted (PEM); empty: the system's.
         host, port: where API and page listen (0: a free port).
         token: the API's token; empty: made at the first start and kept in data_dir/token.
         retention: how long records are kept.
@@ -57,9 +62,8 @@ class HubSettings:
     broker: str = "auto"
     broker_host: str = "127.0.0.1"
     broker_port: int = 1883
-    broker_password_file: str = ""
-    broker_username: str = ""
-    broker_password: str = ""
+    door: Door = Door()
+    broker_ca_file: str = ""
     host: str = "127.0.0.1"
     port: int = 8460
     token: str = ""
@@ -133,6 +137,7 @@ class Hub:
         self.retention = Retention(self.ingest, settings.retention, read=self.read, now_ms=self.now_ms)
         self._pruning: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
+        self._shown: ssl.SSLContext | None = None
         self.port = 0
 
     def _token(self) -> str:
@@ -153,19 +158,36 @@ class Hub:
         from .api.handlers import HubApi
 
         settings = self.settings
-        if not is_loopback(settings.host):
-            log.warning("the API listens on %s without TLS: put a TLS proxy in front of it", settings.host)
-        self.broker = await open_broker(
-            settings.broker, settings.data_dir / "broker", settings.broker_host, settings.broker_port, settings.broker_password_file,
-            settings.broker_username, settings.broker_password,
-        )
+        door = settings.door
+        self._shown = served(door.cert_file, door.key_file) if door.cert_file or door.key_file else None
+        if self._shown is None and not is_loopback(settings.host):
+            log.warning("the API listens on %s without TLS: give the hub a certificate (tls-cert), or put a TLS proxy in front of it", settings.host)
+        self.broker = await open_broker(settings.broker, settings.data_dir / "broker", settings.broker_host, settings.broker_port, door, settings.broker_ca_file)
         self.serve(self.broker)
         self._runner = web.AppRunner(HubApi(self).application(), access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, settings.host, settings.port)
+        site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=self._shown)
         await site.start()
         self.port = self._runner.addresses[0][1]
-        log.info("hub on http://%s:%d, broker %s on %s:%d", settings.host, self.port, self.broker.kind, self.broker.host, self.broker.port)
+        log.info("hub on %s, broker %s on %s:%d", self.url, self.broker.kind, self.broker.host, self.broker.port)
+
+    @property
+    def url(self) -> str:
+        """Where API and page are."""
+        return f"{'http' if self._shown is None else 'https'}://{self.settings.host}:{self.port}"
+
+    async def reload(self) -> None:
+        """Take certificates and passwords anew from their files; what is wrong is told in the log, and all is as it was."""
+        door = self.settings.door
+        try:
+            if self._shown is not None:
+                load(self._shown, door.cert_file, door.key_file)
+            if isinstance(self.broker, MosquittoBroker):
+                await self.broker.reload()
+        except (OSError, BrokerError) as error:
+            log.error("not taken anew: %s", error)
+        else:
+            log.info("certificates and passwords have been taken anew")
 
     def serve(self, broker: Broker) -> None:
         """Take records in from `broker` and answer; without API and page. Call inside the running loop."""

@@ -143,6 +143,7 @@ class WorkloadsConfig:
     mounts: tuple[str, ...] = key((), "folders of this node that containers may mount, with all below them")
     moves_hub: str = key("", "address of the hub's API (https://...), by which this node's migration worker fetches and sends the states of containers that move; empty: none move with their state")
     moves_token_file: str = key("", "file with the token that the hub has for this node's migration worker, mode 0600")
+    moves_ca_file: str = key("", "certificate authorities by which that address is trusted (PEM); empty: the system's")
     moves_listen: str = key("127.0.0.1", "address on which states are received")
     moves_advertise: str = key("", "how other nodes reach that address, where that is another name")
     exec: bool = key(False, "let the hub run commands in workloads (novactl exec); each is an event record")

@@ -95,6 +95,7 @@ class Carrier:
         words = [
             sys.executable, "-m", "gpu_migration", "worker", "--hub", workloads.moves_hub, "--name", self._name, "--token-file", workloads.moves_token_file, "--folder", str(self._folder),
             "--listen", workloads.moves_listen, "--slots", str(SLOTS), *(["--advertise", workloads.moves_advertise] if workloads.moves_advertise else []),
+            *(["--ca-file", workloads.moves_ca_file] if workloads.moves_ca_file else []),
         ]
         try:
             return await asyncio.create_subprocess_exec(*words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent)

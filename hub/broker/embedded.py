@@ -16,6 +16,7 @@ class EmbeddedBroker:
 
     kind = "embedded"
     tls = False
+    ca_file = ""
     username = password = ""
     mqtt5 = False
     restarts = 0
@@ -26,6 +27,11 @@ class EmbeddedBroker:
         self.host = host
         self.port = port
         self._broker: Any = None
+
+    @property
+    def inside(self) -> tuple[str, int]:
+        """See `Broker`."""
+        return self.host, self.port
 
     async def start(self) -> None:
         """Begin to listen; raises `BrokerError`."""

@@ -1,16 +1,21 @@
 """mosquitto, supervised: configured, started, restarted with back-off when it dies, ended with the hub."""
 
 import asyncio
+import base64
 import ctypes
+import hashlib
 import logging
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 from pathlib import Path
 
-from .base import BrokerError, is_loopback
+from edge_runtime.contract import topics
+
+from .base import BrokerError, Door, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +29,41 @@ STABLE_S = 30.0
 """A broker that ran so long and died is restarted without the pauses collected before."""
 
 _PR_SET_PDEATHSIG = 1
+
+
+OWN_USER = "novacron-hub"
+"""The hub's own name at a broker of ours that asks for names."""
+
+TOPICS = f"""user {OWN_USER}
+topic readwrite #
+
+pattern write {topics.edge_topic("%u", "up")}
+pattern write {topics.edge_topic("%u", "status")}
+pattern write {topics.edge_topic("%u", "answer")}
+pattern read {topics.edge_topic("%u", "receipts")}
+pattern read {topics.edge_topic("%u", "desired")}
+pattern read {topics.edge_topic("%u", "ask")}
+pattern read {topics.HUB_STATUS}
+"""
+"""mosquitto's list of who may do what: an edge that came in by its certificate has its own topics, and no other's."""
+
+HASH_TURNS = 101
+"""As mosquitto_passwd has them by default. What is hashed here are 24 random bytes, which nobody guesses."""
+
+
+def hashed(password: str) -> str:
+    """As a line of mosquitto's password file has it: PBKDF2 by SHA-512 (mosquitto 2, mosquitto_passwd(1))."""
+    salt = secrets.token_bytes(12)
+    return f"$7${HASH_TURNS}${base64.b64encode(salt).decode()}${base64.b64encode(hashlib.pbkdf2_hmac('sha512', password.encode(), salt, HASH_TURNS)).decode()}"
+
+
+def _put(path: Path, text: str) -> None:
+    """For the owner alone, at once."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+        handle.write(text)
+    os.rename(new, path)
 
 
 def find_mosquitto() -> str | None:
@@ -47,28 +87,35 @@ def _die_with_parent() -> None:
 class MosquittoBroker:
     """See `Broker`.
 
+    Where somebody stands at its door, or it speaks TLS, the hub has one of its own: a second port, on loopback, and a password that is made anew at each start. So it needs no certificate, and no line in anybody's file.
+
     Args:
-        password_file: mosquitto's own password file; required when `host` is reachable from outside.
+        door: who may come in; needed where `host` is reachable from outside.
     """
 
     kind = "mosquitto"
     tls = False
+    ca_file = ""
     mqtt5 = True
 
-    def __init__(self, host: str, port: int, data_dir: Path, password_file: str = "", username: str = "", password: str = "") -> None:
+    def __init__(self, host: str, port: int, data_dir: Path, door: Door = Door()) -> None:
         program = find_mosquitto()
         if program is None:
             raise BrokerError("broker", "mosquitto is not installed", "apt install mosquitto, or use embedded")
-        if not is_loopback(host) and not password_file:
-            raise BrokerError("broker.password_file", f"{host} is reachable from outside and anyone could connect", "give a mosquitto password file, or listen on 127.0.0.1")
+        if not is_loopback(host) and not door.guards:
+            raise BrokerError("broker.password_file", f"{host} is reachable from outside and anyone could connect", "give a mosquitto password file, or authorities for edges' certificates (broker-client-ca), or listen on 127.0.0.1")
+        if door.client_ca_file and not door.cert_file:
+            raise BrokerError("broker-client-ca", "asks edges for certificates, and the broker has none itself", "give tls-cert and tls-key")
+        if door.client_ca_file and door.password_file:
+            raise BrokerError("broker-client-ca", "lets edges in by certificates, and broker-password-file by passwords", "give one of them")
         self._program = program
         self.host = host
         self.port = port
-        self.username = username
-        self.password = password
+        self.username, self.password = (OWN_USER, secrets.token_hex(24)) if door.guards else ("", "")
+        self.inside = host, port
         self.restarts = 0
         self._data_dir = data_dir
-        self._password_file = password_file
+        self._door = door
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -78,35 +125,80 @@ class MosquittoBroker:
         """The child's process id, 0 while it is down."""
         return self._process.pid if self._process is not None and self._process.returncode is None else 0
 
+    @property
+    def _apart(self) -> bool:
+        """Whether the hub has a door of its own."""
+        return self._door != Door()
+
     def _configuration(self) -> str:
-        lines = [
-            f"listener {self.port} {self.host}",
+        door = self._door
+        lines = [f"listener {self.port} {self.host}"]
+        if door.cert_file:
+            lines += [f"certfile {Path(door.cert_file).resolve()}", f"keyfile {Path(door.key_file).resolve()}", "tls_version tlsv1.2"]
+        if door.client_ca_file:
+            lines += [f"cafile {Path(door.client_ca_file).resolve()}", "require_certificate true", "use_identity_as_username true"]
+        if self._apart:
+            lines.append(f"listener {self.inside[1]} {self.inside[0]}")
+        lines += [
             "set_tcp_nodelay true",  # without it p50 rose from 0.4 to 15-23 ms
             "max_inflight_messages 1000", "max_queued_messages 10000", f"max_packet_size {MAX_PACKET_BYTES}", "persistence true",
             f"persistence_location {self._data_dir}/", "autosave_interval 60", "persistent_client_expiration 7d", "log_dest stderr",
-            "log_type error", "log_type warning", f"allow_anonymous {'false' if self._password_file else 'true'}",
+            "log_type error", "log_type warning", f"allow_anonymous {'false' if door.guards else 'true'}",
         ]
-        if self._password_file:
-            lines.append(f"password_file {self._password_file}")
+        if door.guards:
+            lines.append(f"password_file {self._data_dir}/passwords")
+        if door.client_ca_file:
+            lines.append(f"acl_file {self._data_dir}/topics")
         if os.getuid() == 0:
             lines.append("user root")  # or it drops to a user that cannot write data_dir
         return "\n".join(lines) + "\n"
+
+    def _write(self) -> None:
+        """What it is started with. Raises `BrokerError`."""
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        if self._door.guards:
+            _put(self._data_dir / "passwords", f"{self._known()}{OWN_USER}:{hashed(self.password)}\n")
+        if self._door.client_ca_file:
+            _put(self._data_dir / "topics", TOPICS)
+        _put(self._data_dir / "mosquitto.conf", self._configuration())
+
+    def _known(self) -> str:
+        """Lines of the password file that was given."""
+        if not (path := self._door.password_file):
+            return ""
+        try:
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            raise BrokerError("broker.password_file", f"{path} cannot be read ({getattr(error, 'strerror', None) or error})", "make it by mosquitto_passwd, readable by the hub's user") from None
+        lines = [line for line in text.splitlines() if line.strip()]
+        if odd := next((line for line in lines if line.count(":") != 1 or not line.partition(":")[2].startswith("$")), None):
+            raise BrokerError("broker.password_file", f"{path}: {odd.partition(':')[0][:40]!r} has no hashed password", f"mosquitto_passwd -U {path}")
+        if any(line.startswith(f"{OWN_USER}:") for line in lines):
+            raise BrokerError("broker.password_file", f"{path} has the user {OWN_USER}, which is the hub's own name", "give that user another name")
+        return "".join(f"{line}\n" for line in lines)
+
+    async def reload(self) -> None:
+        """Take passwords and certificates anew. Raises `BrokerError`; then all is as it was."""
+        self._write()
+        if self.pid:
+            # It reads passwords at SIGHUP; certificates, by version, or not: it is started again then, and edges come back as after any cut.
+            os.kill(self.pid, signal.SIGTERM if self._door.cert_file else signal.SIGHUP)
 
     async def start(self) -> None:
         """Start and wait until it listens; raises `BrokerError`."""
         chosen = self.port == 0
         if not chosen:
             self._claim()
-        self._data_dir.mkdir(parents=True, exist_ok=True)
         for attempt in range(3):
             if chosen:
                 self.port = free_port(self.host)
-            (self._data_dir / "mosquitto.conf").write_text(self._configuration())
+            self.inside = ("127.0.0.1", free_port("127.0.0.1")) if self._apart else (self.host, self.port)
+            self._write()
             await self._spawn()
             if await self._listening():
                 break
             status = self._process.returncode if self._process is not None else None
-            if not chosen or attempt == 2:
+            if not (chosen or self._apart) or attempt == 2:
                 await self.close()
                 raise BrokerError("broker.port", f"mosquitto does not listen on {self.host}:{self.port} (status {status})", "choose another port, or 0; its words are above")
         self._task = asyncio.get_running_loop().create_task(self._supervise(), name="mosquitto")
@@ -130,11 +222,12 @@ class MosquittoBroker:
         end = loop.time() + READY_TIMEOUT_S
         while loop.time() < end and self._process is not None and self._process.returncode is None:
             try:
-                _, writer = await asyncio.open_connection(self.host, self.port)
+                for host, port in {(self.host, self.port), self.inside}:
+                    _, writer = await asyncio.open_connection(host, port)
+                    writer.close()
             except OSError:
                 await asyncio.sleep(0.02)
                 continue
-            writer.close()
             return True
         return False
 

@@ -35,7 +35,7 @@ COMMIT_S = 0.01
 class SimulatedBroker:
     """What the hub knows of its broker (`hub.broker.Broker`)."""
 
-    kind, host, port, tls, username, password, mqtt5, restarts = "external", "hub", 1883, False, "", "", True, 0
+    kind, host, port, tls, ca_file, inside, username, password, mqtt5, restarts = "external", "hub", 1883, False, "", ("hub", 1883), "", "", True, 0
 
     async def close(self) -> None:
         """Not ours."""

@@ -28,6 +28,8 @@ from .workloads import add_commands, explain_workload
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 0 ok, 1 something is wrong (said), 2 wrong use."""
     options = _parser().parse_args(arguments)
+    if options.ca_file:
+        os.environ["NOVACRON_CA_FILE"] = options.ca_file
     try:
         return int(options.run(options))
     except CommandError as error:
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print JSON")
         made.add_argument("--hub", help="the hub's address (NOVACRON_HUB_URL, default http://127.0.0.1:8460)")
         made.add_argument("--token", help="the hub's token (NOVACRON_TOKEN, or its token file)")
+        made.add_argument("--ca-file", help="authorities by which the hub's https is trusted, PEM (NOVACRON_CA_FILE, else the system's)")
         made.add_argument("--edge-api", help="an edge's local API (NOVACRON_EDGE_URL)")
         made.set_defaults(run=run)
         return made

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Api:
             data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
         try:
-            with urllib.request.urlopen(request, data, TIMEOUT_S) as answer:
+            with urllib.request.urlopen(request, data, TIMEOUT_S, context=trusted() if self.url.startswith("https://") else None) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             try:
@@ -58,11 +59,22 @@ class Api:
             except (ValueError, KeyError, TypeError):
                 raise CommandError(f"{self.url}{path} answers {error.code}: {text[:200]}", error.code) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+            if isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError):
+                raise CommandError(f"{self.url} is not trusted ({error.reason.verify_message}); give --ca-file with the authorities of its certificate") from None  # type: ignore[union-attr]
             raise CommandError(f"{self.url} cannot be reached ({getattr(error, 'reason', error)}); start it, or give --hub or --edge-api") from None
 
     def get(self, path: str) -> Any:
         """GET."""
         return self.call("GET", path)
+
+
+def trusted() -> ssl.SSLContext:
+    """By whose word addresses are trusted: NOVACRON_CA_FILE, else the system's authorities."""
+    path = os.environ.get("NOVACRON_CA_FILE", "")
+    try:
+        return ssl.create_default_context(cafile=path or None)
+    except OSError as error:
+        raise CommandError(f"--ca-file: {path} holds no certificate authorities ({error.strerror or error}); give a PEM file") from None
 
 
 def hub_api(url: str | None, token: str | None) -> Api:
