@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     boot.add_argument("--state", type=Path, help="folder of the machine's own disk; where there is one, the machine goes on from it (HOME/ARCH-PROFILE/machine)")
     boot.add_argument("--memory", type=int, help="MiB (what the profile is made for)")
     boot.add_argument("--port", type=int, default=0, help="port on loopback that leads to the device's interface (a free one)")
+    boot.add_argument("--devices-port", type=int, default=0, metavar="PORT", help="port on loopback that leads to the broker of a gateway, for its devices (a free one)")
     boot.add_argument("--online", action="store_true", help="let the device reach the network")
     boot.add_argument("--clock", default="", metavar="DATE", help="start with a wrong clock, such as 1970-01-02")
     boot.add_argument("--accel", default="auto", choices=("auto", "tcg", "kvm"), help="auto: kvm where this image's kernel really boots with it, else emulated (auto)")

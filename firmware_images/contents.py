@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from . import scripts, units
+from . import broker, scripts, units
 from .layout import AGENT_UID, DATA, DATA_NAME, UPDATE_KEYS
 from .recipes import Architecture, Profile
 from .tree import Tree
@@ -54,17 +54,6 @@ tmpfs /var tmpfs mode=0755,nodev,nosuid,noexec,size=25% 0 0
 tmpfs /tmp tmpfs mode=1777,nodev,nosuid,noexec,size=25% 0 0
 """
 
-_BROKER = """# Loopback only: there is no default password, so nothing of the network gets in by default.
-listener 1883 127.0.0.1
-allow_anonymous true
-set_tcp_nodelay true
-persistence true
-persistence_location /var/lib/novacron/mosquitto/
-autosave_interval 60
-log_dest stderr
-"""
-
-
 def enable(tree: Tree, unit: str, target: str) -> None:
     """What `systemctl enable` would do."""
     tree.link(f"/etc/systemd/system/{target}.wants/{unit}", f"/usr/lib/systemd/system/{unit}")
@@ -107,8 +96,12 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     agent_unit = agent_unit.replace(NETWORK_ORDER, "")
     ours = {"novacron-provision.service": units.PROVISION, "novacron-report.service": units.REPORT, "novacron-edge.service": agent_unit}
     if "broker" in chosen.extra:
-        ours["novacron-broker.service"] = units.BROKER
-        tree.file("/etc/mosquitto/novacron.conf", _BROKER)
+        ours["novacron-broker.service"] = broker.UNIT
+        tree.file("/etc/mosquitto/novacron.conf", broker.CONFIGURATION)
+        tree.file("/usr/lib/systemd/system/novacron-provision.service.d/broker.conf", broker.PROVISION_DROP_IN)
+        tree.file("/usr/lib/systemd/system/novacron-edge.service.d/30-broker.conf", broker.AGENT_DROP_IN)
+        for name, text in (("take", broker.TAKE), ("ready", broker.MAKE_READY), ("ended", broker.ENDED)):
+            tree.file(f"{broker.SCRIPTS}/broker-{name}", text, 0o755)
     ours |= {"novacron-update.service": units.UPDATE, "novacron-update.path": units.UPDATE_PATH}
     for unit, text in ours.items():
         tree.file(f"/usr/lib/systemd/system/{unit}", text)

@@ -17,5 +17,8 @@ AGENT_UID = 990
 PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")
 """Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
 
+BROKER_FILES = ("broker.passwords", "broker.cert.pem", "broker.key.pem", "broker.acl")
+"""Files that an image with a broker takes over at each boot where they have changed: what lets devices in. The first three come together; without the last a device speaks for itself alone."""
+
 UPDATE_KEYS = "/usr/lib/novacron/update-keys"
 """Public keys whose bundles a device takes; without one it takes none."""

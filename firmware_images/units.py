@@ -106,40 +106,6 @@ RestrictRealtime=yes
 RemoveIPC=yes
 """
 
-BROKER = """[Unit]
-Description=NovaCron: the local broker
-RequiresMountsFor=/var/lib/novacron
-Before=novacron-edge.service
-
-[Service]
-Type=notify
-ExecStart=/usr/sbin/mosquitto -c /etc/mosquitto/novacron.conf
-Restart=always
-RestartSec=1
-User=mosquitto
-StateDirectory=novacron/mosquitto
-StateDirectoryMode=0700
-MemoryMax=64M
-TasksMax=16
-LimitNOFILE=4096
-NoNewPrivileges=yes
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-LockPersonality=yes
-SystemCallArchitectures=native
-CapabilityBoundingSet=
-
-[Install]
-WantedBy=multi-user.target
-"""
-
 UPDATE = f"""[Unit]
 Description=NovaCron: put an update into the other slot
 RequiresMountsFor={DATA}

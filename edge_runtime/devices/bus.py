@@ -31,6 +31,11 @@ TOPICS_REMEMBERED = 4_096
 Done = Callable[[], None]
 
 
+def client_name(edge: str) -> str:
+    """How an edge is called at its local broker: under this name it keeps a session there."""
+    return f"novacron-bus-{edge}"
+
+
 class Sink(Protocol):
     """Who takes what devices say. `done` is to be called once it is durable."""
 
@@ -130,7 +135,7 @@ class Bus:
     def _make(self, protocol5: bool) -> MqttSession:
         # Where devices are shared, nothing is kept for us: it may be another's to decide by then, and what was under way would come, and be decided, twice.
         return self._make_session(
-            self._endpoint, f"novacron-bus-{self._edge}", self._message, persistent=self._aside is None, keepalive_s=self._keepalive_s, protocol5=protocol5,
+            self._endpoint, client_name(self._edge), self._message, persistent=self._aside is None, keepalive_s=self._keepalive_s, protocol5=protocol5,
             receive_max=self._receive_max,
         )
 

@@ -199,12 +199,12 @@ class Edges:
 
     async def start(
         self, *, port: int = 0, rules: tuple[dict[str, Any], ...] = (EACH,), data_dir: Path | None = None, api: ApiConfig | None = None, devices: DevicesConfig | None = None, decisions: DecisionsConfig | None = None,
-        uplink: UplinkConfig | None = None, wait: bool = True, updates: UpdatesConfig | None = None,
+        uplink: UplinkConfig | None = None, wait: bool = True, updates: UpdatesConfig | None = None, bus: BusConfig | None = None,
     ) -> Edge:
         """An edge without host sampling and, unless `uplink` says otherwise, hub; with `port` its bus is awaited (unless not `wait`)."""
         config = EdgeConfig(
             edge_id="gw-1", node="gw-1", site="hall-2", data_dir=str(data_dir or self._data_dir), uplink=uplink or UplinkConfig(enabled=False, password="hunter2"),
-            bus=BusConfig(url=f"mqtt://127.0.0.1:{port}" if port else ""), journal=JournalConfig(ballast_bytes=0, min_free_bytes=0),
+            bus=bus or BusConfig(url=f"mqtt://127.0.0.1:{port}" if port else ""), journal=JournalConfig(ballast_bytes=0, min_free_bytes=0),
             devices=replace(devices or DevicesConfig(), host=HostConfig(enabled=False)), decisions=decisions or DecisionsConfig(rules=rules), api=api or ApiConfig(port=0), updates=updates or UpdatesConfig(),
         )
         edge = Edge(config)

@@ -24,7 +24,7 @@ AMD64, DEVICE = recipes.architecture("amd64"), recipes.profile("device")
 @pytest.mark.parametrize(("arguments", "words"), [
     (["build", "--arch", "vax"], "arch: 'vax' is unknown; take one of amd64"), (["build", "--profile", "toaster"], "profile: 'toaster' is unknown"), (["boot", "--memory", "8"], "memory: 8 MiB"),
     (["boot"], "image: there is none"), (["boot", "--config", "/nonexistent.yaml"], "config:"), (["build", "--sequence", "-1"], "sequence: -1; give 0 to 9999999999"), (["build", "--variant", "../x"], "variant: '../x' is no name"),
-    (["boot", "--port", "99999"], "port: 99999; give 1 to 65535"), (["boot", "--port", "-1"], "port: -1; give 1 to 65535"), (["boot", "--clock", "noon"], "clock: 'noon' is no date; give one such as 1970-01-02"),
+    (["boot", "--port", "99999"], "port: 99999; give 1 to 65535"), (["boot", "--port", "-1"], "port: -1; give 1 to 65535"), (["boot", "--profile", "gateway", "--devices-port", "-1"], "devices-port: -1; give 1 to 65535, or leave --devices-port out"), (["boot", "--devices-port", "1"], "devices-port: an image of device has no broker"), (["boot", "--clock", "noon"], "clock: 'noon' is no date; give one such as 1970-01-02"),
     (["bundle", "--output", "/nonexistent/bundle"], "image:"), (["bundle", "--output", "x", "--tries", "0"], "tries: 0; give 1 to 9 with --tries"), (["bundle", "--output", "x", "--gate", "1"], "gate: 1; give 30 to 86400 with --gate"),
     (["bundle", "--output", "x", "--profile", "toaster"], "profile: 'toaster' is unknown"), (["containers", "--arch", "vax"], "arch: 'vax' is unknown"), (["containers", "--service", "x"], "service: 'x' is unknown; take one of edge, hub"),
     (["containers", "--mode", "x"], "mode: 'x' is unknown; take one of production, development"), (["boot", "--arch", "vax"], "arch: 'vax' is unknown"), (["boot", "--profile", "toaster"], "profile: 'toaster' is unknown"),
@@ -192,6 +192,20 @@ def test_a_credential_that_a_device_would_not_look_at_is_refused(tmp_path: Path,
     (tmp_path / "file").touch()
     with pytest.raises(FirmwareError, match=f"^credential: .*{words}"):
         boot.credentials(tmp_path, None, [word.replace("FILE", str(tmp_path / "file"))], False, "a")
+
+
+def test_what_lets_devices_in_is_taken_by_an_image_with_a_broker_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    word = f"novacron.broker.passwords={tmp_path / 'file'}"
+    assert "novacron.broker.passwords" in boot.credentials(tmp_path, None, [word], False, "a", boot.taken(recipes.profile("gateway")))[0]
+    with pytest.raises(FirmwareError, match=r"a device takes no novacron.broker.passwords"):
+        boot.credentials(tmp_path, None, [word], False, "a", boot.taken(recipes.profile("device")))
+
+
+def test_a_gateway_that_is_given_no_configuration_listens_to_its_own_broker(tmp_path: Path) -> None:
+    for bus, url in ((True, "mqtt://127.0.0.1:1883"), (False, "")):
+        (tmp_path / "edge.yaml").write_text(boot.plain("gateway-amd64", "", bus))
+        assert configuration.check(tmp_path / "edge.yaml", bus).bus.url == url
 
 
 @pytest.mark.parametrize(("hub", "url"), [
