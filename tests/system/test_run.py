@@ -84,6 +84,12 @@ def test_what_cannot_run_is_told_with_the_reason_and_removed(demo: Any) -> None:
     assert status == 1 and "is no time" in err
 
 
+@pytest.mark.parametrize(("kind", "switch"), [("microvm", "microvms"), ("vm", "vms")])
+def test_a_kind_that_no_node_was_asked_to_run_is_told_with_what_helps(demo: Any, kind: str, switch: str) -> None:
+    status, _, err = demo("run", "--kind", kind, "--rm")
+    assert status == 1 and f"workloads.{switch}: true (make run ARGS=--{switch})" in err and "placed" not in states(demo)
+
+
 def test_the_samples_are_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edge_runtime.workloads.images import ImageStore, Limits
 

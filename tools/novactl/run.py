@@ -18,6 +18,9 @@ from .client import Api, CommandError, edge_api, hub_api
 KINDS = {"container": "container", "function": "function", "microvm": "container", "vm": "vm"}
 """What can be run so, to the kind of its sample; more come with their drivers."""
 
+SWITCHED = {"microvm": "microvms", "vm": "vms"}
+"""Kinds that a node has no driver for until its configuration asks for it: it boots a guest at its start to see whether it can."""
+
 LOOK_S = 0.1
 """Pause between two looks at the hub."""
 
@@ -106,8 +109,14 @@ def _running(hub: Api, options: Any, name: str, end: float) -> dict[str, Any]:
         if row["state"] == "cancelled" or time.monotonic() >= end or (row["state"] == "pending" and (" refused it: " in why or time.monotonic() >= settled)):
             driver = _driver_lacks(options)
             refusals = [driver] if driver else [f"{one['node']}: {'; '.join(one['why'])}" for one in hub.get(_path(name) + "/explain")["nodes"] if not one["fits"]][:5]
-            raise CommandError(f"run: {name} is {row['state']} and does not run: {why or 'no answer in time'}{'. ' if refusals else ''}{' | '.join(refusals)}; see novactl explain workload {name}")
+            raise CommandError(f"run: {name} is {row['state']} and does not run: {why or 'no answer in time'}{'. ' if refusals else ''}{' | '.join(refusals)}; {remedy(options.kind, driver)}see novactl explain workload {name}")
         time.sleep(LOOK_S)
+
+
+def remedy(kind: str, driver: str) -> str:
+    """What may help where no node takes a kind, ready to be followed by more; empty where the probe of the edge's driver has said why (`driver`), or no switch is asked for it."""
+    switch = SWITCHED.get(kind)
+    return f"a node runs {kind}s where its configuration has workloads.{switch}: true (make run ARGS=--{switch}); " if switch and not driver else ""
 
 
 def _driver_lacks(options: Any) -> str:
