@@ -147,13 +147,13 @@ async def until(check: Any, seconds: float, what: str, process: asyncio.subproce
     """Wait until `check()` gives something true; RuntimeError with the program's last words otherwise."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
+        if process is not None and process.returncode is not None:
+            break  # what answers there is another's
         try:
             if found := await check():
                 return found
         except (CommandError, OSError, KeyError):
             pass  # not there yet
-        if process is not None and process.returncode is not None:
-            break
         await asyncio.sleep(0.1)
     words = log.read_text(errors="replace")[-2000:] if log is not None and log.exists() else ""
     raise RuntimeError(f"{what} did not happen within {seconds:.0f} s\n{words}")
@@ -269,9 +269,15 @@ class Demo:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             watch = asyncio.create_task(self._watch(stop, proxy, edge_api, api))
-            await asyncio.wait((watch, device_task), return_when=asyncio.FIRST_COMPLETED)
+            lives = {asyncio.create_task(process.wait()): (name, words) for name, process, words in (("hub", hub, log), ("edge", edge, edge_log))}
+            await asyncio.wait((watch, device_task, *lives), return_when=asyncio.FIRST_COMPLETED)
             if device_task.done() and not stop.is_set():
                 device_task.result()  # the sample devices never end by themselves
+            for life, (name, words) in lives.items():
+                if life.done() and not watch.done() and not stop.is_set():
+                    watch.cancel()
+                    raise RuntimeError(f"the {name} has ended with status {life.result()}\n{words.read_text(errors='replace')[-2000:]}")
+                life.cancel()
             outage = await watch
             summary = await self._finish(edge_api, api, devices, device_task, proxy, outage)
         finally:

@@ -72,6 +72,26 @@ def test_without_a_duration_it_runs_until_it_is_told_to_end_and_serves_the_page(
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("name", ["edge_runtime", "hub"])
+def test_when_the_hub_or_the_edge_has_ended_it_says_so_and_ends(tmp_path: Path, name: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.demo", "--port", "0", "--home", str(tmp_path / "demo")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=die_with_parent,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.strip().startswith("end"):
+                break
+        children = [int(word) for task in Path(f"/proc/{process.pid}/task").iterdir() for word in (task / "children").read_text().split()]
+        (pid,) = [pid for pid in children if f"\0-m\0{name}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(pid, signal.SIGKILL)
+        _, words = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and f"the {name.partition('_')[0]} has ended with status -9" in words, words
+
+
+@pytest.mark.system
 def test_cuts_and_kills_in_small(tmp_path: Path) -> None:
     if not MOSQUITTO:
         pytest.skip("mosquitto is not installed")
