@@ -62,8 +62,16 @@ class HubProcess:
 
     def __enter__(self) -> "HubProcess":
         line = [sys.executable, "-m", "hub", "--data-dir", str(self._data), "--listen", f"127.0.0.1:{self.port}", "--broker", "mosquitto", "--broker-listen", f"127.0.0.1:{self.broker_port}"]
-        self._process = subprocess.Popen(line, preexec_fn=die_with_parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        until(lambda: self.get("/readyz"), "the hub's start", 120)
+        words = self._data.with_name("hub.log")
+        with words.open("ab") as log:
+            self._process = subprocess.Popen(line, preexec_fn=die_with_parent, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+        def ready() -> Any:
+            if self._process.poll() is not None:  # another may have taken its port since that was free
+                raise SystemExit(f"the hub ended with status {self._process.returncode}: {words.read_text(errors='replace')[-2000:]}")
+            return self.get("/readyz")
+
+        until(ready, "the hub's start", 120)
         return self
 
     def __exit__(self, *_: object) -> None:
