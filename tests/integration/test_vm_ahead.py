@@ -74,14 +74,18 @@ def order_of(vms: VmDriver, key: Key, other: Key) -> Order:
     return Order(other, "kernel:1", {"memory": MEMORY}, vms.spec(key))
 
 
-@pytest.mark.parametrize("template", [False, True])
-async def test_what_was_written_after_its_disk_went_ahead_is_in_the_disk_when_it_goes_on(vms: VmDriver, tmp_path: Path, template: bool) -> None:
+@pytest.mark.parametrize("template", [False, pytest.param(True, marks=pytest.mark.slow)])
+async def test_what_was_written_after_its_disk_went_ahead_is_in_the_disk_when_it_goes_on(vms: VmDriver, tmp_path: Path, template: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(vms, GoesAhead)
     key, other = await writing(vms, f"ahead-{template}", template), Key(f"ahead-{template}", 2)
     told = await vms.ahead(key, "move-1", tmp_path / "copy")
     assert told == {"bytes": os.path.getsize(tmp_path / "copy")} and told["bytes"] >= BLOCKS * BLOCK
     await on(vms, key, 6)
-    manifest = await vms.checkpoint(key, tmp_path / "state", leave_running=False, since="move-1")
+    with monkeypatch.context() as patch:  # there is room for its memory, and not for its disk once more
+        patch.setattr(vm_checkpoint, "free", lambda place: vms.checkpoints()._bytes(key, disk=False) + checkpoint_state.SPARE + BLOCK)
+        with pytest.raises(Refused, match="its state may take"):
+            await vms.checkpoint(key, tmp_path / "state", leave_running=False)
+        manifest = await vms.checkpoint(key, tmp_path / "state", leave_running=False, since="move-1")
     sizes = {one["name"]: one["size"] for one in manifest["files"]}
     assert manifest["ahead"] == "move-1" and checkpoint_state.MACHINE_DISK not in sizes and sizes[checkpoint_state.REST] < told["bytes"]
     assert os.path.samefile(tmp_path / "state" / checkpoint_state.KEPT_DISK, vms.folder(key) / vm_checkpoint.MACHINE) and not (vms.folder(key) / vm_checkpoint.SINCE).exists()
@@ -109,6 +113,7 @@ async def test_what_was_written_after_its_disk_went_ahead_is_in_the_disk_when_it
         await vms.delete(one)
 
 
+@pytest.mark.slow
 async def test_where_it_was_taken_it_goes_on_from_its_own_disk_as_often_as_need_be(vms: VmDriver, tmp_path: Path) -> None:
     key, other = await writing(vms, "back"), Key("back", 2)
     await vms.ahead(key, "move-1", tmp_path / "copy")
@@ -150,6 +155,7 @@ async def test_a_state_that_came_to_nothing_takes_nothing_from_the_next_one(vms:
     await vms.delete(key)
 
 
+@pytest.mark.slow
 async def test_what_the_keeper_does_not_know_goes_whole(vms: VmDriver, tmp_path: Path) -> None:
     """Of a copy of another name, as after its QEMU was another one, nothing is known."""
     key, other = await writing(vms, "whole"), Key("whole", 2)
@@ -165,6 +171,7 @@ async def test_what_the_keeper_does_not_know_goes_whole(vms: VmDriver, tmp_path:
     await vms.delete(key)
 
 
+@pytest.mark.slow
 async def test_a_copy_whose_agent_has_gone_holds_nothing_up(vms: VmDriver, tmp_path: Path) -> None:
     """It is made at most once at a time; the next one that is asked for takes its place, a state too."""
     key = await writing(vms, "gone")

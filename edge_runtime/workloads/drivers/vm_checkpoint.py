@@ -102,7 +102,7 @@ class Checkpoints:
         host = await self._may_be_taken(key)
         folder, own = Path(os.path.abspath(folder)), self._driver.folder(key)
         to_be_filled(folder)
-        if free(folder.parent) < (most := self._bytes(key)) + SPARE:
+        if free(folder.parent) < (most := self._bytes(key, disk=leave_running or not since)) + SPARE:
             raise Refused("disk", f"its state may take {most} bytes, {free(folder.parent)} are free at {folder.parent}", "free space, or name another folder")
         note = {"folder": str(folder), "new": str(folder.with_name(f".{folder.name}.new")), "leave_running": leave_running, "token": uuid.uuid4().hex}
         keeping.write(str(own / NOTE), note)
@@ -170,10 +170,10 @@ class Checkpoints:
             raise Refused("id", "its keeper is of an agent that took no states of virtual machines, or does not answer", "stop it, and start it anew") from None
         return host(version, machine["accelerator"])
 
-    def _bytes(self, key: Key) -> int:
-        """That its state may take, at most."""
+    def _bytes(self, key: Key, *, disk: bool = True) -> int:
+        """That its state may take, at most; without `disk` all but its own disk."""
         own = self._driver.folder(key)
-        return max(0, self._groups.stats(f"{cgroups.PARENT}/{own.name}").memory_bytes) + sum(os.stat(own / name).st_blocks * 512 for name in DISKS if (own / name).exists())
+        return max(0, self._groups.stats(f"{cgroups.PARENT}/{own.name}").memory_bytes) + sum(os.stat(own / name).st_blocks * 512 for name in DISKS if (disk or name != MACHINE) and (own / name).exists())
 
     async def _written(self, key: Key, folder: Path, host: Json, note: Mapping[str, Any], step: Step, since: str) -> Json:
         new, described = Path(note["new"]), self._described(key, host, note)
