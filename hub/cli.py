@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             await hub.start()
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
-            print(f"hub: {hub.url}/#token={hub.token}", flush=True)
+            print(f"hub: {hub.url}/" if _journalled() else f"hub: {hub.url}/#token={hub.token}", flush=True)
             print(f"broker: {hub.broker.kind} {'mqtts' if hub.broker.tls or settings.door.cert_file else 'mqtt'}://{hub.broker.host}:{hub.broker.port}", flush=True)
             await stop.wait()
         finally:
@@ -92,6 +92,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _journalled() -> bool:
+    """Whether what is printed goes to systemd's journal (systemd.exec(5), JOURNAL_STREAM), which more people may read than the token's file."""
+    try:
+        told = os.fstat(sys.stdout.fileno())
+    except (OSError, ValueError):  # no file at all
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{told.st_dev}:{told.st_ino}"
 
 
 def _compile(choice: str) -> None:

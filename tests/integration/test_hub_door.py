@@ -1,9 +1,11 @@
 """What is asked of a hub's door and cannot be: each is refused before anything is started, and says which option and what to do."""
 
 import contextlib
+import os
 import shutil
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from edge_runtime.config.schema import BusConfig, UplinkConfig, WorkloadsConfig
 from hub.broker import open_broker
 from hub.broker.base import BrokerError, Door
 from hub.broker.mosquitto import OWN_USER, find_mosquitto, hashed
+from hub.cli import _journalled
 from hub.tls import load, served
 
 needs_openssl_program = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed (apt install openssl)")
@@ -89,6 +92,17 @@ def test_a_new_certificate_that_does_not_fit_its_key_leaves_the_old_one(tmp_path
     assert shown(context) == before
     load(context, f"{tmp_path}/b.pem", f"{tmp_path}/b.key")
     assert shown(context) != before
+
+
+def test_a_token_is_not_printed_to_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "other", "w") as other:
+        told = os.fstat(out.fileno())
+        monkeypatch.setattr(sys, "stdout", out)
+        assert not _journalled()
+        monkeypatch.setenv("JOURNAL_STREAM", f"{told.st_dev}:{told.st_ino}")
+        assert _journalled()
+        monkeypatch.setattr(sys, "stdout", other)  # of a program that a service has started, which prints to somewhere else
+        assert not _journalled()
 
 
 def test_an_agent_keeps_tls_where_it_may_have_to_speak_it() -> None:

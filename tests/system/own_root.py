@@ -1,6 +1,7 @@
 """This machine's own root in a guest: the same programs, packages and code, under Debian's kernel with control groups of version 2 alone, as Debian's own machines have it.
 
-The root is shared read-only (virtiofs) under an overlay on a disk of the guest's own, so nothing that is done there is seen here. No systemd runs in it, and it has no network but its loopback.
+The root is shared read-only (virtiofs) under an overlay on a disk of the guest's own, so nothing that is done there is seen here. It has no network but its loopback. Systemd runs in it where that is asked for
+(`systemd`), as far as what any service needs: the command is a service then.
 """
 
 import os
@@ -53,7 +54,19 @@ mount -t tmpfs run run; mount -o bind /data/tmp tmp; chmod 1777 tmp
 cp /command run/command
 ip link set lo up; hostname own-root
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+if [ -e /unit ]; then cp /unit etc/systemd/system/own-root.service; exec switch_root /new /lib/systemd/systemd --show-status=no --unit=own-root.service; fi
 exec switch_root /new /bin/sh -c 'sh /run/command >/dev/console 2>&1; code=$?; echo; echo own-root: ended $code; sync; echo o >/proc/sysrq-trigger; sleep 1000'
+"""
+
+
+_UNIT = b"""[Unit]
+Requires=basic.target
+After=basic.target
+[Service]
+Type=oneshot
+TimeoutStartSec=infinity
+Environment=HOME=/root
+ExecStart=/bin/sh -c 'sh /run/command >/dev/console 2>&1; code=$$?; echo >/dev/console; echo own-root: ended $$code >/dev/console; sync; echo o >/proc/sysrq-trigger'
 """
 
 
@@ -85,10 +98,10 @@ def _shares() -> str | None:
     return next((path for path in VIRTIOFSD if os.access(path, os.X_OK)), shutil.which("virtiofsd"))
 
 
-def run(folder: Path, words: list[str], memory_mib: int, seconds: float) -> Ended:
-    """Run a command there, in this repository, and wait for its end; `folder` is for the guest's files. Raises TimeoutError with what it said."""
+def run(folder: Path, words: list[str], memory_mib: int, seconds: float, *, systemd: bool = False) -> Ended:
+    """Run a command there, in this repository, and wait for its end; `folder` is for the guest's files. Raises TimeoutError with what it said. `systemd`: as a service of that."""
     initial, disk, shared = folder / "initrd", folder / "disk", folder / "share"
-    initial.write_bytes(_initial(f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(words)}"))
+    initial.write_bytes(_initial(f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(words)}", systemd))
     with disk.open("wb") as file:
         file.truncate(DISK_MIB << 20)
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", str(disk)], check=True, capture_output=True)
@@ -134,10 +147,11 @@ def _heard(guest: "subprocess.Popen[bytes]", log: Path, seconds: float) -> str:
             file.flush()
 
 
-def _initial(command: str) -> bytes:
+def _initial(command: str, systemd: bool) -> bytes:
     """The guest's first file system."""
     loaded = qemu_kernel.modules(qemu_kernel.find(str(KERNEL)), MODULES)
     entries = [(name, 0o040755, b"") for name in ("bin", "dev", "proc", "sys", "modules")]
     entries += [("dev/console", 0o020600, b""), ("dev/null", 0o020666, b""), ("bin/busybox", 0o100755, qemu_kernel.busybox()), ("init", 0o100755, _INIT), ("command", 0o100755, f"{command}\n".encode())]
+    entries += [("unit", 0o100644, _UNIT)] * systemd
     entries += [(f"modules/{name}.ko", 0o100644, data) for name, data in loaded.items()]
     return qemu_kernel.cpio([*entries, ("modules/order", 0o100644, "".join(f"{name}\n" for name in loaded).encode())])

@@ -73,17 +73,18 @@ def test_a_data_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path
     assert done.returncode == 1 and "data_dir" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_unit_file_is_one_that_systemd_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["novacron-edge.service", "novacron-hub.service"])
+def test_the_unit_file_is_one_that_systemd_takes(name: str, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    unit = tmp_path / "novacron-edge.service"
-    text = (ROOT / "tools" / "systemd" / "novacron-edge.service").read_text()
+    unit = tmp_path / name
+    text = (ROOT / "tools" / "systemd" / name).read_text()
     unit.write_text(text.replace("/opt/novacron/.venv/bin/python", sys.executable))
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
-    complaints = [line for line in done.stderr.splitlines() if "novacron-edge.service" in line]
+    complaints = [line for line in done.stderr.splitlines() if name in line]
     assert not complaints
-    unit.write_text(unit.read_text().replace("WatchdogSec=30", "WatchdogSec=soon"))  # the checker can fail
-    assert "novacron-edge.service:" in subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True).stderr
+    unit.write_text(unit.read_text().replace("TimeoutStopSec=30", "TimeoutStopSec=soon"))  # the checker can fail
+    assert f"{name}:" in subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True).stderr
 
 
 # -- killed --------------------------------------------------------------------------------------------------------------------
