@@ -196,9 +196,16 @@ async def begun(two: Two, target: str) -> str:
 
 async def killed_once(two: Two, name: str, point: str) -> Path:
     """Node `name` is an agent now that is killed at a point; what is there when that has been."""
-    mark, node = two.folder / f"killed-{name}-{point.replace(' ', '-')}", two.nodes[name]
+    mark, node, rows = two.folder / f"killed-{name}-{point.replace(' ', '-')}", two.nodes[name], two.hub.fleet.rows
+    before = rows[name].boot
     await asyncio.to_thread(node.kill)
     await asyncio.to_thread(node.start, ("-m", "tests.system.moving_agent", point, str(mark)))
+
+    def heard() -> bool:
+        """Of the new one: that the old one has gone the hub may have to learn still, and it seems to be up until then."""
+        return rows[name].boot != before and rows[name].state == "online"
+
+    await until(heard, ROOM_S, what=f"the hub hears the new {name}")
     await two.ready(name)
     return mark
 
