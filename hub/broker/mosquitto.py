@@ -31,13 +31,10 @@ STABLE_S = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
-OWN_USER = "novacron-hub"
-"""The hub's own name at a broker of ours that asks for names."""
+OWN_USER = "novacron-hub-"
+"""How the hub's own name begins at a broker of ours that asks for names. Eight random bytes follow, new at each start: no certificate and no line of anybody's has that name, and with it all rights."""
 
-TOPICS = f"""user {OWN_USER}
-topic readwrite #
-
-pattern write {topics.edge_topic("%u", "up")}
+TOPICS = f"""pattern write {topics.edge_topic("%u", "up")}
 pattern write {topics.edge_topic("%u", "status")}
 pattern write {topics.edge_topic("%u", "answer")}
 pattern read {topics.edge_topic("%u", "receipts")}
@@ -45,7 +42,7 @@ pattern read {topics.edge_topic("%u", "desired")}
 pattern read {topics.edge_topic("%u", "ask")}
 pattern read {topics.HUB_STATUS}
 """
-"""mosquitto's list of who may do what: an edge that came in by its certificate has its own topics, and no other's."""
+"""mosquitto's list of who may do what: an edge that came in by its certificate has its own topics, and no other's. The hub's own rights come before it."""
 
 HASH_TURNS = 101
 """As mosquitto_passwd has them by default. What is hashed here are 24 random bytes, which nobody guesses."""
@@ -111,7 +108,7 @@ class MosquittoBroker:
         self._program = program
         self.host = host
         self.port = port
-        self.username, self.password = (OWN_USER, secrets.token_hex(24)) if door.guards else ("", "")
+        self.username, self.password = (f"{OWN_USER}{secrets.token_hex(8)}", secrets.token_hex(24)) if door.guards else ("", "")
         self.inside = host, port
         self.restarts = 0
         self._data_dir = data_dir
@@ -157,9 +154,9 @@ class MosquittoBroker:
         """What it is started with. Raises `BrokerError`."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
         if self._door.guards:
-            _put(self._data_dir / "passwords", f"{self._known()}{OWN_USER}:{hashed(self.password)}\n")
+            _put(self._data_dir / "passwords", f"{self._known()}{self.username}:{hashed(self.password)}\n")
         if self._door.client_ca_file:
-            _put(self._data_dir / "topics", TOPICS)
+            _put(self._data_dir / "topics", f"user {self.username}\ntopic readwrite #\n\n{TOPICS}")
         _put(self._data_dir / "mosquitto.conf", self._configuration())
 
     def _known(self) -> str:
@@ -173,8 +170,6 @@ class MosquittoBroker:
         lines = [line for line in text.splitlines() if line.strip()]
         if odd := next((line for line in lines if line.count(":") != 1 or not line.partition(":")[2].startswith("$")), None):
             raise BrokerError("broker.password_file", f"{path}: {odd.partition(':')[0][:40]!r} has no hashed password", f"mosquitto_passwd -U {path}")
-        if any(line.startswith(f"{OWN_USER}:") for line in lines):
-            raise BrokerError("broker.password_file", f"{path} has the user {OWN_USER}, which is the hub's own name", "give that user another name")
         return "".join(f"{line}\n" for line in lines)
 
     async def reload(self) -> None:

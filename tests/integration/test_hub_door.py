@@ -15,7 +15,7 @@ from edge_runtime.config import EdgeConfig
 from edge_runtime.config.schema import BusConfig, UplinkConfig, WorkloadsConfig
 from hub.broker import open_broker
 from hub.broker.base import BrokerError, Door
-from hub.broker.mosquitto import OWN_USER, find_mosquitto, hashed
+from hub.broker.mosquitto import find_mosquitto
 from hub.cli import _journalled
 from hub.tls import load, served
 
@@ -25,7 +25,7 @@ needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto
 
 @needs_mosquitto
 @pytest.mark.parametrize(("text", "words"), [
-    (None, "cannot be read"), ("edges:plain\n", "'edges' has no hashed password; mosquitto_passwd -U"), (f"{OWN_USER}:{hashed('a')}\n", "the hub's own name"), ("nonsense\n", "'nonsense' has no hashed password"),
+    (None, "cannot be read"), ("edges:plain\n", "'edges' has no hashed password; mosquitto_passwd -U"), ("nonsense\n", "'nonsense' has no hashed password"),
 ])
 async def test_a_password_file_that_is_none_is_refused(text: str | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "passwords"

@@ -172,6 +172,7 @@ async def test_edges_come_in_by_certificates_and_have_their_own_topics_alone(tmp
 
             # Nobody else comes in: without a certificate, with one of others, or without TLS; nor does who trusts others.
             foreign = dict(zip(("cert_file", "key_file"), others.gives("gw-1"), strict=True))
+            assert (users := [line.split()[1] for line in (hub.folder / "hub/broker/topics").read_text().splitlines() if line.startswith("user ")]) and users[0].startswith(OWN_USER) and len(users[0]) > len(OWN_USER) + 8
             for how in (trust, {**trust, **foreign}, {}, {"tls": True, "ca_file": str(others.ca), **mine}):
                 assert await refused(hub.broker_port, **how), how
             assert await refused(hub.broker_port, **trust, **dict(zip(("cert_file", "key_file"), ours.gives("gw-2"), strict=True))) == ""
