@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import ssl
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from hub.broker.base import BrokerError, Door
 from hub.broker.mosquitto import find_mosquitto
 from hub.cli import _journalled
 from hub.tls import load, served
+
+from .certificates import self_signed
 
 needs_openssl_program = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed (apt install openssl)")
 needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed (apt install mosquitto)")
@@ -49,8 +50,8 @@ async def test_what_does_not_go_together_is_refused(setting: str, door: Door, ca
 
 @needs_openssl_program
 def test_a_certificate_that_is_none_is_refused(tmp_path: Path) -> None:
-    for name, more in (("a", ["-nodes"]), ("b", ["-nodes"]), ("locked", ["-passout", "pass:x"])):
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", *more, "-keyout", f"{tmp_path}/{name}.key", "-out", f"{tmp_path}/{name}.pem", "-subj", f"/CN={name}"], check=True, capture_output=True)
+    for name, passphrase in (("a", ""), ("b", ""), ("locked", "xxxx")):
+        self_signed(tmp_path, name, passphrase)
     (tmp_path / "odd.pem").write_text("odd")
 
     def of(cert: str, key: str) -> tuple[str, str]:
@@ -84,7 +85,7 @@ def shown(context: ssl.SSLContext) -> bytes:
 def test_a_new_certificate_that_does_not_fit_its_key_leaves_the_old_one(tmp_path: Path) -> None:
     """As between two writes of whoever renews it."""
     for name in ("a", "b"):
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{tmp_path}/{name}.key", "-out", f"{tmp_path}/{name}.pem", "-subj", f"/CN={name}"], check=True, capture_output=True)
+        self_signed(tmp_path, name)
     context = served(f"{tmp_path}/a.pem", f"{tmp_path}/a.key")
     before = shown(context)
     with pytest.raises(OSError, match="no certificate and its key"):

@@ -17,6 +17,7 @@ import pytest
 
 from edge_runtime.mqtt_session import Endpoint, MqttSession
 from hub.broker.mosquitto import OWN_USER, find_mosquitto, free_port, hashed
+from tests.integration.certificates import Authority
 from tests.integration.test_mqtt_session import Inbox
 from tests.integration.waiting import until
 from tools.bench.agent import Agent
@@ -30,32 +31,6 @@ pytestmark = [
 
 EVERYWHERE = "0.0.0.0"
 """An address that others reach too."""
-
-
-class Authority:
-    """Certificates of one's own."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        self.ca, self._key = folder / f"{name}.pem", folder / f"{name}.key"
-        self._openssl("req", "-x509", *self._new(self._key), "-out", str(self.ca), "-days", "2", "-subj", f"/CN={name}")
-
-    @staticmethod
-    def _new(key: Path) -> list[str]:
-        return ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key)]
-
-    @staticmethod
-    def _openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], check=True, capture_output=True)
-
-    def gives(self, name: str, file: str = "") -> tuple[str, str]:
-        """A certificate and its key for a common name, which is also good for this machine's address."""
-        base = self.folder / (file or name)
-        self._openssl("req", *self._new(Path(f"{base}.key")), "-out", f"{base}.csr", "-subj", f"/CN={name}")
-        Path(f"{base}.ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        self._openssl("x509", "-req", "-in", f"{base}.csr", "-CA", str(self.ca), "-CAkey", str(self._key), "-CAcreateserial", "-out", f"{base}.pem", "-days", "2", "-extfile", f"{base}.ext")
-        return f"{base}.pem", f"{base}.key"
 
 
 class HubProcess:

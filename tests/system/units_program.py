@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hub.broker.mosquitto import free_port
+from tests.integration.certificates import Authority
 from tests.integration.container_side import base
-from tests.system.test_hub_on_a_network import Authority
 from tests.unit.workloads.image_side import archive, layout
 from tools.bench.harness import ROOT
 from tools.novactl.client import Api
