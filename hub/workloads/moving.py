@@ -212,8 +212,8 @@ def answered(planner: "Planner", edge: str, told: Mapping[str, Any], now_ms: int
             planner.refused(planner.tables.rows[move["workload"]], edge, f"it cannot come to {why}", now_ms)
             give_up(planner, move, f"it cannot come to {why}", now_ms)
     elif part == "ahead":
-        if well:
-            _put(planner, {**move, "ahead_bytes": int(detail.get("bytes", 0)), "changed_ms": now_ms})
+        if well and (size := int(detail.get("bytes", 0))) > 0:
+            _put(planner, {**move, "ahead_bytes": size, "changed_ms": now_ms})
         else:
             _reach(planner, {**move, "ahead_problem": short(f"its disk could not be copied at {why}")}, TAKING, now_ms)
     elif well:

@@ -57,7 +57,7 @@ class World:
         """What any copy has counted to."""
         self.began = 0
         self.failing: set[str] = set()
-        """What goes wrong wherever it is tried: `check`, `room`, `ahead`, `carry ahead`, `out`, `carry`, `from`."""
+        """What goes wrong wherever it is tried: `check`, `room`, `ahead`, `ahead empty`, `carry ahead`, `out`, `carry`, `from`."""
         self.carried: set[str] = set()
         """Moves whose disk was carried ahead."""
         self.went = 0
@@ -136,7 +136,7 @@ class World:
             detail = {"ahead": {"check": 5, "room": True}[part]} if self.ahead else {}
         elif part == "ahead":
             agent.copies[move] = self.count
-            detail = {"bytes": 7}
+            detail = {"bytes": 0 if "ahead empty" in self.failing else 7}
         elif part == "out":
             if asked["offer"].get("ahead") and move not in self.carried:
                 self.trouble.append(f"{agent.name} shall send what goes over a copy that is nowhere")

@@ -64,13 +64,13 @@ def test_what_fails_before_the_commit_goes_on_at_its_source(what: str) -> None:
     sound(there)
 
 
-@pytest.mark.parametrize("what", ["ahead", "carry ahead"])
+@pytest.mark.parametrize("what", ["ahead", "ahead empty", "carry ahead"])
 def test_what_fails_of_its_disk_that_goes_ahead_holds_the_move_up_no_longer(what: str) -> None:
     there = world()
     there.failing = {what}
     there.begin()
     there.settle()
-    assert there.where() == ["b"] and there.went == 0 and last(there)["state"] == "done" and not last(there)["ahead"] and "planted" in str(last(there)["ahead_problem"])
+    assert there.where() == ["b"] and there.went == 0 and last(there)["state"] == "done" and not last(there)["ahead"] and last(there)["ahead_problem"]
     sound(there)
 
 
