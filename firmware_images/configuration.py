@@ -5,14 +5,12 @@ from pathlib import Path
 
 from edge_runtime.config import ConfigError, EdgeConfig, load_config
 from edge_runtime.config.load import read_yaml
+from edge_runtime.contract.updates import OF_THE_IMAGE
 
 from .errors import FirmwareError
 from .layout import DATA, PROVISIONED
 
 LOOPBACK = ("127.", "localhost", "::1", "[::1]")
-
-OF_THE_IMAGE = ("/etc/ssl/", "/usr/")
-"""Folders of the image that a configuration may name a file in: the system's certificates."""
 
 CREDENTIAL_MAX_BYTES = 128 << 10
 """systemd takes no larger credential (CREDENTIAL_SIZE_MAX is 1 MiB in all)."""
@@ -43,8 +41,12 @@ def check_files(config: EdgeConfig, given: Collection[str]) -> None:
         FirmwareError: it names a file that the device will not have. Its agent would end at each start over that, and the device keeps the configuration and has no login.
     """
     named = [("api.token_file", config.api.token_file)] if config.api.enabled else []
-    if config.uplink.enabled and config.uplink.url.startswith("mqtts:"):
-        named += [("uplink.ca_file", config.uplink.ca_file), ("uplink.cert_file", config.uplink.cert_file), ("uplink.key_file", config.uplink.key_file)]
+    for name, part in (("uplink", config.uplink), ("bus", config.bus)):
+        if part.enabled:
+            named.append((f"{name}.password_file", part.password_file))
+        if part.enabled and part.url.startswith("mqtts:"):
+            named += [(f"{name}.ca_file", part.ca_file), (f"{name}.cert_file", part.cert_file), (f"{name}.key_file", part.key_file)]
+    named.append(("updates.ca_file", config.updates.ca_file))
     had = {f"{DATA}/config/{name}" for name in given}
     for key, path in named:
         if not path or path in had or path.startswith(OF_THE_IMAGE):
@@ -52,7 +54,7 @@ def check_files(config: EdgeConfig, given: Collection[str]) -> None:
         file = path.removeprefix(f"{DATA}/config/")
         if file in PROVISIONED:
             raise FirmwareError("config", f"{key} is {path}, and the device is given none", f"give --credential novacron.{file}=FILE too")
-        raise FirmwareError("config", f"{key} is {path}, which a device does not have", f"name one of {', '.join(PROVISIONED[:4])} in {DATA}/config, and give it with --credential")
+        raise FirmwareError("config", f"{key} is {path}, which a device does not have", f"name one of {', '.join(PROVISIONED[:6])} in {DATA}/config, and give it with --credential")
 
 
 def check(path: Path, broker: bool = False) -> EdgeConfig:

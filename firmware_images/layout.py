@@ -14,7 +14,7 @@ START_CODE = "/usr/lib/novacron/start.code"
 
 AGENT_UID = 990
 
-PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "report", "edge.yaml")
+PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "uplink.password", "bus.password", "report", "edge.yaml")
 """Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
 
 BROKER_FILES = ("broker.passwords", "broker.cert.pem", "broker.key.pem", "broker.acl")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract.errors import ContractError
-from ..contract.updates import parse_order
+from ..contract.updates import parse_order, trusted_file
 from . import signature
 from .fat import Fat
 from .install import Installer, Places, alone, read_document
@@ -99,7 +99,9 @@ def request() -> dict[str, Any]:
     """What the agent asks; empty where it asks for nothing that it may. It has checked its order too, but what runs with root's rights does not rely on that."""
     asked = read_document(REQUEST)
     try:
-        return {**parse_order(asked), "action": asked.get("action"), "asked": asked.get("asked")} if asked.get("action") == "install" else asked
+        if asked.get("action") != "install":
+            return asked
+        return {**parse_order(asked), "ca_file": trusted_file(asked.get("ca_file")), "action": "install", "asked": asked.get("asked")}
     except ContractError as error:
         say(f"the request is not looked at: {error}")
         return {}

@@ -55,9 +55,13 @@ class UpdateDuty:
         status: the installer's status file.
         missing: what is still missing before this edge is well; the argument says whether its hub was there before the update.
         linked: whether the hub is there now.
+        ca_file: by what an order's address is trusted; empty for the system's authorities.
     """
 
-    def __init__(self, requests: Path, status: Path, journal: Journal, missing: Callable[[bool], list[str]], linked: Callable[[], bool]) -> None:
+    def __init__(
+        self, requests: Path, status: Path, journal: Journal, missing: Callable[[bool], list[str]], linked: Callable[[], bool], ca_file: str = "",
+    ) -> None:
+        self._ca_file = ca_file
         self._requests, self._status, self._journal, self._missing, self._linked = requests, status, journal, missing, linked
         self._now: dict[str, Any] = journal.state("update") or {}
         self._ended: dict[str, Any] = journal.state("updates_ended") or {}
@@ -204,7 +208,7 @@ class UpdateDuty:
 
     def _ask(self, action: str) -> None:
         # `asked` makes it another file each time.
-        self._write("request.json", {**self._now["order"], "action": action, "asked": self._quiet})
+        self._write("request.json", {**self._now["order"], "ca_file": self._ca_file, "action": action, "asked": self._quiet})
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:

@@ -3,6 +3,7 @@
 import http.client
 import os
 import re
+import ssl
 import stat
 import urllib.error
 import urllib.request
@@ -66,14 +67,26 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """None: the answer is taken as it is."""
 
 
-_OPENER = urllib.request.build_opener(_Stay)
+def _opener(ca_file: str) -> urllib.request.OpenerDirector:
+    """Raises Refused where the authorities cannot be read."""
+    if not ca_file:
+        return urllib.request.build_opener(_Stay)
+    try:
+        return urllib.request.build_opener(_Stay, urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file)))
+    except OSError as error:
+        raise Refused("updates.ca_file", f"{ca_file} cannot be used ({getattr(error, 'reason', None) or error.strerror or error})", "give a file of certificates (PEM)", "source") from None
 
 
 class WebSource:
-    """A bundle of a web server; `token` goes with each request. Raises Interrupted, or Refused where the server will never give it."""
+    """A bundle of a web server; `token` goes with each request. Raises Interrupted, or Refused where the server will never give it.
 
-    def __init__(self, url: str, token: str = "") -> None:
+    Args:
+        ca_file: authorities by which the server is trusted; empty for the system's.
+    """
+
+    def __init__(self, url: str, token: str = "", ca_file: str = "") -> None:
         self._url, self._token = url, token
+        self._opener = _opener(ca_file)
         self._at = 0
         self._answer: Any = None
         self.size = 0
@@ -85,7 +98,7 @@ class WebSource:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            self._answer = _OPENER.open(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT_S)
+            self._answer = self._opener.open(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             if error.code in (408, 429) or error.code >= 500:
                 raise Interrupted(f"the server answers {error.code}") from None
@@ -134,5 +147,5 @@ def open_source(order: dict[str, Any]) -> Source:
     if url := order.get("url"):
         if not isinstance(url, str) or not url.startswith(("http://", "https://")):
             raise Refused("url", "is no address of a web server", "give http:// or https://", "source")
-        return WebSource(url, str(order.get("token") or ""))
+        return WebSource(url, str(order.get("token") or ""), str(order.get("ca_file") or ""))
     return FileSource(Path(str(order.get("path") or "")))

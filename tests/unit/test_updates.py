@@ -2,6 +2,7 @@
 
 import functools
 import os
+import ssl
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.contract.errors import ContractError
+from edge_runtime.contract.updates import trusted_file
 from edge_runtime.updates import bundle, slots
 from edge_runtime.updates.bundle import Refused
 from edge_runtime.updates.install import read_document, write_file
-from edge_runtime.updates.source import FileSource, Interrupted, WebSource
+from edge_runtime.updates.source import FileSource, Interrupted, WebSource, open_source
 from edge_runtime.updates.verity import BLOCK
+from tests.integration.certificates import Authority
 from tests.unit.updates_world import FIRST, LARGE, ORDER, SECOND, SLOT_BYTES, SMALL, SMALL_NEXT, Device, device, image, packed, placed
 
 # -- what starts -----------------------------------------------------------------------------------------------------------------
@@ -402,7 +406,7 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 class Served:
     """A web server with ranges and one file, whose first answer for the pieces is cut; (address, first bytes asked for)."""
 
-    def __init__(self, data: bytes, cut_after: int = 0, ranges: bool = True, status: int = 0, moved_to: str = "") -> None:
+    def __init__(self, data: bytes, cut_after: int = 0, ranges: bool = True, status: int = 0, moved_to: str = "", certificate: tuple[str, str] | None = None) -> None:
         asked: list[int] = []
         cuts = [cut_after] if cut_after else []
 
@@ -430,11 +434,15 @@ class Served:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._asked = asked
+        self._asked, self._scheme = asked, "http"
+        if certificate is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*certificate)
+            self._server.socket, self._scheme = context.wrap_socket(self._server.socket, server_side=True), "https"
 
     def __enter__(self) -> tuple[str, list[int]]:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self._server.server_address[1]}/bundle", self._asked
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}/bundle", self._asked
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
@@ -452,6 +460,30 @@ def test_a_server_that_will_not_give_it_is_a_refusal_and_one_that_is_ill_is_not(
         pass
     with pytest.raises(Interrupted):
         WebSource(url, "secret")
+
+
+def test_a_server_of_the_sites_own_authority_is_trusted_where_that_is_named(tmp_path: Path) -> None:
+    ours = Authority(tmp_path / "ours", "ours")
+    strangers = Authority(tmp_path / "strangers", "strangers")
+    with Served(GOOD, certificate=ours.gives("hub")) as (url, asked):
+        for ca_file in ("", str(strangers.ca)):
+            with pytest.raises(Interrupted, match="certificate"):
+                WebSource(url, "secret", ca_file)
+        assert asked == []
+        source = open_source({"url": url, "token": "secret", "ca_file": str(ours.ca)})
+        assert source.read(0, len(GOOD)) == GOOD
+        source.close()
+        (tmp_path / "empty.pem").write_text("")
+        for name in ("empty.pem", "nothing.pem"):
+            with pytest.raises(Refused, match=f"updates.ca_file: {tmp_path}/{name} cannot be used"):
+                WebSource(url, "secret", str(tmp_path / name))
+
+
+def test_root_reads_authorities_from_a_device_s_own_places_alone() -> None:
+    assert [trusted_file(value) for value in (None, "", "/var/lib/novacron/config/ca.pem", "/etc/ssl/certs/ca-certificates.crt")] == ["", "", "/var/lib/novacron/config/ca.pem", "/etc/ssl/certs/ca-certificates.crt"]
+    for value in ("/etc/shadow", "/var/lib/novacron/../../../etc/shadow", "ca.pem", 1):
+        with pytest.raises(ContractError, match="ca_file"):
+            trusted_file(value)
 
 
 def test_a_redirect_does_not_get_the_token() -> None:
