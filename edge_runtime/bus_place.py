@@ -28,7 +28,7 @@ def wanted(config: EdgeConfig) -> bool:
 async def take(config: EdgeConfig, patience_s: float = PATIENCE_S) -> None:
     """Subscribe in the agent's name to what it subscribes to, and leave the session there. Raises SessionClosed where no broker took it within `patience_s`."""
     bus = config.bus
-    endpoint = Endpoint.parse(bus.url, username=bus.username, password=bus.password, protocol=bus.protocol)
+    endpoint = Endpoint.configured(bus)
     loop = asyncio.get_running_loop()
     end = loop.time() + patience_s
     protocol5 = bus.protocol != "3.1.1"

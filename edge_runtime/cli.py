@@ -70,7 +70,7 @@ def _check(config: object) -> int:
     from .decisions.models.manifest import ModelError, read_manifest
     from .decisions.rules import RuleError
     from .desired_state import model_path, own_rules
-    from .mqtt_session import Endpoint
+    from .mqtt_session import Endpoint, SessionClosed
 
     assert isinstance(config, EdgeConfig)
     problems = []
@@ -90,7 +90,12 @@ def _check(config: object) -> int:
     look("decisions.models: ", models)
     for name, part in (("uplink.", config.uplink), ("bus.", config.bus)):
         if part.enabled and part.url:
-            look(name, lambda part=part: Endpoint.parse(part.url))  # type: ignore[misc]
+            try:
+                Endpoint.configured(part).check_files()
+            except ContractError as error:
+                problems.append(f"{name}{error}")
+            except SessionClosed as error:  # it may be there for the agent alone
+                print(f"warning: {name}{error}; the agent tries again until it can read it", file=sys.stderr)
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """One MQTT connection, driven by the asyncio loop: paho does the protocol, the loop does the waiting.
 
 Each connection is a new paho client: paho's own resend queue lives in memory and would compete with the journal, which is the only
-place that remembers. Reconnecting is the caller's business (`run_session`), so that back-off has jitter, which paho's has not.
+place that remembers. Reconnecting is the caller's business (`mqtt_reconnect`), so that back-off has jitter, which paho's has not.
 
 Nagle's algorithm against delayed acknowledgement costs 15 to 45 ms a message between 20 and 500 messages per second: TCP_NODELAY is set
 on our side, and TCP_QUICKACK after each read, so that a broker that lacks `set_tcp_nodelay` is not held up by us either.
@@ -10,22 +10,23 @@ on our side, and TCP_QUICKACK after each read, so that a broker that lacks `set_
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .contract.errors import ContractError
 from .contract.lean_dataclass import dataclass, field
 from .lean_imports import import_paho, packet_properties
 from .mqtt_client import traffic_client
 
+if TYPE_CHECKING:
+    from .config.schema import BusConfig, UplinkConfig
+
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 """TCP, TLS and CONNACK together: a broker that needs longer is as good as down."""
-
-PROBE_TIMEOUT_S = 2.0
-"""CONNACK of the first MQTT 5 try under `auto`: a broker without MQTT 5 may say nothing at all (amqtt), and 3.1.1 is tried next."""
 
 MISC_INTERVAL_S = 1.0
 """How often keep-alive is looked at; paho's resolution is one second."""
@@ -35,6 +36,9 @@ READ_PACKETS = 200
 
 SESSION_EXPIRY_S = 3600
 """How long an MQTT 5 broker keeps a persistent session: a device's QoS 1 messages outlive a restart of the agent, not a decommissioned one."""
+
+PASSWORD_MAX_BYTES = 65_535
+"""MQTT has no longer password (OASIS MQTT 5.0, 1.5.6)."""
 
 RECEIVE_BUFFER_LIMIT = 100
 """Unacknowledged messages a broker may have under way to us (MQTT 5 receive maximum)."""
@@ -47,20 +51,31 @@ PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a broker is and how to be let in. `protocol` is `auto`, `5` or `3.1.1`."""
+    """Where a broker is and how to be let in. `protocol` is `auto`, `5` or `3.1.1`. What stands in files is read anew at each connection."""
 
     host: str
     port: int
     tls: bool = False
     username: str = ""
     password: str = field(default="", repr=False)
+    password_file: str = ""
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
     protocol: str = "auto"
 
     @staticmethod
-    def parse(url: str, *, username: str = "", password: str = "", ca_file: str = "", cert_file: str = "", key_file: str = "", protocol: str = "auto") -> "Endpoint":
+    def configured(part: "UplinkConfig | BusConfig") -> "Endpoint":
+        """As a section of the configuration says; raises `ContractError` naming `url`."""
+        return Endpoint.parse(
+            part.url, username=part.username, password=part.password, password_file=part.password_file, ca_file=part.ca_file, cert_file=part.cert_file,
+            key_file=part.key_file, protocol=part.protocol,
+        )
+
+    @staticmethod
+    def parse(
+        url: str, *, username: str = "", password: str = "", password_file: str = "", ca_file: str = "", cert_file: str = "", key_file: str = "", protocol: str = "auto",
+    ) -> "Endpoint":
         """From `mqtt://[user:password@]host[:port]` or `mqtts://...`; raises `ContractError` naming `url`."""
         from urllib.parse import unquote, urlsplit  # an edge alone has no address to read
 
@@ -73,8 +88,30 @@ class Endpoint:
             raise ContractError("url", f"{url[:120]!r} is not a broker's address", "use mqtt://host:port or mqtts://host:port", "url")
         return Endpoint(
             parts.hostname, port or PORTS[parts.scheme], parts.scheme == "mqtts", username or unquote(parts.username or ""),
-            password or unquote(parts.password or ""), ca_file, cert_file, key_file, protocol,
+            password or unquote(parts.password or ""), password_file, ca_file, cert_file, key_file, protocol,
         )
+
+    def check_files(self) -> None:
+        """Raises `SessionClosed` naming a file that cannot be read."""
+        for name, path in (("password_file", self.password_file), ("ca_file", self.ca_file), ("cert_file", self.cert_file), ("key_file", self.key_file)):
+            try:
+                if path:
+                    Path(path).open("rb").close()
+            except OSError as error:
+                raise SessionClosed(f"{name} {path}: {error.strerror}") from None
+
+    def secret(self) -> str:
+        """The password, from its file where there is one. Raises `SessionClosed`."""
+        if not self.password_file:
+            return self.password
+        try:
+            with Path(self.password_file).open("rb") as file:
+                said = file.read(PASSWORD_MAX_BYTES + 1).decode().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SessionClosed(f"password_file {self.password_file}: {getattr(error, 'strerror', None) or 'is not text'}") from None
+        if not said or len(said.encode()) > PASSWORD_MAX_BYTES:
+            raise SessionClosed(f"password_file {self.password_file}: {'is too long for a password' if said else 'is empty'}")
+        return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +198,11 @@ class MqttSession:
         )
         self._client = client
         client.connect_timeout = CONNECT_TIMEOUT_S
-        if self.endpoint.username:
-            client.username_pw_set(self.endpoint.username, self.endpoint.password)
-        if self.endpoint.tls:
-            client.tls_set(self.endpoint.ca_file or None, self.endpoint.cert_file or None, self.endpoint.key_file or None)
+        try:
+            self._let_in(client)
+        except SessionClosed as error:
+            self._end(error)
+            raise
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=1, retain=self._will.retain)
         client.on_connect = self._connected_callback
@@ -212,6 +250,20 @@ class MqttSession:
             pass
         if self.closed.done():
             raise self.closed.result()
+
+    def _let_in(self, client: Any) -> None:
+        """Give paho what the broker asks for. Raises `SessionClosed` where a file cannot be used: it may be one that is just being replaced."""
+        endpoint = self.endpoint
+        if endpoint.username:
+            client.username_pw_set(endpoint.username, endpoint.secret())
+        if not endpoint.tls:
+            return
+        endpoint.check_files()  # ssl does not say which of them it could not read
+        try:
+            client.tls_set(endpoint.ca_file or None, endpoint.cert_file or None, endpoint.key_file or None)
+        except (OSError, ValueError) as error:
+            files = ", ".join(path for path in (endpoint.ca_file, endpoint.cert_file, endpoint.key_file) if path)
+            raise SessionClosed(f"certificates or key cannot be used ({files}): {getattr(error, 'reason', None) or error}") from None
 
     def _connect_properties(self) -> Any:
         from paho.mqtt.packettypes import PacketTypes
@@ -460,46 +512,3 @@ class MqttSession:
 
 def _nothing() -> None:
     """A QoS 0 message needs no acknowledgement."""
-
-
-async def run_session(
-    make: Callable[[bool], MqttSession], serve: Callable[[MqttSession], Awaitable[None]], *, protocol: str, next_pause_s: Callable[[], float],
-    on_failure: Callable[[SessionClosed], None], wake: asyncio.Event,
-) -> None:
-    """Keep one session up for ever: connect, `serve` until it closes, wait, again. Ends only by cancellation.
-
-    Args:
-        make: builds a session; its argument says whether to speak MQTT 5.
-        serve: subscribes and works; returns or raises when the session has ended.
-        protocol: `auto` tries MQTT 5 and falls back to 3.1.1 when the broker will not have it.
-        next_pause_s: seconds to wait before the next try.
-        wake: set it to try again at once.
-    """
-    protocol5 = protocol != "3.1.1"
-    accepted = False
-    task = asyncio.current_task()
-    while True:
-        if task is not None and task.cancelling():
-            # asyncio.wait_for (until Python 3.12) forgets a cancellation where what it waits for ends in the same turn.
-            raise asyncio.CancelledError
-        session = make(protocol5)
-        if protocol == "auto" and protocol5 and not accepted:
-            session.connack_timeout_s = PROBE_TIMEOUT_S
-        try:
-            await session.connect()
-            await serve(session)
-            error = session.closed.result() if session.closed.done() else SessionClosed("served")
-        except SessionClosed as raised:
-            error = raised
-            if protocol == "auto" and session.reached and not session.accepted and not accepted:
-                # Brokers without MQTT 5 refuse, close or stay silent: which of them is not worth telling apart.
-                protocol5 = not protocol5
-        finally:
-            session.abort("session ended")
-        accepted = accepted or session.accepted
-        on_failure(error)
-        wake.clear()
-        try:
-            await asyncio.wait_for(wake.wait(), next_pause_s())
-        except TimeoutError:
-            pass

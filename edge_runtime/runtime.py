@@ -23,6 +23,7 @@ from .metrics import Metrics
 from .mqtt_session import Endpoint
 from .pipeline import Pipeline
 from .surroundings import Surroundings
+from .system.parts import Parts
 from .system.service import ServiceManager
 from .uplink.backoff import Backoff
 from .uplink.link import Uplink, UplinkSettings
@@ -73,6 +74,7 @@ class EdgeRuntime:
         self._offline_since_ms: int | None = self.clock.mono_ms()
         self._decided_offline_before = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self.parts = Parts()
         self._told: tuple[int, str] = (0, "")
         self._stopping = asyncio.Event()
         self._api: Any = None
@@ -116,11 +118,10 @@ class EdgeRuntime:
         if isinstance(engine_state, dict):
             self.engine.import_state(engine_state, self.clock.mono_ms())
         self._restore_detectors()
-        loop = asyncio.get_running_loop()
         if self.config.bus.enabled and self.config.bus.url:
             self._start_bus()
             if self.site is not None:
-                self._tasks.append(loop.create_task(self.site.run(), name="site"))
+                self._tasks.append(self.parts.start(self.site.run(), name="site"))
         if self.config.uplink.enabled:
             self._start_uplink()
         kept = engine_state.get("decisions") if isinstance(engine_state, dict) else 0
@@ -128,17 +129,18 @@ class EdgeRuntime:
         self.journal.hold("decision", latched)
         await self.pipeline.replay(latched)
         for task in (self._tick_forever, self._keep_engine_state, self._watch):
-            self._tasks.append(loop.create_task(task(), name=task.__name__))
+            self._tasks.append(self.parts.start(task(), name=task.__name__))
         if self.config.devices.host.enabled:
-            self._tasks.append(loop.create_task(self._sample_host(), name="host"))
+            self._tasks.append(self.parts.start(self._sample_host(), name="host"))
         if self.config.workloads.enabled:
-            self._tasks.append(loop.create_task(self.workload_node().run(), name="workloads"))
+            self._tasks.append(self.parts.start(self.workload_node().run(), name="workloads"))
         if self.config.updates.enabled:
             from .updates.duty import UpdateDuty
 
             requests = Path(self.config.data_dir) / "updates"
-            self.updates = UpdateDuty(requests, Path(self.config.updates.status_file), self.journal, self._unproven, lambda: not self.is_offline())
-            self._tasks.append(loop.create_task(self.updates.run(), name="updates"))
+            updates = self.config.updates
+            self.updates = UpdateDuty(requests, Path(updates.status_file), self.journal, self._unproven, lambda: not self.is_offline(), updates.ca_file)
+            self._tasks.append(self.parts.start(self.updates.run(), name="updates"))
             self.take_update(self.desired.update if self.desired else None)
         await asyncio.sleep(0)  # each duty begins: the first look at this host is decided on before the interface is loaded, which takes as long as all the rest
         self.service.ready(self._status_line())
@@ -200,9 +202,8 @@ class EdgeRuntime:
         backoff = Backoff(RETRY_BASE_S, RETRY_CAP_S, stable_s=10, draw=self.surroundings.entropy)
 
         self.bus = Bus(
-            Endpoint.parse(bus.url, username=bus.username, password=bus.password, protocol=bus.protocol), self.config.edge_id, self.pipeline,
-            self.clock, self.metrics, next_pause_s=backoff.next_s, keepalive_s=int(bus.keepalive_s), receive_max=bus.inflight_max,
-            session=self.surroundings.session, aside=self.site,
+            Endpoint.configured(bus), self.config.edge_id, self.pipeline, self.clock, self.metrics, next_pause_s=backoff.next_s, keepalive_s=int(bus.keepalive_s),
+            receive_max=bus.inflight_max, session=self.surroundings.session, aside=self.site,
         )
 
         def moved(up: bool) -> None:
@@ -215,19 +216,15 @@ class EdgeRuntime:
                 backoff.link_down(now_s)
 
         self.bus.on_session = moved
-        self.bus.start()
+        self.parts.watch(self.bus.start())
 
     def _publish(self, device: str, leaf: str, payload: bytes, *, retain: bool = False, expiry_s: int | None = None, on_ack: Callable[[], None] | None = None) -> bool:
         return self.bus is not None and self.bus.publish(device, leaf, payload, retain=retain, expiry_s=expiry_s, on_ack=on_ack)
 
     def _start_uplink(self) -> None:
         uplink = self.config.uplink
-        endpoint = Endpoint.parse(
-            uplink.url, username=uplink.username, password=uplink.password, ca_file=uplink.ca_file, cert_file=uplink.cert_file,
-            key_file=uplink.key_file, protocol=uplink.protocol,
-        )
         settings = UplinkSettings(
-            endpoint, self.config.edge_id, keepalive_s=int(uplink.keepalive_s), backoff_base_s=uplink.backoff_base_s, backoff_cap_s=uplink.backoff_cap_s,
+            Endpoint.configured(uplink), self.config.edge_id, keepalive_s=int(uplink.keepalive_s), backoff_base_s=uplink.backoff_base_s, backoff_cap_s=uplink.backoff_cap_s,
             stable_after_s=uplink.stable_after_s, inflight=uplink.inflight, batch_records=uplink.batch_records, batch_bytes=uplink.batch_bytes,
         )
         self.uplink = Uplink(
@@ -235,7 +232,7 @@ class EdgeRuntime:
             on_bad_desired=self.desired_state.refuse, on_link=self._on_link, session=self.surroundings.session, entropy=self.surroundings.entropy,
             pace=self.surroundings.pace, on_question=self._question,
         )
-        self.uplink.start()
+        self.parts.watch(self.uplink.start())
 
     def _question(self, question: dict[str, Any]) -> None:
         if self.uplink is not None:
@@ -335,7 +332,7 @@ class EdgeRuntime:
         while True:
             watch_s = self.surroundings.pace.watch_s
             await asyncio.sleep(min(watch_s, self.service.watchdog_s / 3) if self.service.watchdog_s else watch_s)
-            if self.service.watchdog_s:
+            if self.service.watchdog_s and not self.parts.ended:  # else systemd starts us anew
                 self.service.notify(WATCHDOG="1", STATUS=self._status_line())
             if loop.time() >= tidy_at:
                 tidy_at = loop.time() + self.surroundings.pace.tidy_s
@@ -392,7 +389,7 @@ class EdgeRuntime:
 
     def health(self) -> list[str]:
         """What is wrong, in words; empty when all is well. A missing hub is not illness: working alone is the job."""
-        problems = [f"{name} cannot be written: {error}" for name, error in self.journal.errors.items()]
+        problems = self.fatal()
         if not self.journal.telemetry_open:
             problems.append("the disk is nearly full: telemetry is refused, decisions go on")
         if self.journal.storage_plan.alarm:
@@ -411,7 +408,7 @@ class EdgeRuntime:
 
     def fatal(self) -> list[str]:
         """What makes /healthz unhealthy: the agent can no longer do its job by itself."""
-        return [f"{name} cannot be written: {error}" for name, error in self.journal.errors.items()]
+        return [*self.parts.problems(), *(f"{name} cannot be written: {error}" for name, error in self.journal.errors.items())]
 
     def ready(self) -> list[str]:
         """What is still missing before the agent senses and decides; empty when ready."""

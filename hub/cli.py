@@ -8,8 +8,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_runtime.system.service import ServiceManager
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .server import Hub
 
 DAYS_MAX = 36_500
 """A hundred years: past it somebody has mistaken the unit."""
@@ -67,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 2
 
+    manager = ServiceManager()
+
     async def serve() -> None:
         hub = Hub(settings)
         stop = asyncio.Event()
@@ -81,8 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
             await hub.start()
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
             print(f"hub: {hub.url}/" if _journalled() else f"hub: {hub.url}/#token={hub.token}", flush=True)
+            alive = asyncio.get_running_loop().create_task(_alive(hub, manager))
             print(f"broker: {hub.broker.kind} {'mqtts' if hub.broker.tls or settings.door.cert_file else 'mqtt'}://{hub.broker.host}:{hub.broker.port}", flush=True)
             await stop.wait()
+            manager.notify(STOPPING="1")
+            alive.cancel()
         finally:
             await hub.stop()
 
@@ -92,6 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+async def _alive(hub: "Hub", manager: ServiceManager) -> None:
+    """Tell systemd that the hub works, and go on telling as long as nothing of it is missing: else it is started anew."""
+    manager.notify(READY="1", STATUS=f"{hub.url}, broker {hub.broker.kind}")
+    while manager.watchdog_s:
+        if not hub.parts.ended:
+            manager.notify(WATCHDOG="1")
+        await asyncio.sleep(manager.watchdog_s / 3)
 
 
 def _journalled() -> bool:

@@ -108,10 +108,11 @@ class Ingest:
                 edge.state, edge.reason = "offline", "the hub was away"
             self.fleet.rows[edge.edge] = edge
 
-    def start(self) -> None:
-        """Begin; call inside the running loop."""
+    def start(self) -> "list[asyncio.Task[None]]":
+        """Begin; call inside the running loop. The tasks never end by themselves."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._consume(), name="ingest"), loop.create_task(self._tick_forever(), name="ingest tick")]
+        return self._tasks
 
     async def stop(self) -> None:
         """End; what was queued and not committed is sent again by the edges."""

@@ -17,7 +17,10 @@ from .broker import Broker
 
 log = logging.getLogger(__name__)
 
-RETRY_CAP_S = 5.0
+RETRY_BASE_S, RETRY_CAP_S = 0.2, 5.0
+DOUBLINGS_MAX = 16
+"""Far beyond the cap, and below the number of failures (1,024, within the hour) of which two to the power of it is no float any more."""
+
 OUTBOX_MAX = 20_000
 """Messages to publish that wait; receipts that are dropped here are told again with the next batch."""
 
@@ -59,9 +62,10 @@ class HubLink:
         self.last_error = ""
         self.dropped = 0
 
-    def start(self) -> None:
-        """Begin."""
+    def start(self) -> "asyncio.Task[None]":
+        """Begin. The task never ends by itself."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="hub link")
+        return self._task
 
     async def stop(self) -> None:
         """Say goodbye and end."""
@@ -108,12 +112,15 @@ class HubLink:
                 self.last_error = str(error)
             except OSError as error:
                 self.last_error = str(error)
+            except Exception as error:  # a fault of ours: the next connection may do without it
+                self.last_error = f"{type(error).__name__}: {error}"
+                log.exception("what the connection to the broker does has failed")
             self.up = False
             if self._stopping:
                 return  # the goodbye failed, and its error took the cancellation's place
             failures += 1
             log.warning("no connection to the broker: %s", self.last_error)
-            await asyncio.sleep(self._entropy.random() * min(RETRY_CAP_S, 0.2 * 2**failures))
+            await asyncio.sleep(self._entropy.random() * min(RETRY_CAP_S, RETRY_BASE_S * 2 ** min(failures, DOUBLINGS_MAX)))
 
     def _client(self) -> aiomqtt.Client:
         broker = self._broker
@@ -141,4 +148,8 @@ class HubLink:
         while True:
             topic, payload, retain = await self._outbox.get()
             # paho holds the message until it is acknowledged; awaiting each acknowledgement would cost a round trip per message.
-            client._client.publish(topic, payload, qos=1, retain=retain)
+            try:
+                client._client.publish(topic, payload, qos=1, retain=retain)
+            except ValueError as error:  # one message that cannot be sent is not the end of the others
+                self.dropped += 1
+                log.error("a message on %s cannot be sent: %s", topic, error)

@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from edge_runtime.contract import jsoncodec
+from edge_runtime.system.parts import Parts
 
 from .broker import open_broker
 from .broker.base import Broker, BrokerError, Door, is_loopback
@@ -135,6 +136,7 @@ class Hub:
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
         self.retention = Retention(self.ingest, settings.retention, read=self.read, now_ms=self.now_ms)
+        self.parts = Parts()
         self._pruning: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
         self._shown: ssl.SSLContext | None = None
@@ -196,10 +198,9 @@ class Hub:
             broker, self.settings.name, self.boot, on_message=self._message, on_up=self._link_up, on_bad=self.ingest.refused, now_ms=self.now_ms,
             shared_group=self.settings.shared_group, client=self.surroundings.client, entropy=self.surroundings.entropy,
         )
-        self.ingest.start()
-        self.link.start()
-        self.workloads.start()
         self._pruning = asyncio.get_running_loop().create_task(self.retention.run(), name="retention")
+        for task in (*self.ingest.start(), self.link.start(), *self.workloads.start(), self._pruning):
+            self.parts.watch(task)
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
@@ -312,7 +313,7 @@ class Hub:
 
     def problems(self) -> list[str]:
         """What is wrong, in words."""
-        problems = []
+        problems = self.parts.problems()
         if not self.link.up:
             problems.append(f"no connection to the broker: {self.link.last_error or 'connecting'}")
         if self.ingest.queue_fill > 0.9:

@@ -343,6 +343,9 @@ def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
             problems.append(Problem("configuration", name, f"{value[:80]!r} is not a name", "use 1 to 64 letters, digits, _ . : -"))
     if config.api.enabled and not config.api.token_file and config.api.host not in ("127.0.0.1", "::1", "localhost"):
         problems.append(Problem("configuration", "api.host", f"{config.api.host} is reachable from outside and no token is asked for", "set api.token_file, or listen on 127.0.0.1"))
+    for name, part in (("uplink", config.uplink), ("bus", config.bus)):
+        if part.password and part.password_file:
+            problems.append(Problem("configuration", f"{name}.password_file", f"{name}.password is set too", "set one of them"))
     if config.duties.enabled:
         problems += _check_duties(config)
     if config.workloads.enabled and config.workloads.registries:

@@ -25,6 +25,7 @@ class UplinkConfig:
     url: str = key("mqtt://127.0.0.1:1883", "the hub's broker, mqtt://host:port or mqtts://host:port")
     username: str = key("", "user name at the broker")
     password: str = key("", "password at the broker", secret=True)
+    password_file: str = key("", "or the file with it, read at each connection")
     ca_file: str = key("", "certificate authorities to trust (PEM); empty: the system's")
     cert_file: str = key("", "this edge's certificate (PEM)")
     key_file: str = key("", "its private key (PEM)")
@@ -43,9 +44,13 @@ class BusConfig:
     """The local broker where devices speak."""
 
     enabled: bool = key(True, "listen to devices on the local bus")
-    url: str = key("", "the local broker, mqtt://host:port; empty: no bus")
+    url: str = key("", "the local broker, mqtt://host:port or mqtts://host:port; empty: no bus")
     username: str = key("", "user name at the local broker")
     password: str = key("", "password at the local broker", secret=True)
+    password_file: str = key("", "or the file with it, read at each connection")
+    ca_file: str = key("", "certificate authorities to trust (PEM); empty: the system's")
+    cert_file: str = key("", "this edge's certificate there (PEM)")
+    key_file: str = key("", "its private key (PEM)")
     protocol: str = key("auto", "MQTT version; auto tries 5 and falls back", choices=("auto", "5", "3.1.1"))
     keepalive_s: float = key(15.0, "keep-alive", low=2, high=3600)
     inflight_max: int = key(200, "device messages taken in and not yet durable, at once (MQTT 5)", low=1, high=10_000)
@@ -159,6 +164,7 @@ class UpdatesConfig:
 
     enabled: bool = key(False, "take orders for updates; only where the image's updater runs beside the agent")
     status_file: str = key("/var/lib/novacron/updates/status.json", "where the updater says how the update stands")
+    ca_file: str = key("", "certificate authorities by which an order's https:// address is trusted (PEM); empty: the system's")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from ..contract import jsoncodec, topics
 from ..contract.device_messages import REGISTER, RESULT, Reading, parse_telemetry
 from ..contract.errors import ContractError
 from ..metrics import Metrics
-from ..mqtt_session import Endpoint, MqttSession, SessionClosed, run_session
+from ..mqtt_reconnect import run_session
+from ..mqtt_session import Endpoint, MqttSession, SessionClosed
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +116,10 @@ class Bus:
         """Connected and subscribed."""
         return self._subscribed and self._session is not None and self._session.open
 
-    def start(self) -> None:
-        """Begin; call inside the running loop."""
+    def start(self) -> "asyncio.Task[None]":
+        """Begin; call inside the running loop. The task never ends by itself."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="bus")
+        return self._task
 
     async def stop(self) -> None:
         """Disconnect and end."""

@@ -18,7 +18,8 @@ from ..contract.receipts import RECEIPTS
 from ..contract.records import encode_batch
 from ..journal import Journal
 from ..metrics import Metrics
-from ..mqtt_session import Endpoint, MqttSession, SessionClosed, Will, run_session
+from ..mqtt_reconnect import run_session
+from ..mqtt_session import Endpoint, MqttSession, SessionClosed, Will
 from ..pace import Pace
 from .backoff import Backoff
 from .lanes import Lanes, Send
@@ -94,10 +95,11 @@ class Uplink:
 
     # -- life ----------------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begin; call inside the running loop."""
+    def start(self) -> "asyncio.Task[None]":
+        """Begin; call inside the running loop. The task never ends by itself."""
         self._journal.on_commit(self._committed)
         self._task = asyncio.get_running_loop().create_task(self._run(), name="uplink")
+        return self._task
 
     async def stop(self, reason: str = "shutdown") -> None:
         """Say goodbye and end."""
@@ -297,7 +299,15 @@ class Uplink:
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._rebases.add(task)
-        task.add_done_callback(self._rebases.discard)
+        task.add_done_callback(self._looked)
+
+    def _looked(self, task: "asyncio.Task[None]") -> None:
+        self._rebases.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Nothing would be sent over this link any more: the next one begins with the same question.
+            log.error("the journal could not be compared with what the hub holds: %s", error)
+            if self._session is not None:
+                self._session.abort("the journal could not be compared with what the hub holds")
 
     async def _rebase(self, stream: str, above: int) -> None:
         await self._journal.rebase(stream, above)

@@ -119,9 +119,9 @@ class WorkloadNode:
             self._taken.clear()
             try:
                 await self._hand()
-            except OSError as error:
+            except Exception as error:
                 self._metrics.inc("workload_errors_total")
-                log.error("what runs here could not be looked at: %s", error)
+                log.error("what runs here could not be looked at: %s", error, exc_info=not isinstance(error, OSError))
 
     async def _hand(self) -> None:
         assert self._runner is not None
@@ -288,9 +288,9 @@ class WorkloadNode:
         while self._runner is not None:
             try:
                 await self._make_room(time.monotonic())
-            except OSError as error:
+            except Exception as error:
                 self._metrics.inc("workload_errors_total")
-                log.error("whether there is room left could not be seen: %s", error)
+                log.error("whether there is room left could not be seen: %s", error, exc_info=not isinstance(error, OSError))
             await asyncio.sleep(LOOK_S)
 
     async def _watch_disks(self) -> None:
@@ -307,9 +307,9 @@ class WorkloadNode:
                     self._journal.append("event", "workload.disk", told)
                     self._metrics.inc("workloads_over_disk_total")
                     log.warning("workload %s is ended: it has %d bytes on the disk, and asked for %d", one.key.id, one.used, one.limit)
-            except OSError as error:
+            except Exception as error:
                 self._metrics.inc("workload_errors_total")
-                log.error("what containers have on the disk could not be counted: %s", error)
+                log.error("what containers have on the disk could not be counted: %s", error, exc_info=not isinstance(error, OSError))
             await asyncio.sleep(DISK_LOOK_S)
 
     async def _make_room(self, now_s: float) -> None:

@@ -25,6 +25,9 @@ MAX_PACKET_BYTES = 300_000
 READY_TIMEOUT_S = 10.0
 RESTART_BASE_S = 0.2
 RESTART_CAP_S = 10.0
+DOUBLINGS_MAX = 16
+"""Beyond the cap; two to the power of a thousand is no float."""
+
 STABLE_S = 30.0
 """A broker that ran so long and died is restarted without the pauses collected before."""
 
@@ -238,9 +241,13 @@ class MosquittoBroker:
                 log.error("mosquitto ended with status %s; starting it again", status)
             failures = 0 if loop.time() - started > STABLE_S else failures + 1
             if failures > 1:
-                await asyncio.sleep(random.random() * min(RESTART_CAP_S, RESTART_BASE_S * 2**failures))
+                await asyncio.sleep(random.random() * min(RESTART_CAP_S, RESTART_BASE_S * 2 ** min(failures, DOUBLINGS_MAX)))
             self.restarts += 1
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:  # no memory, or the program is just being replaced
+                log.error("mosquitto cannot be started: %s; trying again", error)
+                self._process = None
 
     async def close(self) -> None:
         """End the child: it saves its state on SIGTERM."""

@@ -149,8 +149,8 @@ class Workloads:
         self._listed = {name: node for node in self._desired for name in _running(self._told(node))}
         planner.tables.dirty |= {node: True for node in self._desired if self._told(node)}  # nodes that are gone too
 
-    def start(self) -> None:
-        """Begin; call inside the running loop."""
+    def start(self) -> "list[asyncio.Task[None]]":
+        """Begin; call inside the running loop. The tasks never end by themselves."""
         loop = asyncio.get_running_loop()
         self._untold.set()
         self._tasks = [loop.create_task(self._run(), name="workloads"), loop.create_task(self._tell_forever(), name="workloads, telling")]
@@ -158,6 +158,7 @@ class Workloads:
             self._tasks.append(loop.create_task(self._carry_forever(self._transfers), name="workloads, moving"))
         if self._rebalance_s:
             self._tasks.append(loop.create_task(self._rebalance_forever(), name="workloads, rebalancing"))
+        return self._tasks
 
     async def stop(self) -> None:
         """End; who still waits for an answer is told to come again."""

@@ -1,5 +1,7 @@
 """What lets devices into a gateway's broker, run as it is on this machine: the scripts of its image in a folder instead of the data partition, and a mosquitto with what they made."""
 
+import asyncio
+import json
 import os
 import shutil
 import ssl
@@ -18,7 +20,8 @@ from edge_runtime.config.schema import BusConfig, DutiesConfig
 from firmware_images import broker, layout
 from tools.bench.harness import die_with_parent, free_port, stop, wait_for_port
 
-from .edges import MOSQUITTO, Device, Edges, LocalBroker
+from .edges import MOSQUITTO, Device, Edge, Edges, LocalBroker
+from .site_edges import served_by, site_config
 from .waiting import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -219,3 +222,35 @@ async def test_the_agents_place_is_taken_where_the_broker_is_to_keep_anything_fo
         await device.say("telemetry", {"temp": 92}, name="boiler-1")
         await until(lambda: edge.runtime.pipeline.decided == 2, what="the decision on the third")
     assert [body["values"]["temp"] for body in await edge.records("telemetry")] == [91, 92]
+
+
+async def test_other_edges_of_the_site_have_the_gateways_broker_as_their_common_bus(gateway: Gateway, tmp_path: Path) -> None:
+    """By TLS and password, with rights that the gateway was given for them: duties are shared, and taken over."""
+    gateway.give("gw-2", "boiler-1")
+    (gateway.given / f"novacron.{broker.RIGHTS}").write_text(f"{broker.OWN_RIGHTS}\nuser gw-2\ntopic readwrite novacron/#\n")
+    gateway.run(broker.TAKE)
+    process = gateway.broker()
+    user, password = gateway.agent()
+    (tmp_path / "secret").write_text("gw-2\n")
+    buses = {
+        "gw-1": BusConfig(url=f"mqtt://127.0.0.1:{gateway.port}", username=user, password=password),
+        "gw-2": BusConfig(url=f"mqtts://127.0.0.1:{gateway.devices_port}", username="gw-2", password_file=str(tmp_path / "secret"), ca_file=str(gateway.top / "broker.pem")),
+    }
+    edges = {name: Edge(replace(site_config(name, tmp_path, gateway.port), bus=bus)) for name, bus in buses.items()}
+    try:
+        for edge in edges.values():
+            await edge.start()
+        async with gateway.client("boiler-1") as boiler:
+            await boiler.subscribe("novacron/1/device/boiler-1/command", 1)
+            await boiler.publish("novacron/1/device/boiler-1/register", b"{}", qos=1)
+            for number, (server, other) in enumerate((("gw-1", "gw-2"), ("gw-2", "gw-1"))):
+                await served_by(edges, "boiler-1", server)
+                await boiler.publish("novacron/1/device/boiler-1/telemetry", json.dumps({"n": number}), qos=1)
+                await until(lambda server=server: edges[server].runtime.pipeline.decided == 1, what=f"{server} decides")  # type: ignore[misc]
+                command = json.loads(bytes((await asyncio.wait_for(anext(boiler.messages), 60)).payload))  # type: ignore[arg-type]
+                assert command["args"] == {"n": number} and edges[other].runtime.pipeline.decided == (1 if number else 0)
+                await edges["gw-1"].stop()
+    finally:
+        for edge in edges.values():
+            await edge.stop()
+        stop(process)

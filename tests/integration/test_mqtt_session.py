@@ -15,7 +15,8 @@ from paho.mqtt import properties as paho_properties
 from paho.mqtt.packettypes import PacketTypes
 
 from edge_runtime.lean_imports import import_paho
-from edge_runtime.mqtt_session import READ_PACKETS, Endpoint, MqttSession, SessionClosed, Will, run_session
+from edge_runtime.mqtt_reconnect import run_session
+from edge_runtime.mqtt_session import READ_PACKETS, Endpoint, MqttSession, SessionClosed, Will
 
 from .edges import MOSQUITTO, LocalBroker
 from .waiting import until

@@ -60,10 +60,7 @@ def shown(unit: str, name: str) -> str:
 
 def main(control: str) -> None:
     """All of it. `control`: what is planted."""
-    # Containers' roots are overlays, and the guest's own root is one already.
-    LIB.mkdir()
-    Path("/tmp/novacron").mkdir()
-    run("mount", "--bind", "/tmp/novacron", str(LIB))
+    whole = control == "-"
     OPT.parent.mkdir(exist_ok=True)
     OPT.symlink_to(ROOT)
     ETC.mkdir()
@@ -72,14 +69,13 @@ def main(control: str) -> None:
     api, broker = free_port("127.0.0.1"), free_port("127.0.0.1")
     for name, pair in (("hub", ours.gives("hub")), (NAME, ours.gives(NAME))):
         for source, ending in zip(pair, ("pem", "key"), strict=True):
-            run("install", "-m", "600", *(["-o", "novacron-hub"] if name == "hub" else []), source, str(ETC / f"{name}.{ending}"))
+            run("install", "-m", "600" if ending == "key" else "644", *(["-o", "novacron-hub"] if name == "hub" else []), source, str(ETC / f"{name}.{ending}"))
     (ETC / "ca.pem").write_bytes(ours.ca.read_bytes())
     (ETC / "hub.env").write_text("".join(f"NOVACRON_HUB_{name}={value}\n" for name, value in {
         "BROKER": "mosquitto", "BROKER_LISTEN": f"0.0.0.0:{broker}", "LISTEN": f"0.0.0.0:{api}", "TLS_CERT": ETC / "hub.pem", "TLS_KEY": ETC / "hub.key", "BROKER_CLIENT_CA": ETC / "ca.pem",
     }.items()))
     for unit in ("novacron-hub.service", "novacron-edge.service"):
         installed(unit)
-    (UNITS / "novacron-edge.service.d/containers.conf").write_text((ROOT / "tools/systemd/novacron-edge.service.d/containers.conf").read_text())
     if control == "walls":
         (UNITS / "novacron-edge.service.d/z.conf").write_text("[Service]\nPrivateDevices=yes\nProtectHostname=yes\n")
     if control == "mode":
@@ -94,16 +90,43 @@ def main(control: str) -> None:
     assert (LIB / "hub").stat().st_mode & 0o077 == 0
 
     data = LIB / "edge"
-    (data / "workloads/archives").mkdir(parents=True)
-    archive(layout(ETC / "in", [base()], name="box:1"), data / "workloads/archives/box.tar")
-    (ETC / "edge.yaml").write_text(json.dumps({  # which is YAML
+    # Without containers first: a user of its own, which cannot read the key.
+    config: dict[str, Any] = {  # which is YAML
         "edge_id": NAME, "data_dir": str(data), "bus": {"enabled": False}, "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
-        "uplink": {"url": f"mqtts://127.0.0.1:{broker}", "ca_file": str(ETC / "ca.pem"), "cert_file": str(ETC / f"{NAME}.pem"), "key_file": str(ETC / f"{NAME}.key")},
-        "workloads": {"enabled": True, "runtimes": ["runc"], "functions": False, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "evict_memory_bytes": 0, "evict_disk_bytes": 0, "reserve_disk_bytes": 0},
-    }))
+        "uplink": {"url": f"mqtts://127.0.0.1:{broker}", "ca_file": str(ETC / "ca.pem"), "cert_file": str(ETC / f"{NAME}.pem"), "key_file": "/run/credentials/novacron-edge.service/edge.key"},
+    }
+    workloads = {"workloads": {"enabled": True, "runtimes": ["runc"], "functions": False, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "evict_memory_bytes": 0, "evict_disk_bytes": 0, "reserve_disk_bytes": 0}}
+    (UNITS / "novacron-edge.service.d/secrets.conf").write_text(f"[Service]\nLoadCredential=edge.key:{ETC / NAME}.key\n")
+    run("systemctl", "daemon-reload")
+
+    def online() -> list[str]:
+        return [one["edge"] for one in hub.get("/api/v1/edges") if one["state"] == "online"]
+
+    if whole:
+        (ETC / "edge.yaml").write_text(json.dumps(config))
+        run("systemctl", "start", "novacron-edge")
+        until("the edge is at its hub", lambda: online() == [NAME])
+        assert shown("novacron-edge", "UID") not in ("0", "[not set]") and (LIB / "edge").is_symlink()
+        run("systemctl", "stop", "novacron-edge")
+        until("it has said goodbye", lambda: online() == [])
+
+    (UNITS / "novacron-edge.service.d/containers.conf").write_text((ROOT / "tools/systemd/novacron-edge.service.d/containers.conf").read_text())
+    run("systemctl", "daemon-reload")
+    (ETC / "edge.yaml").write_text(json.dumps(config))
+    run("systemctl", "start", "novacron-edge")  # systemd takes the folder back from the user that had it
+    run("systemctl", "stop", "novacron-edge")
+    # Containers' roots are overlays, and the guest's own root is one already.
+    for folder in (Path("/tmp/novacron/archives"), data / "workloads"):
+        folder.mkdir(parents=True)
+    run("mount", "--bind", "/tmp/novacron", str(data / "workloads"))
+    archive(layout(ETC / "in", [base()], name="box:1"), data / "workloads/archives/box.tar")
+    (ETC / "edge.yaml").write_text(json.dumps(config | workloads))
     run("systemctl", "enable", "--now", "novacron-edge")  # until it says that it is ready
     print("units: the edge is ready", flush=True)
-    until("the edge is at its hub", lambda: [one["edge"] for one in hub.get("/api/v1/edges") if one["state"] == "online"] == [NAME])
+    until("the edge is at its hub", lambda: online() == [NAME])
+    if whole:
+        boots = [one["body"]["boot_n"] for one in hub.get(f"/api/v1/edges/{NAME}/records?stream=event&limit=100") if one["kind"] == "boot"]
+        assert boots == [1, 2, 3], "it is the same edge with the same journal"
 
     # A container, killed agent, the same container.
     out = data / "workloads/containers/counts.1/stdout.log"

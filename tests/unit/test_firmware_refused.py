@@ -169,6 +169,8 @@ CONFIG = "/var/lib/novacron/config"
     (f"uplink: {{url: 'mqtts://hub:8883', ca_file: {CONFIG}/ca.pem}}", [], rf"^config: uplink.ca_file is {CONFIG}/ca.pem, and the device is given none; give --credential novacron.ca.pem=FILE too$"),
     (f"uplink: {{url: 'mqtts://hub:8883', cert_file: {CONFIG}/cert.pem, key_file: {CONFIG}/mine.pem}}", ["cert.pem"], r"^config: uplink.key_file .* does not have"),
     (f"uplink: {{url: 'mqtts://hub:8883', ca_file: {CONFIG}/ca.pem}}", ["ca.pem"], ""), ("uplink: {url: 'mqtts://hub:8883', ca_file: /etc/ssl/certs/ca-certificates.crt}", [], ""),
+    (f"uplink: {{url: 'mqtt://hub'}}\nbus: {{url: 'mqtts://gw', ca_file: {CONFIG}/ca.pem}}", [], r"^config: bus.ca_file .* is given none"), (f"uplink: {{url: 'mqtt://hub', password_file: {CONFIG}/uplink.password}}", [], r"^config: uplink.password_file .* is given none"),
+    (f"uplink: {{url: 'mqtt://hub'}}\nupdates: {{ca_file: {CONFIG}/ca.pem}}", [], r"^config: updates.ca_file .* is given none"), (f"uplink: {{url: 'mqtt://hub', password_file: {CONFIG}/uplink.password}}\nupdates: {{ca_file: {CONFIG}/ca.pem}}", ["uplink.password", "ca.pem"], ""),
     (f"api: {{host: 0.0.0.0, token_file: {CONFIG}/api.token}}", [], ""), ("uplink: {url: 'mqtt://hub:1883', ca_file: /x}", [], ""), ("api: {enabled: false, token_file: /x}\nuplink: {url: 'mqtt://hub'}", [], ""),
 ])
 def test_a_configuration_that_names_a_file_which_the_device_will_not_have_is_refused(tmp_path: Path, keys: str, given: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
