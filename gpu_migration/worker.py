@@ -7,6 +7,7 @@ over, and the engine takes up what had arrived. Paths are below one folder; the 
 
 import argparse
 import ctypes
+import http.client
 import json
 import os
 import signal
@@ -115,11 +116,14 @@ class Worker:
         with self._lock:
             held = [{"task": one.name, "epoch": one.epoch} for one in self._tasks.values()]
         said = self._call("lease", {"facts": self._facts(), "held": held, "wait_s": WAIT_S}, WAIT_S + ANSWER_S)
-        for name in said["stop"]:
+        try:
+            stop, tasks = list(said["stop"]), [(_Task(told["task"], told["epoch"]), told) for told in said["tasks"]]
+        except (KeyError, TypeError):
+            raise TransferLost("what answers in the hub's place is no hub") from None
+        for name in stop:
             self._stop(name)
-        for told in said["tasks"]:
-            self._stop(told["task"])
-            task = _Task(told["task"], told["epoch"])
+        for task, told in tasks:
+            self._stop(task.name)
             with self._lock:
                 self._tasks[task.name] = task
             threading.Thread(target=self._carry_out, args=(task, told), daemon=True, name=task.name).start()
@@ -256,7 +260,7 @@ class Worker:
             if error.code < 500:
                 raise Refused(f"worker: the hub answers {error.code}: {text[:300]}") from None
             raise TransferLost(f"the hub answers {error.code}: {text[:300]}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # an answer that was cut off is none of OSError's
             raise TransferLost(f"the hub at {self._url.partition('/api/')[0]} is out of reach ({error})") from None
 
 

@@ -60,7 +60,7 @@ class Carrier:
         """These moves are under way here. Returns at once."""
         self._wanted = set(moves)
         self._changed.set()
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name="migration worker")
 
     async def close(self) -> None:
@@ -80,7 +80,10 @@ class Carrier:
                     process, pause = None, AGAIN_S
                 elif process is None or process.returncode is not None:
                     process = await self._begun()
-                await asyncio.to_thread(self._sweep, set(self._wanted))
+                try:
+                    await asyncio.to_thread(self._sweep, set(self._wanted))
+                except OSError as error:  # what is left lying is not worth a move
+                    log.error("what no move has use for could not be taken away: %s", error)
                 if await self._news(process):
                     continue
                 log.warning("the migration worker ended with status %s; it is started again in %.0f s", process.returncode if process is not None else None, pause)

@@ -246,6 +246,7 @@ async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver
     await vms.delete(key)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(searched("ip") is None or searched("unshare") is None, reason="no iproute2 or unshare")
 async def test_on_a_bridge_a_connection_outlives_the_move(tmp_path: Path) -> None:
     """In a network namespace of its own, with a bridge of its own."""

@@ -26,7 +26,7 @@ from tests.integration.waiting import until
 from tests.system.convert_agent import key
 
 EDGE = "converting"
-COUNTS = "read -r run < /proc/sys/kernel/random/uuid; echo $run; i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
+COUNTS = "trap 'exit 0' TERM; read -r run < /proc/sys/kernel/random/uuid; echo $run; i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
 """Says first which run of it this is: what its agent starts again has an output of its own, which begins with 0 as this one did."""
 
 BEGAN = "began"

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 ROOM_S = 240.0
 """For what takes some seconds on a machine of one's own."""
 
-COUNTS = "i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.01; done"
+COUNTS = "trap 'exit 0' TERM; i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.01; done"
 
 
 class Node:

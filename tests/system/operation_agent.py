@@ -31,7 +31,7 @@ from tests.integration.checkpoint_side import program
 from tests.system.checkpoint_agent import keeper_of
 
 EDGE = "operating"
-COUNTS = "i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.005; done"
+COUNTS = "trap 'exit 0' TERM; i=0; while true; do echo $i >> /shared/numbers; i=$((i+1)); sleep 0.005; done"
 RESTORE = {"laid": "", "criu": "restore/restore.log", "running": "running.json"}
 """Files by which it is seen from outside how far a restore has come."""
 

@@ -21,7 +21,7 @@ REASON = reason_against_checkpoints() or reason_against()
 
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON), pytest.mark.system, pytest.mark.timeout(600)]
 
-COUNTS = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
+COUNTS = "trap 'exit 0' TERM; i=0; while true; do echo $i; i=$((i+1)); sleep 0.1; done"
 ROOM_S = 240.0
 """For what takes ten seconds on a machine of one's own: guests are booted under emulation."""
 

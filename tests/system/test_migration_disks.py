@@ -48,6 +48,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_disk_with_a_header_goes_too() -> None:
     with guest_with("qcow2") as world:
         folder = world.next()

@@ -112,8 +112,8 @@ def told(world: World) -> list[str]:
     return found
 
 
-SOURCE_QUICK = ["pages", "asked", "taken"]
-SOURCE_SLOW = ["memory", "live", "passes", "stopping", "state", "loaded", "asking", "leaving"]
+SOURCE_QUICK = ["pages", "taken"]
+SOURCE_SLOW = ["asked", "memory", "live", "passes", "stopping", "state", "loaded", "asking", "leaving"]
 
 
 @pytest.mark.parametrize("step", [*SOURCE_QUICK, *(pytest.param(step, marks=pytest.mark.slow) for step in SOURCE_SLOW)])
@@ -132,8 +132,8 @@ def test_a_source_that_is_killed(world: World, step: str) -> None:
         world.moved_to(folder, taken(process))
 
 
-TARGET_QUICK = ["loaded", "deciding", "decided"]
-TARGET_SLOW = ["memory", "starting", "ready", "loading", "running"]
+TARGET_QUICK = ["decided"]
+TARGET_SLOW = ["loaded", "deciding", "memory", "starting", "ready", "loading", "running"]
 
 
 @pytest.mark.parametrize("step", [*TARGET_QUICK, *(pytest.param(step, marks=pytest.mark.slow) for step in TARGET_SLOW)])

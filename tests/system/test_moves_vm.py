@@ -137,7 +137,7 @@ async def test_agents_killed_at_any_step_of_a_move_leave_one_copy_at_its_target(
         await killed_at(TwoMachines(tmp_path, hub), source, target)
 
 
-@pytest.mark.parametrize(("point", "ahead"), [("whole", True), *(pytest.param(one, ahead, marks=pytest.mark.slow) for one, ahead in (("whole", False), *((one, True) for one in ("", *RETURNING))))])
+@pytest.mark.parametrize(("point", "ahead"), [pytest.param(one, ahead, marks=pytest.mark.slow) for one, ahead in (("whole", True), ("whole", False), *((one, True) for one in ("", *RETURNING)))])
 async def test_what_its_target_cannot_start_goes_on_at_its_source(tmp_path: Path, point: str, ahead: bool) -> None:
     """The target is an agent that refuses what comes."""
     async with running_hub(tmp_path / "hub", "auto") as hub:

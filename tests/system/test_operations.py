@@ -18,7 +18,7 @@ from tools.novactl.cli import main as novactl
 
 pytestmark = [pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.timeout(400)]
 
-COUNTS = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.02; done"
+COUNTS = "trap 'exit 0' TERM; i=0; while true; do echo $i; i=$((i+1)); sleep 0.02; done"
 EDGE = "bench-edge"
 ROOM_S = 90.0
 """For what takes a second on a machine of one's own."""

@@ -84,7 +84,7 @@ def test_what_cannot_run_is_told_with_the_reason_and_removed(demo: Any) -> None:
     assert status == 1 and "is no time" in err
 
 
-@pytest.mark.parametrize(("kind", "switch"), [("microvm", "microvms"), ("vm", "vms")])
+@pytest.mark.parametrize(("kind", "switch"), [("microvm", "microvms"), pytest.param("vm", "vms", marks=pytest.mark.slow)])
 def test_a_kind_that_no_node_was_asked_to_run_is_told_with_what_helps(demo: Any, kind: str, switch: str) -> None:
     status, _, err = demo("run", "--kind", kind, "--rm")
     assert status == 1 and f"workloads.{switch}: true (make run ARGS=--{switch})" in err and "placed" not in states(demo)

@@ -96,7 +96,7 @@ def test_a_file_is_moved_from_worker_to_worker(served: Served, ends: tuple[Worke
     assert submit(served, "t-1", "disk.raw", limit_mbit=400)["state"] == "done", "the same again"
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_worker_killed_in_the_midst_takes_it_up_again(served: Served, ends: tuple[Worker, Worker], which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(book, "LEASE_MS", 6_000)  # what is waited for here
     here, there = ends
