@@ -18,6 +18,26 @@ PROBE_AGAIN_S = 3600.0
 """How long 3.1.1 is spoken before MQTT 5 is tried again at the next connection: a broker that was only slow when it was first asked has it."""
 
 
+TELL_AGAIN_S, TELL_APART_S = 3600.0, 60.0
+"""The log has why there is no connection, once an hour while that stays so; another reason at once, but not more often than that: two that take turns must not fill a disk in an outage of days."""
+
+
+class Reasons:
+    """Which ends of connections are worth a line of the log. Pure."""
+
+    def __init__(self) -> None:
+        self._reason, self._at_s = "", float("-inf")
+        self.told = False
+        """The log has that there is no connection."""
+
+    def worth(self, reason: str, now_s: float) -> bool:
+        """Whether it is to be told now."""
+        if now_s - self._at_s < (TELL_AGAIN_S if self.told and reason == self._reason else TELL_APART_S):
+            return False
+        self._reason, self._at_s, self.told = reason, now_s, True
+        return True
+
+
 class VersionChoice:
     """Which version of MQTT the next connection speaks. Pure.
 
@@ -59,7 +79,7 @@ class VersionChoice:
 
 async def run_session(
     make: Callable[[bool], MqttSession], serve: Callable[[MqttSession], Awaitable[None]], *, protocol: str, next_pause_s: Callable[[], float],
-    on_failure: Callable[[SessionClosed], None], wake: asyncio.Event,
+    on_failure: Callable[[SessionClosed], None], wake: asyncio.Event, broker: str,
 ) -> None:
     """Keep one session up for ever: connect, `serve` until it closes, wait, again. Ends only by cancellation.
 
@@ -69,8 +89,10 @@ async def run_session(
         protocol: `auto`, `5` or `3.1.1`, see `VersionChoice`.
         next_pause_s: seconds to wait before the next try.
         wake: set it to try again at once.
+        broker: what it is, for the log.
     """
     loop = asyncio.get_running_loop()
+    reasons = Reasons()
     version = VersionChoice(protocol, loop.time())
     task = asyncio.current_task()
     while True:
@@ -83,6 +105,9 @@ async def run_session(
             session.connack_timeout_s = PROBE_TIMEOUT_S
         try:
             await session.connect()
+            if reasons.told:
+                log.info("%s is there again", broker)
+                reasons.told = False
             await serve(session)
             error = session.closed.result() if session.closed.done() else SessionClosed("served")
         except SessionClosed as raised:
@@ -93,6 +118,8 @@ async def run_session(
         finally:
             session.abort("session ended")
         version.ended(session.reached, session.accepted)
+        if reasons.worth(error.reason, loop.time()):
+            log.warning("%s is away: %s", broker, error.reason)
         on_failure(error)
         wake.clear()
         try:

@@ -131,7 +131,7 @@ class Bus:
 
     async def _run(self) -> None:
         await run_session(
-            self._make, self._serve, protocol=self._endpoint.protocol, next_pause_s=self._next_pause_s, on_failure=self._failed, wake=self._wake
+            self._make, self._serve, protocol=self._endpoint.protocol, next_pause_s=self._next_pause_s, on_failure=self._failed, wake=self._wake, broker="the local broker",
         )
 
     def _make(self, protocol5: bool) -> MqttSession:

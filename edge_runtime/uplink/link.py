@@ -122,7 +122,7 @@ class Uplink:
 
     async def _run(self) -> None:
         protocol = self._settings.endpoint.protocol
-        await run_session(self._make, self._serve, protocol=protocol, next_pause_s=self._next_pause, on_failure=self._failed, wake=self._retry)
+        await run_session(self._make, self._serve, protocol=protocol, next_pause_s=self._next_pause, on_failure=self._failed, wake=self._retry, broker="the hub's broker")
 
     def _next_pause(self) -> float:
         pause = self._backoff.next_s()

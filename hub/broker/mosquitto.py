@@ -212,7 +212,8 @@ class MosquittoBroker:
 
     async def _spawn(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            self._program, "-c", str(self._data_dir / "mosquitto.conf"), stdin=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent
+            self._program, "-c", str(self._data_dir / "mosquitto.conf"), stdin=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent,
+            env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},  # it would tell systemd that the hub is ready
         )
 
     async def _listening(self) -> bool:

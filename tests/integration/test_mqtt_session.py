@@ -269,7 +269,7 @@ async def test_an_end_in_the_middle_of_a_subscription_is_an_end() -> None:
 
     async with RawBroker(script) as raw:
         task = asyncio.create_task(run_session(
-            make, lambda session: session.subscribe(["t"]), protocol="3.1.1", next_pause_s=lambda: 0.01, on_failure=lambda _error: None, wake=asyncio.Event(),
+            make, lambda session: session.subscribe(["t"]), protocol="3.1.1", next_pause_s=lambda: 0.01, on_failure=lambda _error: None, wake=asyncio.Event(), broker="it",
         ))
         await asyncio.wait_for(asked.wait(), 10)
         await made[0].disconnect()

@@ -22,7 +22,7 @@ from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, De
 from edge_runtime.contract import jsoncodec
 from edge_runtime.runtime import EdgeRuntime
 from hub.server import Hub
-from tools.novactl.cli import main
+from tools.novactl.cli import _parser, main
 
 from .hub_side import EDGE, Background, served_hub
 from .waiting import until
@@ -409,3 +409,14 @@ def test_a_journal_that_is_none_is_said_in_one_line(novactl: Command, copied: Pa
         (tmp_path / "damaged" / "journal" / name).write_bytes(b"garbage, and a lot of it " * 500)
     for what in ("summary", "check", "show"):
         one_line(novactl("journal", what, "--data", str(tmp_path / "damaged")), "journal.db" if what != "show" else "")
+
+
+@pytest.mark.parametrize("words", [
+    ["--hub", "https://h", "--token", "t", "--ca-file", "c", "--edge-api", "e", "--json", "status"], ["status", "--hub", "https://h", "--token", "t", "--ca-file", "c", "--edge-api", "e", "--json"],
+    ["--hub", "https://other", "--token", "t", "--ca-file", "c", "status", "--hub", "https://h", "--edge-api", "e", "--json"],
+])
+def test_where_the_hub_is_may_be_said_before_the_command_and_behind_it(words: list[str]) -> None:
+    told = _parser().parse_args(words)
+    assert (told.hub, told.token, told.ca_file, told.edge_api, told.json) == ("https://h", "t", "c", "e", True)
+    nothing = _parser().parse_args(["status"])
+    assert (nothing.hub, nothing.token, nothing.ca_file, nothing.edge_api, nothing.json) == (None, None, None, None, False)

@@ -134,7 +134,7 @@ async def test_a_fault_in_what_a_connection_does_is_not_the_end_of_the_link() ->
     async def serve(_session: Any) -> None:
         raise (KeyError, RecursionError, UnicodeDecodeError)[len(made) % 2]("planted")
 
-    task = asyncio.create_task(run_session(make, serve, protocol="auto", next_pause_s=lambda: 0.0, on_failure=lambda error: told.append(error.reason), wake=asyncio.Event()))
+    task = asyncio.create_task(run_session(make, serve, protocol="auto", next_pause_s=lambda: 0.0, on_failure=lambda error: told.append(error.reason), wake=asyncio.Event(), broker="it"))
     await until(lambda: len(made) >= 5, what="five connections")
     assert not task.done() and "planted" in told[0]
     await ended(task)

@@ -54,7 +54,7 @@ mount -t tmpfs run run; mount -o bind /data/tmp tmp; chmod 1777 tmp
 cp /command run/command
 ip link set lo up; hostname own-root
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
-if [ -e /unit ]; then cp /unit etc/systemd/system/own-root.service; exec switch_root /new /lib/systemd/systemd --show-status=no --unit=own-root.service; fi
+if [ -e /unit ]; then rm -f .dockerenv; cp /unit etc/systemd/system/own-root.service; exec switch_root /new /lib/systemd/systemd --show-status=no --unit=own-root.service; fi
 exec switch_root /new /bin/sh -c 'sh /run/command >/dev/console 2>&1; code=$?; echo; echo own-root: ended $code; sync; echo o >/proc/sysrq-trigger; sleep 1000'
 """
 

@@ -1,6 +1,6 @@
 """Which version of MQTT is spoken next: at brokers that lack one, that are slow, and that are replaced by another."""
 
-from edge_runtime.mqtt_reconnect import FAILURES, PROBE_AGAIN_S, VersionChoice
+from edge_runtime.mqtt_reconnect import FAILURES, PROBE_AGAIN_S, TELL_AGAIN_S, TELL_APART_S, Reasons, VersionChoice
 
 
 class Broker:
@@ -62,3 +62,13 @@ def test_a_broker_that_stumbles_once_is_not_taken_for_one_without_mqtt_5() -> No
             choice.begin(1.0)
             choice.ended(True, False)
         assert broker.meet(1.0) == 5
+
+
+def test_why_there_is_no_connection_is_in_the_log_and_does_not_fill_it() -> None:
+    reasons = Reasons()
+    assert not reasons.told
+    assert [reasons.worth("refused", now) for now in (0.0, 1.0, TELL_AGAIN_S - 1, TELL_AGAIN_S)] == [True, False, False, True] and reasons.told
+    reasons.told = False  # it was there again
+    assert [reasons.worth("refused", TELL_AGAIN_S + now) for now in (1.0, TELL_APART_S)] == [False, True]
+    days = [reasons.worth(("refused", "timed out")[second % 2], 2 * TELL_AGAIN_S + second) for second in range(72 * 3600)]
+    assert sum(days) <= 72 * 3600 / TELL_APART_S

@@ -42,17 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _everywhere(parser: argparse.ArgumentParser, absent: Any) -> None:
+    """Options that may stand before the command and behind it. `absent`: what they are where they are not given, behind it nothing, so that what stands before it holds."""
+    parser.add_argument("--json", action="store_true", default=absent or False, help="print JSON")
+    parser.add_argument("--hub", default=absent, help="the hub's address (NOVACRON_HUB_URL, default http://127.0.0.1:8460)")
+    parser.add_argument("--token", default=absent, help="the hub's token (NOVACRON_TOKEN, or its token file)")
+    parser.add_argument("--ca-file", default=absent, help="authorities by which the hub's https is trusted, PEM (NOVACRON_CA_FILE, else the system's)")
+    parser.add_argument("--edge-api", default=absent, help="an edge's local API (NOVACRON_EDGE_URL)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="novactl", description="Look at and steer NovaCron")
+    _everywhere(parser, None)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
-        made.add_argument("--json", action="store_true", help="print JSON")
-        made.add_argument("--hub", help="the hub's address (NOVACRON_HUB_URL, default http://127.0.0.1:8460)")
-        made.add_argument("--token", help="the hub's token (NOVACRON_TOKEN, or its token file)")
-        made.add_argument("--ca-file", help="authorities by which the hub's https is trusted, PEM (NOVACRON_CA_FILE, else the system's)")
-        made.add_argument("--edge-api", help="an edge's local API (NOVACRON_EDGE_URL)")
+        _everywhere(made, argparse.SUPPRESS)
         made.set_defaults(run=run)
         return made
 
