@@ -27,7 +27,7 @@ class Door:
         self.folder = folder
         self.passwords, self.secret = folder / "passwords", folder / "secret"
         lines = f"allow_anonymous false\npassword_file {self.passwords}\n"
-        self.change("first")
+        self.change(" The First ")
         if authority is not None:
             cert, key = authority.gives("broker")
             lines = f"allow_anonymous true\nrequire_certificate true\ncafile {authority.ca}\ncertfile {cert}\nkeyfile {key}\n"
@@ -46,20 +46,23 @@ class Door:
         self.broker.start()
 
 
-async def test_a_password_in_a_file_that_is_changed_holds_at_the_next_connection(tmp_path: Path, edges: Edges) -> None:
+async def test_a_password_in_a_file_that_is_changed_holds_at_the_next_connection(tmp_path: Path, edges: Edges, caplog: pytest.LogCaptureFixture) -> None:
     door = Door(tmp_path)
+    caplog.set_level("INFO")
     door.broker.start()
     try:
         edge = await edges.start(bus=BusConfig(url=f"mqtt://127.0.0.1:{door.broker.port}", username="gw-1", password_file=str(door.secret)))
         await edge.bus_up()
-        door.change("second")
+        door.change("Second ")
         door.again()
         await edge.bus_up(2)
         door.secret.unlink()  # as while it is replaced: nothing ends over it
         door.again()
         await until(lambda: "password_file" in (edge.runtime.bus.last_error if edge.runtime.bus else ""), what="the reason names the file")
-        door.secret.write_text("second")
+        door.secret.write_text("Second ")
         await edge.bus_up(3)
+        assert f"the local broker is away: password_file {door.secret}: {os.strerror(2)}" in caplog.text or "the local broker is away: the connection was lost" in caplog.text, "why it was away is in the log"
+        assert "the local broker is there again" in caplog.text
     finally:
         door.broker.stop()
 
