@@ -61,6 +61,7 @@ def test_a_broker_that_stumbles_once_is_not_taken_for_one_without_mqtt_5() -> No
         for _ in range(FAILURES - 1):
             choice.begin(1.0)
             choice.ended(True, False)
+            assert choice.five
         assert broker.meet(1.0) == 5
 
 

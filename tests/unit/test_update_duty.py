@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import edge_runtime.updates.__main__ as root_half
 from edge_runtime.clock import SystemClock
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.updates import parse_order
@@ -33,6 +34,22 @@ async def told(journal: Journal) -> list[tuple[str, str]]:
     await journal.flush()
     records, _ = await journal.read("event", 1, 1000, 1 << 24)
     return [(body["state"], body["step"]) for record in records if record.kind == "operation" and (body := json.loads(record.body))]
+
+
+async def test_by_whom_an_address_is_trusted_goes_with_the_order_and_root_looks_at_it_again(tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.start()
+    requests = tmp_path / "requests"
+    monkeypatch.setattr(root_half, "REQUEST", requests / "request.json")
+    ours = "/var/lib/novacron/config/ca.pem"
+    UpdateDuty(requests, tmp_path / "status.json", journal, lambda linked: [], lambda: True, ours).order({"id": "u-1", "url": "https://hub/bundle"})
+    await journal.flush()
+    assert root_half.request()["ca_file"] == ours and root_half.request()["url"] == "https://hub/bundle"
+    asked = read_document(requests / "request.json")
+    for spoilt in ("/etc/shadow", 7):
+        write_document(requests / "request.json", {**asked, "ca_file": spoilt})
+        assert root_half.request() == {}
+    write_document(requests / "request.json", {name: value for name, value in asked.items() if name != "ca_file"})
+    assert root_half.request()["ca_file"] == "", "an agent of an older image asks so"
 
 
 async def test_each_step_is_a_record_before_it_is_asked_for(tmp_path: Path, journal: Journal) -> None:
