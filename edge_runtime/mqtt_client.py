@@ -13,6 +13,7 @@ from typing import Any
 
 from .contract.limits import MAX_MESSAGE_BYTES
 from .lean_imports import import_paho
+from .system.reasons import Reasons
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def _make(paho: Any) -> Any:
             self._left = b""
             self._skip = 0
             self._gathered = bytearray()
+            self._refusals = Reasons()
             self.has_more = False
             """A whole packet was read that has not been taken yet."""
             self.ended = False
@@ -149,8 +151,8 @@ def _make(paho: Any) -> Any:
             elif kind == _PUBACK:
                 if stop - start != 2 and (not five or stop - start < 2):
                     return False
-                if stop - start > 2 and buffer[start + 2] >= 0x80:
-                    log.warning("the broker refused a message (MQTT 5 reason code %d)", buffer[start + 2])
+                if stop - start > 2 and buffer[start + 2] >= 0x80 and self._refusals.worth(str(buffer[start + 2]), time.monotonic()):
+                    log.warning("the broker refused a message (MQTT 5 reason code %d; 135: this client may not say that there)", buffer[start + 2])
                 self.on_acknowledged(buffer[start] << 8 | buffer[start + 1])
                 return True
             return self._by_paho(command, buffer[start:stop])

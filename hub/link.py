@@ -12,6 +12,7 @@ import aiomqtt
 from edge_runtime.contract import jsoncodec, topics
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import PROTOCOL_VERSION
+from edge_runtime.system.reasons import Reasons
 
 from .broker import Broker
 
@@ -30,6 +31,17 @@ SOCKET_OPTIONS = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
 EdgeMessage = Callable[[str, str, bytes, bool], None]
 
 
+class _Client(aiomqtt.Client):
+    """Tells of messages that the broker refuses (MQTT 5; with 3.1.1 it cannot say so)."""
+
+    on_refused: Callable[[str], None] = staticmethod(lambda _reason: None)
+
+    def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
+        if reason_code.is_failure:
+            self.on_refused(str(reason_code))
+        super()._on_publish(client, userdata, mid, reason_code, properties)
+
+
 class HubLink:
     """One hub at one broker.
 
@@ -37,7 +49,7 @@ class HubLink:
         on_message: called with edge, leaf (`up`, `status`, `answer`), payload and whether it was retained.
         on_up: called after each subscription; returns nothing, may publish.
         shared_group: MQTT 5 shared subscription for several hubs; empty for one.
-        client: makes MQTT clients; None takes `aiomqtt.Client`.
+        client: makes MQTT clients; None takes aiomqtt's.
         entropy: where the pauses between tries are drawn.
     """
 
@@ -52,7 +64,7 @@ class HubLink:
         self._on_up = on_up
         self._on_bad = on_bad
         self._now_ms = now_ms
-        self._make_client = client or aiomqtt.Client
+        self._make_client = client or _Client
         self._entropy = entropy or random.Random()
         self._group = shared_group if broker.mqtt5 else ""
         self._outbox: asyncio.Queue[tuple[str, bytes, bool]] = asyncio.Queue(OUTBOX_MAX)
@@ -61,6 +73,8 @@ class HubLink:
         self.up = False
         self.last_error = ""
         self.dropped = 0
+        self.refusal = ""
+        """Why the broker refuses what the hub says, at this connection; empty where it does not."""
 
     def start(self) -> "asyncio.Task[None]":
         """Begin. The task never ends by itself."""
@@ -88,11 +102,17 @@ class HubLink:
         return jsoncodec.encode(body).encode()
 
     async def _run(self) -> None:
-        failures = 0
+        failures, reasons = 0, Reasons()
         while not self._stopping:
             try:
+                self.refusal = ""
                 async with self._client() as client:
-                    await client.subscribe([(topic, 1) for topic in topics.hub_subscriptions(self._group)], timeout=10)
+                    granted = await client.subscribe([(topic, 1) for topic in topics.hub_subscriptions(self._group)], timeout=10)
+                    if refused := sorted({str(code) for code in granted or () if getattr(code, "is_failure", False)}):
+                        raise aiomqtt.MqttError(f"it does not let the hub hear its edges ({', '.join(refused)}): give {self._broker.username or 'who comes without a name'} all rights on novacron/#")
+                    if reasons.told:
+                        log.info("the broker is there again")
+                        reasons.told = False
                     self.up, failures = True, 0
                     self._on_up()
                     await client.publish(topics.HUB_STATUS, self._status("online"), qos=1, retain=True)
@@ -119,7 +139,8 @@ class HubLink:
             if self._stopping:
                 return  # the goodbye failed, and its error took the cancellation's place
             failures += 1
-            log.warning("no connection to the broker: %s", self.last_error)
+            if reasons.worth(self.last_error, asyncio.get_running_loop().time()):
+                log.warning("no connection to the broker: %s", self.last_error)
             await asyncio.sleep(self._entropy.random() * min(RETRY_CAP_S, RETRY_BASE_S * 2 ** min(failures, DOUBLINGS_MAX)))
 
     def _client(self) -> aiomqtt.Client:
@@ -131,7 +152,14 @@ class HubLink:
             max_queued_incoming_messages=5_000, max_inflight_messages=200, max_queued_outgoing_messages=OUTBOX_MAX,
             tls_params=aiomqtt.TLSParameters(ca_certs=broker.ca_file or None) if broker.tls else None,
         )
+        if isinstance(client, _Client):
+            client.on_refused = self._refused
         return client
+
+    def _refused(self, reason: str) -> None:
+        if not self.refusal:
+            log.error("the broker refuses what the hub says (%s): edges hear nothing of it; give it all rights on novacron/#", reason)
+        self.refusal = reason
 
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:

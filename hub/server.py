@@ -316,6 +316,8 @@ class Hub:
         problems = self.parts.problems()
         if not self.link.up:
             problems.append(f"no connection to the broker: {self.link.last_error or 'connecting'}")
+        elif self.link.refusal:
+            problems.append(f"the broker refuses what the hub says ({self.link.refusal}): give it all rights on novacron/#")
         if self.ingest.queue_fill > 0.9:
             problems.append("the ingest queue is nearly full")
         return problems

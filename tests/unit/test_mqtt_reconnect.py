@@ -1,6 +1,7 @@
 """Which version of MQTT is spoken next: at brokers that lack one, that are slow, and that are replaced by another."""
 
-from edge_runtime.mqtt_reconnect import FAILURES, PROBE_AGAIN_S, TELL_AGAIN_S, TELL_APART_S, Reasons, VersionChoice
+from edge_runtime.mqtt_reconnect import FAILURES, PROBE_AGAIN_S, VersionChoice
+from edge_runtime.system.reasons import TELL_AGAIN_S, TELL_APART_S, Reasons
 
 
 class Broker:
