@@ -17,6 +17,7 @@ BENCHES = (
     "peer_node_red",
     "journal",
     "outage",
+    "earlier",
     "nab",
     "site_failover",
     "checkpoint", "container_start", "containerd_start",
