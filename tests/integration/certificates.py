@@ -16,9 +16,9 @@ def _new_key(key: Path, passphrase: str = "") -> list[str]:
 
 
 def self_signed(folder: Path, name: str, passphrase: str = "") -> tuple[Path, Path]:
-    """A certificate that vouches for itself, NAME.pem, and its key, NAME.key."""
+    """A certificate that vouches for itself, NAME.pem, and its key, NAME.key. Python 3.13 wants to be told what that key is for."""
     cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    _openssl("req", "-x509", *_new_key(key, passphrase), "-out", str(cert), "-days", "2", "-subj", f"/CN={name}")
+    _openssl("req", "-x509", *_new_key(key, passphrase), "-out", str(cert), "-days", "2", "-subj", f"/CN={name}", "-addext", "keyUsage=critical,digitalSignature,keyCertSign,cRLSign")
     return cert, key
 
 

@@ -26,7 +26,7 @@ def reason_against() -> str:
         return "containers need root"
     if searched("runc") is None:
         return "no runc (as root: apt install runc)"
-    if not BUSYBOX.exists() or b"statically linked" not in subprocess.run(["file", "-b", str(BUSYBOX)], capture_output=True).stdout + b"statically linked" * (searched("file") is None):
+    if not BUSYBOX.exists() or (searched("file") is not None and b"statically linked" not in subprocess.run(["file", "-b", str(BUSYBOX)], capture_output=True).stdout):
         return "no static busybox (as root: apt install busybox-static)"
     return ""
 

@@ -27,7 +27,7 @@ BAD: list[tuple[str, str, bytes, str, str]] = [
     ("long text", "telemetry", json.dumps({"temp": "x" * 1025}).encode(), "temp", "limit"), ("many readings", "telemetry", json.dumps([1] * 101).encode(), "payload", "limit"),
     ("many metrics", "telemetry", json.dumps({f"m{number}": 1 for number in range(65)}).encode(), "payload", "limit"),
     ("more text than a record holds", "telemetry", json.dumps({f"m{number}": "\u20ac" * 1024 for number in range(20)}, ensure_ascii=False).encode(), "payload", "limit"),
-    ("deep lists", "telemetry", b"[" * 5000 + b"]" * 5000, "payload", "depth"), ("deep objects", "telemetry", json.dumps({"temp": nested(6)}).encode(), "temp.in.in.in", "depth"),
+    ("deep lists", "telemetry", b"[" * 100_000 + b"]" * 100_000, "payload", "depth"), ("deep objects", "telemetry", json.dumps({"temp": nested(6)}).encode(), "temp.in.in.in", "depth"),
     ("invalid UTF-8", "telemetry", b'{"temp": "\xff\xfe"}', "payload", "utf8"), ("binary", "telemetry", bytes(range(256)), "payload", "utf8"), ("NaN", "telemetry", b'{"temp": NaN}', "payload", "nan"),
     ("infinity", "telemetry", b'{"temp": -Infinity}', "payload", "nan"), ("infinity by exponent", "telemetry", b'{"temp": 1e999}', "temp", "nan"), ("past 64 bits", "telemetry", b'{"temp": 9223372036854775808}', "temp", "limit"),
     ("metric name", "telemetry", b'{"t emp": 90}', "t emp", "name"), ("device time", "telemetry", b'{"ts": -1, "values": {"temp": 90}}', "ts", "time"),

@@ -346,8 +346,8 @@ async def test_jobs_run_to_their_end_and_their_exit_status_and_output_are_kept(d
     assert ended.phase is Phase.ENDED and ended.exit is None and "unreachable" in ended.reason and b"unreachable" in err
     ended, out, _ = await job(driver, "flood")
     assert ended.exit is not None and ended.exit.code == 0 and (1 << 19) <= len(out) <= 1 << 20, "the end of what it wrote is kept, within the limit"
-    ended, _, _ = await job(driver, "loop", timeout_s=0.2)
-    assert ended.phase is Phase.ENDED and "longer than 0.2 s" in ended.reason
+    ended, _, _ = await job(driver, "loop", timeout_s=1.0)  # more than a start takes on a busy machine
+    assert ended.phase is Phase.ENDED and "longer than 1 s" in ended.reason
 
 
 async def test_a_job_that_is_stopped_says_so(driver: FunctionDriver) -> None:

@@ -71,8 +71,8 @@ def test_the_lock_gives_one_wheel_of_each_name_for_the_targets_python(service: c
         lines = recipes.locked(lock, service.wheels, python).splitlines()
         names = [line.split("==")[0] for line in lines if "==" in line]
         assert sorted(names) == sorted(service.wheels) and not any(";" in line for line in lines)
-    if "numpy" in service.wheels:  # control: the lock has two of it, for older and newer Pythons
-        assert recipes.locked(lock, ["numpy"], (3, 11)) != recipes.locked(lock, ["numpy"], (3, 13))
+    two = "one==1 ; python_full_version < '3.12' \\\n    --hash=sha256:a\none==2 ; python_full_version >= '3.12' \\\n    --hash=sha256:b\n"  # control: one for older and one for newer Pythons
+    assert [recipes.locked(two, ["one"], python).split()[0] for python in ((3, 11), (3, 13))] == ["one==1", "one==2"]
 
 
 def test_files_go_into_the_boot_partition_where_there_is_no_other_way(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ class Device:
         self.top, self.config = top, top / "data" / "config"
         (top / "given").mkdir()
         (top / "bin").mkdir()
-        (top / "bin" / "python3").symlink_to(sys.executable)
+        (top / "bin" / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # a link would not find this environment's packages
+        (top / "bin" / "python3").chmod(0o755)
         self.config.parent.mkdir()
 
     def give(self, **files: str) -> None:

@@ -11,6 +11,8 @@ mkdir -p "$folder"
 fresh="$(mktemp -d "$folder/.new.XXXXXX")"
 trap 'rm -rf "$fresh"' EXIT
 (cd "$fresh" && apt-get -qq -o APT::Sandbox::User=root download "$package" 2>&1) || fail "$package could not be fetched: is the network there?"
-dpkg-deb --fsys-tarfile "$fresh"/*.deb | tar -x -C "$fresh" --wildcards './boot/vmlinuz-*' './lib/modules/*' || fail "$package could not be unpacked"
+dpkg-deb --fsys-tarfile "$fresh"/*.deb | tar -x -C "$fresh" --wildcards './boot/vmlinuz-*' '*/modules/*' || fail "$package could not be unpacked"
+if [ -d "$fresh/usr/lib" ]; then mv "$fresh/usr/lib" "$fresh/lib"; fi  # where Debian 13 has them
+compgen -G "$fresh/lib/modules/*/kernel" >/dev/null || fail "$package has no modules where they are looked for"
 rm -rf "$folder/boot" "$folder/lib"
 mv "$fresh/boot" "$fresh/lib" "$folder/"

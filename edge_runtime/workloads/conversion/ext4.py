@@ -16,8 +16,8 @@ from ..drivers.face import Refused
 
 MAGIC, EXTENT_MAGIC, ATTRIBUTE_MAGIC = 0xEF53, 0xF30A, 0xEA02_0000
 
-KNOWN = 0x0002 | 0x0040 | 0x0080 | 0x0200
-"""Incompatible features that can be read: types in folders, extents, 64 bits, flexible groups."""
+KNOWN = 0x0002 | 0x0040 | 0x0080 | 0x0200 | 0x2000
+"""Incompatible features that can be read: types in folders, extents, 64 bits, flexible groups, a seed for checksums (which are not looked at), as mke2fs of Debian 13 has by default."""
 
 NEEDS_RECOVERY = 0x0004
 
