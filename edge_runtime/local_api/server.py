@@ -65,7 +65,7 @@ class LocalApi:
 
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[guard])
         app.add_routes([
-            web.get("/healthz", self.healthz), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics),
+            web.get("/healthz", self.healthz), web.get("/livez", self.livez), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics),
             web.get("/api/v1/status", self.status), web.get("/api/v1/devices", self.devices), web.get("/api/v1/devices/{device}", self.device),
             web.patch("/api/v1/devices/{device}/desired", self.desire), web.get("/api/v1/decisions", self.decisions),
             web.get("/api/v1/decisions/{seq}", self.decision), web.get("/api/v1/journal", self.journal), web.get("/api/v1/journal/chain", self.chain),
@@ -95,6 +95,11 @@ class LocalApi:
         """200 while the agent can do its job by itself, else 503 and why."""
         fatal = self._runtime.fatal()
         return self._answer({"status": "unhealthy" if fatal else "ok", "problems": fatal or self._runtime.health()}, 503 if fatal else 200)
+
+    async def livez(self, _request: Any) -> Any:
+        """200 unless a part of the agent has ended, which only a new start brings back. A full disk is none of that: an agent that is started anew for it would not come up, where this one goes on without its journal."""
+        ended = self._runtime.parts.problems()
+        return self._answer({"status": "ended" if ended else "ok", "problems": ended}, 503 if ended else 200)
 
     async def readyz(self, _request: Any) -> Any:
         """200 once it senses and decides."""

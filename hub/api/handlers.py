@@ -116,6 +116,11 @@ class HubApi(OperationApi, MoveApi, TransferApi):
         problems = self._hub.problems()
         return answer({"status": "unhealthy" if problems else "ok", "problems": problems}, 503 if problems else 200)
 
+    async def livez(self, _request: web.Request) -> web.Response:
+        """See the table."""
+        ended = self._hub.parts.problems()
+        return answer({"status": "ended" if ended else "ok", "problems": ended}, 503 if ended else 200)
+
     async def readyz(self, _request: web.Request) -> web.Response:
         """See the table."""
         up = self._hub.link.up

@@ -122,6 +122,7 @@ _STREAM = ("stream", {"type": "string", "enum": ["decision", "event", "telemetry
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/healthz", "healthz", "200 while the hub works, else 503 and why", OBJECT, open=True),
+    Operation("get", "/livez", "livez", "200 unless a part of the hub has ended, which only a new start brings back; a broker that is away is none of that", OBJECT, open=True),
     Operation("get", "/readyz", "readyz", "200 once the hub takes records in", OBJECT, open=True),
     Operation("get", "/metrics", "metrics", "Prometheus text", {"type": "string"}, open=True),
     Operation("get", "/openapi.json", "openapi", "This document", OBJECT, open=True),
@@ -211,7 +212,7 @@ def document() -> dict[str, Any]:
         kind = {"metrics": "text/plain", "bundle": "application/octet-stream"}.get(operation.handler, "application/json")
         responses: dict[str, Any] = {"200": {"description": operation.summary, "content": {kind: {"schema": operation.answer}}}}
         error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-        if operation.handler in ("healthz", "readyz"):
+        if operation.handler in ("healthz", "livez", "readyz"):
             responses["503"] = {"description": "not well", "content": {"application/json": {"schema": OBJECT}}}
         if not operation.open:
             responses["401"] = {"description": "no valid token", **error}

@@ -184,6 +184,7 @@ async def test_a_hub_without_its_broker_says_so_and_goes_on_when_it_is_there(tmp
             assert answer["ready"] is False and "broker" in answer["missing"][0]
             health = await in_thread(api_of(hub).get, "/healthz")
             assert health["status"] == "unhealthy" and health["problems"]
+            assert await in_thread(api_of(hub).get, "/livez") == {"status": "ok", "problems": []}, "a hub that is started anew for it has no broker either"
             # Desired state can be changed meanwhile; it goes out when there is a broker.
             assert (await hub.change_desired(EDGE, {}))["generation"] == 1
         finally:

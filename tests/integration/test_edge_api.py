@@ -223,6 +223,7 @@ async def test_health_is_503_with_the_reason_while_the_journal_cannot_be_written
     await until(lambda: edge.runtime.journal.errors, what="a failed commit")
     status, answer = await edge.ask("/healthz")
     assert (status, answer["status"], answer["problems"]) == (503, "unhealthy", [f"{lane} cannot be written: disk I/O error"])
+    assert await edge.get("/livez") == {"status": "ok", "problems": []}, "a new start brings no disk back"
     assert (await edge.ask("/readyz"))[0] == 200 and (await edge.get("/api/v1/journal"))["errors"] == {lane: "disk I/O error"}
     assert edge.runtime.pipeline.decided == 1 and await edge.metric("journal_failed_commits_total") >= 1
     database.commit = original  # type: ignore[method-assign]

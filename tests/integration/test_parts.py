@@ -4,6 +4,8 @@ import asyncio
 import random
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import aiomqtt
 import pytest
@@ -81,10 +83,11 @@ async def test_an_edge_that_lacks_a_part_says_so_and_feeds_its_watchdog_no_more(
     monkeypatch.setattr("edge_runtime.runtime.ServiceManager", lambda *_: manager)
     edge = await edges.start()
     await until(lambda: manager.fed() > 3, what="signs of life")
-    assert (await edge.ask("/healthz"))[0] == 200
+    assert [(await edge.ask(path))[0] for path in ("/healthz", "/livez")] == [200, 200]
     await asyncio.wait((edge.runtime.parts.start(fails(), name="planted"),))
-    status, told = await edge.ask("/healthz")
-    assert status == 503 and "planted has ended (RuntimeError: planted)" in str(told)
+    for path in ("/healthz", "/livez"):
+        status, told = await edge.ask(path)
+        assert status == 503 and "planted has ended (RuntimeError: planted)" in str(told)
     await manager.unfed()
 
 
@@ -93,9 +96,12 @@ async def test_a_hub_that_lacks_a_part_says_so_and_feeds_its_watchdog_no_more(tm
     async with running_hub(tmp_path, "embedded") as hub:
         alive = asyncio.create_task(_alive(hub, manager))  # type: ignore[arg-type]
         await until(lambda: manager.fed() > 3, what="signs of life")
-        assert manager.told[0]["READY"] == "1" and (await in_thread(api_of(hub).get, "/healthz"))["status"] == "ok"
+        assert manager.told[0]["READY"] == "1" and [(await in_thread(api_of(hub).get, path))["status"] for path in ("/healthz", "/livez")] == ["ok", "ok"]
         await asyncio.wait((hub.parts.start(fails(), name="planted"),))
         assert "planted has ended" in "".join(hub.problems())
+        with pytest.raises(HTTPError) as told:
+            await in_thread(urlopen, f"{hub.url}/livez")
+        assert told.value.code == 503 and "planted has ended (RuntimeError: planted)" in told.value.read().decode()
         await manager.unfed()
         await ended(alive)
 
