@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             await hub.start()
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
-            print(f"hub: {hub.url}/" if _journalled() else f"hub: {hub.url}/#token={hub.token}", flush=True)
+            print(_greeting(hub.url, hub.token, bool(settings.token)), flush=True)
             alive = asyncio.get_running_loop().create_task(_alive(hub, manager))
             print(f"broker: {hub.broker.kind} {'mqtts' if hub.broker.tls or settings.door.cert_file else 'mqtt'}://{hub.broker.host}:{hub.broker.port}", flush=True)
             await stop.wait()
@@ -112,6 +112,11 @@ async def _alive(hub: "Hub", manager: ServiceManager) -> None:
         if not hub.parts.ended:
             manager.notify(WATCHDOG="1")
         await asyncio.sleep(manager.watchdog_s / 3)
+
+
+def _greeting(url: str, token: str, given: bool) -> str:
+    """Where the page is, with the token that logs in. Who gave the token has it, and what is printed may go to a log that more people read, as a container's does."""
+    return f"hub: {url}/" if given or _journalled() else f"hub: {url}/#token={token}"
 
 
 def _journalled() -> bool:

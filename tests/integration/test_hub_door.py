@@ -15,7 +15,7 @@ from edge_runtime.config.schema import BusConfig, UplinkConfig, WorkloadsConfig
 from hub.broker import open_broker
 from hub.broker.base import BrokerError, Door
 from hub.broker.mosquitto import find_mosquitto
-from hub.cli import _journalled
+from hub.cli import _greeting, _journalled
 from hub.tls import load, served
 
 from .certificates import self_signed
@@ -95,13 +95,14 @@ def test_a_new_certificate_that_does_not_fit_its_key_leaves_the_old_one(tmp_path
     assert shown(context) != before
 
 
-def test_a_token_is_not_printed_to_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_printed_neither_to_the_journal_nor_for_who_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / "out", "w") as out, open(tmp_path / "other", "w") as other:
         told = os.fstat(out.fileno())
         monkeypatch.setattr(sys, "stdout", out)
-        assert not _journalled()
+        assert not _journalled() and "t0ken" in _greeting("http://h", "t0ken", False)
+        assert _greeting("http://h", "t0ken", True) == "hub: http://h/", "who gave it has it, and a container's log is read by others"
         monkeypatch.setenv("JOURNAL_STREAM", f"{told.st_dev}:{told.st_ino}")
-        assert _journalled()
+        assert _journalled() and "t0ken" not in _greeting("http://h", "t0ken", False)
         monkeypatch.setattr(sys, "stdout", other)  # of a program that a service has started, which prints to somewhere else
         assert not _journalled()
 
