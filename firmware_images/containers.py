@@ -152,6 +152,6 @@ def build(home: Path, arch: Architecture, chosen: Service, mode: str, say: Calla
     labels = {"org.opencontainers.image.title": f"novacron-{chosen.name}", "org.opencontainers.image.version": __version__, "org.opencontainers.image.licenses": "Apache-2.0", "org.opencontainers.image.revision": code}
     image = oci.image(tree.items(), arch.name, process(chosen, mode), labels, date_s)
     target = layout(home, chosen, mode)
-    oci.add(target, reference(chosen, mode), image)
+    oci.add(target, reference(chosen, mode), image, MACHINES[platform.machine()])
     say(f"[{time.monotonic() - started:5.1f} s] {target}: {sum(map(len, image.blobs.values())) / 1e6:.1f} MB for {arch.name}, manifest {image.entry['digest'][:19]}")
     return target

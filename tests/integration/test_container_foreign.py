@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from firmware_images import containers, recipes
+from firmware_images import containers, oci, recipes
 from firmware_images.build import MACHINES
 from firmware_images.errors import FirmwareError
 from tests.integration.edges import MOSQUITTO
@@ -57,8 +57,7 @@ def root_of(arch: str, service: str, mode: str, folder: Path) -> tuple[Path, dic
     where = containers.layout(home, chosen, mode)
 
     def entry() -> dict[str, Any] | None:
-        listed = json.loads((where / "index.json").read_text())["manifests"] if (where / "index.json").exists() else []
-        return next((one for one in listed if one["platform"]["architecture"] == arch), None)
+        return next((one for one in oci.listed(where, containers.reference(chosen, mode)) if one["platform"]["architecture"] == arch), None)
 
     try:
         found = entry() or (containers.build(home, recipes.architecture(arch), chosen, mode, print), entry())[1]

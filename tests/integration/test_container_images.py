@@ -10,7 +10,7 @@ import pytest
 from edge_runtime.workloads.drivers.face import Key, Order
 from edge_runtime.workloads.images import ImageStore
 from edge_runtime.workloads.images.manifest import Platform
-from firmware_images import containers, recipes
+from firmware_images import containers, oci, recipes
 from firmware_images.errors import FirmwareError
 from tools.bench.harness import ROOT
 
@@ -38,8 +38,7 @@ def layout_of(service: str, mode: str) -> Path:
         arch = recipes.architecture(Platform.here().arch)
         chosen = containers.service(service)
         where = containers.layout(home, chosen, mode)
-        entries = json.loads((where / "index.json").read_text())["manifests"] if (where / "index.json").exists() else []
-        if any(entry["platform"]["architecture"] == arch.name for entry in entries):
+        if any(entry["platform"]["architecture"] == arch.name for entry in oci.listed(where, containers.reference(chosen, mode))):
             return where
         return containers.build(home, arch, chosen, mode, print)
     except FirmwareError as error:

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from hypothesis import given
@@ -21,6 +22,8 @@ from firmware_images import containers, oci
 from firmware_images.cli import main
 from firmware_images.errors import FirmwareError
 from firmware_images.tree import Tree
+from hub.broker.base import Door
+from hub.broker.mosquitto import MosquittoBroker
 from hub.cli import main as hub_main
 
 DEPLOY = Path(containers.__file__).with_name("deploy")
@@ -45,10 +48,10 @@ def read(layout: Path, arch: str) -> source.Plan:
 
 def test_our_reader_finds_the_image_of_its_machine_among_several(tmp_path: Path) -> None:
     for arch in ("amd64", "riscv64", "arm64"):
-        oci.add(tmp_path, "a:1", made(arch, arch.encode()))
+        oci.add(tmp_path, "a:1", made(arch, arch.encode()), "amd64")
     for arch in ("amd64", "riscv64", "arm64"):
         plan = read(tmp_path, arch)
-        assert plan.names == ("a:1",) and plan.config.user == "990:990" and plan.config.entrypoint == PROCESS.arguments and plan.config.args == ()
+        assert plan.names == ("docker.io/library/a:1", "a:1") and plan.config.user == "990:990" and plan.config.entrypoint == PROCESS.arguments and plan.config.args == ()
         with plan.layers[0].open() as layer:
             data = layer.read()
         plain = gzip.decompress(data)
@@ -59,17 +62,50 @@ def test_our_reader_finds_the_image_of_its_machine_among_several(tmp_path: Path)
 
 
 def test_a_layout_keeps_no_blob_that_nothing_names_and_the_other_architectures(tmp_path: Path) -> None:
-    oci.add(tmp_path, "a:1", made("arm64"))
-    oci.add(tmp_path, "a:1", made("amd64", b"old"))
-    oci.add(tmp_path, "a:1", made("amd64", b"new"))
-    assert len(list((tmp_path / "blobs/sha256").iterdir())) == 6
+    oci.add(tmp_path, "a:1", made("arm64"), "amd64")
+    oci.add(tmp_path, "a:1", made("amd64", b"old"), "amd64")
+    oci.add(tmp_path, "a:1", made("amd64", b"new"), "amd64")
+    assert len(list((tmp_path / "blobs/sha256").iterdir())) == 7, "two of three blobs, and the index of both"
     assert {path.name for path in (tmp_path / "blobs/sha256").iterdir()} == {hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "blobs/sha256").iterdir()}
-    assert [entry["platform"]["architecture"] for entry in json.loads((tmp_path / "index.json").read_text())["manifests"]] == ["amd64", "arm64"]
+    assert [entry["platform"]["architecture"] for entry in oci.listed(tmp_path, "a:1")] == ["amd64", "arm64"]
+
+
+def test_a_layout_lists_one_thing_under_its_name(tmp_path: Path) -> None:
+    """skopeo refuses a layout that lists several ("more than one image in oci"), and under a name it copies the first of them, whatever `--all` says."""
+    for arch in ("arm64", "amd64"):
+        oci.add(tmp_path, "a:1", made(arch), "amd64")
+    [top] = json.loads((tmp_path / "index.json").read_text())["manifests"]
+    assert top["mediaType"] == oci.INDEX_MEDIA and "platform" not in top
+    assert top["annotations"] == {oci.REF_NAME: "a:1", "io.containerd.image.name": "docker.io/library/a:1"}, "the name by which a kubelet asks containerd for it"
+
+
+@pytest.mark.parametrize(("built", "here", "taken"), [(("arm64", "amd64"), "amd64", "amd64"), (("arm64", "amd64"), "arm64", "arm64"), (("arm64", "riscv64"), "amd64", "arm64"), (("riscv64",), "amd64", "riscv64")])
+def test_docker_load_finds_this_machines_image(built: tuple[str, ...], here: str, taken: str, tmp_path: Path) -> None:
+    """Docker that keeps images itself reads no layout: `manifest.json` is what `docker save` writes."""
+    for arch in built:
+        oci.add(tmp_path, "a:1", made(arch, arch.encode()), here)
+    [entry] = json.loads((tmp_path / "manifest.json").read_text())
+    config = json.loads((tmp_path / entry["Config"]).read_text())
+    plain = [hashlib.sha256(gzip.decompress((tmp_path / name).read_bytes())).hexdigest() for name in entry["Layers"]]
+    assert entry["RepoTags"] == ["a:1"] and config["architecture"] == taken and config["rootfs"]["diff_ids"] == [f"sha256:{digest}" for digest in plain]
+    # The same by our reader of such archives, which looks for a layout first.
+    (tmp_path / "oci-layout").unlink()
+    assert read(tmp_path, taken).layers[0].size > 0
+
+
+def test_a_layout_of_before_is_taken_over(tmp_path: Path) -> None:
+    """Until there was an index between, each architecture's image stood in the layout's own."""
+    oci.add(tmp_path, "a:1", made("arm64"), "amd64")
+    [entry] = oci.listed(tmp_path, "a:1")
+    (tmp_path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [{**entry, "annotations": {oci.REF_NAME: "a:1"}}]}))
+    assert oci.listed(tmp_path, "a:1") == [entry]
+    oci.add(tmp_path, "a:1", made("amd64"), "amd64")
+    assert [one["platform"]["architecture"] for one in oci.listed(tmp_path, "a:1")] == ["amd64", "arm64"] and read(tmp_path, "arm64").layers
 
 
 def test_a_blob_that_was_changed_is_noticed(tmp_path: Path) -> None:
     image = made()
-    oci.add(tmp_path, "a:1", image)
+    oci.add(tmp_path, "a:1", image, "amd64")
     manifest = tmp_path / "blobs/sha256" / image.entry["digest"].removeprefix("sha256:")
     manifest.write_bytes(manifest.read_bytes().replace(b'"schemaVersion":2', b'"schemaVersion":3'))
     with pytest.raises(Exception, match="is not what its digest"):
@@ -84,7 +120,7 @@ def test_an_index_that_is_not_ours_is_refused_and_left_as_it_is(noise: bytes) ->
         index = Path(top) / "index.json"
         index.write_bytes(noise)
         with pytest.raises(FirmwareError, match="is not one of ours"):
-            oci.add(Path(top), "a:1", made())
+            oci.add(Path(top), "a:1", made(), "amd64")
         assert index.read_bytes() == noise
 
 
@@ -131,24 +167,24 @@ _Strict.add_constructor("tag:yaml.org,2002:map", _once)
 
 TEXT, NUMBER, FLAG = str, int, bool
 SECRET_KEY = {"name": TEXT, "key": TEXT}
-PROBE = {"httpGet": {"path": TEXT, "port": TEXT}, "tcpSocket": {"port": TEXT}, "initialDelaySeconds": NUMBER, "periodSeconds": NUMBER, "timeoutSeconds": NUMBER}
+PROBE = {"httpGet": {"path": TEXT, "port": TEXT}, "tcpSocket": {"port": TEXT}, "initialDelaySeconds": NUMBER, "periodSeconds": NUMBER, "timeoutSeconds": NUMBER, "failureThreshold": NUMBER}
 CONTAINER = {
     "name!": TEXT, "image!": TEXT, "command": [TEXT], "env": [{"name!": TEXT, "value": TEXT, "valueFrom": {"secretKeyRef": SECRET_KEY, "fieldRef": {"fieldPath": TEXT}}}],
     "securityContext!": {"allowPrivilegeEscalation!": FLAG, "readOnlyRootFilesystem!": FLAG, "capabilities!": {"drop!": [TEXT]}}, "ports": [{"name!": TEXT, "containerPort!": NUMBER}],
-    "livenessProbe": PROBE, "readinessProbe!": PROBE, "resources!": {"requests!": {"cpu!": TEXT, "memory!": TEXT}, "limits!": {"memory!": TEXT}},
+    "startupProbe": PROBE, "livenessProbe": PROBE, "readinessProbe!": PROBE, "resources!": {"requests!": {"cpu!": TEXT, "memory!": TEXT}, "limits!": {"memory!": TEXT}},
     "volumeMounts": [{"name!": TEXT, "mountPath!": TEXT, "readOnly": FLAG}],
 }
 META = {"name!": TEXT, "namespace!": TEXT}
 KINDS: dict[tuple[str, str], Any] = {
     ("v1", "Namespace"): {"metadata!": {"name!": TEXT, "labels": {"*": TEXT}}},
     ("v1", "ConfigMap"): {"metadata!": META, "data!": {"*": TEXT}},
-    ("v1", "Service"): {"metadata!": META, "spec!": {"clusterIP": TEXT, "selector!": {"app!": TEXT}, "ports!": [{"name!": TEXT, "port!": NUMBER, "targetPort!": TEXT}]}},
+    ("v1", "Service"): {"metadata!": META, "spec!": {"clusterIP": TEXT, "publishNotReadyAddresses": FLAG, "selector!": {"app!": TEXT}, "ports!": [{"name!": TEXT, "port!": NUMBER, "targetPort!": TEXT}]}},
     ("apps/v1", "StatefulSet"): {"metadata!": META, "spec!": {
         "serviceName!": TEXT, "replicas!": NUMBER, "selector!": {"matchLabels!": {"app!": TEXT}}, "volumeClaimTemplates": [{"metadata!": {"name!": TEXT}, "spec!": {"accessModes!": [TEXT], "resources!": {"requests!": {"storage!": TEXT}}}}],
         "template!": {"metadata!": {"labels!": {"app!": TEXT}}, "spec!": {
             "automountServiceAccountToken!": FLAG, "containers!": [CONTAINER],
             "securityContext!": {"runAsNonRoot!": FLAG, "runAsUser!": NUMBER, "runAsGroup!": NUMBER, "fsGroup!": NUMBER, "seccompProfile!": {"type!": TEXT}},
-            "volumes": [{"name!": TEXT, "configMap": {"name!": TEXT}, "emptyDir": {"sizeLimit!": TEXT}, "secret": {"secretName!": TEXT, "items!": [{"key!": TEXT, "path!": TEXT}]}}],
+            "volumes": [{"name!": TEXT, "configMap": {"name!": TEXT}, "emptyDir": {"sizeLimit!": TEXT}, "secret": {"secretName!": TEXT, "defaultMode!": NUMBER, "items!": [{"key!": TEXT, "path!": TEXT}]}}],
         }},
     }},
 }
@@ -191,7 +227,7 @@ def documents(text: str) -> list[str]:
         told += [f"{where}: no config map {volume['configMap']['name']}" for volume in pod.get("volumes", ()) if "configMap" in volume and ("ConfigMap", volume["configMap"]["name"]) not in names]
         for container in pod["containers"]:
             ports = {port["name"] for port in container["ports"]}
-            asked = {probe[how]["port"] for probe in (container.get("livenessProbe", {}), container["readinessProbe"]) for how in ("httpGet", "tcpSocket") if how in probe}
+            asked = {probe[how]["port"] for probe in (container.get("startupProbe", {}), container.get("livenessProbe", {}), container["readinessProbe"]) for how in ("httpGet", "tcpSocket") if how in probe}
             if {mount["name"] for mount in container["volumeMounts"]} != volumes or not asked <= ports or container["image"] not in IMAGES:
                 told.append(f"{where}: volumes, ports or image lead nowhere")
             if pod["securityContext"]["runAsUser"] != containers.USER or container["securityContext"]["allowPrivilegeEscalation"] or not container["securityContext"]["readOnlyRootFilesystem"]:
@@ -240,14 +276,77 @@ def test_the_variables_are_ones_that_edge_and_hub_know(name: str, capsys: pytest
 
 def test_the_compose_file_leads_somewhere_and_gives_nothing_away() -> None:
     told = yaml.load((DEPLOY / "compose.yaml").read_text(), _Strict)
-    known = {"restart", "read_only", "init", "cap_drop", "security_opt", "tmpfs", "pids_limit", "image", "entrypoint", "mem_limit", "networks", "configs", "secrets", "volumes", "depends_on", "ports", "environment"}
-    assert set(told) == {"name", "x-locked", "services", "networks", "configs", "secrets", "volumes"}
+    known = {"restart", "read_only", "init", "cap_drop", "security_opt", "tmpfs", "pids_limit", "logging", "image", "entrypoint", "mem_limit", "networks", "secrets", "volumes", "depends_on", "ports", "environment"}
+    # No configs: what stands in the file itself Compose copies into the container, which Docker refuses where the root is read-only; podman-compose does not know them.
+    assert set(told) == {"name", "x-locked", "services", "networks", "secrets", "volumes"}
     for name, service in told["services"].items():
         assert set(service) <= known, name
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"] and service["image"] in IMAGES
-        assert set(service["secrets"]) <= set(told["secrets"]) and {one["source"] for one in service.get("configs", ())} <= set(told["configs"]) and set(service["networks"]) <= set(told["networks"])
-        assert {volume.partition(":")[0] for volume in service["volumes"]} <= set(told["volumes"]) and set(service.get("depends_on", ())) <= set(told["services"])
+        assert set(service["secrets"]) <= set(told["secrets"]) and set(service["networks"]) <= set(told["networks"]) and set(service.get("depends_on", ())) <= set(told["services"])
+        for what, target, *more in (volume.split(":") for volume in service["volumes"]):
+            assert (what in told["volumes"] and target == containers.DATA) or ((DEPLOY / what).is_file() and more == ["ro"])
+        assert service["logging"]["options"]["max-size"]
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
+def test_the_edges_secrets_are_files_that_it_is_pointed_to() -> None:
+    told = yaml.load((DEPLOY / "compose.yaml").read_text(), _Strict)["services"]
+    for service in told.values():
+        for name, value in service.get("environment", {}).items():
+            assert not name.endswith("_FILE") or value.removeprefix("/run/secrets/") in service["secrets"], name
+    for document in yaml.load_all((DEPLOY / "kubernetes.yaml").read_text(), _Strict):
+        if document["kind"] == "StatefulSet":
+            pod = document["spec"]["template"]["spec"]
+            files = {f"/run/secrets/novacron/{item['path']}" for volume in pod["volumes"] if "secret" in volume for item in volume["secret"]["items"]}
+            assert {entry["value"] for entry in pod["containers"][0].get("env", ()) if entry["name"].endswith("_FILE")} <= files
+            assert all(volume["secret"]["defaultMode"] == 0o440 for volume in pod["volumes"] if "secret" in volume), "for the pod's group, and nobody else"
+
+
+def broker_lines(text: str) -> list[str]:
+    """What a configuration of mosquitto says, but where and for whom."""
+    return [line for line in text.splitlines() if line and not line.startswith(("#", "password_file", "listener", "persistence_location", "allow_anonymous"))]
+
+
+def test_the_brokers_are_set_as_the_hubs_own(tmp_path: Path) -> None:
+    """mosquitto's own limits are lower, and it would write what it holds every half hour."""
+    [told] = [document["data"]["mosquitto.conf"] for document in yaml.load_all((DEPLOY / "kubernetes.yaml").read_text(), _Strict) if document["kind"] == "ConfigMap"]
+    assert told.replace("/run/secrets/novacron/", "/run/secrets/").splitlines() == [line for line in (DEPLOY / "mosquitto.conf").read_text().splitlines() if not line.startswith("#")]
+    own = MosquittoBroker.__new__(MosquittoBroker)
+    own.host, own.port, own.inside, own._data_dir, own._door = "127.0.0.1", 1883, ("127.0.0.1", 1883), tmp_path, Door()
+    assert sorted(line for line in broker_lines(own._configuration()) if line != "user root") == sorted(broker_lines(told))
+
+
+def test_no_pod_is_started_anew_for_what_a_new_start_does_not_mend() -> None:
+    """/healthz of a hub is 503 while its broker is away, that of an edge while its disk is full: a kubelet would kill it every two minutes, for as long as that lasts."""
+    for document in yaml.load_all((DEPLOY / "kubernetes.yaml").read_text(), _Strict):
+        for container in document["spec"]["template"]["spec"]["containers"] if document["kind"] == "StatefulSet" else ():
+            for probe in ("startupProbe", "livenessProbe"):
+                assert container.get(probe, {"httpGet": {"path": "/livez"}})["httpGet"]["path"] == "/livez"
+        if document["kind"] == "Service" and document["metadata"]["name"] == "hub":
+            assert document["spec"]["publishNotReadyAddresses"] is True, "a hub without its broker can be looked at"
+
+
+def refused(text: str) -> list[str]:
+    """What Kubernetes' own description of its newest API says against the manifests, where no field is allowed that it does not know."""
+    told = []
+    for document in yaml.safe_load_all(text):
+        try:
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        except kubernetes_validate.ValidationError as error:
+            told.append(f"{document['kind']}: {error.message}")
+    return told
+
+
+def test_the_manifests_are_what_the_newest_kubernetes_knows() -> None:
+    assert refused((DEPLOY / "kubernetes.yaml").read_text()) == []
+
+
+@pytest.mark.parametrize(("old", "new", "word"), [
+    ("failureThreshold: 60", "failuresThreshold: 60", "failuresThreshold"), ("publishNotReadyAddresses: true", 'publishNotReadyAddresses: "yes"', "yes"), ("serviceName: hub", "servicename: hub", "servicename"), ("defaultMode: 0440", 'defaultMode: "0440"', "0440"),
+])
+def test_control_what_kubernetes_does_not_know_is_refused(old: str, new: str, word: str) -> None:
+    text = (DEPLOY / "kubernetes.yaml").read_text()
+    assert old in text and word in "".join(refused(text.replace(old, new, 1)))
 
 
 def test_a_development_edge_keeps_its_asserts() -> None:
