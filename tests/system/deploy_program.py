@@ -54,10 +54,16 @@ def until(what: str, look: Callable[[], Any]) -> Any:
     raise AssertionError(f"{what} did not happen; {last}")
 
 
-def compose_words() -> list[str]:
+def search_path() -> str:
+    """Where programs are looked for: this machine's Docker, or the one that tools/setup/docker.sh has laid out."""
+    own, beside = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin", str(ROOT / ".novacron/docker/bin")
+    return f"{own}:{beside}" if shutil.which("dockerd", path=own) else f"{beside}:{own}"
+
+
+def compose_words(path: str) -> list[str]:
     """Compose 2, as a plugin or by itself; empty where there is none."""
     for words in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(words[0]) and re.search(r"\bv?([2-9]|\d\d+)\.", subprocess.run([*words, "version", "--short"], capture_output=True, text=True, check=False).stdout):
+        if (program := shutil.which(words[0], path=path)) and re.match(r"v?([2-9]|\d\d+)\.", subprocess.run([program, *words[1:], "version", "--short"], capture_output=True, text=True, check=False).stdout):
             return words
     return []
 
@@ -67,7 +73,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.compose_words = compose_words()
+        self.compose_words = compose_words(os.environ["PATH"])
 
     def compose(self, *words: str) -> str:
         return run(*self.compose_words, *words, folder=self.folder)
@@ -117,12 +123,29 @@ class Site:
 
 
 def started(folder: Path) -> "subprocess.Popen[bytes]":
-    """A Docker whose all is below `folder` and in this namespace's /run."""
+    """A Docker whose all is below `folder` and in this namespace's /run, once it answers."""
     run("mount", "-t", "tmpfs", "run", "/run")
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    log = (folder / "dockerd.log").open("wb")
     os.environ["DOCKER_HOST"] = "unix:///run/docker.sock"
-    return subprocess.Popen(["dockerd", "--data-root", str(folder / "docker"), "--cgroup-parent", "/novacron-deploy"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent)
+    log = (folder / "dockerd.log").open("wb")
+
+    def starts(answers: list[str], *words: str) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent)
+
+        def look() -> bool:
+            if process.poll() is not None:
+                raise AssertionError(f"{words[0]} has ended: {process.returncode}")
+            return subprocess.run(answers, capture_output=True, check=False).returncode == 0
+
+        until(f"{words[0]} answers", look)
+        return process
+
+    # One that Docker starts itself has to answer within fifteen seconds, which an emulated machine does not do.
+    settings = folder / "containerd.toml"
+    settings.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
+    address = "/run/containerd/containerd.sock"
+    starts(["test", "-S", address], "containerd", "--config", str(settings), "--root", str(folder / "containerd"), "--state", "/run/containerd", "--address", address)
+    return starts(["docker", "info"], "dockerd", "--containerd", address, "--data-root", str(folder / "docker"), "--cgroup-parent", "/novacron-deploy")
 
 
 def literally(site: Site) -> list[str]:
@@ -135,7 +158,6 @@ def literally(site: Site) -> list[str]:
 def main(folder: Path, home: Path, control: str) -> None:
     """All of it. `control`: what is planted."""
     docker = started(folder)
-    until("Docker answers", lambda: docker.poll() is None and subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0)
     for name in ("hub", "edge"):
         run("sh", "-c", f"tar -cC {containers.layout(home, containers.service(name), 'production')} . | docker load")
     site = Site(folder / "site")

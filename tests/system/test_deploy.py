@@ -13,7 +13,7 @@ from firmware_images import containers, recipes
 from firmware_images.build import MACHINES
 from firmware_images.errors import FirmwareError
 from tests.integration.waiting import until_sync
-from tests.system.deploy_program import compose_words
+from tests.system.deploy_program import compose_words, search_path
 from tools.bench.harness import ROOT, die_with_parent
 
 NAMESPACES = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
@@ -23,11 +23,12 @@ def reason_against() -> str:
     """Why it cannot be seen here; empty where it can."""
     if os.geteuid() != 0:
         return "a Docker of its own needs root"
+    path = search_path()
     packages = {"dockerd": "docker.io", "docker": "docker.io (Debian 13: docker-cli)", "containerd": "containerd", "runc": "runc", "iptables": "iptables", "mosquitto_passwd": "mosquitto", "ip": "iproute2"}
-    if absent := next((package for program, package in packages.items() if shutil.which(program) is None), ""):
-        return f"no {absent} (as root: apt install docker.io docker-compose mosquitto iproute2)"
-    if not compose_words():
-        return "no Docker Compose 2 (as root, on Debian 13: apt install docker-compose)"
+    if absent := next((package for program, package in packages.items() if shutil.which(program, path=path) is None), ""):
+        return f"no {absent} (tools/setup/docker.sh, or as root: apt install docker.io docker-compose; mosquitto, runc, iproute2)"
+    if not compose_words(path):
+        return "no Docker Compose 2 (tools/setup/docker.sh, or as root, on Debian 13: apt install docker-compose)"
     if subprocess.run([*NAMESPACES, "true"], capture_output=True, check=False).returncode:
         return "unshare is refused here"
     return ""
@@ -59,7 +60,7 @@ def home() -> Path:
 def there(folder: Path, home: Path, control: str) -> "subprocess.CompletedProcess[str]":
     line = [*NAMESPACES, "sh", "-c", 'ip link set lo up && exec "$@"', "-", sys.executable, "-m", "tests.system.deploy_program", str(folder), str(home), control]
     try:
-        return subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=RUN_S, preexec_fn=die_with_parent)
+        return subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=RUN_S, preexec_fn=die_with_parent, env={**os.environ, "PATH": search_path()})
     finally:
         # Docker leaves the group above those of its containers, and these too where it is killed.
         for group in (*Path("/sys/fs/cgroup").glob("*/novacron-deploy"), Path("/sys/fs/cgroup/novacron-deploy")):

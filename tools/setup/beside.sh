@@ -1,4 +1,4 @@
-# Sourced by criu.sh and qemu.sh: take packages of another Debian, with all the libraries they need, and lay them out beside the project. Nothing is installed on this machine; no root is needed.
+# Sourced by criu.sh, qemu.sh and docker.sh: take packages of another Debian, with all the libraries they need, and lay them out beside the project. Nothing is installed on this machine; no root is needed.
 # By apt with folders of its own: what is taken has the hashes of an index that Debian's archive key has signed. Names and hashes of what was taken are kept in FOLDER/packages.
 
 # fetch_beside SUITE FOLDER EXCLUDE PACKAGE...: into FOLDER, which is new. EXCLUDE: patterns of tar, a line each, that are left out. Calls `fail TEXT`, which does not return.
