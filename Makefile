@@ -16,6 +16,7 @@ fuzz: prepare-dev
 	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -n auto --dist worksteal -m "not slow" $$(grep -rl "from hypothesis import" tests --include='test_*.py') $(ARGS)
 
 slow: prepare-dev
+	@tools/setup/docker.sh || true
 	$(PY) -m pytest -m slow tests
 
 check: prepare-dev

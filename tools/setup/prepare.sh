@@ -107,6 +107,5 @@ if [ "$kind" = dev ]; then
   fi
   tools/setup/criu.sh || true  # it has said why
   [ "$(uname -m)" != x86_64 ] || tools/setup/qemu.sh || true  # the same
-  tools/setup/docker.sh || true  # the same
   if [ "$(uname -m)" = x86_64 ]; then tools/setup/guest_kernel.sh .novacron/guest-kernel || say "no kernel for guests; the tests of micro-VMs will say that they were skipped"; fi
 fi
