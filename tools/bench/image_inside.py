@@ -1,4 +1,5 @@
-"""The agent's own promises inside a booted image: its memory after decisions, the round trip of a reading that threshold and model decide beside the broker's own, a hub that is away for a while.
+"""The agent's own promises inside a booted image: its memory after decisions, the round trip of a reading that threshold and model decide beside the broker's own, a hub that is away for a while; and that its portable evaluator
+decides each reading there as TFLite does on this machine.
 
 The machine is emulated (QEMU without KVM), for each architecture the same: what is shown is that it works there, a speed is stated for the emulated machine only. Bus and hub are on this machine, as the guest sees them.
 MB are 10^6 bytes.
@@ -21,13 +22,16 @@ if not __package__:
 
 import yaml
 
+from edge_runtime.decisions.models.manifest import read_manifest
+from edge_runtime.decisions.models.model import load_model
+from edge_runtime.desired_state import model_path
 from firmware_images import recipes, tools
 from firmware_images.boot import API_PORT, credentials, hand_over
 from firmware_images.build import Built, current
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import HERE, Machine, Wiring, command, prepare
 
-from .agent import COMMAND_TOPIC, RULE, TELEMETRY_TOPIC, number_of, payload
+from .agent import COMMAND_TOPIC, FEATURES, RULE, TELEMETRY_TOPIC, number_of
 from .harness import ROOT, arguments, die_with_parent, free_port, machine, note, private_mosquitto, report, spread, stop
 from .mqtt_load import Load, null_load
 
@@ -49,6 +53,9 @@ RSS_MB = 50.0
 """Bar: the agent's resident memory."""
 
 LOOK_S = 0.2
+
+TOLERANCE = 1e-3
+"""Relative: TFLite works with 32 bits, the portable evaluator with 64."""
 
 PAGE = 1000
 """Records of one answer of the hub."""
@@ -113,6 +120,33 @@ def until(check: Callable[[], Any], what: str, seconds: float = BOOT_S, running:
     return found
 
 
+def features(n: int) -> dict[str, float]:
+    """Of reading `n`: each another, some of them far from all that the model has learnt."""
+    return {name: value * (1 + n * (at + 3) * 7 % 50 / 10) + (n * (at + 1) % 13) / 20 for at, (name, value) in enumerate(FEATURES.items())}
+
+
+def payload(n: int) -> bytes:
+    """A device's message number `n`."""
+    return json.dumps({"n": n, **features(n)}).encode()
+
+
+def agreement(decisions: dict[int, Any]) -> dict[str, Any]:
+    """What the device's evaluator said, beside TFLite on this machine, for each reading that was decided; as decisions too: over the median or not."""
+    path = model_path("shipped:host-anomaly/tflite")
+    here = load_model(read_manifest(path.read_bytes()), path.parent)
+    both = []
+    for body in decisions.values():
+        for action in body["actions"]:
+            if "command" in action and "model:host-anomaly" in body["inputs"]:
+                both.append((body["inputs"]["model:host-anomaly"]["output"][0], here.predict(features(int(action["command"]["args"]["n"])))[0]))
+    ordered = sorted(two for _, two in both)
+    limit = ordered[len(ordered) // 2] if ordered else 0.0
+    apart = max((abs(one - two) / max(abs(two), 1e-6) for one, two in both), default=1.0)
+    # One that stands on the limit itself is decided by the last bit.
+    otherwise = sum((one > limit) != (two > limit) and abs(two - limit) > TOLERANCE * abs(limit) for one, two in both)
+    return {"compared": len(both), "least": round(min(ordered, default=0.0), 3), "most": round(max(ordered, default=0.0), 3), "limit": round(limit, 3), "most_apart_relative": float(f"{apart:.2g}"), "decided_otherwise": otherwise}
+
+
 def configuration(bus_port: int, hub_port: int) -> dict[str, Any]:
     """A device that has its bus and its hub on this machine."""
     return {
@@ -134,10 +168,11 @@ def outage(load: Load, hub: HubProcess, newest: Callable[[], int], running: Mach
         # What is new comes first, the backlog behind it.
         until(lambda: set(range(1, last + 1)) <= hub.decisions(EDGE).keys(), "the backlog at the hub", BOOT_S, running)
         drained = time.monotonic() - back
+        agreed = agreement(hub.decisions(EDGE))
         verdict = until(lambda: (found := hub.get(f"/api/v1/edges/{EDGE}/verify")) and not any(stream["missing"] for stream in found["streams"].values()) and found, "the end of the backlog", BOOT_S, running)
     finally:
         hub.__exit__()
-    return {"readings": alone.to_json(), "decided_alone": decided, "hub_whole_again_s": round(drained, 1), "exact": bool(verdict["exact"]), "verdict": verdict}
+    return {"readings": alone.to_json(), "decided_alone": decided, "hub_whole_again_s": round(drained, 1), "exact": bool(verdict["exact"]), "agreement": agreed, "verdict": verdict}
 
 
 def measure(built: Built, arch: recipes.Architecture, chosen: recipes.Profile, options: Any, top: Path) -> dict[str, Any]:
@@ -196,7 +231,9 @@ def main() -> int:
     cut = told["outage"]
     every = [*told["device"], cut["readings"]]
     whole = all(part["lost"] == 0 and part["twice"] == 0 for part in every)
-    ok = whole and cut["exact"] and cut["decided_alone"] >= cut["readings"]["sent"] and told["agent_rss_mb"] < RSS_MB
+    agreed = cut["agreement"]
+    ok = agreed["compared"] > 0 and agreed["decided_otherwise"] == 0 and agreed["most_apart_relative"] <= TOLERANCE
+    ok = ok and whole and cut["exact"] and cut["decided_alone"] >= cut["readings"]["sent"] and told["agent_rss_mb"] < RSS_MB
     inputs = {"arch": arch.name, "profile": chosen.name, "memory_mib": recipes.memory_mib(arch, chosen), "emulated": True, "qemu": ".".join(map(str, tools.qemu_version(tools.find(arch.qemu) or arch.qemu))), "rate": options.rate, "outage_s": options.outage, "bars": {"agent_rss_mb": RSS_MB, "lost": 0, "twice": 0}}
     median = spread([part["p50"] for part in told["device"]])
     return report(options, about, f"a reading decided inside the booted image for {arch.name} (emulated), round trip, and nothing lost by an outage of the hub", median["median"], "ms", ok, spread_=median, inputs=inputs, details=told)

@@ -43,7 +43,8 @@ def command(program: str, machine: Machine, ram: str, shared: bool, disks: Seque
     line = [
         program, "-name", "novacron", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S", "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         # No option ROMs: they would have to be the same in a clone, which has no kernel to load.
-        "-machine", "microvm,x-option-roms=off,rtc=on,pit=off,pic=off,isa-serial=off,memory-backend=mem,accel=" + machine.accelerator,
+        # SeaBIOS, which QEMU takes where it is not told, does without them in Debian 12 and starts no kernel then in Debian 13.
+        "-bios", "qboot.rom", "-machine", "microvm,x-option-roms=off,rtc=on,pit=off,pic=off,isa-serial=off,memory-backend=mem,accel=" + machine.accelerator,
         *(("-accel", f"tcg,tb-size={TRANSLATED_MB}") if machine.accelerator == "tcg" else ()), "-cpu", "max" if machine.accelerator == "tcg" else "host", "-smp", str(machine.cpus), "-m", f"{machine.memory_mb}M",
         "-object", f"memory-backend-file,id=mem,size={machine.memory_mb}M,mem-path={ram},share={'on' if shared else 'off'}",
         "-chardev", "socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control", "-device", "virtio-serial-device,max_ports=8",
