@@ -175,6 +175,7 @@ class EdgeRuntime:
     async def stop(self, reason: str = "shutdown") -> None:
         """Orderly: stop taking in, journal what there is, say goodbye, close."""
         self.service.notify(STOPPING="1")
+        self.parts.ending = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

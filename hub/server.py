@@ -204,6 +204,7 @@ class Hub:
 
     async def stop(self) -> None:
         """Say goodbye, commit nothing new, close."""
+        self.parts.ending = True
         await self.transfers.stop()
         if self._runner is not None:
             await self._runner.cleanup()

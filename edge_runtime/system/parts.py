@@ -13,6 +13,8 @@ class Parts:
 
     def __init__(self) -> None:
         self.ended: dict[str, str] = {}
+        self.ending = False
+        """Set it when the program stops: from then on ends are what is wanted, also by themselves."""
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
         """Begin one; call inside the running loop. Cancel it to end it."""
@@ -27,6 +29,8 @@ class Parts:
         if task.cancelled():
             return
         error = task.exception()
+        if self.ending:
+            return
         self.ended[task.get_name()] = f"{type(error).__name__}: {error}"[:300] if error else "it returned"
         log.critical("%s has ended and does not come back before a new start", task.get_name(), exc_info=error)
 

@@ -76,6 +76,9 @@ async def test_what_ends_by_itself_is_told_and_what_is_cancelled_is_not(work: An
     await asyncio.wait((task,))
     await ended(forever)
     assert parts.ended == {"short": why} and "short has ended" in parts.problems()[0]
+    parts.ending = True
+    await asyncio.wait((parts.start(work(), name="at the stop"),))
+    assert list(parts.ended) == ["short"], "a stop is no loss"
 
 
 async def test_an_edge_that_lacks_a_part_says_so_and_feeds_its_watchdog_no_more(edges: Edges, monkeypatch: pytest.MonkeyPatch) -> None:
