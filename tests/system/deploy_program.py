@@ -6,18 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from firmware_images import containers
+from tests.system.steps import until
 from tools.bench.harness import ROOT, die_with_parent
 from tools.novactl.client import Api
-
-PATIENCE_S = 240.0
-"""For a step on a machine that others keep busy, or that is emulated."""
 
 RESTARTS_MAX = 3
 """Of a container on its way up: one that is started more often does not come up."""
@@ -38,20 +34,6 @@ def run(*words: str, folder: Path | None = None, code: int = 0) -> str:
     if done.returncode != code:
         raise AssertionError(f"{' '.join(words)}: {done.returncode}\n{done.stdout[-4000:]}")
     return done.stdout
-
-
-def until(what: str, look: Callable[[], Any]) -> Any:
-    """What `look` gives, once it is true."""
-    end, last = time.monotonic() + PATIENCE_S, ""
-    while time.monotonic() < end:
-        try:
-            if found := look():
-                print(f"deploy: {what}", flush=True)
-                return found
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            last = str(error)
-        time.sleep(0.5)
-    raise AssertionError(f"{what} did not happen; {last}")
 
 
 def search_path() -> str:

@@ -4,20 +4,16 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hub.broker.mosquitto import free_port
 from tests.integration.certificates import Authority
 from tests.integration.container_side import base
+from tests.system.steps import until
 from tests.unit.workloads.image_side import archive, layout
 from tools.bench.harness import ROOT
 from tools.novactl.client import Api
-
-PATIENCE_S = 240.0
-"""For a step of an emulated machine that others keep busy."""
 
 ETC, UNITS, OPT, LIB = Path("/etc/novacron"), Path("/etc/systemd/system"), Path("/opt/novacron"), Path("/var/lib/novacron")
 NAME = "gw-1"
@@ -29,20 +25,6 @@ def run(*words: str) -> str:
     if done.returncode:
         raise AssertionError(f"{' '.join(words)}: {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
-
-
-def until(what: str, look: Callable[[], Any]) -> Any:
-    """What `look` gives, once it is true."""
-    end, last = time.monotonic() + PATIENCE_S, ""
-    while time.monotonic() < end:
-        try:
-            if found := look():
-                print(f"units: {what}", flush=True)
-                return found
-        except Exception as error:
-            last = str(error)
-        time.sleep(0.5)
-    raise AssertionError(f"{what} did not happen; {last}")
 
 
 def installed(unit: str) -> None:
