@@ -275,7 +275,7 @@ class Ingest:
         while (ahead := book.reachable()) is not None:
             first, last = ahead
             stop = min(last, first + ADVANCE_CHUNK - 1)
-            rows = await self.write(lambda first=first, count=stop - first + 1: self.store.read_records(*key, after=first - 1, limit=count))  # type: ignore[misc]
+            rows = await self.write(lambda first=first, count=stop - first + 1: self.store.read_records(*key, after=first - 1, limit=count, committed=True))  # type: ignore[misc]
             records: list[Record] = [row.record for row in rows]
             if len(records) != stop - first + 1:
                 # The store lost what the book says is there (it was restored or damaged): ask for it again.

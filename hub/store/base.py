@@ -98,9 +98,9 @@ class Store(WorkloadStore, Protocol):
         """What is known of the clocks of the newest boots, oldest first."""
 
     def read_records(
-        self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = ()
+        self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = (), committed: bool = False,
     ) -> list[StoredRecord]:
-        """Records of one stream by seq."""
+        """Records of one stream by seq. `committed`: for the thread that commits alone, which misses none that it has committed, whoever reads beside it."""
 
     def read_latest(self, *, streams: Sequence[str], kinds: Sequence[str], limit: int, edge: str | None = None, after_id: int = 0) -> list[tuple[int, StoredRecord]]:
         """The newest records over all edges by arrival, newest first, with their arrival number."""

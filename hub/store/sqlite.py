@@ -225,9 +225,9 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
         return [BootClock(*row) for row in reversed(rows)]
 
     def read_records(
-        self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = ()
+        self, edge: str, stream: str, *, after: int = 0, before: int | None = None, limit: int = 100, newest_first: bool = False, kinds: Sequence[str] = (), committed: bool = False,
     ) -> list[StoredRecord]:
-        """See `Store.read_records`."""
+        """See `Store.read_records`. What others read at the same time holds the connection for reading at what there was when they began."""
         values: list[Any] = [edge, stream, after]
         where = "edge=? AND stream=? AND seq>?"
         if before is not None:
@@ -236,7 +236,7 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
         if kinds:
             where += f" AND kind IN ({','.join('?' * len(kinds))})"
             values += kinds
-        rows = self._read.execute(
+        rows = (self._write if committed else self._read).execute(
             f"SELECT edge, stream, received, seq, boot, mono, wall, tq, kind, body FROM records WHERE {where} "
             f"ORDER BY seq {'DESC' if newest_first else 'ASC'} LIMIT ?", (*values, limit),
         )

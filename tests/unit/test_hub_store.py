@@ -487,3 +487,19 @@ def test_ended_workloads_are_forgotten_by_age_and_by_number_with_their_placement
     store.commit_workloads(WorkloadChanges({row.id: row for row in rows}, {(row.id, 1): PlacementRow(row.id, 1, "n", {}, 0, 1) for row in rows}))
     assert sorted(store.forget_workloads(2, 3)) == ["w0", "w1", "w2"]
     assert {row.id for row in store.workloads()} == {"w3", "w4", "w5", "live", "waits"} and store.read_placements("w1") == [] and len(store.read_placements("w3")) == 1
+
+
+def test_the_thread_that_commits_reads_what_it_has_committed_whoever_reads_beside_it(tmp_path: Path) -> None:
+    """A page that is being read holds its connection at what there was; ingest took what it had just committed for lost then, and asked the edge for it again."""
+    store = SqliteStore(tmp_path / "hub.db")
+    try:
+        store.commit(Transaction(records=[stored("e", "event", seq) for seq in (1, 2)]))
+        page = store._read.execute("SELECT seq FROM records ORDER BY seq")
+        assert page.fetchone() == (1,)
+        store.commit(Transaction(records=[stored("e", "event", 3)]))
+        assert [row.record.seq for row in store.read_records("e", "event", committed=True)] == [1, 2, 3]
+        assert [row.record.seq for row in store.read_records("e", "event")] == [1, 2], "the control: it is held"
+        assert page.fetchall() == [(2,)]
+        assert len(store.read_records("e", "event")) == 3
+    finally:
+        store.close()
