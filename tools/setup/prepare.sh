@@ -34,20 +34,25 @@ apt_install() {  # packages...: as root on Debian; what fails is not fatal, the 
 
 python="$(find_python)" || { say "installing python3"; apt_install python3 python3-venv && python="$(find_python)"; } || fail "no Python 3.11 or later: apt install python3 python3-venv"
 
+pip=(.venv/bin/python -m pip)
 if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import pip' 2>/dev/null; then
   say "making .venv with $("$python" --version)"
-  if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-    apt_install python3-venv || "$python" -m virtualenv --version >/dev/null 2>&1 || fail "Python's venv module is incomplete: as root, apt install python3-venv (then run make again)"
-  fi
   rm -rf .venv
-  "$python" -m venv .venv 2>/dev/null || "$python" -m virtualenv -q .venv || fail "no virtual environment could be made: apt install python3-venv"
+  "$python" -c 'import ensurepip' 2>/dev/null || apt_install python3-venv || true
+  if ! "$python" -m venv .venv 2>/dev/null; then
+    # Debian has the half of venv that brings pip in a package of its own; who may not install it gets the lock's own pip.
+    rm -rf .venv
+    "$python" -m venv --without-pip .venv 2>/dev/null || fail "no virtual environment could be made: apt install python3-venv"
+    wheel="$("$python" tools/setup/first_pip.py "$lock" .venv)" || fail "no pip could be had: is the network there? (needed once; or, as root, apt install python3-venv)"
+    pip=(.venv/bin/python "$wheel/pip")
+  fi
 fi
 
 want="$(cat "$lock" pyproject.toml | sha256sum | cut -d' ' -f1)"
 stamp=".venv/.novacron-$kind"
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
   say "installing the locked packages of $lock (once; takes a minute)"
-  .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r "$lock" || fail "the packages could not be installed: is the network there? (needed once)"
+  "${pip[@]}" install -q --disable-pip-version-check --require-hashes -r "$lock" || fail "the packages could not be installed: is the network there? (needed once)"
   PYTHONWARNINGS=ignore .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || fail "the project itself could not be installed into .venv"
   printf '%s' "$want" > "$stamp"
   # The dev lock holds everything that run needs.
