@@ -19,11 +19,11 @@ LEAN_FLAGS = ("-OO", "-X", "no_debug_ranges")
 """Interpreter flags of a running agent: no docstrings, no column tables; 2 MiB less. Nothing relies on assert."""
 
 
-def _options(arguments: list[str]) -> tuple[str, Path | None, bool]:
-    """Command, configuration and whether its quick form is to be written. Ends the process where that is not what the arguments ask for."""
+def _options(arguments: list[str]) -> tuple[str, Path | None, bool, bool]:
+    """Command, configuration, whether its quick form is to be written, and whether a file that is not there is a problem. Ends the process where that is not what the arguments ask for."""
     match arguments:
         case ["run", "--config", path] if not path.startswith("-"):  # as a service starts it: without argparse, which takes a twentieth of the start
-            return "run", Path(path), False
+            return "run", Path(path), False, False
     import argparse
     from functools import partial
 
@@ -37,13 +37,14 @@ def _options(arguments: list[str]) -> tuple[str, Path | None, bool]:
         command.add_argument("--config", type=Path, help="YAML file (see docs/edge-config.md)")
         if name == "check":
             command.add_argument("--quick", action="store_true", help="also keep what the file says as FILE.json, from which the agent starts quicker")
+            command.add_argument("--strict", action="store_true", help="a file that it names and that cannot be read is a problem, not a warning")
     options = parser.parse_args(arguments)
-    return options.command, options.config, options.command == "check" and options.quick
+    return options.command, options.config, options.command == "check" and options.quick, options.command == "check" and options.strict
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    command, path, quick = _options(sys.argv[1:] if arguments is None else arguments)
+    command, path, quick, strict = _options(sys.argv[1:] if arguments is None else arguments)
     with leave_out_typing():
         from .config import ConfigError, load_config
 
@@ -55,16 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if command == "check":
-        return _check(loaded.config) or (_keep_quick_form(path) if quick else 0)
+        return _check(loaded.config, strict) or (_keep_quick_form(path) if quick else 0)
     if not sys.flags.optimize and os.environ.get("NOVACRON_NO_REEXEC") != "1" and arguments is None:
         # The flags can only be given to a new interpreter; the process id stays the same.
         os.execv(sys.executable, [sys.executable, *LEAN_FLAGS, "-m", "edge_runtime", *sys.argv[1:]])
     return run(loaded.config)
 
 
-def _check(config: object) -> int:
+def _check(config: object, strict: bool) -> int:
     import json
 
+    from . import certificates
     from .config import EdgeConfig, public_dict
     from .contract.errors import ContractError
     from .decisions.models.manifest import ModelError, read_manifest
@@ -88,14 +90,30 @@ def _check(config: object) -> int:
 
     look("", lambda: own_rules(config.decisions))
     look("decisions.models: ", models)
+    def absent(text: str) -> None:
+        if strict:
+            problems.append(text)
+        else:  # it may be there for the agent alone
+            print(f"warning: {text}; the agent tries again until it can read it", file=sys.stderr)
+
     for name, part in (("uplink.", config.uplink), ("bus.", config.bus)):
         if part.enabled and part.url:
             try:
-                Endpoint.configured(part).check_files()
+                endpoint = Endpoint.configured(part)
+                endpoint.check_files()
+                if endpoint.tls and (wrong := certificates.problem(endpoint.ca_file, endpoint.cert_file, endpoint.key_file)):
+                    problems.append(f"{name}{wrong}")
             except ContractError as error:
                 problems.append(f"{name}{error}")
-            except SessionClosed as error:  # it may be there for the agent alone
-                print(f"warning: {name}{error}; the agent tries again until it can read it", file=sys.stderr)
+            except SessionClosed as error:
+                absent(f"{name}{error}")
+    if strict:
+        for name, path in (("api.token_file", config.api.token_file if config.api.enabled else ""), ("updates.ca_file", config.updates.ca_file)):
+            if path:
+                try:
+                    Path(path).open("rb").close()
+                except OSError as error:
+                    problems.append(f"{name} {path}: {error.strerror}")
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2

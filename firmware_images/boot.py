@@ -39,7 +39,7 @@ ALONE = "{enabled: false}"
 """Its uplink where it is given no hub: it works alone."""
 
 GIVEN = "edge.yaml"
-"""File of a machine's folder: the configuration that it got for its first boot, the only one that a device takes over."""
+"""File of a machine's folder: the configuration that it is given."""
 
 
 def plain(name: str, hub: str = "", bus: bool = False) -> str:
@@ -62,12 +62,12 @@ def plain(name: str, hub: str = "", bus: bool = False) -> str:
 
 
 def settle(state: Path, text: str) -> Path:
-    """The file of a machine's configuration. Raises FirmwareError where the machine has been booted with another one, which it keeps."""
+    """The file of a machine's configuration, with this text from now on. Raises FirmwareError where a machine that has been started would not take it."""
     if "," in str(state):
         raise FirmwareError("state", f"{state} has a comma, which QEMU takes for the end of a name", "give another one with --state")
     kept = state / GIVEN
-    if (state / "disk.img").exists() and kept.exists() and kept.read_text() != text:
-        raise FirmwareError("config", f"the machine in {state} has been started with another one, which it keeps", f"give another folder with --state, or remove {state}")
+    if (state / "disk.img").exists() and kept.exists() and (was := configuration.name_in(kept.read_text())) != (wanted := configuration.name_in(text)):
+        raise FirmwareError("config", f"edge_id is {wanted}, and the machine in {state} is {was}, its journal with it", f"give another folder with --state, or remove {state}")
     room.ready(state, "state", "--state")
     kept.touch(0o600)  # it may have a password
     kept.write_text(text)
@@ -160,14 +160,15 @@ def boot(options: argparse.Namespace, arch: Architecture, chosen: Profile, say: 
         config = configuration.check(options.config, bus)
         if not (state / "disk.img").exists():  # one that has been started has kept its files too
             configuration.check_files(config, {"api.token", *(word.partition("=")[0].removeprefix("novacron.") for word in options.credential)})
-    text = plain(name, options.hub, bus) if options.config is None else options.config.read_text()
+    again = options.config is None and not options.hub and (state / "disk.img").exists() and (state / GIVEN).exists()  # it goes on with what it has
+    text = (state / GIVEN).read_text() if again else plain(name, options.hub, bus) if options.config is None else options.config.read_text()
     built = finished(options.home, arch, chosen)
     require(arch)
     given = settle(state, text)
     configuration.check(given, bus)
     if not (state / "disk.img").exists() and built.manifest.get("sources") != sources(options.home):
         say(f"this image is of other code than what is here: python -m firmware_images build --arch {arch.name} --profile {chosen.name} makes it anew")
-    disk, flash = prepare(arch, built.image, state)
+    disk, flash = prepare(arch, built.image, state, options.disk)
     handed, token = credentials(state, given, options.credential, options.report, name, taken(chosen))
     say(f"the device's interface: curl -H 'Authorization: Bearer {token}' http://{LOOPBACK}:{port}/api/v1/decisions   (Ctrl-C takes the power away)")
     if bus:

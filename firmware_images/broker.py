@@ -51,7 +51,7 @@ OWN_RIGHTS = "".join(f"pattern {right} novacron/1/device/%u/{what}\n" for right,
 
 TAKE = f"""#!/bin/sh
 # At each boot: what is given for devices' way to the broker, as credentials (novacron.{PASSWORDS}, ...) or in the folder novacron of the boot partition, is checked and taken over as a whole where it differs from what is kept.
-# Unlike the configuration, as a site gets more devices in the course of time.
+# By themselves, as a site gets more devices in the course of time: none of them touches the agent's own.
 set -u
 umask 077
 kept={KEPT} new={DATA}/config/.broker

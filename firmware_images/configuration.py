@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
+import yaml
+
 from edge_runtime.config import ConfigError, EdgeConfig, load_config
 from edge_runtime.config.load import read_yaml
 from edge_runtime.contract.updates import OF_THE_IMAGE
@@ -55,6 +57,12 @@ def check_files(config: EdgeConfig, given: Collection[str]) -> None:
         if file in PROVISIONED:
             raise FirmwareError("config", f"{key} is {path}, and the device is given none", f"give --credential novacron.{file}=FILE too")
         raise FirmwareError("config", f"{key} is {path}, which a device does not have", f"name one of {', '.join(PROVISIONED[:6])} in {DATA}/config, and give it with --credential")
+
+
+def name_in(text: str) -> str:
+    """The edge_id of a configuration that has been looked at before; empty where it has none."""
+    found = yaml.safe_load(text)
+    return str(found.get("edge_id", "")) if isinstance(found, dict) else ""
 
 
 def check(path: Path, broker: bool = False) -> EdgeConfig:

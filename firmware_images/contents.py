@@ -3,8 +3,10 @@
 import json
 from collections.abc import Mapping
 
+from edge_runtime.updates import slots
+
 from . import broker, scripts, units
-from .layout import AGENT_UID, DATA, DATA_NAME, UPDATE_KEYS
+from .layout import AGENT_UID, DATA, DATA_NAME, REPART, UPDATE_KEYS
 from .recipes import Architecture, Profile
 from .tree import Tree
 
@@ -94,7 +96,7 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     if NETWORK_ORDER not in agent_unit:
         raise ValueError(f"the agent's unit has no line {NETWORK_ORDER!r}")
     agent_unit = agent_unit.replace(NETWORK_ORDER, "")
-    ours = {"novacron-provision.service": units.PROVISION, "novacron-report.service": units.REPORT, "novacron-edge.service": agent_unit}
+    ours = {"novacron-provision.service": units.PROVISION, "novacron-grow.service": units.GROW, "novacron-configured.service": units.CONFIGURED, "novacron-report.service": units.REPORT, "novacron-edge.service": agent_unit}
     if "broker" in chosen.extra:
         ours["novacron-broker.service"] = broker.UNIT
         tree.file("/etc/mosquitto/novacron.conf", broker.CONFIGURATION)
@@ -123,6 +125,10 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
     if "containers" in chosen.extra:
         tree.file("/usr/lib/systemd/system/novacron-edge.service.d/20-containers.conf", containers_drop_in + "SystemCallFilter=\nRestrictSUIDSGID=no\nRestrictRealtime=no\n")
     tree.file("/usr/lib/novacron/provision", scripts.PROVISION, 0o755)
+    tree.file("/usr/lib/novacron/configured", scripts.CONFIGURED, 0o755)
+    tree.file("/usr/lib/novacron/grow", scripts.GROW, 0o755)
+    for number, (name, more) in enumerate((*((slot, "Weight=0\n") for slot in slots.SLOTS), (DATA_NAME, ""))):
+        tree.file(f"{REPART}/{number}-{name}.conf", f"[Partition]\nType=linux-generic\nLabel={name}\n{more}")
     tree.file("/usr/lib/novacron/report", scripts.REPORT, 0o755)
     tree.file("/usr/sbin/fsck", scripts.FSCK, 0o755)
     tree.link("/usr/bin/sh", "busybox")
@@ -131,7 +137,7 @@ def add(tree: Tree, arch: Architecture, chosen: Profile, agent_unit: str, contai
 
 
 def command_line(arch: Architecture) -> str:
-    """The kernel's command line, without what names the slot (`edge_runtime.updates.slots.slot_words`)."""
+    """The kernel's command line, without what names the slot (`edge_runtime.updates.slots.slot_words`). `gpt`: where the first partition table is damaged, the one at the end of the disk is taken."""
     return (
-        f"console=tty0 console={arch.console} quiet loglevel=4 panic=10 ro fsck.repair=yes systemd.gpt_auto=no systemd.show_status=yes systemd.tty.term.console=dumb lockdown=integrity"
+        f"console=tty0 console={arch.console} quiet loglevel=4 panic=10 ro fsck.repair=yes gpt systemd.gpt_auto=no systemd.show_status=yes systemd.tty.term.console=dumb lockdown=integrity"
     )

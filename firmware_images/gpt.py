@@ -5,6 +5,7 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 SECTOR = 512
 ALIGN_BYTES = 1 << 20
@@ -22,6 +23,12 @@ TYPES = {
     "esp": uuid.UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b"),
     "linux": uuid.UUID("0fc63daf-8483-4772-8e79-3d69d8477de4"),
 }
+
+
+class Readable(Protocol):
+    """What has bytes that a slice gives: a memory map, `bytes`."""
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +82,29 @@ def tables(partitions: Sequence[Partition], disk_bytes: int, identity: uuid.UUID
     protective = struct.pack("<BBBBBBBBII", 0, 0, 2, 0, 0xEE, 0xFF, 0xFF, 0xFF, 1, min(sectors - 1, 0xFFFFFFFF))
     mbr = bytes(446) + protective + bytes(48) + b"\x55\xaa"
     return mbr + header(1, sectors - 1, 2) + entries, entries + header(sectors - 1, 1, sectors - TABLE_SECTORS)
+
+
+def read(disk: Readable, disk_bytes: int) -> dict[str, tuple[int, int]]:
+    """Partitions by name, start and size in bytes, of a disk of that size, as a kernel that is told `gpt` and a firmware find them: by the table at the front, where that is damaged by the one in the last sectors.
+
+    Args:
+        disk: gives the bytes of a slice, as a memory map does.
+
+    Raises:
+        ValueError: neither is whole.
+    """
+    for own in (1, disk_bytes // SECTOR - 1):
+        header = bytes(disk[own * SECTOR : (own + 1) * SECTOR])
+        signature, _, size, check, _, at, _, _, _, _, entries_at, count, entry_bytes, entries_check = struct.unpack_from("<8sIIIIQQQQ16sQIII", header)
+        if signature != b"EFI PART" or size != 92 or at != own or zlib.crc32(header[:16] + bytes(4) + header[20:92]) != check or (count, entry_bytes) != (ENTRIES, ENTRY_BYTES):
+            continue
+        entries = bytes(disk[entries_at * SECTOR : entries_at * SECTOR + ENTRIES * ENTRY_BYTES])
+        if zlib.crc32(entries) != entries_check:
+            continue
+        found = {}
+        for entry in (entries[begin : begin + ENTRY_BYTES] for begin in range(0, len(entries), ENTRY_BYTES)):
+            first, last = struct.unpack_from("<QQ", entry, 32)
+            if any(entry[:16]):
+                found[entry[56:].decode("utf-16-le").rstrip("\0")] = (first * SECTOR, (last - first + 1) * SECTOR)
+        return found
+    raise ValueError("neither partition table is whole")

@@ -15,10 +15,13 @@ START_CODE = "/usr/lib/novacron/start.code"
 AGENT_UID = 990
 
 PROVISIONED = ("ca.pem", "cert.pem", "key.pem", "api.token", "uplink.password", "bus.password", "report", "edge.yaml")
-"""Files that first boot takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
+"""Files that a device takes over, edge.yaml last: where it is, the others are whole. `report`, whatever is in it, has each start told on the console."""
 
 BROKER_FILES = ("broker.passwords", "broker.cert.pem", "broker.key.pem", "broker.acl")
-"""Files that an image with a broker takes over at each boot where they have changed: what lets devices in. The first three come together; without the last a device speaks for itself alone."""
+"""Files that an image with a broker takes over besides: what lets devices in. The first three come together; without the last a device speaks for itself alone."""
+
+REPART = "/usr/lib/novacron/repart.d"
+"""What systemd-repart is told of the disk. Not where it looks by itself: in a start of ours it has nothing to do but for `grow`."""
 
 UPDATE_KEYS = "/usr/lib/novacron/update-keys"
 """Public keys whose bundles a device takes; without one it takes none."""

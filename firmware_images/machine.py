@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import room, tools
+from . import recipes, room, tools
 from .errors import FirmwareError
 from .recipes import Architecture
 
@@ -136,14 +136,25 @@ def require(arch: Architecture) -> None:
             raise FirmwareError("tools", f"no {path}", f"as root, apt install --no-install-recommends {arch.firmware_package}")
 
 
-def prepare(arch: Architecture, image: Path, state: Path) -> tuple[Path, Path]:
-    """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. Raises FirmwareError."""
+DISK_MOST_MIB = 8 << 20
+"""8 TiB: what the table of the data partition's file system has room for, and no file system here takes a longer file."""
+
+
+def prepare(arch: Architecture, image: Path, state: Path, disk_mib: int = 0) -> tuple[Path, Path]:
+    """A machine's own disk (a copy of the image, where there is none yet) and firmware variables, in the folder `state`. `disk_mib`: MiB that the disk has from now on, where it has less; it takes no room here. Raises FirmwareError."""
+    if not 0 <= disk_mib <= DISK_MOST_MIB:
+        raise FirmwareError("disk", f"{disk_mib} MiB", f"give at most {DISK_MOST_MIB}")
     require(arch)
     disk, flash = state / "disk.img", state / "variables.fd"
     room.ready(state, "state", "--state", 0 if disk.exists() else 512 * image.stat().st_blocks)
     if not disk.exists():
         tools.run(["cp", "--sparse=always", "--reflink=auto", str(image), str(disk) + ".new"], field="state", remedy="is there room?")
         Path(str(disk) + ".new").replace(disk)
+    if disk_mib:
+        has = disk.stat().st_size
+        if has > disk_mib * recipes.MIB:
+            raise FirmwareError("disk", f"{disk_mib} MiB, and the disk of {state} has {-(-has // recipes.MIB)}", "give more, or leave --disk out")
+        os.truncate(disk, disk_mib * recipes.MIB)
     if arch.firmware[1] and not flash.exists():
         shutil.copyfile(arch.firmware[1], flash)
     return disk, flash

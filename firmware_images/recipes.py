@@ -23,7 +23,7 @@ KERNEL_FOLDERS = (
 
 BASE_PACKAGES = (
     "systemd-sysv", "systemd-timesyncd", "systemd-resolved", "udev", "kmod", "mount", "e2fsprogs", "busybox-static", "dmsetup", "python3-minimal", "libpython3-stdlib", "ca-certificates", "netbase", "tzdata",
-    "systemd-boot-efi", "openssl", "dosfstools",
+    "systemd-boot-efi", "systemd-repart", "openssl", "dosfstools",
 )
 
 LEFT_OUT = frozenset((

@@ -1,8 +1,8 @@
-"""The shell scripts of an image: the initrd's first program, first boot, what a start tells the console. Pure: texts; where each goes is in `contents` and `initrd`."""
+"""The shell scripts of an image: the initrd's first program, what takes a configuration over, what gives a disk's rest to the data, what a start tells the console. Pure: texts; where each goes is in `contents` and `initrd`."""
 
 from edge_runtime.updates import slots
 
-from .layout import DATA, ESP_NAME, PROVISIONED
+from .layout import DATA, ESP_NAME, PROVISIONED, REPART
 
 ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
@@ -13,50 +13,154 @@ LASTING_STARTS = 3
 STOPPED_S = 60
 """Seconds between two lines of a device that stays off: whoever opens its console need not wait long."""
 
+GIVEN_MAX_BYTES = 1 << 20
+"""A larger file in the boot partition is none that a device takes over: systemd takes no larger credential, and a damaged FAT may say any length."""
+
+SETTLED_S = 10
+"""Seconds after its start that an agent has to run for its new configuration to be kept."""
+
+_CONFIGURATION = f"""config={DATA}/config
+# Beside what is kept: what is looked at; what is decided on, whole, and put into its place by `finish`; what is gone back to; the sum of what the agent did not start with.
+new=$config/.new take=$config/.take before=$config/.before refused=$config/.refused
+digest() {{
+  (cd $1 && for name in {" ".join(PROVISIONED)}; do [ -e $name ] && busybox sha256sum $name; done | busybox sha256sum)
+}}
+"""
+
 PROVISION = f"""#!/bin/sh
-# At each boot until there is a configuration: from credentials (novacron.edge.yaml, ...), else from the folder novacron of the boot partition. Checked, then taken over as a whole.
+# At each boot, before the agent: what is given, as credentials (novacron.edge.yaml, ...), else in the folder novacron of the boot partition, is checked and taken over as a whole where it differs from what is kept.
+# A file that is not given stays as it is kept: a certificate is renewed by its two files.
 set -u
 umask 027
-config={DATA}/config
-busybox mkdir -p $config
+{_CONFIGURATION}busybox mkdir -p $config
 busybox chgrp novacron $config
-# What the configuration says as JSON beside it: a start need not read YAML. A device that was set up by an image without it gets it here, once.
-quick() {{
-  python3 -OO -m edge_runtime check --quick --config $1 > /dev/null || return 1
-  if [ -e $1.json ]; then busybox chgrp novacron $1.json; fi
+finish() {{
+  for name in edge.yaml.json {" ".join(PROVISIONED)}; do
+    if [ -e $take/$name ]; then busybox mv $take/$name $config/$name; fi
+  done
+  busybox sync
+  busybox rm -rf $take
 }}
-if [ -s $config/edge.yaml ]; then
-  [ -s $config/edge.yaml.json ] || quick $config/edge.yaml
-  exit 0
-fi
-from="${{CREDENTIALS_DIRECTORY:-/nonexistent}}"
-prefix=novacron.
-if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
+# The power was cut in between, or `configured` goes back.
+if [ -d $take ]; then finish; fi
+# As what the agent will see: in the place of what is kept. What it says as JSON is put beside it: a start need not read YAML.
+check() {{
+  busybox unshare -m sh -c "/usr/bin/mount --bind $1 $config && exec python3 -OO -m edge_runtime check --quick --strict --config $config/edge.yaml"
+}}
+# What the agent ran with last, to be gone back to. Where that is still there, what is kept has not been proven.
+keep() {{
+  [ ! -d $before ] || return 0
+  busybox mkdir -p $before.new || return 1
+  for name in edge.yaml.json {" ".join(PROVISIONED)}; do
+    if [ -e $config/$name ]; then busybox cp -p $config/$name $before.new/$name || return 1; fi
+  done
+  busybox sync
+}}
+named() {{ busybox sed -n 's/^ "edge_id": \\(.*[^,]\\),*$/\\1/p'; }}
+from="${{CREDENTIALS_DIRECTORY:-/nonexistent}}" prefix=novacron. mounted=
+given() {{
+  for name in {" ".join(name for name in PROVISIONED if name != "report")}; do [ -e "$from/$prefix$name" ] && return 0; done
+  return 1
+}}
+if ! given; then
   from=/run/novacron-esp prefix=
   busybox mkdir -p $from
   # By its path: busybox's shell would take its own mount, which knows no names of partitions.
-  /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && from=$from/novacron
+  /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && mounted=$from && from=$from/novacron
 fi
-if [ ! -s "$from/${{prefix}}edge.yaml" ]; then
-  echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
-else
+differs=
+for name in {" ".join(PROVISIONED)}; do
+  if [ -e "$from/$prefix$name" ] && ! busybox cmp -s "$from/$prefix$name" $config/$name; then differs=1; fi
+done
+if [ -n "$differs" ]; then
+  why=
+  busybox rm -rf $new $before.new
+  busybox mkdir -p $new
   for name in {" ".join(PROVISIONED)}; do
-    if [ -e "$from/$prefix$name" ]; then
-      busybox cp "$from/$prefix$name" $config/.$name && busybox chmod 640 $config/.$name && busybox chgrp novacron $config/.$name || exit 1
-    fi
+    source="$from/$prefix$name"
+    [ -e "$source" ] || source=$config/$name
+    [ -e "$source" ] || continue
+    if [ "$(busybox stat -L -c %s "$source")" -gt {GIVEN_MAX_BYTES} ]; then why="$name is larger than {GIVEN_MAX_BYTES} bytes"; break; fi
+    busybox cp "$source" $new/$name && busybox chmod 640 $new/$name && busybox chgrp novacron $new/$name || why="$name cannot be copied"
   done
-  if ! quick $config/.edge.yaml; then
-    echo "novacron: the configuration cannot be used (above); nothing was taken over."
-    busybox rm -f $config/.??*
+  if [ -n "$why" ]; then
+    :
+  elif [ ! -s $new/edge.yaml ]; then
+    why="edge.yaml is not among the files"
+  elif [ "$(digest $new)" = "$(busybox cat $refused 2> /dev/null)" ]; then
+    why="it is the one with which the agent did not start"
+  elif ! said="$(check $new)"; then
+    why="see above"
+  elif [ -s $config/edge.yaml ] && ! keep; then
+    why="there is no room for what is gone back to"
+  elif [ -s $config/edge.yaml ]; then
+    # Its journal is that one's: under another name it would begin in the middle.
+    was="$(python3 -OO -m edge_runtime check --config $config/edge.yaml 2> /dev/null | named)" is="$(printf '%s\\n' "$said" | named)"
+    [ -z "$was" ] || [ "$is" = "$was" ] || why="edge_id is $is, and this device is $was: write its disk anew for another name"
+  fi
+  if [ -n "$why" ]; then
+    echo "novacron: the configuration that is given cannot be used ($why); nothing was taken over."
   else
-    for name in edge.yaml.json {" ".join(PROVISIONED)}; do
-      if [ -e $config/.$name ]; then busybox sync; busybox mv $config/.$name $config/$name; fi
-    done
+    if [ -e $new/edge.yaml.json ]; then busybox chgrp novacron $new/edge.yaml.json; fi
+    if [ -d $before.new ]; then busybox mv $before.new $before; fi
     busybox sync
+    busybox mv $new $take
+    finish
     echo "novacron: configuration taken over."
   fi
+  busybox rm -rf $new $before.new
 fi
-if busybox grep -q ' /run/novacron-esp ' /proc/mounts; then umount /run/novacron-esp; fi
+[ -z "$mounted" ] || umount $mounted
+if [ ! -s $config/edge.yaml ]; then
+  echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
+fi
+# A device that was set up by an image that did not keep it.
+if [ -s $config/edge.yaml ] && [ ! -s $config/edge.yaml.json ]; then
+  python3 -OO -m edge_runtime check --quick --config $config/edge.yaml > /dev/null
+  if [ -e $config/edge.yaml.json ]; then busybox chgrp novacron $config/edge.yaml.json; fi
+fi
+exit 0
+"""
+
+CONFIGURED = f"""#!/bin/sh
+# After the agent's first start with another configuration: one with which it does not start is not kept.
+set -u
+umask 027
+{_CONFIGURATION}busybox sleep {SETTLED_S}
+if systemctl is-active --quiet novacron-edge.service; then
+  busybox rm -rf $before $refused
+  busybox sync
+  echo "novacron: the agent runs with its new configuration."
+else
+  digest $config > $refused.new
+  busybox mv $refused.new $refused
+  busybox sync
+  busybox rm -rf $take
+  busybox mv $before $take
+  busybox sync
+  echo "novacron: the agent does not start with its new configuration; going back to the one before, and starting again."
+  systemctl reboot
+fi
+exit 0
+"""
+
+GROW_SECTORS = 65_536
+"""Sectors of 512 bytes behind the data partition from which on it gets them: 32 MiB. An image leaves one behind it, a disk of the image's own size nothing else."""
+
+GROW = f"""#!/bin/sh
+# After the data partition is mounted: where the disk is larger than the image, it gets the rest. Once, as a rule: at the first start.
+set -u
+read_size() {{ busybox cat /sys/class/block/$1/$2; }}
+part=$(busybox sed -n 's,^/dev/\\([^ ]*\\) {DATA} .*,\\1,p' /proc/mounts)
+[ -n "$part" ] || exit 0
+disk=$(busybox basename "$(busybox dirname "$(busybox readlink -f /sys/class/block/$part)")")
+[ $(($(read_size $disk size) - $(read_size $part start) - $(read_size $part size))) -ge {GROW_SECTORS} ] || exit 0
+# It writes the table at the end of the disk first and then the one at the front: one of them is whole, wherever the power is cut.
+if systemd-repart --dry-run=no --definitions={REPART} /dev/$disk > /dev/null && /usr/lib/systemd/systemd-growfs {DATA}; then
+  echo "novacron: the data partition has $(($(read_size $part size) / 2048)) MiB now."
+else
+  echo "novacron: the data partition stays as it is: it could not be given the rest of the disk (above)."
+fi
 exit 0
 """
 

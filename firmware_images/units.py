@@ -18,7 +18,7 @@ LASTED_S = 300
 """Seconds after which a start counts as one that lasted; as long as an image on trial has for its proof."""
 
 PROVISION = f"""[Unit]
-Description=NovaCron: take over the configuration at first boot
+Description=NovaCron: take over the configuration
 RequiresMountsFor={DATA}
 Before=novacron-edge.service
 
@@ -27,6 +27,39 @@ Type=oneshot
 RemainAfterExit=yes
 ImportCredential=novacron.*
 ExecStart=/usr/lib/novacron/provision
+StandardOutput=journal+console
+StandardError=journal+console
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+CONFIGURED = f"""[Unit]
+Description=NovaCron: go back from a configuration with which the agent does not start
+RequiresMountsFor={DATA}
+After=novacron-edge.service novacron-provision.service
+ConditionPathExists={DATA}/config/.before
+
+[Service]
+# Not oneshot: no start waits for it.
+Type=exec
+ExecStart=/usr/lib/novacron/configured
+StandardOutput=journal+console
+StandardError=journal+console
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+GROW = f"""[Unit]
+Description=NovaCron: give the data partition the rest of the disk
+RequiresMountsFor={DATA}
+
+[Service]
+# Not oneshot: no start waits for it.
+Type=exec
+ExecStart=/usr/lib/novacron/grow
+IOSchedulingClass=idle
 StandardOutput=journal+console
 StandardError=journal+console
 

@@ -40,7 +40,8 @@ def markdown() -> str:
         "Names ending in `_s` take seconds or `250ms 10s 5m 2h`, names ending in `_bytes` take bytes or `64MiB 1GB`; the ending may be left off.",
         "`${NAME}` and `${NAME:-default}` in text are replaced from the environment. The earlier prototype's file loads as well; keys that have no",
         "effect any more are named at start. `novacron-edge check --quick --config FILE` also keeps what the file says as `FILE.json`, from which the agent starts",
-        "quicker; it stands for exactly that file, which is read itself once it is changed.", "", "| key | type | default | meaning |", "|---|---|---|---|",
+        "quicker; it stands for exactly that file, which is read itself once it is changed. `check` also looks whether certificate, key and authority of a broker",
+        "are such and belong together; `--strict` takes a file that cannot be read for a problem, which may otherwise be there for the agent alone.", "", "| key | type | default | meaning |", "|---|---|---|---|",
     ]
     lines += [f"| `{name}` | {kind} | {default} | {doc} |" for name, kind, default, doc in _rows(EdgeConfig, "")]
     return "\n".join(lines) + "\n"

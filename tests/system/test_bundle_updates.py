@@ -144,7 +144,7 @@ def test_bundle_that_is_cut_on_its_way_goes_on_from_there_proves_itself_and_stay
         running(machine, device)
         machine.wait_for("=== end of report", BOOT_S)
         assert any("novacron-b" in text for text in machine.between("slot:", "root:")), machine.tail()
-    edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
+    edge = take_out(device.disk, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)
     assert verdict["ok"], verdict
     seen = steps(list(show(edge, "event", ALL_RECORDS)), "u-1")

@@ -176,7 +176,7 @@ def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str,
     assert report[report.index("failed:") + 1 : report.index("slot:")] == []
     assert device.arch.emulated in report[report.index("command line:") + 1]  # came by way of firmware and boot loader
     # The dead device's disk says the same, and has all that the hub was told.
-    edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
+    edge = take_out(device.disk, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)
     assert verdict["ok"], verdict
     assert verdict["records"]["decision"] >= newest

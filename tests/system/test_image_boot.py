@@ -62,7 +62,7 @@ def test_image_decides_offline_and_loses_nothing_by_a_power_cut(built: Built, tm
     assert report[report.index("failed:") + 1 : report.index("slot:")] == []
     assert ARCH.emulated in report[report.index("command line:") + 1]  # came by way of firmware and boot loader
     # The dead device's disk says the same.
-    edge = take_out(device.disk, built.manifest, tmp_path / "autopsy") / "edge"
+    edge = take_out(device.disk, tmp_path / "autopsy") / "edge"
     verdict = check(edge, lambda *_: None)
     assert verdict["ok"], verdict
     assert verdict["records"]["decision"] >= newest
@@ -116,7 +116,7 @@ def test_image_says_what_is_wrong_with_a_configuration_and_waits(built: Built, t
     bad.write_text("edge_id: image-test\nuplink: {urll: x}\n")
     device = Device(built, tmp_path, bad)
     with device.on() as machine:
-        machine.wait_for("the configuration cannot be used .above.; nothing was taken over", BOOT_S)
+        machine.wait_for("the configuration that is given cannot be used .see above.; nothing was taken over", BOOT_S)
         machine.wait_for("Reached target multi-user.target", BOOT_S)
         assert any("urll" in text for _, text in machine.lines)
     shutil.rmtree(device.state)

@@ -159,6 +159,30 @@ def test_sfdisk_reads_our_partition_table(tmp_path: Path) -> None:
     assert subprocess.run([program, "--verify", str(disk)], capture_output=True, text=True).stderr
 
 
+@given(st.integers(1, 120), st.data())
+def test_a_partition_table_is_read_where_one_of_the_two_is_whole(count: int, data: st.DataObject) -> None:
+    parts, size = gpt.lay_out([(f"part {number}", "linux", number << 10, uuid.UUID(int=number)) for number in range(1, count + 1)])
+    front, back = gpt.tables(parts, size, uuid.UUID(int=1000))
+    disk = bytearray(len(front) + len(back))  # as if nothing stood between them
+
+    def laid_out(one: bytes, other: bytes) -> gpt.Readable:
+        class Disk:
+            def __getitem__(self, part: slice, /) -> bytes:
+                shift = 0 if part.start < len(one) else size - len(disk)
+                return (one + other)[part.start - shift : part.stop - shift]
+
+        return Disk()
+
+    wanted = {part.name: (part.start, part.size) for part in parts}
+    assert gpt.read(laid_out(front, back), size) == wanted
+    bit = data.draw(st.integers(8 * 512, 8 * (512 + 92) - 1) | st.integers(8 * 1024, 8 * len(front) - 1))
+    damaged = bytearray(front)
+    damaged[bit // 8] ^= 1 << bit % 8
+    assert gpt.read(laid_out(bytes(damaged), back), size) == wanted
+    with pytest.raises(ValueError, match="neither"):
+        gpt.read(laid_out(bytes(damaged), bytes(len(back))), size)
+
+
 def test_the_data_partition_has_a_journal_and_is_the_same_each_time(tmp_path: Path) -> None:
     needs("mke2fs")
     identity = uuid.uuid4()

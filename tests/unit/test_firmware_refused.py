@@ -16,6 +16,7 @@ import pytest
 
 from firmware_images import boot, build, bundles, cli, configuration, recipes, room, tools
 from firmware_images.errors import FirmwareError
+from firmware_images.machine import prepare
 from tools.bench.harness import ROOT
 
 AMD64, DEVICE = recipes.architecture("amd64"), recipes.profile("device")
@@ -227,15 +228,30 @@ def test_what_is_no_address_of_a_hub_is_refused(hub: str) -> None:
         boot.plain("device-amd64", hub)
 
 
-def test_a_machine_that_has_taken_a_configuration_over_is_not_given_another(tmp_path: Path) -> None:
+def test_a_machine_that_has_been_started_is_given_another_configuration_and_not_another_name(tmp_path: Path) -> None:
     state = tmp_path / "machine"
     boot.settle(state, "edge_id: a\n")
     assert boot.settle(state, "edge_id: b\n").read_text() == "edge_id: b\n"  # it has not been started yet
     (state / "disk.img").touch()
-    boot.settle(state, "edge_id: b\n")
-    with pytest.raises(FirmwareError, match="started with another one"):
+    boot.settle(state, "edge_id: b\nsite: north\n")
+    with pytest.raises(FirmwareError, match="edge_id is a, and the machine in .* is b"):
         boot.settle(state, "edge_id: a\n")
-    assert (state / boot.GIVEN).read_text() == "edge_id: b\n"
+    assert (state / boot.GIVEN).read_text() == "edge_id: b\nsite: north\n"
+
+
+def test_a_machines_disk_is_made_larger_and_never_smaller(tmp_path: Path) -> None:
+    image, state = tmp_path / "disk.img", tmp_path / "machine"
+    image.write_bytes(b"image" + bytes((8 << 20) - 5))
+    arch = replace(AMD64, firmware=(__file__, ""))
+    disk, _ = prepare(arch, image, state, 16)
+    assert disk.stat().st_size == 16 << 20 and disk.read_bytes()[: 8 << 20] == image.read_bytes()
+    assert prepare(arch, image, state)[0].stat().st_size == 16 << 20  # as it was left
+    with pytest.raises(FirmwareError, match=r"^disk: 12 MiB, and the disk of .* has 16; give more, or leave --disk out$"):
+        prepare(arch, image, state, 12)
+    for wrong in (-1, 1 << 40):
+        with pytest.raises(FirmwareError, match=r"^disk: "):
+            prepare(arch, image, tmp_path / "other", wrong)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_machine_gets_no_folder_whose_name_qemu_would_cut(tmp_path: Path) -> None:
@@ -249,7 +265,7 @@ def test_a_machine_that_does_not_start_is_a_failure_of_the_command(tmp_path: Pat
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
     monkeypatch.setattr(boot, "require", lambda arch: None)
-    monkeypatch.setattr(boot, "prepare", lambda arch, image, state: (Path("disk"), Path("flash")))
+    monkeypatch.setattr(boot, "prepare", lambda arch, image, state, disk_mib: (Path("disk"), Path("flash")))
     for status in (1, 0):
         monkeypatch.setattr(boot, "command", lambda *arguments, status=status: ["sh", "-c", f"echo no such machine; exit {status}"])
         assert cli.main(["boot", "--home", str(tmp_path), "--accel", "tcg"]) == 2 * status

@@ -28,7 +28,7 @@ if not __package__:
 import urllib.request
 
 from edge_runtime.updates import slots
-from firmware_images import bundles, recipes
+from firmware_images import bundles, gpt, recipes
 from firmware_images.boot import API_PORT, credentials
 from firmware_images.build import Built, current
 from firmware_images.data import take_out
@@ -236,9 +236,9 @@ def _read(disk: Any, partitions: Any, recorded: Recorded, log_end: int, folder: 
     """The journal on a cut disk: whole, and not behind what was shown."""
     data = partitions[DATA_NAME]
     target = folder / "cut.img"
-    write_sparse(disk, target, [(data["start"], data["size"])], len(disk))
+    write_sparse(disk, target, [(0, gpt.ALIGN_BYTES), (data["start"], data["size"]), (len(disk) - gpt.ALIGN_BYTES, gpt.ALIGN_BYTES)], len(disk))
     with tempfile.TemporaryDirectory(dir=folder) as top:
-        edge = take_out(target, {"partitions": partitions}, Path(top)) / "edge"
+        edge = take_out(target, Path(top)) / "edge"
         least = max((seq for at, seq in recorded.shown if at <= log_end), default=0)
         try:
             told = check(edge, lambda *_: None)
