@@ -287,6 +287,11 @@ class VmKeeper(Keeper):
         """Have QEMU write what lies over the disk into it, and go on without that. The guest stands still, so that a keeper which is killed at it can be followed by another one that does it again; the file goes when all
         of it is in the disk."""
         qmp, jobs = self.machine.qmp, ("BLOCK_JOB_READY", *COPY_EVENTS)
+        try:
+            qmp.ask("blockdev-set-active", active=True)  # QEMU 10 has them inactive until the guest goes on, and commits nothing then
+        except QmpError as error:
+            if "CommandNotFound" not in str(error):
+                raise
         qmp.ask("block-commit", **{"job-id": UPPER, "device": UPPER, "base-node": "disk"})
         if qmp.until_one(jobs, "device", UPPER, FOLD_S)[0] == "BLOCK_JOB_READY":
             qmp.events = [(name, data) for name, data in qmp.events if name != "BLOCK_JOB_READY"]
