@@ -65,8 +65,10 @@ given() {{
 if ! given; then
   from=/run/novacron-esp prefix=
   busybox mkdir -p $from
-  # By its path: busybox's shell would take its own mount, which knows no names of partitions.
-  /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from && mounted=$from && from=$from/novacron
+  # Busybox's programs, which are there already: kmod and mount load libraries of five megabytes, and the kernel would start kmod three times. By the name that udev gives, which may come late; the other one looks at all disks.
+  busybox modprobe -a -q vfat nls_cp437 nls_ascii
+  busybox mount -t vfat -o ro,nodev,nosuid,noexec /dev/disk/by-partlabel/{ESP_NAME} $from 2> /dev/null || /usr/bin/mount -o ro,nodev,nosuid,noexec PARTLABEL={ESP_NAME} $from
+  busybox grep -q " $from " /proc/mounts && mounted=$from && from=$from/novacron
 fi
 differs=
 for name in {" ".join(PROVISIONED)}; do
@@ -110,7 +112,7 @@ if [ -n "$differs" ]; then
   fi
   busybox rm -rf $new $before.new
 fi
-[ -z "$mounted" ] || umount $mounted
+[ -z "$mounted" ] || busybox umount $mounted
 if [ ! -s $config/edge.yaml ]; then
   echo "novacron: no configuration. Give the credential novacron.edge.yaml, or put edge.yaml into the folder novacron of the boot partition, and start again."
 fi

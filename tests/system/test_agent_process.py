@@ -77,6 +77,8 @@ def test_a_data_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path
 def test_the_unit_file_is_one_that_systemd_takes(name: str, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
+    if os.geteuid() != 0 and not Path("/run/systemd").is_dir():
+        pytest.skip("no systemd runs here, and only root can make the folder that systemd-analyze asks for")
     unit = tmp_path / name
     text = (ROOT / "tools" / "systemd" / name).read_text()
     unit.write_text(text.replace("/opt/novacron/.venv/bin/python", sys.executable))

@@ -495,7 +495,7 @@ def _name(key: Key) -> str:
 
 
 def _used(pid: int) -> Stats:
-    """Of a process and its children."""
+    """Of a process and its children. An agent that is not root may not look into a worker, which is closed against its own user too: what of its memory is no file's is taken for its share then."""
     ticks, memory, count = 0, 0, 0
     try:
         children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -504,8 +504,12 @@ def _used(pid: int) -> Stats:
     for one in (pid, *children):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = Path(f"/proc/{one}/stat").read_bytes().rpartition(b")")[2].split()
-            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+            try:
+                rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+                memory += next(int(row.split()[1]) << 10 for row in rollup.splitlines() if row.startswith("Pss:"))
+            except PermissionError:
+                resident, shared = (int(pages) for pages in Path(f"/proc/{one}/statm").read_text().split()[1:3])
+                memory += (resident - shared) * os.sysconf("SC_PAGE_SIZE")
             ticks += int(fields[11]) + int(fields[12]) + (int(fields[13]) + int(fields[14]) if one == pid else 0)
-            memory += next(int(row.split()[1]) << 10 for row in rollup.splitlines() if row.startswith("Pss:"))
             count += 1
     return Stats(ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK"), memory, count)
