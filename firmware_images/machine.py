@@ -137,7 +137,7 @@ def require(arch: Architecture) -> None:
 
 
 DISK_MOST_MIB = 8 << 20
-"""8 TiB: what the table of the data partition's file system has room for, and no file system here takes a longer file."""
+"""8 TiB: half of what ext4, on which a machine's disk usually lies, takes for one file."""
 
 
 def prepare(arch: Architecture, image: Path, state: Path, disk_mib: int = 0) -> tuple[Path, Path]:

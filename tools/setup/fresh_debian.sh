@@ -36,7 +36,8 @@ root="$top/root"
 printf 'fresh_debian: making Debian %s\n' "$suite" >&2
 # What a person's fresh machine has: the important packages, Python, make and git.
 mmdebstrap --quiet --variant=important --include=python3,make,git,ca-certificates "$suite" "$root" "${NOVACRON_DEBIAN:-http://deb.debian.org/debian}" >&2
-git clone -q . "$root/srv/novacron"
+# No links to this one's objects: what is given to the user below would be taken from it.
+git clone -q --no-hardlinks . "$root/srv/novacron"
 for file in resolv.conf hosts; do cp -L "/etc/$file" "$root/etc/$file"; done
 # Where this machine trusts an authority of its own for its way to the packages, so must that one.
 [ ! -r /etc/ssl/certs/ca-certificates.crt ] || cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
