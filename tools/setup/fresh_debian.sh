@@ -3,7 +3,7 @@
 #
 #   tools/setup/fresh_debian.sh 12|13 [--user] [--offline COMMAND] [COMMAND]
 #
-# COMMAND is `make test` where none is given. --user: as a user who is not root, with no right to become it. --offline: after it, once more without any network, this one.
+# COMMAND is `make test` where none is given; of a pipe each part has to succeed. --user: as a user who is not root, with no right to become it. --offline: after it, once more without any network, this one.
 # Asks for root, mmdebstrap and a network. What is committed is cloned; what lies about in this tree is not. The kernel and its control groups are this machine's.
 # The Debian lives under TMPDIR (8 GB for `make test`), and goes with this command: the first process in it is one that collects orphans, and all others end with it.
 set -euo pipefail
@@ -66,8 +66,8 @@ unshare --mount --pid --fork --kill-child --uts --ipc bash -euo pipefail -c '
   rmdir /mnt/old
   hostname fresh-debian
   clean="$as env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=$home LANG=C.UTF-8 TERM=dumb"
-  $clean bash -c "$command"
-  [ -z "$offline" ] || unshare --net sh -c "ip link set lo up && exec $clean bash -c \"\$0\"" "$offline"
+  $clean bash -o pipefail -c "$command"
+  [ -z "$offline" ] || unshare --net sh -c "ip link set lo up && exec $clean bash -o pipefail -c \"\$0\"" "$offline"
   : the shell stays until here, as the process that collects orphans
 ' || status=$?
 printf 'fresh_debian: Debian %s: %s ended with %d\n' "$suite" "$command" "$status" >&2
