@@ -130,7 +130,9 @@ set -u
 umask 027
 {_CONFIGURATION}busybox sleep {SETTLED_S}
 if systemctl is-active --quiet novacron-edge.service; then
-  busybox rm -rf $before $refused
+  # By its name first: half of it is nothing to go back to.
+  busybox mv $before $before.new
+  busybox rm -rf $before.new $refused
   busybox sync
   echo "novacron: the agent runs with its new configuration."
 else
@@ -152,14 +154,14 @@ GROW_SECTORS = 65_536
 GROW = f"""#!/bin/sh
 # After the data partition is mounted: where the disk is larger than the image, it gets the rest. Once, as a rule: at the first start.
 set -u
-read_size() {{ busybox cat /sys/class/block/$1/$2; }}
+number() {{ busybox cat /sys/class/block/$1/$2; }}
 part=$(busybox sed -n 's,^/dev/\\([^ ]*\\) {DATA} .*,\\1,p' /proc/mounts)
 [ -n "$part" ] || exit 0
 disk=$(busybox basename "$(busybox dirname "$(busybox readlink -f /sys/class/block/$part)")")
-[ $(($(read_size $disk size) - $(read_size $part start) - $(read_size $part size))) -ge {GROW_SECTORS} ] || exit 0
+[ $(($(number $disk size) - $(number $part start) - $(number $part size))) -ge {GROW_SECTORS} ] || exit 0
 # It writes the table at the end of the disk first and then the one at the front: one of them is whole, wherever the power is cut.
 if systemd-repart --dry-run=no --definitions={REPART} /dev/$disk > /dev/null && /usr/lib/systemd/systemd-growfs {DATA}; then
-  echo "novacron: the data partition has $(($(read_size $part size) / 2048)) MiB now."
+  echo "novacron: the data partition has $(($(number $part size) / 2048)) MiB now."
 else
   echo "novacron: the data partition stays as it is: it could not be given the rest of the disk (above)."
 fi
