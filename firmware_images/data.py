@@ -20,11 +20,11 @@ def take_out(disk: Path, folder: Path) -> Path:
         FirmwareError: a tool is missing, there is no such partition, or the file system is beyond repair.
     """
     tools.require(["e2fsck", "debugfs"])
-    with disk.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
+    try:
+        with disk.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as content:
             start, size = gpt.read(content, len(content))[DATA_NAME]
-        except (ValueError, KeyError) as error:
-            raise FirmwareError("data partition", f"it is not found on {disk}: {error}", "is it a disk of an image?") from None
+    except (ValueError, KeyError) as error:
+        raise FirmwareError("data partition", f"it is not found on {disk}: {error}", "is it a disk of an image?") from None
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / "data.ext4"
     with disk.open("rb") as source, copy.open("wb") as target:

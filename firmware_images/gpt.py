@@ -95,6 +95,8 @@ def read(disk: Readable, disk_bytes: int) -> dict[str, tuple[int, int]]:
     """
     for own in (1, disk_bytes // SECTOR - 1):
         header = bytes(disk[own * SECTOR : (own + 1) * SECTOR])
+        if len(header) < SECTOR:
+            break
         signature, _, size, check, _, at, _, _, _, _, entries_at, count, entry_bytes, entries_check = struct.unpack_from("<8sIIIIQQQQ16sQIII", header)
         if signature != b"EFI PART" or size != 92 or at != own or zlib.crc32(header[:16] + bytes(4) + header[20:92]) != check or (count, entry_bytes) != (ENTRIES, ENTRY_BYTES):
             continue

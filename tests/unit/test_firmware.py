@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.updates.verity import BLOCK, hash_tree
 from firmware_images import build, contents, elf, gpt, initrd, packages, recipes, root, sbom, scripts, tools, units
+from firmware_images.data import take_out
 from firmware_images.errors import FirmwareError
 from firmware_images.machine import COLD, Machine, Wiring, command, with_hashing
 from firmware_images.tree import Entry, Tree, as_cpio, as_tar, take_tar
@@ -181,6 +182,14 @@ def test_a_partition_table_is_read_where_one_of_the_two_is_whole(count: int, dat
     assert gpt.read(laid_out(bytes(damaged), back), size) == wanted
     with pytest.raises(ValueError, match="neither"):
         gpt.read(laid_out(bytes(damaged), bytes(len(back))), size)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(1 << 20), b"EFI PART" * 1000])
+def test_what_is_no_disk_of_an_image_has_no_data_to_take_out(content: bytes, tmp_path: Path) -> None:
+    needs("e2fsck")
+    (tmp_path / "disk").write_bytes(content)
+    with pytest.raises(FirmwareError, match="^data partition: it is not found on .*; is it a disk of an image"):
+        take_out(tmp_path / "disk", tmp_path / "out")
 
 
 def test_the_data_partition_has_a_journal_and_is_the_same_each_time(tmp_path: Path) -> None:
