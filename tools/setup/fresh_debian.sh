@@ -5,7 +5,7 @@
 #
 # COMMAND is `make test` where none is given; of a pipe each part has to succeed. --user: as a user who is not root, with no right to become it. --offline: after it, once more without any network, this one.
 # Asks for root, mmdebstrap and a network. What is committed is cloned; what lies about in this tree is not. The kernel and its control groups are this machine's.
-# The Debian lives under TMPDIR (8 GB for `make test`), and goes with this command: the first process in it is one that collects orphans, and all others end with it.
+# The Debian lives under TMPDIR (5 GB for `make test`, whose own files are in memory), and goes with this command: the first process in it is one that collects orphans, and all others end with it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 fail() { printf 'fresh_debian: %s\n' "$*" >&2; exit 2; }
