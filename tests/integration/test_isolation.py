@@ -3,7 +3,9 @@
 import os
 import platform
 import shutil
+import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,29 @@ async def test_each_layer_alone_refuses_what_harms_the_host(escaping: ContainerD
     assert {"a user namespace"} <= set(found[False]), "the control: it is the filter that refuses that"
     by_kind = {attempt.kind for attempt in ATTEMPTS if attempt.name in found[False]}
     assert not by_kind & {"devices", "proc and sys"}, found[False]
+
+
+async def test_a_call_by_an_abi_that_the_filter_does_not_know_ends_the_program(tmp_path: Path) -> None:
+    """x32 is left out of the filter. The control: without a filter the program gets an answer, whatever the kernel's is."""
+    asked = [Attempt("kernel", "a call of x32", "x32 getpid", ())]
+    store = made_store(tmp_path, [layer([("file", "attempts", program(asked))])])
+    driver = made_driver(tmp_path, store)
+    try:
+        await driver.probe()
+        strict = driver._ways
+        assert strict is not None and strict.seccomp
+        for name, seccomp in (("filtered", True), ("unfiltered", False)):
+            driver._ways, key = Ways(strict.runtime, strict.users, seccomp), Key(name, 1)
+            await driver.prepare(Order(key, "box:1", {}, {"command": ["/attempts"]}))
+            await driver.start(key)
+            ended = (await driver.wait(key)).exit
+            told = await driver.logs(key, 4096)
+            await driver.delete(key)
+            assert ended is not None and ended.signal == (signal.SIGSYS if seccomp else 0), ended
+            assert bool(told.stdout) is not seccomp
+    finally:
+        driver.close()
+        store.close()
 
 
 def outside(attempt: Attempt) -> int:

@@ -15,7 +15,7 @@ CALLS = {
     "write": 1, "open": 2, "pause": 34, "socket": 41, "exit": 60, "ptrace": 101, "syslog": 103, "mknod": 133, "personality": 135, "setpriority": 141, "pivot_root": 155, "chroot": 161, "acct": 163,
     "mount": 165, "umount2": 166, "swapon": 167, "reboot": 169, "sethostname": 170, "iopl": 172, "ioperm": 173, "init_module": 175, "delete_module": 176, "kexec_load": 246, "add_key": 248,
     "unshare": 272, "perf_event_open": 298, "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310, "kcmp": 312, "finit_module": 313, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425,
-    "fsopen": 430, "clone3": 435,
+    "fsopen": 430, "clone3": 435, "x32 getpid": 0x4000_0000 | 39,
 }
 """Numbers of system calls on x86_64 (linux/arch/x86/entry/syscalls/syscall_64.tbl)."""
 
