@@ -109,6 +109,11 @@ class EdgeRuntime:
         self.journal.append("event", "boot", {
             "agent": __version__, "boot_n": self.journal.boot_n, "clean": self.journal.clean, "recovered": recovered,
         })
+        if self.surroundings.told:
+            from .provisioned import provisioned
+
+            for body in provisioned(Path(self.surroundings.told)):
+                self.journal.append("event", "provisioned", dict(body))
         for key in self.journal.state_keys("twin/"):
             state = self.journal.state(key)
             if isinstance(state, dict):

@@ -5,6 +5,7 @@ One place, so that nothing of the runtime has to be patched to be tested under a
 
 import asyncio
 import gc
+import os
 import random
 from collections.abc import Callable, Mapping
 
@@ -42,6 +43,7 @@ class Surroundings:
         pace: how often periodic duties run.
         settle: called once when everything is up.
         tidy: called every `Pace.tidy_s`.
+        told: the folder with what this machine's start says of what it was given (`provisioned`); empty for none.
         wal_bytes, reserve_block: see `JournalDatabase.grow_wal` and `SideFile.reserve`.
     """
 
@@ -54,5 +56,6 @@ class Surroundings:
     pace: Pace = field(default_factory=Pace)
     settle: Callable[[], None] = settle
     tidy: Callable[[], None] = return_free_memory
+    told: str = field(default_factory=lambda: os.environ.get("NOVACRON_TOLD", ""))
     wal_bytes: int = WAL_GROWN_BYTES
     reserve_block: int = RESERVE_BLOCK

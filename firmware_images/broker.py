@@ -1,6 +1,7 @@
 """What an image with a broker has for it: its configuration, its unit, and the scripts that let the devices of a site in. Pure: texts; where each goes is in `contents`."""
 
 from .layout import BROKER_FILES, DATA, ESP_NAME
+from .scripts import TELL
 
 PORT = 1883
 """Of loopback: for the agent and whatever else runs on the gateway."""
@@ -54,7 +55,7 @@ TAKE = f"""#!/bin/sh
 # By themselves, as a site gets more devices in the course of time: none of them touches the agent's own.
 set -u
 umask 077
-kept={KEPT} new={DATA}/config/.broker
+{TELL}kept={KEPT} new={DATA}/config/.broker
 busybox rm -rf $new
 busybox mkdir -p $new
 from="${{CREDENTIALS_DIRECTORY:-/nonexistent}}" prefix=novacron. mounted=
@@ -89,10 +90,11 @@ if [ -n "$(busybox ls $new)" ] && ! busybox diff -r $new $kept > /dev/null 2>&1;
   problem="$(why)"
   if [ -n "$problem" ]; then
     echo "novacron: what is given for the broker cannot be used: $problem. Nothing of it was taken over."
+    tell broker refused "$problem"
   else
     # A power cut in between: it is given again at the next boot.
     busybox sync
-    busybox rm -rf $kept && busybox mv $new $kept && busybox sync && echo "novacron: the broker's passwords and certificate taken over."
+    busybox rm -rf $kept && busybox mv $new $kept && busybox sync && echo "novacron: the broker's passwords and certificate taken over." && tell broker taken ""
   fi
 fi
 busybox rm -rf $new

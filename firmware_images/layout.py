@@ -25,3 +25,6 @@ REPART = "/usr/lib/novacron/repart.d"
 
 UPDATE_KEYS = "/usr/lib/novacron/update-keys"
 """Public keys whose bundles a device takes; without one it takes none."""
+
+TOLD = "/run/novacron-told"
+"""What the scripts of a start say of what the device was given, for its agent to tell the hub (`edge_runtime.provisioned`). In memory: each start says its own."""

@@ -2,7 +2,7 @@
 
 from edge_runtime.updates import slots
 
-from .layout import DATA, ESP_NAME, PROVISIONED, REPART
+from .layout import DATA, ESP_NAME, PROVISIONED, REPART, TOLD
 
 ROOT_WAIT_TENTHS = 300
 """Tenths of a second that the initrd waits for the root's disk; a slow USB stick takes ten seconds."""
@@ -27,12 +27,16 @@ digest() {{
 }}
 """
 
+TELL = f"""# What the hub is told: of what, what came of it, why.
+tell() {{ busybox mkdir -p -m 755 {TOLD} && printf '%s\\n%s\\n' "$2" "$3" > {TOLD}/$1.new && busybox chmod 644 {TOLD}/$1.new && busybox mv {TOLD}/$1.new {TOLD}/$1; }}
+"""
+
 PROVISION = f"""#!/bin/sh
 # At each boot, before the agent: what is given, as credentials (novacron.edge.yaml, ...), else in the folder novacron of the boot partition, is checked and taken over as a whole where it differs from what is kept.
 # A file that is not given stays as it is kept: a certificate is renewed by its two files.
 set -u
 umask 027
-{_CONFIGURATION}busybox mkdir -p $config
+{_CONFIGURATION}{TELL}busybox mkdir -p $config
 busybox chgrp novacron $config
 finish() {{
   for name in edge.yaml.json {" ".join(PROVISIONED)}; do
@@ -45,7 +49,10 @@ finish() {{
 if [ -d $take ]; then finish; fi
 # As what the agent will see: in the place of what is kept. What it says as JSON is put beside it: a start need not read YAML.
 check() {{
-  busybox unshare -m sh -c "/usr/bin/mount --bind $1 $config && exec python3 -OO -m edge_runtime check --quick --strict --config $config/edge.yaml"
+  busybox unshare -m sh -c "/usr/bin/mount --bind $1 $config && exec python3 -OO -m edge_runtime check --quick --strict --config $config/edge.yaml" 2> $1/.said
+  found=$?
+  busybox cat $1/.said >&2
+  return $found
 }}
 # What the agent ran with last, to be gone back to. Where that is still there, what is kept has not been proven.
 keep() {{
@@ -75,7 +82,7 @@ for name in {" ".join(PROVISIONED)}; do
   if [ -e "$from/$prefix$name" ] && ! busybox cmp -s "$from/$prefix$name" $config/$name; then differs=1; fi
 done
 if [ -n "$differs" ]; then
-  why=
+  why= more=
   busybox rm -rf $new $before.new
   busybox mkdir -p $new
   for name in {" ".join(PROVISIONED)}; do
@@ -92,7 +99,7 @@ if [ -n "$differs" ]; then
   elif [ "$(digest $new)" = "$(busybox cat $refused 2> /dev/null)" ]; then
     why="it is the one with which the agent did not start"
   elif ! said="$(check $new)"; then
-    why="see above"
+    why="see above" more="$(busybox tail -c 1000 $new/.said | busybox tr '\\n' ' ')"
   elif [ -s $config/edge.yaml ] && ! keep; then
     why="there is no room for what is gone back to"
   elif [ -s $config/edge.yaml ]; then
@@ -102,6 +109,7 @@ if [ -n "$differs" ]; then
   fi
   if [ -n "$why" ]; then
     echo "novacron: the configuration that is given cannot be used ($why); nothing was taken over."
+    tell configuration refused "${{more:-$why}}"
   else
     if [ -e $new/edge.yaml.json ]; then busybox chgrp novacron $new/edge.yaml.json; fi
     if [ -d $before.new ]; then busybox mv $before.new $before; fi
@@ -109,6 +117,7 @@ if [ -n "$differs" ]; then
     busybox mv $new $take
     finish
     echo "novacron: configuration taken over."
+    tell configuration taken ""
   fi
   busybox rm -rf $new $before.new
 fi

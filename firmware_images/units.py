@@ -2,7 +2,7 @@
 
 from edge_runtime.updates import slots
 
-from .layout import DATA, SITE, START_CODE
+from .layout import DATA, SITE, START_CODE, TOLD
 from .recipes import Profile
 
 TRIAL_DATA_WAIT_S = 900
@@ -123,6 +123,7 @@ ExecStart=
 ExecStart={_AGENT} run --config {DATA}/config/edge.yaml
 Environment=PYTHONDONTWRITEBYTECODE=1
 Environment=NOVACRON_EDGE__UPDATES__ENABLED=true
+Environment=NOVACRON_TOLD={TOLD}
 # A name of its own for a device whose configuration gives it none.
 DynamicUser=no
 User=novacron

@@ -175,6 +175,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "reading": ("telemetry", "device, values {metric: value}, device_ms (the device's own time, where it sent one)"),
     "decision": ("decision", "rule, device, outcome (fired, cleared), inputs, actions, generation, offline; on a shared site also fence, and for (the edge that is stood in for)"),
     "boot": ("event", "agent, boot_n, clean (the last stop was orderly), recovered (a database that was rebuilt)"),
+    "provisioned": ("event", "what an image's start made of what its device was given: what (configuration, broker), outcome (taken, refused), reason; at each start of the agent until the next of the device"),
     "shutdown": ("event", "reason"),
     "link.up": ("event", "outage_ms, decided_offline"),
     "link.down": ("event", "reason"),

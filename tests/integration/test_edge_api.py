@@ -64,6 +64,16 @@ async def test_what_a_running_edge_counts_is_valid_exposition(edges: Edges) -> N
     assert found["devices"] == {"": 1} and found["link_up"] == {"": 0} and found["resident_memory_bytes"][""] > 1 << 20 and found["journal_commits_total"][""] >= 2
 
 
+async def test_what_this_machines_start_made_of_what_it_was_given_is_journalled(edges: Edges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "told").mkdir()
+    (tmp_path / "told" / "configuration").write_text("refused\nedge.yaml: nise: is unknown; did you mean nice?\n")
+    monkeypatch.setenv("NOVACRON_TOLD", str(tmp_path / "told"))
+    edge = await with_decisions(edges, 0)
+    first, second = reversed(await edge.get("/api/v1/journal/event"))
+    assert first["kind"] == "boot" and second["kind"] == "provisioned"
+    assert second["body"] == {"what": "configuration", "outcome": "refused", "reason": "edge.yaml: nise: is unknown; did you mean nice?"}
+
+
 async def test_the_journal_is_shown_newest_first_with_limits(edges: Edges) -> None:
     edge = await with_decisions(edges, 5)
     assert [item["seq"] for item in await edge.get("/api/v1/decisions")] == [5, 4, 3, 2, 1]

@@ -17,6 +17,7 @@ import pytest
 from edge_runtime import bus_place, cli
 from edge_runtime.config import EdgeConfig
 from edge_runtime.config.schema import BusConfig, DutiesConfig
+from edge_runtime.provisioned import provisioned
 from firmware_images import broker, layout
 from tools.bench.harness import die_with_parent, free_port, stop, wait_for_port
 
@@ -47,7 +48,7 @@ class Gateway:
 
     def text(self, script: str) -> str:
         """One of the image's texts, for this machine."""
-        for old, new in ((broker.READY, str(self.ready)), (layout.DATA, str(self.data)), ("mosquitto:mosquitto", f"{os.getuid()}:{os.getgid()}"), ("/usr/sbin/mosquitto", MOSQUITTO), (broker.AGENT_ENVIRONMENT, str(self.environment)), ("/etc/mosquitto", str(self.top)), (f"listener {broker.DEVICES_PORT}", f"listener {self.devices_port}"), (f"listener {broker.PORT} ", f"listener {self.port} ")):
+        for old, new in ((broker.READY, str(self.ready)), (layout.DATA, str(self.data)), (layout.TOLD, str(self.top / "told")), ("mosquitto:mosquitto", f"{os.getuid()}:{os.getgid()}"), ("/usr/sbin/mosquitto", MOSQUITTO), (broker.AGENT_ENVIRONMENT, str(self.environment)), ("/etc/mosquitto", str(self.top)), (f"listener {broker.DEVICES_PORT}", f"listener {self.devices_port}"), (f"listener {broker.PORT} ", f"listener {self.port} ")):
             script = script.replace(old, new)
         return script.replace("allow_anonymous false\n", "allow_anonymous false\nuser root\n") if os.getuid() == 0 else script
 
@@ -104,7 +105,7 @@ def gateway(tmp_path: Path) -> Gateway:
 def test_what_lets_devices_in_is_taken_over_whole_at_each_boot_that_brings_another(gateway: Gateway) -> None:
     assert "no device reaches the broker over the network" in gateway.run(broker.TAKE) and not gateway.kept.exists()
     gateway.give("oven-1")
-    assert "taken over" in gateway.run(broker.TAKE)
+    assert "taken over" in gateway.run(broker.TAKE) and provisioned(gateway.top / "told") == [{"what": "broker", "outcome": "taken", "reason": ""}]
     assert sorted(path.name for path in gateway.kept.iterdir()) == sorted(layout.BROKER_FILES[:3]) and {path.stat().st_mode & 0o777 for path in gateway.kept.iterdir()} == {0o600}
     assert gateway.run(broker.TAKE) == "", "the same again"
     gateway.give("oven-1", "oven-2")
@@ -130,6 +131,8 @@ def test_nothing_is_taken_over_of_what_would_lock_devices_out(gateway: Gateway, 
     before = {path.name: path.read_bytes() for path in gateway.kept.iterdir()}
     spoil(gateway.given)
     assert why in (said := gateway.run(broker.TAKE)) and "Nothing of it was taken over" in said
+    [told] = provisioned(gateway.top / "told")
+    assert (told["what"], told["outcome"]) == ("broker", "refused") and why in told["reason"]
     assert {path.name: path.read_bytes() for path in gateway.kept.iterdir()} == before and not (gateway.data / "config" / ".broker").exists()
 
 

@@ -118,13 +118,19 @@ def rules(device: Device) -> list[str]:
     return list(device.get("/api/v1/status")["rules"])
 
 
+def told(device: Device) -> tuple[str, str]:
+    """The newest of what it has for its hub of what it was given."""
+    body = next(one["body"] for one in device.get("/api/v1/journal/event?limit=1000") if one["kind"] == "provisioned")
+    return body["outcome"], body["reason"]
+
+
 def test_image_takes_another_configuration_at_a_later_start_and_goes_back_from_one_with_which_its_agent_does_not_start(built: Built, tmp_path: Path) -> None:
     device = Device(built, tmp_path)
     device.wiring = replace(device.wiring, credentials={})  # all it gets is in its boot partition
     put(device, edge_yaml=CONFIG.replace("NAME", "first"), api_token=device.token)
     with device.on() as machine:
         machine.wait_for("configuration taken over", BOOT_S)
-        assert rules(device) == ["first"]
+        assert rules(device) == ["first"] and told(device) == ("taken", "")
         newest = device.get("/api/v1/decisions?limit=1")[0]["seq"]
     put(device, edge_yaml=CONFIG.replace("NAME", "second"))
     with device.on() as machine:
@@ -135,9 +141,9 @@ def test_image_takes_another_configuration_at_a_later_start_and_goes_back_from_o
     with device.on() as machine:
         machine.wait_for("going back to the one before", BOOT_S)
         machine.wait_for("the one with which the agent did not start", BOOT_S)
-        assert rules(device) == ["second"]
+        assert rules(device) == ["second"] and told(device) == ("refused", "it is the one with which the agent did not start")
     put(device, edge_yaml="edge_id: [")
     with device.on() as machine:
         machine.wait_for("cannot be used .see above.; nothing was taken over", BOOT_S)
-        assert rules(device) == ["second"]
+        assert rules(device) == ["second"] and told(device)[0] == "refused" and "edge.yaml" in told(device)[1]
     shutil.rmtree(device.state)

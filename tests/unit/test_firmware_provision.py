@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.provisioned import provisioned
 from firmware_images import layout, scripts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ class Device:
             (self.top / "given" / f"novacron.{name.replace('_', '.')}").write_text(text)
 
     def run(self, script: str, **more: str) -> str:
-        script = script.replace(layout.DATA, str(self.config.parent)).replace("chgrp novacron ", f"chgrp {os.getgid()} ")
+        script = script.replace(layout.DATA, str(self.config.parent)).replace(layout.TOLD, str(self.top / "told")).replace("chgrp novacron ", f"chgrp {os.getgid()} ")
         if os.geteuid() != 0:
             script = script.replace("busybox unshare -m", "unshare --map-root-user --mount")
         path = f"{self.top / 'bin'}:{os.environ['PATH']}"
@@ -45,7 +46,12 @@ class Device:
         return done.stdout
 
     def start(self) -> str:
+        shutil.rmtree(self.top / "told", ignore_errors=True)  # which is in memory
         return self.run(scripts.PROVISION)
+
+    def told(self) -> list[tuple[str, str]]:
+        """What the hub hears of it: what came of it, and why."""
+        return [(one["outcome"], one["reason"]) for one in provisioned(self.top / "told") if one["what"] == "configuration"]
 
     def started(self, runs: bool) -> str:
         """What is looked at after the agent's start."""
@@ -63,12 +69,13 @@ class Device:
 def test_a_first_boot_takes_the_configuration_over_with_its_quick_form(tmp_path: Path) -> None:
     device = Device(tmp_path)
     device.give(edge_yaml=CONFIG, api_token="t")
-    assert "taken over" in device.start()
+    assert "taken over" in device.start() and device.told() == [("taken", "")]
     assert device.names() == ["api.token", "edge.yaml", "edge.yaml.json"]
     assert json.loads((device.config / "edge.yaml.json").read_text())["values"]["edge_id"] == "first"
     assert {(device.config / name).stat().st_mode & 0o777 for name in device.names()} == {0o640}
     before = (device.config / "edge.yaml.json").stat().st_mtime_ns
     assert device.start() == "" and device.names() == ["api.token", "edge.yaml", "edge.yaml.json"]  # the same again: nothing is done
+    assert device.told() == []
     assert (device.config / "edge.yaml.json").stat().st_mtime_ns == before
 
 
@@ -125,7 +132,7 @@ def test_a_configuration_with_which_the_agent_does_not_start_is_gone_back_from_a
     device.give(edge_yaml=CONFIG + "site: north\n", ca_pem="new")
     device.start()
     assert "going back" in device.started(False) and (tmp_path / "systemctl").read_text().splitlines()[-1] == "reboot"
-    assert "did not start" in device.start()
+    assert "did not start" in device.start() and device.told() == [("refused", "it is the one with which the agent did not start")]
     assert device.kept() == {"api.token": "t", "edge.yaml": CONFIG, "ca.pem": "new", ".refused": (device.config / ".refused").read_text()}
     assert json.loads((device.config / "edge.yaml.json").read_text())["text"] == CONFIG
     assert "did not start" in device.start() and device.kept()["edge.yaml"] == CONFIG
@@ -153,11 +160,12 @@ def test_a_certificate_is_renewed_by_its_two_files_together(tmp_path: Path) -> N
     assert device.kept() == {**before, "cert.pem": pem["other.pem"], "key.pem": pem["other.key"]}
 
 
-@pytest.mark.parametrize(("files", "said"), [
-    ({"edge_yaml": CONFIG.replace("first", "other")}, 'edge_id is "other", and this device is "first"'), ({"edge_yaml": CONFIG + "nise: 3\n"}, "see above"), ({"edge_yaml": CONFIG + "#" * (1 << 20)}, "larger than"),
-    ({"edge_yaml": CONFIG.replace("api: {enabled: false}", "api: {token_file: /nowhere/api.token}")}, "see above"), ({"edge_yaml": ""}, "not among the files"),
+@pytest.mark.parametrize(("files", "said", "heard"), [
+    ({"edge_yaml": CONFIG.replace("first", "other")}, 'edge_id is "other", and this device is "first"', 'edge_id is "other"'),
+    ({"edge_yaml": CONFIG + "nise: 3\n"}, "see above", "edge.yaml: nise: is unknown; did you mean nice?"), ({"edge_yaml": CONFIG + "#" * (1 << 20)}, "larger than", "edge.yaml is larger than"),
+    ({"edge_yaml": CONFIG.replace("api: {enabled: false}", "api: {token_file: /nowhere/api.token}")}, "see above", "api.token_file"), ({"edge_yaml": ""}, "not among the files", "not among the files"),
 ])
-def test_what_cannot_be_used_changes_nothing(tmp_path: Path, files: dict[str, str], said: str) -> None:
+def test_what_cannot_be_used_changes_nothing_and_is_told(tmp_path: Path, files: dict[str, str], said: str, heard: str) -> None:
     device = Device(tmp_path)
     device.give(edge_yaml=CONFIG, api_token="t")
     device.start()
@@ -165,6 +173,7 @@ def test_what_cannot_be_used_changes_nothing(tmp_path: Path, files: dict[str, st
     device.give(api_token="u", **files)
     told = device.start()
     assert said in told and "nothing was taken over" in told, told
+    assert [outcome for outcome, _ in device.told()] == ["refused"] and heard in device.told()[0][1]
     assert device.kept() == before and (device.config / "edge.yaml.json").read_bytes() == quick and device.names() == ["api.token", "edge.yaml", "edge.yaml.json"]
 
 
