@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -100,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         asyncio.run(serve())
     except (BrokerError, StoreError, OSError) as error:
-        print(f"novacron-hub: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"novacron-hub: data-dir: {options.data_dir} has no room ({error}); free space on its disk" if full else f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0
 

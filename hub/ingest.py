@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_runtime.contract import jsoncodec
@@ -17,12 +17,13 @@ from edge_runtime.contract.limits import PROTOCOL_VERSION
 from edge_runtime.contract.presence import EDGE_PRESENCE
 from edge_runtime.contract.records import Batch, Record, parse_batch
 from edge_runtime.contract.streams import STREAMS
+from edge_runtime.system.reasons import Reasons
 
 from .book import RangeSet, StreamBook
 from .credit import credit
 from .dating import MAX_CLOCKS, Clocks
 from .fleet import Change, Fleet
-from .store.base import EdgeRow, Store, StoredRecord, StreamRow, Transaction
+from .store.base import EdgeRow, Outage, Store, StoredRecord, StreamRow, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ MAX_ERRORS = 100
 
 REFUSED_LOG_MS = 60_000
 """One line per edge and this long: an edge gone wrong must not fill the hub's disk with its complaints."""
+
+OUTAGES_WAITING_MAX = 10_000
+"""Outages kept in memory while the store takes no commit; the oldest give way, counted."""
 
 
 @dataclass(slots=True)
@@ -92,6 +96,10 @@ class Ingest:
         self._drained_ms: dict[str, int] = {}
         self._starved: set[str] = set()
         self._dirty_edges: dict[str, EdgeRow] = {}
+        self._dirty_outages: dict[tuple[str, int], Outage] = {}
+        self._complaints = Reasons()
+        self.store_refusal = ""
+        """Why the store did not take the last commit; empty where it did."""
         self._ahead: set[tuple[str, str]] = set()
         """Streams whose books know records that are not committed yet: no receipt may speak of them."""
         self.clocks = Clocks()
@@ -115,10 +123,12 @@ class Ingest:
         return self._tasks
 
     async def stop(self) -> None:
-        """End; what was queued and not committed is sent again by the edges."""
+        """End; what was queued and not committed is sent again by the edges. What they do not send again is committed, if the store takes it."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._dirty_edges:
+            await self._commit(Transaction(), {})
         self._writer.shutdown()
 
     def write(self, job: Callable[[], Any]) -> "asyncio.Future[Any]":
@@ -217,27 +227,32 @@ class Ingest:
             self._dirty_edges[row.edge] = row
         else:
             transaction.edges[row.edge] = row
+        outages = self._dirty_outages if transaction is None else transaction.outages
         if change.outage_started_ms is not None:
-            start = change.outage_started_ms
-            self._writer.submit(lambda: self.store.put_outage(row.edge, start, None, row.reason))
+            outages[row.edge, change.outage_started_ms] = Outage(None, row.reason)
         if change.outage_ended is not None:
             begin, end = change.outage_ended
-            self._writer.submit(lambda: self.store.put_outage(row.edge, begin, end, ""))
+            _end(outages, (row.edge, begin), Outage(end, ""))
         self._on_presence(change)
 
     # -- commit and answer ---------------------------------------------------------------------------------------------------
 
     async def _commit(self, transaction: Transaction, touched: dict[str, set[str]]) -> None:
         transaction.edges |= self._dirty_edges
-        self._dirty_edges = {}
+        waited, self._dirty_edges, self._dirty_outages = self._dirty_outages, {}, {}
+        for began, outage in transaction.outages.items():
+            _end(waited, began, outage)
+        transaction.outages = waited
         keys = [(edge, stream) for edge, streams in touched.items() for stream in streams]
         transaction.streams = {key: _row(key, self.books[key]) for key in keys if key in self._ahead}
         try:
             await self.write(lambda: self.store.commit(transaction))
         except Exception as error:
             self.counters["failed_commits_total"] += 1
-            log.error("the store refused a commit: %s; nothing of it was kept, the edges will send it again", error)
-            self._dirty_edges = transaction.edges | self._dirty_edges  # presence is not sent again
+            self.store_refusal = str(error)
+            if self._complaints.worth(self.store_refusal, self._now_ms() / 1000):  # it comes again with each try, and its log may be on the same disk
+                log.error("the store refuses commits: %s; nothing of them is kept, the edges will send it again", error)
+            self._keep(transaction)
             for clock in transaction.clocks:
                 self.clocks.forget(clock)
             await self._reload(list(transaction.streams))
@@ -245,6 +260,10 @@ class Ingest:
         finally:
             self._ahead.difference_update(transaction.streams)
         self.counters["commits_total"] += 1
+        if self.store_refusal:
+            if self._complaints.told:
+                log.info("the store takes commits again")
+            self.store_refusal, self._complaints.told = "", False
         for key in transaction.streams:
             try:
                 if self.books[key].reachable() is not None:
@@ -257,17 +276,29 @@ class Ingest:
         if transaction.records:
             self._on_records(transaction.records)
 
+    def _keep(self, failed: Transaction) -> None:
+        """What nobody sends again: presence, and the outages that it told."""
+        self._dirty_edges = failed.edges | self._dirty_edges
+        for began, outage in self._dirty_outages.items():  # while it failed
+            _end(failed.outages, began, outage)
+        self._dirty_outages = failed.outages
+        while len(self._dirty_outages) > OUTAGES_WAITING_MAX:
+            del self._dirty_outages[next(iter(self._dirty_outages))]
+            self.counters["dropped_outages_total"] += 1
+
     async def _reload(self, keys: list[tuple[str, str]]) -> None:
         """After a failed commit the books must not know more than the store."""
-        while True:
+        while keys:
             try:
                 rows = {(row.edge, row.stream): row for row in await self.write(self.store.streams)}
-                break
             except Exception as error:  # taking records in must not end with a disk that is away for a while
-                log.error("the store cannot be read: %s; trying again", error)
+                if self._complaints.worth(str(error), self._now_ms() / 1000):
+                    log.error("the store cannot be read: %s; trying again", error)
                 await asyncio.sleep(self._pace.tick_s)
-        for key in keys:
-            self.books[key] = _book(rows[key]) if key in rows else StreamBook()
+            else:
+                for key in keys:
+                    self.books[key] = _book(rows[key]) if key in rows else StreamBook()
+                return
 
     async def _advance(self, key: tuple[str, str]) -> None:
         """A gap has closed: compute the chain over what was stored above it, then keep the new mark."""
@@ -340,6 +371,12 @@ class Ingest:
                 self.send_receipts(edge, wanting)
             elif edge in self._starved and self.queue_fill < 0.25:
                 self.send_receipts(edge, set(STREAMS))
+
+
+def _end(outages: dict[tuple[str, int], Outage], key: tuple[str, int], outage: Outage) -> None:
+    """What became of an outage; the reason is its beginning's."""
+    known = outages.get(key)
+    outages[key] = replace(outage, reason=known.reason) if known is not None else outage
 
 
 def _row(key: tuple[str, str], book: StreamBook) -> StreamRow:

@@ -1,10 +1,12 @@
 """The composition root of the hub: broker, link, store, ingest, fleet, API."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
 import secrets
+import shutil
 import ssl
 import time
 from collections import Counter
@@ -37,6 +39,11 @@ from .workloads.service import Workloads
 log = logging.getLogger(__name__)
 
 METRIC_PREFIX = "novacron_hub_"
+
+STORE = "hub.db"
+
+LOW_BYTES = 1 << 30
+"""Free bytes of the hub's disk below which it is told: hours, with a hundred busy edges, until nothing can be stored."""
 
 RETELL_FIRST_MS = 20_000
 RETELL_CAP_MS = 3_600_000
@@ -109,7 +116,7 @@ class Hub:
         self.now_ms = around.now_ms
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self.boot = f"{around.entropy.getrandbits(64):016x}"
-        self.store: Store = around.store(settings.data_dir / "hub.db")
+        self.store: Store = around.store(settings.data_dir / STORE)
         self.token = settings.token or self._token()
         self.fleet = Fleet(silent_after_ms=around.silent_after_ms)
         self.desired: dict[str, dict[str, Any]] = dict(self.store.all_desired())
@@ -319,17 +326,34 @@ class Hub:
             problems.append(f"no connection to the broker: {self.link.last_error or 'connecting'}")
         elif self.link.refusal:
             problems.append(f"the broker refuses what the hub says ({self.link.refusal}): give it all rights on novacron/#")
+        if self.ingest.store_refusal:
+            problems.append(f"nothing is stored ({self.ingest.store_refusal}): the edges keep what they have; see that {self.settings.data_dir} can be written to and has room")
         if self.ingest.queue_fill > 0.9:
             problems.append("the ingest queue is nearly full")
         return problems
 
+    def storage(self) -> dict[str, Any]:
+        """Bytes that the store has, and that are free beside it; `warning` where these are few."""
+        folder, held = self.settings.data_dir, 0
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            return {"bytes": 0, "free_bytes": 0, "warning": f"{folder}: {error.strerror}"}
+        for name in (STORE, f"{STORE}-wal"):
+            with contextlib.suppress(OSError):
+                held += (folder / name).stat().st_size
+        few = f"{folder} has {free >> 20} MiB free: where it is full nothing is stored, and the edges keep what they have" if free < LOW_BYTES else ""
+        return {"bytes": held, "free_bytes": free, "warning": few}
+
     def render_metrics(self) -> str:
         """Prometheus text; names follow its conventions, no per-edge labels."""
-        rows = self.fleet.rows.values()
+        rows, storage = self.fleet.rows.values(), self.storage()
         gauges = {
             "edges": (len(self.fleet.rows), "Edges ever seen."), "edges_online": (sum(row.state == "online" for row in rows), "Edges online."),
             "edges_quarantined": (sum(bool(row.quarantine) for row in rows), "Edges in quarantine."),
             "ingest_queue_ratio": (self.ingest.queue_fill, "Share of the ingest queue in use."), "link_up": (int(self.link.up), "1 while the broker is connected."),
+            "store_bytes": (storage["bytes"], "Size of the store's files."), "disk_free_bytes": (storage["free_bytes"], "Free space beside the store."),
+            "store_refuses": (int(bool(self.ingest.store_refusal)), "1 while the store takes no commits."),
             "broker_restarts": (self.broker.restarts, "Restarts of the supervised broker."),
         }
         lines = []

@@ -153,7 +153,7 @@ class HubApi(OperationApi, MoveApi, TransferApi):
             "hub": hub.settings.name, "version": __version__, "boot": hub.boot, "time_ms": hub.now_ms(), "edges": len(hub.fleet.rows),
             "edges_online": sum(row.state == "online" for row in rows), "quarantined": sum(bool(row.quarantine) for row in rows),
             "broker": {"kind": hub.broker.kind, "host": hub.broker.host, "port": hub.broker.port, "mqtt5": hub.broker.mqtt5, "restarts": hub.broker.restarts, "up": hub.link.up},
-            "counters": dict(hub.ingest.counters), "problems": hub.problems(),
+            "counters": dict(hub.ingest.counters), "problems": hub.problems(), "storage": hub.storage(),
         })
 
     async def hierarchy(self, _request: web.Request) -> web.Response:

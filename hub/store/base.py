@@ -67,6 +67,16 @@ class Transaction:
     streams: dict[tuple[str, str], StreamRow] = field(default_factory=dict)
     edges: dict[str, EdgeRow] = field(default_factory=dict)
     clocks: list[BootClock] = field(default_factory=list)
+    outages: dict[tuple[str, int], "Outage"] = field(default_factory=dict)
+    """By edge and beginning (the hub's wall milliseconds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """What is known of one: when it ended, by the hub's wall milliseconds (None: it goes on), and why it began, where that is known."""
+
+    end_ms: int | None
+    reason: str
 
 
 class StoreError(RuntimeError):
@@ -86,7 +96,7 @@ class Store(WorkloadStore, Protocol):
         """Release it."""
 
     def commit(self, transaction: Transaction) -> None:
-        """Write all of it or none. A record that is there already (edge, stream, seq) is left as it is."""
+        """Write all of it or none. A record that is there already (edge, stream, seq) is left as it is; an outage that is there keeps the reason that its beginning gave."""
 
     def edges(self) -> list[EdgeRow]:
         """Every edge."""
@@ -122,9 +132,6 @@ class Store(WorkloadStore, Protocol):
 
     def put_setting(self, key: str, value: str) -> None:
         """Keep one of the hub's own values."""
-
-    def put_outage(self, edge: str, start_ms: int, end_ms: int | None, reason: str) -> None:
-        """Begin (`end_ms` None) or end an outage of an edge, by the hub's clock."""
 
     def read_outages(self, since_ms: int, limit: int = 1000) -> list[dict[str, Any]]:
         """Outages that ended after `since_ms` or have not ended."""

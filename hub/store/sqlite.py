@@ -1,6 +1,7 @@
 """The hub's store in one SQLite file. sqlite-utils makes and migrates the schema; the hot path is plain SQL."""
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ BUSY_TIMEOUT_S = 5.0
 
 CHECK_BYTES = 256 * 1024 * 1024
 """Files up to this size are checked whole when they are opened (about a second); damage in a larger one shows when it is read."""
+
+FULL_BYTES = 1 << 16
+"""Free bytes below which a disk is full: what SQLite needs beside the database when it opens one."""
 
 
 def _first_schema(db: sqlite_utils.Database) -> None:
@@ -70,6 +74,11 @@ MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (
 """Applied in order, each once; a name is never reused."""
 
 
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whether that is for want of room on the disk, and nothing is damaged. SQLite says so of its own writes; where there is none for the files beside the database, it cannot open it, or speaks of an I/O error."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or (isinstance(error, sqlite3.OperationalError) and shutil.disk_usage(folder).free < FULL_BYTES)
+
+
 class SqliteStore(SqliteWorkloads, SqliteTransfers):
     """See `base.Store`.
 
@@ -98,7 +107,7 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
                 connection.close()
             if isinstance(error, StoreError):
                 raise
-            remedy = "stop the other hub" if "locked" in str(error) else "restore it from a backup, or move it away: the edges send again what they still have"
+            remedy = "stop the other hub" if "locked" in str(error) else "free space on its disk; nothing of it is damaged" if _is_full(error, path.parent) else "restore it from a backup, or move it away: the edges send again what they still have"
             raise StoreError("data-dir", f"{path} cannot be used ({error})", remedy) from None
 
     def _check(self) -> None:
@@ -163,6 +172,9 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
                 ],
             )
             connection.executemany("INSERT OR REPLACE INTO clocks VALUES (?,?,?,?)", [(c.edge, c.boot, c.quality, c.offset_ms) for c in transaction.clocks])
+            connection.executemany(
+                "INSERT INTO outages VALUES (?,?,?,?) ON CONFLICT(edge, start_ms) DO UPDATE SET end_ms=excluded.end_ms", [(*key, outage.end_ms, outage.reason) for key, outage in transaction.outages.items()]
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -189,12 +201,6 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
     def put_setting(self, key: str, value: str) -> None:
         """See `Store.put_setting`."""
         self._write.execute("INSERT OR REPLACE INTO settings VALUES (?,?)", (key, value))
-
-    def put_outage(self, edge: str, start_ms: int, end_ms: int | None, reason: str) -> None:
-        """See `Store.put_outage`."""
-        self._write.execute(
-            "INSERT INTO outages VALUES (?,?,?,?) ON CONFLICT(edge, start_ms) DO UPDATE SET end_ms=excluded.end_ms", (edge, start_ms, end_ms, reason)
-        )
 
     def prune(self, edge: str, stream: str, upto: int, chain: bytes) -> int:
         """See `Store.prune`."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from edge_runtime.contract.records import Record
 from hub.dating import BootClock
 from hub.store import sqlite as sqlite_module
-from hub.store.base import EdgeRow, Store, StoredRecord, StoreError, StreamRow, Transaction
+from hub.store.base import EdgeRow, Outage, Store, StoredRecord, StoreError, StreamRow, Transaction
 from hub.store.sqlite import DESIRED_HISTORY, SqliteStore
 from hub.store.workloads import NodeRow, PlacementRow, WorkloadChanges, WorkloadRow
 
@@ -67,6 +67,10 @@ def stream_row(edge: str, stream: str, contiguous: int, above: list[list[int]] |
 
 def keep(store: Store, *records: StoredRecord) -> None:
     store.commit(Transaction(records=list(records)))
+
+
+def outage(store: Store, edge: str, start_ms: int, end_ms: int | None, reason: str) -> None:
+    store.commit(Transaction(outages={(edge, start_ms): Outage(end_ms, reason)}))
 
 
 def seqs(records: list[StoredRecord]) -> list[int]:
@@ -194,10 +198,10 @@ def test_settings_are_kept_and_replaced(store: Store) -> None:
 
 
 def test_outages_open_and_end(store: Store) -> None:
-    store.put_outage("gw-1", 1000, None, "lost")
-    store.put_outage("gw-2", 2000, None, "silent")
-    store.put_outage("gw-1", 1000, 1500, "")
-    store.put_outage("gw-1", 3000, None, "lost")
+    outage(store, "gw-1", 1000, None, "lost")
+    outage(store, "gw-2", 2000, None, "silent")
+    outage(store, "gw-1", 1000, 1500, "")
+    outage(store, "gw-1", 3000, None, "lost")
     found = store.read_outages(0)
     assert [(one["edge"], one["start_ms"], one["end_ms"]) for one in found] == [("gw-1", 3000, None), ("gw-2", 2000, None), ("gw-1", 1000, 1500)]
     # Its end does not take the reason away that its beginning gave.
@@ -226,7 +230,7 @@ def test_opening_again_keeps_all(opener: Opener) -> None:
     first.commit(Transaction(records, {("gw-1", "decision"): marks}, {"gw-1": row}))
     first.put_desired("gw-1", {"generation": 2}, 9)
     first.put_setting("key", "value")
-    first.put_outage("gw-1", 5, None, "lost")
+    outage(first, "gw-1", 5, None, "lost")
     numbers = [number for number, _ in first.read_latest(streams=("decision",), kinds=(), limit=10)]
     for _ in range(2):
         again = opener()

@@ -126,6 +126,9 @@ def _status(options: Any) -> int:
     status, edges = hub.get("/api/v1/status"), hub.get("/api/v1/edges")
     if not options.json:
         print(f"hub {status['hub']}: {status['edges_online']} of {status['edges']} edges online, broker {status['broker']['kind']}")
+        for text in (*status["problems"], status.get("storage", {}).get("warning", "")):
+            if text:
+                print(f"! {text}")
     rows = [
         [
             edge["edge"], "quarantine" if edge["quarantine"] else edge["state"], edge["reason"], _age(edge["last_seen_ms"]),
