@@ -5,6 +5,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 DAYS_MAX = 36_500
 """A hundred years: past it somebody has mistaken the unit."""
 
+
+OPEN_FILES = 65_536
+"""What the hub asks for itself and its broker: more than the edges that a hub takes."""
 
 MINUTES_MAX = 10_080
 """A week: who wants less often asks for it."""
@@ -74,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: {error}", file=sys.stderr)
         return 2
 
+    _allow_files()
     manager = ServiceManager()
 
     async def serve() -> None:
@@ -105,6 +110,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"novacron-hub: data-dir: {options.data_dir} has no room ({error}); free space on its disk" if full else f"novacron-hub: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _allow_files() -> None:
+    """As many open files as edges may come: each is one of its broker's, and a login's usual limit of 1,024 turns the rest away without a word."""
+    from .fleet import MAX_EDGES
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < MAX_EDGES:
+        logging.getLogger(__name__).warning("at most %d files may be open (ulimit -Hn): about so many edges can have a link, of %d that a hub takes", wanted, MAX_EDGES)
 
 
 async def _alive(hub: "Hub", manager: ServiceManager) -> None:

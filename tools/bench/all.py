@@ -17,6 +17,7 @@ BENCHES = (
     "peer_node_red",
     "journal",
     "outage",
+    "many_edges",
     "earlier",
     "nab",
     "site_failover",
