@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ")
     logging.Formatter.converter = time.gmtime
     logging.getLogger("mqtt").setLevel(logging.WARNING)
-    from .broker.base import Door
+    from .broker.base import Door, authority
     from .retention import RetentionSettings
     from .server import BrokerError, Hub, HubSettings
     from .store import StoreError
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
             print(_greeting(hub.url, hub.token, bool(settings.token)), flush=True)
             alive = asyncio.get_running_loop().create_task(_alive(hub, manager))
-            print(f"broker: {hub.broker.kind} {'mqtts' if hub.broker.tls or settings.door.cert_file else 'mqtt'}://{hub.broker.host}:{hub.broker.port}", flush=True)
+            print(f"broker: {hub.broker.kind} {'mqtts' if hub.broker.tls or settings.door.cert_file else 'mqtt'}://{authority(hub.broker.host, hub.broker.port)}", flush=True)
             await stop.wait()
             manager.notify(STOPPING="1")
             alive.cancel()

@@ -22,7 +22,7 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.system.parts import Parts
 
 from .broker import open_broker
-from .broker.base import Broker, BrokerError, Door, is_loopback
+from .broker.base import Broker, BrokerError, Door, authority, is_loopback
 from .broker.mosquitto import MosquittoBroker
 from .fleet import SILENT_AFTER_MS, Change, Fleet, next_desired
 from .ingest import Ingest, Pace
@@ -178,12 +178,12 @@ class Hub:
         site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=self._shown)
         await site.start()
         self.port = self._runner.addresses[0][1]
-        log.info("hub on %s, broker %s on %s:%d", self.url, self.broker.kind, self.broker.host, self.broker.port)
+        log.info("hub on %s, broker %s on %s", self.url, self.broker.kind, authority(self.broker.host, self.broker.port))
 
     @property
     def url(self) -> str:
         """Where API and page are."""
-        return f"{'http' if self._shown is None else 'https'}://{self.settings.host}:{self.port}"
+        return f"{'http' if self._shown is None else 'https'}://{authority(self.settings.host, self.port)}"
 
     async def reload(self) -> None:
         """Take certificates and passwords anew from their files; what is wrong is told in the log, and all is as it was."""

@@ -302,5 +302,6 @@ async def serve(runtime: "EdgeRuntime") -> tuple[Any, int]:
     site = web.TCPSite(runner, runtime.config.api.host, runtime.config.api.port)
     await site.start()
     port: int = site._server.sockets[0].getsockname()[1]
-    log.info("local API on http://%s:%d", runtime.config.api.host, port)
+    host = runtime.config.api.host
+    log.info("local API on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     return runner, port

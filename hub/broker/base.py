@@ -56,6 +56,11 @@ class Broker(Protocol):
         """End it, where it is ours."""
 
 
+def authority(host: str, port: int) -> str:
+    """As it stands in a URL: an IPv6 address in brackets (RFC 3986, 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
     return host in ("localhost", "::1") or host.startswith("127.")

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from typing import Any
 
-from .base import BrokerError, is_loopback
+from .base import BrokerError, authority, is_loopback
 
 
 class EmbeddedBroker:
@@ -52,7 +52,7 @@ class EmbeddedBroker:
         try:
             await asyncio.wait_for(self._broker.start(), 10)
         except Exception as error:  # amqtt wraps what went wrong in its own classes
-            raise BrokerError("broker.port", f"{self.host}:{self.port} cannot be listened on: {error}", "choose another port, or 0") from None
+            raise BrokerError("broker.port", f"{authority(self.host, self.port)} cannot be listened on: {error}", "choose another port, or 0") from None
 
     async def close(self) -> None:
         """End it."""

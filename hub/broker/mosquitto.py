@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_runtime.contract import topics
 
-from .base import BrokerError, Door, is_loopback
+from .base import BrokerError, Door, authority, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class MosquittoBroker:
             status = self._process.returncode if self._process is not None else None
             if not (chosen or self._apart) or attempt == 2:
                 await self.close()
-                raise BrokerError("broker.port", f"mosquitto does not listen on {self.host}:{self.port} (status {status})", "choose another port, or 0; its words are above")
+                raise BrokerError("broker.port", f"mosquitto does not listen on {authority(self.host, self.port)} (status {status})", "choose another port, or 0; its words are above")
         self._task = asyncio.get_running_loop().create_task(self._supervise(), name="mosquitto")
 
     def _claim(self) -> None:
@@ -208,7 +208,7 @@ class MosquittoBroker:
             try:
                 sock.bind((self.host, self.port))
             except OSError as error:
-                raise BrokerError("broker.port", f"{self.host}:{self.port} cannot be listened on: {error}", "choose another port, or 0") from None
+                raise BrokerError("broker.port", f"{authority(self.host, self.port)} cannot be listened on: {error}", "choose another port, or 0") from None
 
     async def _spawn(self) -> None:
         self._process = await asyncio.create_subprocess_exec(

@@ -18,11 +18,24 @@ from hub.broker.mosquitto import MosquittoBroker, find_mosquitto
 from hub.server import Hub, HubSettings
 from tools.ending import ended
 from tools.faultproxy import FaultProxy
+from tools.novactl.client import Api
 
-from .hub_side import EDGE, Mosquitto, api_of, in_thread, linked_edge, needs_mosquitto, proven, raw_client, running_hub, synced
+from .hub_side import EDGE, Mosquitto, api_of, differences, in_thread, linked_edge, needs_mosquitto, proven, raw_client, running_hub, synced
 from .waiting import until
 
 KINDS = ("embedded", pytest.param("mosquitto", marks=needs_mosquitto), pytest.param("external", marks=needs_mosquitto), pytest.param("external with Nagle", marks=needs_mosquitto))
+
+
+def _ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = _ipv6()
 
 
 @asynccontextmanager
@@ -62,6 +75,17 @@ async def test_records_go_up_and_desired_state_comes_down(kind: str, tmp_path: P
             await proven(hub, edge)
         await until(lambda: hub.fleet.rows[EDGE].state == "offline", what="the goodbye")
         assert hub.fleet.rows[EDGE].reason == "shutdown"
+
+
+@pytest.mark.skipif(not IPV6, reason="this machine has no IPv6 on its loopback")
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("mosquitto", marks=needs_mosquitto)])
+async def test_all_of_it_over_ipv6_and_addresses_that_can_be_opened_as_they_are_printed(kind: str, tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", kind, broker_host="::1", host="::1") as hub, linked_edge(tmp_path / "edge", hub.broker.port, host="::1") as edge:
+        await edge.append(30)
+        await synced(hub, edge)
+        assert hub.url == f"http://[::1]:{hub.port}"
+        assert (await in_thread(Api(hub.url, hub.token).get, "/api/v1/status"))["edges_online"] == 1
+    assert differences(edge.folder, hub.settings.data_dir, edge.name) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
