@@ -37,6 +37,8 @@ class Fleet:
     watches: dict[str, BootWatch] = field(default_factory=dict)
     open_outages: dict[str, int] = field(default_factory=dict)
     silent_after_ms: int = SILENT_AFTER_MS
+    began_ms: int = 0
+    """The hub's wall milliseconds when it began to listen: silence before that is its own."""
 
     def row(self, edge: str) -> EdgeRow:
         """The row of `edge`, made where it is new. Raises `ContractError` past `MAX_EDGES`."""
@@ -94,6 +96,17 @@ class Fleet:
             if row.edge not in self.open_outages:
                 self.open_outages[row.edge] = started = now_ms
         return Change(row, outage_started_ms=started)
+
+    def stepped(self, by_ms: int) -> None:
+        """The hub's clock went so much further than it was there: it was set, or the hub itself stood still. Nobody was silent for that."""
+        for row in self.rows.values():
+            if row.last_seen_ms >= self.began_ms:  # by the clock as it was before
+                row.last_seen_ms += by_ms
+        self.began_ms += by_ms
+
+    def silence_ms(self, row: EdgeRow, now_ms: int) -> int:
+        """For how long an edge has given no sign of life to a hub that listened."""
+        return now_ms - max(self.began_ms, row.last_seen_ms)
 
     def silent(self, now_ms: int) -> list[Change]:
         """Edges called online that have said nothing for `silent_after_ms`."""

@@ -46,6 +46,12 @@ MAX_ERRORS = 100
 REFUSED_LOG_MS = 60_000
 """One line per edge and this long: an edge gone wrong must not fill the hub's disk with its complaints."""
 
+STEP_MS = 2_000
+"""A difference between what passed by the hub's wall clock and while it was there, above which the clock was set, or the hub stood still (a machine that was suspended): a slewed clock never differs so much between two looks."""
+
+THERE_S = 5.0
+"""Seconds between two looks at most for which the hub was there: no job of its loop takes longer."""
+
 OUTAGES_WAITING_MAX = 10_000
 """Outages kept in memory while the store takes no commit; the oldest give way, counted."""
 
@@ -119,6 +125,7 @@ class Ingest:
     def start(self) -> "list[asyncio.Task[None]]":
         """Begin; call inside the running loop. The tasks never end by themselves."""
         loop = asyncio.get_running_loop()
+        self.fleet.began_ms = self._now_ms()
         self._tasks = [loop.create_task(self._consume(), name="ingest"), loop.create_task(self._tick_forever(), name="ingest tick")]
         return self._tasks
 
@@ -349,14 +356,24 @@ class Ingest:
         self._publish(edge, "receipts", jsoncodec.encode(body).encode(), False)
 
     async def _tick_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        wall, steady = self._now_ms(), loop.time()
         while True:
             await asyncio.sleep(self._pace.tick_s)
+            wall_before, steady_before, wall, steady = wall, steady, self._now_ms(), loop.time()
+            self._look_at_clock(wall - wall_before - int(1000 * min(steady - steady_before, max(THERE_S, 2 * self._pace.tick_s))))
             try:
                 self._tick()
             except Exception:
                 log.exception("the ingest tick failed")
             if self._dirty_edges:
                 await self._commit(Transaction(), {})
+
+    def _look_at_clock(self, by_ms: int) -> None:
+        if abs(by_ms) > STEP_MS:
+            log.warning("the hub's clock was set by %.1f s, or the hub stood still for so long: no edge is taken for silent for that", by_ms / 1000)
+            self.counters["clock_steps_total"] += 1
+            self.fleet.stepped(by_ms)
 
     def _tick(self) -> None:
         now = self._now_ms()

@@ -84,12 +84,17 @@ def _wall_ms() -> int:
     return int(time.time() * 1000)
 
 
+def _steady_ms() -> int:
+    return int(time.monotonic() * 1000)
+
+
 @dataclass(slots=True)
 class HubSurroundings:
     """Where one hub runs: this machine by default; the simulator brings its own.
 
     Attributes:
-        now_ms: the hub's wall time, milliseconds since 1970 UTC.
+        now_ms: the hub's wall time, milliseconds since 1970 UTC; it may be wrong, and set.
+        steady_ms: milliseconds that pass evenly while this machine is awake, from whenever.
         entropy: chance: the boot's id, jitter.
         executor: makes a thread that does jobs in order; its argument is a name.
         client: makes MQTT clients; the arguments of `aiomqtt.Client`. None takes that.
@@ -99,6 +104,7 @@ class HubSurroundings:
     """
 
     now_ms: Callable[[], int] = _wall_ms
+    steady_ms: Callable[[], int] = _steady_ms
     entropy: random.Random = field(default_factory=random.SystemRandom)
     executor: Callable[[str], Executor] = lambda name: ThreadPoolExecutor(1, name)
     client: Callable[..., Any] | None = None
@@ -135,14 +141,14 @@ class Hub:
         self._thinker = around.executor("hub-think")
         self.transfers = Transfers(self.store, write=self.ingest.write, now_ms=self.now_ms)
         self.workloads = Workloads(
-            self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms,
+            self.store, self.fleet, write=self.ingest.write, read=self.read, tell=self.change_desired, desired=self.desired, now_ms=self.now_ms, steady_ms=around.steady_ms,
             think=self.think, rebalance_s=settings.rebalance_minutes * 60, transfers=self.transfers,
         )
         self.workloads.load()
         for outage in self.store.read_outages(0, 100_000):
             if outage["end_ms"] is None:
                 self.fleet.open_outages[outage["edge"]] = outage["start_ms"]
-        self.retention = Retention(self.ingest, settings.retention, read=self.read, now_ms=self.now_ms)
+        self.retention = Retention(self.ingest, settings.retention, read=self.read, steady_ms=around.steady_ms)
         self.parts = Parts()
         self._pruning: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None

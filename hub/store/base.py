@@ -57,6 +57,8 @@ class StoredRecord:
     stream: str
     record: Record
     received_ms: int
+    number: int = field(default=0, compare=False)
+    """Of its arrival, where it was read: later ones have higher ones."""
 
 
 @dataclass(slots=True)
@@ -141,6 +143,12 @@ class Store(WorkloadStore, Protocol):
 
     def transfers(self) -> list[dict[str, Any]]:
         """Every transfer, oldest first."""
+
+    def note_arrivals(self, ran_ms: int, every_ms: int, needed_ms: int) -> None:
+        """Note the newest record's number beside the hub's running time, unless that was done less than `every_ms` ago; forget notes that nobody needs who asks for `needed_ms` and later."""
+
+    def read_arrived(self, ran_ms: int) -> int:
+        """The number of a record up to which all had come when the hub had run for `ran_ms`; 0 where that is not known. Never the newest record's: what is deleted never has the highest number, so that none is given twice."""
 
     def prune(self, edge: str, stream: str, upto: int, chain: bytes) -> int:
         """Delete a stream's records with seq <= `upto`; its base becomes `upto` + 1, the chain before it `chain`. Returns how many went."""

@@ -63,13 +63,17 @@ def _clocks(db: sqlite_utils.Database) -> None:
     db["clocks"].create({"edge": str, "boot": str, "quality": str, "offset_ms": int}, pk=("edge", "boot"))
 
 
+def _arrivals(db: sqlite_utils.Database) -> None:
+    db["arrivals"].create({"ran_ms": int, "number": int}, pk="ran_ms")
+
+
 def _base_chain(db: sqlite_utils.Database) -> None:
     db["streams"].add_column("base_chain", bytes)
 
 
 MIGRATIONS: tuple[tuple[str, Callable[[sqlite_utils.Database], None]], ...] = (
     ("0001_first", _first_schema), ("0002_clocks", _clocks), ("0003_base_chain", _base_chain), ("0004_workloads", workload_schema), ("0005_plans", plans_schema),
-    ("0006_transfers", transfers_schema), ("0007_moves", moves_schema), ("0008_order", order_schema),
+    ("0006_transfers", transfers_schema), ("0007_moves", moves_schema), ("0008_order", order_schema), ("0009_arrivals", _arrivals),
 )
 """Applied in order, each once; a name is never reused."""
 
@@ -202,6 +206,19 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
         """See `Store.put_setting`."""
         self._write.execute("INSERT OR REPLACE INTO settings VALUES (?,?)", (key, value))
 
+    def note_arrivals(self, ran_ms: int, every_ms: int, needed_ms: int) -> None:
+        """See `Store.note_arrivals`."""
+        with self._transaction() as connection:
+            (last,) = connection.execute("SELECT max(ran_ms) FROM arrivals").fetchone()
+            if last is None or ran_ms - last >= every_ms:
+                connection.execute("INSERT OR IGNORE INTO arrivals SELECT ?, coalesce(max(id), 0) FROM records", (ran_ms,))
+            connection.execute("DELETE FROM arrivals WHERE ran_ms < (SELECT max(ran_ms) FROM arrivals WHERE ran_ms <= ?)", (needed_ms,))
+
+    def read_arrived(self, ran_ms: int) -> int:
+        """See `Store.read_arrived`."""
+        (found,) = self._read.execute("SELECT min(max(number), (SELECT max(id) - 1 FROM records)) FROM arrivals WHERE ran_ms <= ?", (ran_ms,)).fetchone()
+        return int(found or 0)
+
     def prune(self, edge: str, stream: str, upto: int, chain: bytes) -> int:
         """See `Store.prune`."""
         with self._transaction() as connection:
@@ -243,10 +260,10 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
             where += f" AND kind IN ({','.join('?' * len(kinds))})"
             values += kinds
         rows = (self._write if committed else self._read).execute(
-            f"SELECT edge, stream, received, seq, boot, mono, wall, tq, kind, body FROM records WHERE {where} "
+            f"SELECT edge, stream, received, id, seq, boot, mono, wall, tq, kind, body FROM records WHERE {where} "
             f"ORDER BY seq {'DESC' if newest_first else 'ASC'} LIMIT ?", (*values, limit),
         )
-        return [StoredRecord(row[0], row[1], Record(*row[3:]), row[2]) for row in rows]
+        return [StoredRecord(row[0], row[1], Record(*row[4:]), row[2], row[3]) for row in rows]
 
     def read_latest(self, *, streams: Sequence[str], kinds: Sequence[str], limit: int, edge: str | None = None, after_id: int = 0) -> list[tuple[int, StoredRecord]]:
         """See `Store.read_latest`."""

@@ -31,7 +31,8 @@ class Heard:
     """What the fleet knows of one node's agent."""
 
     online: bool
-    last_seen_ms: int
+    silent_ms: int
+    """Without a sign of life, while the hub listened."""
 
 
 class Rounds:
@@ -92,7 +93,7 @@ class Rounds:
         silent = [name for name, row in planner.tables.nodes.items() if row.origin == "edge" and (index := planner.state.node_index.get(name)) is not None and planner.state.status[index] == SILENT]
         for name in silent:
             there = heard.get(name)
-            since = max(planner.started_ms, there.last_seen_ms if there is not None else 0)
+            silence = there.silent_ms if there is not None else now_ms - planner.started_ms
             keeps = planner.tables.nodes[name].document.get("kind", "cloud") in KEEPERS
             for key in sorted(planner.tables.on_node.get(name, ())):
                 if (move := planner.move_of(key[0])) is not None and key[1] == move["new_epoch"]:
@@ -101,9 +102,9 @@ class Rounds:
                 limit = item.lost_after_ms if item is not None else None
                 if limit is None and (keeps or (item is not None and item.moves)):
                     continue
-                if now_ms - since >= (LOST_AFTER_MS if limit is None else limit) and left > 0:
+                if silence >= (LOST_AFTER_MS if limit is None else limit) and left > 0:
                     left -= 1
-                    planner.lose(planner.tables.open[key], now_ms, f"{name} has not been heard from for {(now_ms - since) // 1000} s")
+                    planner.lose(planner.tables.open[key], now_ms, f"{name} has not been heard from for {silence // 1000} s")
 
     def _retry(self, now_ms: int) -> None:
         """Try what waits, by priority, then age. Half of a round begins at the top after every change, half goes on where it was: so nobody is passed over for ever."""

@@ -51,6 +51,9 @@ EVENTS_MAX = 500
 KINDS = ("node.capacity", "workload", "operation")
 """Records that say something of nodes and workloads."""
 
+CATCH_UP_MS = 60_000
+"""Of the workloads' time ahead of the wall clock, up to which it goes half as fast until they meet: a clock that was slewed, not one that was wrong."""
+
 KEEP_ENDED_MS = 7 * 86_400_000
 KEEP_ENDED = 10_000
 """Ended workloads are remembered so long, and so many of them, so that a request that is repeated late finds what became of it."""
@@ -88,6 +91,7 @@ class Workloads:
         tell: changes parts of an edge's desired state; raises `ContractError`.
         desired: every edge's desired state document.
         now_ms: the hub's wall milliseconds.
+        steady_ms: milliseconds that pass evenly, from whenever.
         think: runs a long thought on a thread of its own.
         rebalance_s: seconds between two looks whether to rebalance; 0: only when asked.
         transfers: what carries the states of moves; None: nothing is moved with its state.
@@ -95,7 +99,7 @@ class Workloads:
 
     def __init__(
         self, store: Store, fleet: Fleet, *, write: Callable[[Callable[[], Any]], Awaitable[Any]], read: Callable[[Callable[[], Any]], Awaitable[Any]],
-        tell: Callable[[str, Callable[[dict[str, Any]], dict[str, Any]]], Awaitable[Any]], desired: Mapping[str, dict[str, Any]], now_ms: Callable[[], int],
+        tell: Callable[[str, Callable[[dict[str, Any]], dict[str, Any]]], Awaitable[Any]], desired: Mapping[str, dict[str, Any]], now_ms: Callable[[], int], steady_ms: Callable[[], int],
         think: Callable[[Callable[[], Any]], Awaitable[Any]], rebalance_s: float = 0, transfers: Transfers | None = None,
     ) -> None:
         self._store, self._fleet = store, fleet
@@ -113,6 +117,8 @@ class Workloads:
         self._news = True
         self._cursor = 0
         self._now = 0
+        self._steady = steady_ms
+        self._steady_was = steady_ms()
         self._tasks: list[asyncio.Task[None]] = []
         self._untold = asyncio.Event()
         self._moving = asyncio.Event()
@@ -126,8 +132,11 @@ class Workloads:
         self.decisions_ms: deque[float] = deque(maxlen=LATENCIES)
 
     def now_ms(self) -> int:
-        """The hub's time, never going back: placements follow each other."""
-        self._now = max(self._now, self._clock())
+        """The hub's time, never going back, and never standing still: placements follow each other. Where it was ahead once, or the wall clock is set back, it goes on from there, more slowly while little is missing."""
+        wall, steady = self._clock(), self._steady()
+        passed, self._steady_was = steady - self._steady_was, steady
+        ahead = self._now - wall
+        self._now = wall if ahead <= 0 else self._now + (passed if ahead > CATCH_UP_MS else passed // 2)
         return self._now
 
     # -- life ----------------------------------------------------------------------------------------------------------------
@@ -382,8 +391,9 @@ class Workloads:
             planner.keep()
 
     def _heard(self) -> dict[str, Heard]:
+        now = self._clock()
         return {
-            name: Heard(row.state == "online" and not row.quarantine, row.last_seen_ms) for name in self.planner.tables.nodes if (row := self._fleet.rows.get(name)) is not None
+            name: Heard(row.state == "online" and not row.quarantine, self._fleet.silence_ms(row, now)) for name in self.planner.tables.nodes if (row := self._fleet.rows.get(name)) is not None
         }
 
     async def _round(self) -> None:

@@ -85,7 +85,7 @@ class HubMachine:
         entropy = random.Random(self._draw.getrandbits(64))
         delay = random.Random(self._draw.getrandbits(64))
         around = HubSurroundings(
-            now_ms=self.now_ms, entropy=entropy, executor=lambda _name: SimExecutor(world.loop, lambda: COMMIT_S * delay.random()),
+            now_ms=self.now_ms, steady_ms=lambda: int(world.loop.time() * 1000), entropy=entropy, executor=lambda _name: SimExecutor(world.loop, lambda: COMMIT_S * delay.random()),
             client=partial(SimClient, world.broker, self.path), store=lambda path: ObservedStore(path, world), pace=world.hub_pace, silent_after_ms=2_000_000,
         )
         self.hub = Hub(HubSettings(self._folder, token="simulated"), around)

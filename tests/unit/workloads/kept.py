@@ -116,8 +116,11 @@ def work(name: str, cpu: Any = 1, **more: Any) -> dict[str, Any]:
 
 def round_of(desk: Desk, rounds: Rounds | None = None, after_ms: int = 1000, **online: bool | int) -> None:
     """One round; `online`: node to True, or to when it was last seen."""
-    heard = {name: Heard(value is True, desk.now if value is True else int(value)) for name, value in online.items()}
-    desk.do(lambda planner, now: (rounds or Rounds(planner)).reconcile(heard, now), after_ms)
+    def look(planner: Planner, now: int) -> None:
+        heard = {name: Heard(value is True, 0 if value is True else now - max(planner.started_ms, int(value))) for name, value in online.items()}
+        (rounds or Rounds(planner)).reconcile(heard, now)
+
+    desk.do(look, after_ms)
 
 
 def said(desk: Desk, edge: str, workload: str, epoch: int, state: str, reason: str = "", seq: int = 0) -> None:
