@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ class Workloads:
         self._news = True
         self._cursor = 0
         self._now = 0
+        self._time = threading.Lock()
         self._steady = steady_ms
         self._steady_was = steady_ms()
         self._tasks: list[asyncio.Task[None]] = []
@@ -133,11 +135,12 @@ class Workloads:
 
     def now_ms(self) -> int:
         """The hub's time, never going back, and never standing still: placements follow each other. Where it was ahead once, or the wall clock is set back, it goes on from there, more slowly while little is missing."""
-        wall, steady = self._clock(), self._steady()
-        passed, self._steady_was = steady - self._steady_was, steady
-        ahead = self._now - wall
-        self._now = wall if ahead <= 0 else self._now + (passed if ahead > CATCH_UP_MS else passed // 2)
-        return self._now
+        with self._time:  # who explains asks on another thread
+            wall, steady = self._clock(), self._steady()
+            passed, self._steady_was = steady - self._steady_was, steady
+            ahead = self._now - wall
+            self._now = wall if ahead <= 0 else self._now + (passed if ahead > CATCH_UP_MS else passed // 2)
+            return self._now
 
     # -- life ----------------------------------------------------------------------------------------------------------------
 

@@ -206,12 +206,12 @@ def run(options: Any) -> dict[str, Any]:
         os.kill(hub.broker(), signal.SIGKILL)
         away(sides, options)
         found["broker_back_s"] = until_level(options, hub, sides, "the broker was killed; all are back")
+        found["broker_restarts"] = hub.api.get("/api/v1/status")["broker"]["restarts"]
         hub.kill()
         time.sleep(2)
         hub.start()
         found["hub_back_s"] = until_level(options, hub, sides, "the hub was killed; all are back")
         found["hub_rss_mb"], found["broker_rss_mb"] = round(memory_of(hub.process.pid).rss / 1e6, 1), round(memory_of(hub.broker()).rss / 1e6, 1)
-        found["broker_restarts"] = hub.api.get("/api/v1/status")["broker"]["restarts"]
         sides.ask("quiet")
         end = time.monotonic() + PHASE_S
         while sides.ask("state")["waiting"] and time.monotonic() < end:
