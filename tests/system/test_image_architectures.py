@@ -26,7 +26,7 @@ from tools.bench.harness import ROOT
 from tools.bench.image_inside import HubProcess
 from tools.novactl.journal import check, show
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 
 BOOT_S = 1800
 """Longest wait for a boot: 30 s on an idle core (riscv64 a minute and a half), many times that where others want it too."""
@@ -143,7 +143,7 @@ def hub(tmp_path: Path) -> Iterator[HubProcess]:
     yield HubProcess(tmp_path)
 
 
-@pytest.mark.parametrize("arch", list(recipes.ARCHITECTURES))
+@pytest.mark.parametrize("arch", [pytest.param(name, marks=[] if name == "amd64" else pytest.mark.slow) for name in recipes.ARCHITECTURES])
 def test_image_decides_offline_syncs_and_loses_nothing_by_a_power_cut(arch: str, tmp_path: Path, hub: HubProcess) -> None:
     built = image_of(arch)
     config = tmp_path / "edge.yaml"
@@ -198,6 +198,7 @@ def test_control_a_model_that_answers_otherwise_is_noticed() -> None:
     assert judged_otherwise([body])[1]
 
 
+@pytest.mark.slow
 def test_whether_a_kernel_comes_up_is_found_by_booting_it(tmp_path: Path) -> None:
     built = image_of("amd64")
     arch, kernel, early = recipes.architecture("amd64"), built.image.with_name("linux"), built.image.with_name("initrd")
