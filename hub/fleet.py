@@ -39,6 +39,8 @@ class Fleet:
     silent_after_ms: int = SILENT_AFTER_MS
     began_ms: int = 0
     """The hub's wall milliseconds when it began to listen: silence before that is its own."""
+    looked_ms: int = 0
+    """Those of its last look at its clock: up to then a step is taken out of what it believes."""
 
     def row(self, edge: str) -> EdgeRow:
         """The row of `edge`, made where it is new. Raises `ContractError` past `MAX_EDGES`."""
@@ -104,9 +106,9 @@ class Fleet:
                 row.last_seen_ms += by_ms
         self.began_ms += by_ms
 
-    def silence_ms(self, row: EdgeRow, now_ms: int) -> int:
-        """For how long an edge has given no sign of life to a hub that listened."""
-        return now_ms - max(self.began_ms, row.last_seen_ms)
+    def silence_ms(self, row: EdgeRow) -> int:
+        """For how long an edge had given no sign of life to a hub that listened, at its last look."""
+        return max(0, self.looked_ms - max(self.began_ms, row.last_seen_ms))
 
     def silent(self, now_ms: int) -> list[Change]:
         """Edges called online that have said nothing for `silent_after_ms`."""

@@ -125,7 +125,7 @@ class Ingest:
     def start(self) -> "list[asyncio.Task[None]]":
         """Begin; call inside the running loop. The tasks never end by themselves."""
         loop = asyncio.get_running_loop()
-        self.fleet.began_ms = self._now_ms()
+        self.fleet.began_ms = self.fleet.looked_ms = self._now_ms()
         self._tasks = [loop.create_task(self._consume(), name="ingest"), loop.create_task(self._tick_forever(), name="ingest tick")]
         return self._tasks
 
@@ -362,6 +362,7 @@ class Ingest:
             await asyncio.sleep(self._pace.tick_s)
             wall_before, steady_before, wall, steady = wall, steady, self._now_ms(), loop.time()
             self._look_at_clock(wall - wall_before - int(1000 * min(steady - steady_before, max(THERE_S, 2 * self._pace.tick_s))))
+            self.fleet.looked_ms = wall
             try:
                 self._tick()
             except Exception:

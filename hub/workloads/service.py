@@ -394,9 +394,8 @@ class Workloads:
             planner.keep()
 
     def _heard(self) -> dict[str, Heard]:
-        now = self._clock()
         return {
-            name: Heard(row.state == "online" and not row.quarantine, self._fleet.silence_ms(row, now)) for name in self.planner.tables.nodes if (row := self._fleet.rows.get(name)) is not None
+            name: Heard(row.state == "online" and not row.quarantine, self._fleet.silence_ms(row)) for name in self.planner.tables.nodes if (row := self._fleet.rows.get(name)) is not None
         }
 
     async def _round(self) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from hub.fleet import SILENT_AFTER_MS, Fleet
+from hub.ingest import Ingest
 from hub.retention import DAY_MS
+from hub.scheduler.arrays import SILENT
 from hub.server import Hub, HubSettings, HubSurroundings
 from hub.store.base import EdgeRow
-from hub.workloads.service import CATCH_UP_MS
+from hub.workloads.service import CATCH_UP_MS, ROUND_S
 
 from .hub_side import EDGE, api_of, differences, in_thread, linked_edge, needs_mosquitto, synced
 from .waiting import until
+from .workload_side import submit, work
 
 NOW = 1_796_000_000_000
 HOUR_MS = 3_600_000
@@ -80,14 +83,47 @@ async def test_the_workloads_time_meets_a_wall_clock_that_is_a_little_behind(tmp
 
 
 def test_a_step_is_taken_out_of_what_was_seen_since_the_hub_began_and_of_nothing_older() -> None:
-    fleet = Fleet(began_ms=NOW)
+    fleet = Fleet(began_ms=NOW, looked_ms=NOW + 100_000)
     fleet.rows = {"here": EdgeRow("here", "online", last_seen_ms=NOW + 90_000), "gone": EdgeRow("gone", "offline", last_seen_ms=NOW + 10_000), "long gone": EdgeRow("long gone", "offline", last_seen_ms=NOW - 10**9)}
     now = NOW + 100_000
-    assert [fleet.silence_ms(row, now) for row in fleet.rows.values()] == [10_000, 90_000, 100_000]
+    assert [fleet.silence_ms(row) for row in fleet.rows.values()] == [10_000, 90_000, 100_000]
     for by_ms in (10 * HOUR_MS, -30 * HOUR_MS, 500):
         fleet.stepped(by_ms)
         now += by_ms
-        assert [fleet.silence_ms(row, now) for row in fleet.rows.values()] == [10_000, 90_000, 100_000] and fleet.silent(now) == []
+        fleet.looked_ms = now
+        assert [fleet.silence_ms(row) for row in fleet.rows.values()] == [10_000, 90_000, 100_000] and fleet.silent(now) == []
     assert fleet.rows["long gone"].last_seen_ms == NOW - 10**9
     # Control: without being told of it everybody was silent.
     assert [change.row.edge for change in fleet.silent(now + 10 * HOUR_MS)] == ["here"]
+
+
+@pytest.mark.parametrize("planted", [False, True])
+async def test_a_step_ahead_loses_no_node_that_is_silent_just_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: bool) -> None:
+    """Planted: the hub does not look at its clock."""
+    clocks = Clocks()
+    if planted:
+        monkeypatch.setattr(Ingest, "_look_at_clock", lambda *_: None)
+    hub = Hub(HubSettings(tmp_path / "hub", broker="embedded", broker_port=0, port=0), clocks.surroundings)
+    await hub.start()
+    try:
+        for name in ("gw-1", "gw-2"):
+            hub.fleet.rows[name] = EdgeRow(name, "online", last_seen_ms=hub.now_ms())
+            await hub.workloads.ask(lambda planner, now, name=name: planner.put_node(name, {"capacity": {"cpu": 9}}, "edge", now))
+        assert await submit(hub, work("a")) == ["placed"]
+        [(name, epoch)] = hub.workloads.planner.tables.open
+        [node] = [node for node in ("gw-1", "gw-2") if hub.workloads.planner.tables.on_node.get(node)]
+        hub.fleet.rows[node].state = "offline"
+        state = hub.workloads.planner.state
+        await until(lambda: state.status[state.node_index[node]] == SILENT, what="its silence")
+        clocks.off_ms += HOUR_MS
+        before = hub.now_ms()
+        await until(lambda: hub.fleet.looked_ms >= before, what="a look at the clock")
+        if planted:
+            await until(lambda: (name, epoch) not in hub.workloads.planner.tables.open, what="it is taken for lost")
+        else:
+            for _ in range(3):  # rounds
+                await hub.workloads.ask(lambda planner, now: None)
+                await asyncio.sleep(ROUND_S)
+            assert list(hub.workloads.planner.tables.open) == [(name, epoch)] and hub.ingest.counters["clock_steps_total"] == 1
+    finally:
+        await hub.stop()
