@@ -1,10 +1,13 @@
 """The container driver with real containers: what they may, what they may not, and how their lives are told."""
 
 import asyncio
+import fcntl
 import json
 import os
 import re
 import signal
+import struct
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +317,29 @@ async def test_a_keeper_is_in_a_group_of_keepers_but_has_the_processor_as_any_pr
     key = await started(driver, "kept", "sleep 600")
     found = {name: path for line in Path(f"/proc/{keeper_of(driver, key)}/cgroup").read_text().splitlines() for _, names, path in [line.split(":", 2)] for name in names.split(",")}
     assert not found["cpu"].endswith(cgroups.KEEPERS) and found["memory"].endswith(cgroups.KEEPERS) and found["pids"].endswith(cgroups.KEEPERS)
+    await driver.delete(key)
+
+
+async def test_a_start_that_the_process_that_keepers_come_from_took_to_its_grave_is_made_again(driver: ContainerDriver) -> None:
+    """It is stopped, so that what it is asked lies unread, and killed then."""
+    key = Key("unread", 1)
+    await driver.prepare(Order(key, "box:1", {}, {"command": ["sh", "-c", "exit 3"]}))
+    await output(driver, "before", "exit 0")  # so that there is one
+    assert driver._keepers._server is not None and driver._keepers._socket is not None
+    before = driver._keepers._server.pid
+    os.kill(before, signal.SIGSTOP)
+    starting = asyncio.ensure_future(driver.start(key))
+    queued = struct.Struct("i")
+
+    def asked() -> bool:
+        assert driver._keepers._socket is not None
+        return bool(queued.unpack(fcntl.ioctl(driver._keepers._socket, termios.TIOCOUTQ, queued.pack(0)))[0])
+
+    await until(asked, what="the request lies there")
+    os.kill(before, signal.SIGKILL)
+    await starting
+    ended = await driver.wait(key)
+    assert ended.exit is not None and ended.exit.code == 3 and driver._keepers._server.pid != before
     await driver.delete(key)
 
 

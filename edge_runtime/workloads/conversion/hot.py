@@ -47,6 +47,9 @@ from .host import Host, Settings
 from .network import CONTAINER, GUEST, Segment
 from .record import Workload
 
+LOOKS = 5
+"""At a process that shows no environment, `LOOK_S` apart, before it is taken for one that has none."""
+
 
 class Conversions:
     """The workloads of one node that can be converted. Needs root; one operation at a time for each workload.
@@ -243,8 +246,8 @@ class Conversions:
         assert capabilities is not None
         environments = {}
         for pid in those:
-            with suppress(OSError):
-                environments[pid] = checks.environment(Path(f"/proc/{pid}/environ").read_bytes())
+            if (found := await environment_of(pid)) is not None:
+                environments[pid] = found
         left = checks.processor(capabilities.cpu_flags, await self.host.flags(), environments)
         free = next((int(line.split()[1]) << 10 for line in _text("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")), 1 << 50)
         needed = max(0, self._groups.stats(self._group(key)).memory_bytes) * 2 + GUEST_OWN
@@ -575,6 +578,22 @@ def _token(folder: Path) -> str:
         return str(read_manifest(folder).get("token"))
     except Refused:
         return ""
+
+
+async def environment_of(pid: int) -> dict[str, str] | None:
+    """What a process was started with; None where it has ended. One that is just becoming another program, or has just ended, shows nothing for a moment, as one without an environment does for good."""
+    for _ in range(LOOKS):
+        try:
+            raw = Path(f"/proc/{pid}/environ").read_bytes()
+            ended = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+        except OSError:
+            return None
+        if raw:
+            return checks.environment(raw)
+        if ended:
+            return None
+        await asyncio.sleep(LOOK_S)
+    return {}
 
 
 def _text(path: str) -> str:

@@ -5,6 +5,7 @@ An interpreter's start and imports take half of a container's start, and six meg
 
 import fcntl
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from .instance import line
+
+CLOSES_S = 0.05
+"""Seconds for the socket of a server that was killed to be closed, once descriptors that it was sent are."""
 
 _PROGRAM = Path(__file__).with_name("keeper.py")
 
@@ -38,6 +42,20 @@ class Keepers:
 
         It takes the lock over from us: between us and it, it is never free. Raises OSError where the server cannot be started.
         """
+        word = self._start(folder, seconds, more, stop)
+        if not word and self._ended():  # with the request unread: nobody has it, or its keeper has the lock
+            word = self._start(folder, seconds, more, stop)
+        return word
+
+    def _ended(self) -> bool:
+        """Whether the server has ended by itself. It says nothing by its socket, which can be read from when it is closed."""
+        with self._lock:
+            if self._socket is None or not select.select([self._socket], [], [], CLOSES_S)[0]:
+                return False
+            self._end()
+            return True
+
+    def _start(self, folder: Path, seconds: float, more: Sequence[int], stop: int) -> str:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         opened = [lock]
         try:
