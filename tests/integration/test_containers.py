@@ -328,6 +328,7 @@ async def test_a_start_that_the_process_that_keepers_come_from_took_to_its_grave
     assert driver._keepers._server is not None and driver._keepers._socket is not None
     before = driver._keepers._server.pid
     os.kill(before, signal.SIGSTOP)
+    await until(lambda: Path(f"/proc/{before}/stat").read_text().rpartition(")")[2].split()[0] == "T", what="it stands still")  # else it might have taken the request before
     starting = asyncio.ensure_future(driver.start(key))
     queued = struct.Struct("i")
 
@@ -335,8 +336,10 @@ async def test_a_start_that_the_process_that_keepers_come_from_took_to_its_grave
         assert driver._keepers._socket is not None
         return bool(queued.unpack(fcntl.ioctl(driver._keepers._socket, termios.TIOCOUTQ, queued.pack(0)))[0])
 
-    await until(asked, what="the request lies there")
-    os.kill(before, signal.SIGKILL)
+    try:
+        await until(asked, what="the request lies there")
+    finally:
+        os.kill(before, signal.SIGKILL)
     await starting
     ended = await driver.wait(key)
     assert ended.exit is not None and ended.exit.code == 3 and driver._keepers._server.pid != before
