@@ -80,8 +80,3 @@ def devices(mountinfo: str) -> list[list[str]]:
         elif kind not in ("overlay", "proc", "tmpfs", "devpts", "sysfs", "mqueue"):
             raise Refused("resource.mount", f"{words[4][:80]} is a mount of kind {kind[:40]}, which a guest does not have", "leave it out")
     return found
-
-
-def environment(raw: bytes) -> dict[str, str]:
-    """What /proc/PID/environ says."""
-    return dict(one.decode("utf-8", "replace").partition("=")[::2] for one in raw.split(b"\0") if b"=" in one)  # type: ignore[misc]

@@ -42,13 +42,11 @@ from ..drivers.microvm_spec import disk_bytes
 from ..drivers.network import hosts, network, resolv_conf
 from ..images import Image, ImageError, ImageStore
 from . import checks, guests, record, state
+from .environments import environment_of
 from .guests import Guest
 from .host import Host, Settings
 from .network import CONTAINER, GUEST, Segment
 from .record import Workload
-
-LOOKS = 5
-"""At a process that shows no environment, `LOOK_S` apart, before it is taken for one that has none."""
 
 
 class Conversions:
@@ -578,22 +576,6 @@ def _token(folder: Path) -> str:
         return str(read_manifest(folder).get("token"))
     except Refused:
         return ""
-
-
-async def environment_of(pid: int) -> dict[str, str] | None:
-    """What a process was started with; None where it has ended. One that is just becoming another program, or has just ended, shows nothing for a moment, as one without an environment does for good."""
-    for _ in range(LOOKS):
-        try:
-            raw = Path(f"/proc/{pid}/environ").read_bytes()
-            ended = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-        except OSError:
-            return None
-        if raw:
-            return checks.environment(raw)
-        if ended:
-            return None
-        await asyncio.sleep(LOOK_S)
-    return {}
 
 
 def _text(path: str) -> str:

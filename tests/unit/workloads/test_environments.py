@@ -4,7 +4,7 @@ import asyncio
 import os
 import subprocess
 
-from edge_runtime.workloads.conversion.hot import environment_of
+from edge_runtime.workloads.conversion.environments import environment_of
 
 
 async def test_a_process_shows_what_it_was_started_with() -> None:
