@@ -253,7 +253,7 @@ class EdgeRuntime:
         due = loop.time()
         while True:
             try:
-                self.pipeline.host_reading(host.device_id, dict(sampler.sample()))
+                self.pipeline.host_reading(host.device_id, dict(await sampler.sample_in_turns()))
             except Exception:
                 self.metrics.inc("host_sample_errors_total")
                 log.exception("sampling the host failed")

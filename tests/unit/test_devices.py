@@ -1,5 +1,6 @@
 """Devices: the registry against a plain oracle, readings that come early, twins, and the host read two ways."""
 
+import asyncio
 import json
 import math
 import os
@@ -284,6 +285,26 @@ def test_both_readers_give_the_same_names_and_close_values() -> None:
         elif name in ("load1", "load5", "load1_per_core", "uptime_seconds", "disk_free_bytes", "memory_available_bytes", "processes"):
             assert by_proc == pytest.approx(by_psutil, rel=0.2, abs=10), name
         assert name not in ("cpu_ratio",) or 0 < by_proc <= 1
+
+
+@pytest.mark.parametrize("use_psutil", [True, False])
+def test_a_sample_lets_others_have_their_turn_between_its_parts(use_psutil: bool) -> None:
+    sampler = HostSampler(use_psutil=use_psutil)
+
+    async def beside() -> tuple[dict[str, float], int]:
+        turns = 0
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            asyncio.get_running_loop().call_soon(turn)
+
+        turn()
+        return await sampler.sample_in_turns(), turns
+
+    values, turns = asyncio.run(beside())
+    assert turns >= len(sampler._parts) > 5
+    assert values.keys() == HostSampler(use_psutil=use_psutil).sample().keys()
 
 
 STAT = "cpu  {user} 0 100 {idle} 50 0 0 0 0 0\ncpu0 1 2 3\nctxt {ctxt}\n"
