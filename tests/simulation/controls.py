@@ -23,6 +23,7 @@ from edge_runtime.uplink.backoff import Backoff
 from edge_runtime.uplink.lanes import Lanes
 from hub.book import BootWatch, StreamBook
 from hub.ingest import Ingest
+from hub.retention import Retention
 from hub.server import Hub
 from hub.store.sqlite import SqliteStore
 
@@ -388,6 +389,11 @@ def _receipt_before_commit() -> list[tuple[Any, str, Any]]:
         await shipped(self, transaction, touched)
 
     return [(Ingest, "_commit", commit)]
+
+
+@control("the hub deletes what is old by the date that its clock tells", "hub_clock")
+def _deletes_by_the_date() -> list[tuple[Any, str, Any]]:
+    return [(Retention, "ran_ms", lambda self: self._ingest._now_ms())]
 
 
 @control("the hub's store loses the last record of each commit")

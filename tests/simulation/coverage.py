@@ -38,6 +38,8 @@ EFFECTS: dict[str, str] = {
     "slow fsyncs": "",
     "clock jumps ahead": "",
     "clock jumps back": "",
+    "the hub's clock jumps ahead": "",
+    "the hub's clock jumps back": "",
     "boots in 1970": "",
     "boots in 1970, never set right": "until all is healed at the end",
     "desired state changed during an outage": "while the edge had no link to the hub",

@@ -70,6 +70,10 @@ def inflict(world: "World", fault: Fault) -> None:
             machine.wall_offset_s += value
             world.happened[f"clock jumps {'ahead' if value > 0 else 'back'}"] += 1
             after(lasts, machine.set_right)
+        case "hub_clock":
+            world.hub.wall_offset_s = value
+            world.happened[f"the hub's clock jumps {'ahead' if value > 0 else 'back'}"] += 1
+            after(lasts, setattr, world.hub, "wall_offset_s", 0.0)
         case "clock_1970":
             machine.cut_at(-1, lasts, clock_1970=True, sync_later_s=value)
         case "desired":

@@ -67,10 +67,11 @@ class HubMachine:
         self.hub: Hub | None = None
         self.backups: list[bytes] = []
         self.boots = 0
+        self.wall_offset_s = 0.0
 
     def now_ms(self) -> int:
         """The hub's wall time."""
-        return int((TRUE_EPOCH_S + self.world.loop.time()) * 1000)
+        return int((TRUE_EPOCH_S + self.world.loop.time() + self.wall_offset_s) * 1000)
 
     def boot(self) -> None:
         """Start the hub."""

@@ -33,7 +33,7 @@ WHOLE: dict[str, tuple[int, int]] = {
 }
 """What `value` may be where it is a whole number."""
 
-VALUES: dict[str, tuple[float, float]] = {"flaky": (0, 1), "delay": (0, 3600), "slow_disk": (0, 60), "clock_jump": (-1e9, 1e9), "clock_1970": (-1, 1e9)}
+VALUES: dict[str, tuple[float, float]] = {"flaky": (0, 1), "delay": (0, 3600), "slow_disk": (0, 60), "clock_jump": (-1e9, 1e9), "hub_clock": (-1e9, 1e10), "clock_1970": (-1, 1e9)}
 """What `value` may be where it is not; the other kinds take none."""
 
 TRACE_TIME = re.compile(r"\d+d [0-2]\d:[0-5]\d:[0-6]\d\.\d{3}  ")

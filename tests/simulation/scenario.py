@@ -25,6 +25,7 @@ FAULTS: dict[str, str] = {
     "slow_disk": "each fsync of the edge takes value seconds, for so long",
     "clock_jump": "the edge's wall clock jumps by value seconds; set right after so long",
     "clock_1970": "power goes at once and comes back after so long with the clock in 1970; set right value seconds later (-1: never)",
+    "hub_clock": "the hub's wall clock jumps by value seconds; set right after so long",
     "desired": "the hub wants something else of the edge; value 0 rules, 1 twins, 2 a command, 3 rules that the edge must refuse",
     "clone": "a second machine runs with an image of the edge's disk, for so long; value 1: copied while the edge runs on",
     "backup": "the hub's store is backed up",
@@ -95,7 +96,7 @@ class Scenario:
 
 WEIGHTS: dict[str, float] = {
     "partition": 5, "hub_partition": 1, "flaky": 4, "delay": 1.5, "broker_restart": 2, "broker_slams": 0.7, "bus_restart": 1.5, "hub_restart": 2,
-    "hub_restore": 1.2, "power_cut": 6, "kill": 2, "restart": 1, "disk_full": 1, "slow_disk": 1, "clock_jump": 1, "clock_1970": 1, "desired": 5,
+    "hub_restore": 1.2, "power_cut": 6, "kill": 2, "restart": 1, "disk_full": 1, "slow_disk": 1, "clock_jump": 1, "clock_1970": 1, "hub_clock": 1, "desired": 5,
     "clone": 0.25, "refused": 0.4,
 }
 """How often each kind is drawn in a mixed world, relative to the others."""
@@ -166,11 +167,13 @@ def _draw_fault(made: Scenario, chance: random.Random, weights: dict[str, float]
         if made.kind != "mirror" and chance.random() < 0.4:
             found.append(Fault(at + lasts * chance.random(), "desired", edge, 0, chance.choice((0, 0, 1, 2, 3))))
         return found
+    if kind == "hub_clock" and chance.random() < 0.5:
+        lasts = min(chance.uniform(1200, 86_400), left)  # duties of the hub that look only now and then
     value = {
         "flaky": chance.choice((0.02, 0.1, 0.3)), "delay": chance.uniform(0.2, 8.0), "bus_restart": float(chance.random() < 0.5),
         "hub_restore": chance.randrange(3), "power_cut": chance.choice((0, 1, 2, 3, 5, 8, 13, 40)), "disk_full": chance.choice((0, 4096, 40_000, 200_000)),
         "slow_disk": chance.choice((0.003, 0.03, 0.3)), "clock_jump": chance.choice((-86_400, -3600, -5, 5, 3600, 30 * 86_400)),
-        "clock_1970": chance.choice((5, 60, 3600, -1)), "clone": chance.randrange(2), "desired": chance.choice((0, 0, 1, 2, 3)),
+        "clock_1970": chance.choice((5, 60, 3600, -1)), "hub_clock": chance.choice((-30 * 86_400, -3600, -5, 5, 3600, 400 * 86_400)), "clone": chance.randrange(2), "desired": chance.choice((0, 0, 1, 2, 3)),
     }.get(kind, 0)
     if kind == "flaky" and made.kind == "mixed" and chance.random() < 0.4:
         return [Fault(at, kind, edge, lasts, value), Fault(at + lasts * chance.random(), chance.choice(("desired", "desired", "hub_restart")), edge, 5)]
@@ -188,7 +191,7 @@ def _draw_focused(seed: int, hours: float, focus: tuple[str, ...]) -> Scenario:
         then = at
         for kind in focus:
             for fault in _draw_fault(made, chance, {kind: 1.0}, then):
-                fault.lasts = min(fault.lasts, 120.0) if kind != "clone" else 300.0
+                fault.lasts = {"clone": 300.0, "hub_clock": 900.0}.get(kind, min(fault.lasts, 120.0))
                 if kind == "flaky":
                     fault.value = chance.choice((0.3, 0.6))
                 if kind == "desired":

@@ -252,6 +252,7 @@ class World:
         self.broker.refuses.clear()
         self.broker.start()
         self.hub.path.block(False, False)
+        self.hub.wall_offset_s = 0.0
         self.hub.boot()
         for machine in self.machines:
             machine.path.block(False, False)
