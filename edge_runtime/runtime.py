@@ -408,6 +408,8 @@ class EdgeRuntime:
             problems += self.site.problems()
         if self.uplink is not None and self.uplink.lanes.quarantine:
             problems.append(f"the hub refuses this identity: {self.uplink.lanes.quarantine}")
+        if self.uplink is not None and self.uplink.unheard:
+            problems.append(self.uplink.unheard)
         if self.desired_state.last_error is not None:
             problems.append(f"desired state {self.desired_state.last_error['generation']} was refused: {self.desired_state.last_error['field']}: {self.desired_state.last_error['problem']}")
         return problems

@@ -21,12 +21,17 @@ from ..metrics import Metrics
 from ..mqtt_reconnect import run_session
 from ..mqtt_session import Endpoint, MqttSession, SessionClosed, Will
 from ..pace import Pace
+from ..system.reasons import Reasons
 from .backoff import Backoff
 from .lanes import Lanes, Send
 
 log = logging.getLogger(__name__)
+
 STATUS_TRUST_MS = 5_000
 """Receipts of another hub than the one whose presence we heard may be late ones for so long after it; later they say that we missed a presence."""
+
+UNHEARD_AFTER = 3
+"""Silences of `RECEIPT_TIMEOUT_MS` one after the other, in which everything was sent again each time, from which it is told: a hub that starts, or is busy, needs one."""
 
 ANSWER_S = 15.0
 """A broker that has not taken a piece of an answer by then: who asked waits no longer."""
@@ -88,6 +93,10 @@ class Uplink:
         self.connected = False
         self.last_error = ""
         self.taken_over = 0
+        self.unheard = ""
+        """Why the hub may not hear us, where it is there and has not answered for long; empty where it has."""
+        self._unanswered = 0
+        self._told_unheard = Reasons()
         self._task: asyncio.Task[None] | None = None
         self._proven: set[str] = set()
         self._rebases: set[asyncio.Task[None]] = set()
@@ -196,6 +205,8 @@ class Uplink:
                 if payload:
                     self._hub_status(HUB_PRESENCE.parse(jsoncodec.decode(payload)))
             else:
+                if "." in self._settings.edge and topic.startswith(topics.edge_topic(self._settings.edge.replace(".", "/"), "")):
+                    raise ContractError("topic", f"this broker makes slashes of the dots of {self._settings.edge!r}", "give this edge a name without dots, or use another broker", "topic")
                 _, leaf = topics.parse(topic, "edge", ("receipts", "desired", "ask"))
                 if leaf == "ask":
                     self._question(QUESTION.parse(jsoncodec.decode(payload)))
@@ -235,6 +246,7 @@ class Uplink:
 
     def _hub_gone(self, reason: str) -> None:
         self._hub_boot, self._status_ms = "", self._clock.mono_ms()
+        self._heard()
         if self.lanes.up:
             self.lanes.link_down()
             self._on_link(False, reason)
@@ -247,6 +259,7 @@ class Uplink:
                 return  # from a hub that has gone, or before its presence
             log.warning("hub %s answers, its presence was missed", message["hub"])
             self._hub_here(message["hub"], message["boot"])
+        self._heard()
         if not self.lanes.up:
             return  # numbers are moved (`_rebase`)
         if message["quarantine"] != self.lanes.quarantine:
@@ -258,6 +271,22 @@ class Uplink:
             self._background(self._prove(message, doubtful))
         else:
             self._take_receipts(message)
+
+    def _heard(self) -> None:
+        """By the hub, or there is none."""
+        self._unanswered, self.unheard = 0, ""
+
+    def _not_heard(self) -> None:
+        """The hub is there and says nothing of what was sent, once more: a broker that speaks MQTT 3.1.1 drops what a client may not say without a word."""
+        self._unanswered += 1
+        if self._unanswered < UNHEARD_AFTER:
+            return
+        settings = self._settings
+        dots = f", and keeps the dots of {settings.edge!r} in topics (nats-server and RabbitMQ make slashes of them)" if "." in settings.edge else ""
+        who = settings.endpoint.username or "who comes without a name"
+        self.unheard = f"hub {self.hub} is there and answers nothing of what this edge says: see its /healthz, and that its broker lets {who} publish on {topics.edge_topic(settings.edge, '#')}{dots}"
+        if self._told_unheard.worth(self.unheard, self._clock.mono_ms() / 1000):
+            log.warning("%s", self.unheard)
 
     def _take_receipts(self, message: dict[str, Any]) -> None:
         now = self._clock.mono_ms()
@@ -362,6 +391,7 @@ class Uplink:
             if self.lanes.silent(now):
                 self.lanes.resyncs += 1
                 self._metrics.inc("uplink_resyncs_total")
+                self._not_heard()
                 self._start_lanes()
                 self._publish_presence("online", "resync")
             if self.lanes.ask_self(now):

@@ -94,14 +94,14 @@ def raw_client(port: int, name: str, protocol: aiomqtt.ProtocolVersion = aiomqtt
 class LinkedEdge:
     """An edge without bus and rules: the real journal and the real uplink, wired as `edge_runtime.runtime` wires them."""
 
-    def __init__(self, folder: Path, port: int, name: str = EDGE, *, retain: int = 10_000, keepalive_s: int = 5, protocol: str = "auto", host: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, port: int, name: str = EDGE, *, retain: int = 10_000, keepalive_s: int = 5, protocol: str = "auto", host: str = "127.0.0.1", user: str = "") -> None:
         self.folder, self.name = folder, name
         self.metrics = Metrics()
         self.clock = SystemClock()
         self.journal = Journal(
             JournalSettings(folder / "journal", telemetry_commit_interval_s=0.05, retain_receipted_records=retain, min_free_bytes=0, ballast_bytes=0), self.clock, self.clock.raise_floor
         )
-        endpoint = Endpoint.parse(f"mqtt://{authority(host, port)}", protocol=protocol)
+        endpoint = Endpoint.parse(f"mqtt://{authority(host, port)}", protocol=protocol, username=user)
         settings = UplinkSettings(endpoint, name, keepalive_s=keepalive_s, backoff_base_s=0.05, backoff_cap_s=0.3, stable_after_s=1.0)
         self.uplink = Uplink(
             settings, self.journal, self.clock, self.metrics, presence=self._presence, on_desired=self._on_desired, on_bad_desired=self._on_bad_desired,

@@ -84,6 +84,7 @@ if [ "$kind" = dev ]; then
   command -v newuidmap >/dev/null 2>&1 || packages+=(uidmap)  # for agents that are not root
   command -v docker-registry >/dev/null 2>&1 || packages+=(docker-registry)
   command -v nats-server >/dev/null 2>&1 || packages+=(nats-server)  # started by its test
+  [ -x /usr/sbin/rabbitmqctl ] || packages+=(rabbitmq-server)  # the same
   command -v slirp4netns >/dev/null 2>&1 || packages+=(slirp4netns)
   command -v g++ >/dev/null 2>&1 || packages+=(g++)  # runs the GPU's kernels on the processor
   [ -x /bin/busybox ] || packages+=(busybox-static)
