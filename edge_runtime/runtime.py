@@ -251,9 +251,13 @@ class EdgeRuntime:
         sampler = HostSampler()
         loop = asyncio.get_running_loop()
         due = loop.time()
+        first = True
         while True:
             try:
-                self.pipeline.host_reading(host.device_id, dict(await sampler.sample_in_turns()))
+                # The first look at once: it is decided on before the interface is loaded.
+                values = sampler.sample() if first else await sampler.sample_in_turns()
+                first = False
+                self.pipeline.host_reading(host.device_id, dict(values))
             except Exception:
                 self.metrics.inc("host_sample_errors_total")
                 log.exception("sampling the host failed")
