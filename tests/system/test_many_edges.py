@@ -16,7 +16,9 @@ from tools.demo import compare
 pytestmark = [pytest.mark.system, pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed (apt install mosquitto)")]
 
 
-def test_all_edges_come_back_after_broker_and_hub_were_killed_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed (apt install openssl)"))])
+def test_all_edges_come_back_after_broker_and_hub_were_killed_and_nothing_is_lost(tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOVACRON_CA_FILE", "")
     kept: list[tuple[Path, Path]] = []
 
     def keeping(edge_data: Path, hub_data: Path, edge_id: str) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def test_all_edges_come_back_after_broker_and_hub_were_killed_and_nothing_is_los
         return compare(edge_data, hub_data, edge_id)
 
     monkeypatch.setattr(many_edges, "compare", keeping)
-    found = many_edges.run(SimpleNamespace(json=True, edges=90, processes=2, every=1.0, seconds=3.0, files=64))
+    found = many_edges.run(SimpleNamespace(json=True, edges=90, processes=2, every=1.0, seconds=3.0, files=64, tls=tls))
     assert (found["lost"], found["duplicated"], found["left"], found["outages_open"]) == (0, 0, 0, 0), json.dumps(found)
     assert found["compared"] > 90 and found["readings_per_second"] > 9
     # Control: a row that the hub has not is found.

@@ -14,7 +14,7 @@ from typing import Any
 
 from edge_runtime.system.process import HEAP_TUNABLES
 
-from .harness import ROOT, Memory, die_with_parent, free_port, memory_of, stop
+from .harness import ROOT, Memory, Tls, die_with_parent, free_port, memory_of, stop
 
 DEVICE = "bench"
 COMMAND_TOPIC = f"novacron/1/device/{DEVICE}/command"
@@ -57,12 +57,14 @@ class Agent:
         model: `tflite`, `onnx`, `portable` or empty.
         wrap: a command to run the agent under, such as `unshare -n`.
         program: what the interpreter is given to run; a control of a test puts its planted bug there.
+        tls: by which the local broker is spoken to; None for plainly.
         environment: variables besides our own; the first start of a machine whose clock is wrong is made this way.
     """
 
     def __init__(
         self, bus_port: int, *, api: bool = True, uplink_port: int = 0, model: str = "tflite", host: bool = True, extra: dict[str, Any] | None = None, data: Path | None = None,
         wrap: Sequence[str] = (), environment: Mapping[str, str] | None = None, program: Sequence[str] = ("-m", "edge_runtime"),
+        tls: Tls | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.data = data or Path(self._folder.name) / "data"
@@ -76,6 +78,8 @@ class Agent:
             "uplink": {"enabled": bool(uplink_port), "url": f"mqtt://127.0.0.1:{uplink_port or 1}"}, "api": {"enabled": api, "port": self.api_port},
             "devices": {"host": {"enabled": host}}, "decisions": {"rules": [RULE], "models": [f"shipped:host-anomaly/{model}"] if model else []}, "logging": {"level": "warning"},
         }
+        if tls is not None:
+            config["bus"] |= {"url": f"mqtts://127.0.0.1:{bus_port}", "ca_file": tls.ca, "cert_file": tls.cert, "key_file": tls.key}
         config |= extra or {}
         import yaml
 

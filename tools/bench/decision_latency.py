@@ -2,9 +2,10 @@
 
 Null and agent take turns, a second each, in the same run over the same broker: what the machine has for us changes within seconds, and both must meet the
 same of it. Both at QoS 1. A round in which the hypervisor gave more than `STOLEN_MAX` of the
-processors' time to others is shown and made again: the bar is for a quiet machine.
+processors' time to others is shown and made again: the bar is for a quiet machine. With `--tls` all of them speak it to the broker, the null too.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -13,7 +14,7 @@ if not __package__:
     __import__("as_module").again(__file__)
 
 from .agent import COMMAND_TOPIC, TELEMETRY_TOPIC, Agent, number_of, payload
-from .harness import Stolen, arguments, machine, note, private_mosquitto, report, spread
+from .harness import Stolen, arguments, machine, note, own_tls, private_mosquitto, report, spread
 from .mqtt_load import Latency, Load, null_load
 
 RATE = 500
@@ -39,12 +40,16 @@ def null_number(message: bytes) -> int | None:
 def main() -> int:
     parser = arguments(__doc__, rounds=ROUNDS)
     parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--tls", action="store_true")
     options = parser.parse_args()
     about = machine()
     rounds: list[tuple[Latency, Latency, float]] = []
-    with private_mosquitto() as port, Agent(port) as agent:
-        null = null_load(port, payload, null_number)
-        load = Load(port, TELEMETRY_TOPIC, COMMAND_TOPIC, payload, number_of)
+    with contextlib.ExitStack() as stack:
+        tls = stack.enter_context(own_tls()) if options.tls else None
+        port = stack.enter_context(private_mosquitto(tls=tls))
+        agent = stack.enter_context(Agent(port, tls=tls))
+        null = null_load(port, payload, null_number, tls)
+        load = Load(port, TELEMETRY_TOPIC, COMMAND_TOPIC, payload, number_of, tls=tls)
         null.warm_up()
         load.warm_up()
         for number in range(options.rounds * ROUNDS_MORE):
@@ -71,7 +76,7 @@ def main() -> int:
     }
     return report(
         options, about, "decision latency p99, at most 3x the null round trip's and under 10 ms", round(p99, 3), "ms", ok, spread_=spread([one.p99 for one in ours]),
-        peer={"null p99 ms": round(null_p99, 3)}, inputs={"rate_per_second": options.rate, "seconds": options.seconds, "model": "host-anomaly tflite", "journal": "FULL"}, details=details,
+        peer={"null p99 ms": round(null_p99, 3)}, inputs={"rate_per_second": options.rate, "seconds": options.seconds, "model": "host-anomaly tflite", "journal": "FULL", "tls": options.tls}, details=details,
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1
@@ -155,9 +155,29 @@ def wait_for_port(port: int, seconds: float = 10) -> None:
     raise TimeoutError(f"nothing listens on port {port}")
 
 
+class Tls(NamedTuple):
+    """Files (PEM): an authority, and a certificate and its key by it, which serve a broker on this machine and its clients."""
+
+    ca: str
+    cert: str
+    key: str
+
+
 @contextmanager
-def private_mosquitto(port: int = 0, *, nodelay: bool = True) -> Iterator[int]:
-    """A mosquitto of our own on loopback; gives its port."""
+def own_tls() -> Iterator[Tls]:
+    """Such, made anew."""
+    from tests.integration.certificates import Authority
+
+    if shutil.which("openssl") is None:
+        raise SystemExit("this benchmark needs openssl for --tls: apt install openssl")
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority(Path(folder), "authority")
+        yield Tls(str(authority.ca), *authority.gives("bench"))
+
+
+@contextmanager
+def private_mosquitto(port: int = 0, *, nodelay: bool = True, tls: "Tls | None" = None) -> Iterator[int]:
+    """A mosquitto of our own on loopback; gives its port. With `tls` it asks for a certificate of that authority."""
     program = shutil.which("mosquitto") or ("/usr/sbin/mosquitto" if os.access("/usr/sbin/mosquitto", os.X_OK) else "")
     if not program:
         raise SystemExit("this benchmark needs mosquitto: apt install mosquitto")
@@ -167,6 +187,7 @@ def private_mosquitto(port: int = 0, *, nodelay: bool = True) -> Iterator[int]:
         config.write_text(
             f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay {'true' if nodelay else 'false'}\nmax_inflight_messages 1000\n"
             "max_queued_messages 100000\nlog_dest none\npersistence false\n" + ("user root\n" if os.getuid() == 0 else "")
+            + (f"cafile {tls.ca}\ncertfile {tls.cert}\nkeyfile {tls.key}\nrequire_certificate true\n" if tls else "")
         )
         process = subprocess.Popen([program, "-c", str(config)], preexec_fn=die_with_parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

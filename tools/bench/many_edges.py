@@ -1,6 +1,7 @@
 """Many edges at one hub: all come at once, work, lose the broker, lose the hub; how long until each has its hub again and all that it wrote is there, and what the hub takes for it.
 
 Hub and its supervised mosquitto are as they are deployed; the edges are agents' own runtimes with journals and links of their own, `--edges` of them in `--processes` processes (`many_edges_side`), journals in memory.
+With `--tls` as off loopback: edges, broker, API and hub speak TLS, and each edge shows a certificate of its own, which the hub's authority has given.
 Broker and hub are killed (SIGKILL); the broker is started again by the hub, the hub by this program after two seconds. A phase ends when every edge is linked and the hub has all records but those of the last moments; at
 the end, with no more readings, every record of every journal is compared with the hub's rows by content.
 """
@@ -22,10 +23,12 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
+from tests.integration.certificates import Authority
 from tools.demo import compare
 from tools.novactl.client import Api, CommandError
 
 from .harness import ROOT, Stolen, arguments, die_with_parent, free_port, machine, memory_of, note, percentile, report, stop
+from .many_edges_side import AUTHORITY, name_of
 
 EDGES, PROCESSES = 1000, 4
 EVERY_S = 5.0
@@ -45,12 +48,15 @@ BACK_S = 60.0
 class Sides:
     """The processes with the edges."""
 
-    def __init__(self, options: Any, folder: Path, port: int) -> None:
+    def __init__(self, options: Any, folder: Path, port: int, certificates: Path | None) -> None:
         share, more = divmod(options.edges, options.processes)
         self.processes, first = [], 0
         for number in range(options.processes):
             count = share + (number < more)
-            command = [sys.executable, "-OO", "-m", "tools.bench.many_edges_side", "--first", str(first), "--count", str(count), "--folder", str(folder), "--port", str(port), "--every", str(options.every)]
+            command = [
+                sys.executable, "-OO", "-m", "tools.bench.many_edges_side", "--first", str(first), "--count", str(count), "--folder", str(folder), "--port", str(port), "--every", str(options.every),
+                "--certificates", str(certificates or ""),
+            ]
             self.processes.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=die_with_parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             first += count
 
@@ -75,9 +81,9 @@ class Sides:
 class Hub:
     """The hub under measurement."""
 
-    def __init__(self, folder: Path, files: int = 0) -> None:
-        """`files`: how many it may have open unless it asks for more; 0: as here."""
-        self._files = files
+    def __init__(self, folder: Path, files: int = 0, certificates: Path | None = None) -> None:
+        """`files`: how many it may have open unless it asks for more; 0: as here. `certificates`: the folder of them, where TLS is spoken."""
+        self._files, self._certificates = files, certificates
         self.folder, self.port, self.broker_port = folder, free_port(), free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.api = Api("")
@@ -85,12 +91,15 @@ class Hub:
     def start(self) -> None:
         """Until its API answers."""
         command = [sys.executable, "-m", "hub", "--data-dir", str(self.folder), "--listen", f"127.0.0.1:{self.port}", "--broker", "mosquitto", "--broker-listen", f"127.0.0.1:{self.broker_port}"]
+        if self._certificates is not None:
+            cert, key = (str(self._certificates / f"hub.{ending}") for ending in ("pem", "key"))
+            command += ["--tls-cert", cert, "--tls-key", key, "--broker-client-ca", str(self._certificates / f"{AUTHORITY}.pem")]
         with (self.folder.parent / "hub.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=self._as_child, stdout=log, stderr=log)
         end = time.monotonic() + PHASE_S
         while time.monotonic() < end:
             with contextlib.suppress(CommandError, OSError):
-                self.api = Api(f"http://127.0.0.1:{self.port}", (self.folder / "token").read_text().strip())
+                self.api = Api(f"{'https' if self._certificates else 'http'}://127.0.0.1:{self.port}", (self.folder / "token").read_text().strip())
                 if self.api.get("/readyz")["ready"]:
                     return
             time.sleep(0.05)
@@ -177,11 +186,19 @@ def fabric(options: Any) -> Iterator[tuple[Hub, Sides, Path]]:
     """Hub and edges; ended afterwards."""
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".many-") as home, tempfile.TemporaryDirectory(dir="/dev/shm", prefix="many-") as journals:
         (Path(home) / "hub").mkdir()
-        hub = Hub(Path(home) / "hub", options.files)
+        certificates = None
+        if options.tls:
+            certificates = Path(home) / "certificates"
+            authority = Authority(certificates, AUTHORITY)
+            for name in ("hub", *(name_of(number) for number in range(options.edges))):
+                authority.gives(name)
+            os.environ["NOVACRON_CA_FILE"] = str(authority.ca)
+            note(options, f"{options.edges} certificates have been made")
+        hub = Hub(Path(home) / "hub", options.files, certificates)
         hub.start()
         sides = None
         try:
-            sides = Sides(options, Path(journals), hub.broker_port)
+            sides = Sides(options, Path(journals), hub.broker_port, certificates)
             yield hub, sides, Path(journals)
         finally:
             if sides is not None:
@@ -236,14 +253,15 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between two readings of an edge")
     parser.add_argument("--files", type=int, default=1024, help="files that the hub may have open unless it asks for more; 1,024 are a login's, 0: as here")
+    parser.add_argument("--tls", action="store_true", help="all speak TLS, and each edge has a certificate of its own (needs openssl)")
     options = parser.parse_args()
     about, stolen = machine(), Stolen()
     found = run(options)
     worst = max(found["broker_back_s"], found["hub_back_s"])
     ok = found["lost"] == found["duplicated"] == found["left"] == 0 and found["compared"] > options.edges and worst <= BACK_S
     return report(
-        options, about, f"{options.edges} edges at one hub: all are back, and all they wrote is there, {BACK_S:.0f} s after broker or hub were killed; nothing is lost or doubled", worst, "s", ok,
-        inputs={"edges": options.edges, "seconds_between_readings": options.every, "processes": options.processes, "steady_seconds": options.seconds, "files": options.files}, details={**found, "stolen_percent": stolen.percent()},
+        options, about, f"{options.edges} edges at one hub{', over TLS' if options.tls else ''}: all are back, and all they wrote is there, {BACK_S:.0f} s after broker or hub were killed; nothing is lost or doubled", worst, "s", ok,
+        inputs={"edges": options.edges, "seconds_between_readings": options.every, "processes": options.processes, "steady_seconds": options.seconds, "files": options.files, "tls": options.tls}, details={**found, "stolen_percent": stolen.percent()},
     )
 
 

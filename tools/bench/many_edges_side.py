@@ -27,19 +27,35 @@ RULE: dict[str, Any] = {
 HOT = 0.1
 """Share of the readings that are decided on: each reading is a record, and each of these is two more."""
 
+AUTHORITY = "authority"
+"""The name of who vouches for all, and of its certificate's file."""
+
 WAL_BYTES = 64 << 10
 """What each of an edge's two write-ahead logs is grown to: a thousand of an agent's own 4 MiB would not fit into memory."""
+
+
+def name_of(number: int) -> str:
+    """Of an edge, and of its certificate's files."""
+    return f"edge-{number:05}"
+
+
+def uplink(name: str, port: int, certificates: str) -> UplinkConfig:
+    """Its way to the hub."""
+    if not certificates:
+        return UplinkConfig(url=f"mqtt://127.0.0.1:{port}", backoff_base_s=0.5, backoff_cap_s=5.0)
+    ca, cert, key = (f"{certificates}/{file}" for file in (f"{AUTHORITY}.pem", f"{name}.pem", f"{name}.key"))
+    return UplinkConfig(url=f"mqtts://127.0.0.1:{port}", ca_file=ca, cert_file=cert, key_file=key, backoff_base_s=0.5, backoff_cap_s=5.0)
 
 
 class Edge:
     """One of them."""
 
-    def __init__(self, number: int, folder: Path, port: int) -> None:
-        self.name = f"edge-{number:05}"
+    def __init__(self, number: int, folder: Path, port: int, certificates: str) -> None:
+        self.name = name_of(number)
         config = EdgeConfig(
             edge_id=self.name, region=f"region-{number % 3}", site=f"site-{number % 40}", node=self.name, data_dir=str(folder / self.name), bus=BusConfig(enabled=False), api=ApiConfig(enabled=False),
             journal=JournalConfig(ballast_bytes=0, min_free_bytes=0, target_hours=0, retain_receipted_records=10_000_000), devices=DevicesConfig(host=HostConfig(enabled=False)), decisions=DecisionsConfig(rules=(RULE,)),
-            uplink=UplinkConfig(url=f"mqtt://127.0.0.1:{port}", backoff_base_s=0.5, backoff_cap_s=5.0),
+            uplink=uplink(self.name, port, certificates),
         )
         self.runtime = EdgeRuntime(config, surroundings=Surroundings(settle=lambda: None, tidy=lambda: None, wal_bytes=WAL_BYTES, told=""))
         self.readings = 0
@@ -65,7 +81,7 @@ class Edge:
 
 async def serve(options: argparse.Namespace) -> None:
     """Until `end`."""
-    edges = [Edge(number, options.folder, options.port) for number in range(options.first, options.first + options.count)]
+    edges = [Edge(number, options.folder, options.port, options.certificates) for number in range(options.first, options.first + options.count)]
     quiet = asyncio.Event()
     for edge in edges:
         await edge.runtime.start()
@@ -93,6 +109,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--certificates", default="", help="their folder, where TLS is spoken")
     parser.add_argument("--every", type=float, required=True, help="seconds between two readings of an edge")
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)  # each says when its hub is away, as it should

@@ -14,7 +14,7 @@ from typing import Any
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from .harness import percentile
+from .harness import Tls, percentile
 
 DRAIN_S = 5.0
 """How long late replies are waited for at the end of a round."""
@@ -62,9 +62,10 @@ class Load:
         make: payload of message n.
         read: n of a reply, None for something else.
         drain_s: how long late replies are waited for at the end of a round, seconds.
+        tls: by which the broker is spoken to; None for plainly.
     """
 
-    def __init__(self, port: int, send_topic: str, receive_topic: str, make: Callable[[int], bytes], read: Callable[[bytes], int | None], drain_s: float = DRAIN_S) -> None:
+    def __init__(self, port: int, send_topic: str, receive_topic: str, make: Callable[[int], bytes], read: Callable[[bytes], int | None], drain_s: float = DRAIN_S, tls: Tls | None = None) -> None:
         self._drain_s = drain_s
         self._send_topic = send_topic
         self._make = make
@@ -74,8 +75,8 @@ class Load:
         self._twice = 0
         self._next = 0
         self._room = threading.Semaphore(0)
-        self._receiver = self._client(port)
-        self._sender = self._client(port)
+        self._receiver = self._client(port, tls)
+        self._sender = self._client(port, tls)
         self._receiver.on_message = self._message
         ready = threading.Event()
         self._receiver.on_subscribe = lambda *_: ready.set()
@@ -84,8 +85,10 @@ class Load:
             raise TimeoutError("the broker did not answer SUBSCRIBE")
 
     @staticmethod
-    def _client(port: int) -> paho.Client:
+    def _client(port: int, tls: Tls | None) -> paho.Client:
         client = paho.Client(CallbackAPIVersion.VERSION2)
+        if tls is not None:
+            client.tls_set(tls.ca, tls.cert, tls.key)
         client.max_inflight_messages_set(0)
         connected = threading.Event()
         client.on_connect = lambda *_: connected.set()
@@ -174,6 +177,6 @@ def _without_nagle(_client: Any, _userdata: Any, sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def null_load(port: int, make: Callable[[int], bytes], read: Callable[[bytes], int | None]) -> Load:
+def null_load(port: int, make: Callable[[int], bytes], read: Callable[[bytes], int | None], tls: Tls | None = None) -> Load:
     """The broker alone: the generator receives its own messages."""
-    return Load(port, "bench/null", "bench/null", make, read)
+    return Load(port, "bench/null", "bench/null", make, read, tls=tls)
