@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.limits import PROTOCOL_VERSION
+from edge_runtime.contract.limits import MAX_WANT_RANGES, PROTOCOL_VERSION
 from edge_runtime.contract.presence import EDGE_PRESENCE
 from edge_runtime.contract.records import Batch, Record, parse_batch
 from edge_runtime.contract.streams import STREAMS
@@ -27,9 +27,16 @@ from .store.base import EdgeRow, Outage, Store, StoredRecord, StreamRow, Transac
 
 log = logging.getLogger(__name__)
 
-QUEUE_MAX = 2_000
-"""Messages that wait for the books: at 200 records each far more than the credit lets through; past it a message is dropped, counted,
-and the edge sends it again."""
+QUEUE_MAX = 20_000
+QUEUE_BYTES = 64 << 20
+"""Messages that wait for the books, and their bytes: batches of 200 records reach the second first, and that is far more than the credit lets through; when thousands of edges come at once, each says
+five small things. Past either a message is dropped, counted, and asked for again when there is room."""
+
+QUEUE_LOW = 0.25
+"""Share of the queue in use below which who was starved, or lost a message here, is spoken to again."""
+
+MISSED_RECORDS = 200
+"""Records behind the last that are asked for of an edge that lost a message here: one batch, and it sends no more than it has sent."""
 
 COMMIT_RECORDS = 4_000
 """Records of one commit at most: about 40 ms here, which bounds how long a receipt waits."""
@@ -93,6 +100,9 @@ class Ingest:
         self._on_presence = on_presence
         self.books: dict[tuple[str, str], StreamBook] = {}
         self._queue: asyncio.Queue[tuple[str, str, bytes, bool]] = asyncio.Queue(QUEUE_MAX)
+        self._queued_bytes = 0
+        self._missed: set[str] = set()
+        """Edges of which a batch was dropped: it is the only one who would else know, after `RECEIPT_TIMEOUT_MS`."""
         self._writer = writer or ThreadPoolExecutor(1, "hub-store")
         self._pace = pace or Pace()
         self._tasks: list[asyncio.Task[None]] = []
@@ -146,10 +156,13 @@ class Ingest:
 
     def message(self, edge: str, leaf: str, payload: bytes, retained: bool) -> None:
         """A message of an edge from the broker (`leaf` is `up` or `status`)."""
-        try:
-            self._queue.put_nowait((edge, leaf, payload, retained))
-        except asyncio.QueueFull:
+        if self._queue.full() or self._queued_bytes + len(payload) > QUEUE_BYTES:
             self.counters["dropped_messages_total"] += 1
+            if leaf == "up" and len(self._missed) < QUEUE_MAX:
+                self._missed.add(edge)
+            return
+        self._queue.put_nowait((edge, leaf, payload, retained))
+        self._queued_bytes += len(payload)
 
     def refused(self, edge: str, error: ContractError) -> None:
         """Count and remember a refused message; no other edge notices."""
@@ -167,7 +180,7 @@ class Ingest:
     @property
     def queue_fill(self) -> float:
         """Share of the queue in use."""
-        return self._queue.qsize() / QUEUE_MAX
+        return max(self._queue.qsize() / QUEUE_MAX, self._queued_bytes / QUEUE_BYTES)
 
     async def _consume(self) -> None:
         while True:
@@ -177,6 +190,7 @@ class Ingest:
             count = 0
             while True:
                 for edge, leaf, payload, retained in messages:
+                    self._queued_bytes -= len(payload)
                     try:
                         if leaf == "status":
                             self._presence(edge, payload, retained, transaction, touched)
@@ -330,8 +344,12 @@ class Ingest:
         self._drained_ms = {edge: at for edge, at in self._drained_ms.items() if now - at < DRAINING_MS}
         return len(self._drained_ms)
 
-    def send_receipts(self, edge: str, streams: set[str]) -> None:
-        """Tell `edge` what is committed, what is wanted and how much may come; a stream whose commit is under way is told after it."""
+    def send_receipts(self, edge: str, streams: set[str], missed: bool = False) -> None:
+        """Tell `edge` what is committed, what is wanted and how much may come; a stream whose commit is under way is told after it.
+
+        Args:
+            missed: what it sent last may have been dropped here: ask for that, too.
+        """
         row = self.fleet.rows.get(edge)
         now = self._now_ms()
         marks = []
@@ -340,9 +358,10 @@ class Ingest:
             if (edge, stream) in self._ahead:
                 continue
             book = self.books.get((edge, stream)) or StreamBook()
-            marks.append({
-                "stream": stream, "upto": book.contiguous, "chain": book.chain.hex(), "top": book.top, "held": book.above.size, "want": book.wants(now),
-            })
+            want = book.wants(now)
+            if missed and len(want) < MAX_WANT_RANGES:
+                want.append([book.top + 1, book.top + MISSED_RECORDS])
+            marks.append({"stream": stream, "upto": book.contiguous, "chain": book.chain.hex(), "top": book.top, "held": book.above.size, "want": want})
         allowed = credit(max(1, self.draining()), self.queue_fill)
         if allowed:
             self._starved.discard(edge)
@@ -387,8 +406,13 @@ class Ingest:
             if wanting:
                 self.counters["gap_requests_total"] += len(wanting)
                 self.send_receipts(edge, wanting)
-            elif edge in self._starved and self.queue_fill < 0.25:
+            elif edge in self._starved and self.queue_fill < QUEUE_LOW:
                 self.send_receipts(edge, set(STREAMS))
+        if self._missed and self.queue_fill < QUEUE_LOW:
+            # Also of one whose presence was dropped with it: it begins by what it hears.
+            for edge in self._missed - {edge for edge, _ in self._ahead}:
+                self._missed.discard(edge)
+                self.send_receipts(edge, set(STREAMS), missed=True)
 
 
 def _end(outages: dict[tuple[str, int], Outage], key: tuple[str, int], outage: Outage) -> None:

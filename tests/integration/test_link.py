@@ -18,6 +18,8 @@ import pytest
 
 from edge_runtime.contract import jsoncodec, topics
 from edge_runtime.contract.streams import STREAMS
+from edge_runtime.uplink import lanes as lanes_module
+from hub import ingest as ingest_module
 from hub.credit import PER_EDGE_MAX
 from hub.ingest import QUEUE_MAX
 from hub.server import Hub
@@ -405,6 +407,32 @@ async def test_history_beyond_the_credit_waits_and_a_full_queue_gives_none(tmp_p
                 hold.set()
             await proven(hub, edge, 60)
             assert edge.journal.durable("telemetry") == count == hub.store.read_count(EDGE, "telemetry", 1, count)
+
+
+@pytest.mark.parametrize("by_bytes", [False, True])
+async def test_what_a_full_queue_dropped_is_asked_for_when_there_is_room(tmp_path: Path, broker: Mosquitto, proxy: FaultProxy, by_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "RECEIPT_TIMEOUT_MS", 3_600_000)  # by itself the edge would send it again in an hour
+    monkeypatch.setattr(ingest_module, "QUEUE_MAX", 8)
+    if by_bytes:
+        monkeypatch.setattr(ingest_module, "QUEUE_MAX", 1_000_000)
+        monkeypatch.setattr(ingest_module, "QUEUE_BYTES", 40_000)
+    async with running_hub(tmp_path / "hub", broker.url) as hub, linked_edge(tmp_path / "edge", proxy.port) as edge:
+        await edge.append(3)
+        await synced(hub, edge)
+        hold = threading.Event()
+        try:
+            hub.ingest.write(hold.wait)
+            await edge.append(1, ("event",))  # goes into the commit that waits
+            await until(lambda: hub.ingest.counters["records_total"] == 10, what="a commit under way")
+            while not hub.ingest.counters["dropped_messages_total"]:
+                hub.ingest.message(EDGE, "status", b" " * 1000, False)
+            assert hub.ingest.queue_fill > 0.9
+            await edge.append(2)
+            await until(lambda: hub.ingest.counters["dropped_messages_total"] >= 4, what="its batches dropped")
+        finally:
+            hold.set()
+        await proven(hub, edge)
+        assert hub.ingest._queued_bytes == 0 and not hub.ingest._missed and edge.uplink.lanes.resyncs == 0
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from edge_runtime.contract.streams import STREAMS
 from edge_runtime.pipeline import MAX_OUTSTANDING
 from edge_runtime.uplink.backoff import MIN_PAUSE_S
 from hub.book import MAX_CHAIN_CHECKS, MAX_HELD_RANGES
-from hub.ingest import QUEUE_MAX
+from hub.ingest import QUEUE_BYTES, QUEUE_MAX
 from hub.store.base import StoredRecord
 
 from .broker import Message
@@ -444,7 +444,7 @@ class Oracle:
                     self.violation(machine.name, "the agent's parts keep running", f"task {task.get_name()} has ended: {task.exception() if not task.cancelled() else 'cancelled'}")
         hub = self.world.hub.hub
         if hub is not None:
-            sizes = [("hub queue", hub.ingest._queue.qsize(), QUEUE_MAX)]
+            sizes = [("hub queue", hub.ingest._queue.qsize(), QUEUE_MAX), ("bytes of the hub's queue", hub.ingest._queued_bytes, QUEUE_BYTES)]
             for (edge, stream), book in hub.ingest.books.items():
                 sizes += [(f"held ranges of {edge} {stream}", len(book.above), MAX_HELD_RANGES), (f"chains of {edge} {stream}", len(book.chains), MAX_CHAIN_CHECKS)]
             for what, size, limit in sizes:
