@@ -221,7 +221,9 @@ class MqttSession:
                 CONNECT_TIMEOUT_S * 2,
             )
         except (OSError, ValueError, TimeoutError) as error:
-            self._end(SessionClosed(f"cannot connect to {self.endpoint.host}:{self.endpoint.port}: {error or type(error).__name__}"))
+            # paho's own limit is half of it and begins once there is an address: without a word only looking one up takes so long.
+            why = str(error) or f"nothing within {CONNECT_TIMEOUT_S * 2:g} s; see that a name server answers"
+            self._end(SessionClosed(f"cannot connect to {self.endpoint.host}:{self.endpoint.port}: {why}"))
             raise self.closed.result() from None
         except asyncio.CancelledError:
             self._end(SessionClosed("cancelled"))

@@ -55,7 +55,7 @@ class ExternalBroker:
         try:
             self.mqtt5 = await asyncio.wait_for(self._probe(context), PROBE_TIMEOUT_S)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            log.warning("broker %s:%d did not answer the probe (%s); it will be tried again", self.host, self.port, error or type(error).__name__)
+            log.warning("broker %s:%d did not answer the probe (%s); it will be tried again", self.host, self.port, str(error) or type(error).__name__)
 
     async def _probe(self, context: ssl.SSLContext | None) -> bool:
         reader, writer = await asyncio.open_connection(self.host, self.port, ssl=context)

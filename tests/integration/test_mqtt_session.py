@@ -3,9 +3,11 @@
 import asyncio
 import random
 import shutil
+import socket
 import ssl
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,18 @@ def publish_packet(number: int, size: int) -> bytes:
         length += bytes((digit | (0x80 if left else 0),))
         if not left:
             return b"\x32" + length + body
+
+
+async def test_a_name_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr("edge_runtime.mqtt_session.CONNECT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_words, **_more: answers.wait(60) and [])  # a real one that says nothing needs a network of its own
+    session = MqttSession(Endpoint("hub.example", 1883), "edge", Inbox())
+    try:
+        with pytest.raises(SessionClosed, match="cannot connect to hub.example:1883: nothing within 0.1 s; see that a name server answers"):
+            await session.connect()
+    finally:
+        answers.set()
 
 
 async def test_a_taken_over_session_says_so() -> None:
