@@ -21,6 +21,7 @@ from aiohttp import web
 from edge_runtime.contract import jsoncodec
 from edge_runtime.system.parts import Parts
 
+from .api.visitors import IDLE_S, Visitors
 from .broker import open_broker
 from .broker.base import Broker, BrokerError, Door, authority, is_loopback
 from .broker.mosquitto import MosquittoBroker
@@ -152,6 +153,8 @@ class Hub:
         self.parts = Parts()
         self._pruning: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
+        self.visitors: Visitors | None = None
+        """Who is connected to the API; None before `start`."""
         self._shown: ssl.SSLContext | None = None
         self.port = 0
 
@@ -179,11 +182,11 @@ class Hub:
             log.warning("the API listens on %s without TLS: give the hub a certificate (tls-cert), or put a TLS proxy in front of it", settings.host)
         self.broker = await open_broker(settings.broker, settings.data_dir / "broker", settings.broker_host, settings.broker_port, door, settings.broker_ca_file)
         self.serve(self.broker)
-        self._runner = web.AppRunner(HubApi(self).application(), access_log=None)
+        self._runner = web.AppRunner(HubApi(self).application(), access_log=None, keepalive_timeout=IDLE_S)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=self._shown)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        assert self._runner.server is not None
+        self.visitors = Visitors(self._runner.server, self._shown)
+        self.port = await self.visitors.listen(settings.host, settings.port)
         log.info("hub on %s, broker %s on %s", self.url, self.broker.kind, authority(self.broker.host, self.broker.port))
 
     @property
@@ -219,6 +222,8 @@ class Hub:
         """Say goodbye, commit nothing new, close."""
         self.parts.ending = True
         await self.transfers.stop()
+        if self.visitors is not None:
+            self.visitors.close()
         if self._runner is not None:
             await self._runner.cleanup()
         if hasattr(self, "link"):
@@ -360,6 +365,7 @@ class Hub:
             "ingest_queue_ratio": (self.ingest.queue_fill, "Share of the ingest queue in use."), "link_up": (int(self.link.up), "1 while the broker is connected."),
             "store_bytes": (storage["bytes"], "Size of the store's files."), "disk_free_bytes": (storage["free_bytes"], "Free space beside the store."),
             "store_refuses": (int(bool(self.ingest.store_refusal)), "1 while the store takes no commits."),
+            "api_connections": (len(self.visitors) if self.visitors is not None else 0, "Connections to the API now."),
             "broker_restarts": (self.broker.restarts, "Restarts of the supervised broker."),
         }
         lines = []
