@@ -13,6 +13,8 @@ from asyncio import sslproto
 from collections.abc import Callable
 from typing import Any
 
+from edge_runtime.system.reasons import Reasons
+
 log = logging.getLogger(__name__)
 
 VISITORS_MAX = 512
@@ -76,6 +78,7 @@ class Visitors:
         self._listeners: list[socket.socket] = []
         self._open: set[_Visitor] = set()
         self._sweeping: asyncio.TimerHandle | None = None
+        self._complaints = Reasons()
         self.gave_way = 0
         """Connections that were ended for others."""
 
@@ -137,10 +140,9 @@ class Visitors:
                 sock, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.error("no connection to the API can be taken: %s", error.strerror)
+            except OSError as error:  # no descriptor or memory for one more: the same again at once is no better
+                if self._complaints.worth(str(error.strerror), self._loop.time()):
+                    log.error("no connection to the API can be taken: %s", error.strerror)
                 self._loop.remove_reader(listener)
                 self._loop.call_later(PAUSE_S, self._again, listener)
                 return

@@ -120,6 +120,29 @@ class Stage:
             self.close()
 
 
+STAGES = 4
+"""Of `meet`."""
+
+
+def meet(earlier: Path, top: Path, tell: Callable[[str], None] = lambda _text: None) -> dict[str, Any]:
+    """All stages with a checkout of an earlier commit; what the last of each proved. Raises RuntimeError.
+
+    Args:
+        top: where their data is put.
+        tell: called with a line after each stage.
+    """
+    stages: dict[str, Any] = {}
+    for name, steps in {
+        "updated": ((earlier, earlier), (ROOT, ROOT)), "fell back": ((ROOT, earlier), (ROOT, ROOT), (ROOT, earlier)), "newer hub": ((ROOT, earlier),), "older hub": ((earlier, ROOT),),
+    }.items():
+        folder = top / name.replace(" ", "-")
+        folder.mkdir()
+        for hub, edge in steps:
+            stages[name] = Stage(folder, hub, edge).run()
+            tell(f"{name}: {stages[name]}")
+    return stages
+
+
 def main() -> int:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--commit", default=COMMIT, help="the earlier commit")
@@ -133,21 +156,17 @@ def main() -> int:
             print(f"earlier: {options.commit} cannot be checked out ({made.stderr.strip().splitlines()[-1:]}); give --commit one that this clone has", file=sys.stderr)
             return 2
         try:
-            for name, steps in {
-                "updated": ((earlier, earlier), (ROOT, ROOT)), "fell back": ((ROOT, earlier), (ROOT, ROOT), (ROOT, earlier)), "newer hub": ((ROOT, earlier),), "older hub": ((earlier, ROOT),),
-            }.items():
-                folder = Path(top) / name.replace(" ", "-")
-                folder.mkdir()
-                for hub, edge in steps:
-                    stages[name] = Stage(folder, hub, edge).run()
-                    note(options, f"{name}: {stages[name]}")
+            stages = meet(earlier, Path(top), lambda text: note(options, text))
         except RuntimeError as error:
             note(options, str(error))
             stages["failed"] = str(error)[-3000:]
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(earlier)], cwd=ROOT, check=False)
     exact = sum(name != "failed" for name in stages)
-    return report(options, about, "beside an earlier commit: data taken up either way, either hub, verify exact", exact, "of 4", exact == 4 and "failed" not in stages, inputs={"commit": options.commit}, details=stages)
+    return report(
+        options, about, "beside an earlier commit: data taken up either way, either hub, verify exact", exact, f"of {STAGES}", exact == STAGES and "failed" not in stages, inputs={"commit": options.commit},
+        details=stages,
+    )
 
 
 if __name__ == "__main__":
