@@ -42,7 +42,7 @@ from ..drivers.microvm_spec import disk_bytes
 from ..drivers.network import hosts, network, resolv_conf
 from ..images import Image, ImageError, ImageStore
 from . import checks, guests, record, state
-from .environments import environment_of
+from .environments import ending, environment_of
 from .guests import Guest
 from .host import Host, Settings
 from .network import CONTAINER, GUEST, Segment
@@ -254,7 +254,7 @@ class Conversions:
         return {"unmasked": left, "kernel": (await self.host.boots()).release, "processes": len(those)}
 
     def _in_its_group(self, key: Key, pid: int, one: Mapping[str, Any]) -> None:
-        if path := checks.elsewhere(_text(f"/proc/{pid}/cgroup"), self._group(key), self._groups.layout == "v2"):
+        if (path := checks.elsewhere(_text(f"/proc/{pid}/cgroup"), self._group(key), self._groups.layout == "v2")) and not ending(pid):
             raise Refused("resource.cgroup", f"process {one['pid']} ({one['name']}) is in the control group {path[:100]}, not in the workload's", "have it stay where it was started")
 
     # -- conversion ----------------------------------------------------------------------------------------------------------
