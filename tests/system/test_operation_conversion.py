@@ -162,12 +162,15 @@ async def test_a_guest_that_is_killed_while_it_is_the_copy_takes_it_with_it_and_
 @slow
 @pytest.mark.parametrize("share", [share / 10 for share in range(1, 9)])
 async def test_an_agent_killed_at_any_moment_leaves_one_copy(tmp_path: Path, boots: Path, share: float) -> None:
-    """Moments of the way back as shares of what the way there took: a second is the midst of it on one machine and after its end on another."""
+    """Moments of the way back, as shares of what an earlier one took: a second is the midst of it on one machine and after its end on another."""
     driver, conversions = await witness(tmp_path, boots)
     try:
-        began = time.monotonic()
         await conversions.convert(key(tmp_path), "microvm")
-        driver, conversions = await killed(driver, tmp_path, f"agent:+{share * (time.monotonic() - began):.2f}", "container")
+        began = time.monotonic()
+        await conversions.convert(key(tmp_path), "container")
+        took = time.monotonic() - began
+        await conversions.convert(key(tmp_path), "microvm")
+        driver, conversions = await killed(driver, tmp_path, f"agent:+{share * took:.2f}", "container")
         await one_copy(driver, conversions, tmp_path)
     finally:
         await ended(driver, conversions, tmp_path)
