@@ -186,8 +186,14 @@ async def making(driver: MicrovmDriver, key: Held) -> tuple[asyncio.Task[None], 
 
 async def under_way(driver: MicrovmDriver) -> tuple[int, int]:
     """The keeper that makes a template now, and its QEMU."""
-    keeper = await until(lambda: _keeper_of(driver), 60)
-    return keeper, (await until(lambda: _children(keeper), 60))[0]
+    def both() -> tuple[int, int] | None:
+        # Together at each look: a keeper that was there at the first may have been the one before, which has just ended.
+        keeper = _keeper_of(driver)
+        children = _children(keeper) if keeper else []
+        return (keeper, children[0]) if keeper and children else None
+
+    found: tuple[int, int] = await until(both, 60)
+    return found
 
 
 async def test_a_keeper_that_is_killed_while_it_makes_a_template_leaves_nothing(microvms: MicrovmDriver) -> None:
