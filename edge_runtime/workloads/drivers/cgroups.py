@@ -88,6 +88,31 @@ class Groups:
         own = self.mounts.get("cpu") if outside.UID is None else None
         return [top.removesuffix(KEEPERS) if own is not None and top == own + KEEPERS else top for top in self.folders(KEEPERS)]
 
+    def stir(self, own: str | None = None) -> None:
+        """Have the kernel ready for a process that is about to be put into a group; changes nothing, blocks for about as long as that would.
+
+        Whoever is the first for some 10 ms to put a process into a group waits for a grace period, 8 to 20 ms, and those after it do not (Linux, kernel/rcu/sync.c, below `cgroup_threadgroup_rwsem`). It
+        is a quarter of a container's start; waited for here, it passes while the keeper mounts and the runtime is loaded. We write ourselves into the group that we are in. Without the right to, nothing happens.
+
+        Args:
+            own: what /proc/self/cgroup says, where not that.
+        """
+        for line in (_text("/proc/self/cgroup") if own is None else own).splitlines():
+            _, names, group = line.split(":", 2)
+            top = next((self.mounts[name] for name in names.split(",") if name in self.mounts), "") if names else self.unified
+            if not top:
+                continue
+            try:
+                procs = os.open(f"{top}{group}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                with suppress(OSError):  # the lock was taken, which is all that is wanted
+                    os.write(procs, b"0")
+            finally:
+                os.close(procs)
+            return
+
     def memory_events(self, group: str) -> list[str]:
         """Files that tell of kills for want of memory."""
         return [f"{self.unified}{group}/memory.events"] if self.layout == "v2" else [f"{self.mounts['memory']}{group}/memory.oom_control"] if "memory" in self.mounts else []

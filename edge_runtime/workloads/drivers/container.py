@@ -65,7 +65,7 @@ class ContainerDriver:
         self._criu: Criu | None = None
         self._checkpoints: Checkpoints | None = None
         self._disks = DiskLimits(self, self._groups)
-        self._keepers = Keepers(self._groups.of_keepers())
+        self._keepers = Keepers(self._groups)
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying = asyncio.Lock()
         for folder in (directory, self._folder, self._new, self._state):

@@ -96,7 +96,7 @@ class ContainerdDriver(ContainerDriver):
     def __init__(self, directory: Path, store: ImageStore, settings: Settings = Settings(), *, path: str = SOCKET, handler: Handler = RUNC) -> None:
         super().__init__(directory / handler.name, store, replace(settings, first_id=CONTAINERD_FIRST_ID))
         self._handler, self._client = handler, Client(path)
-        self._keepers = Keepers(self._groups.of_keepers(), KEEPER)
+        self._keepers = Keepers(self._groups, KEEPER)
         self._agent = _hash(str(self._folder))
         self._tending: dict[str, asyncio.Lock] = {}
         self._begun: set[str] = set()

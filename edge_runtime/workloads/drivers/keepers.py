@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from .cgroups import Groups
 from .instance import line
 
 CLOSES_S = 0.05
@@ -26,12 +27,12 @@ class Keepers:
     """Starts keepers; used by several threads.
 
     Args:
-        groups: folders of the control groups that the server, and so each keeper, goes into.
+        groups: the host's control groups; the server, and so each keeper, goes into those of keepers.
         program: what it runs.
     """
 
-    def __init__(self, groups: Sequence[str], program: Path = _PROGRAM) -> None:
-        self._groups, self._program = tuple(groups), program
+    def __init__(self, groups: Groups, program: Path = _PROGRAM) -> None:
+        self._groups, self._program = groups, program
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -73,6 +74,7 @@ class Keepers:
             finally:
                 for descriptor in opened:
                     os.close(descriptor)
+            self._groups.stir()  # what it keeps is put into a group soon, and this thread only waits for it
             return line(said, seconds, stop)
         finally:
             os.close(said)
@@ -94,7 +96,7 @@ class Keepers:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._server = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(self._program), str(its.fileno()), *self._groups], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+                [sys.executable, "-I", "-S", str(self._program), str(its.fileno()), *self._groups.of_keepers()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
                 start_new_session=True, pass_fds=(its.fileno(),), env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
             )
         except OSError:

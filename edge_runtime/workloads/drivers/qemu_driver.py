@@ -68,7 +68,7 @@ class QemuDriver(ABC):
         self._new = self._folder / ".new"
         self._groups = cgroups.read()
         self._capabilities: Capabilities | None = None
-        self._keepers = Keepers(self._groups.of_keepers(), Path(__file__).with_name(self.KEEPER))
+        self._keepers = Keepers(self._groups, Path(__file__).with_name(self.KEEPER))
         self._busy: dict[str, asyncio.Lock] = {}
         self._laying = asyncio.Lock()
         for folder in (directory, self._folder, self._new):

@@ -126,6 +126,23 @@ def test_a_group_goes_from_each_hierarchy_with_what_is_below_it_and_one_that_is_
     assert groups.remove("/novacron/a.1") and all((tmp_path / name / "novacron").exists() for name in ("memory", "cpuset", "unified"))
 
 
+def test_stirring_writes_this_process_into_the_first_of_its_own_groups_that_may_be_written(tmp_path: Path) -> None:
+    groups = cgroups.Groups({"name=systemd": f"{tmp_path}/systemd", "cpu": f"{tmp_path}/cpu", "cpuacct": f"{tmp_path}/cpu"}, f"{tmp_path}/unified", frozenset())
+    own = "9:name=systemd:/init\n4:memory:/not/mounted\n1:cpu,cpuacct:/a:b\n0::/a\n"
+    groups.stir(own)
+    assert not list(tmp_path.iterdir()), "nothing is made"
+    for name in ("cpu/a:b", "unified/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "cgroup.procs").touch()
+    groups.stir(own)
+    assert [(tmp_path / name / "cgroup.procs").read_text() for name in ("cpu/a:b", "unified/a")] == ["0", ""]
+    groups.stir("0::/a\n")
+    assert (tmp_path / "unified/a/cgroup.procs").read_text() == "0"
+    before = Path("/proc/self/cgroup").read_text()
+    cgroups.read().stir()
+    assert Path("/proc/self/cgroup").read_text() == before
+
+
 def test_layouts_of_control_groups(tmp_path: Path) -> None:
     assert cgroups.read("").layout == "none" and cgroups.read("").lacks and cgroups.read("junk\n - \n").layout == "none"
     one = cgroups.read(V1)
