@@ -126,7 +126,6 @@ def lay_out(
     laid = ground.new / name
     shutil.rmtree(laid, ignore_errors=True)
     laid.mkdir(mode=0o700)
-    (laid / "lower").mkdir()
     (laid / "disk").mkdir()
     for part in ("upper", "work"):
         (laid / "disk" / part).mkdir()

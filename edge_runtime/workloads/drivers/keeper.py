@@ -113,7 +113,7 @@ def mount_root(told: dict) -> None:  # type: ignore[type-arg]
     check(libc.unshare(CLONE_NEWNS), "a mount namespace")
     check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "private mounts")
     outside.made(told["root"])
-    top = os.path.join(told["folder"], "lower")
+    top = outside.made(f"{outside.RUN}/lower")  # all keepers' alike: what is mounted there is in this namespace alone
     names = mount_layers(told, top)
     os.chdir(top)  # so that the option stays short: the kernel takes a page of it
     options = f"lowerdir={':'.join(names)},upperdir={told['folder']}/disk/upper,workdir={told['folder']}/disk/work" + (",userxattr" if outside.UID is not None else "")  # trusted ones are the machine's root's
