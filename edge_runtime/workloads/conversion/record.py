@@ -15,7 +15,7 @@ NAME = "conversion.json"
 STEPS = ("", "warming", "taking", "passing")
 
 POINTS = ("warming", "ready", "taking", "held", "frozen", "dumped", "restored", "passing", "ended", "went", "plugged", "")
-"""What a conversion has reached, in order; said to `step`. On the way back `warming`, `ready` and `restored` are not there, and `packed` comes before `passing`."""
+"""What a conversion has reached, in order; said to `step`. On the way back `warming`, `ready` and `restored` are not there."""
 
 
 @dataclass(frozen=True, slots=True)
