@@ -15,8 +15,8 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }
 
-NAV = (("/", "Edges"), ("workloads.html", "Workloads"), ("transfers.html", "Transfers"))
-"""Address and name of each page."""
+NAV = (("./", "Edges"), ("workloads.html", "Workloads"), ("transfers.html", "Transfers"))
+"""Address and name of each page; relative, as all that the pages ask for: a proxy may have the hub below a path."""
 
 PAGES = {
     "index.html": {"title": "NovaCron hub", "name": "Edges", "script": "page.js"},

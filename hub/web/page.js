@@ -79,7 +79,7 @@ function showDecisions(decisions) {
 async function showFabric(status) {
   const hours = Number($("span").value);
   const [tree, edges, decisions, events, outages] = await Promise.all([
-    get("/api/v1/hierarchy"), get("/api/v1/edges"), get("/api/v1/decisions?limit=50"), get("/api/v1/events?limit=30"), get("/api/v1/outages?hours=" + hours),
+    get("api/v1/hierarchy"), get("api/v1/edges"), get("api/v1/decisions?limit=50"), get("api/v1/events?limit=30"), get("api/v1/outages?hours=" + hours),
   ]);
   $("summary").textContent = `${status.edges_online} of ${status.edges} edges online, ${status.counters.records_total || 0} records taken in, broker ${status.broker.kind}` +
     (status.problems.length ? ", " + status.problems.join("; ") : status.storage && status.storage.warning ? ", " + status.storage.warning : "");

@@ -53,7 +53,7 @@ async function refresh() {
   clearTimeout(timer);
   let wait = PERIOD_MS;
   try {
-    const status = await get("/api/v1/status");
+    const status = await get("api/v1/status");
     offset = status.time_ms - Date.now();
     await show(status);
     sessionStorage.setItem("token", token);

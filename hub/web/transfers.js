@@ -26,7 +26,7 @@ function expected(one) {
 }
 
 start(async () => {
-  const [transfers, workers, moves] = await Promise.all([get("/api/v1/transfers?limit=200"), get("/api/v1/migration-workers"), get("/api/v1/moves?limit=100")]);
+  const [transfers, workers, moves] = await Promise.all([get("api/v1/transfers?limit=200"), get("api/v1/migration-workers"), get("api/v1/moves?limit=100")]);
   fill($("moves"), moves.map((one) => [
     one.workload, one.source, one.target, element("td", one.state === "running" ? one.step : one.state, one.state === "done" ? "good" : one.state === "failed" ? "bad" : "soft"),
     element("td", bytes(one.bytes || one.needs_bytes), "number"), farCell(one), expected(one), ago(one.changed_ms), one.reason || one.problem || one.why,

@@ -80,7 +80,7 @@ async function showExplained() {
   $("explain").hidden = !explained;
   if (!explained) return;
   try {
-    const said = await get(`/api/v1/workloads/${encodeURIComponent(explained)}/explain`);
+    const said = await get(`api/v1/workloads/${encodeURIComponent(explained)}/explain`);
     $("explain-text").textContent = [`${said.workload}: ${said.state}${said.node ? " on " + said.node : ""}`, said.reason, said.summary, ...said.advice].filter(Boolean).join(". ");
     fill($("explain-nodes"), said.nodes.map((node) => [
       node.node, element("td", node.fits ? "yes" : "no", node.fits ? "good" : "bad"), element("td", node.score, "number"),
@@ -118,10 +118,10 @@ function showUse(points, hours) {
 async function showWorkloads(status) {
   const hours = Number($("span").value);
   if (history.hours !== hours || Date.now() - history.at > HISTORY_MS || !history.points.length) {
-    history = { at: Date.now(), hours, points: (await get("/api/v1/scheduler?hours=" + hours)).history };
+    history = { at: Date.now(), hours, points: (await get("api/v1/scheduler?hours=" + hours)).history };
   }
-  const [nodes, pending, all, scheduler, moves] = await Promise.all([get("/api/v1/nodes?limit=" + NODES_SHOWN), get("/api/v1/workloads?state=pending"), get("/api/v1/workloads?limit=200"), get("/api/v1/scheduler?hours=0"),
-    get("/api/v1/rebalance")]);
+  const [nodes, pending, all, scheduler, moves] = await Promise.all([get("api/v1/nodes?limit=" + NODES_SHOWN), get("api/v1/workloads?state=pending"), get("api/v1/workloads?limit=200"), get("api/v1/scheduler?hours=0"),
+    get("api/v1/rebalance")]);
   const now = scheduler.now;
   $("summary").textContent = `${now.nodes.up} of ${now.nodes.up + now.nodes.silent} nodes up, ${now.workloads.placed} workloads placed, ${now.workloads.pending} waiting` +
     (scheduler.decision_ms.p99 === null ? "" : `, 99 of 100 decisions within ${scheduler.decision_ms.p99} ms`) + (status.problems.length ? ", " + status.problems.join("; ") : "");

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp import ClientSession, web
 
 from edge_runtime.config import EdgeConfig
 from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, DevicesConfig, HostConfig, JournalConfig, UplinkConfig
@@ -340,3 +341,34 @@ def test_a_narrow_screen_is_enough(page: Page, tmp_path: Path) -> None:
     page.open()
     until_sync(lambda: page.shown("#login"), what="the login form")
     assert page.script("return document.documentElement.scrollWidth") <= 400
+
+
+@pytest.fixture
+def below_a_path(scene: Scene) -> Iterator[str]:
+    """The hub as a reverse proxy shows it that has other things beside it: below `/plant/`, and nothing of it elsewhere."""
+
+    async def pass_on(request: web.Request) -> web.Response:
+        async with ClientSession() as session, session.get(scene.url + str(request.rel_url).removeprefix("/plant/"), headers=request.headers) as answer:
+            return web.Response(body=await answer.read(), status=answer.status, headers={name: value for name, value in answer.headers.items() if name not in ("Content-Length", "Transfer-Encoding", "Content-Encoding")})
+
+    async def serve() -> web.AppRunner:
+        app = web.Application()
+        app.router.add_get("/plant/{rest:.*}", pass_on)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    runner = scene.background.run(serve())
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/plant/"
+    scene.background.run(runner.cleanup())
+
+
+def test_all_pages_work_below_a_path(page: Page, scene: Scene, below_a_path: str) -> None:
+    page.driver.get(f"{below_a_path}#token={scene.hub.token}")
+    for title in ("Workloads", "Transfers", "Edges"):
+        page.next_refresh()
+        assert page.shown("main") and not page.shown("#login")
+        page.driver.find_element("link text", title).click()
+    page.next_refresh()
+    assert page.driver.current_url == below_a_path and page.count("#edges tbody tr") == 2
