@@ -157,10 +157,12 @@ def run(config: object) -> int:
     with leave_out_typing():
         import sqlite3
 
+        from .config import identity
         from .contract.errors import ContractError
         from .decisions.rules import RuleError
         from .logs import configure
         from .runtime import EdgeRuntime
+        from .system import data_folder
         from .system.process import one_heap, prefer, short_turns
 
         # What this configuration will ask for while it starts.
@@ -177,6 +179,13 @@ def run(config: object) -> int:
         del sys.modules[name]
 
     async def serve() -> None:
+        try:
+            data_folder.hold(config.data_dir)
+            identity.keep(config.data_dir, config.edge_id)
+        except data_folder.InUse:
+            raise
+        except OSError as error:  # a full disk is no reason not to start
+            logging.getLogger(__name__).warning("whose the data folder is cannot be written down: %s (data_dir %s)", error, config.data_dir)
         runtime = EdgeRuntime(config)
         try:
             await runtime.start()

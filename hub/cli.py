@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime.system import data_folder
 from edge_runtime.system.service import ServiceManager
 
 from . import __version__
@@ -82,6 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     manager = ServiceManager()
 
     async def serve() -> None:
+        try:
+            data_folder.hold(options.data_dir)
+        except data_folder.InUse:
+            raise
+        except OSError as error:
+            logging.getLogger(__name__).warning("data-dir: %s cannot be locked: %s; see that no other hub works on it", options.data_dir, error)
         hub = Hub(settings)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         asyncio.run(serve())
+    except data_folder.InUse as error:
+        print(f"novacron-hub: data-dir: {options.data_dir}: {error}", file=sys.stderr)
+        return 1
     except (BrokerError, StoreError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         print(f"novacron-hub: data-dir: {options.data_dir} has no room ({error}); free space on its disk" if full else f"novacron-hub: {error}", file=sys.stderr)

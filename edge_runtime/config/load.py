@@ -10,7 +10,7 @@ from typing import Any
 
 from ..contract.lean_dataclass import dataclass, field, is_lean, metadata_of
 from ..contract.schema import ID_PATTERN
-from . import quick_form
+from . import identity, quick_form
 from .schema import EdgeConfig, ModelConfig
 
 MAX_FILE_BYTES = 1 << 20
@@ -108,7 +108,7 @@ def load_config(path: Path | None, env: Mapping[str, str] | None = None) -> Load
     if problems:
         raise ConfigError(problems)
     config: EdgeConfig = _build(EdgeConfig, merged)
-    return LoadedConfig(_complete(config, environment), warnings, source_of)
+    return LoadedConfig(_complete(config, environment, warnings), warnings, source_of)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -334,13 +334,21 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**{name: _build(hints[name], value) if is_lean(hints[name]) else value for name, value in values.items()})
 
 
-def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
+def _complete(config: EdgeConfig, env: Mapping[str, str], warnings: list[str]) -> EdgeConfig:
     """Fill what depends on the machine; check what depends on other keys."""
-    edge_id = config.edge_id or re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname()).lstrip("_.:-")[:64] or "edge"
+    data_dir = config.data_dir or env.get("STATE_DIRECTORY", "") or str(Path(env.get("HOME", "/tmp")) / ".local/share/novacron/edge")
+    host = re.sub(r"[^A-Za-z0-9_.:-]", "-", socket.gethostname()).lstrip("_.:-")[:64] or "edge"
+    kept = identity.kept(data_dir)
+    kept = kept if ID_PATTERN.match(kept) else ""
+    edge_id = config.edge_id or kept or host
     problems = []
-    for name, value in (("edge_id", edge_id), ("devices.host.device_id", config.devices.host.device_id)):
+    for key, value in (("edge_id", edge_id), ("devices.host.device_id", config.devices.host.device_id)):
         if not ID_PATTERN.match(value):
-            problems.append(Problem("configuration", name, f"{value[:80]!r} is not a name", "use 1 to 64 letters, digits, _ . : -"))
+            problems.append(Problem("configuration", key, f"{value[:80]!r} is not a name", "use 1 to 64 letters, digits, _ . : -"))
+    if kept not in ("", edge_id):
+        problems.append(Problem("configuration", "edge_id", f"{edge_id[:80]!r}, and {data_dir} is the data folder of {kept!r}, whose records and workloads the hub has under that name", f"say {kept}, or give this edge a data_dir of its own"))
+    elif not config.edge_id and edge_id != host:
+        warnings.append(f"edge_id: this host is called {host}, and the edge stays {edge_id}, whose data folder {data_dir} is")
     if config.api.enabled and not config.api.token_file and config.api.host not in ("127.0.0.1", "::1", "localhost"):
         problems.append(Problem("configuration", "api.host", f"{config.api.host} is reachable from outside and no token is asked for", "set api.token_file, or listen on 127.0.0.1"))
     for name, part in (("uplink", config.uplink), ("bus", config.bus)):
@@ -352,8 +360,7 @@ def _complete(config: EdgeConfig, env: Mapping[str, str]) -> EdgeConfig:
         problems += _check_registries(config)
     if problems:
         raise ConfigError(problems)
-    data_dir = config.data_dir or env.get("STATE_DIRECTORY", "") or str(Path(env.get("HOME", "/tmp")) / ".local/share/novacron/edge")
-    given = {name: getattr(config, name) for name in EdgeConfig.__match_args__}
+    given = {key: getattr(config, key) for key in EdgeConfig.__match_args__}
     return EdgeConfig(**{**given, "edge_id": edge_id, "node": config.node or edge_id, "data_dir": data_dir})
 
 

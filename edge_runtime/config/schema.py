@@ -189,7 +189,7 @@ class LoggingConfig:
 class EdgeConfig:
     """The configuration of one edge."""
 
-    edge_id: str = key("", "this edge's name; empty: the host's name")
+    edge_id: str = key("", "this edge's name; empty: what the host was called when the data folder was first used")
     region: str = key("", "the region it stands in")
     site: str = key("default", "the site it belongs to")
     node: str = key("", "the node it runs on; empty: the edge's name")
