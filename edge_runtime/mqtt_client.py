@@ -79,6 +79,8 @@ def _make(paho: Any) -> Any:
             """A message: topic, payload, and the packet identifier to acknowledge, 0 for QoS 0."""
             self.on_acknowledged: Callable[[int], None] = lambda _mid: None
             """The broker has acknowledged what was sent with this packet identifier."""
+            self.on_refused: Callable[[int], None] = lambda _code: None
+            """Before that, where it refuses it: by the reason code of MQTT 5."""
 
         # -- in --------------------------------------------------------------------------------------------------------------
 
@@ -151,8 +153,10 @@ def _make(paho: Any) -> Any:
             elif kind == _PUBACK:
                 if stop - start != 2 and (not five or stop - start < 2):
                     return False
-                if stop - start > 2 and buffer[start + 2] >= 0x80 and self._refusals.worth(str(buffer[start + 2]), time.monotonic()):
-                    log.warning("the broker refused a message (MQTT 5 reason code %d; 135: this client may not say that there)", buffer[start + 2])
+                if stop - start > 2 and buffer[start + 2] >= 0x80:
+                    if self._refusals.worth(str(buffer[start + 2]), time.monotonic()):
+                        log.warning("the broker refused a message (MQTT 5 reason code %d; 135: this client may not say that there; 149: it is too large)", buffer[start + 2])
+                    self.on_refused(buffer[start + 2])
                 self.on_acknowledged(buffer[start] << 8 | buffer[start + 1])
                 return True
             return self._by_paho(command, buffer[start:stop])

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from .contract.errors import ContractError
 from .contract.lean_dataclass import dataclass, field
+from .contract.topics import packet_bytes
 from .lean_imports import import_paho, packet_properties
 from .mqtt_client import traffic_client
+from .system.reasons import Reasons
 
 if TYPE_CHECKING:
     from .config.schema import BusConfig, UplinkConfig
@@ -45,6 +47,9 @@ RECEIVE_BUFFER_LIMIT = 100
 
 SESSION_TAKEN_OVER = 142
 """MQTT 5 reason code: another client connected with our name."""
+
+PACKET_TOO_LARGE = 149
+"""MQTT 5 reason code: the broker takes no packet of that size."""
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -124,13 +129,14 @@ class Will:
 
 
 class SessionClosed(Exception):
-    """The connection could not be made or is gone; `taken_over` when another client has our name."""
+    """The connection could not be made or is gone; `taken_over` when another client has our name, `too_large` when a packet of ours was."""
 
-    def __init__(self, reason: str, taken_over: bool = False, refused: bool = False) -> None:
+    def __init__(self, reason: str, taken_over: bool = False, refused: bool = False, too_large: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.taken_over = taken_over
         self.refused = refused
+        self.too_large = too_large
 
 
 Message = Callable[[str, bytes, Callable[[], None]], None]
@@ -183,6 +189,11 @@ class MqttSession:
         """A TCP connection was made."""
         self.accepted = False
         """The broker accepted CONNECT."""
+        self.packet_max = 0
+        """Bytes of a packet that the broker takes; 0 where it has not said so, as none does with MQTT 3.1.1."""
+        self._too_large = Reasons()
+        self.on_too_large: Callable[[], None] | None = None
+        """Called where the broker refuses a message for its size (MQTT 5)."""
 
     # -- life ----------------------------------------------------------------------------------------------------------------
 
@@ -210,6 +221,7 @@ class MqttSession:
         client.on_message = self._message_callback
         client.on_taken = self._taken
         client.on_acknowledged = self._acknowledged
+        client.on_refused = self._refused
         client.on_subscribe = self._subscribed_callback
         client.on_socket_register_write = self._want_write_callback
         arguments: dict[str, Any] = {}
@@ -284,9 +296,9 @@ class MqttSession:
             self._flush()
             self._end(SessionClosed("closed by us"))
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, too_large: bool = False) -> None:
         """Close without a word: the broker publishes the Last Will."""
-        self._end(SessionClosed(reason))
+        self._end(SessionClosed(reason, too_large=too_large))
 
     @property
     def open(self) -> bool:
@@ -393,15 +405,17 @@ class MqttSession:
 
     # -- paho's callbacks ----------------------------------------------------------------------------------------------------
 
-    def _connected_callback(self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, _properties: Any) -> None:
+    def _connected_callback(self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, properties: Any) -> None:
         if reason_code.is_failure:
             self._end(SessionClosed(f"refused: {reason_code}", refused=True))
         elif not self._connected.done():
             self.accepted = True
+            self.packet_max = int(getattr(properties, "MaximumPacketSize", 0))
             self._connected.set_result(None)
 
     def _disconnected_callback(self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, _properties: Any) -> None:
-        self._end(SessionClosed(f"disconnected: {reason_code}", taken_over=getattr(reason_code, "value", 0) == SESSION_TAKEN_OVER))
+        code = getattr(reason_code, "value", 0)
+        self._end(SessionClosed(f"disconnected: {reason_code}", taken_over=code == SESSION_TAKEN_OVER, too_large=code == PACKET_TOO_LARGE))
 
     def _taken(self, topic: bytes, payload: bytes, mid: int) -> None:
         client = self._client
@@ -441,6 +455,10 @@ class MqttSession:
         except Exception:
             log.exception("handling a message on %s failed", topic)
             acknowledge()
+
+    def _refused(self, code: int) -> None:
+        if code == PACKET_TOO_LARGE and self.on_too_large is not None:
+            self.on_too_large()
 
     def _acknowledged(self, mid: int) -> None:
         callback = self._acks.pop(mid, None)
@@ -482,10 +500,14 @@ class MqttSession:
             expiry_s: MQTT 5 message expiry (3.3.2.3.3); a 3.1.1 broker does not get it, the payload's own expiry holds.
 
         Returns:
-            False where the connection is gone: nothing was sent and `on_ack` will not run.
+            False where the connection is gone, or would be for a packet that the broker does not take: nothing was sent and `on_ack` will not run.
         """
         client = self._client
         if client is None:
+            return False
+        if self.packet_max and packet_bytes(topic, payload) > self.packet_max:
+            if self._too_large.worth(topic, self._loop.time()):
+                log.warning("a message of %d bytes on %s was not sent: %s:%d takes packets of at most %d (mosquitto: max_packet_size)", len(payload), topic, self.endpoint.host, self.endpoint.port, self.packet_max)
             return False
         properties = b""
         if self.protocol5:

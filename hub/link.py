@@ -11,7 +11,7 @@ import aiomqtt
 
 from edge_runtime.contract import jsoncodec, topics
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.limits import PROTOCOL_VERSION
+from edge_runtime.contract.limits import BROKER_PACKET_BYTES, PROTOCOL_VERSION
 from edge_runtime.system.reasons import Reasons
 
 from .broker import Broker
@@ -35,6 +35,12 @@ class _Client(aiomqtt.Client):
     """Tells of messages that the broker refuses (MQTT 5; with 3.1.1 it cannot say so)."""
 
     on_refused: Callable[[str], None] = staticmethod(lambda _reason: None)
+    packet_max = 0
+    """Bytes of a packet that the broker takes; 0 where it has not said so."""
+
+    def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
+        self.packet_max = int(getattr(properties, "MaximumPacketSize", 0))
+        super()._on_connect(client, userdata, flags, reason_code, properties)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
         if reason_code.is_failure:
@@ -156,10 +162,16 @@ class HubLink:
             client.on_refused = self._refused
         return client
 
+    def _too_large(self, topic: str, size: int, most: int) -> None:
+        """It would end the connection, and be said again at the next."""
+        self.dropped += 1
+        self.refusal = f"packets have at most {most} bytes there, and what is to be said on {topic} has {size}: let it take {BROKER_PACKET_BYTES} (mosquitto: max_packet_size)"
+        log.error("the broker: %s", self.refusal)
+
     def _refused(self, reason: str) -> None:
         if not self.refusal:
             log.error("the broker refuses what the hub says (%s): edges hear nothing of it; give it all rights on novacron/#", reason)
-        self.refusal = reason
+        self.refusal = f"{reason}: give it all rights on novacron/#"
 
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
@@ -175,6 +187,10 @@ class HubLink:
     async def _send(self, client: aiomqtt.Client) -> None:
         while True:
             topic, payload, retain = await self._outbox.get()
+            most = getattr(client, "packet_max", 0)
+            if most and (size := topics.packet_bytes(topic, payload)) > most:
+                self._too_large(topic, size, most)
+                continue
             # paho holds the message until it is acknowledged; awaiting each acknowledgement would cost a round trip per message.
             try:
                 client._client.publish(topic, payload, qos=1, retain=retain)

@@ -336,7 +336,7 @@ class Hub:
         if not self.link.up:
             problems.append(f"no connection to the broker: {self.link.last_error or 'connecting'}")
         elif self.link.refusal:
-            problems.append(f"the broker refuses what the hub says ({self.link.refusal}): give it all rights on novacron/#")
+            problems.append(f"the broker refuses what the hub says ({self.link.refusal})")
         if self.ingest.store_refusal:
             problems.append(f"nothing is stored ({self.ingest.store_refusal}): the edges keep what they have; see that {self.settings.data_dir} can be written to and has room")
         if self.ingest.queue_fill > 0.9:

@@ -6,6 +6,9 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 262_144
 """Bytes of one MQTT payload. AWS IoT Core takes 128 KiB, Azure and most brokers 256 KiB; batches stay under half of this."""
 
+BROKER_PACKET_BYTES = 300_000
+"""Bytes of an MQTT packet that a broker should take: the largest payload, and what is around it. Edges do with less (`uplink.room`), down to their largest record."""
+
 MAX_DEPTH = 16
 """Nesting of objects and arrays in one message: deeper ones are a mistake or an attack on the parser."""
 

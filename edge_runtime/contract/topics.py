@@ -107,3 +107,12 @@ def parse_site(topic: str, site: str) -> tuple[str, str]:
     if named and not ID_PATTERN.match(parts[5]):
         raise ContractError("topic", f"{parts[5][:80]!r} is not a name", "use letters, digits, _ . : - and at most 64 of them", "name")
     return parts[4], parts[5] if named else ""
+
+
+_AROUND = 16
+"""Bytes of a PUBLISH at most beside topic and payload: a byte of header and four of length, two each before the topic and as its number, six of properties."""
+
+
+def packet_bytes(topic: str, payload: bytes) -> int:
+    """Of a PUBLISH with one of these topics, at most."""
+    return len(topic) + len(payload) + _AROUND

@@ -11,7 +11,7 @@ from ..contract import jsoncodec, topics
 from ..contract.desired import Desired, parse_desired
 from ..contract.errors import ContractError
 from ..contract.lean_dataclass import dataclass
-from ..contract.limits import PROTOCOL_VERSION
+from ..contract.limits import BROKER_PACKET_BYTES, PROTOCOL_VERSION
 from ..contract.presence import HUB_PRESENCE
 from ..contract.questions import QUESTION
 from ..contract.receipts import RECEIPTS
@@ -24,6 +24,7 @@ from ..pace import Pace
 from ..system.reasons import Reasons
 from .backoff import Backoff
 from .lanes import Lanes, Send
+from .room import Room
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,12 @@ STATUS_TRUST_MS = 5_000
 
 UNHEARD_AFTER = 3
 """Silences of `RECEIPT_TIMEOUT_MS` one after the other, in which everything was sent again each time, from which it is told: a hub that starts, or is busy, needs one."""
+
+AGAINS, AGAINS_MOST = 4, 256
+"""Times that the hub asks for the same, the broker having acknowledged it each time, from which its size is in doubt; how many of such are counted at once."""
+
+AROUND = 1_024
+"""Bytes of a batch at most beside its records, topic included."""
 
 ANSWER_S = 15.0
 """A broker that has not taken a piece of an answer by then: who asked waits no longer."""
@@ -97,6 +104,11 @@ class Uplink:
         """Why the hub may not hear us, where it is there and has not answered for long; empty where it has."""
         self._unanswered = 0
         self._told_unheard = Reasons()
+        self._room = Room(settings.batch_bytes)
+        self._agains: dict[tuple[str, int], int] = {}
+        """How often a stream was sent again from a record on, at this link."""
+        self._stalled = (0, 0)
+        """What the hub had of all streams when everything was sent again last, and how often in a row that was the same."""
         self._task: asyncio.Task[None] | None = None
         self._proven: set[str] = set()
         self._rebases: set[asyncio.Task[None]] = set()
@@ -151,6 +163,7 @@ class Uplink:
         self._session = None
         self.last_error = error.reason
         self._backoff.link_down(now / 1000)
+        self._less(self._room.lost(error.too_large, now), "does not take a packet")
         if error.taken_over:
             self.taken_over += 1
             self._metrics.inc("uplink_taken_over_total")
@@ -159,6 +172,10 @@ class Uplink:
 
     async def _serve(self, session: MqttSession) -> None:
         self._session = session
+        self._room.begin(session.packet_max)
+        self._agains.clear()
+        self._stalled = (0, 0)
+        session.on_too_large = lambda: session.abort("the broker refuses a packet of this size", too_large=True)
         self.connected = True
         self._backoff.link_up(self._clock.mono_ms() / 1000)
         self._metrics.inc("uplink_connects_total")
@@ -271,6 +288,32 @@ class Uplink:
             self._background(self._prove(message, doubtful))
         else:
             self._take_receipts(message)
+
+    def _sent_again(self, send: Send) -> None:
+        """The broker has acknowledged what the hub had asked for."""
+        if len(self._agains) >= AGAINS_MOST:
+            self._agains.clear()
+        times = self._agains[send.stream, send.first] = self._agains.get((send.stream, send.first), 0) + 1
+        if times >= AGAINS:
+            self._doubt()
+
+    def _all_again(self) -> None:
+        """The hub is there, and has taken nothing of what was sent."""
+        have = sum(lane.receipted for lane in self.lanes.streams.values())
+        before, times = self._stalled
+        self._stalled = have, times + 1 if have == before else 1
+        if self._stalled[1] >= AGAINS:
+            self._doubt()
+
+    def _doubt(self) -> None:
+        if size := self._room.doubt(self._clock.mono_ms()):
+            self._agains.clear()
+            self._less(size, "acknowledges packets, and it seems does not pass them on,")
+
+    def _less(self, size: int, problem: str) -> None:
+        """Batches of that size are too large for the broker; 0: they are not."""
+        if size:
+            log.warning("the hub's broker %s of %d bytes: batches have at most %d from now on; let it take %d (mosquitto: max_packet_size)", problem, size, self._room.found, BROKER_PACKET_BYTES)
 
     def _heard(self) -> None:
         """By the hub, or there is none."""
@@ -392,6 +435,7 @@ class Uplink:
                 self.lanes.resyncs += 1
                 self._metrics.inc("uplink_resyncs_total")
                 self._not_heard()
+                self._all_again()
                 self._start_lanes()
                 self._publish_presence("online", "resync")
             if self.lanes.ask_self(now):
@@ -407,30 +451,44 @@ class Uplink:
 
     async def _send(self, session: MqttSession, send: Send) -> None:
         settings = self._settings
-        limit = min(settings.batch_records, send.last - send.first + 1)
-        records, chain = await self._journal.read(send.stream, send.first, limit, settings.batch_bytes, send.last)
-        if not self.lanes.up or not session.open:
-            return
-        marks = self._journal.marks(send.stream)
-        self.lanes.released(send.stream, marks.floor)
-        if not records or records[0].seq != send.first:
-            if marks.floor > send.first:
-                return  # freed or dropped meanwhile; the lanes know the new floor now
-            raise SessionClosed(f"stream {send.stream}: record {send.first} is not in the journal")
-        last = records[-1].seq
-        lane = self.lanes.streams[send.stream]
-        history = last + 1 if send.lane == "history" and not send.again else lane.history_next
-        payload = encode_batch(
-            edge=settings.edge, boot=self._journal.boot, boot_n=self._journal.boot_n, stream=send.stream, lane=send.lane, floor=marks.floor,
-            floor_chain=marks.floor_chain, dropped=marks.dropped, live=lane.live_from, history=max(1, history), next_seq=marks.next_seq,
-            records=records, chain=chain,
-        )
+        limit, most = min(settings.batch_records, send.last - send.first + 1), self._room.most(self._clock.mono_ms())
+        topic = topics.edge_topic(settings.edge, "up")
+        while True:
+            records, chain = await self._journal.read(send.stream, send.first, limit, min(settings.batch_bytes, max(1, most - AROUND)) if most else settings.batch_bytes, send.last)
+            if not self.lanes.up or not session.open:
+                return
+            marks = self._journal.marks(send.stream)
+            self.lanes.released(send.stream, marks.floor)
+            if not records or records[0].seq != send.first:
+                if marks.floor > send.first:
+                    return  # freed or dropped meanwhile; the lanes know the new floor now
+                raise SessionClosed(f"stream {send.stream}: record {send.first} is not in the journal")
+            last = records[-1].seq
+            lane = self.lanes.streams[send.stream]
+            history = last + 1 if send.lane == "history" and not send.again else lane.history_next
+            payload = encode_batch(
+                edge=settings.edge, boot=self._journal.boot, boot_n=self._journal.boot_n, stream=send.stream, lane=send.lane, floor=marks.floor,
+                floor_chain=marks.floor_chain, dropped=marks.dropped, live=lane.live_from, history=max(1, history), next_seq=marks.next_seq,
+                records=records, chain=chain,
+            )
+            size = topics.packet_bytes(topic, payload)
+            if not most or size <= most:
+                break
+            if len(records) == 1:
+                if size <= session.packet_max or not session.packet_max:
+                    break  # what was found is a guess
+                raise SessionClosed(f"record {send.first} of {send.stream} takes a packet of {size} bytes, and the hub's broker takes {session.packet_max}: let it take {BROKER_PACKET_BYTES} (mosquitto: max_packet_size)")
+            limit = len(records) // 2
 
         def acked() -> None:
+            self._room.acknowledged(size)
+            if send.again:
+                self._sent_again(send)
             self.lanes.acked()
             self._wake.set()
 
-        if session.publish(topics.edge_topic(settings.edge, "up"), payload, on_ack=acked):
+        if session.publish(topic, payload, on_ack=acked):
+            self._room.sent(size)
             self.lanes.sent(send, last, self._clock.mono_ms())
             self._metrics.inc("uplink_sent_records_total", len(records), lane=send.lane)
             self._metrics.inc("uplink_sent_bytes_total", len(payload))

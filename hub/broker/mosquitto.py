@@ -14,13 +14,11 @@ import socket
 from pathlib import Path
 
 from edge_runtime.contract import topics
+from edge_runtime.contract.limits import BROKER_PACKET_BYTES
 
 from .base import BrokerError, Door, authority, is_loopback
 
 log = logging.getLogger(__name__)
-
-MAX_PACKET_BYTES = 300_000
-"""Largest packet taken: a message of the contract (262,144) and its frame."""
 
 READY_TIMEOUT_S = 10.0
 RESTART_BASE_S = 0.2
@@ -141,7 +139,7 @@ class MosquittoBroker:
             lines.append(f"listener {self.inside[1]} {self.inside[0]}")
         lines += [
             "set_tcp_nodelay true",  # without it p50 rose from 0.4 to 15-23 ms
-            "max_inflight_messages 1000", "max_queued_messages 10000", f"max_packet_size {MAX_PACKET_BYTES}", "persistence true",
+            "max_inflight_messages 1000", "max_queued_messages 10000", f"max_packet_size {BROKER_PACKET_BYTES}", "persistence true",
             f"persistence_location {self._data_dir}/", "autosave_interval 60", "persistent_client_expiration 7d", "log_dest stderr",
             "log_type error", "log_type warning", f"allow_anonymous {'false' if door.guards else 'true'}",
         ]

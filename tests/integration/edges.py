@@ -40,8 +40,12 @@ class LocalBroker:
         self.port = free_port()
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        (folder / "mosquitto.conf").write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence true\npersistence_location {folder}/\nautosave_interval 0\nlog_dest none\n"
+        self.configure(extra)
+
+    def configure(self, extra: str) -> None:
+        """What it reads at its next start."""
+        (self._folder / "mosquitto.conf").write_text(
+            f"listener {self.port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\npersistence true\npersistence_location {self._folder}/\nautosave_interval 0\nlog_dest none\n"
             + ("user root\n" if os.getuid() == 0 else "") + extra
         )
 

@@ -59,6 +59,8 @@ class SimSession:
         self.after_write: Callable[[], None] | None = None
         self.reached = False
         self.accepted = False
+        self.packet_max = 0
+        self.on_too_large: Callable[[], None] | None = None
         self.current_retained = False
         """Whether the message that is being handed over was retained."""
 
@@ -98,9 +100,9 @@ class SimSession:
             self._connection.up.send(self._said_goodbye)
             self._end(SessionClosed("closed by us"))
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, too_large: bool = False) -> None:
         """See `MqttSession`."""
-        self._end(SessionClosed(reason))
+        self._end(SessionClosed(reason, too_large=too_large))
 
     @property
     def open(self) -> bool:
