@@ -8,6 +8,7 @@ sections 2.1, 3.3 and 3.4). CONNECT, subscriptions, keep-alive, QoS 2, packets w
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ READ_BYTES = 65_536
 PACKET_MAX = MAX_MESSAGE_BYTES + 2 * 65_536
 """Bytes of a packet that are kept; a topic takes 65,537 of them at most, so that a payload that was cut is still over `MAX_MESSAGE_BYTES` and refused as
 too large by whoever reads it. The protocol allows 256 MiB, which a device has not."""
+
+QUOTA_MOST = 65_535
+"""Messages that may be under way: packet identifiers have two bytes, and 0 is none. What a broker that says nothing takes."""
 
 _PUBLISH, _PUBACK = 0x30, 0x40
 
@@ -69,6 +73,10 @@ def _make(paho: Any) -> Any:
             self._skip = 0
             self._gathered = bytearray()
             self._refusals = Reasons()
+            self._under_way = 0
+            self._waiting: deque[bytes] = deque()
+            self.quota = QUOTA_MOST
+            """Messages that the broker takes before it has acknowledged one (Receive Maximum, MQTT 5, 3.2.2.3.3); more wait here. It ends the connection of who sends more."""
             self.has_more = False
             """A whole packet was read that has not been taken yet."""
             self.ended = False
@@ -157,6 +165,10 @@ def _make(paho: Any) -> Any:
                     if self._refusals.worth(str(buffer[start + 2]), time.monotonic()):
                         log.warning("the broker refused a message (MQTT 5 reason code %d; 135: this client may not say that there; 149: it is too large)", buffer[start + 2])
                     self.on_refused(buffer[start + 2])
+                if self._waiting:
+                    self._gathered += self._waiting.popleft()
+                elif self._under_way:
+                    self._under_way -= 1
                 self.on_acknowledged(buffer[start] << 8 | buffer[start + 1])
                 return True
             return self._by_paho(command, buffer[start:stop])
@@ -182,15 +194,20 @@ def _make(paho: Any) -> Any:
                 properties: packed, with their length; empty for MQTT 3.1.1.
                 taken: the packet identifiers that are under way.
             """
-            if self._sock is None or len(taken) >= 65_535:
+            if self._sock is None or len(taken) >= QUOTA_MOST:
                 return 0
             mid: int = self._mid_generate()
             while mid in taken:
                 mid = self._mid_generate()
             length = 4 + len(topic) + len(properties) + len(payload)
-            self._gathered += b"".join((
+            packet = b"".join((
                 b"\x33" if retain else b"\x32", _packed_length(length), len(topic).to_bytes(2, "big"), topic, mid.to_bytes(2, "big"), properties, payload,
             ))
+            if self._under_way < self.quota:
+                self._under_way += 1
+                self._gathered += packet
+            else:
+                self._waiting.append(packet)
             return mid
 
         def acknowledge(self, mid: int) -> None:

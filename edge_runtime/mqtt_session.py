@@ -405,12 +405,13 @@ class MqttSession:
 
     # -- paho's callbacks ----------------------------------------------------------------------------------------------------
 
-    def _connected_callback(self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, properties: Any) -> None:
+    def _connected_callback(self, client: Any, _userdata: Any, _flags: Any, reason_code: Any, properties: Any) -> None:
         if reason_code.is_failure:
             self._end(SessionClosed(f"refused: {reason_code}", refused=True))
         elif not self._connected.done():
             self.accepted = True
             self.packet_max = int(getattr(properties, "MaximumPacketSize", 0))
+            client.quota = int(getattr(properties, "ReceiveMaximum", client.quota))
             self._connected.set_result(None)
 
     def _disconnected_callback(self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, _properties: Any) -> None:

@@ -25,6 +25,9 @@ DOUBLINGS_MAX = 16
 OUTBOX_MAX = 20_000
 """Messages to publish that wait; receipts that are dropped here are told again with the next batch."""
 
+INFLIGHT = 200
+"""Messages under way to the broker, where it takes as many."""
+
 SOCKET_OPTIONS = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
 """Nagle's algorithm would hold receipts back by 40 ms."""
 
@@ -40,6 +43,7 @@ class _Client(aiomqtt.Client):
 
     def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
         self.packet_max = int(getattr(properties, "MaximumPacketSize", 0))
+        client.max_inflight_messages_set(min(INFLIGHT, int(getattr(properties, "ReceiveMaximum", INFLIGHT))))  # paho does not look
         super()._on_connect(client, userdata, flags, reason_code, properties)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
@@ -155,7 +159,7 @@ class HubLink:
             *broker.inside, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}",
             protocol=aiomqtt.ProtocolVersion.V5 if broker.mqtt5 else aiomqtt.ProtocolVersion.V311, keepalive=15, timeout=10,
             will=aiomqtt.Will(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True), socket_options=SOCKET_OPTIONS,
-            max_queued_incoming_messages=5_000, max_inflight_messages=200, max_queued_outgoing_messages=OUTBOX_MAX,
+            max_queued_incoming_messages=5_000, max_inflight_messages=INFLIGHT, max_queued_outgoing_messages=OUTBOX_MAX,
             tls_params=aiomqtt.TLSParameters(ca_certs=broker.ca_file or None) if broker.tls else None,
         )
         if isinstance(client, _Client):

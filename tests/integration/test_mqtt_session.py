@@ -1,6 +1,7 @@
 """One MQTT connection: every byte however it arrives, every message however many, goodbye and death told apart, TLS, slow readers."""
 
 import asyncio
+import contextlib
 import random
 import shutil
 import socket
@@ -200,6 +201,39 @@ async def test_a_broker_that_does_not_read_holds_nothing_up_and_loses_nothing() 
         for payload in payloads:
             assert payload in received
         session.abort("done")
+
+
+async def test_no_more_is_under_way_than_a_broker_takes() -> None:
+    """By hand: mosquitto acknowledges each message before it reads the next, so that it never sees too many."""
+    most, count, seen, under_way, highest = 10, 300, [], 0, 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal under_way, highest
+        while len(seen) < count:
+            with contextlib.suppress(TimeoutError):  # all that comes without an acknowledgement
+                while True:
+                    head = await asyncio.wait_for(reader.readexactly(2), 0.05)
+                    packet = await reader.readexactly(head[1])
+                    assert head[0] == 0x32
+                    seen.append((packet[3:5], packet[6:]))
+                    under_way += 1
+                    highest = max(highest, under_way)
+            for mid, _ in seen[-under_way:]:
+                writer.write(b"\x40\x02" + mid)
+            under_way = 0
+            await writer.drain()
+        await reader.read()
+
+    async with RawBroker(script, b"\x20\x06\x00\x00\x03\x21\x00" + bytes((most,))) as raw:
+        session = MqttSession(endpoint(raw.port), "many", Inbox(), protocol5=True)
+        await session.connect()
+        acknowledged: list[int] = []
+        for number in range(count):
+            assert session.publish("t", b"%d" % number, on_ack=lambda number=number: acknowledged.append(number))
+        await until(lambda: len(acknowledged) == count, what="all are acknowledged")
+        assert [payload for _, payload in seen] == [b"%d" % number for number in range(count)] and acknowledged == list(range(count))
+        assert highest == most
+        await session.disconnect()
 
 
 async def test_garbage_from_a_broker_ends_the_session_and_nothing_else() -> None:
