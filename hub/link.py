@@ -43,7 +43,7 @@ class _Client(aiomqtt.Client):
 
     def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
         self.packet_max = int(getattr(properties, "MaximumPacketSize", 0))
-        client.max_inflight_messages_set(min(INFLIGHT, int(getattr(properties, "ReceiveMaximum", INFLIGHT))))  # paho does not look
+        client._max_inflight_messages = min(INFLIGHT, int(getattr(properties, "ReceiveMaximum", INFLIGHT)))  # paho does not look, and lets nobody tell it from here on; nothing is under way yet
         super()._on_connect(client, userdata, flags, reason_code, properties)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
