@@ -1,6 +1,7 @@
 """The hub's connection to the broker: subscribes, hands over, publishes; comes back by itself."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import socket
@@ -12,6 +13,7 @@ import aiomqtt
 from edge_runtime.contract import jsoncodec, topics
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import BROKER_PACKET_BYTES, PROTOCOL_VERSION
+from edge_runtime.contract.presence import HUB_PRESENCE
 from edge_runtime.system.reasons import Reasons
 
 from .broker import Broker
@@ -85,6 +87,9 @@ class HubLink:
         self.dropped = 0
         self.refusal = ""
         """Why the broker refuses what the hub says, at this connection; empty where it does not."""
+        self.rival = ""
+        """The name of another hub that speaks to the same edges, heard at this connection; empty where there is none."""
+        self._rival_boot = ""
 
     def start(self) -> "asyncio.Task[None]":
         """Begin. The task never ends by itself."""
@@ -115,11 +120,12 @@ class HubLink:
         failures, reasons = 0, Reasons()
         while not self._stopping:
             try:
-                self.refusal = ""
+                self.refusal = self.rival = self._rival_boot = ""
                 async with self._client() as client:
                     granted = await client.subscribe([(topic, 1) for topic in topics.hub_subscriptions(self._group)], timeout=10)
                     if refused := sorted({str(code) for code in granted or () if getattr(code, "is_failure", False)}):
                         raise aiomqtt.MqttError(f"it does not let the hub hear its edges ({', '.join(refused)}): give {self._broker.username or 'who comes without a name'} all rights on novacron/#")
+                    await client.subscribe([(topics.HUB_STATUS, 1)], timeout=10)  # where it may not hear that, it does without
                     if reasons.told:
                         log.info("the broker is there again")
                         reasons.told = False
@@ -156,7 +162,7 @@ class HubLink:
     def _client(self) -> aiomqtt.Client:
         broker = self._broker
         client: aiomqtt.Client = self._make_client(
-            *broker.inside, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}",
+            *broker.inside, username=broker.username or None, password=broker.password or None, identifier=f"novacron-hub-{self._hub}-{self._boot}",  # two hubs with one would end each other's connections in turn, and neither would hear of the other
             protocol=aiomqtt.ProtocolVersion.V5 if broker.mqtt5 else aiomqtt.ProtocolVersion.V311, keepalive=15, timeout=10,
             will=aiomqtt.Will(topics.HUB_STATUS, self._status("offline"), qos=1, retain=True), socket_options=SOCKET_OPTIONS,
             max_queued_incoming_messages=5_000, max_inflight_messages=INFLIGHT, max_queued_outgoing_messages=OUTBOX_MAX,
@@ -181,12 +187,37 @@ class HubLink:
         async for message in client.messages:
             topic = str(message.topic)
             payload = message.payload if isinstance(message.payload, bytes | bytearray) else str(message.payload or "").encode()
+            if topic == topics.HUB_STATUS:
+                self._heard_hub(bytes(payload), bool(message.retain))
+                continue
             try:
                 edge, leaf = topics.parse(topic, "edge", ("up", "status", "answer"))
             except ContractError as error:
                 self._on_bad("", error)
                 continue
             self._on_message(edge, leaf, bytes(payload), bool(message.retain))
+
+    def _heard_hub(self, payload: bytes, retained: bool) -> None:
+        """A hub's presence: ours, or one that should not be there. What is retained may be of one that was killed, ours before us: it lives only where it speaks."""
+        try:
+            said = HUB_PRESENCE.parse(jsoncodec.decode(payload))
+        except ContractError:
+            return
+        if said["boot"] == self._boot or (retained and said["state"] == "online"):
+            return
+        if said["state"] == "online":
+            if said["boot"] != self._rival_boot:
+                log.error("another hub (%s) speaks to the edges of this broker: they send everything again each time, and obey whichever was last; stop one of the two, or give it a broker of its own", said["hub"])
+                self.rival, self._rival_boot = said["hub"], said["boot"]
+                self._say_status()  # it is to hear of us too
+            return
+        if said["boot"] == self._rival_boot:
+            self.rival = self._rival_boot = ""
+        self._say_status()  # the edges have just heard that there is no hub
+
+    def _say_status(self) -> None:
+        with contextlib.suppress(asyncio.QueueFull):
+            self._outbox.put_nowait((topics.HUB_STATUS, self._status("online"), True))
 
     async def _send(self, client: aiomqtt.Client) -> None:
         while True:

@@ -337,6 +337,8 @@ class Hub:
             problems.append(f"no connection to the broker: {self.link.last_error or 'connecting'}")
         elif self.link.refusal:
             problems.append(f"the broker refuses what the hub says ({self.link.refusal})")
+        if self.link.rival:
+            problems.append(f"another hub ({self.link.rival}) speaks to the same edges at this broker: stop one of the two, or give it a broker of its own")
         if self.ingest.store_refusal:
             problems.append(f"nothing is stored ({self.ingest.store_refusal}): the edges keep what they have; see that {self.settings.data_dir} can be written to and has room")
         if self.ingest.queue_fill > 0.9:
