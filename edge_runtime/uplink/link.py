@@ -241,8 +241,6 @@ class Uplink:
         if PROTOCOL_VERSION not in status["speaks"]:
             raise ContractError("speaks", f"the hub speaks {status['speaks']}, not {PROTOCOL_VERSION}", "update this edge", "version")
         if status["state"] == "offline":
-            if self.lanes.up and status["boot"] != self._hub_boot:
-                return  # the last word of one that has gone before
             self._hub_gone("the hub went offline")
             return
         if self.lanes.up and status["boot"] == self._hub_boot:
