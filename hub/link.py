@@ -87,6 +87,8 @@ class HubLink:
         self.dropped = 0
         self.refusal = ""
         """Why the broker refuses what the hub says, at this connection; empty where it does not."""
+        self._unsaid = ""
+        """The topic on which the broker did not take what was to be said last."""
         self.rival = ""
         """The name of another hub that speaks to the same edges, heard at this connection; empty where there is none."""
         self._rival_boot = ""
@@ -120,7 +122,7 @@ class HubLink:
         failures, reasons = 0, Reasons()
         while not self._stopping:
             try:
-                self.refusal = self.rival = self._rival_boot = ""
+                self.refusal = self._unsaid = self.rival = self._rival_boot = ""
                 async with self._client() as client:
                     granted = await client.subscribe([(topic, 1) for topic in topics.hub_subscriptions(self._group)], timeout=10)
                     if refused := sorted({str(code) for code in granted or () if getattr(code, "is_failure", False)}):
@@ -175,8 +177,10 @@ class HubLink:
     def _too_large(self, topic: str, size: int, most: int) -> None:
         """It would end the connection, and be said again at the next."""
         self.dropped += 1
-        self.refusal = f"packets have at most {most} bytes there, and what is to be said on {topic} has {size}: let it take {BROKER_PACKET_BYTES} (mosquitto: max_packet_size)"
-        log.error("the broker: %s", self.refusal)
+        refusal = f"packets have at most {most} bytes there, and what is to be said on {topic} has {size}: let it take {BROKER_PACKET_BYTES} (mosquitto: max_packet_size)"
+        if refusal != self.refusal:  # it is said again until the edge has it
+            log.error("the broker: %s", refusal)
+        self.refusal, self._unsaid = refusal, topic
 
     def _refused(self, reason: str) -> None:
         if not self.refusal:
@@ -226,6 +230,8 @@ class HubLink:
             if most and (size := topics.packet_bytes(topic, payload)) > most:
                 self._too_large(topic, size, most)
                 continue
+            if topic == self._unsaid:
+                self.refusal = self._unsaid = ""
             # paho holds the message until it is acknowledged; awaiting each acknowledgement would cost a round trip per message.
             try:
                 client._client.publish(topic, payload, qos=1, retain=retain)

@@ -98,5 +98,6 @@ async def test_a_hub_does_not_lose_its_link_over_what_the_broker_does_not_take(t
             assert hub.link.up
             await hub.change_desired(edge.name, {"twins": {"boiler": {"text": "less"}}})
             await until(lambda: edge.desired is not None and edge.desired.twins["boiler"]["text"] == "less", what="what it can be told")
+            assert hub.problems() == [] and hub.link.refusal == ""
     finally:
         broker.stop()

@@ -50,6 +50,7 @@ async def test_what_is_left_of_a_hub_that_was_killed_is_no_second_one(tmp_path: 
             async with running_hub(tmp_path / "hub", f"mqtt://127.0.0.1:{broker.port}") as hub, linked_edge(tmp_path / "edge", broker.port) as edge:
                 await edge.append(20)
                 await proven(hub, edge)
+                assert hub.link.rival == "" and hub.problems() == [], "its presence is old"
                 await client.subscribe(topics.HUB_STATUS, 1)
                 await client.publish(topics.HUB_STATUS, jsoncodec.encode(before | {"state": "offline"}).encode(), qos=1, retain=True)
                 async for message in client.messages:  # the retained one, the last word, and what the hub says to that
