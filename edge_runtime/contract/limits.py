@@ -78,5 +78,8 @@ MAX_OPERATIONS = 64
 MAX_CHECKPOINTS = 64
 """Checkpoints that one node keeps: what it tells of them is one record."""
 
+MAX_SNAPSHOTS = 64
+"""Snapshots that one node keeps: as of checkpoints."""
+
 MAX_INTEGER = 2**63 - 1
 """Largest magnitude of an integer: what SQLite and PostgreSQL store exactly."""

@@ -195,6 +195,7 @@ RECORD_KINDS: dict[str, tuple[str, str]] = {
     "workload.disk": ("event", "a container is ended since it has more on the disk than it asked for: id, epoch, used and limit (bytes)"),
     "workload.exec": ("event", "a command that the hub had run in a workload: id, epoch, question, hub, args (the first kibibyte), state (begun, ended, failed), code, reason"),
     "workload.checkpoints": ("event", "the checkpoints of workloads that are kept here, when that has changed: checkpoints [{workload, epoch, name, taken_ms, bytes (on the disk), root (the hash over all of it)}]"),
+    "workload.snapshots": ("event", "the snapshots of workloads that are kept here, when that has changed: snapshots [{workload, epoch, name, taken_ms, bytes (on the disk), digest (of the image that it is), image (the name of that), file}]"),
     "image.pull": ("event", "an image was fetched: image, digest, registry (or mirror), bytes (over the network), blobs, resumed_bytes (what an earlier try had left), cuts (tries that failed), ms"),
     "workload.driver": ("event", "what a driver's probe found: driver, kind, usable, runtime, arch, cgroup, kernel, can [abilities], cannot {ability: reason}"),
     "model": ("event", "name, sha256, outcome (activated, refused), and the reason"),

@@ -50,7 +50,7 @@ WORKLOAD_FIELDS = (
 )
 """One entry of `spec.workloads`. A `stopped` one has only the first three; the edge answers it with a `stopped` record, also where it never ran."""
 
-CHECKPOINT, RESTORE, DELETE_CHECKPOINT, CONVERT = ASKED = ("checkpoint", "restore", "delete-checkpoint", "convert")
+CHECKPOINT, RESTORE, DELETE_CHECKPOINT, CONVERT, SNAPSHOT, DELETE_SNAPSHOT = ASKED = ("checkpoint", "restore", "delete-checkpoint", "convert", "snapshot", "delete-snapshot")
 """What people can have done with a workload that is placed, beside running and stopping it."""
 
 MOVE_CHECK, MOVE_ROOM, MOVE_AHEAD, MOVE_OUT, MOVE_BACK = MOVES = ("move-check", "move-room", "move-ahead", "move-out", "move-back")
@@ -63,6 +63,12 @@ SPEED = "speed"
 """Key of what `move-ahead` is told: bytes in a second with which the disk is copied, at most."""
 
 OPERATIONS = ASKED + MOVES
+
+SNAPSHOTS = "novacron.snapshots"
+"""The label by which a node says that it takes snapshots: an older one would refuse all of a desired state that asks for one."""
+
+SNAPSHOT_IMAGES = "snapshots/"
+"""How the names of snapshots as images begin: `snapshots/WORKLOAD:NAME`."""
 
 MOVING = "move-"
 """How the names of moves begin, and so those of the states that are on their way: nobody but the hub has such a state gone on from."""
@@ -81,7 +87,7 @@ OPERATION_FIELDS = (
     Field("kind", "enum", "what to do", choices=OPERATIONS),
     Field("workload", "id", "with which workload"),
     Field("epoch", "integer", "the epoch of the placement that is meant; of another one it is refused", minimum=1),
-    Field("name", "string", "the checkpoint; checkpoint: empty takes the operation's id; restore: empty takes the newest", required=False, default="", max_items=64),
+    Field("name", "string", "the checkpoint, or the snapshot; checkpoint and snapshot: empty takes the operation's id; restore: empty takes the newest", required=False, default="", max_items=64),
     Field("to", "enum", "convert: what it shall be; empty for the others", required=False, default="", choices=("", *FORMS)),
     Field("stop", "boolean", "checkpoint: the workload does not go on; it is checkpointed then, until it is restored", required=False, default=False),
     Field("offer", "object", "move-room: what the source told of the workload and its host, and `document`, `image`, `kind`, `requests`; move-ahead: `speed`, bytes in a second at most; move-out: `ahead`, true where a copy of its disk is at the target", required=False, default={}, max_items=MAX_OFFER),

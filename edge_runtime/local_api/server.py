@@ -72,7 +72,7 @@ class LocalApi:
             web.get("/api/v1/journal/{stream}", self.records), web.get("/api/v1/config", self.config), web.get("/api/v1/errors", self.errors),
             web.get("/api/v1/updates", self.updates), web.post("/api/v1/updates", self.update),
             web.post("/api/v1/functions/{function}", self.call), web.get("/api/v1/workloads", self.workloads), web.get("/api/v1/workloads/{workload}/logs", self.logs),
-            web.get("/api/v1/workloads/{workload}/checkpoints", self.checkpoints), web.post("/api/v1/workloads/{workload}/operations", self.operate), web.get("/api/v1/operations/{operation}", self.operation),
+            web.get("/api/v1/workloads/{workload}/checkpoints", self.checkpoints), web.get("/api/v1/workloads/{workload}/snapshots", self.snapshots), web.get("/api/v1/snapshots", self.snapshots), web.post("/api/v1/workloads/{workload}/operations", self.operate), web.get("/api/v1/operations/{operation}", self.operation),
         ])
         return app
 
@@ -209,8 +209,12 @@ class LocalApi:
         """The checkpoints of a workload that are on this node."""
         return self._answer(await self._runtime.workload_node().asked.checkpoints(request.match_info["workload"]) if self._runtime.config.workloads.enabled else [])
 
+    async def snapshots(self, request: Any) -> Any:
+        """The snapshots that are on this node, of all workloads or of one; also of those that are here no more."""
+        return self._answer(await self._runtime.workload_node().asked.snapshots_here(request.match_info.get("workload", "")) if self._runtime.config.workloads.enabled else [])
+
     async def operate(self, request: Any) -> Any:
-        """Take a checkpoint of a workload that is here, go on from one, or delete one; answered before it is done."""
+        """An operation on a workload that is here (checkpoint, snapshot, conversion); answered before it is done."""
         if "Origin" in request.headers:
             return self._answer({"field": "Origin", "problem": "operations are not asked for by pages", "remedy": "ask from a program"}, 403)
         asked = jsoncodec.decode(await request.read(), MAX_BODY_BYTES)

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from .carrier import Carrier
     from .checkpoints import CheckpointFolder, Checkpointing
     from .drivers.face import Driver, Status
+    from .images import ImageStore
     from .questions import Questions
     from .runner import Runner
+    from .snapshots import SnapshotFolder, Snapshotting
 
 ASKED_HERE_MS = 300_000
 """An operation that is asked for at the node itself is begun within this, or not at all."""
 
-TOLD = "workload_checkpoints"
-"""The journal's state document that keeps what was told last of the checkpoints here."""
+TOLD, TOLD_SNAPSHOTS = "workload_checkpoints", "workload_snapshots"
+"""The journal's state documents that keep what was told last of the checkpoints, and of the snapshots, here."""
 
 
 class Asked:
@@ -50,6 +52,8 @@ class Asked:
         self._runner: Runner | None = None
         self._why = ""
         self._checkpoints: CheckpointFolder | None = None
+        self._snapshots: SnapshotFolder | None = None
+        self.snapshotting: Snapshotting | None = None
         self._telling: asyncio.Task[None] | None = None
         self._carrier: Carrier | None = None
         self._questions: Questions | None = None
@@ -69,6 +73,18 @@ class Asked:
             self._carrier = Carrier(self._config.edge_id, folder.parent / "moves", self._config.workloads, moves.sweep)
         return Checkpointing(self._checkpoints, self._operations, self._config.workloads.images_bytes, self._changed, moves)
 
+    async def snapshots(self, folder: "SnapshotFolder", store: "ImageStore") -> "Snapshotting":
+        """What carries out operations on snapshots; called once, after `checkpointing`."""
+        from .snapshots import Snapshotting
+
+        async def held() -> int:
+            return (await self.held())[1]
+
+        await asyncio.to_thread(folder.tidy)
+        self._snapshots = folder
+        self.snapshotting = Snapshotting(folder, self._operations, store, self._config.workloads.images_bytes, held, self._changed)
+        return self.snapshotting
+
     def begin(self, runner: "Runner | None", why: str) -> None:
         """The drivers have been probed; `why` there is no runner, where there is none."""
         self._runner, self._why, self._probed = runner, why, True
@@ -82,13 +98,17 @@ class Asked:
             await self._questions.close()
         if self._carrier is not None:
             await self._carrier.close()
+        if self.snapshotting is not None:
+            await self.snapshotting.close()
         if self._telling is not None:
             await asyncio.gather(self._telling, return_exceptions=True)
 
     async def held(self) -> tuple[set[str], int]:
-        """Layers of images that checkpoints stand on, and the bytes that they take."""
+        """Layers of images that checkpoints stand on and snapshots are being made of, and the bytes that both take."""
         kept = await asyncio.to_thread(self._checkpoints.all) if self._checkpoints is not None else []
-        return {layer for one in kept for layer in one.layers}, sum(one.bytes for one in kept)
+        taken = await asyncio.to_thread(self._snapshots.all) if self._snapshots is not None else []
+        layers = self.snapshotting.layers() if self.snapshotting is not None else set()
+        return layers.union(*(one.layers for one in kept)), sum(one.bytes for one in kept) + sum(one.bytes for one in taken)
 
     def operate(self, entries: Sequence[dict[str, Any]], late: frozenset[str]) -> None:
         """Operations of a desired state that was taken, `late` those that had expired; each is carried out once, also over restarts."""
@@ -126,6 +146,12 @@ class Asked:
             return []
         return [one.to_json() for one in await asyncio.to_thread(self._checkpoints.all, workload)]
 
+    async def snapshots_here(self, workload: str = "") -> list[dict[str, Any]]:
+        """The snapshots that are here, the oldest first; of one workload only where it is named."""
+        if self._snapshots is None:
+            return []
+        return [one.to_json() for one in await asyncio.to_thread(self._snapshots.all) if workload in ("", one.workload)]
+
     def question(self, question: Mapping[str, Any], send: Callable[[dict[str, Any]], Awaitable[bool]]) -> None:
         """Answer a question of the hub, by and by."""
         if self._questions is None:
@@ -141,17 +167,20 @@ class Asked:
             self._operations.end(asked["id"], "failed", f"containers cannot be run here: {self._why or 'switched off (workloads in its configuration)'}")
 
     def _changed(self) -> None:
-        """Tell which checkpoints are here, where that is news."""
+        """Tell which checkpoints and snapshots are here, where that is news."""
         if self._checkpoints is None:
             return
         folder, before = self._checkpoints, self._telling
 
+        def say(word: str, kept: str, there: list[dict[str, Any]]) -> None:
+            if there != (self._journal.state(kept) or []):
+                self._journal.append("event", f"workload.{word}", {word: there})
+                self._journal.put_state(kept, there)
+
         async def tell() -> None:
             if before is not None:
                 await asyncio.gather(before, return_exceptions=True)
-            there = [one.to_json() for one in await asyncio.to_thread(folder.all)]
-            if there != (self._journal.state(TOLD) or []):
-                self._journal.append("event", "workload.checkpoints", {"checkpoints": there})
-                self._journal.put_state(TOLD, there)
+            say("checkpoints", TOLD, [one.to_json() for one in await asyncio.to_thread(folder.all)])
+            say("snapshots", TOLD_SNAPSHOTS, await self.snapshots_here())
 
-        self._telling = asyncio.get_running_loop().create_task(tell(), name="checkpoints, telling")
+        self._telling = asyncio.get_running_loop().create_task(tell(), name="checkpoints and snapshots, telling")

@@ -103,8 +103,9 @@ class WorkloadNode:
             self.here.why = str(error)
             log.error("workloads cannot be run: %s", error)
         checkpointing = await self.asked.checkpointing(folder / "checkpoints") if self.here.containers is not None or self.here.vms is not None else None
+        snapshots = await self.asked.snapshots(self.images.snapshots, self.images.store) if checkpointing is not None and self.images.snapshots is not None and self.images.store is not None else None
         if await self.here.needed():
-            self._runner = Runner(self.here.all, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing)
+            self._runner = Runner(self.here.all, self._journal, self._bring, self._tidy, lambda: self._metrics.inc("workload_errors_total"), self._said, self._pressure.refusal, self._leaves, checkpointing, snapshots)
         self._probed = True
 
     @property

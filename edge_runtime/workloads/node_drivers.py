@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import EdgeConfig
-from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE
+from ..contract.workloads import CONVERTING, CONVERTS, ISOLATES, ISOLATION, KATA, KINDS, MICROVM, MOVABLE, SNAPSHOTS
 from ..journal import Journal
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class NodeDrivers:
         all: those that were made, by name; some of them may not be usable any more, and end only what they left.
         runs: kinds of workload for which there is a usable one.
         moves: kinds of workload that can leave for other nodes, and come from them, with their state.
+        snapshots: whether snapshots can be taken of some.
         why: why some cannot be used.
         runs_containers: the name of the one that runs containers.
         containers: the one that runs them directly; the others likewise.
@@ -48,6 +49,7 @@ class NodeDrivers:
         self.all: dict[str, Driver] = {}
         self.runs: tuple[str, ...] = ()
         self.moves: tuple[str, ...] = ()
+        self.snapshots = False
         self.why = ""
         self.runs_containers = "container"
         self.containers: ContainerDriver | None = None
@@ -57,6 +59,8 @@ class NodeDrivers:
         self.vms: VmDriver | None = None
         self.convertible: ConvertibleDriver | None = None
         self._usable: set[str] = set()
+        self._taking: set[str] = set()
+        """Those that take snapshots."""
         self._reasons: dict[str, str] = {CONVERTS: "switched off (workloads.conversions in its configuration), or containers are", MICROVM: "switched off (workloads.microvms in its configuration)"}
         """Why a driver is not to be had, in its own words."""
 
@@ -91,6 +95,7 @@ class NodeDrivers:
         )
         self.why = "; ".join(why)
         self.moves = self._moves_states()
+        self.snapshots = bool(self._taking)
 
     async def _make(self, folder: Path, store: "ImageStore", lacking: list[str]) -> None:
         """What the configuration asks for, and what an earlier one left something of. Raises `ImageError`, OSError."""
@@ -139,6 +144,8 @@ class NodeDrivers:
         self._journal.append("event", "workload.driver", {**told.to_json(), "cpu_flags": len(told.cpu_flags)})
         if told.usable:
             self._usable.add(name)
+            if told.can(Ability.SNAPSHOT):
+                self._taking.add(name)
             return []
         return [f"{name}: {told.cannot[Ability.START]}"]
 
@@ -188,6 +195,8 @@ class NodeDrivers:
         told = {ISOLATES + name: "true" for name in (MICROVM, KATA) if name in self._usable}
         if CONVERTS in self._usable:
             told[CONVERTING] = "true"
+        if self.snapshots:
+            told[SNAPSHOTS] = "true"
         return told | {MOVABLE + kind: "true" for kind in self.moves}
 
     def name(self, driver: "Driver") -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .images.pull import Puller
     from .images.reference import Host
     from .images.shared import Shared
+    from .snapshots import SnapshotFolder
 
 MAX_TOLD_IMAGES = 256
 """Images that the hub is told of: those asked for last; what it takes is 1,024."""
@@ -28,19 +29,23 @@ class NodeImages:
 
     Attributes:
         store: where they are; None before `open`, and where it could not be opened.
+        snapshots: those of workloads, which are images too; likewise.
     """
 
     def __init__(self, config: EdgeConfig, journal: Journal, metrics: Metrics) -> None:
         self._config, self._journal, self._metrics = config, journal, metrics
         self.store: ImageStore | None = None
+        self.snapshots: SnapshotFolder | None = None
         self._coming: Shared[Image] | None = None
         self._puller: Puller | None = None
 
     async def open(self, folder: Path) -> "ImageStore":
         """Raises `ImageError`, OSError."""
         from .images import ImageStore
+        from .snapshots import SnapshotFolder
 
         self.store = await asyncio.to_thread(ImageStore, folder / "images")
+        self.snapshots = await asyncio.to_thread(SnapshotFolder, folder / "snapshots")
         return self.store
 
     async def bring(self, reference: str, pull: str) -> "Image":
@@ -63,6 +68,8 @@ class NodeImages:
 
         assert self.store is not None
         known = hosts(self._config.workloads.registries)
+        if (snapshot := await asyncio.to_thread(self._snapshot, reference)) is not None:
+            return snapshot
         if pull != "always":
             try:
                 return await asyncio.to_thread(self.store.find_or_take, reference, self.store.directory.parent / "archives")
@@ -81,6 +88,19 @@ class NodeImages:
             raise
         self._metrics.inc("image_pulls_total", outcome="done")
         return image
+
+    def _snapshot(self, reference: str) -> "Image | None":
+        """The image that a snapshot here is, by its name; None where there is none of that name. What the store calls so may be an earlier one's. Raises `ImageError`."""
+        from .images import ImageError
+
+        assert self.store is not None
+        found = self.snapshots.of_image(reference) if self.snapshots is not None else None
+        if found is None:
+            return None
+        try:
+            return self.store.find(f"sha256:{found.digest}")
+        except ImageError:
+            return self.store.add(Path(found.file), reference, strict=True)
 
     async def _registries(self, known: "Mapping[str, Host]") -> "Puller":
         """What fetches; made, and the client for HTTP imported, when something is fetched for the first time. Raises `ImageError`."""
@@ -105,6 +125,7 @@ class NodeImages:
     def held(self) -> list[str]:
         """References of the images here, the newest asked for; in order, so that what is told changes only where they do."""
         names = [name for image in sorted(self.store.images(), key=lambda image: -image.used_ms) for name in image.names] if self.store is not None else []
+        names = list(dict.fromkeys((*(one.image for one in self.snapshots.all()), *names))) if self.snapshots is not None else names
         return sorted(name for name in names[:MAX_TOLD_IMAGES] if len(name) <= MAX_TOLD_NAME)
 
     async def stop(self) -> None:

@@ -13,14 +13,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, DELETE_SNAPSHOT, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, SNAPSHOT, STOPPED, WHEN_CUT_OFF
 from .checkpoints import Checkpointing
 from .converting import convert
 from .drivers.checkpoint_state import read_manifest
 from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
+
+if TYPE_CHECKING:
+    from .snapshots import Snapshotting
 
 log = logging.getLogger(__name__)
 
@@ -72,18 +75,19 @@ class Runner:
         short: why nothing new can be taken, empty where it can.
         leaves: called before what has ended is removed.
         checkpoints: carries out operations; None: there are none.
+        snapshots: carries out those on snapshots.
     """
 
     def __init__(
         self, drivers: Mapping[str, Driver], journal: Journal, bring: Callable[[str, str, str], Awaitable[str]], tidy: Callable[[], Any], errors: Callable[[], None],
         said: Callable[[], None] = lambda: None, short: Callable[[], str] = lambda: "", leaves: Callable[[Driver, Status], Awaitable[None]] | None = None,
-        checkpoints: Checkpointing | None = None,
+        checkpoints: Checkpointing | None = None, snapshots: "Snapshotting | None" = None,
     ) -> None:
         self._short = short
         self._evicted: dict[str, str] = {}
         """What is ended for want of room, to why; until that has been said."""
         self._drivers, self._journal, self._bring, self._tidy, self._errors, self._on_said = drivers, journal, bring, tidy, errors, said
-        self._leaves, self._checkpoints = leaves, checkpoints
+        self._leaves, self._checkpoints, self._snapshots = leaves, checkpoints, snapshots
         self._asked: dict[str, dict[str, Mapping[str, Any]]] = {}
         """Operations that wait, by workload and id."""
         self._began_to_tend = False
@@ -243,8 +247,12 @@ class Runner:
                 driver, status = await self._there(Key(workload, int(asked["epoch"])))
                 held = self._told.get(_said(wanted)) == CHECKPOINTED or (status is not None and status.phase is Phase.CHECKPOINTED)
                 clears = partial(self._say, wanted, CHECKPOINTED, "it is being restored")  # from here on it is nothing that could be started anew, also where its instance is gone
+                detail: dict[str, Any] | None
                 if asked["kind"] == CONVERT:
                     detail = await convert(asked, operations, driver, status)
+                elif asked["kind"] in (SNAPSHOT, DELETE_SNAPSHOT):
+                    assert self._snapshots is not None  # there wherever checkpoints are
+                    detail = await self._snapshots.carry_out(asked, driver, status)
                 else:
                     detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
             except DriverError as error:
@@ -253,7 +261,8 @@ class Runner:
                 log.exception("operation %s of workload %s", asked["id"], workload)
                 operations.end(asked["id"], "failed", f"it could not be done ({type(error).__name__}); see the agent's log")
             else:
-                operations.end(asked["id"], "succeeded", "", detail)
+                if detail is not None:  # else it ends by itself
+                    operations.end(asked["id"], "succeeded", "", detail)
             del waiting[asked["id"]]
         self._asked.pop(workload, None)
 

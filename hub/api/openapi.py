@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from edge_runtime.contract.workloads import ASKED
+
 from .. import __version__
 
 ERROR = {
@@ -58,7 +60,7 @@ REBALANCE = {
 OPERATION = {
     "type": "object", "additionalProperties": False, "required": ["kind"],
     "properties": {
-        "id": NAME, "kind": {"enum": ["checkpoint", "restore", "delete-checkpoint", "convert"]}, "name": {"type": "string", "maxLength": 64}, "stop": {"type": "boolean", "default": False},
+        "id": NAME, "kind": {"enum": list(ASKED)}, "name": {"type": "string", "maxLength": 64}, "stop": {"type": "boolean", "default": False},
         "to": {"enum": ["container", "microvm"]},
         "expires_seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 2_592_000, "default": 300},
     },
@@ -156,9 +158,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/api/v1/workloads/{workload}", "workload", "One workload with its placements", OBJECT),
     Operation("delete", "/api/v1/workloads/{workload}", "cancel", "Cancel a workload", OBJECT, changes=True),
     Operation("get", "/api/v1/workloads/{workload}/explain", "explain_workload", "Per node, why it will do or will not", OBJECT),
-    Operation("post", "/api/v1/workloads/{workload}/operations", "operate", "Take a checkpoint of a workload, go on from one, or delete one, or make it a micro-VM or a container while it runs; it waits while the edge is away, until it expires", OBJECT, body=OPERATION, contradicts=True),
+    Operation("post", "/api/v1/workloads/{workload}/operations", "operate", "Take a checkpoint or a snapshot of a workload, go on from a checkpoint, delete one, or make it a micro-VM or a container while it runs; it waits while the edge is away, until it expires", OBJECT, body=OPERATION, contradicts=True),
     Operation("get", "/api/v1/workloads/{workload}/operations", "operations", "Operations on a workload on its present node, newest first", LIST),
     Operation("get", "/api/v1/workloads/{workload}/checkpoints", "checkpoints", "The checkpoints of a workload on its present node, the oldest first", LIST),
+    Operation("get", "/api/v1/workloads/{workload}/snapshots", "snapshots", "The snapshots of a workload on its present node, the oldest first", LIST),
     Operation("get", "/api/v1/workloads/{workload}/logs", "logs", "The end of what a workload has written, asked of its edge now; with since, what came after an earlier answer", OBJECT, (
         ("bytes", {"type": "integer", "minimum": 1, "maximum": 262_144, "default": 262_144}, "of each stream at most so many"), ("since", {"type": "string", "maxLength": 128}, "an earlier answer's `since`"),
     ), asks=True),

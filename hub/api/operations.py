@@ -24,7 +24,8 @@ class OperationApi(WorkloadApi):
     async def operate(self, request: web.Request) -> web.Response:
         """See the table."""
         asked, row = await object_of(request), self._placed(request)
-        wanted = operations.entry(row, asked, f"o-{secrets.token_hex(6)}", self._hub.now_ms())
+        node = self._hub.workloads.planner.tables.nodes.get(row.node)
+        wanted = operations.entry(row, asked, f"o-{secrets.token_hex(6)}", self._hub.now_ms(), (node.document.get("labels") or {}) if node is not None else {})
         document = await self._hub.change_desired(row.node, lambda spec: operations.added(spec, wanted))
         return answer({"operation": wanted["id"], "workload": row.id, "node": row.node, "epoch": row.epoch, "generation": document["generation"]})
 
@@ -39,9 +40,16 @@ class OperationApi(WorkloadApi):
 
     async def checkpoints(self, request: web.Request) -> web.Response:
         """See the table."""
+        return await self._kept(request, "checkpoints")
+
+    async def snapshots(self, request: web.Request) -> web.Response:
+        """See the table."""
+        return await self._kept(request, "snapshots")
+
+    async def _kept(self, request: web.Request, word: str) -> web.Response:
         row = self._hub.workloads.rows[self._workload(request)]
-        found = await self._hub.read(lambda: self._hub.store.read_records(row.node, "event", kinds=("workload.checkpoints",), limit=1, newest_first=True)) if row.node else []
-        return answer(operations.checkpoints(found[0] if found else None, row.id))
+        found = await self._hub.read(lambda: self._hub.store.read_records(row.node, "event", kinds=(f"workload.{word}",), limit=1, newest_first=True)) if row.node else []
+        return answer(operations.kept(word, found[0] if found else None, row.id))
 
     async def logs(self, request: web.Request) -> web.Response:
         """See the table."""

@@ -7,7 +7,8 @@ from edge_runtime.contract import jsoncodec
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.operations import Operation
 from edge_runtime.contract.schema import check_fields
-from edge_runtime.contract.workloads import CHECKPOINT, CONVERT, CONVERTS, FORMS, MOVES, OPERATION_FIELDS, RESTORE
+from edge_runtime.contract.workloads import ASKED as KINDS
+from edge_runtime.contract.workloads import CHECKPOINT, CONVERT, CONVERTS, DELETE_SNAPSHOT, FORMS, MOVES, OPERATION_FIELDS, RESTORE, SNAPSHOT, SNAPSHOTS
 
 from ..store.base import StoredRecord
 from ..store.workloads import WorkloadRow
@@ -25,8 +26,8 @@ LOOK_BACK = 1000
 ASKED = ("id", "kind", "name", "stop", "to", "expires_seconds")
 
 
-def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int) -> dict[str, Any]:
-    """What an edge is asked, from a request: `name` is the operation's where the request has none. Raises `ContractError`, or `Conflict` where the workload is nowhere."""
+def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int, labels: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edge is asked, from a request: `name` is the operation's where the request has none. Raises `ContractError`, or `Conflict` where the workload is nowhere, or (`labels`) on a node that cannot."""
     unknown = sorted(set(asked) - set(ASKED))
     if unknown:
         raise ContractError(unknown[0][:80], "is not known here", f"send {', '.join(ASKED)}", "field")
@@ -36,11 +37,15 @@ def entry(row: WorkloadRow, asked: Mapping[str, Any], name: str, now_ms: int) ->
     if row.state != "placed":
         raise Conflict("workload", f"{row.id} is {row.state}, and on no node", "ask when it is placed")
     if asked.get("kind") in MOVES:
-        raise ContractError("kind", f"{asked['kind']!r} is a part of a move", "POST /api/v1/moves; here use one of checkpoint, restore, delete-checkpoint, convert")
+        raise ContractError("kind", f"{asked['kind']!r} is a part of a move", f"POST /api/v1/moves; here use one of {', '.join(KINDS)}")
     told = {key: value for key, value in asked.items() if key != "expires_seconds"}
     found = check_fields(OPERATION_FIELDS, {"id": name, **told, "workload": row.id, "epoch": row.epoch, "expires_ms": now_ms + int(seconds * 1000)}, "payload")
-    if not found["name"] and found["kind"] not in (RESTORE, CHECKPOINT, CONVERT):
-        raise ContractError("name", "is missing", "name the checkpoint", "missing")
+    if not found["name"] and found["kind"] not in (RESTORE, CHECKPOINT, CONVERT, SNAPSHOT):
+        raise ContractError("name", "is missing", f"name the {'snapshot' if found['kind'] == DELETE_SNAPSHOT else 'checkpoint'}", "missing")
+    if found["stop"] and found["kind"] != CHECKPOINT:
+        raise ContractError("stop", f"is not for a {found['kind']}", "leave it out")
+    if found["kind"] in (SNAPSHOT, DELETE_SNAPSHOT) and labels.get(SNAPSHOTS) != "true":
+        raise Conflict("workload", f"{row.id} is on {row.node}, which takes no snapshots", f"see which nodes have the label {SNAPSHOTS}, and docs/workloads.md, Snapshots")
     if (found["kind"] == CONVERT) != bool(found["to"]):
         raise ContractError("to", "is missing" if not found["to"] else f"is not for a {found['kind']}", f"say what it shall be: {', '.join(FORMS)}" if not found["to"] else "leave it out", "missing")
     if found["kind"] == CONVERT and (row.document.get("spec") or {}).get(CONVERTS) is not True:
@@ -82,9 +87,9 @@ def shown(listed: Iterable[Mapping[str, Any]], records: Iterable[StoredRecord], 
     return [*reversed(waiting), *found.values()]
 
 
-def checkpoints(record: StoredRecord | None, workload: str) -> list[dict[str, Any]]:
-    """The checkpoints of one workload by an edge's newest `workload.checkpoints` record."""
+def kept(word: str, record: StoredRecord | None, workload: str) -> list[dict[str, Any]]:
+    """The checkpoints (or snapshots: `word`) of one workload by an edge's newest record of them."""
     if record is None:
         return []
-    there = jsoncodec.decode(record.record.body.encode()).get("checkpoints")
+    there = jsoncodec.decode(record.record.body.encode()).get(word)
     return [one for one in there if isinstance(one, dict) and one.get("workload") == workload] if isinstance(there, list) else []

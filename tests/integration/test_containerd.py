@@ -46,15 +46,37 @@ from .test_containers import (
     test_what_cannot_be_is_refused_before_anything_is_touched,
 )
 from .test_isolation import MACHINE, attempted, holes, platform
+from .test_snapshots import (
+    test_a_snapshot_has_what_was_changed_with_its_owners_and_the_container_goes_on,
+    test_one_that_is_paused_stays_so_and_one_that_has_ended_is_copied,
+    test_one_whose_copy_fails_or_is_given_up_goes_on,
+)
 from .waiting import until
 
 __all__ = [
-    "connected", "containerd", "driver", "test_a_life_from_prepare_to_delete", "test_a_port_that_is_taken_is_told_and_nothing_is_left", "test_a_program_that_is_not_there_is_told_and_leaves_nothing_running",
-    "test_a_published_port_answers_on_the_node_until_the_container_ends", "test_a_root_that_cannot_be_written", "test_another_user_has_no_capability", "test_commands_in_it",
+    "connected",
+    "containerd",
+    "driver",
+    "test_a_life_from_prepare_to_delete",
+    "test_a_port_that_is_taken_is_told_and_nothing_is_left",
+    "test_a_program_that_is_not_there_is_told_and_leaves_nothing_running",
+    "test_a_published_port_answers_on_the_node_until_the_container_ends",
+    "test_a_root_that_cannot_be_written",
+    "test_a_snapshot_has_what_was_changed_with_its_owners_and_the_container_goes_on",
+    "test_another_user_has_no_capability",
+    "test_commands_in_it",
     "test_it_is_asked_to_end_and_then_killed",
-    "test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary", "test_many_at_once", "test_mounts",
-    "test_one_that_writes_more_than_it_asked_for_is_ended_and_says_why", "test_output_stays_within_its_limit", "test_pause_stops_all_of_it_and_stop_ends_a_paused_one",
-    "test_what_a_container_sees_and_may", "test_what_a_container_sees_of_its_network", "test_what_cannot_be_is_refused_before_anything_is_touched",
+    "test_its_root_is_nobody_on_the_host_and_its_priority_is_ordinary",
+    "test_many_at_once",
+    "test_mounts",
+    "test_one_that_is_paused_stays_so_and_one_that_has_ended_is_copied",
+    "test_one_that_writes_more_than_it_asked_for_is_ended_and_says_why",
+    "test_one_whose_copy_fails_or_is_given_up_goes_on",
+    "test_output_stays_within_its_limit",
+    "test_pause_stops_all_of_it_and_stop_ends_a_paused_one",
+    "test_what_a_container_sees_and_may",
+    "test_what_a_container_sees_of_its_network",
+    "test_what_cannot_be_is_refused_before_anything_is_touched",
 ]
 
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.timeout(600)]
@@ -75,7 +97,7 @@ async def says(driver: Any, key: Key, word: bytes, times: int = 1) -> bool:
 async def test_the_probe_runs_a_container_and_tells_what_can_be_done(driver: Any) -> None:
     told = await driver.probe()
     assert told.usable and told.driver == "containerd" and told.kind == "container" and told.runtime.startswith("containerd ") and "io.containerd.runc.v2" in told.runtime
-    assert {"start", "stop", "adopt", "pause", "stats", "logs", "exec", "limits", "seccomp"} <= set(told.to_json()["can"])
+    assert {"start", "stop", "adopt", "pause", "stats", "logs", "exec", "snapshot", "limits", "seccomp"} <= set(told.to_json()["can"])
     for ability in (Ability.CHECKPOINT, Ability.RESTORE):
         with pytest.raises(Refused, match="only the driver that runs runc directly"):
             driver.demand(ability)

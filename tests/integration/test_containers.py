@@ -33,9 +33,9 @@ pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 async def test_the_probe_runs_a_container_and_tells_what_can_be_done(driver: ContainerDriver) -> None:
     told = await driver.probe()
     assert told.usable and told.runtime.startswith("runc") and told.cgroup in ("v1", "v2", "hybrid") and told.cpu_flags
-    assert {"start", "stop", "pause", "exec", "limits", "seccomp"} <= set(told.to_json()["can"])
+    assert {"start", "stop", "pause", "exec", "snapshot", "limits", "seccomp"} <= set(told.to_json()["can"])
     with pytest.raises(Refused, match="no code for it yet"):
-        told.demand(Ability.SNAPSHOT)
+        told.demand(Ability.LAZY)
     assert await driver.instances() == []
 
 

@@ -40,7 +40,7 @@ MOVE = {
 }
 CHECKPOINT = {"workload": "on-edge", "epoch": 1, "name": "x", "taken_ms": 5, "bytes": 9, "root": "ab"}
 
-AT_AN_EDGE = {"operate", "operations", "checkpoints", "logs", "execute"}
+AT_AN_EDGE = {"operate", "operations", "checkpoints", "snapshots", "logs", "execute"}
 """Handlers that ask the agent of the workload's node."""
 
 API_OPERATIONS = [operation for operation in OPERATIONS if not operation.open]
@@ -281,6 +281,8 @@ async def test_the_token_is_made_for_its_owner_only_and_kept(tmp_path: Path) -> 
     ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","id":"a b"}', 400, "id"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","expires_seconds":-1}', 400, "expires_seconds"),
     ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"convert"}', 400, "to"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"convert","to":"vm"}', 400, "to"),
     ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"checkpoint","to":"microvm"}', 400, "to"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"convert","to":"microvm"}', 409, "spec.converts"),
+    ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"delete-snapshot"}', 400, "name"), ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"snapshot","stop":true}', 400, "stop"),
+    ("POST", "/api/v1/workloads/on-edge/operations", b'{"kind":"snapshot","name":"a"}', 409, "workload"), ("GET", "/api/v1/workloads/none/snapshots", None, 404, "workload"),
     ("POST", "/api/v1/workloads/w-3/operations", b'{"kind":"checkpoint"}', 404, "workload"), ("POST", "/api/v1/workloads/too-big/operations", b'{"kind":"checkpoint"}', 409, "workload"),
     ("POST", "/api/v1/workloads/on-edge/exec", b"{}", 400, "args"), ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":["a"],"timeout_s":61}', 400, "timeout_s"), ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":[5]}', 400, "args[0]"),
     ("POST", "/api/v1/workloads/on-edge/exec", b'{"args":["a"],"workload":"b"}', 400, "workload"), ("GET", "/api/v1/workloads/on-edge/logs?bytes=0", None, 400, "bytes"), ("GET", "/api/v1/workloads/w-3/logs", None, 404, "workload"),

@@ -1,7 +1,7 @@
 """An agent that carries out operations, as a process that can be killed at any step: `python -m tests.system.operation_agent FOLDER OPERATIONS [POINT]`.
 
 OPERATIONS is a JSON list of [id, kind, more fields of `spec.operations`]; they are asked for one after the other, and the agent ends when the last has ended; it prints how each did. POINT is a step of the last one at which it
-is killed: `accepted`, `taking`, `clearing`, `placing` (written down), what `container_checkpoint.STEPS` has, `deleted`, `laid`, `criu`, `running`, `back` (of a restore), or `ended` (not written down yet).
+is killed: `accepted`, `taking`, `clearing`, `placing` (written down), what `container_checkpoint.STEPS` has, `deleted`, `laid`, `criu`, `running`, `back` (of a restore), `standing`, `copied`, `finished`, `written` (of a snapshot), or `ended` (not written down yet).
 With `keeper:` before one of `container_checkpoint.STEPS` the workload's keeper is killed first.
 """
 
@@ -24,9 +24,12 @@ from edge_runtime.config.schema import ApiConfig, BusConfig, DevicesConfig, Host
 from edge_runtime.contract.desired import parse_desired
 from edge_runtime.contract.operations import FINAL_STATES
 from edge_runtime.runtime import EdgeRuntime
+from edge_runtime.workloads.drivers import container_snapshot
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Key
+from edge_runtime.workloads.images.archive import ArchiveWriter
 from edge_runtime.workloads.operations import Operations
+from edge_runtime.workloads.snapshots import Snapshotting
 from tests.integration.checkpoint_side import program
 from tests.system.checkpoint_agent import keeper_of
 
@@ -118,6 +121,24 @@ def killed_at(folder: Path, point: str, last: str) -> None:
             kill("back")
         return found
 
+    pack, make, finish = container_snapshot._pack, Snapshotting._archive, ArchiveWriter.finish
+
+    def packed(*rest: Any) -> None:
+        kill("standing")
+        pack(*rest)
+
+    def made(self: Snapshotting, *rest: Any) -> None:
+        kill("copied")
+        make(self, *rest)
+        kill("written")
+
+    def finished(self: ArchiveWriter, *rest: Any) -> str:
+        found = finish(self, *rest)
+        kill("finished")
+        return found
+
+    for where, name, other in ((container_snapshot, "_pack", packed), (Snapshotting, "_archive", made), (ArchiveWriter, "finish", finished)):
+        setattr(where, name, other)
     for where, name, other in ((Operations, "reach", reached), (Operations, "end", over), (ContainerDriver, "checkpoint", taken), (ContainerDriver, "delete", deleted), (ContainerDriver, "restore", restored)):
         setattr(where, name, other)
 

@@ -74,6 +74,7 @@ async def test_a_workload_is_converted_by_the_hub_adopted_as_what_it_is_and_come
             await asyncio.to_thread(node.start)
             seen = len(await numbers(hub, "counter", capsys))
             assert await command(hub, "workload", "checkpoint", "counter", "--wait", str(ROOM_S)) == 1 and "takes no states" in why(hub)
+            assert await command(hub, "workload", "snapshot", "counter", "--wait", str(ROOM_S)) == 1 and "it is a micro-VM now" in why(hub)
             assert await command(hub, "workload", "convert", "counter", "--to", "container", "--wait", str(ROOM_S)) == 0, why(hub)
             await until(lambda: hub.workloads.planner.current("counter").seat.get("form") == "container", ROOM_S, what="the hub knows")  # type: ignore[union-attr]
             found: list[int] = []
@@ -85,7 +86,8 @@ async def test_a_workload_is_converted_by_the_hub_adopted_as_what_it_is_and_come
             await until(more, ROOM_S, what="it goes on")
             assert found == list(range(len(found))), "the same processes, in all forms, with one output"
             assert states(hub, "counter") == ["accepted", "running", "running", "running"], "it was not begun anew, by anybody"
-            assert [told[-1][0] for told in operations(hub).values()] == ["succeeded", "failed", "succeeded"]
+            assert await command(hub, "workload", "snapshot", "counter", "--wait", str(ROOM_S)) == 0, why(hub)
+            assert [told[-1][0] for told in operations(hub).values()] == ["succeeded", "failed", "failed", "succeeded", "succeeded"]
 
             await hub.workloads.ask(lambda planner, now: planner.cancel("counter", now))
             await until(lambda: states(hub, "counter")[-1] == "stopped", ROOM_S, what="it ends")

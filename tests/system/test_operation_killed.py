@@ -17,7 +17,7 @@ from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Phase
 from edge_runtime.workloads.images import ImageStore
 from tests.integration.checkpoint_side import program, reason_against_checkpoints
-from tests.integration.container_side import base, end_all
+from tests.integration.container_side import LIMITS, base, end_all
 from tests.integration.waiting import until
 from tests.system.operation_agent import config, desired, key
 from tests.unit.workloads.image_side import archive, layout
@@ -29,10 +29,11 @@ AGENT_S = 160.0
 
 CHECKPOINT = ("accepted", "taking", "noted", "frozen", "dumped", "packed", "whole", "let go", "ended")
 RESTORE = ("clearing", "deleted", "placing", "laid", "criu", "running", "back", "ended")
-OFTEN = {"dumped", "whole", "placing"}
+SNAPSHOT = ("accepted", "taking", "standing", "copied", "finished", "written", "ended")
+OFTEN = {"dumped", "whole", "placing", "standing", "written"}
 """The others only in the longer run."""
 
-TAKE, BACK = ["o-take", "checkpoint", {"stop": True, "name": "state"}], ["o-back", "restore", {}]
+TAKE, BACK, SNAP = ["o-take", "checkpoint", {"stop": True, "name": "state"}], ["o-back", "restore", {}], ["o-snap", "snapshot", {"name": "disk"}]
 
 
 def steps(names: Sequence[str]) -> list[Any]:
@@ -106,6 +107,21 @@ async def test_an_operation_that_brings_back_is_brought_to_its_end_by_the_next_a
     assert await asyncio.to_thread(agent, folder, [TAKE, BACK], step) == {"o-take": ("succeeded", "")}
     assert (await asyncio.to_thread(agent, folder, [TAKE, BACK]))["o-back"] == ("succeeded", "")
     await goes_on(folder)
+
+
+@pytest.mark.parametrize("step", steps(SNAPSHOT))
+async def test_a_snapshot_is_brought_to_its_end_by_the_next_agent_and_the_workload_goes_on(folder: Path, step: str) -> None:
+    """Also where it stood still for it."""
+    assert "o-snap" not in await asyncio.to_thread(agent, folder, [SNAP], step)
+    assert await asyncio.to_thread(agent, folder, [SNAP]) == {"o-snap": ("succeeded", "")}
+    await goes_on(folder)
+    there = folder / "data/workloads/snapshots"
+    one, name = key(folder).id, f"snapshots/{key(folder).id}:disk"
+    assert sorted(path.name for path in there.iterdir() if path.name != ".new") == [f"{one}@disk.json", f"{one}@disk.tar"] and not any((there / ".new").iterdir() if (there / ".new").exists() else ())
+    store = ImageStore(folder / "other", limits=LIMITS)
+    image = store.add(there / f"{one}@disk.tar", name, strict=True)
+    assert [(lower / "bin/busybox").exists() for lower in store.lower(image)] == [False, True]
+    store.close()
 
 
 async def test_what_nobody_sees_the_end_of_when_its_state_is_whole_does_not_begin_anew(folder: Path) -> None:

@@ -103,6 +103,31 @@ async def test_a_workload_is_checkpointed_held_over_a_killed_agent_and_restored(
             await asyncio.to_thread(node.end)
 
 
+async def test_a_workload_is_begun_from_anothers_snapshot_though_that_has_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with running_hub(tmp_path / "hub", "embedded") as hub:
+        node = Node(tmp_path, hub)
+        try:
+            await asyncio.to_thread(node.start)
+            await submit(hub, work("counter", f"echo 42 > /srv/answer; {COUNTS}"))
+            await running(hub, node, "counter")
+            assert await command(hub, "workload", "snapshot", "counter", "--snapshot", "night", "--wait", str(ROOM_S)) == 0
+            assert await command(hub, "workload", "snapshot", "counter", "--snapshot", "night", "--wait", str(ROOM_S)) == 1, "the name is taken"
+            assert await command(hub, "workload", "snapshot", "counter", "--checkpoint", "night") == 1, "it is no checkpoint"
+            seen = len(counted(node, "counter"))
+            await until(lambda: len(counted(node, "counter")) > seen + 3, ROOM_S, what="it goes on")
+            capsys.readouterr()
+            assert await command(hub, "workload", "snapshots", "counter", "--json") == 0
+            [kept] = json.loads(capsys.readouterr().out)
+            assert (kept["name"], kept["image"]) == ("night", "snapshots/counter:night") and Path(kept["file"]).stat().st_size == kept["bytes"]
+            await hub.workloads.ask(lambda planner, now: planner.cancel("counter", now))
+            await until(lambda: states(hub, "counter")[-1] == "stopped", ROOM_S)
+            await submit(hub, {**work("second", f"cat /srv/answer; {COUNTS}"), "image": kept["image"]})
+            await running(hub, node, "second")
+            assert counted(node, "second")[0] == 42
+        finally:
+            await asyncio.to_thread(node.end)
+
+
 async def test_what_cannot_be_taken_names_what_is_in_the_way_and_goes_on(tmp_path: Path, with_criu: None) -> None:
     async with running_hub(tmp_path / "hub", "embedded") as hub:
         node = Node(tmp_path, hub)

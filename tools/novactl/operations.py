@@ -1,4 +1,4 @@
-"""novactl's commands on what a workload has beside its life: checkpoints, conversion, output, commands in it."""
+"""novactl's commands on what a workload has beside its life: checkpoints, snapshots, conversion, output, commands in it."""
 
 import argparse
 import json
@@ -24,13 +24,19 @@ ENDED = ("ended", "lost", "gone")
 
 CHECKPOINT_HEAD = ["checkpoint", "epoch", "taken", "MiB", "hash"]
 
-WHAT = {"checkpoint": "checkpoint", "restore": "restore", "delete-checkpoint": "delete-checkpoint", "convert": "convert", "checkpoints": ""}
+SNAPSHOT_HEAD = ["snapshot", "taken", "MiB", "image", "file on its node"]
+
+WHAT = {
+    "checkpoint": "checkpoint", "restore": "restore", "delete-checkpoint": "delete-checkpoint", "checkpoints": "", "convert": "convert",
+    "snapshot": "snapshot", "delete-snapshot": "delete-snapshot", "snapshots": "",
+}
 """What `workload` is asked to do, to the kind of operation that does it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the operations take, added to the parser of `workload`."""
     parser.add_argument("--checkpoint", default="", metavar="NAME", help="checkpoint: its name (default: the operation's id); restore: which (default: the newest); delete-checkpoint: which")
+    parser.add_argument("--snapshot", default="", metavar="NAME", help="snapshot: its name (default: the operation's id); delete-snapshot: which")
     parser.add_argument("--stop", action="store_true", help="checkpoint: the workload does not go on, until it is restored")
     parser.add_argument("--to", default="", choices=("container", "microvm"), help="convert: what it shall be")
     parser.add_argument("--id", default="", help="of the operation: asked for again under the same id it is done once")
@@ -50,16 +56,23 @@ def operate(hub: Api, options: Any) -> tuple[Any, list[list[Any]], list[str], in
     if options.what == "checkpoints":
         found = hub.get(f"{path}/checkpoints")
         return found, [[one["name"], one["epoch"], _at(one["taken_ms"]), f"{one['bytes'] / (1 << 20):.1f}", one["root"][:16]] for one in found], CHECKPOINT_HEAD, 0
+    if options.what == "snapshots":
+        found = hub.get(f"{path}/snapshots")
+        return found, [[one["name"], _at(one["taken_ms"]), f"{one['bytes'] / (1 << 20):.1f}", one["image"], one["file"]] for one in found], SNAPSHOT_HEAD, 0
     if options.what == "convert" and not options.to:
         raise CommandError("workload convert: --to is missing; say --to microvm or --to container")
-    body: dict[str, Any] = {"kind": WHAT[options.what], "name": options.checkpoint}
+    thing = {"convert": "form", "snapshot": "snapshot", "delete-snapshot": "snapshot"}.get(options.what, "checkpoint")
+    for word, said in (("checkpoint", options.checkpoint), ("snapshot", options.snapshot)):
+        if said and word != thing:
+            raise CommandError(f"workload {options.what}: --{word} is not for it; {f'say --{thing} NAME' if thing != 'form' else 'leave it out'}")
+    body: dict[str, Any] = {"kind": WHAT[options.what], "name": options.checkpoint or options.snapshot}
     body |= {"id": options.id} if options.id else {}
     body |= {"stop": True} if options.stop else {}
     body |= {"to": options.to} if options.to else {}
     asked = hub.call("POST", f"{path}/operations", body)
     told = _until_ended(hub, path, asked["operation"], options.wait)
     row = [told["id"], told["kind"], told["state"], asked["node"], told["detail"].get("name", "") or told["detail"].get("form", ""), told["reason"]]
-    return told, [row], ["operation", "kind", "state", "node", "form" if options.what == "convert" else "checkpoint", "reason"], 1 if told["state"] in FINAL and told["state"] != "succeeded" else 0
+    return told, [row], ["operation", "kind", "state", "node", thing, "reason"], 1 if told["state"] in FINAL and told["state"] != "succeeded" else 0
 
 
 def _until_ended(hub: Api, path: str, name: str, seconds: float) -> dict[str, Any]:

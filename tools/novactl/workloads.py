@@ -88,7 +88,7 @@ def add_commands(command: Callable[[str, Callable[[Any], int], str], argparse.Ar
     parser.add_argument("what", nargs="?", default="plan", choices=("plan", "go", "list", "cancel"))
     parser.add_argument("id", nargs="?", default="", help="cancel: which")
     parser.add_argument("--drain", action="append", default=[], metavar="NODE", help="empty this node; may be given several times")
-    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint, convert ID")
+    parser = command("workload", workload, "workloads: submit FILE (- for standard input), what-if FILE (what a submit would say; changes nothing), list, cancel ID; checkpoint, restore, checkpoints, delete-checkpoint, snapshot, snapshots, delete-snapshot, convert ID")
     parser.add_argument("what", choices=("submit", "what-if", "list", "cancel", *operations.WHAT))
     parser.add_argument("name", nargs="?", default="", help="the file, or the workload's id")
     parser.add_argument("--state", default="", help="list: in this state only")

@@ -6,10 +6,11 @@ What is on the disk is the truth, as for containers; whatever an agent was kille
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...contract.workloads import AS_CONTAINER
 from ..drivers.container import ContainerDriver
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CANNOT = {
     Ability.PAUSE: "what can be converted is not paused", Ability.CHECKPOINT: "of what can be converted no checkpoints are taken: it goes on as a micro-VM", Ability.RESTORE: "as there are no checkpoints of it",
-    **dict.fromkeys((Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet"),
+    **dict.fromkeys((Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet"),
 }
 
 
@@ -132,6 +133,20 @@ class ConvertibleDriver:
         if self.conversions.workload(key).form != AS_CONTAINER:
             raise Refused("exec", "it is a micro-VM now, in which no other commands can be run", "convert it to a container first")
         return await self._containers.exec(key, args, timeout_s)
+
+    def snapshot_bytes(self, key: Key) -> int:
+        """See `face.Snapshots`."""
+        self._is_container(key)
+        return self._containers.snapshot_bytes(key)
+
+    async def snapshot(self, key: Key, folder: Path) -> Mapping[str, Any]:
+        """See `face.Snapshots`: while it is a container."""
+        self._is_container(key)
+        return await self._containers.snapshot(key, folder)
+
+    def _is_container(self, key: Key) -> None:
+        if self.conversions.workload(key).form != AS_CONTAINER:
+            raise Refused("snapshot", "it is a micro-VM now, and its disk the guest's", "convert it to a container first")
 
     # -- room ----------------------------------------------------------------------------------------------------------------
 

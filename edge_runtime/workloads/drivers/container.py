@@ -26,7 +26,7 @@ from .container_disk import DiskLimits, disk_limit, reason
 from .container_laying import Fill, Ground, Settings, Ways, lay_out
 from .container_runtime import COMMAND_S, LEFT_S, SAID, beside, command, run
 from .face import Ability, Capabilities, Failed, Key, Order, Output, Phase, Ran, Refused, Stats, Status
-from .instance import LOOK_S, NOTE, alive, ended, held, known, link_output, over, present, read, tail, unheld
+from .instance import LOOK_S, NOTE, SNAPSHOT, alive, ended, held, known, link_output, over, present, read, tail, unheld
 from .keepers import Keepers
 
 log = logging.getLogger(__name__)
@@ -124,12 +124,23 @@ class ContainerDriver:
             key = Key(entry["id"], entry["epoch"])
             if (self._folder / name / "restore").exists():  # an agent was killed while it brought this one back, and perhaps its keeper
                 self.checkpoints().let_go(key)
+            if (self._folder / name / SNAPSHOT).exists():  # an agent was killed while this one stood still
+                await self._go_on(key)
             if (self._folder / name / NOTE).exists():  # an agent was killed while it took this one's state
                 try:
                     async with self._one(key):
                         await self.checkpoints().settle(key)
                 except Failed as error:
                     log.error("the checkpoint of %s that was under way could not be brought to an end: %s", name, error)
+
+    async def _go_on(self, key: Key) -> None:
+        """Have one go on that stands still for its snapshot."""
+        from .container_snapshot import let_go
+
+        try:
+            await let_go(self, key)
+        except (Failed, Refused) as error:
+            log.error("%s stands still for a snapshot that is over, and cannot be let go on: %s", _name(key), error)
 
     @property
     def criu(self) -> "Criu":
@@ -441,6 +452,21 @@ class ContainerDriver:
         if self._running(key).phase is Phase.PAUSED:
             raise Refused("id", f"{_name(key)} is paused", "resume it first")
         return await beside(self._command(key), _name(key), self._path(key), args, timeout_s)
+
+    # -- snapshot ------------------------------------------------------------------------------------------------------------
+
+    async def snapshot(self, key: Key, folder: Path) -> Mapping[str, Any]:
+        """See `face.Snapshots`."""
+        from .container_snapshot import snapshot
+
+        await self._ready(Ability.SNAPSHOT)
+        return await snapshot(self, key, folder)
+
+    def snapshot_bytes(self, key: Key) -> int:
+        """See `face.Snapshots`."""
+        from .container_snapshot import need
+
+        return need(self, key)
 
     # -- what is there -------------------------------------------------------------------------------------------------------
 

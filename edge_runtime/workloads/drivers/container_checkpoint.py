@@ -15,7 +15,6 @@ import signal
 import stat
 import struct
 import sys
-import tarfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from ..images import ImageError, Limits
-from ..images.layer import OPAQUE, WHITEOUT, unpack
+from ..images.layer import unpack
 from . import cgroups, keeper_restore, keeping
 from .checkpoint_state import CHUNK, CONTAINER, DISK, IMAGES, SPARE, Reader, Writer, add, check, codec, free, seal, suits, to_be_filled, whole_at
 from .container_runtime import COMMAND_S, LEFT_S
@@ -31,6 +30,7 @@ from .container_spec import ID_RANGE, own_folders
 from .criu import Criu, errors, log_of, offence, write_options
 from .face import Capabilities, Failed, Key, Phase, Refused, Status
 from .instance import LOOK_S, NOTE, held, read, sync_folder
+from .overlay_layer import pack_disk
 
 if TYPE_CHECKING:
     from .container import ContainerDriver
@@ -52,9 +52,6 @@ DEADLY = frozenset((signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGTRAP
 
 SLOW_DISK = 20 << 20
 """Bytes in a second that a slow disk (an SD card) takes: the runtime gets as much more time for a state."""
-
-MAX_ENTRIES = 500_000
-"""Files of a container's changed root, as of a layer."""
 
 BINDS = "/run/novacron/mounts"
 """Where a keeper mounts what a restored container has of the node's folders, before CRIU does; each keeper has its own there."""
@@ -428,72 +425,6 @@ def _as_before(document: Mapping[str, Any], before: Mapping[str, Any]) -> None:
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------------
-
-
-def pack_disk(upper: Path, target: BinaryIO, base: int) -> None:
-    """What a container changed in its root, as an OCI layer, with its own owners; raises `Refused` for what a layer cannot hold. Unix sockets are left out: who has them open brings them back."""
-    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape") as archive:
-        inodes: dict[int, str] = {}
-        waiting = [("", os.fspath(upper))]
-        count = 0
-        while waiting:
-            name, path = waiting.pop()
-            told = os.lstat(path)
-            entry = tarfile.TarInfo(name or ".")
-            entry.mode, entry.mtime = stat.S_IMODE(told.st_mode), int(told.st_mtime)
-            entry.uid, entry.gid = told.st_uid - base, told.st_gid - base
-            count += 1
-            if count > MAX_ENTRIES:
-                raise Refused("resource.disk", f"it changed more than {MAX_ENTRIES} files of its root", "have it write them to a mount")
-            if stat.S_ISDIR(told.st_mode):
-                _overlay(path, name)
-                entry.type = tarfile.DIRTYPE
-                archive.addfile(entry)
-                if _attribute(path, "trusted.overlay.opaque") == b"y":
-                    archive.addfile(_mark(os.path.join(name, OPAQUE.decode())))
-                waiting += sorted(((os.path.join(name, one.name), one.path) for one in os.scandir(path)), reverse=True)
-                continue
-            if os.path.basename(name).startswith(WHITEOUT.decode()):
-                raise Refused("resource.disk", f"/{name} has a name that means something else in a layer", "have it use another name")
-            if stat.S_ISCHR(told.st_mode) and told.st_rdev == 0:
-                archive.addfile(_mark(os.path.join(os.path.dirname(name), f"{WHITEOUT.decode()}{os.path.basename(name)}")))
-            elif stat.S_ISSOCK(told.st_mode):
-                continue
-            elif told.st_nlink > 1 and told.st_ino in inodes:
-                entry.type, entry.linkname = tarfile.LNKTYPE, inodes[told.st_ino]
-                archive.addfile(entry)
-            elif stat.S_ISREG(told.st_mode):
-                _overlay(path, name)
-                inodes[told.st_ino] = name
-                entry.size = told.st_size
-                with open(path, "rb") as source:
-                    archive.addfile(entry, source)
-            elif stat.S_ISLNK(told.st_mode):
-                entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(path)
-                archive.addfile(entry)
-            elif stat.S_ISFIFO(told.st_mode):
-                entry.type = tarfile.FIFOTYPE
-                archive.addfile(entry)
-            else:
-                raise Refused("resource.disk", f"/{name} is a device", "have it leave devices in /dev")
-
-
-def _mark(name: str) -> tarfile.TarInfo:
-    return tarfile.TarInfo(name)
-
-
-def _attribute(path: str, name: str) -> bytes:
-    try:
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError:
-        return b""
-
-
-def _overlay(path: str, name: str) -> None:
-    """Overlayfs can be set so that what it keeps in a folder cannot be read without it."""
-    for kind in ("redirect", "metacopy"):
-        if _attribute(path, f"trusted.overlay.{kind}"):
-            raise Refused("resource.disk", f"/{name} is kept by overlayfs in a way that cannot be copied ({kind})", f"set the kernel's overlay.{kind if kind == 'metacopy' else 'redirect_dir'} to N, and start the workload anew")
 
 
 def _unpack_disk(source: Reader, upper: Path, base: int, limits: Limits) -> None:

@@ -32,7 +32,7 @@ VERSION_S = 10.0
 async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> tuple[Ways | None, Criu | None, Capabilities]:
     """The best of the ways that worked, the CRIU that did, and the report."""
     cannot = dict.fromkeys(
-        (Ability.SNAPSHOT, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
+        (Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet",
     ) | ({Ability.ROOTLESS: "the agent is the machine's root here; one of another user's can, with workloads.rootless"} if outside.UID is None else {})
     ways, runtime, reasons = None, "", []
     code = program(platform.machine())
@@ -59,6 +59,10 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
                 cannot |= lacking | without | (dict.fromkeys((Ability.LIMITS, Ability.STATS, Ability.PAUSE), ways.unlimited) if ways.unlimited else {})
                 break
             reasons.append(f"{name}: {lacking[Ability.START]}")
+    if outside.UID is not None:
+        cannot[Ability.SNAPSHOT] = "files in its root belong to ids which the agent's user is not, and cannot read for"
+    elif Ability.PAUSE in cannot:
+        cannot[Ability.SNAPSHOT] = f"it would not stand still meanwhile: {cannot[Ability.PAUSE]}"
     if ways is None:
         reason = "; ".join(reasons) + " (as root: apt install runc)" * any("not installed" in one for one in reasons)
         cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), reason)

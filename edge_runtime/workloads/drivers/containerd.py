@@ -32,7 +32,7 @@ from .container_runtime import LEFT_S
 from .containerd_client import Absent, Away, Client
 from .containerd_keeper import STREAMS, pipe_of, unmount_layers
 from .face import Ability, Capabilities, Exit, Failed, Key, Order, Output, Phase, Ran, Refused, Status
-from .instance import LOOK_S, alive, bounded, held, read, readable, unheld
+from .instance import LOOK_S, SNAPSHOT, alive, bounded, held, read, readable, unheld
 from .keepers import Keepers
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,11 @@ class ContainerdDriver(ContainerDriver):
         self._ways, self._capabilities = await find(self, self._settings, self._groups, self._handler, self._client)
         try:
             await self._sweep()
-            for entry in (await asyncio.to_thread(self._present)).values():
-                await self._look_after(Key(entry["id"], entry["epoch"]))
+            for name, entry in (await asyncio.to_thread(self._present)).items():
+                key = Key(entry["id"], entry["epoch"])
+                await self._look_after(key)
+                if (self._folder / name / SNAPSHOT).exists():
+                    await self._go_on(key)
         except Away:
             pass  # told by the report; what is there is seen to when it is asked about
         except Failed as error:

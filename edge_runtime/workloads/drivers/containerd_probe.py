@@ -27,7 +27,7 @@ TOLD_S = 30.0
 
 async def find(driver: ContainerdDriver, settings: Settings, groups: Groups, handler: Handler, client: Client) -> tuple[Ways | None, Capabilities]:
     """The best of the ways that worked, and the report."""
-    cannot = dict.fromkeys((Ability.SNAPSHOT, Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet") | {
+    cannot = dict.fromkeys((Ability.MIGRATE_OUT, Ability.MIGRATE_IN, Ability.LIVE, Ability.INCREMENTAL, Ability.LAZY), "this driver has no code for it yet") | {
         Ability.ROOTLESS: "containerd's own socket and control groups are root's",
     } | dict.fromkeys((Ability.CHECKPOINT, Ability.RESTORE), "only the driver that runs runc directly takes states (workloads.runtimes without containerd)")
     ways, version = None, ""
@@ -40,6 +40,10 @@ async def find(driver: ContainerdDriver, settings: Settings, groups: Groups, han
             reason = str(error)
         else:
             cannot |= lacking
+            if handler.own_kernel:
+                cannot[Ability.SNAPSHOT] = "Kata's machines write to their roots by a way of their own, which has not been tried"
+            elif Ability.PAUSE in cannot:
+                cannot[Ability.SNAPSHOT] = f"it would not stand still meanwhile: {cannot[Ability.PAUSE]}"
     if ways is None:
         cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), reason or cannot.get(Ability.START, "the probe failed"))
     runtime = f"containerd {version} ({handler.runtime})" if version else ""

@@ -44,6 +44,10 @@ class Ability(StrEnum):
     ROOTLESS = "rootless"
 
 
+LAYER, QCOW2 = "layer", "qcow2"
+"""Forms of a snapshot."""
+
+
 class DriverError(Exception):
     """An operation that was not done: `field` (of the workload's document, or what failed), `problem`, `remedy`."""
 
@@ -328,8 +332,16 @@ class Converts(Protocol):
 class Snapshots(Protocol):
     """`Ability.SNAPSHOT`."""
 
+    def snapshot_bytes(self, key: Key) -> int:
+        """What `snapshot` may write, as far as that is known before. Blocks."""
+
     async def snapshot(self, key: Key, folder: Path) -> Mapping[str, Any]:
-        """Write its disk, as of one moment, to an empty folder."""
+        """Write what it has on its disk, as of one moment, to an empty folder; then it goes on as it was.
+
+        Returns:
+            `file` in the folder: a layer (tar) of what it changed over its image's, or a disk (qcow2, with none below it); `format`: `layer` or `qcow2`; `image`: digest of its image;
+            `at_ms`: which moment, since 1970; `paused_ms`: how long it stood still.
+        """
 
 
 @runtime_checkable

@@ -24,6 +24,9 @@ OUTPUT = ("stdout.log.1", "stdout.log", "stderr.log.1", "stderr.log")
 NOTE = "checkpoint.json"
 """In an instance's folder: the checkpoint that is under way, or that has ended it."""
 
+SNAPSHOT = "snapshot.json"
+"""In a container's folder: it stands still for its snapshot."""
+
 UPPER = "rest.qcow2"
 """In a virtual machine's folder: what lies over its disk until its keeper has written it into that."""
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..images import Image, ImageError, ImageStore
 from . import cgroups, lease, outside, qemu_kernel, vm_files, vm_image, vm_machine, vm_seed
-from .face import Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
+from .face import QCOW2, Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
 from .instance import LOOK_S, NOTE, UPPER, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
@@ -66,6 +66,12 @@ QUIET = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations
 
 COPY_S = 600.0
 """A copy of a disk that takes longer hangs: 60 GB at 100 MB/s take as long."""
+
+COPY_LEAST = 20_000_000
+"""Bytes in a second that a snapshot writes at least: an SD card does. So long it may take beside that."""
+
+BLOCK = 512
+"""Bytes of a block, as stat(2) counts them."""
 
 OPTION_ROM = "linuxboot_dma.bin"
 """What QEMU adds to a machine that is given a kernel: a clone, which needs no kernel any more, must have it all the same."""
@@ -478,12 +484,21 @@ class VmDriver(QemuDriver):
         target, size = folder / "disk.qcow2", int(self._instance(key)["bytes"])
         await asyncio.to_thread(vm_files.lay, target, size)
         try:
-            await self.ask(key, {"do": "copy", "path": str(target)}, COPY_S)
+            at_ms = int(time.time() * 1000)  # QEMU copies the disk as it is when it is asked
+            await self.ask(key, {"do": "copy", "path": str(target)}, COPY_S + await asyncio.to_thread(self.snapshot_bytes, key) / COPY_LEAST)
             await asyncio.to_thread(vm_files.settle, target)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
-        return {"format": "qcow2", "bytes": size, "image": self._instance(key)["image"], "at_ms": int(time.time() * 1000)}
+        return {"file": target.name, "format": QCOW2, "bytes": size, "image": self._instance(key)["image"], "at_ms": at_ms, "paused_ms": 0}
+
+    def snapshot_bytes(self, key: Key) -> int:
+        """See `face.Snapshots`: what it has written, and its image's disk."""
+        try:
+            below = vm_image.find(self._store.lower(self._store.find(f"sha256:{self._instance(key)['image']}"))).disk
+        except ImageError as error:
+            raise Refused(error.field, error.problem, error.remedy) from None
+        return sum(os.stat(path).st_blocks * BLOCK for path in (below, *self._path(key).glob("*.qcow2")))
 
 
 Fill = Callable[[Path, Image, Vm], None]

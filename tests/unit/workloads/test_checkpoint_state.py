@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.workloads.drivers import checkpoint_state as state
 from edge_runtime.workloads.drivers import criu
-from edge_runtime.workloads.drivers.container_checkpoint import pack_disk, user_namespace
+from edge_runtime.workloads.drivers.container_checkpoint import user_namespace
 from edge_runtime.workloads.drivers.face import Capabilities, Refused
+from edge_runtime.workloads.drivers.overlay_layer import pack_disk
 from edge_runtime.workloads.images import Limits
 from edge_runtime.workloads.images.layer import unpack
 

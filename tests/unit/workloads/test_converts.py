@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.contract.errors import ContractError
-from edge_runtime.contract.workloads import CONVERTING, GUEST_OWN, GUEST_STEP, QEMU_OWN, conversion_bytes, guest_bytes
+from edge_runtime.contract.workloads import CONVERTING, GUEST_OWN, GUEST_STEP, QEMU_OWN, SNAPSHOTS, conversion_bytes, guest_bytes
 from hub.scheduler import Invalid
 from hub.store.workloads import WorkloadRow
 from hub.workloads.documents import Conflict, read_list, read_workload
@@ -47,11 +47,15 @@ def row(**more: Any) -> WorkloadRow:
 
 
 def test_what_is_asked_of_its_edge_names_the_form() -> None:
-    asked = entry(row(), {"kind": "convert", "to": "microvm"}, "o-1", 1000)
+    asked = entry(row(), {"kind": "convert", "to": "microvm"}, "o-1", 1000, {})
     assert asked == {"id": "o-1", "kind": "convert", "workload": "a", "epoch": 3, "name": "", "stop": False, "to": "microvm", "expires_ms": 301_000}
-    assert "to" not in entry(row(), {"kind": "checkpoint"}, "o-2", 1000), "an older edge would not know it"
+    assert "to" not in entry(row(), {"kind": "checkpoint"}, "o-2", 1000, {}), "an older edge would not know it"
     for bad in ({"kind": "convert"}, {"kind": "convert", "to": "vm"}, {"kind": "restore", "to": "container"}):
         with pytest.raises(ContractError, match="to"):
-            entry(row(), bad, "o-3", 1000)
+            entry(row(), bad, "o-3", 1000, {})
+    for kind in ("snapshot", "delete-snapshot"):
+        assert entry(row(), {"kind": kind, "name": "x"}, "o-5", 1000, {SNAPSHOTS: "true"})["kind"] == kind
+        with pytest.raises(Conflict, match="takes no snapshots"):  # an older edge would refuse all of its desired state
+            entry(row(), {"kind": kind, "name": "x"}, "o-5", 1000, {})
     with pytest.raises(Conflict, match=r"spec\.converts: a was not started"):
-        entry(row(spec={}), {"kind": "convert", "to": "microvm"}, "o-4", 1000)
+        entry(row(spec={}), {"kind": "convert", "to": "microvm"}, "o-4", 1000, {})
