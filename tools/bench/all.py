@@ -21,7 +21,7 @@ BENCHES = (
     "earlier",
     "nab",
     "site_failover",
-    "checkpoint", "container_start", "containerd_start",
+    "checkpoint", "snapshot", "container_start", "containerd_start",
     "startup", "reconcile", "convert",
     "migration_cpu", "migration_matrix", "migration_repeat", "migration_faults", "migration_live", "prediction",
     "image", "image_inside",

@@ -9,6 +9,9 @@ from typing import BinaryIO
 from ..images.layer import OPAQUE, WHITEOUT
 from .face import Refused
 
+CHUNK = 1 << 18
+"""Bytes that are read and written at a time: tarfile's own 10 and 16 KiB take twice as long."""
+
 MAX_ENTRIES = 500_000
 """Files and folders of one layer: as many as are taken back (`images.layer.Limits`)."""
 
@@ -20,7 +23,7 @@ def pack_disk(upper: Path, target: BinaryIO, base: int) -> None:
         upper: what a container changed in its root, or a layer of the store.
         base: what owners' numbers are higher by than the container sees them.
     """
-    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape") as archive:
+    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape", bufsize=CHUNK, copybufsize=CHUNK) as archive:
         inodes: dict[int, str] = {}
         waiting = [("", os.fspath(upper))]
         count = 0
