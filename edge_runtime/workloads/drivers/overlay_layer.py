@@ -23,7 +23,8 @@ def pack_disk(upper: Path, target: BinaryIO, base: int) -> None:
         upper: what a container changed in its root, or a layer of the store.
         base: what owners' numbers are higher by than the container sees them.
     """
-    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape", bufsize=CHUNK, copybufsize=CHUNK) as archive:
+    with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape", bufsize=CHUNK) as archive:
+        archive.copybufsize = CHUNK  # type: ignore[attr-defined]  # mypy's picture of tarfile lacks it
         inodes: dict[int, str] = {}
         waiting = [("", os.fspath(upper))]
         count = 0
