@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..system.disk_pace import Pace
 from . import slots
 from .bundle import HEAD_BYTES, Artifact, Manifest, Piece, Refused, Running, check_for, layout, open_manifest, parse_head
 from .source import Interrupted, Source, open_source
@@ -340,13 +341,14 @@ class Installer:
         done = int(progress.get("pieces", 0))
         self._tell(order, "writing", **about, bytes=progress["bytes"])
         with self._places.slots[self._target].open("r+b", buffering=0) as device:
-            unsynced = 0
+            unsynced, pace = 0, Pace(os.fdatasync)
             for number, (artifact, piece, at, carried) in enumerate(layout(manifest)):
                 if artifact.name != "root" or number < done:
                     continue
                 device.seek(at)
                 _write_all(device.fileno(), self._bytes_of(artifact, piece, source, begins + carried))
                 unsynced += piece.size
+                pace.wrote(device.fileno(), piece.size)
                 if unsynced >= SYNC_BYTES:
                     os.fsync(device.fileno())
                     unsynced = 0

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from ..contract.limits import MAX_SNAPSHOTS
 from ..contract.schema import ID_PATTERN
 from ..contract.workloads import DELETE_SNAPSHOT, SNAPSHOT, SNAPSHOT_IMAGES
+from ..system.disk_pace import Pace, PacedFile
 from .drivers.face import QCOW2, Driver, DriverError, Failed, Refused, Snapshots, Status
 from .drivers.instance import sync_folder, write
 from .operations import Operations
@@ -252,7 +253,7 @@ class Snapshotting:
         workload, _, name = path.stem.partition("@")
         with open(target, "xb") as handle:
             os.fchmod(handle.fileno(), 0o600)
-            archive = ArchiveWriter(handle, going)
+            archive = ArchiveWriter(cast(BinaryIO, PacedFile(handle, Pace(os.fdatasync))), going)
             (_machine if told["format"] == QCOW2 else _container)(archive, source, self._store.lower(image))
             digest = archive.finish(image.config, self._store.here, image_name(workload, name))
             handle.flush()

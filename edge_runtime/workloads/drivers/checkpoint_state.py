@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ...system.disk_pace import Pace
 from .face import Capabilities, Refused
 from .instance import sync_folder
 
@@ -93,6 +94,7 @@ class Writer:
     def __init__(self, folder: Path, name: str, how: str, sync: bool = True) -> None:
         self._file = open(folder / name, "xb")  # noqa: SIM115
         os.fchmod(self._file.fileno(), 0o600)
+        self._pace = Pace(os.fdatasync, rest=False)  # it stands still
         self._sync, self._name, self._hash, self._size, self._stored = sync, name, hashlib.sha256(), 0, 0
         if how == "zstd":
             import zstandard
@@ -112,6 +114,8 @@ class Writer:
         self._hash.update(data)
         self._stored += len(data)
         self._file.write(data)
+        if self._sync:
+            self._pace.wrote(self._file.fileno(), len(data))
 
     def __enter__(self) -> "Writer":
         return self

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from ...system.disk_pace import Pace, PacedFile
 from .container_disk import counted
 from .face import LAYER, Failed, Key, Phase, Refused
 from .instance import SNAPSHOT, known, read
@@ -68,4 +69,4 @@ async def let_go(driver: "ContainerDriver", key: Key) -> None:
 def _pack(upper: Path, target: Path, base: int) -> None:
     with open(target, "xb") as handle:
         os.fchmod(handle.fileno(), 0o600)
-        pack_disk(upper, cast(BinaryIO, handle), base)
+        pack_disk(upper, cast(BinaryIO, PacedFile(handle, Pace(os.fdatasync, rest=False))), base)

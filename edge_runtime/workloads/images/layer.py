@@ -10,7 +10,6 @@ What is kept and what is not, for every image:
 - `.wh.NAME` becomes overlayfs's mark for what is taken away, `.wh..wh..opq` its mark for a folder that hides the ones below. They speak of lower layers only, wherever they stand.
 """
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from ...system.disk_pace import ENTRY, Pace, syncfs
 from .errors import ImageError
 from .tar import BLOCK, BLOCK_DEVICE, CHARACTER, FIFO, FILE, FOLDER, HARD_LINK, SYMLINK, Member, TarError, TarReader
 
@@ -140,16 +140,17 @@ class Unpacked:
     left_out: int = 0
 
 
-def unpack(stream: Plain, folder: Path, diff_id: str | None, limits: Limits, *, own: bool = True) -> Unpacked:
+def unpack(stream: Plain, folder: Path, diff_id: str | None, limits: Limits, *, own: bool = True, pace: Pace | None = None) -> Unpacked:
     """Unpack a layer's tar into an empty folder and check that it was `diff_id` (64 hex digits; None: its hash has been looked at otherwise).
 
     Args:
         own: give files the owners that the layer says, and make whiteouts; needs root.
+        pace: at which it is written.
     Errors: `ImageError`; the folder is then left half filled, and is the caller's to remove.
     """
     counted = Counted(stream, limits.layer_bytes, "layer")
     try:
-        with _Tree(folder, limits, own) as tree:
+        with _Tree(folder, limits, own, pace or Pace()) as tree:
             reader = TarReader(counted, limits.entries)  # type: ignore[arg-type]
             for member in reader:
                 tree.take(member, reader)
@@ -169,9 +170,9 @@ def unpack(stream: Plain, folder: Path, diff_id: str | None, limits: Limits, *, 
 class _Tree:
     """The folder that a layer is unpacked into. All is done relative to open folders, none of them reached through a link."""
 
-    def __init__(self, folder: Path, limits: Limits, own: bool) -> None:
+    def __init__(self, folder: Path, limits: Limits, own: bool, pace: Pace) -> None:
         self._root = os.open(folder, _FOLDER)
-        self._limits, self._own = limits, own
+        self._limits, self._own, self._pace = limits, own, pace
         self._at: tuple[bytes, ...] = ()
         self._open = self._root
         self._unlooked = 0
@@ -192,6 +193,7 @@ class _Tree:
     def take(self, member: Member, reader: TarReader) -> None:
         """Write one member."""
         self.told.entries += 1
+        self._pace.wrote(self._root, ENTRY)
         parts = _parts(member.name)
         if not parts:
             if member.kind == FOLDER:
@@ -266,8 +268,10 @@ class _Tree:
         try:
             while data := reader.read(CHUNK):
                 self._space(len(data))
+                count = len(data)
                 while data:
                     data = data[os.write(descriptor, data):]
+                self._pace.wrote(descriptor, count)
             if self._own:
                 os.chown(descriptor, member.uid, member.gid)
             os.chmod(descriptor, member.mode & _NO_BITS)
@@ -402,8 +406,8 @@ def packed(head: bytes) -> str:
     return "gzip" if head.startswith(b"\x1f\x8b") else "zstd" if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[:1] >= b"\x50" and head[:1] <= b"\x5f") else ""
 
 
-def inflate(path: Path, target: Path, limits: Limits) -> None:
-    """Write what a compressed file is to another, at most as much as an image may have and the disk has room for.
+def inflate(path: Path, target: Path, limits: Limits, pace: Pace) -> None:
+    """Write what a compressed file is to another, at most as much as an image may have and the disk has room for, at a pace.
 
     Errors: `ImageError`; what was written is the caller's to remove.
     """
@@ -420,6 +424,7 @@ def inflate(path: Path, target: Path, limits: Limits) -> None:
                         raise ImageError("archive", f"unpacked it would leave less than {limits.keep_free} bytes free on the disk", "free space, or give a smaller one")
                     looked = counted.count + SPACE_EACH
                 out.write(data)
+                pace.wrote(out.fileno(), len(data))
                 last = data[-BLOCK:]
             if any(last):  # every tar that is whole ends with zeros; a zstd stream that is cut between two blocks ends without an error
                 raise ImageError("archive", "ends too early", "copy it again: it was cut off, or it is no tar archive")
@@ -431,7 +436,6 @@ def settle(folder: Path) -> None:
     """Bring all of a folder to the disk: syncfs(2), one call instead of an fsync for each file."""
     descriptor = os.open(folder, _FOLDER)
     try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), "syncfs failed")
+        syncfs(descriptor)
     finally:
         os.close(descriptor)

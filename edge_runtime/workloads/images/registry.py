@@ -19,6 +19,7 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 import aiohttp
 
+from ...system.disk_pace import Pace
 from . import manifest as documents
 from .errors import ImageError
 from .manifest import Descriptor
@@ -233,6 +234,7 @@ class Part:
 
     def __init__(self, path: Path, most: int) -> None:
         self.path, self.have = path, 0
+        self._pace = Pace(os.fdatasync)
         self._hash = sha256()
         self._handle = open(path, "a+b")  # noqa: SIM115 - closed by close()
         if os.fstat(self._handle.fileno()).st_size > most:
@@ -247,6 +249,7 @@ class Part:
         """What came next."""
         self._handle.write(data)
         self._handle.flush()
+        self._pace.wrote(self._handle.fileno(), len(data))
         self._hash.update(data)
         self.have += len(data)
 

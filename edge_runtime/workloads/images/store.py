@@ -24,6 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ...system.disk_pace import Pace
 from .errors import ImageError
 from .layer import CHUNK, Counted, Limits, Unpacked, inflate, opener, packed, settle, unpack
 from .manifest import MODULE_FILE, MODULES, Config, Platform
@@ -75,6 +76,7 @@ class ImageStore:
         self.directory, self.limits, self.here, self._own, self._step = directory, limits, here or Platform.here(), own, step
         self._layers, self._images, self._new = directory / "layers", directory / "images", directory / "new"
         self._lock = threading.Lock()
+        self._pace = Pace()
         self._absent: set[tuple[str, str, int, int, int]] = set()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(directory, 0o700)  # files of others' programs, with owners of their choice: nobody but root reaches them
@@ -189,7 +191,7 @@ class ImageStore:
             if not packed(handle.read(4)):
                 return path
         self._step("inflate")
-        inflate(path, self._new / PLAIN, self.limits)
+        inflate(path, self._new / PLAIN, self.limits, self._pace)
         return self._new / PLAIN
 
     def _take(self, found: Plan, names: tuple[str, ...]) -> Image:
@@ -222,21 +224,21 @@ class ImageStore:
             raise ImageError("image", f"{free} bytes are free, it needs {coming} and {self.limits.keep_free} stay free", "free space, or remove images")
 
     def _unpack(self, layer: Layer, most: int) -> None:
-        """First the bytes are copied and held against their digest, only then are they read as an archive: what is not what was asked for is never parsed."""
-        blob, folder = self._new / f"{layer.diff_id}.blob", self._new / layer.diff_id
+        """First the bytes are held against their digest, only then are they read as an archive, from the source once more: a copy would be written to the disk for nothing. Where the source changed in between, the hash of what
+        came of it tells."""
+        folder = self._new / layer.diff_id
         limits = replace(self.limits, layer_bytes=min(self.limits.layer_bytes, most))
         try:
-            self._step("copy")
-            self._copy(layer, blob)
+            self._step("verify")
+            self._verify(layer)
             self._step("unpack")
             folder.mkdir(mode=0o755)
             if layer.media in MODULES:
-                os.rename(blob, folder / MODULE_FILE)
+                self._verify(layer, folder / MODULE_FILE)
                 told = Unpacked(layer.size, 1)
             else:
-                with open(blob, "rb") as handle:
-                    told = unpack(opener(layer.media, handle), folder, layer.diff_id, limits, own=self._own)
-                blob.unlink()
+                with layer.open() as handle:
+                    told = unpack(opener(layer.media, handle), folder, layer.diff_id, limits, own=self._own, pace=self._pace)
             self._step("settle")
             settle(folder)
             self._put(self._layers / f"{layer.diff_id}.json", asdict(told))
@@ -245,11 +247,11 @@ class ImageStore:
             _sync_folder(self._layers)
             self._step("kept")
         finally:
-            blob.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _copy(self, layer: Layer, blob: Path) -> None:
-        with layer.open() as source, open(blob, "wb") as target:
+    def _verify(self, layer: Layer, copy: Path = Path(os.devnull)) -> None:
+        """Read it, and hold it against its size and digest; it is copied meanwhile."""
+        with layer.open() as source, open(copy, "wb") as target:
             counted = Counted(source, layer.size, "layer")
             while data := counted.read(CHUNK):
                 target.write(data)

@@ -104,6 +104,17 @@ def test_one_wrong_byte_anywhere_is_refused_and_nothing_is_kept(store: ImageStor
     assert store.add(source).names == ("app:1",)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_source_that_changes_between_its_two_readings_is_refused(packed: bool, store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of an archive that is still under way, as it may be put there by hand."""
+    source, other = (archive(layout(tmp_path / name, [layer([("file", "a", content)])], packed=packed), tmp_path / f"{name}.tar") for name, content in (("first", b"1"), ("other", b"2")))
+    verify = ImageStore._verify
+    monkeypatch.setattr(ImageStore, "_verify", lambda self, *words: (verify(self, *words), shutil.copy(other, source)))
+    with pytest.raises(ImageError, match="the image's config says|damaged"):
+        store.add(source)
+    assert store.images() == [] and not kept(store).keys() - {"layers", "images", "new"}
+
+
 def test_control_a_store_that_believes_is_caught(store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Believing(stores.Counted):
         """What it reads has whatever hash is asked for."""
@@ -193,7 +204,7 @@ def test_a_layout_whose_blob_is_a_link_is_refused(store: ImageStore, tmp_path: P
 
 # -- kills ---------------------------------------------------------------------------------------------------------------------
 
-STEPS = ("copy", "unpack", "settle", "rename", "kept", "write", "forget", "drop", "dropped")
+STEPS = ("verify", "unpack", "settle", "rename", "kept", "write", "forget", "drop", "dropped")
 
 
 def _killed(directory: Path, at: tuple[str, int], do: Callable[[ImageStore], object]) -> None:
