@@ -8,8 +8,11 @@ So whoever writes much has it written out in pieces, each as large as the disk t
 
 import ctypes
 import os
+import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import BinaryIO
 
 FIRST, LEAST, MOST = 1 << 20, 512 << 10, 4 << 20
@@ -67,6 +70,24 @@ class Pace:
             self.piece, self._quick = min(MOST, self.piece * 2), 0
         if self._rest:
             self._sleep(min(took, REST_MOST_S))
+
+
+def remove(folder: str | Path, pace: Pace) -> None:
+    """Remove a folder and all below it; what cannot be removed, or is not there, is passed over. No link is followed. Blocks.
+
+    What 15,000 files leave behind in a file system's tables was 0.3 s for a disk that takes 20 MB/s, at once.
+    """
+    with suppress(OSError):
+        for _, folders, names, descriptor in os.fwalk(folder, topdown=False):
+            for name, is_folder in (*((name, False) for name in names), *((name, True) for name in folders)):
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=descriptor) if is_folder and not _is_link(name, descriptor) else os.unlink(name, dir_fd=descriptor)
+                pace.wrote(descriptor, ENTRY)
+        os.rmdir(folder)
+
+
+def _is_link(name: str, beside: int) -> bool:
+    return stat.S_ISLNK(os.stat(name, dir_fd=beside, follow_symlinks=False).st_mode)
 
 
 class PacedFile:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from edge_runtime.system.disk_pace import FIRST, LEAST, MOST, PIECE_S, REST_MOST_S, Pace, PacedFile, syncfs
+from edge_runtime.system.disk_pace import FIRST, LEAST, MOST, PIECE_S, REST_MOST_S, Pace, PacedFile, remove, syncfs
 
 
 @dataclass
@@ -116,3 +116,20 @@ def test_a_whole_file_system_is_written_out_and_what_is_no_file_is_an_error(tmp_
     os.close(descriptor)
     with pytest.raises(OSError, match="Bad file descriptor"):
         syncfs(descriptor)
+
+
+def test_a_folder_is_removed_at_a_pace_and_no_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/a").touch()
+    (tmp_path / "gone/deep/er").mkdir(parents=True)
+    for at in range(300):
+        (tmp_path / "gone/deep" / str(at)).touch()
+    (tmp_path / "gone/out").symlink_to(tmp_path / "kept")
+    (tmp_path / "gone/deep/nowhere").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "gone/pipe")
+    seen: list[int] = []
+    remove(tmp_path / "gone", Pace(seen.append, rest=False))
+    assert len(seen) == 1 and [one.name for one in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept/a").exists()
+    remove(tmp_path / "gone", Pace())
+    remove(tmp_path / "kept/a", Pace())
+    assert (tmp_path / "kept/a").exists(), "it is no folder"

@@ -1,8 +1,7 @@
-"""The agent of `decision_bulk`: as it is, and beside it an image is taken into a store on its disk, again and again, as when workloads come. `UNPACED` in the environment: written as it comes (the planted bug)."""
+"""The agent of `decision_bulk`: as it is, and beside it an image is taken into a store on its disk, and removed, again and again, as when workloads come and go. `UNPACED` in the environment: written as it comes (the planted bug)."""
 
 import asyncio
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from edge_runtime.workloads.images import ImageStore, Limits
 def take(folder: Path, image: Path, said: Path) -> None:
     """Once; says so in a file, with a line."""
     store = ImageStore(folder, limits=Limits(keep_free=0))
-    store.add(image, "bulk:1")
+    store.remove(store.add(image, "bulk:1").digest)
+    store.prune(0, ())
     store.close()
-    shutil.rmtree(folder)
     with open(said, "a") as handle:
         handle.write("taken\n")
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ...system.disk_pace import Pace, remove
 from ..images import Config, Image, ImageError, ImageStore
 from . import cgroups, lease
 from .container_disk import NOTE as OVER
@@ -258,9 +259,9 @@ class ContainerDriver:
                 await self._within(unheld(self._path(key)), LEFT_S, "its keeper does not end")
             await self._forget(key)
             gone = self._new / f"{folder.name}.gone"
-            await asyncio.to_thread(shutil.rmtree, gone, True)
+            await asyncio.to_thread(remove, gone, Pace())
             os.rename(folder, gone)
-            await asyncio.to_thread(shutil.rmtree, gone, True)
+            await asyncio.to_thread(remove, gone, Pace())
         self._busy.pop(folder.name, None)
 
     def renew(self, key: Key, until_ms: int) -> None:

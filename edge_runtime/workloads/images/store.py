@@ -24,7 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ...system.disk_pace import Pace
+from ...system.disk_pace import Pace, remove
 from .errors import ImageError
 from .layer import CHUNK, Counted, Limits, Unpacked, inflate, opener, packed, settle, unpack
 from .manifest import MODULE_FILE, MODULES, Config, Platform
@@ -247,7 +247,7 @@ class ImageStore:
             _sync_folder(self._layers)
             self._step("kept")
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder, self._pace)
 
     def _verify(self, layer: Layer, copy: Path = Path(os.devnull)) -> None:
         """Read it, and hold it against its size and digest; it is copied meanwhile."""
@@ -310,7 +310,7 @@ class ImageStore:
         os.rename(self._layers / layer, self._new / f"{layer}.gone")
         (self._layers / f"{layer}.json").unlink(missing_ok=True)
         self._step("dropped")
-        shutil.rmtree(self._new / f"{layer}.gone", ignore_errors=True)
+        remove(self._new / f"{layer}.gone", self._pace)
 
     # -- the disk ------------------------------------------------------------------------------------------------------------
 
