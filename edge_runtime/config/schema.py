@@ -139,7 +139,7 @@ class WorkloadsConfig:
     vms: bool = key(False, "run virtual machines: boots a guest when the agent starts, to see whether it can")
     guest_kernel: str = key("", "folder with boot/ and lib/modules/ of the kernel that guests boot; empty: this machine's own")
     functions: bool = key(True, "run functions and batch jobs that are WebAssembly, where wasmtime is installed")
-    images_bytes: int = key(8 << 30, "disk space for images of containers and functions; what nothing stands on goes beyond it", low=0, high=1 << 50)
+    images_bytes: int = key(8 << 30, "disk space for images, checkpoints and snapshots; images that nothing stands on go beyond it", low=0, high=1 << 50)
     fetch: bool = key(True, "fetch images that are not on this node from the registry that their name says; false: only what is in the archives folder is taken")
     registries: tuple[dict[str, Any], ...] = key((), "registries: host, mirrors (hosts that are asked first), insecure (plain HTTP), ca_file (PEM), short (names without a registry mean this one)")
     registry_credentials: str = key("", "file with credentials for registries, as docker login writes it; its mode must be 0600")
