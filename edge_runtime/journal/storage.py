@@ -5,6 +5,8 @@ import sqlite3
 from pathlib import Path
 from typing import Protocol
 
+from ..system.data_folder import keep_private
+
 
 class Storage(Protocol):
     """A file system as the journal uses it. Errors are OSError and sqlite3.Error."""
@@ -58,6 +60,7 @@ class FileStorage:
 
     def connect(self, path: Path, timeout_s: float) -> sqlite3.Connection:
         """See `Storage`."""
+        keep_private(path)
         return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=timeout_s)
 
     def make_directory(self, path: Path) -> None:

@@ -1,12 +1,31 @@
-"""A data folder has one process at a time: two agents in one journal, or two hubs on one store, give the same numbers to different records."""
+"""A data folder has one process at a time: two agents in one journal, or two hubs on one store, give the same numbers to different records. And its databases are nobody else's to read."""
 
 import os
+from contextlib import suppress
 
 FILE = "lock"
 """In the folder; it says which process has it."""
 
 MOST = 32
 """Bytes of it that are read."""
+
+
+BESIDE = ("", "-wal", "-shm")
+"""What of a database of SQLite's stands in which files; the other two get the first one's mode when they are made."""
+
+
+def keep_private(database: str | os.PathLike[str]) -> None:
+    """Nobody but its owner (and, where somebody has given it that, its group) reads a database: what shall run on a node stands in it, with the secrets that workloads are given. Called before it is opened, and makes it where it is not there.
+
+    What is there is not opened: closing it would take this process's own locks away from SQLite. Where its mode cannot be changed (somebody else's file, a disk without modes) it stays as it is.
+    """
+    try:
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError:
+        for end in BESIDE:
+            with suppress(OSError):
+                path = f"{os.fspath(database)}{end}"
+                os.chmod(path, os.stat(path).st_mode & 0o770)
 
 
 class InUse(OSError):

@@ -11,6 +11,7 @@ from typing import Any
 import sqlite_utils
 
 from edge_runtime.contract.records import Record
+from edge_runtime.system.data_folder import keep_private
 
 from ..dating import BootClock
 from .base import EdgeRow, StoredRecord, StoreError, StreamRow, Transaction
@@ -121,6 +122,7 @@ class SqliteStore(SqliteWorkloads, SqliteTransfers):
                 raise sqlite3.DatabaseError(" ".join(str(verdict).split()))
 
     def _connect(self) -> sqlite3.Connection:
+        keep_private(self.path)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
         connection.execute("PRAGMA journal_size_limit=67108864")
         connection.execute("PRAGMA cache_size=-16384")

@@ -94,3 +94,21 @@ def test_a_folder_stays_with_its_edge(tmp_path: Path) -> None:
     assert code == 2 and "edge_id: 'plant-b', and " in said and "is the data folder of 'plant-a'" in said and "say plant-a, or give this edge a data_dir of its own" in said
     done = subprocess.run([word if word != "run" else "check" for word in command("edge", folder, "")], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout)["edge_id"] == "plant-a" and "and the edge stays plant-a" in done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_its_databases_are_nobody_elses_to_read_also_those_that_an_older_version_made(program: str, tmp_path: Path) -> None:
+    def modes() -> dict[str, int]:
+        return {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "data").rglob("*.db*")}
+
+    before = os.umask(0o022)
+    try:
+        with begun(program, tmp_path / "data"):
+            until_sync(lambda: any(name.endswith("-wal") for name in modes()), what="it has opened them")
+            assert set(modes().values()) == {0o600}
+        for path in (tmp_path / "data").rglob("*.db*"):
+            path.chmod(0o644)
+        with begun(program, tmp_path / "data"):
+            until_sync(lambda: set(modes().values()) == {0o640}, what="it takes them away from others, and lets the group have what it was given")
+    finally:
+        os.umask(before)

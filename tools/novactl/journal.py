@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ def open_database(folder: Path, name: str) -> Any:
         path = folder / f"{name}.db"
     if not path.exists():
         raise CommandError(f"data: no {name}.db in {folder}; give the edge's data_dir")
+    if not os.access(path, os.R_OK):
+        raise CommandError(f"data: {path} is not this user's to read; ask as the agent's user, or as root")
     try:
         connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         connection.execute("SELECT count(*) FROM streams")
