@@ -3,10 +3,12 @@
 import asyncio
 import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import EdgeConfig
+from ..contract.workloads import SNAPSHOT_IMAGES
 from ..journal import Journal
 from ..metrics import Metrics
 
@@ -37,6 +39,8 @@ class NodeImages:
         self.store: ImageStore | None = None
         self.snapshots: SnapshotFolder | None = None
         self._coming: Shared[Image] | None = None
+        self._turn = asyncio.Lock()
+        """Archives are taken one at a time, and not by threads that wait for one another: there are few, and what is here already is looked for by them too."""
         self._puller: Puller | None = None
 
     async def open(self, folder: Path) -> "ImageStore":
@@ -68,11 +72,16 @@ class NodeImages:
 
         assert self.store is not None
         known = hosts(self._config.workloads.registries)
-        if (snapshot := await asyncio.to_thread(self._snapshot, reference)) is not None:
-            return snapshot
+        if reference.startswith(SNAPSHOT_IMAGES):
+            async with self._turn:
+                if (snapshot := await asyncio.to_thread(self._snapshot, reference)) is not None:
+                    return snapshot
         if pull != "always":
+            with suppress(ImageError):
+                return await asyncio.to_thread(self.store.find, reference)
             try:
-                return await asyncio.to_thread(self.store.find_or_take, reference, self.store.directory.parent / "archives")
+                async with self._turn:
+                    return await asyncio.to_thread(self.store.find_or_take, reference, self.store.directory.parent / "archives")
             except ImageError as error:
                 if pull == "never" or not self._config.workloads.fetch or parse(reference, known) is None:
                     raise

@@ -87,7 +87,7 @@ class SnapshotFolder:
     def all(self) -> list[Kept]:
         """What is there, the oldest first. Of a file that somebody has removed nothing is told any more."""
         found = []
-        for entry in os.scandir(self.folder):
+        for entry in os.scandir(self.folder) if self.folder.is_dir() else ():
             workload, mark, name = entry.name.removesuffix(".tar").partition("@")
             if not mark or not entry.name.endswith(".tar"):
                 continue

@@ -8,7 +8,7 @@
 
 Everything gets its name by a rename after it has reached the disk, so a kill or a power cut at any moment leaves whole things and leavings in `new`. Opening repairs: leavings go, layers
 without a size are measured again, images whose layers are gone are dropped. Compressed layers are not kept: what is verified and unpacked is not needed twice.
-Methods block; they are called from a thread. One at a time: they hold a lock.
+Methods block; they are called from a thread. One adds or removes at a time; what is here is found meanwhile.
 """
 
 import fcntl
@@ -75,7 +75,8 @@ class ImageStore:
     def __init__(self, directory: Path, *, limits: Limits = Limits(), here: Platform | None = None, own: bool = True, step: Callable[[str], None] = lambda word: None) -> None:
         self.directory, self.limits, self.here, self._own, self._step = directory, limits, here or Platform.here(), own, step
         self._layers, self._images, self._new = directory / "layers", directory / "images", directory / "new"
-        self._lock = threading.Lock()
+        self._adding, self._lock = threading.Lock(), threading.Lock()
+        """One adds or prunes at a time, which takes as long as unpacking does; the second is for the documents, and taken after the first. So what is here is found while another image comes."""
         self._pace = Pace()
         self._absent: set[tuple[str, str, int, int, int]] = set()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -157,7 +158,7 @@ class ImageStore:
             strict: only what goes by this name there already; else the only image of a source may get any name.
         """
         _checked(reference)
-        with self._lock:
+        with self._adding:
             try:
                 return self._planned(opened(self._plain(path)), reference, strict)
             except OSError as error:
@@ -168,7 +169,7 @@ class ImageStore:
     def add_files(self, files: Files, reference: str) -> Image:
         """As `add`, from files in the form of an OCI layout that are there already: what a registry gave."""
         _checked(reference)
-        with self._lock:
+        with self._adding:
             try:
                 return self._planned(files, reference, False)
             except OSError as error:
@@ -208,13 +209,14 @@ class ImageStore:
             total += self._size(layer.diff_id)
             if total > self.limits.image_bytes:
                 raise ImageError("image", f"its layers have more than {self.limits.image_bytes} bytes", "build a smaller image, or raise the limit")
-        before = next((image for image in self._all() if image.digest == found.digest), None)
-        names = tuple(dict.fromkeys((*names, *(before.names if before else ()))))[:MAX_NAMES]
-        image = Image(found.digest, names, found.config, total, int(time.time() * 1000))
-        self._write(image)  # before the others lose its names: a kill in between leaves a name twice, and the one that was used last is meant
-        for other in self._all():
-            if other.digest != found.digest and set(other.names) & set(names):
-                self._write(replace(other, names=tuple(name for name in other.names if name not in names)))
+        with self._lock:
+            before = next((image for image in self._all() if image.digest == found.digest), None)
+            names = tuple(dict.fromkeys((*names, *(before.names if before else ()))))[:MAX_NAMES]
+            image = Image(found.digest, names, found.config, total, int(time.time() * 1000))
+            self._write(image)  # before the others lose its names: a kill in between leaves a name twice, and the one that was used last is meant
+            for other in self._all():
+                if other.digest != found.digest and set(other.names) & set(names):
+                    self._write(replace(other, names=tuple(name for name in other.names if name not in names)))
         return image
 
     def _room(self, coming: int) -> None:
@@ -276,41 +278,47 @@ class ImageStore:
         Args:
             in_use: layers (diff_ids) that instances stand on: they stay, whatever the budget says, and so do the images that have no others.
         """
-        with self._lock:
-            images = self._all()
-            gone: list[str] = []
-            self._sweep(images, in_use)
-            used = sum(self._size(layer) for layer in self._kept())
-            for image in reversed(list(images)):
-                if used <= budget:
-                    break
-                if set(in_use).issuperset(image.config.diff_ids):
-                    continue
-                self._step("forget")
-                (self._images / f"{image.digest}.json").unlink(missing_ok=True)
-                _sync_folder(self._images)
-                images.remove(image)
-                gone.append(image.digest)
-                used -= self._sweep(images, in_use)
-            return gone
+        gone: list[str] = []
+        with self._adding:
+            with self._lock:
+                images = self._all()
+                dropped, _ = self._sweep(images, in_use)
+                used = sum(self._size(layer) for layer in self._kept())
+                for image in reversed(list(images)):
+                    if used <= budget:
+                        break
+                    if set(in_use).issuperset(image.config.diff_ids):
+                        continue
+                    self._step("forget")
+                    (self._images / f"{image.digest}.json").unlink(missing_ok=True)
+                    _sync_folder(self._images)
+                    images.remove(image)
+                    gone.append(image.digest)
+                    more, went = self._sweep(images, in_use)
+                    dropped += more
+                    used -= went
+            for folder in dropped:
+                remove(folder, self._pace)
+        return gone
 
-    def _sweep(self, images: Sequence[Image], in_use: Collection[str]) -> int:
-        """Remove the layers that no image has and no instance stands on; returns their bytes."""
+    def _sweep(self, images: Sequence[Image], in_use: Collection[str]) -> tuple[list[Path], int]:
+        """Drop the layers that no image has and no instance stands on; their folders, which are to be removed, and their bytes."""
         needed = {diff_id for image in images for diff_id in image.config.diff_ids} | set(in_use)
-        went = 0
+        dropped, went = [], 0
         for layer in self._kept():
             if layer not in needed:
                 went += self._size(layer)
-                self._drop(layer)
-        return went
+                dropped.append(self._drop(layer))
+        return dropped, went
 
-    def _drop(self, layer: str) -> None:
+    def _drop(self, layer: str) -> Path:
         """By way of `new`: a folder that is half removed never has a layer's name."""
+        gone = self._new / f"{layer}.gone"
         self._step("drop")
-        os.rename(self._layers / layer, self._new / f"{layer}.gone")
+        os.rename(self._layers / layer, gone)
         (self._layers / f"{layer}.json").unlink(missing_ok=True)
         self._step("dropped")
-        remove(self._new / f"{layer}.gone", self._pace)
+        return gone
 
     # -- the disk ------------------------------------------------------------------------------------------------------------
 

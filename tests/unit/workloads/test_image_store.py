@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,42 @@ def test_a_layer_is_unpacked_once_however_many_images_have_it(store: ImageStore,
     second = store.add(docker_save(tmp_path / "b.tar", [BASE, TOP, BASE], name="other:2", linked=True))
     assert (store.directory / "layers" / sha(BASE)).stat().st_ino == born
     assert second.digest != first.digest and store.used_bytes() == 1001 + 3
+
+
+def test_what_is_here_is_found_while_another_image_comes_or_goes(store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that is started again does not wait until somebody else's image is unpacked, which takes a slow disk half a minute."""
+    first = store.add(layout(tmp_path / "a", [BASE], name="here:1"))
+    comes, goes_on = threading.Event(), threading.Event()
+
+    def stands(word: str) -> None:
+        if word == "settle":
+            comes.set()
+            assert goes_on.wait(60)
+
+    monkeypatch.setattr(store, "_step", stands)
+    coming = threading.Thread(target=lambda: store.add(layout(tmp_path / "b", [TOP], name="coming:1")))
+    coming.start()
+    assert comes.wait(60)
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.extend((store.find("here:1").digest, len(store.images()), store.used_bytes() > 0)), daemon=True)
+    asking.start()
+    asking.join(30)
+    goes_on.set()
+    coming.join(60)
+    assert found == [first.digest, 1, True] and store.find("coming:1").names == ("coming:1",)
+    comes.clear()
+    goes_on.clear()
+    paced = stores.remove
+    monkeypatch.setattr(stores, "remove", lambda *words: (comes.set(), goes_on.wait(60), paced(*words)))
+    going = threading.Thread(target=lambda: store.prune(0, {sha(BASE)}))
+    going.start()
+    assert comes.wait(60)
+    asking = threading.Thread(target=lambda: found.append([image.names for image in store.images()]), daemon=True)
+    asking.start()
+    asking.join(30)
+    goes_on.set()
+    going.join(60)
+    assert found[-1] == [("here:1",)] and not list((store.directory / "new").iterdir())
 
 
 def test_a_name_goes_to_the_image_that_was_added_last(store: ImageStore, tmp_path: Path) -> None:
