@@ -25,6 +25,7 @@ PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-rA", "--tb=short", "
 GROUPS = {
     "containers": ["test_containers.py", "test_container_disk.py", "test_container_leases.py", "test_keeper_begins.py"],
     "checkpoints": ["test_container_checkpoints.py"],
+    "snapshots": [f"test_snapshots.py::{name}" for name in ("test_a_snapshot_has_what_was_changed_with_its_owners_and_the_container_goes_on", "test_one_whose_copy_fails_or_is_given_up_goes_on", "test_a_workload_is_begun_from_a_snapshot_and_sees_what_was_there")],
     "network": ["test_container_network.py", "test_container_functions.py"],
     "isolation": ["test_isolation.py", "test_functions.py"],
     "agent": ["../system/test_containers_adopted.py", "../system/test_eviction.py"],
