@@ -132,13 +132,13 @@ class Snapshotting:
 
     def __init__(self, folder: SnapshotFolder, operations: Operations, store: "ImageStore", budget: int, held: Callable[[], Awaitable[int]], changed: Callable[[], None] = lambda: None) -> None:
         self._folder, self._operations, self._store, self._budget, self._held, self._changed = folder, operations, store, budget, held, changed
-        self._writing: dict[asyncio.Task[None], tuple[str, ...]] = {}
-        """What is being made an image of, to the layers that it needs."""
+        self._writing: dict[asyncio.Task[None], tuple[Path, tuple[str, ...]]] = {}
+        """What is being made an image of, to its file and the layers that it needs."""
         self._one, self._closed = asyncio.Lock(), False
 
     def layers(self) -> set[str]:
         """Layers of the store that are needed still."""
-        return {layer for layers in self._writing.values() for layer in layers}
+        return {layer for _, layers in self._writing.values() for layer in layers}
 
     async def close(self) -> None:
         """Leave off what is being written: the next agent takes it again."""
@@ -175,8 +175,8 @@ class Snapshotting:
             raise Refused("workload", f"{workload} does not run here yet", "ask again when it runs")
         if not isinstance(driver, Snapshots):
             raise Refused("snapshot", "the driver that runs it takes none", "see docs/workloads.md, Snapshots, for what they can be taken of")
-        if path.exists():
-            raise Refused("name", f"{workload} has a snapshot {name} already", "give it another name, or delete that one")
+        if path.exists() or any(path == other for other, _ in self._writing.values()):
+            raise Refused("name", f"{workload} has a snapshot {name} already, or it is being written", "give it another name, or delete that one")
         await self._room(await asyncio.to_thread(driver.snapshot_bytes, status.key))
         if not begun:
             await self._operations.reach(asked["id"], TAKING)
@@ -192,7 +192,7 @@ class Snapshotting:
             await asyncio.to_thread(shutil.rmtree, new, True)
             raise
         task = asyncio.create_task(self._finish(asked["id"], path, new, told, image, status), name=f"snapshot {path.stem}")
-        self._writing[task] = image.config.diff_ids
+        self._writing[task] = path, image.config.diff_ids
         task.add_done_callback(self._writing.pop)
         return None
 

@@ -224,6 +224,15 @@ async def test_what_cannot_be_done_is_told_and_nothing_is_left(edge: Edge, tmp_p
             told = await done(edge, first, {"kind": "snapshot", "name": "a"})
             assert told["state"] == "failed" and why in told["reason"], told
     assert await edge.get("/api/v1/snapshots") == [] and not list((tmp_path / "data/workloads/snapshots/.new").iterdir())
+    async with snapshotting._one:  # the first is copied, and is not an image yet
+        _, one = await edge.ask(f"/api/v1/workloads/{first}/operations", "POST", body={"kind": "snapshot", "name": "a"})
+        await until(lambda: snapshotting._writing, ROOM_S)
+        assert "or it is being written" in (await done(edge, first, {"kind": "snapshot", "name": "a"}))["reason"]
+
+    async def succeeded() -> bool:
+        return bool((await edge.get(f"/api/v1/operations/{one['id']}"))["state"] == "succeeded")
+
+    await until(succeeded, ROOM_S, "the first, which the second left alone")
     assert (await done(edge, first, {"kind": "snapshot"}))["detail"]["image"].startswith(f"snapshots/{first}:local-")
 
 
