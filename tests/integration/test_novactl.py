@@ -22,7 +22,7 @@ from edge_runtime.config.schema import ApiConfig, BusConfig, DecisionsConfig, De
 from edge_runtime.contract import jsoncodec
 from edge_runtime.runtime import EdgeRuntime
 from hub.server import Hub
-from tools.novactl.cli import _parser, main
+from tools.novactl.cli import _parser, _print, main
 
 from .hub_side import EDGE, Background, served_hub
 from .waiting import until
@@ -420,3 +420,18 @@ def test_where_the_hub_is_may_be_said_before_the_command_and_behind_it(words: li
     assert (told.hub, told.token, told.ca_file, told.edge_api, told.json) == ("https://h", "t", "c", "e", True)
     nothing = _parser().parse_args(["status"])
     assert (nothing.hub, nothing.token, nothing.ca_file, nothing.edge_api, nothing.json) == (None, None, None, None, False)
+
+
+def test_no_name_in_a_table_is_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is read by a program it is one line, in a narrow terminal it is folded."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    row = ["run-container-b0d1a2", "container", "placed", "gateway-1", "running", "a reason that is longer than any terminal of eighty columns is wide, at least beside the others"]
+    head = ["workload", "kind", "state", "node", "said", "reason"]
+    _print(None, False, [row], head)
+    assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["workload", row[0]]
+    _print(None, False, [row], head)
+    assert row[-1] in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    _print(None, False, [row], head)
+    said = capsys.readouterr().out
+    assert "…" not in said and "".join(line[:said.index("kind")].strip() for line in said.splitlines()[1:]) == row[0]

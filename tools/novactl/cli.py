@@ -24,6 +24,9 @@ from .transfers import add_commands as add_transfers
 from .verify import verify_edge
 from .workloads import add_commands, explain_workload
 
+WIDEST = 10_000
+"""Columns of a table for what is no terminal: it is as wide as what is in it."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 0 ok, 1 something is wrong (said), 2 wrong use."""
@@ -96,13 +99,14 @@ def _print(value: Any, as_json: bool, rows: list[list[Any]] | None = None, head:
         print(json.dumps(value, indent=None if as_json else 1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(head or []), box=None, pad_edge=False)
+    # A name that is cut cannot be typed again: a narrow terminal has it in two lines, and what is no terminal is as wide as it has to be.
+    table = Table(*(Column(name, overflow="fold") for name in head or []), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(Text("" if cell is None else _plain(str(cell))) for cell in row))
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDEST).print(table)
 
 
 def _plain(text: str) -> str:
