@@ -12,7 +12,7 @@ from .harness import ROOT
 
 BENCHES = (
     "edge_footprint",
-    "decision_latency",
+    "decision_latency", "decision_bulk",
     "decision_rate",
     "peer_node_red",
     "journal",
