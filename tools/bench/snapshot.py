@@ -13,7 +13,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 if not __package__:
     __import__("as_module").again(__file__)
 
+from edge_runtime.clock import SystemClock
+from edge_runtime.journal import Journal, JournalSettings
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Ability, Key, Order
@@ -63,24 +64,6 @@ while True:
 """
 
 
-class InMemory:
-    """A journal for a run of this benchmark: what is measured is the disk's."""
-
-    def __init__(self) -> None:
-        self.documents: dict[str, Any] = {}
-
-    def append(self, stream: str, kind: str, body: dict[str, Any]) -> None:
-        pass
-
-    def state(self, key: str) -> Any:
-        return self.documents.get(key)
-
-    def put_state(self, key: str, value: Any, on_durable: Callable[[], None] | None = None) -> None:
-        self.documents[key] = value
-        if on_durable is not None:
-            on_durable()
-
-
 async def none() -> int:
     return 0
 
@@ -103,7 +86,9 @@ async def measure(driver: ContainerDriver, store: ImageStore, folder: Path, size
     key = Key(f"bench-{size_mb}-{number}", 1)
     spec = {"command": [PYTHON, "-c", PROGRAM], "env": {"MOST": str(size_mb * 1_000_000)}, "mounts": MOUNTS}
     kept = SnapshotFolder(folder / "snapshots")
-    operations = Operations(InMemory(), lambda asked: None)
+    journal = Journal(JournalSettings(folder / "journal", ballast_bytes=0, min_free_bytes=0), SystemClock())
+    journal.start()
+    operations = Operations(journal, lambda asked: None)
     snapshotting = Snapshotting(kept, operations, store, 1 << 40, none)
     asked = {"id": "o-1", "kind": "snapshot", "workload": key.id, "epoch": 1, "name": "a", "stop": False}
     try:
@@ -129,7 +114,8 @@ async def measure(driver: ContainerDriver, store: ImageStore, folder: Path, size
         return {"stood_still_s": told["detail"]["paused_ms"] / 1000, "whole_s": whole, "cp_s": peer, "stored_mb": path.stat().st_size / 1e6}
     finally:
         await driver.delete(key)
-        for gone in ("peer", "snapshots"):
+        await journal.close()
+        for gone in ("peer", "snapshots", "journal"):
             shutil.rmtree(folder / gone, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cgroups
 from .face import Failed, Key, Phase, Refused
-from .instance import write
+from .instance import BLOCK, write
 
 if TYPE_CHECKING:
     from .container import ContainerDriver
@@ -32,9 +32,6 @@ SHARE = 20
 
 MAX_FILES = 200_000
 """Files and folders that are looked at of one container: about a second. One that has more is over its limit: it takes inodes, and time to count."""
-
-BLOCK = 512
-"""Bytes of a block, as stat(2) counts them."""
 
 
 @dataclass(frozen=True, slots=True)

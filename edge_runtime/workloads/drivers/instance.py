@@ -24,6 +24,9 @@ OUTPUT = ("stdout.log.1", "stdout.log", "stderr.log.1", "stderr.log")
 NOTE = "checkpoint.json"
 """In an instance's folder: the checkpoint that is under way, or that has ended it."""
 
+BLOCK = 512
+"""Bytes of a block, as stat(2) counts them."""
+
 SNAPSHOT = "snapshot.json"
 """In a container's folder: it stands still for its snapshot."""
 

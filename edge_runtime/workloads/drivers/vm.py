@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..images import Image, ImageError, ImageStore
 from . import cgroups, lease, outside, qemu_kernel, vm_files, vm_image, vm_machine, vm_seed
 from .face import QCOW2, Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
-from .instance import LOOK_S, NOTE, UPPER, link_output, read, sync_folder, write
+from .instance import BLOCK, LOOK_S, NOTE, UPPER, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
 from .network import PROGRAM, connection, resolv_conf
 from .programs import searched
@@ -69,9 +69,6 @@ COPY_S = 600.0
 
 COPY_LEAST = 20_000_000
 """Bytes in a second that a snapshot writes at least: an SD card does. So long it may take beside that."""
-
-BLOCK = 512
-"""Bytes of a block, as stat(2) counts them."""
 
 OPTION_ROM = "linuxboot_dma.bin"
 """What QEMU adds to a machine that is given a kernel: a clone, which needs no kernel any more, must have it all the same."""
