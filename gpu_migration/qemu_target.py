@@ -6,14 +6,8 @@ is killed in between, the next one that serves the folder goes on from there.
 """
 
 import contextlib
-import fcntl
-import json
 import mmap
 import os
-import queue
-import select
-import signal
-import socket
 import subprocess
 import threading
 import time
@@ -25,23 +19,22 @@ from pathlib import Path
 import numpy as np
 
 from . import guest_disks, patches, qemu_guest, qemu_store, wire
-from .errors import DestinationError, FormatError, HashMismatch, KeyRefused, MigrationError, TransferLost, Unauthentic
+from .errors import DestinationError, FormatError, HashMismatch, MigrationError, TransferLost, Unauthentic
 from .layout import EXTENT, OBJECT_MAX, PAGE, pages_of
+from .qemu_door import Door
+from .qemu_folder import Decision, Folder
 from .qemu_qmp import QemuError, Qmp
-from .qemu_question import TRANSFER
 from .qemu_store import Store
-from .receiver import CONNECTIONS_MOST, PATIENCE_S, TEXT_MOST, Receiver
+from .receiver import PATIENCE_S, TEXT_MOST, Receiver
 from .sources import FileSource
 from .wire import Kind
 
 MEMORY = "{memory}"
 """In QEMU's command line, in place of the file that is the guest's memory."""
 QUIT_S = 10.0
-"""Seconds for a QEMU that is not wanted any more, before it is killed."""
+"""Seconds to reach a QEMU that an earlier one left."""
 LOOK_S = 0.1
 """Seconds between two looks whether a source that is to send its disks is still there."""
-LOG_MOST = 2000
-"""Characters of what QEMU said that are shown."""
 
 
 class Step(StrEnum):
@@ -71,174 +64,6 @@ class Taken:
     patches: int = 0
     disks: list[str] = field(default_factory=list)
     """Files of the disks that came with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The guest of that session is this end's."""
-
-    session: bytes
-    running_at: float
-
-
-class Folder:
-    """Where one guest lives."""
-
-    def __init__(self, path: Path, disks: Path) -> None:
-        """`disks`: the folder of those that come with it. Raises DestinationError."""
-        self.disks, self.store, self.store_log = disks, path / "store", path / "store.log"
-        self._made, self._store_pid = path / "disks-made", path / "store-pid"
-        self.path, self.memory, self.control, self.log = path, path / "memory", path / "qmp", path / "qemu.log"
-        self._decision, self._pid = path / "decision", path / "pid"
-        self._lock = -1
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise DestinationError(f"folder {path}: another program serves it; give another folder") from None
-        except OSError as error:
-            raise DestinationError(f"folder {path}: {error.strerror or error}") from None
-
-    def decision(self) -> Decision | None:
-        """Raises DestinationError where it cannot be read."""
-        try:
-            found = json.loads(self._decision.read_text())
-            return Decision(bytes.fromhex(found["session"]), float(found["running_at"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DestinationError(f"folder {self.path}: its decision cannot be read ({error}); find out whether the source runs the guest") from None
-
-    def decide(self, decision: Decision) -> None:
-        """From here on it is this end's, whatever happens. Raises DestinationError, and it is not."""
-        part = self._decision.with_name("decision.part")
-        try:
-            with part.open("w") as file:
-                json.dump({"session": decision.session.hex(), "running_at": decision.running_at}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(self._decision)
-        except OSError as error:
-            raise DestinationError(f"folder {self.path}: {error.strerror or error}") from None
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def started(self, pid: int) -> None:
-        """A QEMU of this folder."""
-        self._pid.write_text(str(pid))
-
-    def storing(self, pid: int) -> None:
-        """A QEMU that writes the guest's disks."""
-        self._store_pid.write_text(str(pid))
-
-    def made(self, disk: Path) -> None:
-        """A disk that is to be made for this move. Raises DestinationError."""
-        try:
-            with self._made.open("a") as file:
-                file.write(json.dumps(str(disk)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DestinationError(f"folder {self.path}: {error.strerror or error}") from None
-
-    def clear(self) -> None:
-        """End what an undecided move left: its QEMU, which never ran, the memory and the disks that were made for it."""
-        self._kill(self._pid, self.control)
-        self.stored()
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            for line in self._made.read_text().splitlines():
-                Path(json.loads(line)).unlink(missing_ok=True)
-        for path in (self.control, self.memory, self._made):
-            path.unlink(missing_ok=True)
-
-    def stored(self) -> None:
-        """End what writes the disks."""
-        self._kill(self._store_pid, self.store)
-        self.store.unlink(missing_ok=True)
-
-    @staticmethod
-    def _kill(record: Path, control: Path) -> None:
-        """A QEMU with that control socket, and no process that has got its number since."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(record.read_text())
-            handle = os.pidfd_open(pid)
-            try:
-                if f"unix:{control},".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-                    select.select([handle], [], [], QUIT_S)
-            finally:
-                os.close(handle)
-        record.unlink(missing_ok=True)
-
-    def said(self) -> str:
-        """QEMU's last words."""
-        with contextlib.suppress(OSError):
-            return " ".join(self.log.read_text(errors="replace")[-LOG_MOST:].split())
-        return ""
-
-    def close(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-
-class Door:
-    """Takes streams of whoever has the key, each handshake on a thread of its own, so that one that stalls holds up no other."""
-
-    def __init__(self, key: bytes, listen: tuple[str, int]) -> None:
-        self._key = key
-        try:
-            self._listener = socket.create_server(listen, backlog=CONNECTIONS_MOST)
-        except OSError as error:
-            raise DestinationError(f"listen {listen[0]}:{listen[1]}: {error.strerror or error}; give another address") from None
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        self._opened: queue.Queue[wire.Stream] = queue.Queue(CONNECTIONS_MOST)
-        self._places = threading.BoundedSemaphore(CONNECTIONS_MOST)
-        self._thread = threading.Thread(target=self._accept, daemon=True, name="door")
-        self._thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._shake, args=(sock,), daemon=True, name="handshake").start()
-            else:
-                sock.close()
-
-    def _shake(self, sock: socket.socket) -> None:
-        try:
-            stream, transfer = wire.answer(sock, self._key)
-            if transfer != TRANSFER:
-                stream.close()
-            else:
-                self._opened.put_nowait(stream)
-        except (OSError, KeyRefused, queue.Full):
-            sock.close()
-        finally:
-            self._places.release()
-
-    def stream(self, seconds: float) -> wire.Stream | None:
-        """The next one; None where none came in time."""
-        try:
-            return self._opened.get(timeout=seconds)
-        except queue.Empty:
-            return None
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-        while not self._opened.empty():
-            self._opened.get_nowait().close()
 
 
 class Target:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import termios
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,28 @@ async def test_mounts(driver: ContainerDriver) -> None:
     for source in ("/etc", f"{allowed}/../..", f"{allowed}/way-out", "relative"):
         with pytest.raises(Refused, match="not in a folder that this node allows"):
             await driver.prepare(Order(Key("mounts", 1), "box:1", {}, {"command": ["true"], "mounts": [{"target": "/data", "source": source}]}))
+
+
+@pytest.mark.parametrize("how", ["noexec,nosuid,nodev", "noatime,nodiratime", "strictatime", "noexec,noatime,ro"])
+async def test_a_folder_of_a_file_system_that_the_node_has_mounted_its_own_way(how: str, driver: ContainerDriver) -> None:
+    """A stick, a network's folder, a partition of data: what the node mounted it with holds for the container too, and does not keep it from being mounted."""
+    name = f"stick-{len(how)}"
+    place = Path(driver._settings.allowed_mounts[0]) / name
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "tmpfs", str(place)], check=True)
+    try:
+        (place / "program").write_text("#!/bin/sh\necho ran\n")
+        (place / "program").chmod(0o755)
+        subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True)
+        fixed = how.endswith("ro")
+        mounts = [{"target": "/seen", "source": str(place)}, {"target": "/written", "source": str(place), "read_only": fixed}]
+        status, out, err = await output(driver, name, "/seen/program || echo no program; touch /seen/x || echo read only; touch /written/y && echo written", mounts=mounts)
+        assert status.exit is not None and out == ("no program\n" if "noexec" in how else "ran\n") + "read only\n" + ("" if fixed else "written\n"), err
+        if fixed:
+            with pytest.raises(Refused, match="mounted the file system of .* read-only"):
+                await driver.prepare(Order(Key(name, 2), "box:1", {}, {"command": ["true"], "mounts": [{"target": "/data", "source": str(place), "read_only": False}]}))
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 async def test_a_root_that_cannot_be_written(driver: ContainerDriver) -> None:

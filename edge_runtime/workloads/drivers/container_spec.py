@@ -264,8 +264,16 @@ def _mounts(told: Any, allowed: Sequence[str]) -> list[dict[str, Any]]:
         for name in ("read_only", "shared"):
             if not isinstance(mount.get(name, True), bool):
                 raise Refused(f"{field}.{name}", "is neither true nor false", "say true or false")
-        found.append({"destination": target, "type": "bind", "source": real, "options": ["bind", "nosuid", "nodev", "ro" if read_only else "rw"]})
+        found.append({"destination": target, "type": "bind", "source": real, "options": _bind(f"{field}.read_only", real, read_only)})
     return found
+
+
+def _bind(field: str, source: str, read_only: bool) -> list[str]:
+    """How a folder of the node is mounted. What the node mounted it with is locked for whoever is in a user namespace: a mount that does not say `noexec` where the node did is refused by the kernel, not made so."""
+    flags = os.statvfs(source).f_flag
+    if flags & os.ST_RDONLY and not read_only:
+        raise Refused(field, f"is false, and the node has mounted the file system of {source[:80]!r} read-only", "say true, or have the node's operator mount it so that it can be written")
+    return ["bind", "nosuid", "nodev", *(["noexec"] if flags & os.ST_NOEXEC else []), "ro" if read_only else "rw"]
 
 
 def own_folders(spec: Mapping[str, Any]) -> list[str]:
