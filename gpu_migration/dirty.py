@@ -127,9 +127,9 @@ class WriteProtect:
         except OSError as error:
             self.close()
             raise SourceError(f"memory {path}: no write protection ({error.strerror or error}): it needs Linux 6.7 and the rights to trace QEMU") from None
-        except SourceError:
+        except SourceError as error:
             self.close()
-            raise
+            raise SourceError(f"memory {path}: no write protection ({error}): it needs the rights to trace QEMU") from None
 
     def arm(self) -> None:
         """Protect all of it."""

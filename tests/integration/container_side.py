@@ -1,6 +1,5 @@
 """Real containers for tests: an image around Debian's static busybox, and a driver over it. Skips where root, a runtime or busybox are missing."""
 
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.container_laying import Settings
 from edge_runtime.workloads.drivers.face import Key, Order, Status
+from edge_runtime.workloads.drivers.outside import short_of_root
 from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore, Limits
 from tests.unit.workloads.image_side import Entry, layer, layout
@@ -22,8 +22,8 @@ LIMITS = Limits(keep_free=0)
 
 def reason_against() -> str:
     """Why containers cannot be tested here; empty where they can."""
-    if os.geteuid() != 0:
-        return "containers need root"
+    if short := short_of_root():
+        return f"containers: {short}"
     if searched("runc") is None:
         return "no runc (as root: apt install runc)"
     if not BUSYBOX.exists() or (searched("file") is not None and b"statically linked" not in subprocess.run(["file", "-b", str(BUSYBOX)], capture_output=True).stdout):

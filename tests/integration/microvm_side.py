@@ -10,6 +10,7 @@ import pytest
 from edge_runtime.workloads.drivers import qemu_kernel
 from edge_runtime.workloads.drivers.face import Key, Order, Status
 from edge_runtime.workloads.drivers.microvm import MicrovmDriver, Settings
+from edge_runtime.workloads.drivers.outside import short_of_root
 from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.images import ImageStore
 
@@ -25,8 +26,8 @@ def kernel_folder() -> str:
 
 def reason_against() -> str:
     """Why micro-VMs cannot be tested here; empty where they can."""
-    if os.geteuid() != 0:
-        return "micro-VMs need root"
+    if short := short_of_root():
+        return f"micro-VMs: {short}"
     if platform.machine() != "x86_64" or searched("qemu-system-x86_64") is None:
         return "no qemu-system-x86_64 (as root: apt install qemu-system-x86)"
     if searched("mke2fs") is None:

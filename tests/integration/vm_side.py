@@ -1,7 +1,6 @@
 """Real virtual machines for tests: the sample disk, in the forms in which images come. Skips where root, QEMU, busybox or a kernel for guests are missing."""
 
 import asyncio
-import os
 import platform
 import re
 import shutil
@@ -14,6 +13,7 @@ import pytest
 
 from edge_runtime.workloads.drivers import qemu_kernel
 from edge_runtime.workloads.drivers.face import Key, Order, Phase
+from edge_runtime.workloads.drivers.outside import short_of_root
 from edge_runtime.workloads.drivers.programs import searched
 from edge_runtime.workloads.drivers.vm import Settings, VmDriver
 from edge_runtime.workloads.images import ImageStore
@@ -39,8 +39,8 @@ HELLO = re.compile(rb"hello from ([a-z0-9-]+), a virtual machine on Linux [^,]+,
 
 def reason_against() -> str:
     """Why virtual machines cannot be tested here; empty where they can."""
-    if os.geteuid() != 0:
-        return "virtual machines need root"
+    if short := short_of_root():
+        return f"virtual machines: {short}"
     if platform.machine() != "x86_64" or searched("qemu-system-x86_64") is None:
         return "no qemu-system-x86_64 (as root: apt install qemu-system-x86)"
     try:

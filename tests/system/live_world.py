@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ KEY = bytes(range(32))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "NOVACRON_MIGRATION_KEY": KEY.hex()}
 LONG = 120.0
 """Seconds for what takes a few on a machine of its own."""
+ROOM = 1 << 30
+"""Bytes of /dev/shm that a guest of 128 MiB is given: it is there twice while it moves, beside other tests' guests."""
 REWRITES = 800
 """Pages a second: 3 MB of 48."""
 STEP_OF_WORDS = 0x9E3779B97F4A7C15
@@ -101,6 +104,8 @@ class World:
 
 def make(qemu: str, disk: str = "", **more: int) -> World:
     """A guest in memory of its own. Skips where it cannot be made."""
+    if (free := shutil.disk_usage("/dev/shm").free) < ROOM:
+        pytest.skip(f"/dev/shm has {free >> 20} MiB free, and guests that move take {ROOM >> 20} (docker run --shm-size)")
     folder = Path(subprocess.run(["mktemp", "-d", "/dev/shm/live-XXXXXX"], check=True, capture_output=True, text=True).stdout.strip())
     try:
         return World(folder, qemu, disk, **more)

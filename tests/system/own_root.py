@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.workloads.drivers import qemu_kernel
+from edge_runtime.workloads.drivers.outside import short_of_root
 from firmware_images import tools
 from firmware_images.errors import FirmwareError
 from tests.integration.waiting import until_sync
@@ -81,8 +82,8 @@ class Ended:
 
 def reason_against() -> str:
     """Why there can be no such guest; empty where there can."""
-    if os.geteuid() != 0:
-        return "a guest with this machine's root needs root"
+    if short := short_of_root():
+        return f"a guest with this machine's root: {short}"
     if _shares() is None:
         return "no virtiofsd (as root: apt install qemu-system-common, or virtiofsd)"
     try:

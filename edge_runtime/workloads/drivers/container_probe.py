@@ -36,8 +36,8 @@ async def find(driver: ContainerDriver, settings: Settings, groups: Groups) -> t
     ) | ({Ability.ROOTLESS: "the agent is the machine's root here; one of another user's can, with workloads.rootless"} if outside.UID is None else {})
     ways, runtime, reasons = None, "", []
     code = program(platform.machine())
-    if os.geteuid() != 0:
-        reasons.append(f"the agent does not run as root, and {rootless.why or 'workloads.rootless is not set'}")
+    if short := outside.short_of_root(of_machine=False):
+        reasons.append(f"{short}, and {rootless.why or 'workloads.rootless is not set'}" if os.geteuid() != 0 else short)
     elif odd := set(",:\\") & set(str(driver.scratch)):
         reasons.append(f"the data folder's path has {' '.join(sorted(odd))} in it, which overlayfs takes for its own")
     elif groups.lacks and not groups.undelegated():

@@ -52,8 +52,8 @@ async def find(driver: ContainerdDriver, settings: Settings, groups: Groups, han
 
 def _lacks(driver: ContainerdDriver, groups: Groups, handler: Handler) -> str:
     """What a probe need not run for, in words; empty where there is nothing."""
-    if not outside.machine_root():
-        return "the agent does not run as the machine's root"
+    if short := outside.short_of_root():
+        return short
     if searched(handler.shim) is None:
         how = "Debian has no package of it; see the Kata Containers project for one" if handler.own_kernel else "as root: apt install containerd"
         return f"{handler.shim} is not installed ({how})"

@@ -109,8 +109,8 @@ class MicrovmDriver(QemuDriver):
         qemu, mke2fs = next((path for name in self._settings.qemu if (path := searched(name))), None), searched("mke2fs")
         if not self._settings.enabled:
             why = "switched off (workloads.microvms in its configuration)"
-        elif not outside.machine_root():
-            why = "the agent does not run as root"
+        elif short := outside.short_of_root():
+            why = short
         elif platform.machine() != "x86_64":
             why = f"there is no machine type microvm for {platform.machine()}"
         elif self._groups.lacks:

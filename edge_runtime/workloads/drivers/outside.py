@@ -29,6 +29,22 @@ GROUPS = "/novacron" if UID is None else f"/novacron-{UID}"
 """The control group above all containers, in every hierarchy: of a user's own agent, one that root has made for it."""
 
 
+SYS_ADMIN = 21
+"""Number of the capability without which root mounts nothing and makes no namespaces (linux/capability.h)."""
+
+
+def short_of_root(of_machine: bool = True) -> str:
+    """What we lack to mount, to make namespaces and control groups; empty where we can. `of_machine`: as root of the machine, not of a user namespace of our own."""
+    if os.geteuid() != 0 or (of_machine and UID is not None):
+        return "the agent does not run as root"
+    try:
+        with open("/proc/self/status") as handle:
+            may = next((int(line.split()[1], 16) for line in handle if line.startswith("CapEff:")), 0)
+    except OSError:
+        return ""
+    return "" if may & 1 << SYS_ADMIN else "the agent runs as root without a machine's root's rights (CAP_SYS_ADMIN), as in a container"
+
+
 def machine_root() -> bool:
     """Whether we are root, and that of the machine: only then there are other users to start things as."""
     return UID is None and os.geteuid() == 0

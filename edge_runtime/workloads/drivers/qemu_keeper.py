@@ -111,12 +111,23 @@ class Machine:
             if os.getppid() != parent:
                 os._exit(1)
 
+        def become_or_say() -> None:
+            try:
+                become()
+            except Exception as error:
+                os.write(2, str(error).encode())  # all that the parent hears of it is that there was one
+                raise
+
         self._told, self._before = told, memory_kills(told)
         self.errors = os.path.join(told["folder"], "qemu.err")
         with open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, cwd="/", env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, preexec_fn=become, pass_fds=tuple(its.values()), start_new_session=True,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, cwd="/", env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"}, preexec_fn=become_or_say, pass_fds=tuple(its.values()),
+                    start_new_session=True,
+                )
+            except subprocess.SubprocessError:
+                raise self.trouble("QEMU's process could not be made ready") from None
         for name in ours:
             os.close(its[name])
         self.ports = {name: ours[name] for name in ports}

@@ -151,8 +151,8 @@ class VmDriver(QemuDriver):
         qemu = next((path for name in self._settings.qemu if (path := searched(name))), None)
         if not self._settings.enabled:
             why = "switched off (workloads.vms in its configuration)"
-        elif not outside.machine_root():
-            why = "the agent does not run as root"
+        elif short := outside.short_of_root():
+            why = short
         elif platform.machine() != "x86_64":
             why = f"there is no machine type q35 for {platform.machine()}"
         elif self._groups.lacks:

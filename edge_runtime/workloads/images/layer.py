@@ -161,7 +161,8 @@ def unpack(stream: Plain, folder: Path, diff_id: str | None, limits: Limits, *, 
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ImageError("layer", "the disk is full", "free space, or give images a smaller budget") from None
-        raise ImageError("layer", f"could not be unpacked: {error.strerror}", "look at the disk") from None
+        remedy = "run the agent as root of the machine, not in a container: owners, device nodes and trusted attributes are for it alone" if error.errno == errno.EPERM else "look at the disk"
+        raise ImageError("layer", f"could not be unpacked: {error.strerror}", remedy) from None
     if diff_id is not None and counted.digest.hexdigest() != diff_id:
         raise ImageError("layer", f"its content has the hash {counted.digest.hexdigest()}, the image's config says {diff_id}", "build or copy the image again")
     return tree.told

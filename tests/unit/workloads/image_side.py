@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.workloads.drivers.outside import short_of_root
 from edge_runtime.workloads.images.manifest import Platform
 
 HERE = Platform.here()
-AS_ROOT = os.geteuid() == 0
+AS_ROOT = not short_of_root()
 
 Entry = tuple[str, str, bytes]
 """Kind (`file`, `folder`, `symlink`, `hard`, `fifo`, `char`), name, content or target."""

@@ -17,6 +17,7 @@ from edge_runtime.workloads.drivers import checkpoint_state as state
 from edge_runtime.workloads.drivers import criu
 from edge_runtime.workloads.drivers.container_checkpoint import user_namespace
 from edge_runtime.workloads.drivers.face import Capabilities, Refused
+from edge_runtime.workloads.drivers.outside import short_of_root
 from edge_runtime.workloads.drivers.overlay_layer import pack_disk
 from edge_runtime.workloads.images import Limits
 from edge_runtime.workloads.images.layer import unpack
@@ -134,7 +135,7 @@ def test_another_host_is_refused_with_what_stands_against_it() -> None:
     state.suits(DOCUMENT, replace(HERE, kernel="6.1.0"), "4.10", other_kernel=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="whiteouts and owners need root")
+@pytest.mark.skipif(bool(short_of_root()), reason="whiteouts and owners need a machine's root")
 @pytest.mark.parametrize("base", [0, 0x7000_0000])
 def test_the_changed_root_goes_through_a_layer_unchanged(tmp_path: Path, base: int) -> None:
     upper = tmp_path / "upper"
