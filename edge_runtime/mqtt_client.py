@@ -14,6 +14,7 @@ from typing import Any
 
 from .contract.limits import MAX_MESSAGE_BYTES
 from .lean_imports import import_paho
+from .system.reach import reach
 from .system.reasons import Reasons
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,9 @@ def _make(paho: Any) -> Any:
             """Before that, where it refuses it: by the reason code of MQTT 5."""
 
         # -- in --------------------------------------------------------------------------------------------------------------
+
+        def _create_socket_connection(self) -> Any:
+            return reach(self._host, self._port, self._connect_timeout)
 
         def take(self, most: int) -> bool:
             """Read the socket once and take up to `most` packets; False where the connection is lost or what came is not MQTT."""

@@ -14,6 +14,7 @@ from edge_runtime.contract import jsoncodec, topics
 from edge_runtime.contract.errors import ContractError
 from edge_runtime.contract.limits import BROKER_PACKET_BYTES, PROTOCOL_VERSION
 from edge_runtime.contract.presence import HUB_PRESENCE
+from edge_runtime.system.reach import reach
 from edge_runtime.system.reasons import Reasons
 
 from .broker import Broker
@@ -42,6 +43,11 @@ class _Client(aiomqtt.Client):
     on_refused: Callable[[str], None] = staticmethod(lambda _reason: None)
     packet_max = 0
     """Bytes of a packet that the broker takes; 0 where it has not said so."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        inner: Any = self._client
+        inner._create_socket_connection = lambda: reach(inner._host, inner._port, inner._connect_timeout)  # paho tries one address after the other, each for as long
 
     def _on_connect(self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any = None) -> None:
         self.packet_max = int(getattr(properties, "MaximumPacketSize", 0))

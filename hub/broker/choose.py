@@ -6,6 +6,8 @@ import ssl
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from edge_runtime.system.reach import NEXT_S
+
 from .base import Broker, BrokerError, Door
 from .embedded import EmbeddedBroker
 from .mosquitto import MosquittoBroker, find_mosquitto
@@ -58,7 +60,7 @@ class ExternalBroker:
             log.warning("broker %s:%d did not answer the probe (%s); it will be tried again", self.host, self.port, str(error) or type(error).__name__)
 
     async def _probe(self, context: ssl.SSLContext | None) -> bool:
-        reader, writer = await asyncio.open_connection(self.host, self.port, ssl=context)
+        reader, writer = await asyncio.open_connection(self.host, self.port, ssl=context, happy_eyeballs_delay=NEXT_S)
         try:
             writer.write(_CONNECT_5)
             await writer.drain()

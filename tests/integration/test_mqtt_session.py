@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiomqtt
 import pytest
 from paho.mqtt import properties as paho_properties
 from paho.mqtt.packettypes import PacketTypes
@@ -20,8 +21,11 @@ from paho.mqtt.packettypes import PacketTypes
 from edge_runtime.lean_imports import import_paho
 from edge_runtime.mqtt_reconnect import run_session
 from edge_runtime.mqtt_session import READ_PACKETS, Endpoint, MqttSession, SessionClosed, Will
+from hub.broker.choose import ExternalBroker
+from hub.link import _Client
 
 from .edges import MOSQUITTO, LocalBroker
+from .silent import Name, silent
 from .waiting import until
 
 
@@ -64,6 +68,24 @@ async def test_bursts_larger_than_a_turn_and_messages_larger_than_a_read_arrive_
     assert max(after - before for before, after in zip([0, *turns], turns, strict=False)) <= READ_PACKETS  # no turn takes more than it may
     await receiver.disconnect()
     await sender.disconnect()
+
+
+async def test_a_broker_behind_addresses_that_lead_nowhere_is_reached_by_edge_and_hub(broker: LocalBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site whose IPv6 ends at its router, a broker with two such addresses: paho's own tries each for as long as a connection may take, and never comes to the third."""
+    with silent("127.0.0.2", broker.port), silent("127.0.0.3", broker.port):
+        Name(monkeypatch, "hub.example", ["127.0.0.2", "127.0.0.3", "127.0.0.1"])
+        monkeypatch.delattr(socket, "create_connection")  # one after the other: the hub's client, which waits for it without a limit, would come to the third after all
+        inbox = Inbox()
+        session = MqttSession(Endpoint("hub.example", broker.port), "edge", inbox)
+        await session.connect()
+        await session.subscribe(["t/#"])
+        probed = ExternalBroker(f"mqtt://hub.example:{broker.port}")
+        await probed.start()
+        assert probed.mqtt5
+        async with _Client(*probed.inside, protocol=aiomqtt.ProtocolVersion.V5, identifier="hub", timeout=10) as client:
+            await client.publish("t/x", b"reached", qos=1)
+            await until(lambda: inbox.messages == [("t/x", b"reached")], what="the hub's message")
+        await session.disconnect()
 
 
 async def test_goodbye_has_no_last_will_and_death_has_one(broker: LocalBroker) -> None:
