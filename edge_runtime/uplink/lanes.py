@@ -24,6 +24,12 @@ LIVE_LAG = 4_000
 RECEIPT_TIMEOUT_MS = 10_000
 """Silence of the hub about records that were sent; then everything unreceipted is sent again (the hub drops duplicates)."""
 
+SLOW_MS = 1_000
+"""A broker that takes so long for a message is behind a slow link: a quick one takes some milliseconds, a satellite 0.6 s. Else each message would put off what a deaf hub is known by."""
+
+UNTAKEN = 3
+"""Times as long the hub may be silent while the broker has not taken what was sent: the hub cannot have heard it. Not for ever: there are brokers that never acknowledge what is too large for them."""
+
 IDLE_WAKE_MS = 3_600_000
 """Where nothing is owed only an event changes anything; the processor of an idle edge need not be woken for it."""
 
@@ -132,9 +138,11 @@ class Lanes:
             if bounded[0] <= bounded[1] and bounded not in lane.wants and len(lane.wants) < MAX_WANT_RANGES:
                 lane.wants.append(bounded)
 
-    def acked(self) -> None:
-        """The broker acknowledged one message."""
+    def acked(self, stream: str, sent_ms: int, now_ms: int) -> None:
+        """The broker acknowledged one message. Where that took long the link is slow, and the hub cannot have heard of it before: its silence begins now."""
         self.inflight = max(0, self.inflight - 1)
+        if now_ms - sent_ms >= SLOW_MS:
+            self._heard_ms = self.streams[stream].progress_ms = now_ms
 
     def sent(self, send: Send, last: int, now_ms: int) -> None:
         """A batch was published; `last` is the last seq that fitted."""
@@ -228,7 +236,8 @@ class Lanes:
 
     def silent(self, now_ms: int) -> bool:
         """The hub has said nothing for too long about what was sent: start the lanes afresh (`link_up`)."""
-        if not self.up or self.quarantine or now_ms - self._heard_ms < RECEIPT_TIMEOUT_MS:
+        patience = RECEIPT_TIMEOUT_MS * (UNTAKEN if self.inflight else 1)
+        if not self.up or self.quarantine or now_ms - self._heard_ms < patience:
             return False
         return self._owed()
 

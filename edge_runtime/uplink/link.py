@@ -25,6 +25,7 @@ from ..system.reasons import Reasons
 from .backoff import Backoff
 from .lanes import Lanes, Send
 from .room import Room
+from .window import Window
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Uplink:
         self._unanswered = 0
         self._told_unheard = Reasons()
         self._room = Room(settings.batch_bytes)
+        self.window = Window(settings.inflight * settings.batch_bytes)
         self._agains: dict[tuple[str, int], int] = {}
         """How often a stream was sent again from a record on, at this link."""
         self._stalled = (0, 0)
@@ -164,6 +166,7 @@ class Uplink:
         self.last_error = error.reason
         self._backoff.link_down(now / 1000)
         self._less(self._room.lost(error.too_large, now), "does not take a packet")
+        self.window.lost()
         if error.taken_over:
             self.taken_over += 1
             self._metrics.inc("uplink_taken_over_total")
@@ -173,6 +176,7 @@ class Uplink:
     async def _serve(self, session: MqttSession) -> None:
         self._session = session
         self._room.begin(session.packet_max)
+        self.window.begin()
         self._agains.clear()
         self._stalled = (0, 0)
         session.on_too_large = lambda: session.abort("the broker refuses a packet of this size", too_large=True)
@@ -258,6 +262,7 @@ class Uplink:
     def _start_lanes(self) -> None:
         marks = {name: self._journal.marks(name) for name in self.lanes.streams}
         self._proven.clear()
+        self.window.begin()
         self.lanes.link_up({name: mark.next_seq - 1 for name, mark in marks.items()}, {name: mark.floor for name, mark in marks.items()}, self._clock.mono_ms())
         self._wake.set()
 
@@ -440,7 +445,7 @@ class Uplink:
                 self._publish_presence("online", "resync")
             if self.lanes.ask_self(now):
                 self._metrics.inc("uplink_resent_tails_total")
-            send = self.lanes.next(now)
+            send = self.lanes.next(now) if self.window.room() else None
             if send is None:
                 self._wake.clear()
                 waiter = asyncio.ensure_future(self._wake.wait())
@@ -453,8 +458,9 @@ class Uplink:
         settings = self._settings
         limit, most = min(settings.batch_records, send.last - send.first + 1), self._room.most(self._clock.mono_ms())
         topic = topics.edge_topic(settings.edge, "up")
+        bytes_most = min(settings.batch_bytes, self.window.room(), *([max(1, most - AROUND)] if most else []))
         while True:
-            records, chain = await self._journal.read(send.stream, send.first, limit, min(settings.batch_bytes, max(1, most - AROUND)) if most else settings.batch_bytes, send.last)
+            records, chain = await self._journal.read(send.stream, send.first, limit, bytes_most, send.last)
             if not self.lanes.up or not session.open:
                 return
             marks = self._journal.marks(send.stream)
@@ -480,15 +486,20 @@ class Uplink:
                 raise SessionClosed(f"record {send.first} of {send.stream} takes a packet of {size} bytes, and the hub's broker takes {session.packet_max}: let it take {BROKER_PACKET_BYTES} (mosquitto: max_packet_size)")
             limit = len(records) // 2
 
+        sent_ms = self._clock.mono_ms()
+
         def acked() -> None:
+            now = self._clock.mono_ms()
             self._room.acknowledged(size)
+            self.window.acknowledged(size, sent_ms, now)
             if send.again:
                 self._sent_again(send)
-            self.lanes.acked()
+            self.lanes.acked(send.stream, sent_ms, now)
             self._wake.set()
 
         if session.publish(topic, payload, on_ack=acked):
             self._room.sent(size)
-            self.lanes.sent(send, last, self._clock.mono_ms())
+            self.window.sent(size)
+            self.lanes.sent(send, last, sent_ms)
             self._metrics.inc("uplink_sent_records_total", len(records), lane=send.lane)
             self._metrics.inc("uplink_sent_bytes_total", len(payload))

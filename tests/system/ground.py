@@ -183,6 +183,16 @@ class Namespace:
         """The cable is in again."""
         self._ip("link", "set", self._name(number), "up")
 
+    def thin(self, number: int, kbit: int) -> None:
+        """That link carries so much each way from now on, and holds 60 KB that wait, as a modem does."""
+        for wrap, device in (((), self._name(number)), (self.wrap, f"e{number}")):
+            try:
+                done = subprocess.run([*wrap, program("tc"), "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{kbit}kbit", "burst", "3000", "limit", "60000"], capture_output=True, text=True)
+            except FileNotFoundError as error:
+                pytest.skip(f"no link can be made thin here: {error}")
+            if done.returncode:
+                pytest.skip(f"no link can be made thin here: {done.stderr.strip()}")
+
     async def get(self, port: int, path: str) -> Any:
         """A GET from inside, of what listens there on loopback; JSON, or text where it is not."""
 
@@ -194,7 +204,9 @@ class Namespace:
         return await asyncio.get_running_loop().run_in_executor(self._inside, ask)
 
     def close(self) -> None:
-        """End it; its links go with it."""
+        """End it and its links: by itself the kernel takes them away some time later, and the next of this process has their names."""
+        for number in range(self._links):
+            subprocess.run([program("ip"), "link", "del", self._name(number)], capture_output=True)
         self._inside.shutdown()
         os.close(self._descriptor)
         stop(self._holder)

@@ -53,7 +53,7 @@ class Edge:
                 next_seq=len(self.records[send.stream]) + 1, records=records, chain=self.chains[send.stream][last],
             ))
             self.lanes.sent(send, last, now)
-            self.lanes.acked()
+            self.lanes.acked(send.stream, now, now)
         return out
 
 
@@ -207,7 +207,7 @@ def test_live_goes_before_history_and_credit_bounds_history() -> None:
     while (send := edge.lanes.next(10_000)) is not None:
         order.append((send.stream, send.lane, send.first, send.last))
         edge.lanes.sent(send, send.last, 10_000)
-        edge.lanes.acked()
+        edge.lanes.acked(send.stream, 10_000, 10_000)
     assert order == [("telemetry", "live", 301, 301), ("decision", "history", 1, 1), ("telemetry", "history", 1, 49)]
 
 
