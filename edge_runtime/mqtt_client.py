@@ -91,10 +91,10 @@ def _make(paho: Any) -> Any:
             self.on_refused: Callable[[int], None] = lambda _code: None
             """Before that, where it refuses it: by the reason code of MQTT 5."""
 
-        # -- in --------------------------------------------------------------------------------------------------------------
-
         def _create_socket_connection(self) -> Any:
             return reach(self._host, self._port, self._connect_timeout)
+
+        # -- in --------------------------------------------------------------------------------------------------------------
 
         def take(self, most: int) -> bool:
             """Read the socket once and take up to `most` packets; False where the connection is lost or what came is not MQTT."""

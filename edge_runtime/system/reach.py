@@ -48,6 +48,7 @@ def reach(host: str, port: int, seconds: float) -> socket.socket:
                 if code not in (0, errno.EINPROGRESS):
                     failed.append(OSError(code, os.strerror(code)))
                     trying.pop(sock.fileno()).close()
+                    due = now
                     continue
                 events.register(sock, select.POLLOUT)
             if now >= end:
@@ -61,7 +62,7 @@ def reach(host: str, port: int, seconds: float) -> socket.socket:
                     return sock
                 sock.close()
                 failed.append(OSError(code, os.strerror(code)))
-                due = 0.0
+                due = now
             now = time.monotonic()
         raise failed[0]
     finally:

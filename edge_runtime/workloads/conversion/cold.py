@@ -170,7 +170,7 @@ def to_disk(found: Plan, target: Path, kernel: qemu_kernel.Kernel, form: str = "
         raise Refused("form", f"{form[:40]!r} is neither raw nor qcow2", "say one of them")
     if os.geteuid() != 0:
         raise Refused("host", "files on the disk have owners, which only root can give", "run it as root")
-    if short_of_root():
+    if short_of_root(of_machine=False):
         raise Refused("host", "the disk's files are laid out in a mount of their own, which takes a machine's root's rights (CAP_SYS_ADMIN)", "run it as root of the machine, not in a container")
     needed = {"mke2fs": "e2fsprogs", "resize2fs": "e2fsprogs", "tune2fs": "e2fsprogs", **({"qemu-img": "qemu-utils"} if form == "qcow2" else {})}
     for program, package in needed.items():
