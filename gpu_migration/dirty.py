@@ -129,7 +129,7 @@ class WriteProtect:
             raise SourceError(f"memory {path}: no write protection ({error.strerror or error}): it needs Linux 6.7 and the rights to trace QEMU") from None
         except SourceError as error:
             self.close()
-            raise SourceError(f"memory {path}: no write protection ({error}): it needs the rights to trace QEMU") from None
+            raise SourceError(f"memory {path}: no write protection ({error}): it needs x86-64 and the rights to trace QEMU") from None
 
     def arm(self) -> None:
         """Protect all of it."""

@@ -9,7 +9,7 @@ GOAL_MS = 4_000
 """From a message's sending to its acknowledgement: a quarter of the keep-alive, so that a ping behind it is answered in time, and below the hub's silence that is taken for a loss (`lanes.RECEIPT_TIMEOUT_MS`)."""
 
 START, LEAST = 16_384, 4_096
-"""Bytes: before anything is known, eight seconds at 16 kbit/s and three round trips more than none on a fast link; and however slow it is: a handful of records."""
+"""Bytes: before anything is known, eight seconds at 16 kbit/s, and six round trips until a fast link is full; and however slow it is: a handful of records."""
 
 
 class Window:
