@@ -1,4 +1,4 @@
-"""The command line: send, receive, predict, verify, base, key, bench, worker, vm-send, vm-receive. Results are one JSON object on the standard output; errors one line, exit status 1."""
+"""The command line: send, receive, carry-out, carry-in, predict, verify, base, key, bench, worker, vm-send, vm-receive. Results are one JSON object on the standard output; errors one line, exit status 1."""
 
 import argparse
 import contextlib
@@ -9,10 +9,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import choice, keys, precopy, qemu_cli, receiver, sample
+from . import carry, choice, keys, precopy, qemu_cli, receiver, sample
 from .convergence import CEILING_S, FIRST_S, STALL_S, Limits
 from .errors import DeviceFailed, MigrationError, ModelError, PauseFailed
 from .layout import PAGE
@@ -67,6 +68,13 @@ def _codecs(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _channels(text: str) -> tuple[str, ...]:
+    try:
+        return carry.channels_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gpu_migration", description="Move files, disks and guest memory: encrypted, in parallel, resumable, committed at once.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -100,6 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     receive.add_argument("--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT")
     receive.add_argument("--bases", type=Path, help="folder of bases, named by their root hash")
     receive.add_argument("--replace", action="store_true", help="put it in place of what is there, at once, at the end")
+    out = commands.add_parser("carry-out", help="carry connections of local processes to a carry-in: make a folder of sockets for them")
+    out.add_argument("folder", type=Path, help="made, and gone at the end; what is left of an earlier one is replaced")
+    out.add_argument("to", type=_address, metavar="HOST:PORT")
+    out.add_argument("--transfer", default="", help="name that both ends' records are bound to (the folder's name)")
+    into = commands.add_parser("carry-in", help="connect what a carry-out carries with sockets in which local processes listen")
+    into.add_argument("folder", type=Path, help="where those sockets are; it may come later than this")
+    into.add_argument("--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT")
+    for command in (out, into):
+        command.add_argument("--channels", type=_channels, required=True, metavar="NAMES", help=f"names of the sockets, as disk,memory,word; at most {carry.CHANNELS_MOST}")
+        command.add_argument("--wait", type=_number(0.1, 86400), help="seconds to wait for the first connection (as --patience)")
     worker = commands.add_parser("worker", help="do what a hub asks for: send and receive files below a folder")
     worker.add_argument("--hub", required=True, help="the hub's address, as https://hub.example")
     worker.add_argument("--ca-file", type=Path, help="certificate authorities by which the hub is trusted (PEM); else the system's")
@@ -112,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--ports", type=_ports, default=(0, 0), metavar="LOW-HIGH", help="ports for receivers (any free one)")
     worker.add_argument("--slots", type=_whole(1, 64), default=2, help="sides that are carried at once (2)")
     qemu_cli.add(commands, _address, _number, _whole, _codecs)
-    for command in (send, receive):
+    for command in (send, receive, out, into):
         command.add_argument("--events", action="store_true", help="for programs: what happens, as one JSON object a line on the standard error")
         command.add_argument("--key-file", type=Path, help=f"file with the key, for its owner alone (else {keys.KEY_VARIABLE})")
         command.add_argument("--patience", type=_number(0.1, 86400), default=PATIENCE_S, help="seconds to bear without the other end")
@@ -188,7 +206,7 @@ def _send(options: argparse.Namespace) -> dict[str, Any]:
             limit=options.limit_mbit * 1e6 / 8, patience=options.patience, gpu=gpu, references=not options.no_references,
         )
         if options.events:
-            threading.Thread(target=_tell_progress, args=(sender,), daemon=True, name="progress").start()
+            _tell_progress(sender.progress)
         if not options.changing:
             sent = sender.run()
             _learn(options, question, sent)
@@ -243,21 +261,46 @@ def _event(**what: Any) -> None:
     print(json.dumps(what), file=sys.stderr, flush=True)
 
 
-def _tell_progress(sender: Sender) -> None:
-    """Until the process ends."""
-    while True:
-        _event(progress=sender.progress())
-        time.sleep(PROGRESS_S)
+def _tell_progress(how_far: Callable[[], dict[str, int]]) -> None:
+    """On a thread, until the process ends."""
+    def tell() -> None:
+        while True:
+            _event(progress=how_far())
+            time.sleep(PROGRESS_S)
+
+    threading.Thread(target=tell, daemon=True, name="progress").start()
 
 
 def _receive(options: argparse.Namespace) -> dict[str, Any]:
     taking = Receiver(options.destination, keys.load_key(options.key_file), options.listen, bases=options.bases, replace=options.replace, patience=options.patience)
-    if options.events:
-        _event(listening=taking.address[1])
-    else:
-        print(f"listening on {taking.address[0]}:{taking.address[1]}", file=sys.stderr, flush=True)
+    _tell_address(options, taking.address)
     done = taking.serve()
     return {**dataclasses.asdict(done), "root": done.root.hex()}
+
+
+def _tell_address(options: argparse.Namespace, address: tuple[str, int]) -> None:
+    if options.events:
+        _event(listening=address[1])
+    else:
+        print(f"listening on {address[0]}:{address[1]}", file=sys.stderr, flush=True)
+
+
+def _carry_out(options: argparse.Namespace) -> dict[str, Any]:
+    end = carry.CarryOut(options.folder, keys.load_key(options.key_file), options.to, options.channels, transfer=options.transfer, patience=options.patience, wait=options.wait)
+    return _carried(options, end)
+
+
+def _carry_in(options: argparse.Namespace) -> dict[str, Any]:
+    end = carry.CarryIn(options.folder, keys.load_key(options.key_file), options.listen, options.channels, patience=options.patience, wait=options.wait)
+    _tell_address(options, end.address)
+    return _carried(options, end)
+
+
+def _carried(options: argparse.Namespace, end: carry.CarryOut | carry.CarryIn) -> dict[str, Any]:
+    """How long it is, nobody knows; and there is no root, as nobody has looked at it."""
+    if options.events:
+        _tell_progress(lambda: {"moved_bytes": (moved := end.carried()), "wire_bytes": moved, "length": 0, "passes": 0})
+    return {"root": "", **dataclasses.asdict(end.run())}
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
@@ -296,8 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 with one line that says what is wrong."""
     options = _parser().parse_args(arguments)
     _keep_memory()
-    if options.command == "vm-send":
-        signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that a guest that stands still runs again
+    if options.command in ("vm-send", "carry-out", "carry-in"):
+        signal.signal(signal.SIGTERM, _terminated)  # as an exception, so that a guest that stands still runs again, and no folder of sockets is left
     try:
         if options.command == "key":
             print(keys.new_key())
@@ -310,7 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "base":
             result = {"root": receiver.add_base(options.file, options.bases, os.cpu_count() or 1).hex()}
         else:
-            result = {"send": _send, "predict": _predict, "receive": _receive, "verify": _verify, "bench": _bench, "vm-send": qemu_cli.send, "vm-receive": qemu_cli.receive}[options.command](options)
+            result = {
+                "send": _send, "predict": _predict, "receive": _receive, "verify": _verify, "bench": _bench, "carry-out": _carry_out, "carry-in": _carry_in, "vm-send": qemu_cli.send, "vm-receive": qemu_cli.receive,
+            }[options.command](options)
     except MigrationError as error:
         if getattr(options, "events", False):
             _event(error=str(error), kind=type(error).__name__)

@@ -1,4 +1,4 @@
-"""By which streams come to a target that takes a guest."""
+"""By which streams come to who takes more than one kind of them, or several side by side: a target that takes a guest, `carry-in`."""
 
 import contextlib
 import queue
@@ -14,8 +14,9 @@ from .receiver import CONNECTIONS_MOST
 class Door:
     """Takes streams of whoever has the key, each handshake on a thread of its own, so that one that stalls holds up no other."""
 
-    def __init__(self, key: bytes, listen: tuple[str, int]) -> None:
-        self._key = key
+    def __init__(self, key: bytes, listen: tuple[str, int], transfer: bytes | None = TRANSFER) -> None:
+        """`transfer`: the name of streams that may come in; None: any. Raises DestinationError."""
+        self._key, self._transfer = key, transfer
         try:
             self._listener = socket.create_server(listen, backlog=CONNECTIONS_MOST)
         except OSError as error:
@@ -40,7 +41,7 @@ class Door:
     def _shake(self, sock: socket.socket) -> None:
         try:
             stream, transfer = wire.answer(sock, self._key)
-            if transfer != TRANSFER:
+            if self._transfer is not None and transfer != self._transfer:
                 stream.close()
             else:
                 self._opened.put_nowait(stream)

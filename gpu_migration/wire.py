@@ -86,11 +86,15 @@ class Kind(IntEnum):
     DISK = 45
     """Source, first on such a stream: session 16, which of the offer u8."""
     NBD = 46
-    """Either, after that: bytes of the protocol for disks."""
+    """Either, after DISK or CHANNEL: bytes of a local socket (tunnel.py). Without any, `attempt` says what became of its local end."""
     DISKED = 47
     """Source: all disks are at the target as the guest has left them."""
     PAGES = 48
     """Source: pages as they are (patches.py), numbered by `attempt` together with the others."""
+
+    # Of connections of local processes that are carried (carry.py), each by a stream of its own.
+    CHANNEL = 49
+    """Who called, first: the name of the socket at the other end, ascii. The answer, the same or REFUSED: a local process is connected there."""
 
 
 OPEN = struct.Struct("<16sQ32s")
@@ -212,7 +216,7 @@ class Stream:
 
     def lasting(self, patience: float) -> None:
         """It may be silent for as long as the other end is there; one that is gone without a word is noticed after the patience, in seconds."""
-        self._socket.settimeout(None)
+        self.timeout(None)  # or what the handshake was given would end a silence
         whole = max(1, round(patience))
         for option, value in ((socket.TCP_USER_TIMEOUT, whole * 1000), (socket.TCP_KEEPIDLE, whole), (socket.TCP_KEEPINTVL, max(1, whole // 3))):
             self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -221,6 +225,10 @@ class Stream:
     def speaks(self) -> bool:
         """Whether there is something to receive, be it the stream's end."""
         return bool(select.select([self._socket], [], [], 0)[0])
+
+    def finish(self) -> None:
+        """Nothing more is sent; the other end sees that after all that was. What comes from there still does. Raises OSError."""
+        self._socket.shutdown(socket.SHUT_WR)
 
     def hang_up(self) -> None:
         """End the stream; a thread that waits on it wakes."""

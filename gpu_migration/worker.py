@@ -1,4 +1,4 @@
-"""A worker of a hub: asks for tasks, carries each out as a process of its own (`send` or `receive`), says how it goes, and stops what the hub wants stopped.
+"""A worker of a hub: asks for tasks, carries each out as a process of its own (`send` or `receive`; of a stream `carry-out` or `carry-in`), says how it goes, and stops what the hub wants stopped.
 
 It speaks HTTP with JSON to the hub's `/api/v1/migration-workers/NAME/{lease,report}` (the hub's openapi.json has the fields) with nothing but the standard library. A hub that is away for a
 while stops nothing: transfers go on, and what came of them is told when it is back. A worker that is killed takes its processes with it; the hub gives their tasks out again when their lease is
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .carry import CHANNELS
 from .errors import KeyRefused, MigrationError, Refused, TransferLost
 from .keys import KEY_VARIABLE
 
@@ -35,6 +36,8 @@ REPORT_S = 2.0
 """Seconds between two reports: a lease is fifteen times as long."""
 PATIENCE_S = 20.0
 """Seconds that one end bears without the other: then the hub brings them together anew."""
+STREAM_WAIT_S = 3600.0
+"""Seconds that the receiving side of a stream waits for its first connection. The hub stops it where there will be none: one that is made ready long before must not give up just as the sender begins."""
 END_S = 5.0
 """Seconds that a process is given to end by itself."""
 LINE_MOST = 65_536
@@ -158,21 +161,11 @@ class Worker:
     def _work(self, task: _Task, told: dict[str, Any]) -> dict[str, Any]:
         """Run the process; what to report at its end."""
         path = self._below(told["path"])
-        command = [sys.executable, "-m", "gpu_migration", told["what"], str(path)]
-        if told["what"] == "send":
-            command += [told["address"], "--transfer", told["transfer"]]
-            if told["limit_mbit"]:
-                command += ["--limit-mbit", str(told["limit_mbit"]), "--history", str(self._folder / ".migration-history")]
-            if told["base"]:
-                command += ["--base", str(self._below(told["base"]))]
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            task.port = self._port()
-            command += ["--listen", f"{self._listen}:{task.port}", *(["--replace"] if told["replace"] else []), *(["--bases", str(self._bases)] if self._bases else [])]
-        command += ["--events", "--patience", f"{PATIENCE_S:g}"]
+        command = [sys.executable, "-m", "gpu_migration", *self._command(task, told, path), "--events", "--patience", f"{PATIENCE_S:g}"]
+        stream = bool(told.get("stream"))
         with self._lock:
             if task.stop.is_set():
-                return {"state": "failed", "error": "stopped", "final": False}
+                return {"state": "failed", "error": "stopped", "final": stream}
             process = task.process = subprocess.Popen(
                 command, env={**os.environ, KEY_VARIABLE: told["key"]}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_die_with_parent,
             )
@@ -184,8 +177,28 @@ class Worker:
             result = json.loads(out)
             return {"state": "done", "root": result.pop("root"), "result": {name: value for name, value in result.items() if isinstance(value, int | float)}}
         if failed is None:
-            return {"state": "failed", "error": f"its process ended with status {process.returncode}", "final": False}
-        return {"state": "failed", "error": failed["error"], "final": failed["kind"] not in PASSING}
+            return {"state": "failed", "error": f"its process ended with status {process.returncode}", "final": stream}
+        return {"state": "failed", "error": failed["error"], "final": stream or failed["kind"] not in PASSING}  # what a stream has carried cannot be taken up again
+
+    def _command(self, task: _Task, told: dict[str, Any], path: Path) -> list[str]:
+        """What the process is started with. Raises Refused."""
+        if told.get("stream"):
+            words = ["carry-out" if told["what"] == "send" else "carry-in", str(path), "--channels", ",".join(CHANNELS)]
+        else:
+            words = [told["what"], str(path)]
+        if told["what"] == "send":
+            words += [told["address"], "--transfer", told["transfer"]]
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            task.port = self._port()
+            words += ["--listen", f"{self._listen}:{task.port}"]
+        if told.get("stream"):
+            return words + (["--wait", f"{STREAM_WAIT_S:g}"] if told["what"] == "receive" else [])
+        if told["what"] == "receive":
+            return words + (["--replace"] if told["replace"] else []) + (["--bases", str(self._bases)] if self._bases else [])
+        if told["limit_mbit"]:
+            words += ["--limit-mbit", str(told["limit_mbit"]), "--history", str(self._folder / ".migration-history")]
+        return words + (["--base", str(self._below(told["base"]))] if told["base"] else [])
 
     def _follow(self, task: _Task, process: "subprocess.Popen[bytes]") -> dict[str, Any] | None:
         """Pass on what it says until it ends; its error, where it said one."""

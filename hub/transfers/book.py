@@ -4,6 +4,9 @@ A transfer has two sides, each a task for the worker that its document names: th
 report renews and which has an epoch: whoever comes with an older one is told to stop. A lease that ran out is given anew, to the same worker (the bytes are there), which takes up what has
 arrived. So a task is worked on by one process at most, as far as its worker obeys, and for the rest the engine's journal and its one commit see to it that the destination is whole or absent.
 
+A transfer of a stream (`stream` in its document, which the hub's own moves set and no user) carries connections between two nodes, and what has gone over cannot be taken up again: once it is not held any more, each side is given
+once, and it has failed with either side, or with its lease. It is done when the sender says so.
+
     queued -> moving -> done | failed | cancelled
 """
 
@@ -26,6 +29,8 @@ KEPT_MOST = 5_000
 """Transfers that are over and remembered, the newest: some megabytes."""
 WORKERS_MOST = 10_000
 """Workers that are remembered: as many as a hub has edges."""
+NEVER_MS = (1 << 53) - 1
+"""A time that does not come, and that every reader of JSON reads as it is."""
 FINAL = ("done", "failed", "cancelled")
 SIDES = ("receive", "send")
 
@@ -77,6 +82,11 @@ class Transfer:
         """It is not over."""
         return self.state not in FINAL
 
+    @property
+    def once(self) -> bool:
+        """It is a stream's, and something may have been carried: nothing of it is given anew."""
+        return bool(self.document.get("stream")) and not self.held
+
     def side(self, name: str) -> Side:
         """`receive` or `send`."""
         return self.receive if name == "receive" else self.send
@@ -113,6 +123,10 @@ class Book:
         self.workers: dict[str, Worker] = {}
         self.changed: dict[str, Transfer | None] = {}
         self._key = key
+        self._asked_ms: int | None = None
+        """When a worker asked for the last time."""
+        self._since_ms = 0
+        """Since when they do without a pause."""
 
     # -- what users ask ------------------------------------------------------------------------------------------------------
 
@@ -141,6 +155,9 @@ class Book:
         """What is sent is there. Raises KeyError."""
         one = self.transfers[transfer]
         if one.held:
+            if one.document.get("stream") and one.receive.until_ms <= now:  # it ran out before anything was carried
+                one.receive.until_ms = 0
+                self._unheard(one)
             one.held = False
             one.receive.tries = one.send.tries = 0
             self._note(one, now)
@@ -169,6 +186,9 @@ class Book:
 
     def lease(self, name: str, held: dict[str, int], now: int) -> tuple[list[dict[str, Any]], list[str]]:
         """New tasks for a worker, and those of `held` (task to epoch) that it shall stop. What it holds by the newest lease is renewed."""
+        if self._asked_ms is None or now - self._asked_ms > LEASE_MS // 2:
+            self._since_ms = now
+        self._asked_ms = now
         stop = []
         for task, epoch in held.items():
             transfer, side = self._find(task)
@@ -178,6 +198,7 @@ class Book:
                 side.until_ms = now + LEASE_MS
             else:
                 stop.append(task)
+        self._run_out(now)
         tasks: list[dict[str, Any]] = []
         free = int(self.workers[name].facts.get("slots", 1)) - len(held) if name in self.workers else 0
         for transfer in self.transfers.values():
@@ -189,8 +210,21 @@ class Book:
                     tasks.append(self._give(transfer, which, now))
         return tasks, stop
 
+    def _run_out(self, now: int) -> None:
+        """Streams end with a lease that ran out. Where no worker asked for anything for a while, it is the hub that was away, or its clock that leapt: all have a lease's time to come back."""
+        if now < self._since_ms + LEASE_MS:
+            return
+        for transfer in self.transfers.values():
+            if transfer.live and transfer.once:
+                for which in SIDES:
+                    if 0 < transfer.side(which).until_ms <= now:
+                        self._over(transfer, "failed", f"{which}: its worker said nothing for {LEASE_MS // 1000} s", now)
+                        break
+
     def _due(self, transfer: Transfer, which: str, now: int) -> bool:
         side = transfer.side(which)
+        if transfer.once and side.until_ms:
+            return False
         if not transfer.live or side.until_ms > now or side.after_ms > now or transfer.document["not_before_ms"] > now:
             return False
         return which == "receive" or (bool(transfer.address) and not transfer.held)
@@ -209,7 +243,7 @@ class Book:
         end = document["destination" if which == "receive" else "source"]
         return {
             "task": task_of(transfer.id, which), "epoch": side.epoch, "what": which, "transfer": transfer.id, "path": end["path"], "key": transfer.key, "address": transfer.address if which == "send" else "",
-            "limit_mbit": document["limit_mbit"], "base": document["base"], "replace": document["replace"],
+            "limit_mbit": document["limit_mbit"], "base": document["base"], "replace": document["replace"], "stream": bool(document.get("stream")),
         }
 
     @staticmethod
@@ -247,8 +281,9 @@ class Book:
             self._over(transfer, "done", "", now)
             return
         # The receiver has committed. Should its answer have been lost, the sender asks again: a receiver that is started again answers by its journal.
+        # Of a stream nobody asks again: what the sender says of it counts, or that it says nothing more.
         transfer.receive.until_ms = 0
-        transfer.receive.after_ms = now + LEASE_MS
+        transfer.receive.after_ms = NEVER_MS if transfer.once else now + LEASE_MS
         self._note(transfer, now)
 
     def _failed(self, transfer: Transfer, which: str, said: dict[str, Any], now: int) -> None:
@@ -256,7 +291,8 @@ class Book:
         side.until_ms = 0
         side.tries += not transfer.held  # a receiver that waited in vain for what is not there yet has not failed
         transfer.reason = f"{which}: {said['error']}"[:1000]
-        if said["final"] or side.tries >= TRIES_MOST:
+        stream = bool(transfer.document.get("stream"))
+        if transfer.once or (said["final"] and not stream) or side.tries >= TRIES_MOST:
             self._over(transfer, "failed", transfer.reason, now)
             return
         side.after_ms = now + min(AGAIN_MS[1], AGAIN_MS[0] << max(0, side.tries - 1))

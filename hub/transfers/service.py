@@ -64,6 +64,8 @@ class Transfers:
             if tasks or stop or left <= 0 or self._stopped:
                 await self._keep()
                 return {"tasks": tasks, "stop": stop}
+            if self.book.changed:  # a stream has ended with a lease that ran out, which others wait for
+                await self._keep()
             async with self._new:
                 try:
                     await asyncio.wait_for(self._new.wait(), min(left, LOOK_S))

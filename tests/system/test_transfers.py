@@ -1,11 +1,14 @@
 """A hub and two migration workers as processes: files are moved, a worker is killed in the midst of it, a transfer is cancelled, and what is not theirs is refused."""
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from hub.transfers import book
 from hub.transfers.service import worker_token
 from tests.integration.hub_side import Served, error_of, served_hub
 from tests.integration.waiting import until_sync
+from tests.system.test_carry import reach
 from tools.novactl.cli import main as novactl
 
 pytest.importorskip("blake3", reason="no blake3 (pip install '.[migration]')")
@@ -140,6 +144,114 @@ def test_what_cannot_be_is_failed_with_the_reason(served: Served, ends: tuple[Wo
     failed = over(served, "t-link")
     assert failed["state"] == "failed" and "not below the worker's folder" in failed["reason"]
     assert not (there.folder / "in/link").exists()
+
+
+@contextlib.contextmanager
+def listens(folder: Path, name: str) -> Iterator[socket.socket]:
+    """A local process at the receiving end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with reach(folder, name, listen=True) as made:
+        yield made
+
+
+def stream(served: Served, name: str, *, held: bool = False) -> Json:
+    """As the hub's own moves ask for it."""
+    asked = {"id": name, "source": {"worker": "wa", "path": name}, "destination": {"worker": "wb", "path": f"in/{name}"}, "limit_mbit": 0, "base": "", "replace": True, "not_before_ms": 0, "stream": True}
+    return served.background.run(served.hub.transfers.submit(asked, held=held))
+
+
+def carried(folder: Path, listener: socket.socket, name: str = "word") -> tuple[socket.socket, socket.socket]:
+    """A connection between local processes of both workers' machines, once the folder for it is there."""
+    until_sync(folder.exists, 120, "the folder of sockets")
+    near = reach(folder, name)
+    far, _ = listener.accept()
+    far.settimeout(60)
+    return near, far
+
+
+def carrying(folder: Path) -> str:
+    return subprocess.run(["pgrep", "-f", f"gpu_migration carry-(in|out) {folder}/"], capture_output=True, text=True, check=False).stdout
+
+
+def test_a_stream_goes_from_socket_to_socket(served: Served, ends: tuple[Worker, Worker]) -> None:
+    here, there = ends
+    stream(served, "s-1")
+    with listens(there.folder / "in/s-1", "memory") as listener:
+        near, far = carried(here.folder / "s-1", listener, "memory")
+        data = random.Random(4).randbytes(10_000_000)
+        writing = threading.Thread(target=lambda: (near.sendall(data), near.shutdown(socket.SHUT_WR)))
+        writing.start()
+        got = bytearray()
+        while part := far.recv(1 << 16):
+            got += part
+        writing.join()
+        assert bytes(got) == data
+        far.sendall(b"taken")
+        far.close()
+        assert near.recv(100) == b"taken"
+        near.close()
+    done = over(served, "s-1")
+    assert done["state"] == "done" and done["root"] == "" and done["result"] == {"bytes_out": len(data), "bytes_in": 5, "streams": 1}, done
+    assert done["send"]["epoch"] == done["receive"]["epoch"] == 1 and not (here.folder / "s-1").exists()
+    until_sync(lambda: not carrying(here.folder.parent), 60, "the end of its processes")
+
+
+def test_a_stream_that_is_held_has_its_receiver_ready_and_its_sender_waits(served: Served, ends: tuple[Worker, Worker]) -> None:
+    here, there = ends
+    stream(served, "s-held", held=True)
+    address = until_sync(lambda: served.json("/api/v1/transfers/s-held")["address"], 120, "where it listens")
+    stream(served, "s-other")
+    until_sync((here.folder / "s-other").exists, 120, "another's sender, which came later")
+    assert served.json("/api/v1/transfers/s-held")["send"]["epoch"] == 0 and not (here.folder / "s-held").exists()
+    served.json("/api/v1/transfers/s-other", "DELETE")
+    until_sync(lambda: not (here.folder / "s-other").exists(), 60, "the end of its folder")
+    with listens(there.folder / "in/s-held", "word") as listener:
+        assert stream(served, "s-held")["address"] == address, "the one that was ready"
+        for one in carried(here.folder / "s-held", listener):
+            one.close()
+    assert over(served, "s-held")["state"] == "done"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_killed_in_the_midst_of_a_stream_fails_it(served: Served, ends: tuple[Worker, Worker], which: int) -> None:
+    here, there = ends
+    name = f"s-kill-{which}"
+    stream(served, name)
+    with listens(there.folder / "in" / name, "disk") as listener:
+        near, far = carried(here.folder / name, listener, "disk")
+        near.sendall(b"there")
+        assert far.recv(5) == b"there"
+        ends[which].end(signal.SIGKILL)
+        assert near.recv(1) == b"" and far.recv(1) == b""
+        near.close()
+        far.close()
+        ends[which].start()
+        failed = over(served, name)
+    assert failed["state"] == "failed" and "streams ended because the other end was gone" in failed["reason"], failed
+    assert failed["send"]["epoch"] == failed["receive"]["epoch"] == 1, "not given anew"
+    until_sync(lambda: not carrying(here.folder.parent), 60, "the end of its processes")
+
+
+def test_a_worker_that_is_gone_before_anything_is_carried_fails_its_stream_by_its_lease(served: Served, ends: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book, "LEASE_MS", 6_000)  # what is waited for here
+    here, _ = ends
+    stream(served, "s-lease")
+    until_sync((here.folder / "s-lease").exists, 120, "the folder of sockets")
+    ends[1].end(signal.SIGKILL)
+    failed = over(served, "s-lease")
+    assert failed["state"] == "failed" and failed["reason"] == "receive: its worker said nothing for 6 s", failed
+    ends[1].start()
+    until_sync(lambda: not (here.folder / "s-lease").exists(), 60, "the end of the folder: its worker is told to stop")
+    assert served.json("/api/v1/transfers/s-lease")["receive"]["epoch"] == 1
+
+
+def test_what_cannot_be_carried_fails_a_stream_with_the_reason(served: Served, ends: tuple[Worker, Worker]) -> None:
+    here, _ = ends
+    (here.folder / "s-file").mkdir()
+    (here.folder / "s-file/mine").write_text("mine")
+    stream(served, "s-file")
+    failed = over(served, "s-file")
+    assert failed["state"] == "failed" and "something else than sockets" in failed["reason"] and (here.folder / "s-file/mine").exists()
 
 
 def test_a_worker_that_is_not_there_is_waited_for_by_name(served: Served) -> None:

@@ -1,5 +1,6 @@
 """The book of transfers: one lease a task, whatever dies, and nothing that an old lease says counts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,11 @@ FACTS = {"slots": 2}
 
 def document(name: str = "t", **more: Any) -> dict[str, Any]:
     return read_transfer({"id": name, "source": {"worker": "a", "path": f"{name}.raw"}, "destination": {"worker": "b", "path": f"in/{name}.raw"}, **more})
+
+
+def stream(name: str = "t") -> dict[str, Any]:
+    """As the hub's own moves ask for it; no user can."""
+    return {**document(name), "stream": True}
 
 
 def said(task: str, epoch: int, state: str, **more: Any) -> dict[str, Any]:
@@ -185,6 +191,144 @@ def test_any_json_is_a_transfer_or_refused(value: Any) -> None:
         pass
 
 
+def streaming(made: Book, now: int = 0) -> tuple[Transfer, int, int]:
+    """A stream with both sides at work; their epochs, the receiver's first."""
+    transfer = made.submit(stream(), now)
+    epoch = listening(made, now)
+    (task,), _ = made.lease("a", {}, now)
+    assert task["stream"] and task["what"] == "send"
+    return transfer, epoch, int(task["epoch"])
+
+
+def passing(made: Book, worker: str, held: dict[str, int], begin: int, end: int) -> list[dict[str, Any]]:
+    """That worker asks again and again, as one that is there does; what it is given."""
+    return [task for now in range(begin, end, LEASE_MS // 10) for task in made.lease(worker, held, now)[0]]
+
+
+def test_a_stream_is_no_users_to_ask_for_and_a_lease_says_what_it_is() -> None:
+    with pytest.raises(ContractError):
+        read_transfer(stream())
+    made = book()
+    made.submit(document("u"), 0)
+    assert made.lease("b", {}, 0)[0][0]["stream"] is False
+    made.submit(stream(), 0)
+    assert made.lease("b", {"u/receive": 1}, 0)[0][0]["stream"] is True
+
+
+def test_a_stream_is_done_when_its_sender_says_so_whoever_is_first() -> None:
+    for order in (("a", "b"), ("b", "a")):
+        made = book()
+        transfer, into, out = streaming(made)
+        for number, worker in enumerate(order):
+            which, epoch = ("send", out) if worker == "a" else ("receive", into)
+            counted = made.report(worker, said(f"t/{which}", epoch, "done", result={"bytes_out": 5}), number)
+            assert counted == (order[0] != "a" or number == 0)
+        assert transfer.state == "done" and transfer.result == {"bytes_out": 5} and not transfer.key
+    made = book()
+    transfer, into, out = streaming(made)
+    assert made.report("b", said("t/receive", into, "done"), 1) and transfer.live
+    assert passing(made, "b", {}, 2, LEASE_MS - 1) == [], "nobody asks it again"
+    made.lease("a", {"t/send": out}, LEASE_MS - 1)
+    assert passing(made, "b", {}, LEASE_MS, 2 * LEASE_MS - 2) == [] and transfer.live
+    assert made.report("a", said("t/send", out, "failed", error="cut", final=True), 2 * LEASE_MS - 2)
+    assert (transfer.state, transfer.reason) == ("failed", "send: cut")
+
+
+@pytest.mark.parametrize("which", ["receive", "send"])
+@pytest.mark.parametrize("final", [False, True])
+def test_a_stream_fails_with_either_side_at_once(which: str, final: bool) -> None:
+    made = book()
+    transfer, into, out = streaming(made)
+    worker, epoch = ("b", into) if which == "receive" else ("a", out)
+    assert made.report(worker, said(f"t/{which}", epoch, "failed", error="the other end was gone", final=final), 1)
+    assert (transfer.state, transfer.reason, transfer.key) == ("failed", f"{which}: the other end was gone", "")
+    other, task, left = ("a", "t/send", out) if which == "receive" else ("b", "t/receive", into)
+    assert made.lease(other, {task: left}, 1) == ([], [task])
+
+
+def runs_out(which: str) -> None:
+    made = book()
+    transfer, into, out = streaming(made)
+    there, held = ("b", {"t/receive": into}) if which == "send" else ("a", {"t/send": out})
+    assert passing(made, there, held, 0, LEASE_MS) == [] and transfer.live
+    lost = "a" if which == "send" else "b"
+    assert made.lease(lost, {}, LEASE_MS)[0] == [], "not given anew"
+    assert (transfer.state, transfer.reason) == ("failed", f"{which}: its worker said nothing for {LEASE_MS // 1000} s")
+    assert made.lease(there, held, LEASE_MS)[1] == list(held)
+    assert made.taken()["t"]["state"] == "failed"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("which", ["receive", "send"])
+def test_a_stream_whose_lease_ran_out_has_failed_and_is_not_given_anew(which: str) -> None:
+    runs_out(which)
+
+
+@pytest.mark.parametrize("which", ["receive", "send"])
+def test_control_a_book_that_gives_a_stream_anew_is_caught(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transfer, "once", False)
+    with pytest.raises(AssertionError):
+        runs_out(which)
+
+
+def test_whose_worker_asks_is_enough_to_see_that_anothers_lease_ran_out() -> None:
+    made = book()
+    transfer, into, _ = streaming(made)
+    passing(made, "b", {"t/receive": into}, 0, LEASE_MS + 1)
+    assert transfer.state == "failed" and transfer.reason.startswith("send: ")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_hub_that_was_away_gives_streams_time_to_come_back(restarted: bool) -> None:
+    made = book()
+    _, into, out = streaming(made)
+    if restarted:
+        made = Book([Transfer.from_json(one) for one in made.taken().values() if one is not None])
+    late = 10 * LEASE_MS
+    for worker in ("a", "b"):
+        made.hello(worker, FACTS, late)
+    assert made.lease("b", {"t/receive": into}, late) == ([], []), "the other may come just now"
+    assert made.lease("a", {}, late) == ([], []), "one that has lost its task does not get it again"
+    assert made.lease("a", {"t/send": out}, late + LEASE_MS // 2) == ([], [])
+    passing(made, "b", {"t/receive": into}, late + LEASE_MS // 2, late + LEASE_MS + 2)
+    assert made.transfers["t"].live
+    passing(made, "b", {"t/receive": into}, late + LEASE_MS + 2, late + 2 * LEASE_MS)
+    assert made.transfers["t"].state == "failed", "the sender's worker did not"
+
+
+def test_a_stream_that_is_held_is_made_ready_as_often_as_it_takes() -> None:
+    made = book()
+    transfer = made.submit(stream(), 0, held=True)
+    now = 0
+    for final in (False, True) * TRIES_MOST:  # its worker says final of whatever becomes of a stream
+        listening(made, now)
+        assert made.lease("a", {}, now) == ([], []), "its sender waits"
+        assert made.report("b", said("t/receive", transfer.receive.epoch, "failed", error="nobody came", final=final), now) and transfer.live
+        now = transfer.receive.after_ms
+    listening(made, now)
+    assert passing(made, "a", {}, now, now + LEASE_MS) == []
+    now += LEASE_MS
+    (again,), _ = made.lease("b", {}, now)
+    assert again["epoch"] == transfer.receive.epoch, "its worker was started anew"
+    assert made.report("b", said("t/receive", again["epoch"], "listening", address="b:2"), now)
+    made.let_go("t", now)
+    (task,), _ = made.lease("a", {}, now)
+    assert task["address"] == "b:2"
+    assert made.report("b", said("t/receive", again["epoch"], "failed", error="late"), now) and transfer.state == "failed"
+
+
+def test_a_receiver_that_was_lost_while_its_stream_was_held_is_given_anew_once_it_is_let_go() -> None:
+    made = book()
+    transfer = made.submit(stream(), 0, held=True)
+    epoch = listening(made)
+    late = LEASE_MS + 1
+    made.lease("a", {}, late - 1)
+    made.let_go("t", late)
+    assert made.lease("a", {}, late) == ([], []) and not transfer.address
+    (again,), _ = made.lease("b", {}, late)
+    assert again["epoch"] == epoch + 1
+    assert not made.report("b", said("t/receive", epoch, "failed", error="old"), late) and transfer.live
+
+
 class Machine(RuleBasedStateMachine):
     """Workers that die, come back, are late, and a hub that starts again from its store; each process is known by task and epoch."""
 
@@ -193,6 +337,7 @@ class Machine(RuleBasedStateMachine):
         self.book, self.now, self.kept = Book(key=lambda: "k"), 0, dict[str, dict[str, Any]]()
         self.running: dict[str, dict[str, dict[str, Any]]] = {"a": {}, "b": {}}
         self.ghosts: list[tuple[str, dict[str, Any]]] = []
+        self.begun = set[str]()
         self.number = 0
 
     def keep(self) -> None:
@@ -200,10 +345,16 @@ class Machine(RuleBasedStateMachine):
             if one is not None:
                 self.kept[name] = one
 
-    @rule()
-    def submit(self) -> None:
+    @rule(asked=st.sampled_from([document, stream]), held=st.booleans())
+    def submit(self, asked: Callable[[str], dict[str, Any]], held: bool) -> None:
         self.number += 1
-        self.book.submit(document(f"t{self.number}"), self.now)
+        self.book.submit(asked(f"t{self.number}"), self.now, held)
+        self.keep()
+
+    @rule()
+    def let_go(self) -> None:
+        for name in self.book.transfers:
+            self.book.let_go(name, self.now)
         self.keep()
 
     @rule(worker=st.sampled_from("ab"))
@@ -216,6 +367,9 @@ class Machine(RuleBasedStateMachine):
         for task in tasks:
             assert task["task"] not in self.running[worker], "what a worker holds is not given out"
             assert task["what"] == "receive" or task["address"], "a sender knows where to"
+            if task["stream"] and not self.book.transfers[task["transfer"]].held:
+                assert not self.begun & {task["task"], *([task["transfer"]] if task["what"] == "receive" else [])}, "no side of a stream is given anew once it may have carried something"
+                self.begun |= {task["task"], *([task["transfer"]] if task["what"] == "send" else [])}
             self.running[worker][task["task"]] = task
 
     @rule(worker=st.sampled_from("ab"))
@@ -267,8 +421,9 @@ class Machine(RuleBasedStateMachine):
         """Left alone with workers that do their work, every transfer is over in the end."""
         if not hasattr(self, "book"):
             return
-        for _ in range(60):
-            self.now += AGAIN_MS[1]
+        self.let_go()
+        for _ in range(60 * AGAIN_MS[1] // (LEASE_MS // 3)):
+            self.now += LEASE_MS // 3
             for worker in "ba":
                 self.ask(worker)
                 self.report(worker, "listening" if worker == "b" else "done", False)
