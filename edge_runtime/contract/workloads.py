@@ -46,21 +46,25 @@ WORKLOAD_FIELDS = (
     Field("over", "integer", "bytes of memory that are set aside beside `requests`, for what it needs while it is converted and as a micro-VM", required=False, default=0, minimum=0),
     Field("document", "object", "the workload as it was submitted", required=False, default={}, max_items=64),
     Field("held", "boolean", "of one whose state is on its way to another node: the state stays here, and it is not started", required=False, default=False),
-    Field("from", "object", "of one that comes with its state: `move` and `root`, the name and the hash of the state that it goes on from; refused where it cannot", required=False, default={}, max_items=8),
+    Field("from", "object", "of one that comes with its state: `move` and `root`, the name and the hash of the state that it goes on from, or `move` and `live`, true, of one that comes while it runs; refused where it cannot", required=False, default={}, max_items=8),
 )
 """One entry of `spec.workloads`. A `stopped` one has only the first three; the edge answers it with a `stopped` record, also where it never ran."""
 
 CHECKPOINT, RESTORE, DELETE_CHECKPOINT, CONVERT, SNAPSHOT, DELETE_SNAPSHOT = ASKED = ("checkpoint", "restore", "delete-checkpoint", "convert", "snapshot", "delete-snapshot")
 """What people can have done with a workload that is placed, beside running and stopping it."""
 
-MOVE_CHECK, MOVE_ROOM, MOVE_AHEAD, MOVE_OUT, MOVE_BACK = MOVES = ("move-check", "move-room", "move-ahead", "move-out", "move-back")
-"""Parts of a move with its state, asked for by the hub alone: look whether it can leave; whether it can come (at the target); copy its disk while it runs; stop it and write its state for the way; go on with it here."""
+MOVE_CHECK, MOVE_ROOM, MOVE_COME, MOVE_LIVE, MOVE_AHEAD, MOVE_OUT, MOVE_BACK = MOVES = ("move-check", "move-room", "move-come", "move-live", "move-ahead", "move-out", "move-back")
+"""Parts of a move with its state, asked for by the hub alone: look whether it can leave; whether it can come (at the target); wait for it (at the target); copy it there while it runs; copy its disk while it runs; stop it and
+write its state for the way; go on with it here."""
+
+LIVE = "live"
+"""Key of what is told about moves while it runs: in a source's offer and in a target's answer true where that can be; in the `from` of one that comes so true as well."""
 
 AHEAD = "ahead"
 """Key of what is told about disks that go ahead: in a source's offer the bytes of its disk, where it can copy that while it runs; in a target's answer, and in `move-out`, true."""
 
 SPEED = "speed"
-"""Key of what `move-ahead` is told: bytes in a second with which the disk is copied, at most."""
+"""Key of what `move-ahead` and `move-live` are told: bytes in a second with which it is copied, at most."""
 
 OPERATIONS = ASKED + MOVES
 
@@ -90,7 +94,7 @@ OPERATION_FIELDS = (
     Field("name", "string", "the checkpoint, or the snapshot; checkpoint and snapshot: empty takes the operation's id; restore: empty takes the newest", required=False, default="", max_items=64),
     Field("to", "enum", "convert: what it shall be; empty for the others", required=False, default="", choices=("", *FORMS)),
     Field("stop", "boolean", "checkpoint: the workload does not go on; it is checkpointed then, until it is restored", required=False, default=False),
-    Field("offer", "object", "move-room: what the source told of the workload and its host, and `document`, `image`, `kind`, `requests`; move-ahead: `speed`, bytes in a second at most; move-out: `ahead`, true where a copy of its disk is at the target", required=False, default={}, max_items=MAX_OFFER),
+    Field("offer", "object", "move-room, move-come: what the source told of the workload and its host, and `document`, `image`, `kind`, `requests`; move-ahead, move-live: `speed`, bytes in a second at most; move-out: `ahead`, true where a copy of its disk is at the target", required=False, default={}, max_items=MAX_OFFER),
     Field("expires_ms", "integer", "wall time after which it must not be begun, milliseconds since 1970 UTC", minimum=0),
 )
 """One entry of `spec.operations`. The answers are `operation` records."""
@@ -101,6 +105,7 @@ REPORT_FIELDS = (
     Field("state", "enum", "what became of it", choices=REPORTED),
     Field("reason", "string", "why", required=False, default=""),
     Field("load_ms", "number", "of `running`: how long the start took until it stood ready; 0 where that was not measured", required=False, default=0, minimum=0),
+    Field("still_ms", "number", "of `running`: how long it stood still when it came while it ran; 0 where it did not, or that is not known", required=False, default=0, minimum=0),
     Field("form", "enum", "of `running`: what it is, where that has changed; empty: a container, or what its document says", required=False, default="", choices=("", *FORMS)),
     Field("for", "string", "the node that had it, where the site itself gave it to this one while no hub was there", required=False, default="", max_items=64),
     Field("fence", "integer", "the number of the site's table that gave it; the highest counts", required=False, default=0, minimum=0),

@@ -11,7 +11,7 @@ from ..config import EdgeConfig
 from ..contract.errors import ContractError
 from ..contract.limits import MAX_OPERATIONS
 from ..contract.schema import check_fields
-from ..contract.workloads import ASKED, MOVES, MOVING, OPERATION_FIELDS, RUNNING
+from ..contract.workloads import ASKED, MOVE_COME, MOVES, MOVING, OPERATION_FIELDS, RUNNING
 from ..journal import Journal
 from .operations import Operations
 
@@ -113,6 +113,8 @@ class Asked:
     def operate(self, entries: Sequence[dict[str, Any]], late: frozenset[str]) -> None:
         """Operations of a desired state that was taken, `late` those that had expired; each is carried out once, also over restarts."""
         if self._probed:
+            if self._runner is not None:
+                self._runner.expect({(one["workload"], int(one["epoch"])) for one in entries if one["kind"] == MOVE_COME})
             self._operations.take(entries, late)
             if self._carrier is not None:
                 self._carrier.need({one["name"] for one in entries if one["kind"] in MOVES and one["name"].startswith(MOVING)})

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract.limits import MAX_CHECKPOINTS
 from ..contract.schema import ID_PATTERN
-from ..contract.workloads import AHEAD, CHECKPOINT, DELETE_CHECKPOINT, MOVE_AHEAD, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVES, MOVING, RESTORE, SPEED
+from ..contract.workloads import AHEAD, CHECKPOINT, DELETE_CHECKPOINT, MOVE_AHEAD, MOVE_BACK, MOVE_CHECK, MOVE_LIVE, MOVE_OUT, MOVES, MOVING, RESTORE, SPEED
 from .drivers import checkpoint_state
-from .drivers.face import Checkpoints, Driver, Failed, GoesAhead, Key, Observes, Order, Phase, Refused, Status
+from .drivers.face import Checkpoints, Driver, Failed, GoesAhead, Key, Lives, Observes, Order, Phase, Refused, Status
 from .drivers.instance import link_output
 from .operations import Operations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TAKING, CLEARING, PLACING = "taking", "clearing", "placing"
-"""Steps that are written down: a state of this name is this operation's; the instance that a restore replaces goes; what is there under its key has been brought back."""
+TAKING, CLEARING, PLACING, LEAVING = "taking", "clearing", "placing", "leaving"
+"""Steps that are written down: a state of this name is this operation's; the instance that a restore replaces goes; what is there under its key has been brought back; it is being copied while it runs."""
 
 AUTOMATIC = "auto-"
 """How the ids of operations begin that nobody asks for, and so the names of their checkpoints."""
@@ -231,12 +231,20 @@ class Checkpointing:
             raise Refused("move", "this node moves no states", "see workloads.moves_hub")
         if asked["kind"] == MOVE_CHECK:
             return await self.moves.check(driver, Key(workload, asked["epoch"]))
+        if asked["kind"] == MOVE_LIVE:
+            if self._operations.step(asked["id"]) == LEAVING:
+                raise Failed("move", "the agent was started anew while it was leaving", "the hub moves it otherwise")  # what connected it has gone with that agent
+            await self._operations.reach(asked["id"], LEAVING)
+            await self.moves.leave(driver, Key(workload, asked["epoch"]), move, (asked.get("offer") or {}).get(SPEED, 0))
+            return {}
         if asked["kind"] == MOVE_AHEAD:
             return await self.moves.ahead(driver, Key(workload, asked["epoch"]), move, (asked.get("offer") or {}).get(SPEED, 0))
         if asked["kind"] == MOVE_OUT:
             await self._checkpoint(asked, driver, status)
             return await self.moves.pack(workload, move)
         assert asked["kind"] == MOVE_BACK
+        if isinstance(driver, Lives):
+            await driver.stay(Key(workload, asked["epoch"]))
         name = await asyncio.to_thread(self.moves.return_of, workload, move)
         # What an agent was killed at while it brought it back has not been seen to live, and may still stand still.
         if name and (status is None or status.phase not in (Phase.RUNNING, Phase.PAUSED) or self._operations.step(asked["id"]) == PLACING):

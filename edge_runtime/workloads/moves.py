@@ -2,6 +2,7 @@
 
     <data>/workloads/moves/<move>.state              a state as one file: at its source from when it was taken, at its target when all of it has come
     <data>/workloads/moves/<move>.ahead              a copy of a virtual machine's disk, which goes before its state while it runs
+    <data>/workloads/moves/<move>.live/              sockets by which one goes, or comes, while it runs; then there are none of the others
     <data>/workloads/checkpoints/<workload>/<move>   the same as a checkpoint: at the source what it goes on from if nothing comes of the move, at the target while it is being started
     <data>/workloads/checkpoints/<workload>/back-<move>    of a move of which nothing came: from here on this node may go on with it
 
@@ -16,9 +17,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..contract.workloads import AHEAD, ISOLATION, MOVING
+from ..contract.workloads import AHEAD, ISOLATION, LIVE, MOVING
 from .drivers import checkpoint_state
-from .drivers.face import Ability, Failed, GoesAhead, Key, Migrates, Order, Phase, Refused, Status
+from .drivers.face import Ability, Failed, GoesAhead, Key, Lives, Migrates, Order, Phase, Refused, Status
 from .drivers.instance import sync_folder
 from .restarts import KEYS, when_to_pull
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from .checkpoints import CheckpointFolder
     from .drivers.face import Driver
 
-STATE, BEFORE = ".state", ".ahead"
-"""How the name of a state on its way ends, and that of a disk which goes before it."""
+STATE, BEFORE, ALIVE = ".state", ".ahead", ".live"
+"""How the name of a state on its way ends, that of a disk which goes before it, and that of a folder with sockets."""
 
 BACK = "back-"
 """What comes before the name of a state that its source may go on from again."""
@@ -65,6 +66,15 @@ class Moves:
     async def room(self, asked: Mapping[str, Any], bring: Callable[[str, str, str], Awaitable[str]], drivers: Mapping[str, "Driver"], short: str) -> dict[str, Any]:
         """Look whether a workload that is offered can come, and fetch its image; raises `DriverError`. Nothing of it is left but its image."""
         offer = asked["offer"]
+        driver, order = await self._planned(asked, TRIED_EPOCH, bring, drivers, short)
+        await _migrating(driver, Ability.MIGRATE_IN).migrate_in(order, offer)
+        if (free := checkpoint_state.free(self._folder)) < TWICE * offer["bytes"] + self._spare:
+            raise Refused("disk", f"its state may take {offer['bytes']} bytes twice, {free} are free, {self._spare} have to stay so", "free space, or move it to another node")
+        return {AHEAD: isinstance(driver, GoesAhead), LIVE: offer.get(LIVE) is True and _lives(driver)}
+
+    async def _planned(self, asked: Mapping[str, Any], epoch: int, bring: Callable[[str, str, str], Awaitable[str]], drivers: Mapping[str, "Driver"], short: str) -> "tuple[Driver, Order]":
+        """Who would run what is offered, under an epoch, and its order; its image is here then. Raises `Refused`."""
+        offer = asked["offer"]
         spec, kind = (offer.get("document") or {}).get("spec") or {}, str(offer.get("kind"))
         if short:
             raise Refused("node", short, "move it to another node")
@@ -73,10 +83,20 @@ class Moves:
         driver = drivers[await bring(kind, str(offer.get("image")), when_to_pull(spec))]
         spec = {name: value for name, value in spec.items() if name not in KEYS and name != ISOLATION}
         requests = {name: amount for name, amount in (offer.get("requests") or {}).items() if isinstance(amount, int)}
-        await _migrating(driver, Ability.MIGRATE_IN).migrate_in(Order(Key(asked["workload"], TRIED_EPOCH), str(offer["image"]), requests, spec, kind == "batch"), offer)
-        if (free := checkpoint_state.free(self._folder)) < TWICE * offer["bytes"] + self._spare:
-            raise Refused("disk", f"its state may take {offer['bytes']} bytes twice, {free} are free, {self._spare} have to stay so", "free space, or move it to another node")
-        return {AHEAD: isinstance(driver, GoesAhead)}
+        return driver, Order(Key(asked["workload"], epoch), str(offer["image"]), requests, spec, kind == "batch")
+
+    async def come(self, asked: Mapping[str, Any], bring: Callable[[str, str, str], Awaitable[str]], drivers: Mapping[str, "Driver"], short: str) -> None:
+        """Have one wait for a workload that comes while it runs; raises `DriverError`: then nothing of it is here."""
+        driver, order = await self._planned(asked, int(asked["epoch"]), bring, drivers, short)
+        if not isinstance(driver, Lives):
+            raise Refused("move", "the driver of that kind takes in nothing that runs", "the hub moves it otherwise")
+        await driver.arrive(order, asked["offer"], self._folder / f"{asked['name']}{ALIVE}")
+
+    async def leave(self, driver: "Driver | None", key: Key, move: str, speed: Any = 0) -> None:
+        """Copy a workload to where it shall go, while it runs, until nearly all of it is there; from then on it leaves when its target begins it. `speed`: as `ahead`."""
+        if not isinstance(driver, Lives):
+            raise Refused("move", "the driver that runs it moves nothing while it runs", "the hub moves it otherwise")
+        await driver.leave(key, self._folder / f"{move}{ALIVE}", speed if isinstance(speed, int) and speed > 0 else 0)
 
     async def ahead(self, driver: "Driver | None", key: Key, move: str, speed: Any = 0) -> dict[str, Any]:
         """Copy the disk of a workload that is about to leave, while it runs; `speed`: bytes in a second at most, 0 for no bound."""
@@ -123,11 +143,13 @@ class Moves:
         """The files that were on their way."""
         for name in (STATE, BEFORE):
             (self._folder / f"{move}{name}").unlink(missing_ok=True)
+        shutil.rmtree(self._folder / f"{move}{ALIVE}", ignore_errors=True)
 
     def sweep(self, wanted: set[str]) -> None:
         """What no move that is under way has use for, what a worker left of it too."""
         for entry in os.scandir(self._folder):
-            if entry.name.partition(".")[0] not in wanted and entry.name.startswith(MOVING):
+            name = entry.name.lstrip(".")  # what is being made has one before it
+            if name.partition(".")[0] not in wanted and name.startswith(MOVING):
                 with_parts = Path(entry.path)
                 shutil.rmtree(with_parts, ignore_errors=True) if entry.is_dir(follow_symlinks=False) else with_parts.unlink(missing_ok=True)
 
@@ -148,6 +170,24 @@ async def begin_from(driver: "Driver", key: Key, status: Status | None, path: Pa
     if status.exit is None or status.exit.code or status.exit.signal:
         raise Refused("from", f"it ended before anybody saw that it lives: {status.reason or status.phase.value}", "see why")
     return status
+
+
+async def let_go(driver: "Driver | None", key: Key) -> "tuple[Driver, Status]":
+    """Let one that comes while it runs begin as soon as all of it is here. Raises `Refused`: then it never ran here, and never will."""
+    if not isinstance(driver, Lives):
+        raise Refused("from", "nothing waits here for it", "move it again")
+    return driver, await driver.go(key)  # type: ignore[return-value]
+
+
+def _lives(driver: "Driver") -> bool:
+    """Whether it takes in what runs, here."""
+    try:
+        if isinstance(driver, Lives):
+            driver.demand(Ability.LIVE)
+            return True
+    except Refused:
+        pass
+    return False
 
 
 def _migrating(driver: "Driver | None", ability: Ability = Ability.MIGRATE_OUT) -> Migrates:

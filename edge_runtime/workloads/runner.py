@@ -11,15 +11,15 @@ checkpointed: it is not started again by itself, and neither done nor failed; it
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, DELETE_SNAPSHOT, ISOLATION, ISOLATIONS, MOVE_ROOM, NAMESPACES, RUNNING, SNAPSHOT, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, DELETE_SNAPSHOT, ISOLATION, ISOLATIONS, LIVE, MOVE_COME, MOVE_ROOM, NAMESPACES, RUNNING, SNAPSHOT, STOPPED, WHEN_CUT_OFF
 from .checkpoints import Checkpointing
 from .converting import convert
 from .drivers.checkpoint_state import read_manifest
-from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Order, Phase, Refused, Status
+from .drivers.face import Ability, Checkpoints, Driver, DriverError, Failed, Key, Leases, Lives, Order, Phase, Refused, Status
 from .restarts import KEYS, STABLE_MS, Policy, pause_s, policy, succeeded, when_to_pull
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Runner:
         self._due: dict[str, float] = {}
         self._taking: dict[str, float] = {}
         """When the next checkpoint that nobody asks for is due; times of the loop."""
+        self._coming: frozenset[tuple[str, int]] = frozenset()
+        """What waits here for a workload that comes while it runs (id and epoch), which is not wanted here yet."""
         self._going_on: set[str] = set()
         """What is brought back from one: once for each time that it is lost."""
 
@@ -142,6 +144,13 @@ class Runner:
         self._asked.setdefault(asked["workload"], {})[asked["id"]] = asked
         if self._began_to_tend:
             self._wake(asked["workload"])
+
+    def expect(self, coming: Collection[tuple[str, int]]) -> None:
+        """Id and epoch of those that shall be waited for here: what waits for another one goes."""
+        gone, self._coming = {workload for workload, epoch in self._coming.difference(coming)}, frozenset(coming)
+        for workload in gone:
+            if self._began_to_tend:
+                self._wake(workload)
 
     async def ended(self, workload: str) -> None:
         """Until nothing of a workload is under way or runs, where nothing of it may."""
@@ -203,7 +212,7 @@ class Runner:
         may = self._may.get(f"{workload}/{wanted['epoch']}") if wanted is not None else None
         for driver in self._drivers.values():
             for status in await driver.instances():
-                if status.key.id != workload:
+                if status.key.id != workload or (status.key.id, status.key.epoch) in self._coming:
                     continue
                 leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None) or _said(wanted) in self._evicted or "refusal" in wanted
                 if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
@@ -240,6 +249,13 @@ class Runner:
             try:
                 if asked["kind"] == MOVE_ROOM and self._checkpoints.moves is not None:
                     operations.end(asked["id"], "succeeded", "", await self._checkpoints.moves.room(asked, self._bring, self._drivers, self._short()))
+                    del waiting[asked["id"]]
+                    continue
+                if asked["kind"] == MOVE_COME and self._checkpoints.moves is not None:
+                    if (workload, int(asked["epoch"])) not in self._coming:
+                        raise Refused("move", "nobody waits for it any more", "see the hub's moves")
+                    await self._checkpoints.moves.come(asked, self._bring, self._drivers, self._short())
+                    operations.end(asked["id"], "succeeded")
                     del waiting[asked["id"]]
                     continue
                 if wanted is None or wanted["epoch"] != asked["epoch"] or self._told.get(_said(wanted)) in ENDS:
@@ -304,7 +320,7 @@ class Runner:
             else:
                 if status.phase in (Phase.RUNNING, Phase.PAUSED):
                     self._began(said, how, status)
-                    self._say(entry, "running", status.reason, status.load_ms)
+                    self._say(entry, "running", status.reason, status.load_ms, status.still_ms)
                     if entry.get("from") and await _unless(changed, self._kept()) is not None:
                         await self._has_come(entry)
                     self._say_form(entry, status)
@@ -458,13 +474,18 @@ class Runner:
 
     async def _begin_from(self, key: Key, entry: Mapping[str, Any]) -> tuple[Driver, Status]:
         """What runs it from the state that has come with it, and how it stands. Raises `Refused`: then nothing of it has been seen to live here, and its source may have it again."""
-        from .moves import begin_from
+        from .moves import begin_from, let_go
 
         if self._checkpoints is None or self._checkpoints.moves is None:
             raise Refused("from", "this node takes in no states", "see workloads.moves_hub")
         if f"{key.id}/{key.epoch}" in self._may:
             raise Refused("from", "it runs only as long as its site says (when_cut_off: move)", "let its site run it")
         driver, status = await self._there(key)
+        if entry["from"].get(LIVE) is True:
+            return await let_go(driver, key)
+        if isinstance(driver, Lives) and driver.waits(key):  # for what did not come so
+            await driver.delete(key)
+            driver = status = None
         try:
             path = await asyncio.to_thread(self._checkpoints.moves.came, key.id, str(entry["from"].get("move")), str(entry["from"].get("root")))
         except OSError as error:
@@ -509,7 +530,7 @@ class Runner:
         self._journal.put_state(SAID_FORMS, dict(self._forms))
         self._on_said()
 
-    def _say(self, entry: Mapping[str, Any], state: str, reason: str, load_ms: float = 0.0) -> None:
+    def _say(self, entry: Mapping[str, Any], state: str, reason: str, load_ms: float = 0.0, still_ms: float = 0.0) -> None:
         """Once each (but what was checkpointed runs again), nothing after an end, and nothing of what is not listed any more."""
         key = _said(entry)
         if all(_said(listed) != key for listed in self._wanted.get(entry["id"], ())):
@@ -518,7 +539,7 @@ class Runner:
         if before in ENDS or before == state or (before is not None and state == "accepted"):
             return
         self._told[key] = state
-        body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000], **({"load_ms": load_ms} if load_ms else {})}
+        body = {"id": entry["id"], "epoch": entry["epoch"], "state": state, "reason": reason[:1000], **({"load_ms": load_ms} if load_ms else {}), **({"still_ms": still_ms} if still_ms else {})}
         if not entry.get("for"):
             self._journal.append("event", "workload", body)
         elif state not in ("accepted", "refused"):  # before it runs here it is nobody's but the site's: a sibling may have it next

@@ -6,7 +6,6 @@ from aiohttp import web
 
 from ..scheduler import Invalid
 from ..workloads import moving
-from ..workloads.book import AHEAD
 from ..workloads.documents import name_of
 from ..workloads.planner import Planner
 from .reading import NotKnown, answer, limit_of
@@ -68,8 +67,8 @@ class MoveApi(WorkloadApi):
 
     def _shown_move(self, move: dict[str, Any]) -> dict[str, Any]:
         """Without what only its parties need; with how far its state is, and how long that is expected to take."""
-        carried = self._hub.transfers.book.transfers.get(moving.transfer(move, ahead=move["step"] == AHEAD)["id"])
-        shown = {key: part for key, part in move.items() if key not in ("offer", "ready", "takes_ahead", "root")}
+        carried = self._hub.transfers.book.transfers.get(moving.shown_transfer(move))
+        shown = {key: part for key, part in move.items() if key not in ("offer", "ready", "takes_live", "waits", "listens", "takes_ahead", "root")}
         return {
             **shown, "needs_bytes": move["offer"].get("bytes", 0), "progress": dict(carried.progress) if carried is not None else {}, "prediction": dict(carried.prediction) if carried is not None else {},
             "expected_s": carried.prediction.get("estimated_duration_seconds") if carried is not None else None,

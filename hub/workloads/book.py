@@ -30,19 +30,19 @@ PREEMPTED = "preempted by "
 """Why a placement ends that makes room; the name of the workload follows."""
 
 MOVE = "move"
-"""Key of a placement's seat: `move` and `root`, with which move it comes or came, and the hash of its state; empty until that is there."""
+"""Key of a placement's seat: `move` and `root`, with which move it comes or came, and the hash of its state; empty until that is there. `live` in place of `root`: it comes while it runs."""
 
 BEGUN = "running"
 """State of a move that is under way."""
 
-CHECKING, ROOM, AHEAD, TAKING, SENDING, STARTING, RETURNING = STEPS = ("checking", "room", "ahead", "taking", "sending", "starting", "returning")
+CHECKING, ROOM, LIVE, AHEAD, TAKING, SENDING, STARTING, RETURNING = STEPS = ("checking", "room", "live", "ahead", "taking", "sending", "starting", "returning")
 """Of a move, see `moving`."""
 
-UNTOUCHED = (CHECKING, ROOM, AHEAD)
+UNTOUCHED = (CHECKING, ROOM, LIVE, AHEAD)
 """Steps in which nothing of the workload has been touched: a move that ends in one of them leaves no trace."""
 
 HOLDING = (SENDING, STARTING)
-"""Steps in which the source has the state, and must not go on from it."""
+"""Steps in which the source has the state, or is leaving while it runs, and must not go on from it."""
 
 HELD = "held"
 """What a node is told of a placement, beside that it runs or stops: its state stays, and is not gone on from."""

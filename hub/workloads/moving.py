@@ -1,11 +1,13 @@
 """Moves of running workloads with their state, from node to node: one operation each, kept, whose steps follow what edges and migration workers say. Pure.
 
     checking ──> room ──> (ahead) ──> taking ──> sending ──> starting ──> done
-       │          │          │          │          │           │ the target refuses, or was taken out
-       └────── failed ───────┘          └──────────┴───────────┴──> returning ──> failed | cancelled
+       │          │  └─> (live) ┴─────────────────────────────────┤ the target refuses, or was taken out
+       └────── failed ───────┘          └──────────┴──────────────┴──> returning ──> failed | cancelled
 
     checking    the source looks whether it can leave, and tells what it needs (its *offer*); nothing is touched
     room        the target looks whether it can come, and fetches its image; a migration worker has to be there on both
+    live        of a virtual machine that can go while it runs: one waits for it at the target, the migration workers connect the two, and the source copies all of it there, and what it writes meanwhile; nothing is touched.
+                When nearly all is there it is `starting`, and the source sends the rest and stands still for good before the target begins. Where it comes to nothing, it goes as one that cannot
     ahead       of a virtual machine whose disk is worth it: the source copies that while it runs, and the migration workers carry the copy over; nothing is touched, and where it comes to nothing all of it
                 goes with the state, as without this step
     taking      the source stops it and writes its state: from here on it stands still, under its old epoch
@@ -15,7 +17,7 @@
 
 A place is reserved at the target the whole time, as a placement under the next epoch that is not the workload's current one. **The commit is the target's word that it runs**: in the transaction in
 which that is taken in, the next epoch becomes the current one, and the source is told to stop and forget. Until then the current epoch is the source's. So who may run it follows from the rows at each
-instant: the source up to `taking`, nobody in `sending`, the target in `starting`, and the source again in `returning`, which a target that was told to start it must have refused first (or have been taken
+instant: the source up to `taking`, nobody in `sending`, the target in `starting` (of one that goes while it runs the source, until the target does: they agree on that by themselves), and the source again in `returning`, which a target that was told to start it must have refused first (or have been taken
 out by somebody who says that it is gone). Silence of the target decides nothing: it may be running it.
 """
 
@@ -26,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.contract.workloads import AHEAD as OF_DISK
-from edge_runtime.contract.workloads import CHECKPOINTED, ISOLATION, MOVABLE, MOVE_AHEAD, MOVE_BACK, MOVE_CHECK, MOVE_OUT, MOVE_ROOM, MOVING, NAMESPACES, RUNNING, SPEED, may_move
+from edge_runtime.contract.workloads import CHECKPOINTED, ISOLATION, MOVABLE, MOVE_AHEAD, MOVE_BACK, MOVE_CHECK, MOVE_COME, MOVE_LIVE, MOVE_OUT, MOVE_ROOM, MOVING, NAMESPACES, RUNNING, SPEED, may_move
+from edge_runtime.contract.workloads import LIVE as RUNS_ON
 
 from ..scheduler.model import Kind
 from ..store.workloads import PlacementRow, WorkloadRow
-from .book import AHEAD, BEGUN, CHECKING, MOVE, RETURNING, ROOM, SENDING, STARTING, TAKING, UNTOUCHED, short
+from .book import AHEAD, BEGUN, CHECKING, LIVE, MOVE, RETURNING, ROOM, SENDING, STARTING, TAKING, UNTOUCHED, short
 from .documents import Conflict
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ Json = dict[str, Any]
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"
 """How a move ends."""
 
-PATIENCE_MS = {CHECKING: 120_000, ROOM: 900_000, AHEAD: 4 * 3_600_000, TAKING: 600_000, SENDING: 3_600_000}
+PATIENCE_MS = {CHECKING: 120_000, ROOM: 900_000, LIVE: 4 * 3_600_000, AHEAD: 4 * 3_600_000, TAKING: 600_000, SENDING: 3_600_000}
 """A step that takes longer is given up: a look is done in seconds, an image may have to be fetched, a state of gigabytes be written to a slow disk, and be carried over a slow link; a disk that goes ahead keeps
 nobody waiting."""
 
@@ -72,8 +75,12 @@ NEVER_MS = 2**53
 BEFORE = ".ahead"
 """How the name of the transfer ends that carries a disk ahead, and that of its file."""
 
-_PART = {CHECKING: "check", ROOM: "room", AHEAD: "ahead", TAKING: "out", RETURNING: "back"}
-_KIND = {"check": MOVE_CHECK, "room": MOVE_ROOM, "ahead": MOVE_AHEAD, "out": MOVE_OUT, "back": MOVE_BACK}
+ALIVE = ".live"
+"""How the name of the transfer ends that connects the two ends of a machine that goes while it runs, and that of the folders of their sockets."""
+
+_PARTS = {CHECKING: ("check",), ROOM: ("room",), LIVE: ("come", "live"), AHEAD: ("ahead",), TAKING: ("out",), RETURNING: ("back",)}
+_KIND = {"check": MOVE_CHECK, "room": MOVE_ROOM, "come": MOVE_COME, "live": MOVE_LIVE, "ahead": MOVE_AHEAD, "out": MOVE_OUT, "back": MOVE_BACK}
+_OF_TARGET = ("room", "come")
 
 
 # -- what can be asked -------------------------------------------------------------------------------------------------------
@@ -140,7 +147,7 @@ def begin(planner: "Planner", workload: str, to: str, now_ms: int, why: str, lim
     name = f"{MOVING}{number}"
     move: Json = {
         "id": name, "workload": workload, "epoch": row.epoch, "new_epoch": placement.epoch, "source": row.node, "target": placement.node, "why": why, "drain": drain, "state": BEGUN, "step": CHECKING, "reason": "", "problem": "",
-        "offer": {}, "ready": False, "takes_ahead": False, "ahead_bytes": 0, "ahead": False, "ahead_problem": "", "root": "", "bytes": 0, "limit_mbit": limit_mbit, "created_ms": now_ms, "changed_ms": now_ms, "since_ms": {CHECKING: now_ms},
+        "offer": {}, "ready": False, "takes_live": False, "waits": False, "listens": False, "live": False, "live_problem": "", "still_ms": 0.0, "takes_ahead": False, "ahead_bytes": 0, "ahead": False, "ahead_problem": "", "root": "", "bytes": 0, "limit_mbit": limit_mbit, "created_ms": now_ms, "changed_ms": now_ms, "since_ms": {CHECKING: now_ms},
     }
     planner.intrude(replace(placement, seat={**placement.seat, MOVE: {"move": name, "root": ""}}, why=f"reserved for {name}"), now_ms)
     planner.hear(workload, placement.epoch)
@@ -191,7 +198,7 @@ def answered(planner: "Planner", edge: str, told: Mapping[str, Any], now_ms: int
     """An `operation` record of an edge; what is no part of a move that waits for it changes nothing."""
     name, _, part = str(told["id"]).rpartition(".")
     move = planner.tables.moves.get(name)
-    if move is None or move["state"] != BEGUN or _PART.get(move["step"]) != part or edge != move["target" if part == "room" else "source"]:
+    if move is None or move["state"] != BEGUN or part not in _PARTS.get(move["step"], ()) or edge != move["target" if part in _OF_TARGET else "source"]:
         return
     if told["state"] in ("pending", "running"):
         return
@@ -207,10 +214,16 @@ def answered(planner: "Planner", edge: str, told: Mapping[str, Any], now_ms: int
             give_up(planner, move, f"it cannot leave {why}", now_ms)
     elif part == "room":
         if well:
-            _put(planner, {**move, "ready": True, "takes_ahead": detail.get(OF_DISK) is True, "changed_ms": now_ms})
+            _put(planner, {**move, "ready": True, "takes_live": detail.get(RUNS_ON) is True, "takes_ahead": detail.get(OF_DISK) is True, "changed_ms": now_ms})
         else:
             planner.refused(planner.tables.rows[move["workload"]], edge, f"it cannot come to {why}", now_ms)
             give_up(planner, move, f"it cannot come to {why}", now_ms)
+    elif part in ("come", "live") and not well:
+        _stands_still(planner, move, f"it could not {'come to' if part == 'come' else 'leave'} {why}", now_ms)
+    elif part == "come":
+        _put(planner, {**move, "waits": True, "changed_ms": now_ms})
+    elif part == "live":
+        _started(planner, {**move, "live": True}, {RUNS_ON: True}, now_ms)
     elif part == "ahead":
         if well and (size := int(detail.get("bytes", 0))) > 0:
             _put(planner, {**move, "ahead_bytes": size, "changed_ms": now_ms})
@@ -226,8 +239,35 @@ def met(planner: "Planner", name: str, now_ms: int) -> None:
     """Migration workers of both nodes are there."""
     move = planner.tables.moves.get(name)
     if move is not None and move["state"] == BEGUN and move["step"] == ROOM and move["ready"]:
-        worth = move["offer"].get(OF_DISK, 0)
-        _reach(planner, move, AHEAD if move.get("takes_ahead") and isinstance(worth, int) and worth > 0 else TAKING, now_ms)
+        if move.get("takes_live") and move["offer"].get(RUNS_ON) is True:
+            _reach(planner, move, LIVE, now_ms)
+        else:
+            _goes(planner, move, now_ms)
+
+
+def _goes(planner: "Planner", move: Json, now_ms: int) -> None:
+    """It stands still for its way; its disk need not wait for that."""
+    worth = move["offer"].get(OF_DISK, 0)
+    _reach(planner, move, AHEAD if move.get("takes_ahead") and isinstance(worth, int) and worth > 0 else TAKING, now_ms)
+
+
+def _stands_still(planner: "Planner", move: Json, why: str, now_ms: int) -> None:
+    """It cannot go while it runs."""
+    _goes(planner, {**move, "waits": False, "listens": False, "live_problem": short(why)}, now_ms)
+
+
+def listened(planner: "Planner", name: str, now_ms: int) -> None:
+    """The target's migration worker listens for one that comes while it runs, and one waits there."""
+    move = planner.tables.moves.get(name)
+    if move is not None and move["state"] == BEGUN and move["step"] == LIVE and move["waits"] and not move["listens"]:
+        _put(planner, {**move, "listens": True, "changed_ms": now_ms})
+
+
+def connected(planner: "Planner", name: str, state: str, reason: str, now_ms: int) -> None:
+    """The transfer that connects the ends of one that goes while it runs is over. Afterwards only its target can say what that means."""
+    move = planner.tables.moves.get(name)
+    if move is not None and move["state"] == BEGUN and move["step"] == LIVE:
+        _stands_still(planner, move, f"what connected its nodes ended: {reason or state}", now_ms)
 
 
 def preceded(planner: "Planner", name: str, state: str, reason: str, now_ms: int) -> None:
@@ -240,6 +280,8 @@ def preceded(planner: "Planner", name: str, state: str, reason: str, now_ms: int
 
 def carries(transfer: str) -> tuple[str, tuple[str, ...]]:
     """The move that a transfer is part of, and the steps in which it has use for it."""
+    if transfer.endswith(ALIVE):
+        return transfer.removesuffix(ALIVE), (LIVE, STARTING)
     move = transfer.removesuffix(BEFORE)
     return move, (AHEAD,) if move != transfer else (TAKING, SENDING)
 
@@ -249,16 +291,22 @@ def carried(planner: "Planner", name: str, state: str, reason: str, now_ms: int)
     move = planner.tables.moves.get(name)
     if move is None or move["state"] != BEGUN or move["step"] != SENDING:
         return
-    target = planner.tables.open.get((move["workload"], move["new_epoch"]))
     if state != "done":
         give_up(planner, move, f"its state was not carried over: {reason or state}", now_ms)
-    elif target is not None:  # else `advance` gives it up
-        planner.ledger.put(planner.tables.open, (target.workload, target.epoch), replace(target, seat={**target.seat, MOVE: {"move": name, "root": move["root"]}}))
+    else:
+        _started(planner, move, {"root": move["root"]}, now_ms)
+
+
+def _started(planner: "Planner", move: Json, told: Json, now_ms: int) -> None:
+    """Its target may begin it. `told`: what it goes on from."""
+    target = planner.tables.open.get((move["workload"], move["new_epoch"]))
+    if target is not None:  # else `advance` gives it up
+        planner.ledger.put(planner.tables.open, (target.workload, target.epoch), replace(target, seat={**target.seat, MOVE: {"move": move["id"], **told}}))
         _reach(planner, move, STARTING, now_ms)
 
 
-def spoken(planner: "Planner", placement: PlacementRow, what: str, why: str, now_ms: int) -> bool:
-    """A `workload` record that speaks of a placement which may be reserved for a move; whether all of it is dealt with. After False the rows may be others than before."""
+def spoken(planner: "Planner", placement: PlacementRow, what: str, why: str, now_ms: int, still_ms: float = 0.0) -> bool:
+    """A `workload` record that speaks of a placement which may be reserved for a move; whether all of it is dealt with. After False the rows may be others than before. `still_ms`: for how long it says that it stood still."""
     move = planner.move_of(placement.workload)
     if move is None or placement.epoch != move["new_epoch"] or move["step"] != STARTING:
         return False
@@ -268,7 +316,7 @@ def spoken(planner: "Planner", placement: PlacementRow, what: str, why: str, now
         planner.close(replace(placement, said=what), now_ms, why or what)
         give_up(planner, move, f"{placement.node} could not go on with it: {why or what}", now_ms)
         return True
-    commit(planner, move, now_ms)
+    commit(planner, {**move, "still_ms": still_ms}, now_ms)
     return False
 
 
@@ -303,44 +351,57 @@ def advance(planner: "Planner", now_ms: int) -> None:
             continue
         elif target is None:
             give_up(planner, move, f"{move['target']} was taken out", now_ms)
+        elif move["step"] == LIVE and now_ms - move["since_ms"][LIVE] > (patience := patience_ms(move)):
+            _stands_still(planner, move, f"it was {LIVE} for {patience // 60_000} min", now_ms)
         elif move["step"] != STARTING and now_ms - move["since_ms"][move["step"]] > (patience := patience_ms(move)):
             give_up(planner, move, f"it was {move['step']} for {patience // 60_000} min{'; no migration worker of both nodes is there' if move['step'] == ROOM and move['ready'] else ''}", now_ms)
 
 
 def patience_ms(move: Json) -> int:
     """Of the step that a move is at."""
-    size = {AHEAD: move.get("ahead_bytes", 0), SENDING: move["bytes"]}.get(move["step"], 0)
+    size = {LIVE: move["offer"].get("bytes", 0), AHEAD: move.get("ahead_bytes", 0), SENDING: move["bytes"]}.get(move["step"], 0)
     return max(PATIENCE_MS[move["step"]], int(TIMES * size * 8 / (move["limit_mbit"] * 1000)))
 
 
 def operations(planner: "Planner", node: str) -> list[Json]:
-    """The part of a node's `spec.operations` that moves ask for. A source is asked for the part of its step, a target looks for room and has its migration worker until the end."""
+    """The part of a node's `spec.operations` that moves ask for. A source is asked for the part of its step, a target looks for room and has its migration worker until the end; what waits there for one that goes while it
+    runs is kept as long as it is asked for."""
     out = []
     for move in live(planner):
+        runs_on = move["step"] == LIVE or (move["step"] == STARTING and move.get("live"))
         if node == move["source"]:
             part = {CHECKING: "check", ROOM: "check", AHEAD: "ahead", RETURNING: "back"}.get(move["step"], "out")
-            told: dict[str, Json] = {"ahead": {SPEED: max(COPY_LEAST, int(move["limit_mbit"] * 125_000))}, "out": {OF_DISK: True} if move.get("ahead") else {}}
+            if runs_on:
+                part = "live" if move["listens"] else "check"
+            limit = int(move["limit_mbit"] * 125_000)
+            told: dict[str, Json] = {"live": {SPEED: limit}, "ahead": {SPEED: max(COPY_LEAST, limit)}, "out": {OF_DISK: True} if move.get("ahead") else {}}
             out.append(_asked(move, part, told.get(part, {})))
         if node == move["target"] and move["step"] not in (CHECKING, RETURNING):
             row, shape = planner.tables.rows[move["workload"]], planner.tables.items[move["workload"]].item.shape
-            out.append(_asked(move, "room", {**move["offer"], "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests), "document": row.document}))
+            offer = {**move["offer"], "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests), "document": row.document}
+            out += [_asked(move, part, offer) for part in (("room", "come") if runs_on else ("room",))]
     return out
 
 
 def _asked(move: Json, part: str, offer: Json) -> Json:
     return {
-        "id": f"{move['id']}.{part}", "kind": _KIND[part], "workload": move["workload"], "epoch": move["new_epoch" if part == "room" else "epoch"], "name": move["id"], "stop": part == "out", "offer": offer,
+        "id": f"{move['id']}.{part}", "kind": _KIND[part], "workload": move["workload"], "epoch": move["new_epoch" if part in _OF_TARGET else "epoch"], "name": move["id"], "stop": part == "out", "offer": offer,
         "expires_ms": NEVER_MS,
     }
 
 
-def transfer(move: Json, ahead: bool = False) -> Json:
-    """The document of the transfer that carries a move's state; `ahead`: of the one that carries its disk before."""
-    path = f"{move['id']}{BEFORE if ahead else '.state'}"
+def transfer(move: Json, way: str = "") -> Json:
+    """The document of the transfer that carries a move's state; `way`: of the one that carries its disk before (`BEFORE`), or connects its nodes while it runs (`ALIVE`)."""
+    path = f"{move['id']}{way or '.state'}"
     return {
-        "id": path if ahead else move["id"], "source": {"worker": move["source"], "path": path}, "destination": {"worker": move["target"], "path": path}, "limit_mbit": move["limit_mbit"], "base": "", "replace": True,
-        "not_before_ms": 0,
+        "id": path if way else move["id"], "source": {"worker": move["source"], "path": path}, "destination": {"worker": move["target"], "path": path}, "limit_mbit": move["limit_mbit"], "base": "", "replace": True,
+        "not_before_ms": 0, **({"stream": True} if way == ALIVE else {}),
     }
+
+
+def shown_transfer(move: Json) -> str:
+    """The name of the transfer that is, or was, the move's at its step."""
+    return str(transfer(move, BEFORE if move["step"] == AHEAD else ALIVE if move["step"] == LIVE or move.get("live") else "")["id"])
 
 
 # -- the document ------------------------------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ class Planner(Agenda):
             self._old_news(edge, body["id"], body["epoch"], now_ms)
             return
         what, why, newer = body["state"], body["reason"], seq > placement.seqs.get("said", 0)
-        if newer and moving.spoken(self, placement, what, why, now_ms):
+        if newer and moving.spoken(self, placement, what, why, now_ms, float(body.get("still_ms", 0))):
             return
         placement, row = self.tables.open[key], self.tables.rows[row.id]
         if what not in ENDED:

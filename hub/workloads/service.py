@@ -24,7 +24,7 @@ from ..store.base import Store, StoredRecord
 from ..store.workloads import WorkloadRow
 from ..transfers.service import Transfers
 from . import moving
-from .book import AHEAD, ROOM, SENDING, TAKING
+from .book import AHEAD, LIVE, ROOM, SENDING, TAKING
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
@@ -492,8 +492,14 @@ class Workloads:
     async def _carry(self, transfers: Transfers, move: dict[str, Any]) -> None:
         if move["step"] == ROOM and move["ready"] and transfers.there(move["source"]) and transfers.there(move["target"]):
             await self.ask(lambda planner, now: moving.met(planner, move["id"], now))
+        if move["step"] == LIVE:  # while one is made ready that waits there is time to have somebody listen
+            told = await transfers.submit(moving.transfer(move, moving.ALIVE), held=not move["waits"])
+            if move["waits"] and not move["listens"] and told["address"]:
+                await self.ask(lambda planner, now: moving.listened(planner, move["id"], now))
+            if told["state"] in ("done", "failed", "cancelled"):
+                await self.ask(lambda planner, now: moving.connected(planner, move["id"], told["state"], told["reason"], now))
         if move["step"] == AHEAD and move["ahead_bytes"]:
-            told = await transfers.submit(moving.transfer(move, ahead=True))
+            told = await transfers.submit(moving.transfer(move, moving.BEFORE))
             if told["state"] in ("done", "failed", "cancelled"):
                 await self.ask(lambda planner, now: moving.preceded(planner, move["id"], told["state"], told["reason"], now))
         if move["step"] == TAKING:  # while its state is being written there is time to have somebody ready who takes it

@@ -12,7 +12,8 @@ from edge_runtime.workloads.drivers.face import Failed, GoesAhead, Key, Order, P
 from edge_runtime.workloads.drivers.instance import UPPER
 from edge_runtime.workloads.drivers.vm import VmDriver
 
-from .counting_guest import counted
+from .disk_guest import BLOCK, BLOCKS, WRITES
+from .disk_guest import laid as said
 from .vm_side import BOOT_S, MEMORY, console, reason_against, started, vms
 from .waiting import until
 
@@ -20,33 +21,11 @@ __all__ = ["vms"]
 
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), pytest.mark.timeout(600)]
 
-BLOCKS, BLOCK = 48, 65_536
-"""Blocks of the guest's file, and bytes of each."""
-
-WRITES = f"""
-head -c {BLOCKS * BLOCK} /dev/urandom > /run/want; cp /run/want /data/have; sync; echo laid
-i=0; while :; do
-  j=$((i * 7 % {BLOCKS}))
-  if [ $((i % 5)) = 4 ]; then from=/dev/zero; else head -c {BLOCK} /dev/urandom > /run/new; from=/run/new; fi
-  for to in /run/want /data/have; do dd if=$from of=$to bs={BLOCK} count=1 seek=$j conv=notrunc 2>/dev/null; done
-  sync; echo 3 > /proc/sys/vm/drop_caches
-  cmp /run/want /data/have || echo differs
-  echo $i; i=$((i+1))
-done"""
-"""What it does: one block after the other, random or zeros."""
-
-
 async def writing(vms: VmDriver, name: str, template: bool = False) -> Key:
     """A machine that has laid its file, and writes."""
     key = await started(vms, name, "kernel:1", WRITES, **({"template": True} if template else {}))
     await console(vms, key, b"laid", BOOT_S)
     return key
-
-
-def said(text: bytes) -> list[int]:
-    """Numbers of whole lines, where it has laid its file those after that; it never found a difference."""
-    assert b"differs" not in text, text[-500:]
-    return counted(text.partition(b"laid")[2].partition(b"\n")[2] if b"laid" in text else text)
 
 
 async def on(vms: VmDriver, key: Key, more: int) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.workloads.drivers import vm, vm_image, vm_qcow2
+from edge_runtime.workloads.drivers import vm_image, vm_machine, vm_qcow2, vm_templates
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import read
 from edge_runtime.workloads.drivers.keeping import OOM_SCORE
@@ -96,7 +96,7 @@ async def test_clones_of_a_template_are_their_own(vms: VmDriver, image: str) -> 
     random = [next(line for line in text.splitlines() if line.startswith(b"random ")) for text in found.values()]
     assert random[0] != random[1] and len(random[0]) > 40
     assert {os.stat(f"/proc/{(await vms.status(key)).pid}").st_uid for key in (first, second)}.isdisjoint({UID})
-    links = [os.stat(vms.folder(key) / vm.DISK) for key in (first, second)]
+    links = [os.stat(vms.folder(key) / vm_templates.DISK) for key in (first, second)]
     assert links[0].st_ino == links[1].st_ino and links[0].st_nlink == 3
     assert (await vms.pause(first)).phase is Phase.PAUSED
     spent = (await vms.stats(first)).cpu_ns
@@ -193,7 +193,7 @@ async def test_bombs_in_a_guest_stay_in_it(vms: VmDriver) -> None:
 
 @pytest.mark.slow
 async def test_the_firmware_of_uefi_starts(vms: VmDriver) -> None:
-    if not all(map(os.path.exists, vm.FIRMWARE)):
+    if not all(map(os.path.exists, vm_machine.FIRMWARE)):
         pytest.skip("no OVMF (as root: apt install ovmf)")
     key = await started(vms, "uefi", "blank:1", boot="uefi")
     await console(vms, key, b"BdsDxe", 100.0)

@@ -2,9 +2,10 @@
 
 With AHEAD_LEAST in its environment the disks of virtual machines go ahead from so many bytes on.
 
-POINT: at a source `copied` (the disk that goes ahead), `ahead` (done, not written down), `taking` (written down), what `container_checkpoint.STEPS` has, `packed-up` (the file for the way is there), `out` (done, not written down); `returned` (its state has its name back), `back` (it runs again, not written
-down). At a target `laid-out` (to see whether it fits; of a virtual machine: looked at), `room` (done, not written down), `came` (the checkpoint is made of the file), `filled` (of a virtual machine: laid out from it),
-`restored` (it runs, not told), `settled` (told, and its state removed). `refuses`: it is not killed; nothing that comes is taken.
+POINT: at a source `leaving` (written down: it shall be copied while it runs), `near` (nearly all of it is at its target), `live` (the same, not written down), `copied` (the disk that goes ahead), `ahead` (done, not written down), `taking` (written down), what `container_checkpoint.STEPS` has, `packed-up` (the file for the way is there), `out` (done, not written down); `returned` (its state has its name back), `back` (it runs again, not written
+down). At a target `laid-out` (to see whether it fits; of a virtual machine: looked at), `arrived` (one waits for a machine that runs), `come` (that is done, not written down), `room` (done, not written down), `came` (the checkpoint is made of the file), `filled` (of a virtual machine: laid out from it),
+`restored` (it runs, not told), `settled` (told, and its state removed). `refuses`: it is not killed; nothing that comes is taken. `drops`: nor is it then; what waits for a machine that runs
+is ended when it is told that that may begin.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from typing import Any
 
 from edge_runtime.cli import main
 from edge_runtime.workloads import moves, runner
-from edge_runtime.workloads.drivers import vm_checkpoint
+from edge_runtime.workloads.drivers import vm_checkpoint, vm_live
 from edge_runtime.workloads.drivers.container import ContainerDriver
 from edge_runtime.workloads.drivers.face import Failed
 from edge_runtime.workloads.drivers.vm import VmDriver
@@ -55,6 +56,14 @@ def planted(point: str, mark: Path) -> None:
             raise Failed("restore", "planted", "none")
 
         ContainerDriver.restore = VmDriver.restore = refuses  # type: ignore[method-assign]
+    if point == "drops":
+        go = vm_live.Live.go
+
+        async def drops(self: Any, key: Any) -> Any:
+            await self.drop(key)
+            return await go(self, key)
+
+        vm_live.Live.go = drops  # type: ignore[method-assign]
     checkpoints, end, say = {ContainerDriver: ContainerDriver.checkpoint, VmDriver: VmDriver.checkpoint}, Operations.end, runner.Runner._say
 
     async def taken(self: Any, *rest: Any, **more: Any) -> Any:
@@ -77,8 +86,10 @@ def planted(point: str, mark: Path) -> None:
     after(moves.Moves, "settled", lambda *_: "settled")
     after(moves.Moves, "return_of", lambda *_: "returned")
     after(VmDriver, "ahead", lambda *_: "copied")
+    after(VmDriver, "arrive", lambda *_: "arrived")
+    after(VmDriver, "leave", lambda *_: "near")
     after(VmDriver, "migrate_in", lambda *_: "laid-out")
-    after(VmDriver, "_laid", lambda self, order, fill=None: "filled" if fill is not None else "")
+    after(VmDriver, "_laid", lambda self, order, fill=None, arrives="": "filled" if fill is not None and not arrives else "")
     after(ContainerDriver, "prepare", lambda self, order: "laid-out" if order.key.epoch == moves.TRIED_EPOCH else "")
 
 

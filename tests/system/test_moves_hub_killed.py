@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from tests.integration.checkpoint_side import reason_against_checkpoints
+from tests.integration.live_side import needs_live
+from tests.integration.vm_side import reason_against
 from tests.integration.waiting import until
 from tests.system.moving_side import ROOM_S, Two
+from tests.system.test_moves_live import TwoLive
 from tools.bench.harness import die_with_parent, free_port
 from tools.novactl.client import Api, CommandError
 
-pytestmark = [
-    pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints()), pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900),
-]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TOKEN = "0123456789abcdef"
 
@@ -55,32 +56,46 @@ class HubProcess:
             return None
 
 
-@pytest.mark.parametrize("step", ["checking", "room", "taking", "sending", "starting"])
-async def test_a_hub_that_is_killed_in_a_move_goes_on_with_it(tmp_path: Path, step: str) -> None:
-    hub = HubProcess(tmp_path / "hub")
+async def killed_in_a_move(hub: HubProcess, two: Two, label: str, steps: tuple[str, ...], step: str) -> Any:
+    """A move to `b` whose hub is killed at a step: it is gone on with, and one copy runs. How it ended. Ends all that it starts."""
     await hub.start()
-    two = Two(tmp_path, hub)  # type: ignore[arg-type]
     try:
         await asyncio.gather(*(asyncio.to_thread(node.start) for node in two.nodes.values()))
-        await until(lambda: {one["node"] for one in hub.get("/api/v1/nodes") if one["status"] == "up" and one["document"].get("labels", {}).get("novacron.moves/container")} == {"a", "b"}, ROOM_S, what="both nodes")
+        await until(lambda: {one["node"] for one in hub.get("/api/v1/nodes") if one["status"] == "up" and one["document"].get("labels", {}).get(label)} == {"a", "b"}, ROOM_S, what="both nodes")
         hub.api.call("POST", "/api/v1/nodes/b/cordon")
         hub.api.call("POST", "/api/v1/workloads", two.document(two.workload))
         workload = f"/api/v1/workloads/{two.workload}"
         await until(lambda: hub.get(workload)["said"] == "running" and len(two.numbers()) > 3, ROOM_S, what="it counts")
         hub.api.call("POST", "/api/v1/nodes/b/uncordon")
         hub.api.call("POST", "/api/v1/moves", {"workload": two.workload, "to": "b"})
-        at = ["checking", "room", "taking", "sending", "starting"]
-        await until(lambda: hub.get("/api/v1/moves")[0]["state"] != "running" or at.index(hub.get("/api/v1/moves")[0]["step"]) >= at.index(step), ROOM_S, what=step)
+        await until(lambda: hub.get("/api/v1/moves")[0]["state"] != "running" or steps.index(hub.get("/api/v1/moves")[0]["step"]) >= steps.index(step), ROOM_S, what=step)
         hub.kill()
         await hub.start()
         await until(lambda: hub.get("/api/v1/moves")[0]["state"] != "running", ROOM_S, what="the end of the move")
         [move] = hub.get("/api/v1/moves")
-        assert (move["state"], move["reason"]) == ("done", "")
+        assert (move["state"], move["reason"]) == ("done", ""), move
         await until(lambda: hub.get(workload)["node"] == "b" and hub.get(workload)["said"] == "running" and not hub.get(workload)["waits_for"], ROOM_S, what="it runs on b alone")
         seen = len(two.numbers())
         await until(lambda: len(two.numbers()) > seen + 3, ROOM_S, what="it goes on")
         assert two.numbers() == list(range(len(two.numbers())))
         await until(lambda: two.nodes["a"].instances() == [] and two.nodes["b"].instances() == [f"{two.workload}.2"], ROOM_S, what="nothing is left at its source")
+        return move
     finally:
         await two.end()
         hub.kill()
+
+
+@pytest.mark.skipif(bool(reason_against_checkpoints()), reason=reason_against_checkpoints())
+@pytest.mark.parametrize("step", ["checking", "room", "taking", "sending", "starting"])
+async def test_a_hub_that_is_killed_in_a_move_goes_on_with_it(tmp_path: Path, step: str) -> None:
+    hub = HubProcess(tmp_path / "hub")
+    await killed_in_a_move(hub, Two(tmp_path, hub), "novacron.moves/container", ("checking", "room", "taking", "sending", "starting"), step)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(bool(reason_against()), reason=reason_against())
+@needs_live
+@pytest.mark.parametrize("step", ["live", "starting"])
+async def test_a_hub_that_is_killed_while_a_machine_moves_that_runs_goes_on_with_it(tmp_path: Path, step: str) -> None:
+    """Its broker goes with it. What the two nodes have between them goes on without it."""
+    hub = HubProcess(tmp_path / "hub")
+    await killed_in_a_move(hub, TwoLive(tmp_path, hub), "novacron.moves/vm", ("checking", "room", "live", "ahead", "taking", "sending", "starting"), step)  # type: ignore[arg-type]

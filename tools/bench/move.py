@@ -1,5 +1,5 @@
 """How long a container of 64 MiB stands still while it moves to another node with its state, and what goes over the wire: a hub, two agents as processes on this machine, migration workers that they start.
-`--kind vm`: a virtual machine of 256 MiB (`move_vm`); `--disk MIB`: which has written that much to its disk.
+`--kind vm`: a virtual machine of 256 MiB (`move_vm`); `--disk MIB`: which has written that much to its disk. Where the QEMU of both nodes can, it moves while it runs; `--qemu FOLDER`: the agents use the one that lies there.
 
 The container is the witness: it writes the machine's wall clock (CRIU has the monotonic one go on from where it stood) to a folder that both nodes have, some hundred times a second. The longest gap in that is the time for which it stood still, from its last
 instruction at the source to its first one at the target. A round is believed only where its memory is unchanged by a hash that it made before, and no line is missing or there twice.
@@ -9,6 +9,7 @@ The peer is what a drain without moves does in the same set-up: stopped at the s
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -166,10 +167,13 @@ async def moved(hub: Hub, witness: Witness, target: str) -> dict[str, float]:
     gap = gap_s(lines[first:])
     if await witness.digest() != before:
         raise SystemExit("its memory is not what it was")
-    carried, since = hub.transfers.book.transfers[begun["id"]], ended["since_ms"]
+    carried, since = hub.transfers.book.transfers[moving.shown_transfer(ended)], ended["since_ms"]
+    starting, whole = (ended["end_ms"] - since["starting"]) / 1000, (ended["end_ms"] - ended["created_ms"]) / 1000
+    if ended["live"]:
+        return {"down_s": gap, "qemu_down_s": ended["still_ms"] / 1000, "wire_mb": carried.progress.get("wire_bytes", 0) / 1e6, "whole_s": whole, "live_s": (since["starting"] - since["live"]) / 1000, "starting_s": starting}
     return {
-        "down_s": gap, "wire_mb": carried.result.get("wire_bytes", 0) / 1e6, "state_mb": ended["bytes"] / 1e6, "whole_s": (ended["end_ms"] - ended["created_ms"]) / 1000,
-        "taking_s": (since["sending"] - since["taking"]) / 1000, "sending_s": (since["starting"] - since["sending"]) / 1000, "starting_s": (ended["end_ms"] - since["starting"]) / 1000,
+        "down_s": gap, "wire_mb": carried.result.get("wire_bytes", 0) / 1e6, "state_mb": ended["bytes"] / 1e6, "whole_s": whole,
+        "taking_s": (since["sending"] - since["taking"]) / 1000, "sending_s": (since["starting"] - since["sending"]) / 1000, "starting_s": starting,
         "ahead_mb": ended.get("ahead_bytes", 0) / 1e6, "ahead_s": (since["taking"] - since.get("ahead", since["taking"])) / 1000,
         "expected_s": carried.prediction.get("estimated_duration_seconds") or 0.0,
     }
@@ -199,7 +203,8 @@ async def measured(options: Any, folder: Path, witness: Witness) -> tuple[list[d
             token = folder / name / "token"
             token.touch(mode=0o600)
             token.write_text(worker_token(hub.token, name))
-            agent = Agent(0, api=False, uplink_port=hub.broker.port, model="", host=False, data=data, extra={
+            path = {"PATH": f"{options.qemu}:{os.environ['PATH']}"} if options.qemu else {}
+            agent = Agent(0, api=False, uplink_port=hub.broker.port, model="", host=False, data=data, environment=path, extra={
                 "edge_id": name, "bus": {"enabled": False}, "decisions": {}, "journal": {"min_free_bytes": 0, "ballast_bytes": 0, "target_hours": 0},
                 "workloads": {
                     "enabled": True, "reserve_cpu_milli": 0, "reserve_memory_bytes": 0, "reserve_disk_bytes": 0, "evict_memory_bytes": 0, "evict_disk_bytes": 0, "functions": False, **witness.workloads(),
@@ -234,6 +239,7 @@ def main() -> int:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--kind", choices=("container", "vm"), default="container")
     parser.add_argument("--disk", type=int, default=0, metavar="MIB", help="of a virtual machine: MiB that it has written to its disk, 64 or more; 0: next to nothing")
+    parser.add_argument("--qemu", type=lambda text: Path(text).resolve(strict=True), default=None, metavar="FOLDER", help="of a virtual machine: where the agents' qemu-system-x86_64 lies (.novacron/qemu: QEMU 10 as the set-up lays it out)")
     options = parser.parse_args()
     if options.disk and (options.kind != "vm" or options.disk < 64):
         parser.error("--disk is for --kind vm, and 64 or more")
@@ -254,7 +260,7 @@ def main() -> int:
     return report(
         options, about, f"{witness.WHAT} stands still while it moves to another node with its state", value, "s", value <= witness.BAR_S, spread_=spread(down),
         peer={"stopped and begun anew at the other node, its memory lost, s": round(restarts[0], 3)}, inputs={**witness.INPUTS, "bar_s": witness.BAR_S},
-        details={name: spread([one[name] for one in moves]) for name in moves[0]},
+        details={name: spread([one[name] for one in moves if name in one]) for name in moves[0]} | {"while_it_ran": sum("live_s" in one for one in moves)},
     )
 
 

@@ -163,6 +163,8 @@ class Status:
     exit: Exit | None = None
     reason: str = ""
     load_ms: float = 0.0
+    still_ms: float = 0.0
+    """Of one that has just come while it ran: for how long it stood still."""
     leased: bool = False
     """It runs only as long as `Leases.renew` says; where that ended it, it is lost."""
     form: str = ""
@@ -353,3 +355,27 @@ class Migrates(Checkpoints, Protocol):
 
     async def migrate_in(self, order: Order, offer: Mapping[str, Any]) -> None:
         """Whether what is offered could go on here; raises `Refused` where it could not. Nothing of the order's key is here, before and after."""
+
+
+@runtime_checkable
+class Lives(Protocol):
+    """`Ability.LIVE`: what runs moves without being stopped first. One node's `leave` and another's `arrive` and `go` work at the same time, over connections that others carry."""
+
+    def demand(self, ability: Ability) -> None:
+        """See `Checkpoints`."""
+
+    async def leave(self, key: Key, folder: Path, speed: int) -> None:
+        """Copy one that runs to where it shall go, by the sockets in `folder`, which may not be there yet; returns when nearly all of it is there. Where this raises, it stays. From then on it leaves as soon as its target lets it begin.
+        `speed`: bytes in a second at most; 0: no bound."""
+
+    async def stay(self, key: Key) -> None:
+        """One that left, or was about to, is this node's again: its target never began it, and never will."""
+
+    async def arrive(self, order: Order, offer: Mapping[str, Any], folder: Path) -> None:
+        """Be ready for one that comes: from here on there are sockets in `folder` by which it does. Where one waits already under that key, it is that one. Where this raises, nothing of it is here."""
+
+    async def go(self, key: Key) -> Status:
+        """Let one that comes begin as soon as all of it is here; how it is then. Raises `Refused` where it never will; then nothing of it is here."""
+
+    def waits(self, key: Key) -> bool:
+        """Whether what is here under a key has yet to come."""

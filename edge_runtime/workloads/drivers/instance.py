@@ -33,6 +33,9 @@ SNAPSHOT = "snapshot.json"
 UPPER = "rest.qcow2"
 """In a virtual machine's folder: what lies over its disk until its keeper has written it into that."""
 
+LEFT = "left.json"
+"""In a virtual machine's folder: it leaves for another node while it runs, or has; whose it is only the hub knows."""
+
 LOOK_S = 0.02
 """Pause between two looks at a lock, for which there is no event."""
 

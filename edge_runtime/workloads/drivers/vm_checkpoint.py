@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from ...contract.workloads import AHEAD
 from . import cgroups, keeping, vm_files, vm_qcow2
 from .checkpoint_state import AHEAD_DISK, CHUNK, IMAGES, KEPT_DISK, MEMORY, REST, SPARE, VM, WENT_AHEAD, Reader, Writer, add, check, codec, free, seal, to_be_filled, whole_at
-from .face import DriverError, Failed, Key, Phase, Refused, Status
+from .face import Ability, DriverError, Failed, Key, Phase, Refused, Status
 from .instance import NOTE, UPPER, read, sync_folder
 from .vm_spec import RECONNECT
 
@@ -123,7 +123,16 @@ class Checkpoints:
             raise Refused("stop", "it runs only as long as its site says (when_cut_off: move)", "leave that to its site")
         own = self._driver.folder(key)
         instance, told = read(own / "instance.json") or {}, read(own / "keeper.json") or {}
-        return {"host": host, "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "bytes": self._bytes(key), "machine": told["machine"], AHEAD: self._worth(own / MACHINE)}
+        return {"host": host, "image": str(instance.get("image", "")), "layers": instance.get("layers", []), "bytes": self._bytes(key), "machine": told["machine"], AHEAD: self._worth(own / MACHINE), **await self._live(own, told)}
+
+    async def _live(self, own: Path, told: Mapping[str, Any]) -> Json:
+        """What a target that takes it in while it runs has to know; nothing where it cannot leave so."""
+        capabilities = self._driver.capabilities
+        if capabilities is None or not capabilities.can(Ability.LIVE):
+            return {}
+        from .vm_live import offered
+
+        return await asyncio.to_thread(offered, own, told)
 
     @staticmethod
     def _worth(disk: Path) -> int:

@@ -13,8 +13,10 @@ by which it sets its clock and its random numbers. A template is a guest that is
     {"do": "ahead", "path": "/where/an/empty/disk.qcow2", "name": NAME, "speed": BYTES_IN_A_SECOND}
     {"do": "since", "path": "/where/an/empty/disk.qcow2", "name": NAME}
 
+    {"do": "leave", "folder": "/with/sockets", "speed": BYTES_IN_A_SECOND}   {"do": "stay"}   {"do": "go"}     a move while it runs: see `vm_live_keeper`
+
 With `came` in `keeper.json` it does not boot: it goes on from what `save` has written of another one. Nothing of it has run before `running.json` is there. Where its disk went ahead of the rest, the rest lies over
-it (`upper`, as long as that file is there) and is written into it first.
+it (`upper`, as long as that file is there) and is written into it first. With `arrives` it waits for what comes through the sockets of that folder.
 """
 
 import fcntl
@@ -31,12 +33,14 @@ if __package__:
     from .keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, serve, started_ticks, tell, write
     from .qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save
     from .qemu_qmp import QmpError
+    from .vm_live_keeper import LEFT, Arriving, Leaving
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
     from keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
     from qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
+    from vm_live_keeper import LEFT, Arriving, Leaving  # type: ignore[import-not-found,no-redef]
 
 READY = ["ready"]
 """What a guest says on its port when it may be copied."""
@@ -146,6 +150,9 @@ class VmKeeper(Keeper):
         """The name under which a copy of the disk went ahead: QEMU has a bitmap of it, of what was written since."""
         self.saving: list = []  # type: ignore[type-arg]
         """The agent that waits until it is saved."""
+        self.leaving: Leaving | None = None
+        self.arriving: Arriving | None = None
+        self.listener: socket.socket | None = None
         self.state = descriptors.get("came", -1)
         self.upper = told["upper"]["path"] if told.get("upper") and os.path.exists(told["upper"]["path"]) else ""
         if self.upper:
@@ -173,7 +180,12 @@ class VmKeeper(Keeper):
             if self.network is not None:
                 self.network.start()
             if came:
-                load(machine, self.state, True, told["boot_s"])
+                if told.get("arrives"):
+                    self.arriving = Arriving(self, told["arrives"])
+                    if not self.arriving.wait():
+                        return self.ending()
+                else:
+                    load(machine, self.state, True, told["boot_s"])
                 if self.upper:
                     self.fold()
                 write(os.path.join(self.folder, "running.json"), {**running, "at_ms": int(time.time() * 1000)})
@@ -186,6 +198,8 @@ class VmKeeper(Keeper):
                 if told.get("tap"):
                     machine.qmp.ask("announce-self", initial=50, max=500, rounds=5, step=100)
                 self.begun()
+                if self.arriving is not None:
+                    self.arriving.begun()
             elif "state_descriptor" in told:
                 self.answer_guest()
             self.watch()
@@ -221,8 +235,7 @@ class VmKeeper(Keeper):
         ended = os.pidfd_open(self.machine.process.pid)
         register(ended, selectors.EVENT_READ, lambda: None)
         register(self.machine.qmp_line, selectors.EVENT_READ, self.heard_qemu)
-        listener = self.listen()
-        register(listener, selectors.EVENT_READ, lambda: self.accept(listener))
+        self.attend()
         for name, port in self.machine.ports.items():
             register(port, selectors.EVENT_READ, lambda name=name: self.read(name))
         retry = 0.0
@@ -240,7 +253,8 @@ class VmKeeper(Keeper):
                 raise self.machine.trouble(f"the guest wrote nothing to its serial console within {told['boot_s']:g} s: it does not boot")
             if self.network is not None and retry:
                 retry = self.network.tend(self.selector)
-            waits = [LOOK_S] * bool(lease) + [deadline - now] * (not self.started) + [retry] * (retry > 0)
+            live = self.leaving.wait_s if self.leaving is not None else None
+            waits = [live] * (live is not None) + [LOOK_S] * bool(lease) + [deadline - now] * (not self.started) + [retry] * (retry > 0)
             for key, _ in self.selector.select(max(0.0, min(waits)) if waits else None):
                 if isinstance(key.data, Network):
                     retry = key.data.tend(self.selector)
@@ -248,6 +262,14 @@ class VmKeeper(Keeper):
                     key.data()
             self.copied()
             self.saved()
+            if self.leaving is not None:
+                self.leaving.look()
+
+    def attend(self) -> None:
+        """Agents may ask."""
+        if self.listener is None:
+            listener = self.listener = self.listen()
+            self.selector.register(listener, selectors.EVENT_READ, lambda: self.accept(listener))
 
     def heard_qemu(self) -> None:
         """Events; where QEMU has closed the line, it ends."""
@@ -427,7 +449,15 @@ class VmKeeper(Keeper):
 
     def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """What is asked."""
-        paused = os.path.join(self.folder, "paused")
+        paused, left = os.path.join(self.folder, "paused"), os.path.join(self.folder, LEFT)
+        if request["do"] in ("go", "leave", "stay"):
+            return self.live(request, line, paused, left)
+        if self.arriving is not None and not self.started and request["do"] not in ("kill", "version"):
+            return {"failed": "it has not come yet"}
+        if self.leaving is not None and self.leaving.going and request["do"] not in ("kill", "version", "powerdown"):
+            return {"failed": "it is leaving for another node"}
+        if request["do"] == "resume" and os.path.exists(left):
+            return {"failed": "it has left for another node, which may be running it"}
         if request["do"] == "powerdown":
             self.machine.qmp.ask("system_powerdown")
         elif request["do"] == "version":
@@ -449,6 +479,32 @@ class VmKeeper(Keeper):
         else:
             return {"failed": "that is not known here"}
         return {"done": True}
+
+    def live(self, request: dict, line: socket.socket, paused: str, left: str) -> dict | None:  # type: ignore[type-arg]
+        """What is asked of a move while it runs: see `vm_live_keeper`."""
+        if request["do"] == "go":
+            if self.arriving is None:
+                return {"failed": "it does not come from another node"}
+            if self.started:
+                return {"done": True}
+            self.arriving.go(line)
+            return None
+        if request["do"] == "stay":
+            if self.leaving is not None:
+                self.leaving.stay()
+            for path in (paused, left):
+                if os.path.exists(path):
+                    os.unlink(path)
+            return {"done": True}
+        if self.copying and self.copying[0] not in self.asking:
+            self.stop_copy()
+        if self.copying or self.saving or not self.started or os.path.exists(paused) or (self.leaving is not None and self.leaving.stage != "ended"):
+            return {"failed": "it is being copied or saved, leaves already, has not booted yet, or stands still"}
+        try:
+            self.leaving = Leaving(self, request, line)
+        except OSError as error:
+            return {"failed": f"what carries it does not answer: {error.strerror}"}
+        return None
 
 
 if __name__ == "__main__":

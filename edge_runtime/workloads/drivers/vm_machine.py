@@ -18,6 +18,9 @@ UPPER, UPPER_SET = "rest", 101
 BIOS, UEFI, KERNEL = BOOTS = ("bios", "uefi", "kernel")
 """How a guest begins: from its disk by SeaBIOS or OVMF, or with a kernel that is given to it."""
 
+FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")
+"""Of UEFI: code, and the variables that each machine begins with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hub.workloads import moving
-from hub.workloads.book import AHEAD, SENDING
+from hub.workloads.book import AHEAD, LIVE, SENDING
 from hub.workloads.documents import Conflict
 
 from .kept import Desk, round_of, said, work
@@ -31,6 +31,10 @@ class Agent:
     files: dict[str, int] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
     """Moves to what the disk had that went ahead: copied here, or come."""
+    waiting: dict[int, str] = field(default_factory=dict)
+    """Epoch to the move: one that comes while it runs is waited for."""
+    left: dict[int, int] = field(default_factory=dict)
+    """Epoch to what has left while it ran, and stands still for good unless it is told otherwise."""
     told: set[tuple[int, str]] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     out: list[tuple[str, Json]] = field(default_factory=list)
@@ -46,8 +50,8 @@ class Agent:
 class World:
     """See the module. `trouble` is what must never be."""
 
-    def __init__(self, chance: random.Random, nodes: int = 2, ahead: bool = True) -> None:
-        self.chance, self.desk, self.ahead = chance, Desk(), ahead
+    def __init__(self, chance: random.Random, nodes: int = 2, ahead: bool = True, live: bool = False) -> None:
+        self.chance, self.desk, self.ahead, self.live = chance, Desk(), ahead, live
         self.agents = {name: Agent(name) for name in NODES[:nodes]}
         self.transfers: dict[str, str] = {}
         self.trouble: list[str] = []
@@ -57,9 +61,11 @@ class World:
         """What any copy has counted to."""
         self.began = 0
         self.failing: set[str] = set()
-        """What goes wrong wherever it is tried: `check`, `room`, `ahead`, `ahead empty`, `carry ahead`, `out`, `carry`, `from`."""
+        """What goes wrong wherever it is tried: `check`, `room`, `come`, `connect`, `live`, `cut` (its target lets go of one that comes while it runs when that has left, or has not), `ahead`, `ahead empty`, `carry ahead`, `out`, `carry`, `from`."""
         self.carried: set[str] = set()
         """Moves whose disk was carried ahead."""
+        self.ran_on = 0
+        """Moves while it ran."""
         self.went = 0
         """States that came and stood on a copy which had gone ahead."""
         for name in self.agents:
@@ -96,12 +102,15 @@ class World:
     def act(self, agent: Agent) -> None:
         """It does all that it was told, as far as that goes."""
         wanted = next((one for one in agent.entries if one["wanted"] == "running"), None)
-        for epoch in [*agent.running, *agent.held]:
+        for epoch in [*agent.running, *agent.held, *agent.left]:
             if wanted is None or epoch != wanted["epoch"]:
                 agent.running.pop(epoch, None)
                 agent.held.pop(epoch, None)
+                agent.left.pop(epoch, None)
+        asked = {one["epoch"] for one in agent.operations if one["kind"] == "move-come"}
+        agent.waiting = {epoch: move for epoch, move in agent.waiting.items() if epoch in asked or (wanted is not None and wanted["epoch"] == epoch)}
         for one in agent.operations:
-            if one["id"] not in agent.done and (one["kind"] == "move-room" or (wanted is not None and one["epoch"] == wanted["epoch"])):
+            if one["id"] not in agent.done and (one["kind"] in ("move-room", "move-come") or (wanted is not None and one["epoch"] == wanted["epoch"])):
                 agent.done.add(one["id"])
                 self._operate(agent, one)
         for one in agent.entries:
@@ -113,8 +122,16 @@ class World:
     def _run(self, agent: Agent, wanted: Json) -> None:
         epoch = wanted["epoch"]
         self._tell(agent, epoch, "accepted")
-        if epoch in agent.running or epoch in agent.held or wanted["held"]:
+        if epoch in agent.running or epoch in agent.held or epoch in agent.left or wanted["held"]:
             return
+        if wanted["from"].get("live") and (epoch, "running") not in agent.told:
+            if self._comes(agent, epoch, wanted["from"]["move"]):
+                self._tell(agent, epoch, "running")
+            else:
+                self._tell(agent, epoch, "refused", "planted")
+            return
+        if agent.waiting.pop(epoch, None):  # for what did not come so
+            assert wanted["from"], "what comes while it runs is begun as if it were there"
         if wanted["from"] and (epoch, "running") not in agent.told:
             if "from" in self.failing or wanted["from"]["move"] not in agent.files:
                 self._tell(agent, epoch, "refused", "planted")
@@ -128,12 +145,32 @@ class World:
             agent.running[epoch] = 0
         self._tell(agent, epoch, "running")
 
+    def _comes(self, agent: Agent, epoch: int, move: str) -> bool:
+        """The keepers of both nodes settle it between them."""
+        source = next((one for one in self.agents.values() if f"{move}.live" in one.done and one.running), None)
+        if agent.waiting.pop(epoch, "") != move or source is None or "from" in self.failing:
+            return False
+        old = next(iter(source.running))
+        if "cut" in self.failing:
+            if self.chance.random() < 0.5:
+                source.left[old] = source.running.pop(old)
+            return False
+        counted = source.left[old] = source.running.pop(old)
+        self.go_on(agent, epoch, counted)
+        self.ran_on += 1
+        return True
+
     def _operate(self, agent: Agent, asked: Json) -> None:
         part, epoch, move, state, detail = asked["kind"].removeprefix("move-"), asked["epoch"], asked["name"], "succeeded", {}
         if part in self.failing or (part == "check" and epoch not in agent.running):
             state = "failed"
         elif part in ("check", "room"):
-            detail = {"ahead": {"check": 5, "room": True}[part]} if self.ahead else {}
+            detail = ({"ahead": {"check": 5, "room": True}[part]} if self.ahead else {}) | ({"live": True} if self.live else {})
+        elif part == "come":
+            agent.waiting[epoch] = move
+        elif part == "live":
+            if epoch not in agent.running or not any(move in other.waiting.values() for other in self.agents.values()):
+                state = "failed"
         elif part == "ahead":
             agent.copies[move] = self.count
             detail = {"bytes": 0 if "ahead empty" in self.failing else 7}
@@ -146,6 +183,8 @@ class World:
                 detail = {"root": "r" * 64, "bytes": 1}
             else:
                 state = "failed"
+        elif part == "back" and epoch in agent.left:
+            self.go_on(agent, epoch, agent.left.pop(epoch))
         elif part == "back" and epoch in agent.held:
             self.go_on(agent, epoch, agent.held.pop(epoch)[1])
             agent.told.discard((epoch, "running"))
@@ -181,6 +220,10 @@ class World:
             if move["ready"]:
                 self.desk.do(lambda planner, now, move=move: moving.met(planner, move["id"], now))
             move = self.desk.planner.tables.moves[move["id"]]
+            if move["step"] == LIVE and "connect" not in self.failing:
+                self.desk.do(lambda planner, now, move=move: moving.listened(planner, move["id"], now))
+            elif move["step"] == LIVE:
+                self.desk.do(lambda planner, now, move=move: moving.connected(planner, move["id"], "failed", "planted", now))
             if move["step"] == AHEAD and move["ahead_bytes"] and move["target"] in self.agents:
                 well = "carry ahead" not in self.failing
                 if well:

@@ -87,7 +87,7 @@ async def test_a_target_says_that_it_takes_copies_and_keeps_what_must_stay_free(
 
     asked = {"workload": "w", "offer": {"host": {}, "layers": [], "bytes": 10, "kind": "vm", "image": "i"}}
     free(monkeypatch, 5_000_020 + checkpoint_state.SPARE)
-    assert await moves.room(asked, bring, {"vm": driver()}, "") == {"ahead": True}
+    assert await moves.room(asked, bring, {"vm": driver()}, "") == {"ahead": True, "live": False}
     free(monkeypatch, 5_000_019 + checkpoint_state.SPARE)
     with pytest.raises(Refused, match=f"{checkpoint_state.SPARE + 5_000_000} have to stay so"):
         await moves.room(asked, bring, {"vm": driver()}, "")

@@ -10,16 +10,24 @@ from hypothesis import strategies as st
 from hub.scheduler import Invalid
 from hub.scheduler.audit import check_invariants
 from hub.workloads import moving
-from hub.workloads.book import AHEAD, RETURNING, STARTING, STEPS, TAKING
+from hub.workloads.book import AHEAD, CHECKING, LIVE, RETURNING, ROOM, STARTING, STEPS, TAKING
 from hub.workloads.documents import Conflict
 
 from .kept import round_of, said
 from .moving_world import W, World
 from .test_planner import entries
 
+AWAKE = [step for step in STEPS[:-1] if step != LIVE]
+"""Steps of one that stands still for its way."""
 
-def world(seed: int = 1, nodes: int = 2, ahead: bool = True) -> World:
-    found = World(random.Random(seed), nodes, ahead)
+RUNS_ON = [CHECKING, ROOM, LIVE, STARTING]
+"""Steps of one that goes while it runs."""
+
+WAYS = [*((step, False) for step in AWAKE), *((step, True) for step in RUNS_ON)]
+
+
+def world(seed: int = 1, nodes: int = 2, ahead: bool = True, live: bool = False) -> World:
+    found = World(random.Random(seed), nodes, ahead, live)
     assert found.where() == ["a"] and not found.trouble
     return found
 
@@ -95,9 +103,12 @@ def test_each_transfer_belongs_to_its_steps() -> None:
     there = world()
     name = there.begin()
     move = last(there)
-    ahead, state = (moving.transfer(move, ahead=one) for one in (True, False))  # type: ignore[arg-type]
-    assert moving.carries(ahead["id"]) == (name, ("ahead",)) and moving.carries(state["id"]) == (name, ("taking", "sending"))
-    assert ahead["source"]["path"] == ahead["destination"]["path"] == f"{name}.ahead" and ahead["id"] != state["id"]
+    ahead, live, state = (moving.transfer(move, way) for way in (moving.BEFORE, moving.ALIVE, ""))
+    assert moving.carries(ahead["id"]) == (name, ("ahead",)) and moving.carries(live["id"]) == (name, ("live", "starting")) and moving.carries(state["id"]) == (name, ("taking", "sending"))
+    assert ahead["source"]["path"] == ahead["destination"]["path"] == f"{name}.ahead" and live["destination"]["path"] == f"{name}.live" and len({ahead["id"], live["id"], state["id"]}) == 3
+    assert live["stream"] and "stream" not in ahead and "stream" not in state
+    shown = {(step, runs_on): moving.shown_transfer({**move, "step": step, "live": runs_on}) for step, runs_on in ((AHEAD, False), (LIVE, False), (STARTING, True), (STARTING, False))}
+    assert shown == {(AHEAD, False): ahead["id"], (LIVE, False): live["id"], (STARTING, True): live["id"], (STARTING, False): state["id"]}
 
 
 def test_where_it_cannot_even_come_back_the_state_stays_and_is_told() -> None:
@@ -114,17 +125,18 @@ def until(there: World, step: str) -> None:
         if (move := there.desk.planner.move_of(W)) is None or move["step"] == step:
             break
         for agent in there.agents.values():
-            there.hear(agent)
-            there.act(agent)
-            there.speak(agent)
+            if (move := there.desk.planner.move_of(W)) is not None and move["step"] != step:
+                there.hear(agent)
+                there.act(agent)
+                there.speak(agent)
         if (move := there.desk.planner.move_of(W)) is not None and move["step"] != step:
             there.carry()
     assert there.desk.planner.move_of(W)["step"] == step  # type: ignore[index]
 
 
-@pytest.mark.parametrize("step", STEPS[:-1])
-def test_a_cancelled_move_leaves_it_where_it_was_but_not_when_only_the_target_can_say(step: str) -> None:
-    there = world()
+@pytest.mark.parametrize(("step", "live"), WAYS)
+def test_a_cancelled_move_leaves_it_where_it_was_but_not_when_only_the_target_can_say(step: str, live: bool) -> None:
+    there = world(live=live)
     name = there.begin()
     until(there, step)
     if step == STARTING:
@@ -137,9 +149,9 @@ def test_a_cancelled_move_leaves_it_where_it_was_but_not_when_only_the_target_ca
     sound(there)
 
 
-@pytest.mark.parametrize("step", STEPS[:-1])
-def test_a_cancelled_workload_ends_on_both_nodes(step: str) -> None:
-    there = world()
+@pytest.mark.parametrize(("step", "live"), WAYS)
+def test_a_cancelled_workload_ends_on_both_nodes(step: str, live: bool) -> None:
+    there = world(live=live)
     there.begin()
     until(there, step)
     there.desk.do(lambda planner, now: planner.cancel(W, now))
@@ -148,15 +160,71 @@ def test_a_cancelled_workload_ends_on_both_nodes(step: str) -> None:
     sound(there)
 
 
-@pytest.mark.parametrize("step", [*STEPS[:-1]])
-def test_a_target_that_is_taken_out_gives_it_back(step: str) -> None:
-    there = world()
+@pytest.mark.parametrize(("step", "live"), WAYS)
+def test_a_target_that_is_taken_out_gives_it_back(step: str, live: bool) -> None:
+    there = world(live=live)
     there.begin()
     until(there, step)
     del there.agents["b"]
     there.desk.do(lambda planner, now: planner.remove_node("b", False, now))
     there.settle()
     assert there.where() == ["a"] and last(there)["state"] == "failed"
+    sound(there)
+
+
+def test_one_that_can_goes_while_it_runs() -> None:
+    there = world(live=True)
+    there.begin()
+    until(there, LIVE)
+    assert not moving.live(there.desk.planner)[0]["waits"] and {one["kind"] for one in moving.operations(there.desk.planner, "b")} == {"move-room", "move-come"}
+    assert [one["kind"] for one in moving.operations(there.desk.planner, "a")] == ["move-check"], "it is asked when its target waits"
+    for agent in (there.agents["b"], there.agents["a"]):
+        there.hear(agent)
+        there.act(agent)
+        while agent.out:
+            there.speak(agent)
+    assert last(there)["waits"] and [one["kind"] for one in moving.operations(there.desk.planner, "a")] == ["move-check"]
+    there.carry()
+    assert [(one["kind"], one["epoch"], one["offer"]) for one in moving.operations(there.desk.planner, "a")] == [("move-live", 1, {"speed": 125_000_000})] and there.where() == ["a"]
+    until(there, STARTING)
+    assert there.where() == ["a"], "it runs until its target does"
+    assert there.desk.planner.wanted("b")[0]["from"] == {"move": last(there)["id"], "live": True}
+    assert {one["kind"] for one in moving.operations(there.desk.planner, "b")} == {"move-room", "move-come"} and [one["kind"] for one in moving.operations(there.desk.planner, "a")] == ["move-live"]
+    there.settle()
+    assert there.where() == ["b"] and there.ran_on == 1 and last(there)["state"] == "done" and last(there)["live"] and TAKING not in last(there)["since_ms"]  # type: ignore[operator]
+    sound(there)
+
+
+@pytest.mark.parametrize("what", ["come", "connect", "live"])
+def test_where_it_cannot_go_while_it_runs_it_stands_still_for_its_way(what: str) -> None:
+    there = world(live=True)
+    there.failing = {what}
+    there.begin()
+    there.settle()
+    assert there.where() == ["b"] and there.ran_on == 0 and there.went == 1 and last(there)["state"] == "done" and not last(there)["live"]
+    assert "planted" in str(last(there)["live_problem"]) and not there.agents["b"].waiting
+    sound(there)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_was_cut_when_it_was_to_begin_goes_on_at_its_source(seed: int) -> None:
+    there = world(seed, live=True)
+    there.failing = {"cut"}
+    there.begin()
+    there.settle()
+    assert there.where() == ["a"] and there.desk.row(W).epoch == 1 and last(there)["state"] == "failed" and "b could not go on with it" in str(last(there)["reason"])
+    assert not there.agents["a"].left and not there.agents["b"].waiting
+    sound(there)
+
+
+def test_one_that_takes_too_long_while_it_runs_stands_still_for_the_rest() -> None:
+    there = world(live=True)
+    there.begin()
+    until(there, LIVE)
+    round_of(there.desk, after_ms=moving.PATIENCE_MS[LIVE] + 1, a=True, b=True)
+    assert there.desk.planner.move_of(W)["step"] == AHEAD and "it was live for" in str(last(there)["live_problem"])  # type: ignore[index]
+    there.settle()
+    assert there.where() == ["b"] and there.ran_on == 0
     sound(there)
 
 
@@ -211,7 +279,7 @@ def test_at_each_instant_the_documents_say_who_may_run_it() -> None:
     there = world()
     there.begin()
     roles = {}
-    for step in STEPS[:-1]:
+    for step in AWAKE:
         until(there, step)
         wanted = {name: [(one["epoch"], one["held"], bool(one["from"])) for one in there.desk.planner.wanted(name) if one["wanted"] == "running"] for name in ("a", "b")}
         roles[step] = wanted
@@ -369,10 +437,10 @@ def test_a_wish_that_is_none_is_refused(wish: object) -> None:
         there.desk.submit({"id": "x", "requests": {"cpu": 1}, "when_drained": wish})
 
 
-def played(seed: int, failing: set[str], restarts: bool, steps: int) -> World:
+def played(seed: int, failing: set[str], restarts: bool, steps: int, live: bool) -> World:
     """Random events, then all is delivered."""
     chance = random.Random(seed)
-    there = World(chance, nodes=3)
+    there = World(chance, nodes=3, live=live)
     for _ in range(4):
         there.begin(chance.choice(("", "b", "c", "a")))
         there.failing = {what for what in failing if chance.random() < 0.5}
@@ -391,9 +459,9 @@ def played(seed: int, failing: set[str], restarts: bool, steps: int) -> World:
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.sets(st.sampled_from(("check", "room", "out", "carry", "from"))), st.booleans())
-def test_in_any_order_one_copy_runs_and_goes_on_where_it_was(seed: int, failing: set[str], restarts: bool) -> None:
-    there = played(seed, failing, restarts, 60)
+@given(st.integers(0, 2**32 - 1), st.sets(st.sampled_from(("check", "room", "come", "connect", "live", "cut", "out", "carry", "from"))), st.booleans(), st.booleans())
+def test_in_any_order_one_copy_runs_and_goes_on_where_it_was(seed: int, failing: set[str], restarts: bool, live: bool) -> None:
+    there = played(seed, failing, restarts, 60, live)
     sound(there)
     assert len(there.where()) == 1 and there.where() == [there.desk.row(W).node] and there.began == 1
     assert not there.desk.planner.tables.moving and len(there.desk.planner.tables.open) == 1

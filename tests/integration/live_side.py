@@ -1,0 +1,97 @@
+"""What carries a virtual machine that moves while it runs, in one process: connections from the sockets of one folder to those of another, which a test can cut."""
+
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.workloads.drivers.vm_live_keeper import CHANNELS
+
+ROOT = Path(__file__).resolve().parents[2]
+BESIDE = ROOT / ".novacron/qemu/qemu-system-x86_64"
+"""QEMU 10 as the set-up lays it out."""
+
+NONE = "no QEMU that sends emulated machines whole (10 or later; tools/setup/qemu.sh)"
+
+
+class Carried:
+    """Makes `source` with a socket of each name; who connects to one is connected to that of `target`."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self._source, self._target, self._lines = source, target, list[socket.socket]()
+        self._listeners = {}
+        self._swallowed = b""
+        self.bytes = dict.fromkeys(CHANNELS, 0)
+        """Sent from the source, by name."""
+        self._lock = threading.Lock()
+        new = source.with_name(f".{source.name}.new")
+        new.mkdir()
+        for name in CHANNELS:
+            listener = self._listeners[name] = socket.socket(socket.AF_UNIX)
+            listener.bind(str(new / name))
+            listener.listen(4)
+            threading.Thread(target=self._accept, args=(name, listener), daemon=True).start()
+        new.rename(source)
+
+    def _accept(self, name: str, listener: socket.socket) -> None:
+        while True:
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                return
+            other = socket.socket(socket.AF_UNIX)
+            with self._lock:
+                self._lines += [line, other]
+            try:
+                other.connect(str(self._target / name))
+            except OSError:
+                line.close()
+                other.close()
+                continue
+            for one, two, counts in ((line, other, name), (other, line, "")):
+                threading.Thread(target=self._pump, args=(one, two, counts), daemon=True).start()
+
+    def _pump(self, one: socket.socket, two: socket.socket, counts: str) -> None:
+        with suppress(OSError):
+            while data := one.recv(1 << 20):
+                if self._swallowed and data.startswith(self._swallowed):
+                    break
+                two.sendall(data)
+                if counts:
+                    self.bytes[counts] += len(data)
+        for line in (one, two):
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+
+    def swallow(self, word: bytes) -> None:
+        """Cut a connection when this comes through it, with that."""
+        self._swallowed = word
+
+    def cut(self) -> None:
+        """Nothing gets through any more."""
+        for listener in self._listeners.values():
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        with self._lock:
+            for line in self._lines:
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
+                line.close()
+
+
+def live_qemu() -> str:
+    """A QEMU that can; empty where there is none."""
+    from edge_runtime.workloads.drivers.qemu_driver import version_of
+    from edge_runtime.workloads.drivers.vm import too_old
+
+    for program in (str(BESIDE), "qemu-system-x86_64"):
+        words = version_of(program).partition("version ")[2].split()
+        if words and not too_old(words[0]):
+            return program
+    return ""
+
+
+needs_live = pytest.mark.skipif(not live_qemu(), reason=NONE)
