@@ -68,8 +68,18 @@ class MoveApi(WorkloadApi):
     def _shown_move(self, move: dict[str, Any]) -> dict[str, Any]:
         """Without what only its parties need; with how far its state is, and how long that is expected to take."""
         carried = self._hub.transfers.book.transfers.get(moving.shown_transfer(move))
+        progress = dict(carried.progress) if carried is not None else {}
+        if progress and moving.runs_on(move):  # nobody knows how much it will be: what it writes meanwhile goes over again
+            progress["length"] = max(progress["moved_bytes"], move["offer"].get("bytes", 0))
         shown = {key: part for key, part in move.items() if key not in ("offer", "ready", "takes_live", "waits", "listens", "takes_ahead", "root")}
         return {
-            **shown, "needs_bytes": move["offer"].get("bytes", 0), "progress": dict(carried.progress) if carried is not None else {}, "prediction": dict(carried.prediction) if carried is not None else {},
+            **shown, "needs_bytes": move["offer"].get("bytes", 0), "progress": progress, "why_still": _why_still(move), "prediction": dict(carried.prediction) if carried is not None else {},
             "expected_s": carried.prediction.get("estimated_duration_seconds") if carried is not None else None,
         }
+
+
+def _why_still(move: dict[str, Any]) -> str:
+    """For how long one that moved while it ran stood still, or why it had to for its way; empty where there is nothing to say."""
+    if move["state"] == moving.DONE and move.get("live"):
+        return f"moved while it ran, and stood still for {move['still_ms']:.0f} ms" if move["still_ms"] else "moved while it ran"
+    return f"not while it ran: {move['live_problem']}" if move.get("live_problem") else ""

@@ -29,7 +29,7 @@ start(async () => {
   const [transfers, workers, moves] = await Promise.all([get("api/v1/transfers?limit=200"), get("api/v1/migration-workers"), get("api/v1/moves?limit=100")]);
   fill($("moves"), moves.map((one) => [
     one.workload, one.source, one.target, element("td", one.state === "running" ? one.step : one.state, one.state === "done" ? "good" : one.state === "failed" ? "bad" : "soft"),
-    element("td", bytes(one.bytes || one.needs_bytes), "number"), farCell(one), expected(one), ago(one.changed_ms), one.reason || one.problem || one.why,
+    element("td", bytes(one.bytes || one.needs_bytes), "number"), farCell(one), expected(one), ago(one.changed_ms), one.reason || one.problem || one.why_still || one.why,
   ]));
   fill($("transfers"), transfers.map((one) => [
     one.id, `${one.document.source.worker}: ${one.document.source.path}`, `${one.document.destination.worker}: ${one.document.destination.path}`,

@@ -368,10 +368,10 @@ def operations(planner: "Planner", node: str) -> list[Json]:
     runs is kept as long as it is asked for."""
     out = []
     for move in live(planner):
-        runs_on = move["step"] == LIVE or (move["step"] == STARTING and move.get("live"))
+        alive = move["step"] in (LIVE, STARTING) and runs_on(move)
         if node == move["source"]:
             part = {CHECKING: "check", ROOM: "check", AHEAD: "ahead", RETURNING: "back"}.get(move["step"], "out")
-            if runs_on:
+            if alive:
                 part = "live" if move["listens"] else "check"
             limit = int(move["limit_mbit"] * 125_000)
             told: dict[str, Json] = {"live": {SPEED: limit}, "ahead": {SPEED: max(COPY_LEAST, limit)}, "out": {OF_DISK: True} if move.get("ahead") else {}}
@@ -379,7 +379,7 @@ def operations(planner: "Planner", node: str) -> list[Json]:
         if node == move["target"] and move["step"] not in (CHECKING, RETURNING):
             row, shape = planner.tables.rows[move["workload"]], planner.tables.items[move["workload"]].item.shape
             offer = {**move["offer"], "kind": shape.kind.value, "image": shape.image, "requests": dict(shape.requests), "document": row.document}
-            out += [_asked(move, part, offer) for part in (("room", "come") if runs_on else ("room",))]
+            out += [_asked(move, part, offer) for part in (("room", "come") if alive else ("room",))]
     return out
 
 
@@ -399,9 +399,14 @@ def transfer(move: Json, way: str = "") -> Json:
     }
 
 
+def runs_on(move: Json) -> bool:
+    """Whether it goes while it runs, or went so."""
+    return bool(move["step"] == LIVE or move.get("live"))
+
+
 def shown_transfer(move: Json) -> str:
     """The name of the transfer that is, or was, the move's at its step."""
-    return str(transfer(move, BEFORE if move["step"] == AHEAD else ALIVE if move["step"] == LIVE or move.get("live") else "")["id"])
+    return str(transfer(move, BEFORE if move["step"] == AHEAD else ALIVE if runs_on(move) else "")["id"])
 
 
 # -- the document ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hub.broker.mosquitto import free_port
 from tools.bench.harness import die_with_parent
 
 from .counting_guest import IMAGE, MEMORY, counted
+from .live_side import needs_live
 from .vm_side import BOOT_S, COUNTS, console, made_vms, reason_against, started, vms
 from .vm_side import MEMORY as LINUX_MEMORY
 from .waiting import until
@@ -248,9 +249,10 @@ async def test_one_that_connects_anew_goes_on_behind_the_same_port(vms: VmDriver
 
 @pytest.mark.slow
 @pytest.mark.skipif(searched("ip") is None or searched("unshare") is None, reason="no iproute2 or unshare")
-async def test_on_a_bridge_a_connection_outlives_the_move(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [[], pytest.param(["live"], marks=needs_live)])
+async def test_on_a_bridge_a_connection_outlives_the_move(tmp_path: Path, way: list[str]) -> None:
     """In a network namespace of its own, with a bridge of its own."""
-    process = await asyncio.create_subprocess_exec("unshare", "--net", sys.executable, "-m", "tests.integration.tap_program", str(tmp_path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, preexec_fn=die_with_parent)
+    process = await asyncio.create_subprocess_exec("unshare", "--net", sys.executable, "-m", "tests.integration.tap_program", str(tmp_path), *way, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, preexec_fn=die_with_parent)
     said, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()[-3000:]
     if reason := json.loads(said).get("cannot"):

@@ -152,6 +152,16 @@ async def test_a_cut_before_its_target_lets_it_begin_leaves_it_running(clean: Pa
     await goes_on(clean, key)
 
 
+async def test_it_runs_until_its_target_may_begin_though_all_is_there(clean: Pair) -> None:
+    """The hub's word may take seconds."""
+    key, order, carried = await leaving(clean, "early")
+    await on(clean.a, key, 40)
+    await clean.b.go(order.key)
+    numbers = [*await said(clean.a, key), *await on(clean.b, order.key, 3)]
+    assert numbers == list(range(len(numbers)))
+    carried.cut()
+
+
 async def test_one_whose_target_goes_before_it_can_begin_goes_on(clean: Pair) -> None:
     key, order, carried = await leaving(clean, "gone")
     await clean.b.delete(order.key)
@@ -217,6 +227,15 @@ async def test_what_it_wrote_while_it_left_is_there_as_it_was(clean: Pair) -> No
     numbers = [*first, *laid(text)]
     assert numbers == list(range(len(numbers))), numbers
     carried.cut()
+
+
+async def test_what_its_keeper_cannot_open_does_not_end_it(clean: Pair) -> None:
+    key = await started(clean.a, "opens", "kernel:1", COUNTS)
+    await console(clean.a, key, b"3", BOOT_S)
+    for asked in ({"do": "copy", "path": "/nowhere/disk"}, {"do": "leave", "folder": "/nowhere", "speed": 0}):
+        with pytest.raises(Failed, match="No such file"):
+            await clean.a.ask(key, asked)
+    await on(clean.a, key, 2)
 
 
 async def test_an_emulated_machine_of_an_old_qemu_is_not_sent_while_it_runs() -> None:

@@ -15,6 +15,7 @@ from tests.integration.vm_side import reason_against
 from tests.integration.waiting import until
 from tests.system.moving_side import ROOM_S, Two, again_when_killed, begun, killed_once
 from tests.system.test_moves_vm import PLAIN, MachineNode, TwoMachines
+from tools.novactl.client import Api
 
 pytestmark = [pytest.mark.skipif(bool(reason_against()), reason=reason_against()), needs_live, pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -52,13 +53,14 @@ async def moved(two: Two, hub: Hub) -> dict[str, Any]:
 
 async def test_a_machine_moves_while_it_runs_there_and_back(tmp_path: Path) -> None:
     async with running_hub(tmp_path / "hub", "auto") as hub:
-        two = TwoLive(tmp_path, hub)
+        two, shown = TwoLive(tmp_path, hub), Api(f"http://127.0.0.1:{hub.port}", hub.token)
         try:
             await two.start()
             for target in ("b", "a"):
                 await begun(two, target)
                 ended = await moved(two, hub)
                 assert ended["live"] and not ended["live_problem"] and "taking" not in ended["since_ms"] and ended["still_ms"] > 0, ended
+                assert (await asyncio.to_thread(shown.get, "/api/v1/moves"))[0]["why_still"] == f"moved while it ran, and stood still for {ended['still_ms']:.0f} ms"
         finally:
             await two.end()
 

@@ -67,7 +67,7 @@ def _expected(one: dict[str, Any]) -> str:
 def _row(one: dict[str, Any]) -> list[Any]:
     return [
         one["id"], one["workload"], one["source"], one["target"], one["state"], one["step"] if one["state"] == "running" else "", f"{(one['bytes'] or one['needs_bytes']) / MIB:.1f}", _far(one), _expected(one),
-        one["reason"] or one["problem"],
+        one["reason"] or one["problem"] or one.get("why_still", ""),
     ]
 
 

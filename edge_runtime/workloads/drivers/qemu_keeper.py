@@ -472,6 +472,8 @@ class Keeper:
             answer = self.do(request, line)
         except (ValueError, KeyError, TypeError) as error:
             answer = {"failed": f"that is no question: {error!r}"[:SAID]}
+        except OSError as error:  # what was to be written to has gone, or is full: no reason to end what runs
+            answer = {"failed": str(error)[:SAID]}
         except QmpError as error:
             answer = {"failed": str(error)[:SAID]}
         if answer is not None:
@@ -495,7 +497,11 @@ class Keeper:
             self.wish = "kill"
         elif request["do"] == "pause":
             self.machine.qmp.ask("stop")
-            write(paused, {"at_ms": int(time.time() * 1000)})
+            try:
+                write(paused, {"at_ms": int(time.time() * 1000)})
+            except OSError as error:  # a disk that is full
+                self.machine.qmp.ask("cont")
+                return {"failed": f"that it stands still could not be written down: {error.strerror}"}
         elif request["do"] == "resume":
             self.machine.qmp.ask("cont")
             self.machine.say(guest.clock(time.time_ns()))

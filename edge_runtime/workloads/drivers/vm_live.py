@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 SEED = "seed"
 """Key of an offer: the machine's second disk, packed. It is the one that the guest has mounted, so that a new one would be another one."""
 
-SEED_MOST = 16_384
-"""Bytes of that, packed: an offer is a part of a document that both nodes have."""
+SEED_MOST = 4_096
+"""Bytes of that, packed: an offer is a record, and a part of a document that both nodes have. One with more cloud-init in it moves standing still."""
 
 MEET_S = 20.0
 """What carries a machine is there this long after it was asked for, or something is amiss: the hub asks when its other end listens."""

@@ -52,6 +52,9 @@ LOOK_LIVE_S = 0.1
 NEAR_S = 1.0
 """So many seconds before all is there the hub is asked whether the target may begin: its word takes less."""
 
+HOLD = 16_384
+"""Bytes in a second with which what is left is sent until the target may begin: one that does nothing would be through at once, and stand still while the hub is asked. Pages of zeros go by the hundred in that: 7 MB of memory a second."""
+
 DOWNTIME_MS = 50
 """QEMU stops the machine when what is left takes less than this."""
 
@@ -209,6 +212,7 @@ class Leaving:
         ram = self.qmp.ask("query-migrate").get("ram") or {}
         rate = float(ram.get("mbps", 0)) * 125_000
         if int(ram.get("dirty-sync-count", 0)) > 1 or (rate and int(ram.get("remaining", 0)) <= rate * NEAR_S):
+            self.qmp.ask("migrate-set-parameters", **{"max-bandwidth": HOLD})
             self._nearly(GRANT_S + FORCE_S)
 
     def _nearly(self, seconds: float) -> None:
@@ -230,13 +234,22 @@ class Leaving:
         self.said += data
         if data and len(self.said) <= MAX_WORD:
             if self.said == MAY and not self.may and self.going:
-                write(os.path.join(self.keeper.folder, LEFT), {"at_ms": int(time.time() * 1000)})  # type: ignore[attr-defined]
-                self.may, self.until = True, time.monotonic() + FORCE_S
-                self.look()
+                self._may()
             return
         self.keeper.selector.unregister(self.word)  # type: ignore[attr-defined]
         if self.going:
             self.end("its target, or what carries it there, has gone")
+
+    def _may(self) -> None:
+        """Its target may begin it."""
+        try:
+            write(os.path.join(self.keeper.folder, LEFT), {"at_ms": int(time.time() * 1000)})  # type: ignore[attr-defined]
+            self.qmp.ask("migrate-set-parameters", **{"max-bandwidth": self.speed})
+        except (OSError, QmpError) as error:  # a disk that is full must not end it
+            self.end(f"that it leaves could not be written down, or told: {error}")
+            return
+        self.may, self.until = True, time.monotonic() + FORCE_S
+        self.look()
 
     def _sent(self, status: str) -> None:
         """QEMU says how far it is with the memory."""
@@ -270,7 +283,10 @@ class Leaving:
         except OSError:
             pass  # the target never begins then, and says so
         self.word.setblocking(False)
-        write(os.path.join(self.keeper.folder, "paused"), {"at_ms": int(time.time() * 1000)})  # type: ignore[attr-defined]
+        try:
+            write(os.path.join(self.keeper.folder, "paused"), {"at_ms": int(time.time() * 1000)})  # type: ignore[attr-defined]
+        except OSError:
+            pass  # it is shown as running then; that it has left is written down
 
     def end(self, why: str) -> None:
         """Nothing comes of it: the machine goes on, as QEMU lets it where what it sent is stopped. That it had left is not taken back by this, but by the hub."""
@@ -284,6 +300,12 @@ class Leaving:
             self.keeper.answer(self.line, {"failed": why})  # type: ignore[attr-defined]
         self.line = None
         self._forget()
+        try:
+            # One that was through when it was stopped goes on as well: its target has not heard of that, and never begins.
+            if self.qmp.ask("query-status").get("status") in ("postmigrate", "finish-migrate", "paused"):
+                self.qmp.ask("cont")
+        except QmpError:
+            pass  # it has ended
 
     def _forget(self) -> None:
         """Stop what QEMU does for it."""
