@@ -173,10 +173,16 @@ async def begin_from(driver: "Driver", key: Key, status: Status | None, path: Pa
 
 
 async def let_go(driver: "Driver | None", key: Key) -> "tuple[Driver, Status]":
-    """Let one that comes while it runs begin as soon as all of it is here. Raises `Refused`: then it never ran here, and never will."""
+    """Let one that comes while it runs begin as soon as all of it is here. Raises `Refused`: then nobody has seen it live here, and its source may have it again, as with `begin_from`."""
     if not isinstance(driver, Lives):
         raise Refused("from", "nothing waits here for it", "move it again")
-    return driver, await driver.go(key)  # type: ignore[return-value]
+    try:
+        status = await driver.go(key)
+    except Failed as error:
+        raise Refused(error.field, error.problem, error.remedy) from None
+    if status.phase not in (Phase.RUNNING, Phase.PAUSED) and (status.exit is None or status.exit.code or status.exit.signal):
+        raise Refused("from", f"it ended before anybody saw that it lives: {status.reason or status.phase.value}", "see why")
+    return driver, status  # type: ignore[return-value]
 
 
 def _lives(driver: "Driver") -> bool:

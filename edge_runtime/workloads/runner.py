@@ -15,7 +15,24 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..contract.workloads import AS_CONTAINER, CHECKPOINTED, CONVERT, CONVERTS, DELETE_SNAPSHOT, ISOLATION, ISOLATIONS, LIVE, MOVE_COME, MOVE_ROOM, NAMESPACES, RUNNING, SNAPSHOT, STOPPED, WHEN_CUT_OFF
+from ..contract.workloads import (
+    AS_CONTAINER,
+    CHECKPOINTED,
+    CONVERT,
+    CONVERTS,
+    DELETE_SNAPSHOT,
+    ISOLATION,
+    ISOLATIONS,
+    LIVE,
+    MOVE_BACK,
+    MOVE_COME,
+    MOVE_ROOM,
+    NAMESPACES,
+    RUNNING,
+    SNAPSHOT,
+    STOPPED,
+    WHEN_CUT_OFF,
+)
 from .checkpoints import Checkpointing
 from .converting import convert
 from .drivers.checkpoint_state import read_manifest
@@ -212,7 +229,7 @@ class Runner:
         may = self._may.get(f"{workload}/{wanted['epoch']}") if wanted is not None else None
         for driver in self._drivers.values():
             for status in await driver.instances():
-                if status.key.id != workload or (status.key.id, status.key.epoch) in self._coming:
+                if status.key.id != workload or ((workload, status.key.epoch) in self._coming and not any(one["epoch"] == status.key.epoch and one["wanted"] == STOPPED for one in entries)):
                     continue
                 leaves = wanted is None or status.key.epoch != wanted["epoch"] or status.leased != (may is not None) or _said(wanted) in self._evicted or "refusal" in wanted
                 if wanted is not None and not leaves and may is False and status.phase is Phase.ENDED:
@@ -271,6 +288,8 @@ class Runner:
                     detail = await self._snapshots.carry_out(asked, driver, status)
                 else:
                     detail = await self._checkpoints.carry_out(asked, self._drivers, driver, status, held, clears)
+                    if asked["kind"] == MOVE_BACK:
+                        await self._stands_no_more(wanted)
             except DriverError as error:
                 operations.end(asked["id"], "failed", str(error))
             except Exception as error:
@@ -281,6 +300,13 @@ class Runner:
                     operations.end(asked["id"], "succeeded", "", detail)
             del waiting[asked["id"]]
         self._asked.pop(workload, None)
+
+    async def _stands_no_more(self, entry: Mapping[str, Any]) -> None:
+        """It is this node's again, and nothing of it stands in a state: what was said of that holds no longer, also where it has ended meanwhile."""
+        _, status = await self._there(Key(entry["id"], int(entry["epoch"])))
+        if self._told.get(_said(entry)) == CHECKPOINTED and (status is None or status.phase is not Phase.CHECKPOINTED):
+            self._told[_said(entry)] = "accepted"
+            self._journal.put_state(REPORTED, dict(self._told))
 
     async def _there(self, key: Key) -> tuple[Driver | None, Status | None]:
         """On whose disk an instance is, and how it stands."""
@@ -299,7 +325,7 @@ class Runner:
                 spec = _spec(entry)
                 how = policy(str(entry["kind"]), spec)
                 _, there = await self._there(key)
-                if there.phase is Phase.CHECKPOINTED if there is not None else self._told.get(said) == CHECKPOINTED or entry.get("held"):
+                if _stands(there, bool(entry.get("held"))) if there is not None else self._told.get(said) == CHECKPOINTED or entry.get("held"):
                     self._say(entry, CHECKPOINTED, there.reason if there is not None else "")
                     if await _changes(changed, self._left_s(said, how)):
                         return
@@ -338,7 +364,7 @@ class Runner:
                         self._late(entry, how)
                         return
                     status = ended
-                    if status.phase is Phase.CHECKPOINTED:
+                    if _stands(status, bool(entry.get("held"))):
                         continue
                 if status.leased and status.phase is Phase.LOST:
                     raise Failed(WHEN_CUT_OFF, status.reason, "see whether the site's bus is there; it begins anew when it is this node's again")
@@ -568,6 +594,11 @@ async def _changes(changed: asyncio.Event, left_s: float | None) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _stands(there: Status, held: bool) -> bool:
+    """Whether what is there is not begun anew: it stands in a checkpoint, or has ended while another node may be going on with it."""
+    return there.phase is Phase.CHECKPOINTED or (held and there.phase in (Phase.ENDED, Phase.LOST))
 
 
 def _said(entry: Mapping[str, Any]) -> str:

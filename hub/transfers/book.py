@@ -277,11 +277,15 @@ class Book:
     def _done(self, transfer: Transfer, which: str, said: dict[str, Any], now: int) -> None:
         if which == "send":
             transfer.root, transfer.result = said["root"], said["result"] or {}
-            transfer.progress = {name: transfer.result.get(of, 0) for name, of in (("moved_bytes", "length"), ("wire_bytes", "wire_bytes"), ("length", "length"), ("passes", "passes"))}
+            if not transfer.once:  # how far a stream was is how far it came
+                transfer.progress = {name: transfer.result.get(of, 0) for name, of in (("moved_bytes", "length"), ("wire_bytes", "wire_bytes"), ("length", "length"), ("passes", "passes"))}
             self._over(transfer, "done", "", now)
             return
         # The receiver has committed. Should its answer have been lost, the sender asks again: a receiver that is started again answers by its journal.
         # Of a stream nobody asks again: what the sender says of it counts, or that it says nothing more.
+        if transfer.once and not transfer.send.until_ms:  # who would say it is not at work
+            self._over(transfer, "failed", "receive: it ended before anything was sent", now)
+            return
         transfer.receive.until_ms = 0
         transfer.receive.after_ms = NEVER_MS if transfer.once else now + LEASE_MS
         self._note(transfer, now)

@@ -24,7 +24,7 @@ from ..store.base import Store, StoredRecord
 from ..store.workloads import WorkloadRow
 from ..transfers.service import Transfers
 from . import moving
-from .book import AHEAD, LIVE, ROOM, SENDING, TAKING
+from .book import AHEAD, BEGUN, LIVE, ROOM, SENDING, TAKING
 from .documents import Conflict, Submitted, read_workload
 from .placing import Together
 from .planner import Planner
@@ -479,7 +479,8 @@ class Workloads:
                     await self._carry(transfers, move)
                 for name in transfers.unfinished(MOVING):
                     move, steps = moving.carries(name)
-                    if self.planner.tables.moves.get(move, {}).get("step") not in steps:  # what is kept of a move never goes back to these steps
+                    kept = self.planner.tables.moves.get(move, {})
+                    if kept.get("state") != BEGUN or kept.get("step") not in steps:  # what is kept of a move never goes back to these steps
                         await transfers.cancel(name)
             except asyncio.CancelledError:
                 raise

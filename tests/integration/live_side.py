@@ -19,13 +19,15 @@ NONE = "no QEMU that sends emulated machines whole (10 or later; tools/setup/qem
 class Carried:
     """Makes `source` with a socket of each name; who connects to one is connected to that of `target`."""
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(self, source: Path, target: Path, frozen: tuple[str, ...] = ()) -> None:
+        """`frozen`: names by which nothing gets through from the beginning."""
         self._source, self._target, self._lines = source, target, list[socket.socket]()
         self._listeners = {}
         self._swallowed = b""
+        self._frozen: set[str] = set(frozen)
         self.bytes = dict.fromkeys(CHANNELS, 0)
         """Sent from the source, by name."""
-        self._lock = threading.Lock()
+        self._lock, self._over = threading.Lock(), threading.Event()
         new = source.with_name(f".{source.name}.new")
         new.mkdir()
         for name in CHANNELS:
@@ -51,11 +53,14 @@ class Carried:
                 other.close()
                 continue
             for one, two, counts in ((line, other, name), (other, line, "")):
-                threading.Thread(target=self._pump, args=(one, two, counts), daemon=True).start()
+                threading.Thread(target=self._pump, args=(one, two, counts, name), daemon=True).start()
 
-    def _pump(self, one: socket.socket, two: socket.socket, counts: str) -> None:
+    def _pump(self, one: socket.socket, two: socket.socket, counts: str, name: str) -> None:
         with suppress(OSError):
             while data := one.recv(1 << 20):
+                while name in self._frozen:
+                    if self._over.wait(0.05):
+                        return
                 if self._swallowed and data.startswith(self._swallowed):
                     break
                 two.sendall(data)
@@ -65,12 +70,17 @@ class Carried:
             with suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
 
+    def freeze(self, *names: str) -> None:
+        """Nothing gets through by these any more, and nobody sees that."""
+        self._frozen |= set(names)
+
     def swallow(self, word: bytes) -> None:
         """Cut a connection when this comes through it, with that."""
         self._swallowed = word
 
     def cut(self) -> None:
         """Nothing gets through any more."""
+        self._over.set()
         for listener in self._listeners.values():
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)

@@ -118,7 +118,7 @@ async def test_it_goes_on_at_its_target_where_it_was(clean: Pair) -> None:
 async def leaving(clean: Pair, name: str, script: str = COUNTS) -> tuple[Key, Order, Carried]:
     """A machine that runs at `a`, is waited for at `b`, and nearly all there."""
     key = await started(clean.a, name, "kernel:1", script)
-    await console(clean.a, key, b"3", BOOT_S)
+    await console(clean.a, key, b"3" if script == COUNTS else b"laid", BOOT_S)
     offer, order, (out, into) = await offered(clean.a, key), await order_there(clean, key), clean.ways()
     await clean.b.arrive(order, offer, into)
     carried = Carried(out, into)
@@ -226,6 +226,42 @@ async def test_what_it_wrote_while_it_left_is_there_as_it_was(clean: Pair) -> No
     text = await console(b, order.key, f"\n{len(first) + 4}".encode(), BOOT_S)
     numbers = [*first, *laid(text)]
     assert numbers == list(range(len(numbers))), numbers
+    carried.cut()
+
+
+async def test_it_runs_while_its_target_has_not_said_a_word(clean: Pair) -> None:
+    """QEMU would wait for that with all that it does."""
+    a, b = clean.a, clean.b
+    key = await started(a, "silent", "kernel:1", COUNTS)
+    await console(a, key, b"3", BOOT_S)
+    offer, order, (out, into) = await offered(a, key), await order_there(clean, key), clean.ways()
+    await b.arrive(order, offer, into)
+    carried = Carried(out, into, ("disk",))
+    asked = asyncio.ensure_future(a.leave(key, out, 0))
+    await on(a, key, 10)
+    assert not asked.done()
+    carried.cut()
+    with pytest.raises(Failed, match="has gone|no place for its disk"):
+        await asked
+    await b.delete(order.key)
+    await goes_on(clean, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["disk", "memory"])
+async def test_a_link_that_freezes_when_its_target_may_begin_does_not_end_it(clean: Pair, frozen: str) -> None:
+    """QEMU answers nobody while it waits for what it had sent; it is let go, and it goes on."""
+    key, order, carried = await leaving(clean, f"freezes-{frozen}", WRITES)
+    carried.freeze(frozen)
+    going = asyncio.ensure_future(clean.b.go(order.key))
+    await until((clean.a.folder(key) / "left.json").exists, BOOT_S, "it may begin")
+    await until(lambda: not held(clean.b.folder(order.key)), 200.0, "its target gives up")
+    with pytest.raises(Refused):
+        await going
+    await clean.a.stay(key)
+    had = laid((await clean.a.logs(key, 65_536)).stdout)
+    await console(clean.a, key, f"\n{had[-1] + 4}".encode(), BOOT_S)
+    assert (await clean.a.status(key)).phase is Phase.RUNNING
     carried.cut()
 
 

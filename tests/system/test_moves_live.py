@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hub.server import Hub
+from hub.workloads import moving
 from tests.integration.hub_side import running_hub
 from tests.integration.live_side import live_qemu, needs_live
 from tests.integration.vm_side import reason_against
@@ -106,6 +107,25 @@ async def test_what_its_target_cannot_begin_goes_on_at_its_source(tmp_path: Path
             assert ended["state"] == "failed" and ended["live"] and "b could not go on with it" in ended["reason"], ended
             assert await two.one_copy() == "a" and hub.workloads.rows[two.workload].epoch == 1
             assert not (two.nodes["a"].data / f"workloads/vms/{two.workload}.1/left.json").exists()
+        finally:
+            await two.end()
+
+
+@pytest.mark.slow
+async def test_one_that_is_cancelled_while_it_goes_stays_and_nothing_is_left_of_its_way(tmp_path: Path) -> None:
+    async with running_hub(tmp_path / "hub", "auto") as hub:
+        two = TwoLive(tmp_path, hub)
+        try:
+            await two.start()
+            name = await begun(two, "b")
+
+            async def goes() -> bool:
+                return (await two.move(name))["step"] == "live"
+
+            await until(goes, ROOM_S, what="it is asked for while it runs")
+            await hub.workloads.ask(lambda planner, now: moving.cancel(planner, name, now))
+            assert (await two.over(name))["state"] == "cancelled" and await two.one_copy() == "a"
+            await until(lambda: hub.transfers.unfinished("move-") == [], ROOM_S, what="nothing connects the two any more")
         finally:
             await two.end()
 

@@ -220,9 +220,7 @@ def save(machine: Machine, state: int) -> None:
     machine.qmp.ask("stop")
     machine.qmp.events = []  # of an earlier load
     machine.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")])
-    machine.qmp_line.setblocking(True)
-    socket.send_fds(machine.qmp_line, [b'{"execute": "getfd", "arguments": {"fdname": "state"}}\n'], [state])
-    machine.qmp.answer("getfd")
+    machine.qmp.ask_with(state, "getfd", fdname="state")
     machine.qmp.ask("migrate", uri="fd:state")
     if machine.qmp.until("MIGRATION", "status", ("completed", "failed")) != "completed":
         raise machine.trouble("the guest's state could not be saved")
@@ -448,14 +446,17 @@ class Keeper:
 
     def leave(self, line: socket.socket) -> None:
         """An agent that is done, or gone."""
+        if self.asking.pop(line, None) is None:
+            return  # it was answered while it hung up
         self.selector.unregister(line)
-        self.asking.pop(line, None)
         line.close()
         if self.exec is not None and self.exec["line"] is line:
             self.exec["line"] = None
 
     def asked(self, line: socket.socket) -> None:
         """A question, or a part of it."""
+        if line not in self.asking:
+            return  # it was answered in the same turn
         try:
             data = line.recv(CHUNK)
         except OSError:

@@ -17,7 +17,7 @@ class Qmp:
     """A connection; `seconds` is how long each answer may take."""
 
     def __init__(self, line: socket.socket, seconds: float) -> None:
-        self._line, self._seconds, self._waits = line, seconds, b""
+        self._line, self._seconds, self._waits, self._asked = line, seconds, b"", 0
         self.events: list = []  # type: ignore[type-arg]
         """Names (and data) of what has happened meanwhile; the newest hundred."""
 
@@ -28,18 +28,28 @@ class Qmp:
 
     def ask(self, command: str, **arguments: object) -> object:
         """One command; returns its answer. Raises `QmpError`."""
-        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        return self._answered(command, arguments, ())
+
+    def ask_with(self, descriptor: int, command: str, **arguments: object) -> object:
+        """The same, with a descriptor beside it."""
+        return self._answered(command, arguments, (descriptor,))
+
+    def _answered(self, command: str, arguments: dict, descriptors: tuple) -> object:  # type: ignore[type-arg]
+        self._asked += 1
+        request = json.dumps({"execute": command, "id": self._asked, **({"arguments": arguments} if arguments else {})}).encode() + b"\n"
+        self._line.setblocking(True)
         try:
-            self._line.sendall(json.dumps(request).encode() + b"\n")
+            if descriptors:
+                socket.send_fds(self._line, [request], descriptors)
+            else:
+                self._line.sendall(request)
         except OSError as error:
             raise QmpError(f"{command}: QEMU has ended ({error.strerror})") from None
-        return self.answer(command)
-
-    def answer(self, command: str) -> object:
-        """The answer to a command that was sent by other means (with a descriptor beside it). Raises `QmpError`."""
         end = time.monotonic() + self._seconds
         while True:
             message = self._message(end)
+            if message.get("id") != self._asked and ("return" in message or "error" in message):
+                continue  # of one that was not answered in time
             if "return" in message:
                 return message["return"]
             if "error" in message:

@@ -13,14 +13,13 @@ by which it sets its clock and its random numbers. A template is a guest that is
     {"do": "ahead", "path": "/where/an/empty/disk.qcow2", "name": NAME, "speed": BYTES_IN_A_SECOND}
     {"do": "since", "path": "/where/an/empty/disk.qcow2", "name": NAME}
 
-    {"do": "leave", "folder": "/with/sockets", "speed": BYTES_IN_A_SECOND}   {"do": "stay"}   {"do": "go"}     a move while it runs: see `vm_live_keeper`
+    {"do": "leave", "folder": "/with/sockets", "speed": BYTES_IN_A_SECOND}   {"do": "stay"}   {"do": "go"}   {"do": "drop"}     a move while it runs: see `vm_live_keeper`
 
 With `came` in `keeper.json` it does not boot: it goes on from what `save` has written of another one. Nothing of it has run before `running.json` is there. Where its disk went ahead of the rest, the rest lies over
 it (`upper`, as long as that file is there) and is written into it first. With `arrives` it waits for what comes through the sockets of that folder.
 """
 
 import fcntl
-import json
 import os
 import selectors
 import socket
@@ -347,9 +346,7 @@ class VmKeeper(Keeper):
             return {"failed": f"nothing is known of {since[:80]!r}, or it does not stand still"}
         qmp, target = self.machine.qmp, os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self.machine.qmp_line.setblocking(True)
-            socket.send_fds(self.machine.qmp_line, [json.dumps({"execute": "add-fd", "arguments": {"fdset-id": COPY_SET}}).encode() + b"\n"], [target])
-            qmp.answer("add-fd")
+            qmp.ask_with(target, "add-fd", **{"fdset-id": COPY_SET})
         finally:
             os.close(target)
         try:
@@ -417,9 +414,7 @@ class VmKeeper(Keeper):
             os.set_blocking(target, True)
             qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}, {"capability": "events", "state": True}])
             qmp.ask("migrate-set-parameters", **{"max-bandwidth": FASTEST})
-            self.machine.qmp_line.setblocking(True)
-            socket.send_fds(self.machine.qmp_line, [json.dumps({"execute": "getfd", "arguments": {"fdname": SAVED}}).encode() + b"\n"], [target])
-            qmp.answer("getfd")
+            qmp.ask_with(target, "getfd", fdname=SAVED)
         finally:
             os.close(target)
         qmp.events = [(name, data) for name, data in qmp.events if name != "MIGRATION"]  # of when it was loaded
@@ -450,12 +445,14 @@ class VmKeeper(Keeper):
     def do(self, request: dict, line: socket.socket) -> dict | None:  # type: ignore[type-arg]
         """What is asked."""
         paused, left = os.path.join(self.folder, "paused"), os.path.join(self.folder, LEFT)
-        if request["do"] in ("go", "leave", "stay"):
+        if request["do"] in ("go", "drop", "leave", "stay"):
             return self.live(request, line, paused, left)
         if self.arriving is not None and not self.started and request["do"] not in ("kill", "version"):
             return {"failed": "it has not come yet"}
         if self.leaving is not None and self.leaving.going and request["do"] not in ("kill", "version", "powerdown"):
-            return {"failed": "it is leaving for another node"}
+            if self.leaving.may:
+                return {"failed": "it is leaving for another node"}
+            self.leaving.end("something else is done with it")
         if request["do"] == "resume" and os.path.exists(left):
             return {"failed": "it has left for another node, which may be running it"}
         if request["do"] == "powerdown":
@@ -489,13 +486,17 @@ class VmKeeper(Keeper):
                 return {"done": True}
             self.arriving.go(line)
             return None
+        if request["do"] == "drop":
+            if self.arriving is None or self.started or self.arriving.begins:
+                return {"failed": "it begins, or has begun"}
+            self.wish = "kill"
+            return {"done": True}
         if request["do"] == "stay":
             if self.leaving is not None:
                 self.leaving.stay()
-            for path in (paused, left):
-                if os.path.exists(path):
-                    os.unlink(path)
-            return {"done": True}
+            if os.path.exists(paused) and os.path.exists(left):
+                os.unlink(paused)
+            return {"done": True}  # that it had left the agent forgets
         if self.copying and self.copying[0] not in self.asking:
             self.stop_copy()
         if self.copying or self.saving or not self.started or os.path.exists(paused) or (self.leaving is not None and self.leaving.stage != "ended"):

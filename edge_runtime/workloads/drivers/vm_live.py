@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ...contract.workloads import LIVE
 from . import vm_files, vm_machine, vm_seed
 from .face import Failed, Key, Order, Refused, Status
-from .instance import LEFT, held, read, sync_folder, unheld
+from .instance import LEFT, held, read, sync_folder
 from .qemu_driver import LEFT_S
 from .vm_live_keeper import WORD
 
@@ -39,7 +39,10 @@ MEET_S = 20.0
 """What carries a machine is there this long after it was asked for, or something is amiss: the hub asks when its other end listens."""
 
 LOOK_S = 0.05
-"""Between two looks whether it is: it is a folder that another program makes."""
+"""Between two looks at what there is no event for: a folder that another program makes, a lock."""
+
+TRIES = 3
+"""Times that a keeper is asked to let one go on that stands still, which nobody else could."""
 
 LONGEST_S = 4 * 3_600.0
 """A machine that takes longer to be copied hangs, beside what its bytes take at its limit; nobody waits for it."""
@@ -95,8 +98,16 @@ class Live:
     async def stay(self, key: Key) -> None:
         """It is this node's again: goes on where it stands still, or was gone already and is that now. Raises `Failed`."""
         own = self._driver.folder(key)
-        if held(own):
-            await self._driver.ask(key, {"do": "stay"})
+        for left in range(TRIES - 1, -1, -1):
+            try:
+                if held(own):
+                    await self._driver.ask(key, {"do": "stay"})
+                break
+            except Failed:
+                if not (own / LEFT).exists():
+                    break  # its keeper is of an agent that knew nothing of this, or it was never asked to leave
+                if not left:
+                    raise
         await asyncio.to_thread(_forget, own)
 
     # -- in ------------------------------------------------------------------------------------------------------------------
@@ -146,10 +157,12 @@ class Live:
         """End one that waits; when this returns it has begun before, or never will. Raises `Failed` where that cannot be had."""
         own = self._driver.folder(key)
         if self._driver.waits(key) and held(own):
-            with suppress(Failed):  # it may have just ended, or hang
-                await self._driver.ask(key, {"do": "kill"})
+            with suppress(Failed):  # it begins, has just ended, or hangs
+                await self._driver.ask(key, {"do": "drop"})
             try:
-                await asyncio.wait_for(unheld(own), LEFT_S)
+                async with asyncio.timeout(LEFT_S):
+                    while held(own) and self._driver.waits(key):
+                        await asyncio.sleep(LOOK_S)
             except TimeoutError:
                 raise Failed("from", "the keeper of what should come does not end", "look at the node") from None
 
@@ -165,6 +178,6 @@ async def _there(folder: Path) -> None:
 
 
 def _forget(own: Path) -> None:
-    if (own / LEFT).exists():
-        (own / LEFT).unlink()
+    (own / LEFT).unlink(missing_ok=True)
+    if own.exists():
         sync_folder(own)

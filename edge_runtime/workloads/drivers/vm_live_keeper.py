@@ -19,7 +19,6 @@ only the hub knows whose the machine is: `left.json` says so to whoever looks, a
 target has said that it never began.
 """
 
-import json
 import os
 import selectors
 import socket
@@ -50,7 +49,10 @@ LOOK_LIVE_S = 0.1
 """Between two looks at how much is left to send: QEMU says nothing of that by itself."""
 
 NEAR_S = 1.0
-"""So many seconds before all is there the hub is asked whether the target may begin: its word takes less."""
+"""So many seconds before all is there the hub is asked whether the target may begin: its word takes less. Of a machine with less memory than that it is asked at once."""
+
+USUAL = 500_000_000
+"""Bytes in a second that are believed to be carried where no limit says less."""
 
 HOLD = 16_384
 """Bytes in a second with which what is left is sent until the target may begin: one that does nothing would be through at once, and stand still while the hub is asked. Pages of zeros go by the hundred in that: 7 MB of memory a second."""
@@ -94,15 +96,8 @@ def _at(folder: str, name: str, act: object) -> None:
         os.close(descriptor)
 
 
-def _hand(machine: object, name: str, line: socket.socket) -> None:
-    """Give QEMU a connection, under a name."""
-    machine.qmp_line.setblocking(True)  # type: ignore[attr-defined]
-    socket.send_fds(machine.qmp_line, [json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"], [line.fileno()])  # type: ignore[attr-defined]
-    machine.qmp.answer("getfd")  # type: ignore[attr-defined]
-
-
 class Leaving:
-    """A machine that leaves while it runs. Raises `QmpError` and OSError where it cannot; then nothing of it is left.
+    """A machine that leaves while it runs. Raises OSError where what carries it does not answer; then nothing of it is left.
 
     Args:
         keeper: the machine's.
@@ -114,29 +109,26 @@ class Leaving:
         self.keeper, self.machine, self.qmp = keeper, keeper.machine, keeper.machine.qmp  # type: ignore[attr-defined]
         self.line: socket.socket | None = line
         self.folder, self.speed = str(request["folder"]), int(request["speed"]) or FASTEST
-        self.stage = "disk"
-        """`disk`, `memory`, `still` (QEMU has stopped it), `over`; `ended` where nothing came of it."""
-        self.near = self.may = False
-        self.until = 0.0
-        """When `may` is waited for no longer, or the machine is stopped whatever is left; 0: neither."""
+        self.stage = "greeting"
+        """`greeting` (its target's server has yet to say something), `disk`, `memory`, `still` (QEMU has stopped it), `over`; `ended` where nothing came of it."""
+        self.near = self.may = self.forced = False
+        self.size = keeper.told["machine"]["memory_mb"] << 20  # type: ignore[attr-defined]
+        """Bytes of its memory."""
+        self.until = time.monotonic() + SAY_S
+        """When what it waits for is waited for no longer, or the machine is stopped whatever is left; 0: neither."""
         self.still_since = 0.0
         self.said = b""
-        self.word = self._connected(WORD)
+        self.lines: dict = {}  # type: ignore[type-arg]
+        """Connections, those that QEMU has too: where a link is dead it waits for them, and for nothing else; shut down, it goes on."""
         try:
-            disk = self._connected(DISK)
-            try:
-                _hand(self.machine, MIRROR, disk)
-            finally:
-                disk.close()
-            self.qmp.events = [one for one in self.qmp.events if not one[0].startswith("BLOCK_JOB") and one[0] != "MIGRATION"]
-            self.qmp.ask("blockdev-add", **{"driver": "nbd", "node-name": MIRROR, "server": {"type": "fd", "str": MIRROR}, "export": DISK})
-            self.qmp.ask("blockdev-mirror", **{"job-id": MIRROR, "device": "disk", "target": MIRROR, "sync": "top", "speed": 0 if self.speed == FASTEST else self.speed, "on-target-error": "report"})
-        except BaseException:
-            self._forget()
-            self.word.close()
+            for name in (WORD, DISK):
+                self.lines[name] = self._connected(name)
+        except OSError:
+            self._hang_up()
             raise
-        self.word.setblocking(False)
-        self.keeper.selector.register(self.word, selectors.EVENT_READ, self._heard)  # type: ignore[attr-defined]
+        self.lines[WORD].setblocking(False)
+        self._register(WORD, self._heard)
+        self._register(DISK, self._greeted)
 
     def _connected(self, name: str) -> socket.socket:
         line = socket.socket(socket.AF_UNIX)
@@ -149,15 +141,51 @@ class Leaving:
             raise
         return line
 
+    def _register(self, name: str, act: object) -> None:
+        self.keeper.selector.register(self.lines[name], selectors.EVENT_READ, act)  # type: ignore[attr-defined]
+
+    def _unregister(self, name: str) -> None:
+        try:
+            self.keeper.selector.unregister(self.lines[name])  # type: ignore[attr-defined]
+        except (KeyError, ValueError):
+            pass  # it was before
+
+    def _hang_up(self) -> None:
+        """Whoever waits for one of the connections, QEMU too, sees its end."""
+        for name, line in self.lines.items():
+            self._unregister(name)
+            try:
+                line.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            line.close()
+        self.lines = {}
+
+    def _greeted(self) -> None:
+        """The server of its target's disk speaks first: only now QEMU gets the connection, since it waits for the next words with all that it does, the guest too."""
+        if self.stage != "greeting":
+            return
+        self._unregister(DISK)
+        try:
+            if not self.lines[DISK].recv(1, socket.MSG_PEEK):
+                raise OSError("its target has no place for its disk, or what carries it there has gone")
+            self.qmp.events = [one for one in self.qmp.events if not one[0].startswith("BLOCK_JOB") and one[0] != "MIGRATION"]
+            self.qmp.ask_with(self.lines[DISK].fileno(), "getfd", fdname=MIRROR)
+            self.qmp.ask("blockdev-add", **{"driver": "nbd", "node-name": MIRROR, "server": {"type": "fd", "str": MIRROR}, "export": DISK})
+            self.qmp.ask("blockdev-mirror", **{"job-id": MIRROR, "device": "disk", "target": MIRROR, "sync": "top", "speed": 0 if self.speed == FASTEST else self.speed, "on-target-error": "report"})
+            self.stage, self.until = "disk", 0.0
+        except (QmpError, OSError) as error:
+            self.end(str(error))
+
     @property
     def wait_s(self) -> float | None:
         """Seconds until it wants to be looked at though nothing happens; None: not at all."""
-        return LOOK_LIVE_S if self.stage in ("memory", "still") else None
+        return LOOK_LIVE_S if self.stage in ("greeting", "memory", "still") else None
 
     @property
     def going(self) -> bool:
         """Something is being sent."""
-        return self.stage in ("disk", "memory", "still")
+        return self.stage in ("greeting", "disk", "memory", "still")
 
     def look(self) -> None:
         """Go on with what has happened. Raises nothing: where it comes to nothing, the machine goes on."""
@@ -176,33 +204,37 @@ class Leaving:
                     raise QmpError(f"its disk could not be copied: {data.get('error', name)}")
             if self.line is not None and self.line not in self.keeper.asking:  # type: ignore[attr-defined]
                 raise QmpError("whoever asked for it has gone")
+            if self.stage == "greeting" and time.monotonic() >= self.until:
+                raise QmpError(f"its target said nothing for {SAY_S:g} s")
             if self.stage == "memory":
                 self._look_at_rest()
             elif self.stage == "still" and self.may:
                 self._switch()
             elif self.stage == "still" and time.monotonic() >= self.until:
                 raise QmpError(f"its target did not say within {GRANT_S:g} s that it may begin")
-        except (QmpError, OSError) as error:
+        except (QmpError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever QEMU says: the machine goes on
             self.end(str(error))
 
     def _send(self) -> None:
         """The disk is there, and what is written goes there too: now the memory."""
-        line = self._connected(MEMORY)
-        try:
-            _hand(self.machine, MEMORY, line)
-        finally:
-            line.close()
+        self.lines[MEMORY] = self._connected(MEMORY)
+        self.qmp.ask_with(self.lines[MEMORY].fileno(), "getfd", fdname=MEMORY)
         self.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": on} for name, on in (("x-ignore-shared", False), ("events", True), ("pause-before-switchover", True))])
-        self.qmp.ask("migrate-set-parameters", **{"max-bandwidth": self.speed, "downtime-limit": DOWNTIME_MS})
+        small = self.size <= min(self.speed, USUAL) * NEAR_S
+        self.qmp.ask("migrate-set-parameters", **{"max-bandwidth": HOLD if small else self.speed, "downtime-limit": DOWNTIME_MS})
         self.qmp.ask("migrate", uri=f"fd:{MEMORY}")
         self.stage = "memory"
+        if small:
+            self._nearly(GRANT_S + FORCE_S)
 
     def _look_at_rest(self) -> None:
         """How much of the memory is left."""
         now = time.monotonic()
         if self.may:
-            if self.until and now >= self.until:
-                self.until = 0.0
+            if now >= self.until and self.forced:
+                raise QmpError("what carries it takes nothing any more")
+            if now >= self.until:
+                self.forced, self.until = True, now + DRAIN_S + TIMES * self.size / self.speed
                 self.qmp.ask("migrate-set-parameters", **{"downtime-limit": LONGEST_MS})
             return
         if self.near:
@@ -225,8 +257,10 @@ class Leaving:
 
     def _heard(self) -> None:
         """The target's keeper says something, or has gone."""
+        if WORD not in self.lines:
+            return  # it was hung up in the same turn
         try:
-            data = self.word.recv(MAX_WORD)
+            data = self.lines[WORD].recv(MAX_WORD)
         except BlockingIOError:
             return
         except OSError:
@@ -236,7 +270,7 @@ class Leaving:
             if self.said == MAY and not self.may and self.going:
                 self._may()
             return
-        self.keeper.selector.unregister(self.word)  # type: ignore[attr-defined]
+        self._unregister(WORD)
         if self.going:
             self.end("its target, or what carries it there, has gone")
 
@@ -276,13 +310,13 @@ class Leaving:
             raise QmpError(str(self.machine.trouble("QEMU could not send the last of it")))
         # From here on it does not go on by itself, whatever happens.
         self.stage = "over"
-        self.word.setblocking(True)
-        self.word.settimeout(SAY_S)
+        word = self.lines[WORD]
+        word.settimeout(SAY_S)
         try:
-            self.word.sendall(OVER + f"{(time.monotonic() - self.still_since) * 1e6:.0f}\n".encode())
+            word.sendall(OVER + f"{(time.monotonic() - self.still_since) * 1e6:.0f}\n".encode())
         except OSError:
             pass  # the target never begins then, and says so
-        self.word.setblocking(False)
+        word.setblocking(False)
         try:
             write(os.path.join(self.keeper.folder, "paused"), {"at_ms": int(time.time() * 1000)})  # type: ignore[attr-defined]
         except OSError:
@@ -291,34 +325,36 @@ class Leaving:
     def end(self, why: str) -> None:
         """Nothing comes of it: the machine goes on, as QEMU lets it where what it sent is stopped. That it had left is not taken back by this, but by the hub."""
         self.stage = "ended"
-        try:
-            self.keeper.selector.unregister(self.word)  # type: ignore[attr-defined]
-        except KeyError:
-            pass
-        self.word.close()  # before all else: the target never begins
+        self._hang_up()  # before all else: the target never begins, and QEMU waits for nobody
         if self.line is not None and self.line in self.keeper.asking:  # type: ignore[attr-defined]
             self.keeper.answer(self.line, {"failed": why})  # type: ignore[attr-defined]
         self.line = None
         self._forget()
         try:
-            # One that was through when it was stopped goes on as well: its target has not heard of that, and never begins.
-            if self.qmp.ask("query-status").get("status") in ("postmigrate", "finish-migrate", "paused"):
-                self.qmp.ask("cont")
+            self._go_on()
         except QmpError:
-            pass  # it has ended
+            pass  # it has ended, or is asked again (`stay`)
+
+    def _go_on(self) -> None:
+        """Where it stands still for its way, and was through when that was stopped too: its target has not heard of that, and never begins. Raises `QmpError`."""
+        told = self.qmp.ask("query-status")
+        if isinstance(told, dict) and told.get("status") in ("postmigrate", "finish-migrate", "paused"):
+            self.qmp.ask("cont")  # it opens its disks again
 
     def _forget(self) -> None:
         """Stop what QEMU does for it."""
         qmp = self.qmp
         try:
-            if qmp.ask("query-migrate").get("status") in ("setup", "active", "pre-switchover", "device", "cancelling"):
+            told = qmp.ask("query-migrate")
+            if isinstance(told, dict) and told.get("status") in ("setup", "active", "pre-switchover", "device", "cancelling"):
                 qmp.events = [one for one in qmp.events if one[0] != "MIGRATION"]
                 qmp.ask("migrate_cancel")
                 qmp.until("MIGRATION", "status", ("completed", "failed", "cancelled"))
         except QmpError:
             pass
         try:
-            if any(job.get("device") == MIRROR for job in qmp.ask("query-block-jobs")):
+            jobs = qmp.ask("query-block-jobs")
+            if isinstance(jobs, list) and any(job.get("device") == MIRROR for job in jobs):
                 qmp.ask("block-job-cancel", device=MIRROR, force=True)
                 qmp.until_one(JOB_ENDS, "device", MIRROR)
         except QmpError:
@@ -338,14 +374,10 @@ class Leaving:
         if self.going:
             self.end("it stays")
         elif self.stage == "over":
-            self.stage = "ended"
-            try:
-                self.keeper.selector.unregister(self.word)  # type: ignore[attr-defined]
-            except KeyError:
-                pass
-            self.word.close()
+            self._hang_up()
             self._forget()
-            self.qmp.ask("cont")  # it opens its disks again
+        self._go_on()
+        self.stage = "ended"
 
 
 class Arriving:
@@ -376,7 +408,7 @@ class Arriving:
             listener = self.listeners[name] = socket.socket(socket.AF_UNIX)
             _at(self.folder, name, listener.bind)
             listener.listen(1)
-        _hand(self.machine, DISK, self.listeners[DISK])
+        self.qmp.ask_with(self.listeners[DISK].fileno(), "getfd", fdname=DISK)
         self.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}, {"capability": "events", "state": True}])
         self.qmp.ask("nbd-server-start", addr={"type": "fd", "data": {"str": DISK}}, **{"max-connections": 1})
         self.qmp.ask("block-export-add", **{"type": "nbd", "id": DISK, "node-name": "disk", "name": DISK, "writable": True})
@@ -388,7 +420,7 @@ class Arriving:
         self.keeper.attend()  # type: ignore[attr-defined]
         tell("waiting")
         try:
-            while not (self.may and self.over and self.whole):
+            while not self.begins:
                 if self.keeper.wish:  # type: ignore[attr-defined]
                     return False
                 if self.machine.process.poll() is not None:
@@ -420,6 +452,11 @@ class Arriving:
                 self.keeper.answer(line, {"done": True, "still_ms": round(self.still_ms, 1)})  # type: ignore[attr-defined]
         self.asked = []
 
+    @property
+    def begins(self) -> bool:
+        """Nothing is missing."""
+        return self.may and self.over and self.whole
+
     def go(self, line: socket.socket) -> None:
         """It may begin, as soon as all of it is here."""
         self.asked.append(line)
@@ -442,16 +479,20 @@ class Arriving:
 
     def _comes(self) -> None:
         """The memory."""
+        if MEMORY not in self.listeners:
+            return
         line, _ = self.listeners[MEMORY].accept()
         self._close(MEMORY)
         try:
-            _hand(self.machine, MEMORY, line)
+            self.qmp.ask_with(line.fileno(), "getfd", fdname=MEMORY)
         finally:
             line.close()
         self.qmp.ask("migrate-incoming", uri=f"fd:{MEMORY}")
 
     def _met(self) -> None:
         """The source's keeper is there."""
+        if WORD not in self.listeners:
+            return
         self.word, _ = self.listeners[WORD].accept()
         self._close(WORD)
         self.word.settimeout(SAY_S)

@@ -434,6 +434,16 @@ class Machine(RuleBasedStateMachine):
         raise AssertionError([one.to_json() for one in self.book.transfers.values() if one.live])
 
 
+def test_a_stream_whose_receiver_has_ended_before_its_sender_began_is_over() -> None:
+    """Nobody would ever say more of it."""
+    made = book()
+    made.submit({**document("t"), "stream": True}, 0)
+    [task], _ = made.lease("b", {}, 0)
+    assert made.report("b", said(task["task"], task["epoch"], "done"), 1)
+    [one] = made.transfers.values()
+    assert one.state == "failed" and "before anything was sent" in one.reason
+
+
 def test_whatever_dies_one_lease_counts_and_all_comes_to_an_end() -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=60, stateful_step_count=30))
 

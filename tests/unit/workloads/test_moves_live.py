@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.contract.operations import FINAL_STATES
+from edge_runtime.contract.workloads import CHECKPOINTED
 from edge_runtime.workloads.drivers.face import Failed, Key, Lives, Order, Phase, Refused, Status
 
 from .test_moves import MOVE, OFFER, Moving, Node, Pair, W, coming, part
@@ -28,6 +29,8 @@ class Between:
         self.chance = chance
         self.nodes: dict[str, Node] = {}
         self.connected = False
+        self.dies = ""
+        """How one stands at its target that began there, and was seen by nobody: `lost` or `failed`."""
         self.late = False
         """Where it breaks when the source has said that it left, and the target has not heard it."""
 
@@ -89,6 +92,10 @@ class Running(Moving):
         if key in self.waiting or key not in self._disk.instances:
             await self.delete(key)
             raise Refused("from", "it did not come", "none")
+        if self.between.dies == "failed":
+            raise Failed("from", "planted", "none")
+        if self.between.dies:
+            self._disk.lose(key)
         return self._disk.instances[key]
 
     async def delete(self, key: Key) -> None:
@@ -213,6 +220,43 @@ async def test_it_comes_and_says_for_how_long_it_stood_still(tmp_path: Path) -> 
     pair.b.disk.append = lambda stream, kind, body: (told.append(body), appended(stream, kind, body))[1]  # type: ignore[method-assign,func-returns-value]
     assert await pair.goes(list) == "came"
     assert [one["still_ms"] for one in told if one["id"] == W and one["state"] == "running"] == [7.0]
+    await pair.close()
+
+
+@pytest.mark.parametrize("dies", ["lost", "failed"])
+async def test_what_nobody_saw_live_at_its_target_is_its_sources_again(tmp_path: Path, dies: str) -> None:
+    """Else the hub would take its word for the end of the workload, whose source is whole."""
+    pair = LivePair(tmp_path)
+    pair.between.dies = dies
+    await pair.start()
+    assert await pair.goes(list) == "stayed"
+    assert pair.a.running() == [SOURCE] and pair.b.disk.records[-1] == (W, 2, "refused") and pair.a.disk.starts[SOURCE] == 1
+    await pair.close()
+
+
+async def test_a_source_that_ends_while_only_its_target_can_say_is_not_begun_anew_before_that_did(tmp_path: Path) -> None:
+    pair = LivePair(tmp_path)
+    await pair.start()
+    await pair.a.told({**entry(W, 1, restart="always"), "held": True})
+    pair.a.disk.lose(SOURCE)
+    await quiet()
+    assert pair.a.running() == [] and pair.a.disk.instances[SOURCE].phase is Phase.LOST and pair.a.disk.records[-1] == (W, 1, CHECKPOINTED)
+    pair.count = 0  # what it had is lost, as with any machine that goes
+    await pair.a.told(entry(W, 1, restart="always"))
+    assert await pair.part(pair.a, "move-back", 1, []) == "succeeded"
+    await quiet()
+    assert pair.a.running() == [SOURCE] and pair.a.disk.starts[SOURCE] == 2 and pair.a.disk.records[-1] == (W, 1, "running")
+    await pair.close()
+
+
+async def test_a_workload_that_is_cancelled_where_it_waits_goes_before_that_is_said(tmp_path: Path) -> None:
+    pair = LivePair(tmp_path)
+    await pair.start()
+    pair.b.expects((W, 2))
+    assert await pair.part(pair.b, "move-come", 2, []) == "succeeded"
+    await pair.b.told(entry(W, 2, wanted="stopped"))
+    await quiet()
+    assert not pair.b.disk.instances and pair.b.disk.records[-1] == (W, 2, "stopped")
     await pair.close()
 
 

@@ -1,6 +1,7 @@
 """What a micro-VM is made from, without QEMU: archive, marks, answers, memory steps, QMP."""
 
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_a_template_and_its_clones_differ_only_where_they_may() -> None:
 def test_qmp_keeps_events_apart_and_gives_up() -> None:
     ours, its = socket.socketpair()
     qmp = Qmp(ours, 0.2)
-    its.sendall(b'{"QMP": {}}\n{"return": {}}\n{"event": "STOP"}\n{"return": 5}\n{"error": {"desc": "no"}}\n{"event": "MIGRATION", "data": {"status": "completed"}}\nnonsense\n')
+    its.sendall(b'{"QMP": {}}\n{"return": {}, "id": 1}\n{"event": "STOP"}\n{"return": 5, "id": 2}\n{"error": {"desc": "no"}, "id": 3}\n{"event": "MIGRATION", "data": {"status": "completed"}}\nnonsense\n')
     qmp.begin()
     assert qmp.ask("query") == 5 and qmp.events == [("STOP", {})]
     with pytest.raises(QmpError, match="no"):
@@ -110,11 +111,26 @@ def test_qmp_keeps_events_apart_and_gives_up() -> None:
     with pytest.raises(QmpError, match="said nothing"):
         qmp.ask("x")
     sent = its.recv(1 << 16).splitlines()
-    assert json.loads(sent[0]) == {"execute": "qmp_capabilities"}
+    assert json.loads(sent[0]) == {"execute": "qmp_capabilities", "id": 1}
     its.close()
     with pytest.raises(QmpError, match="has ended"):
         qmp.ask("x")
     assert not qmp.drain()
+    ours.close()
+
+
+def test_what_comes_too_late_is_no_answer_to_the_next_question() -> None:
+    ours, its = socket.socketpair()
+    qmp = Qmp(ours, 0.1)
+    with pytest.raises(QmpError, match="said nothing"):
+        qmp.ask("slow")
+    its.sendall(b'{"return": {"of": "slow"}, "id": 1}\n{"error": {"desc": "of slow"}, "id": 1}\n{"return": [], "id": 2}\n')
+    assert qmp.ask_with(its.fileno(), "next") == []
+    message, descriptors, *_ = socket.recv_fds(its, 4096, 4)
+    assert [json.loads(line)["id"] for line in message.splitlines()] == [1, 2] and len(descriptors) == 1
+    for one in descriptors:
+        os.close(one)
+    its.close()
     ours.close()
 
 
@@ -125,7 +141,7 @@ def test_an_event_that_comes_together_with_an_answer_is_seen() -> None:
 
     ours, its = socket.socketpair()
     qmp = Qmp(ours, 5.0)
-    its.sendall(b'{"return": {}}\n{"event": "BLOCK_JOB_COMPLETED", "data": {"device": "copy"}}\n')
+    its.sendall(b'{"return": {}, "id": 1}\n{"event": "BLOCK_JOB_COMPLETED", "data": {"device": "copy"}}\n')
     assert qmp.ask("anything") == {} and qmp.events == []
     assert qmp.drain() and [name for name, _ in qmp.events] == ["BLOCK_JOB_COMPLETED"]
     its.close()
