@@ -213,10 +213,15 @@ class Leaving:
             elif self.stage == "still" and time.monotonic() >= self.until:
                 raise QmpError(f"its target did not say within {GRANT_S:g} s that it may begin")
         except (QmpError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever QEMU says: the machine goes on
-            self.end(str(error))
+            if self.going:  # else its target may have begun it
+                self.end(str(error))
 
     def _send(self) -> None:
         """The disk is there, and what is written goes there too: now the memory."""
+        try:  # from here on what it writes is at its target before it goes on, so that little of it is left when it stands still
+            self.qmp.ask("block-job-change", id=MIRROR, type="mirror", **{"copy-mode": "write-blocking"})
+        except QmpError:
+            pass  # QEMU before 8.2
         self.lines[MEMORY] = self._connected(MEMORY)
         self.qmp.ask_with(self.lines[MEMORY].fileno(), "getfd", fdname=MEMORY)
         self.qmp.ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": on} for name, on in (("x-ignore-shared", False), ("events", True), ("pause-before-switchover", True))])
