@@ -95,7 +95,7 @@ class Carried:
 def live_qemu() -> str:
     """A QEMU that can; empty where there is none."""
     from edge_runtime.workloads.drivers.qemu_driver import version_of
-    from edge_runtime.workloads.drivers.vm import too_old
+    from edge_runtime.workloads.drivers.vm_probe import too_old
 
     for program in (str(BESIDE), "qemu-system-x86_64"):
         words = version_of(program).partition("version ")[2].split()

@@ -13,8 +13,9 @@ import pytest
 from edge_runtime.workloads.drivers import vm_live, vm_seed
 from edge_runtime.workloads.drivers.face import Ability, Failed, Key, Lives, Order, Phase, Refused
 from edge_runtime.workloads.drivers.instance import held
-from edge_runtime.workloads.drivers.vm import VmDriver, too_old
+from edge_runtime.workloads.drivers.vm import VmDriver
 from edge_runtime.workloads.drivers.vm_machine import FIRMWARE
+from edge_runtime.workloads.drivers.vm_probe import too_old
 
 from .counting_guest import counted
 from .disk_guest import WRITES, laid

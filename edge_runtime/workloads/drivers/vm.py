@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..images import Image, ImageError, ImageStore
-from . import cgroups, lease, outside, qemu_kernel, vm_files, vm_image, vm_machine, vm_seed
+from . import cgroups, lease, outside, qemu_kernel, vm_files, vm_image, vm_machine, vm_probe, vm_seed
 from .face import QCOW2, Ability, Capabilities, DriverError, Failed, Key, Order, Phase, Refused, Status
 from .instance import BLOCK, LEFT, LOOK_S, NOTE, UPPER, link_output, read, sync_folder, write
 from .microvm_templates import UID as FIRST_UID
@@ -43,33 +43,11 @@ log = logging.getLogger(__name__)
 UID = FIRST_UID + 0x1000
 """User of a template's QEMU; those of instances come after it. Beside those of micro-VMs."""
 
-PROBE = Shape(128, 1, KERNEL)
-"""What the probe boots."""
-
-PROBE_MODULES = ("virtio_pci", "virtio_console")
-
-PROBE_INIT = rb"""#!/bin/busybox sh
-export PATH=/bin
-/bin/busybox --install -s /bin
-mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys
-while read -r module; do insmod /modules/$module.ko; done < /modules/order
-until (exec 8>/dev/vport2p1 || exec 8>/dev/vport1p1 || exec 8>/dev/vport0p1) 2>/dev/null; do sleep 0.02; done
-for port in /dev/vport*p1; do echo ready > $port; done
-sleep 1000
-"""
-"""The probe's guest: Linux with its devices."""
-
-QUIET = "console=ttyS0 quiet loglevel=1 panic=-1 random.trust_cpu=on mitigations=off no_timer_check"
-"""Arguments of the probe's kernel. `no_timer_check`: an emulated timer on a busy machine may miss the moment in which the kernel looks whether it ticks, and that is a panic."""
-
 COPY_S = 600.0
 """A copy of a disk that takes longer hangs: 60 GB at 100 MB/s take as long."""
 
 COPY_LEAST = 20_000_000
 """Bytes in a second that a snapshot writes at least: an SD card does. So long it may take beside that."""
-
-LIVE_TCG = 10
-"""QEMU's version from which an emulated machine is sent whole while it runs: 7.2 damaged 6 of 30, 10.0 none of 50 (measured by a verifier in the guest). With KVM it is the kernel that sees the writes."""
 
 OPTION_ROM = "linuxboot_dma.bin"
 """What QEMU adds to a machine that is given a kernel: a clone, which needs no kernel any more, must have it all the same."""
@@ -173,7 +151,7 @@ class VmDriver(QemuDriver):
                 why = str(error)
             except Failed as error:
                 why = f"no guest boots: {error.problem}"
-        if not why and self._accelerator == "tcg" and (short := too_old(self._version)):
+        if not why and self._accelerator == "tcg" and (short := vm_probe.too_old(self._version)):
             cannot[Ability.LIVE] = short
         if why:
             cannot |= dict.fromkeys((ability for ability in Ability if ability not in cannot), why)
@@ -198,16 +176,10 @@ class VmDriver(QemuDriver):
 
     def _try(self, kernel: qemu_kernel.Kernel, accelerator: str) -> None:
         """Boot the probe's guest to its first process, and save it. Raises `Failed`."""
-        shape = replace(PROBE, accelerator=accelerator)
+        shape = replace(vm_probe.PROBE, accelerator=accelerator)
 
         def told(folder: Path) -> dict[str, Any]:
-            (folder / "initramfs").write_bytes(qemu_kernel.initramfs(qemu_kernel.busybox(), qemu_kernel.modules(kernel, PROBE_MODULES), PROBE_INIT))
-            shutil.copyfile(kernel.image, folder / "kernel")
-            (folder / "base.raw").write_bytes(vm_seed.seed({}))
-            for name in ("kernel", "initramfs"):
-                (folder / name).chmod(0o644)
-            content = vm_image.Content(folder / "base.raw", "raw", 1 << 20, folder / "kernel", folder / "initramfs", QUIET)
-            return self._template(folder, shape, content, QUIET)
+            return self._template(folder, shape, vm_probe.guest(folder, kernel), vm_probe.QUIET)
 
         self.booted_s = self._templates.get("probe", BOOT_S, told).booted_s
         self._templates.drop("probe")
@@ -593,12 +565,6 @@ def _boot(shape: Shape, content: vm_image.Content, arguments: str, clone: bool) 
         escaped = arguments.replace("{", "{{").replace("}", "}}")  # whoever starts it puts descriptors into braces
         return files, vm_machine.kernel("/proc/self/fd/{kernel}", "/proc/self/fd/{initrd}" if content.initrd is not None else "", escaped)
     return [], []
-
-
-def too_old(version: str) -> str:
-    """Why an emulated machine of this version of QEMU cannot be sent while it runs; empty where it can."""
-    major = int(version.partition(".")[0] or 0)
-    return "" if major >= LIVE_TCG else f"QEMU {version}, emulating, loses writes to memory that is being sent while it runs (seen: 6 of 30 moves); QEMU {LIVE_TCG} does not"
 
 
 def kvm_groups(shape: Shape) -> list[int]:

@@ -32,14 +32,18 @@ if __package__:
     from .keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, serve, started_ticks, tell, write
     from .qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save
     from .qemu_qmp import QmpError
-    from .vm_live_keeper import LEFT, Arriving, Leaving
+    from .vm_arriving import Arriving
+    from .vm_leaving import Leaving
+    from .vm_live_keeper import LEFT
 else:  # run as a script: its neighbours, without the package, which would load the agent
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     from keeper_network import Network  # type: ignore[import-not-found,no-redef]
     from keeping import LOOK_S, Lapsed, Log, Trouble, lease_s, serve, started_ticks, tell, write  # type: ignore[import-not-found,no-redef]
     from qemu_keeper import CHUNK, MORE_DESCRIPTORS, Keeper, Lines, Machine, live, load, save  # type: ignore[import-not-found,no-redef]
     from qemu_qmp import QmpError  # type: ignore[import-not-found,no-redef]
-    from vm_live_keeper import LEFT, Arriving, Leaving  # type: ignore[import-not-found,no-redef]
+    from vm_arriving import Arriving  # type: ignore[import-not-found,no-redef]
+    from vm_leaving import Leaving  # type: ignore[import-not-found,no-redef]
+    from vm_live_keeper import LEFT  # type: ignore[import-not-found,no-redef]
 
 READY = ["ready"]
 """What a guest says on its port when it may be copied."""
