@@ -23,7 +23,8 @@ class Carried:
         """`frozen`: names by which nothing gets through from the beginning."""
         self._source, self._target, self._lines = source, target, list[socket.socket]()
         self._listeners = {}
-        self._swallowed = b""
+        self._swallowed, self._cuts = b"", True
+        self.swallowed = threading.Event()
         self._frozen: set[str] = set(frozen)
         self.bytes = dict.fromkeys(CHANNELS, 0)
         """Sent from the source, by name."""
@@ -62,7 +63,10 @@ class Carried:
                     if self._over.wait(0.05):
                         return
                 if self._swallowed and data.startswith(self._swallowed):
-                    break
+                    self.swallowed.set()
+                    if self._cuts:
+                        break
+                    continue
                 two.sendall(data)
                 if counts:
                     self.bytes[counts] += len(data)
@@ -74,9 +78,9 @@ class Carried:
         """Nothing gets through by these any more, and nobody sees that."""
         self._frozen |= set(names)
 
-    def swallow(self, word: bytes) -> None:
-        """Cut a connection when this comes through it, with that."""
-        self._swallowed = word
+    def swallow(self, word: bytes, cuts: bool = True) -> None:
+        """Lose what begins so, and cut the connection through which it comes, or not."""
+        self._swallowed, self._cuts = word, cuts
 
     def cut(self) -> None:
         """Nothing gets through any more."""

@@ -6,6 +6,7 @@ import base64
 import os
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,21 @@ async def test_what_says_that_it_left_and_was_not_heard_stands_still_until_it_is
     assert (await clean.a.status(key)).phase is Phase.PAUSED and not clean.b.folder(order.key).exists()
     with pytest.raises(Failed, match="has left"):
         await clean.a.resume(key)
+    await goes_on(clean, key)
+
+
+async def test_it_does_not_begin_before_its_source_has_said_that_it_stands_still(clean: Pair) -> None:
+    """All of it is there; its source's word is late."""
+    key, order, carried = await leaving(clean, "late")
+    carried.swallow(b"over ", cuts=False)
+    going = asyncio.ensure_future(clean.b.go(order.key))
+    await until(carried.swallowed.is_set, what="its source has said it")
+    with suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(going), 2.0)  # there is no event for what does not happen: it would begin at once
+    assert not going.done() and clean.b.waits(order.key)
+    carried.cut()
+    with pytest.raises(Refused):
+        await going
     await goes_on(clean, key)
 
 
